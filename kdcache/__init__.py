@@ -1,0 +1,51 @@
+"""kdcache: run a teacher model once, offline; train any number of students from its cache as if it were live.
+
+The public names are resolved on first use (PEP 562): `import kdcache` loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdcache.errors import KdcacheError as KdcacheError
+    from kdcache.format.manifest import Manifest as Manifest
+    from kdcache.format.record import Distributions as Distributions
+    from kdcache.format.record import SequenceRecord as SequenceRecord
+    from kdcache.format.record import TokenSequence as TokenSequence
+    from kdcache.loader.loader import Loader as Loader
+    from kdcache.loss.sparse_kd import sparse_kd_loss as sparse_kd_loss
+    from kdcache.store.reader import CacheReader as CacheReader
+    from kdcache.store.reader import open_cache as open
+    from kdcache.store.writer import CacheWriter as CacheWriter
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "CacheReader": "kdcache.store.reader:CacheReader",
+    "CacheWriter": "kdcache.store.writer:CacheWriter",
+    "Distributions": "kdcache.format.record:Distributions",
+    "KdcacheError": "kdcache.errors:KdcacheError",
+    "Loader": "kdcache.loader.loader:Loader",
+    "Manifest": "kdcache.format.manifest:Manifest",
+    "SequenceRecord": "kdcache.format.record:SequenceRecord",
+    "TokenSequence": "kdcache.format.record:TokenSequence",
+    "open": "kdcache.store.reader:open_cache",
+    "sparse_kd_loss": "kdcache.loss.sparse_kd:sparse_kd_loss",
+}
+
+__all__ = [*_EXPORTS, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
+    module, _, attribute = _EXPORTS[name].partition(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

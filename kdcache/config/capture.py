@@ -1,0 +1,175 @@
+"""What a capture may be asked for. Frozen, keyword-only, unknown keys refused; imports nothing heavy.
+
+`configs/capture-*.yaml` are complete, commented examples; `kdcache.config.load` reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all config structs."""
+
+
+class WindowConfig(Config, kw_only=True):
+    """How a text longer than a sequence may be is treated. Nothing is dropped without being asked for and counted.
+
+    Attributes:
+        size: most tokens in a sequence.
+        policy: `split` cuts a long item into windows, one after another; `truncate` keeps the first window and reports how many
+            tokens were left out; `error` refuses a long item, naming it.
+        overlap: `split` only: tokens of the window before that each further window starts with, as context; their positions
+            are recorded in the earlier window alone.
+    """
+
+    size: Positive = 1024
+    policy: Literal["split", "truncate", "error"] = "split"
+    overlap: NonNegative = 0
+
+    def __post_init__(self) -> None:
+        if self.overlap >= self.size:
+            raise ValueError(f"overlap is {self.overlap}, but must be smaller than size, {self.size}")
+        if self.overlap and self.policy != "split":
+            raise ValueError("overlap is for policy 'split' alone")
+
+
+class InputConfig(Config, kw_only=True):
+    """What the teacher reads.
+
+    Attributes:
+        format: `txt` (each file is one text), `lines` (each line of a text file is one), `jsonl`, `parquet`, `arrow` (IPC file or
+            stream), or `dataset` (the `datasets` library: a hub name or a local path).
+        paths: files, folders or glob patterns, for all formats but `dataset`; folders are searched for the format's endings. Read
+            in sorted order.
+        dataset: `dataset` only: hub name or local path.
+        dataset_config, split, revision: `dataset` only, as `datasets.load_dataset` takes them.
+        streaming: `dataset` only: read without downloading it whole; needs `limit`.
+        limit: most items to read; null for all.
+        content: what an item is: `text`, `messages` (a chat: list of {role, content}), or `ids` (token ids).
+        field: the column or key that holds it; null for `text`, `messages` or `input_ids`, by content.
+        supervise: `all` positions, or only those that predict what the assistant says (`messages` only).
+        add_special_tokens: text only: let the tokenizer add its own (usually BOS).
+        chat_template: path of a Jinja file to use in place of the tokenizer's template; null for the tokenizer's own.
+        window: how long texts are treated.
+    """
+
+    format: Literal["txt", "lines", "jsonl", "parquet", "arrow", "dataset"]
+    paths: tuple[str, ...] = ()
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    limit: Positive | None = None
+    content: Literal["text", "messages", "ids"] = "text"
+    field: str | None = None
+    supervise: Literal["all", "assistant"] = "all"
+    add_special_tokens: bool = True
+    chat_template: str | None = None
+    window: WindowConfig = WindowConfig()
+
+    def __post_init__(self) -> None:
+        if self.format == "dataset":
+            if self.dataset is None or self.paths:
+                raise ValueError("format 'dataset' takes `dataset` (a hub name or a path) and no `paths`")
+            if self.streaming and self.limit is None:
+                raise ValueError("streaming needs `limit`: the plan is made before anything is read")
+        elif not self.paths or self.dataset is not None or self.streaming:
+            raise ValueError(f"format {self.format!r} takes `paths`, and neither `dataset` nor `streaming`")
+        if self.format in ("txt", "lines") and self.content != "text":
+            raise ValueError(f"format {self.format!r} holds content 'text', not {self.content!r}")
+        if self.supervise == "assistant" and self.content != "messages":
+            raise ValueError("supervise 'assistant' needs content 'messages'")
+
+
+class TeacherConfig(Config, kw_only=True):
+    """The model that is captured.
+
+    Attributes:
+        model: hub id or local folder in the Hugging Face layout; for `fake`, any name.
+        backend: `vllm`, `transformers`, `fake`, or `auto`: vLLM where it is installed and imports, else transformers.
+        revision: hub commit or tag; null for the default.
+        tokenizer: hub id or folder; null for the model's own.
+        dtype: of weights and activations; `auto` takes the checkpoint's.
+        batch_tokens: most tokens in one forward pass (transformers) or one scheduler step (vLLM).
+        positions_per_chunk: transformers: positions whose logits exist at once; memory is this x vocabulary x 4 bytes.
+        num_threads: CPU threads of the model; null for the library's default.
+        gpu_memory_utilization: vLLM on a GPU: share of its memory.
+        tensor_parallel_size: vLLM: GPUs that hold one model.
+        quantization: vLLM's name of a method, or null for what the checkpoint says.
+        engine_options: further keyword arguments of `vllm.LLM` or `from_pretrained`, recorded in the manifest.
+        vocab_size: `fake` only.
+        context_length: `fake` only.
+        seed: `fake` only.
+    """
+
+    model: str
+    backend: Literal["auto", "vllm", "transformers", "fake"] = "auto"
+    revision: str | None = None
+    tokenizer: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_tokens: Positive = 8192
+    positions_per_chunk: Positive = 512
+    num_threads: Positive | None = None
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    tensor_parallel_size: Positive = 1
+    quantization: str | None = None
+    engine_options: dict[str, str | int | float | bool | None] = {}
+    vocab_size: Positive = 1000
+    context_length: Positive = 4096
+    seed: int = 0
+
+
+class SelectionConfig(Config, kw_only=True):
+    """Which entries of a distribution are kept.
+
+    Attributes:
+        kind: `top_k`, the k most probable tokens; ties go to the smaller id.
+        k: entries per position.
+    """
+
+    kind: Literal["top_k"] = "top_k"
+    k: Positive = 64
+
+
+class CodecConfig(Config, kw_only=True):
+    """How the kept entries become bytes.
+
+    Attributes:
+        id: `packed` (fixed-width ids, float16 logprobs) or `raw` (int32, float32: nothing lost).
+    """
+
+    id: Literal["packed", "raw"] = "packed"
+
+
+class OutputConfig(Config, kw_only=True):
+    """Where the cache goes and how it is cut.
+
+    Attributes:
+        path: directory of the cache; made if it is not there. One capture per directory.
+        unit_chars: characters of text (ids: tokens) per unit of work, which makes one shard. A unit is what a crash can lose.
+        unit_items: most items per unit; with `streaming`, the exact number.
+        record_batch_bytes: about this many bytes of rows in each Arrow record batch.
+    """
+
+    path: str
+    unit_chars: Positive = 2_000_000
+    unit_items: Positive = 10_000
+    record_batch_bytes: Positive = 4 * 1024 * 1024
+
+
+class CaptureConfig(Config, kw_only=True):
+    """A whole capture: input -> teacher -> selection -> codec -> output."""
+
+    input: InputConfig
+    teacher: TeacherConfig
+    selection: SelectionConfig = SelectionConfig()
+    codec: CodecConfig = CodecConfig()
+    output: OutputConfig

@@ -1,0 +1,283 @@
+"""What describes a cache: identity, plan, shards. JSON in, JSON out; no numpy, no pyarrow.
+
+A manifest carries the SHA-256 of itself (of the canonical JSON of all other fields), so a flipped bit is found when it is
+opened, and the digest of its parent, so the chain can be checked back to manifest 0, which is written before any shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+
+from kdcache.errors import CorruptCacheError, UnsupportedVersionError
+from kdcache.format import paths
+
+FORMAT_NAME = "kdcache"
+FORMAT_VERSION = (1, 0)
+"""(major, minor). Another major is refused; unknown fields and columns of a newer minor are ignored."""
+
+
+class TeacherIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """Which model spoke, and through what.
+
+    Attributes:
+        model: hub id or the folder's name.
+        revision: hub commit, or None for a local folder.
+        weights_digest: SHA-256 over the local weight files' digests, or None for a hub id.
+        architecture: the model class's name, as in `LlamaForCausalLM`.
+        vocab_size: number of ids a distribution ranges over; may exceed the tokenizer's.
+        dtype: of weights and activations, as in `bfloat16`.
+        quantization: method, or None.
+        engine: `vllm`, `transformers` or `fake`.
+        engine_version: of that package.
+        engine_options: settings that move numerics (head dtype, attention backend), as JSON scalars.
+        context_length: most tokens per sequence that this teacher scores.
+    """
+
+    model: str
+    revision: str | None = None
+    weights_digest: str | None = None
+    architecture: str
+    vocab_size: int
+    dtype: str
+    quantization: str | None = None
+    engine: str
+    engine_version: str
+    engine_options: dict[str, Any] = {}
+    context_length: int
+
+
+class TokenizerIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """Which tokenizer made the ids: fingerprints of meaning, not of size.
+
+    Attributes:
+        name: hub id or folder name, for people; not compared.
+        fingerprint: hash of vocabulary, merges, normaliser, pre-tokeniser and special tokens.
+        chat_template_fingerprint: hash of the chat template's text, or "" where none was used.
+        vocab_size: number of ids it can give.
+    """
+
+    name: str
+    fingerprint: str
+    chat_template_fingerprint: str = ""
+    vocab_size: int
+
+
+class SelectionInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """How supports were chosen: the kind, and its parameters. v1 knows `top_k` with {"k": int}."""
+
+    kind: str
+    params: dict[str, Any]
+
+
+class CodecInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The codec's id and its parameters, as `get_codec` takes them."""
+
+    codec_id: str
+    params: dict[str, Any]
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """All that must be equal for two captures to be the same cache.
+
+    Attributes:
+        input_fingerprint: hash of the inputs and of how they are cut into sequences.
+        seeds: purpose -> seed of every random draw at capture; empty for `top_k`.
+    """
+
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    selection: SelectionInfo
+    codec: CodecInfo
+    input_fingerprint: str
+    seeds: dict[str, int] = {}
+
+    def differences(self, other: Identity) -> list[str]:
+        """`field: mine != theirs` for each leaf that differs; the tokenizer's name is for people and is left out."""
+        mine, theirs = _leaves(msgspec.to_builtins(self)), _leaves(msgspec.to_builtins(other))
+        names = [name for name in mine | theirs if name != "tokenizer.name"]
+        return [f"{n}: {mine.get(n)!r} != {theirs.get(n)!r}" for n in names if mine.get(n) != theirs.get(n)]
+
+
+class PlanInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The deterministic list of work that a capture carries out.
+
+    Attributes:
+        fingerprint: hash of the plan; a resume must come to the same.
+        num_units: units in the plan; the cache is complete when each has a shard.
+    """
+
+    fingerprint: str
+    num_units: int
+
+
+class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One published shard, as its journal record and the manifest describe it.
+
+    Attributes:
+        unit: the unit of the plan that it holds.
+        name: path inside the cache.
+        sha256: of the whole file.
+        num_bytes: of the whole file.
+        num_sequences, num_tokens, num_positions, num_entries: totals over its sequences.
+        num_targets: positions that have a target.
+        target_logprob_sum: the teacher's own sum of target logprobs in nats, float64, taken before the codec.
+        column_bytes: bytes of each column's buffers, without Arrow's framing.
+    """
+
+    unit: int
+    name: str
+    sha256: str
+    num_bytes: int
+    num_sequences: int
+    num_tokens: int
+    num_positions: int
+    num_entries: int
+    num_targets: int
+    target_logprob_sum: float
+    column_bytes: dict[str, int]
+
+
+class IndexInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The index of sequences that belongs to a manifest."""
+
+    name: str
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of a cache.
+
+    Attributes:
+        number: 0 for the first; each fold adds one.
+        parent: digest of manifest number-1; None for manifest 0.
+        requires: features a reader must know; an unknown one is refused.
+        versions: package -> version at capture, for people; not compared.
+        config: the resolved capture config, for people; not compared.
+        shards: ordered by unit, at most one per unit.
+    """
+
+    format: str = FORMAT_NAME
+    format_version: tuple[int, int] = FORMAT_VERSION
+    number: int
+    parent: str | None
+    requires: tuple[str, ...] = ()
+    identity: Identity
+    plan: PlanInfo
+    versions: dict[str, str] = {}
+    config: dict[str, Any] = {}
+    shards: tuple[ShardInfo, ...] = ()
+    index: IndexInfo | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: the name of this snapshot."""
+        return hashlib.sha256(_canonical(msgspec.to_builtins(self))).hexdigest()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every unit of the plan has a shard."""
+        return len(self.shards) == self.plan.num_units
+
+    def total(self, field: str) -> Any:
+        """Sum of one of ShardInfo's numbers over all shards."""
+        return sum(getattr(shard, field) for shard in self.shards)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a value or struct: equal meaning, equal fingerprint."""
+    return hashlib.sha256(_canonical(msgspec.to_builtins(value))).hexdigest()
+
+
+def manifest_to_json(manifest: Manifest) -> bytes:
+    """The file's bytes: indented JSON, with its own digest as the last field."""
+    fields = msgspec.to_builtins(manifest) | {"digest": manifest.digest}
+    return msgspec.json.format(msgspec.json.encode(fields), indent=1) + b"\n"
+
+
+def manifest_from_json(data: bytes, *, where: str) -> Manifest:
+    """Parse and check a manifest file.
+
+    Args:
+        data: the file's bytes.
+        where: its path, for messages.
+
+    Raises:
+        UnsupportedVersionError: another major version, or a required feature that is unknown here.
+        CorruptCacheError: not JSON, a field missing or of the wrong type, a digest that does not match, or a file name that
+            is not one of ours.
+    """
+    fields = _json_object(data, where)
+    _check_version(fields, where)
+    digest = fields.pop("digest", None)
+    if digest != hashlib.sha256(_canonical(fields)).hexdigest():
+        raise CorruptCacheError(f"{where}: the manifest's own digest does not match its text; the file is damaged or was edited")
+    try:
+        manifest = msgspec.convert(fields, Manifest, strict=False)
+    except msgspec.ValidationError as error:
+        raise CorruptCacheError(f"{where}: {error}") from error
+    for shard in manifest.shards:
+        if not paths.is_shard_name(shard.name):
+            raise CorruptCacheError(f"{where}: {shard.name!r} is not a shard's name")
+    if manifest.index is not None and not paths.is_index_name(manifest.index.name):
+        raise CorruptCacheError(f"{where}: {manifest.index.name!r} is not an index's name")
+    return manifest
+
+
+def shard_to_json(shard: ShardInfo) -> bytes:
+    """A journal record's bytes, with its own digest."""
+    fields = msgspec.to_builtins(shard)
+    return msgspec.json.encode(fields | {"digest": hashlib.sha256(_canonical(fields)).hexdigest()}) + b"\n"
+
+
+def shard_from_json(data: bytes, *, where: str) -> ShardInfo:
+    """Parse and check a journal record; raises CorruptCacheError as `manifest_from_json` does."""
+    fields = _json_object(data, where)
+    digest = fields.pop("digest", None)
+    if digest != hashlib.sha256(_canonical(fields)).hexdigest():
+        raise CorruptCacheError(f"{where}: the journal record's own digest does not match its text")
+    try:
+        shard = msgspec.convert(fields, ShardInfo)
+    except msgspec.ValidationError as error:
+        raise CorruptCacheError(f"{where}: {error}") from error
+    if not paths.is_shard_name(shard.name):
+        raise CorruptCacheError(f"{where}: {shard.name!r} is not a shard's name")
+    return shard
+
+
+def _json_object(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptCacheError(f"{where}: not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CorruptCacheError(f"{where}: expected a JSON object")
+    return fields
+
+
+def _check_version(fields: dict[str, Any], where: str) -> None:
+    if fields.get("format") != FORMAT_NAME:
+        raise CorruptCacheError(f"{where}: format is {fields.get('format')!r}, expected {FORMAT_NAME!r}")
+    version = fields.get("format_version")
+    if not (isinstance(version, list) and len(version) == 2 and all(isinstance(v, int) for v in version)):
+        raise CorruptCacheError(f"{where}: format_version is {version!r}, expected two integers")
+    if version[0] != FORMAT_VERSION[0]:
+        raise UnsupportedVersionError(f"{where}: format version {version[0]}.{version[1]}, this kdcache reads {FORMAT_VERSION[0]}.x")
+    unknown = fields.get("requires") or []
+    if unknown:
+        raise UnsupportedVersionError(f"{where}: the cache requires {', '.join(map(str, unknown))}; upgrade kdcache to read it")
+
+
+def _canonical(fields: Any) -> bytes:
+    return msgspec.json.encode(fields, order="sorted")
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for name, child in value.items():
+        leaves |= _leaves(child, f"{prefix}.{name}" if prefix else name)
+    return leaves

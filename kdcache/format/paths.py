@@ -1,0 +1,63 @@
+"""File names inside a cache. Standard library only.
+
+::
+
+    manifests/000000.json            what the cache is and will hold; written first, no shards yet
+    manifests/000001.json            a fold: the shards published so far; each names its parent's digest
+    data/000017-<sha256, 16 hex>.arrow   the shard of unit 17, immutable
+    journal/000017-<same 16 hex>.json    unit 17 is done, and this is its shard
+    index/<sha256, 16 hex>.arrow     one row per sequence: where it is, how long it is
+    tmp/<host>-<pid>-<n>             not published yet; swept when its writer is gone
+"""
+
+import re
+
+DATA, JOURNAL, MANIFESTS, INDEX, TMP = "data", "journal", "manifests", "index", "tmp"
+DIRECTORIES = (DATA, JOURNAL, MANIFESTS, INDEX, TMP)
+
+_SHARD = re.compile(r"data/\d{6,}-[0-9a-f]{16}\.arrow")
+_INDEX = re.compile(r"index/[0-9a-f]{16}\.arrow")
+_MANIFEST = re.compile(r"(\d{6,})\.json")
+_JOURNAL = re.compile(r"(\d{6,})-([0-9a-f]{16})\.json")
+
+
+def shard_name(unit: int, sha256: str) -> str:
+    """Where the shard of a unit lives, named by content."""
+    return f"{DATA}/{unit:06d}-{sha256[:16]}.arrow"
+
+
+def journal_name(unit: int, sha256: str) -> str:
+    """Where the record lives that says: this unit is done, by this shard."""
+    return f"{JOURNAL}/{unit:06d}-{sha256[:16]}.json"
+
+
+def index_name(sha256: str) -> str:
+    """Where an index of sequences lives, named by content."""
+    return f"{INDEX}/{sha256[:16]}.arrow"
+
+
+def manifest_name(number: int) -> str:
+    """Where manifest `number` lives."""
+    return f"{MANIFESTS}/{number:06d}.json"
+
+
+def parse_manifest_name(base_name: str) -> int | None:
+    """The number in `000012.json`; None for a name that is no manifest's."""
+    match = _MANIFEST.fullmatch(base_name)
+    return int(match[1]) if match else None
+
+
+def parse_journal_name(base_name: str) -> int | None:
+    """The unit in `000012-0123456789abcdef.json`; None for a name that is no journal record's."""
+    match = _JOURNAL.fullmatch(base_name)
+    return int(match[1]) if match else None
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a name from a manifest is one that `shard_name` gives: it cannot leave the cache's directory."""
+    return _SHARD.fullmatch(name) is not None
+
+
+def is_index_name(name: str) -> bool:
+    """Whether a name from a manifest is one that `index_name` gives."""
+    return _INDEX.fullmatch(name) is not None

@@ -1,0 +1,232 @@
+"""The record in memory: token sequences, and the teacher's sparse next-token distributions at their supervised positions.
+
+Shape letters: N tokens of a sequence, P supervised positions, E entries of all positions (ragged), K entries per position
+(padded), M positions whose target lies outside the support.
+
+Position t is the place where the model has read tokens 0..t; its distribution is for token t+1, as the student's logits[t].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.errors import FormatError
+
+KEY_BYTES = 16
+NO_TARGET = -1
+PADDING_ID = -1
+
+ROLES = ("none", "system", "user", "assistant", "tool")
+"""Names of the codes in `TokenSequence.roles_N`; `none` is plain text and the template's own tokens."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSequence:
+    """One training item before the teacher has seen it.
+
+    Attributes:
+        input_ids_N: (N,) int32, N >= 1.
+        supervised_N: (N,) bool. supervised_N[t] is about the prediction of token t+1 at position t: a record exists there.
+            The last position has no target inside the sequence, and may be supervised all the same.
+        roles_N: (N,) uint8, index into ROLES, who wrote token t.
+        turn_starts: (num_turns,) int32, ascending; the first token of each turn. [0] for plain text.
+        source: where the item came from, for people: "corpus/a.txt#3" is window 3 of that file.
+        key: 16 bytes, see `sequence_key`.
+    """
+
+    input_ids_N: NDArray[np.int32]
+    supervised_N: NDArray[np.bool_]
+    roles_N: NDArray[np.uint8]
+    turn_starts: NDArray[np.int32]
+    source: str
+    key: bytes
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.input_ids_N)
+
+    @property
+    def positions_P(self) -> NDArray[np.int64]:
+        """(P,) the supervised positions, ascending."""
+        return np.flatnonzero(self.supervised_N)
+
+    @property
+    def target_ids_P(self) -> NDArray[np.int32]:
+        """(P,) the token that in fact came at t+1 for each supervised t; NO_TARGET at the last position."""
+        following = np.append(self.input_ids_N[1:], np.int32(NO_TARGET)).astype(np.int32)
+        return following[self.supervised_N]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Distributions:
+    """The teacher at P positions: for each, a support with logprobs normalised over the WHOLE vocabulary at temperature 1.
+
+    Attributes:
+        token_ids_E: (E,) int32, the supports one after another; distinct within a position, ordered by falling logprob and,
+            among equals, by rising id.
+        logprobs_E: (E,) float32, nats, <= 0; -inf is allowed (probability 0).
+        offsets_P1: (P+1,) int64, offsets_P1[p]:offsets_P1[p+1] are the entries of position p; starts at 0, ends at E.
+        tail_mass_P: (P,) float32 in [0, 1], the probability of all tokens outside the support.
+        outside_target_logprobs_M: (M,) float32, nats: the target's logprob at each position that has a target and whose
+            target is not in the support, in position order. With it the teacher's NLL of the text can be recomputed.
+    """
+
+    token_ids_E: NDArray[np.int32]
+    logprobs_E: NDArray[np.float32]
+    offsets_P1: NDArray[np.int64]
+    tail_mass_P: NDArray[np.float32]
+    outside_target_logprobs_M: NDArray[np.float32]
+
+    @property
+    def num_positions(self) -> int:
+        """P."""
+        return len(self.offsets_P1) - 1
+
+    @property
+    def num_entries(self) -> int:
+        """E."""
+        return len(self.token_ids_E)
+
+    @property
+    def num_entries_P(self) -> NDArray[np.int64]:
+        """(P,) entries at each position."""
+        return np.diff(self.offsets_P1)
+
+    def target_logprobs(self, target_ids_P: NDArray[np.int32]) -> NDArray[np.float32]:
+        """(P,) float32, the teacher's logprob of each target; NaN where the target is NO_TARGET.
+
+        Raises:
+            FormatError: the number of stored outside targets is not the number of targets outside the support.
+        """
+        has_target, inside_P, logprobs_P = find_targets(self, target_ids_P)
+        outside_P = has_target & ~inside_P
+        if int(outside_P.sum()) != len(self.outside_target_logprobs_M):
+            raise FormatError(
+                f"{len(self.outside_target_logprobs_M)} logprobs are stored for targets outside the support, "
+                f"but {int(outside_P.sum())} targets are outside it"
+            )
+        logprobs_P[outside_P] = self.outside_target_logprobs_M
+        return logprobs_P
+
+    def padded(self, num_columns: int | None = None) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Rectangular view of the ragged entries.
+
+        Args:
+            num_columns: K; by default the largest support. Must not be smaller than that.
+
+        Returns:
+            (P, K) int32 token ids, PADDING_ID where there is no entry, and (P, K) float32 logprobs, -inf there.
+        """
+        counts_P = self.num_entries_P
+        widest = int(counts_P.max(initial=0))
+        if num_columns is None:
+            num_columns = widest
+        if num_columns < widest:
+            raise ValueError(f"num_columns is {num_columns}, but a position has {widest} entries")
+        token_ids_PK = np.full((self.num_positions, num_columns), PADDING_ID, np.int32)
+        logprobs_PK = np.full((self.num_positions, num_columns), -np.inf, np.float32)
+        filled_PK = np.arange(num_columns) < counts_P[:, None]
+        token_ids_PK[filled_PK] = self.token_ids_E
+        logprobs_PK[filled_PK] = self.logprobs_E
+        return token_ids_PK, logprobs_PK
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceRecord:
+    """A sequence and what the teacher said of it: one row of a cache."""
+
+    sequence: TokenSequence
+    distributions: Distributions
+
+
+def sequence_key(input_ids_N: NDArray[np.int32], supervised_N: NDArray[np.bool_], template_fingerprint: str) -> bytes:
+    """16 bytes that name the item: SHA-256 of tokens, mask and chat-template fingerprint, truncated."""
+    hasher = hashlib.sha256(b"kdcache.sequence.v1\0")
+    hasher.update(len(input_ids_N).to_bytes(8, "little"))
+    hasher.update(np.ascontiguousarray(input_ids_N, "<i4").tobytes())
+    hasher.update(np.ascontiguousarray(supervised_N, np.uint8).tobytes())
+    hasher.update(template_fingerprint.encode())
+    return hasher.digest()[:KEY_BYTES]
+
+
+def find_targets(
+    distributions: Distributions, target_ids_P: NDArray[np.int32]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float32]]:
+    """Look each target up in its position's support.
+
+    Returns:
+        (P,) whether the position has a target; (P,) whether the target is in the support; (P,) float32 its logprob there,
+        NaN where it is not.
+    """
+    rows_E = np.repeat(np.arange(distributions.num_positions), distributions.num_entries_P)
+    hits_E = distributions.token_ids_E == target_ids_P[rows_E]
+    has_target_P = target_ids_P != NO_TARGET
+    hits_E &= has_target_P[rows_E]
+    inside_P = np.zeros(distributions.num_positions, bool)
+    inside_P[rows_E[hits_E]] = True
+    logprobs_P = np.full(distributions.num_positions, np.nan, np.float32)
+    logprobs_P[rows_E[hits_E]] = distributions.logprobs_E[hits_E]
+    return has_target_P, inside_P, logprobs_P
+
+
+def distributions_from_dense(
+    token_ids_PK: NDArray[np.integer],
+    logprobs_PK: NDArray[np.floating],
+    target_ids_P: NDArray[np.int32],
+    target_logprobs_P: NDArray[np.floating],
+) -> Distributions:
+    """Distributions with K entries at every position, put into the record's order; what the teachers end with.
+
+    Args:
+        token_ids_PK: (P, K) ids, distinct within a row, in any order.
+        logprobs_PK: (P, K) nats, normalised over the whole vocabulary.
+        target_ids_P: (P,) int32, NO_TARGET where there is none.
+        target_logprobs_P: (P,) nats, the target's logprob; ignored where there is no target.
+    """
+    num_positions, k = token_ids_PK.shape
+    order_PK = np.lexsort((token_ids_PK, -logprobs_PK), axis=-1)
+    ids_PK = np.take_along_axis(np.asarray(token_ids_PK, np.int32), order_PK, axis=-1)
+    sorted_PK = np.take_along_axis(np.asarray(logprobs_PK, np.float32), order_PK, axis=-1)
+    # Summed in float64: with 64 float32 terms the tail of a peaked position would be mostly rounding.
+    kept_P = np.exp(sorted_PK.astype(np.float64)).sum(axis=-1)
+    outside_P = (target_ids_P != NO_TARGET) & ~(ids_PK == target_ids_P[:, None]).any(axis=-1)
+    return Distributions(
+        token_ids_E=ids_PK.reshape(-1),
+        logprobs_E=np.minimum(sorted_PK, 0.0).reshape(-1),
+        offsets_P1=np.arange(num_positions + 1, dtype=np.int64) * k,
+        tail_mass_P=np.clip(1.0 - kept_P, 0.0, 1.0).astype(np.float32),
+        outside_target_logprobs_M=np.asarray(target_logprobs_P, np.float32)[outside_P],
+    )
+
+
+def check_distributions(distributions: Distributions, *, vocab_size: int) -> None:
+    """Raise FormatError unless every promise of `Distributions` holds; the message names the position.
+
+    Costs a few passes over the entries: for teachers' answers at capture, tests and `kdcache verify`, not for the loader.
+    """
+    d = distributions
+    if len(d.offsets_P1) < 1 or d.offsets_P1[0] != 0 or d.offsets_P1[-1] != d.num_entries or (np.diff(d.offsets_P1) < 0).any():
+        raise FormatError(f"offsets must rise from 0 to the number of entries, {d.num_entries}; got {d.offsets_P1[:4]}...")
+    if len(d.logprobs_E) != d.num_entries or len(d.tail_mass_P) != d.num_positions:
+        raise FormatError("token_ids, logprobs and tail_mass have lengths that do not fit together")
+    rows_E = np.repeat(np.arange(d.num_positions), d.num_entries_P)
+    _refuse(rows_E, (d.token_ids_E < 0) | (d.token_ids_E >= vocab_size), f"a token id is outside the vocabulary of {vocab_size}")
+    _refuse(rows_E, ~(d.logprobs_E <= 0), "a logprob is above 0 or NaN")
+    same_row_E = rows_E[1:] == rows_E[:-1]
+    _refuse(rows_E[1:], same_row_E & (d.logprobs_E[1:] > d.logprobs_E[:-1]), "logprobs are not in falling order")
+    order = np.lexsort((d.token_ids_E, rows_E))
+    ids, rows = d.token_ids_E[order], rows_E[order]
+    _refuse(rows[1:], (rows[1:] == rows[:-1]) & (ids[1:] == ids[:-1]), "a token id appears twice")
+    _refuse(np.arange(d.num_positions), ~((d.tail_mass_P >= 0) & (d.tail_mass_P <= 1)), "tail_mass is outside [0, 1]")
+    if not (d.outside_target_logprobs_M <= 0).all():
+        raise FormatError("a target's logprob is above 0 or NaN")
+
+
+def _refuse(rows: NDArray[np.int64], bad: NDArray[np.bool_], sentence: str) -> None:
+    if bad.any():
+        raise FormatError(f"record {int(rows[np.argmax(bad)])}: {sentence}")

@@ -1,0 +1,115 @@
+"""The Arrow schema of a shard and of an index, and the digest of a row. See README.md beside this file: it is the spec.
+
+A shard's columns are the fixed ones below, then the codec's, then `digest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from kdcache.errors import CorruptCacheError, UnsupportedVersionError
+from kdcache.format.manifest import FORMAT_NAME, FORMAT_VERSION, CodecInfo, SelectionInfo
+from kdcache.format.record import KEY_BYTES
+
+METADATA_KEY = b"kdcache"
+DIGEST = "digest"
+NULL_LENGTH = 2**64 - 1
+
+SEQUENCE_FIELDS = (
+    pa.field("key", pa.binary(KEY_BYTES), nullable=False),
+    pa.field("source", pa.string(), nullable=False),
+    pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
+    pa.field("supervised", pa.list_(pa.bool_()), nullable=False),
+    pa.field("roles", pa.list_(pa.uint8())),
+    pa.field("turn_starts", pa.list_(pa.int32()), nullable=False),
+    pa.field("num_entries", pa.list_(pa.uint16())),
+)
+"""Columns every codec shares. `roles` is null where every token's role is `none`; `num_entries` (entries per position) is null
+where every position has the number that the selection fixes (`k` of `top_k`)."""
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.binary(KEY_BYTES), nullable=False),
+        pa.field("shard", pa.uint32(), nullable=False),
+        pa.field("record_batch", pa.uint32(), nullable=False),
+        pa.field("row", pa.uint32(), nullable=False),
+        pa.field("num_tokens", pa.uint32(), nullable=False),
+        pa.field("num_positions", pa.uint32(), nullable=False),
+    ]
+)
+"""`shard` counts the manifest's list of shards; `record_batch` and `row` are places in that shard."""
+
+
+class ShardMetadata(msgspec.Struct, frozen=True, kw_only=True):
+    """What a shard says of itself, under the key `kdcache` of its schema metadata, so that it can be decoded alone.
+
+    Attributes:
+        digest_columns: the columns that `digest` covers, in order. A reader must know every one of them; columns of a newer
+            minor version that it does not know are not among them.
+    """
+
+    format: str = FORMAT_NAME
+    format_version: tuple[int, int] = FORMAT_VERSION
+    unit: int
+    vocab_size: int
+    selection: SelectionInfo
+    codec: CodecInfo
+    digest_columns: tuple[str, ...]
+    alignment: str = "position t has read tokens 0..t and predicts token t+1"
+    digest: str = "xxh3_64"
+
+
+def shard_schema(
+    codec_fields: Sequence[pa.Field], *, unit: int, vocab_size: int, selection: SelectionInfo, codec: CodecInfo
+) -> pa.Schema:
+    """The schema of a shard written with this codec, its metadata included."""
+    columns = [*SEQUENCE_FIELDS, *codec_fields]
+    fields = [*columns, pa.field(DIGEST, pa.uint64(), nullable=False)]
+    names = tuple(field.name for field in columns)
+    metadata = ShardMetadata(unit=unit, vocab_size=vocab_size, selection=selection, codec=codec, digest_columns=names)
+    return pa.schema(fields, metadata={METADATA_KEY: msgspec.json.encode(metadata, order="sorted")})
+
+
+def shard_metadata(schema: pa.Schema, *, where: str) -> ShardMetadata:
+    """Read and check what a shard says of itself.
+
+    Raises:
+        CorruptCacheError: no or broken metadata. UnsupportedVersionError: another major version.
+    """
+    data = (schema.metadata or {}).get(METADATA_KEY)
+    if data is None:
+        raise CorruptCacheError(f"{where}: no kdcache metadata in the Arrow schema; not a shard of a cache")
+    try:
+        metadata = msgspec.json.decode(data, type=ShardMetadata)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptCacheError(f"{where}: broken kdcache metadata: {error}") from error
+    if metadata.format_version[0] != FORMAT_VERSION[0]:
+        raise UnsupportedVersionError(
+            f"{where}: format version {metadata.format_version}, this kdcache reads {FORMAT_VERSION[0]}.x"
+        )
+    return metadata
+
+
+def row_digest(values: Mapping[str, Any], names: Sequence[str]) -> int:
+    """xxh3_64 over a row: for each column in order its length in bytes (uint64, little-endian) and its bytes.
+
+    Args:
+        values: column name -> bytes-like, C-contiguous little-endian array (bools as one byte each), or None for null.
+        names: the columns to hash, in order: `ShardMetadata.digest_columns`.
+    """
+    hasher = xxhash.xxh3_64()
+    for name in names:
+        value = values[name]
+        if value is None:
+            hasher.update(NULL_LENGTH.to_bytes(8, "little"))
+            continue
+        view = np.ascontiguousarray(value).view(np.uint8) if isinstance(value, np.ndarray) else np.frombuffer(value, np.uint8)
+        hasher.update(len(view).to_bytes(8, "little"))
+        hasher.update(view)
+    return hasher.intdigest()
