@@ -21,7 +21,9 @@ def get_codec(codec_id: str, params: dict[str, Any]) -> Codec:
         UnsupportedVersionError: unknown id, or parameters this version does not know.
     """
     if codec_id not in CODECS:
-        raise UnsupportedVersionError(f"codec {codec_id!r} is unknown here; known are {', '.join(CODECS)}; upgrade kdcache to read it")
+        raise UnsupportedVersionError(
+            f"codec {codec_id!r} is unknown here; known are {', '.join(CODECS)}; upgrade kdcache to read it"
+        )
     module, _, name = CODECS[codec_id].partition(":")
     try:
         codec: Codec = getattr(import_module(module), name)(**params)

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from kdcache.errors import CorruptCacheError
 from kdcache.format.record import Distributions
 
 ColumnValues = Mapping[str, NDArray[Any]]
@@ -53,6 +54,28 @@ class Codec(Protocol):
         """
         ...
 
-    def max_error_nats(self, logprob: float) -> float:
-        """Bound on |decoded - stored| for a logprob of this size; 0.0 for an exact codec."""
+    def max_error_nats(self, logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Bound on |decoded - stored|, elementwise, for logprobs (or log tail masses) of this size; zeros for an exact codec."""
         ...
+
+
+def list_array(arrays: Sequence[NDArray[Any]], value_type: pa.DataType) -> pa.Array:
+    """An Arrow list column with one list per array."""
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum([len(a) for a in arrays], out=offsets[1:])
+    values = np.concatenate([*arrays, np.zeros(0, value_type.to_pandas_dtype())], dtype=value_type.to_pandas_dtype())
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, value_type))
+
+
+def checked_column(columns: ColumnValues, name: str, dtype: Any, length: int) -> NDArray[Any]:
+    """A column's values, if they are of this type and number.
+
+    Raises:
+        CorruptCacheError: they are not.
+    """
+    values = columns[name]
+    if values.dtype != np.dtype(dtype) or len(values) != length:
+        raise CorruptCacheError(
+            f"column {name!r} holds {len(values)} values of {values.dtype}, expected {length} of {np.dtype(dtype)}"
+        )
+    return values

@@ -124,6 +124,10 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
         num_sequences, num_tokens, num_positions, num_entries: totals over its sequences.
         num_targets: positions that have a target.
         target_logprob_sum: the teacher's own sum of target logprobs in nats, float64, taken before the codec.
+        tail_mass_sum: sum of tail_mass over all positions.
+        entropy_floor_sum: sum over positions of the entropy in nats of support and one tail bucket: the least the teacher's
+            entropy can be. It is at most tail_mass x log(tokens in the tail) more.
+        entropy_ceiling_sum: the same with each tail spread evenly: the most it can be.
         column_bytes: bytes of each column's buffers, without Arrow's framing.
     """
 
@@ -137,6 +141,9 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_entries: int
     num_targets: int
     target_logprob_sum: float
+    tail_mass_sum: float
+    entropy_floor_sum: float
+    entropy_ceiling_sum: float
     column_bytes: dict[str, int]
 
 
@@ -213,7 +220,9 @@ def manifest_from_json(data: bytes, *, where: str) -> Manifest:
     _check_version(fields, where)
     digest = fields.pop("digest", None)
     if digest != hashlib.sha256(_canonical(fields)).hexdigest():
-        raise CorruptCacheError(f"{where}: the manifest's own digest does not match its text; the file is damaged or was edited")
+        raise CorruptCacheError(
+            f"{where}: the manifest's own digest does not match its text; the file is damaged or was edited"
+        )
     try:
         manifest = msgspec.convert(fields, Manifest, strict=False)
     except msgspec.ValidationError as error:
@@ -264,7 +273,9 @@ def _check_version(fields: dict[str, Any], where: str) -> None:
     if not (isinstance(version, list) and len(version) == 2 and all(isinstance(v, int) for v in version)):
         raise CorruptCacheError(f"{where}: format_version is {version!r}, expected two integers")
     if version[0] != FORMAT_VERSION[0]:
-        raise UnsupportedVersionError(f"{where}: format version {version[0]}.{version[1]}, this kdcache reads {FORMAT_VERSION[0]}.x")
+        raise UnsupportedVersionError(
+            f"{where}: format version {version[0]}.{version[1]}, this kdcache reads {FORMAT_VERSION[0]}.x"
+        )
     unknown = fields.get("requires") or []
     if unknown:
         raise UnsupportedVersionError(f"{where}: the cache requires {', '.join(map(str, unknown))}; upgrade kdcache to read it")

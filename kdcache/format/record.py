@@ -215,7 +215,9 @@ def check_distributions(distributions: Distributions, *, vocab_size: int) -> Non
     if len(d.logprobs_E) != d.num_entries or len(d.tail_mass_P) != d.num_positions:
         raise FormatError("token_ids, logprobs and tail_mass have lengths that do not fit together")
     rows_E = np.repeat(np.arange(d.num_positions), d.num_entries_P)
-    _refuse(rows_E, (d.token_ids_E < 0) | (d.token_ids_E >= vocab_size), f"a token id is outside the vocabulary of {vocab_size}")
+    _refuse(
+        rows_E, (d.token_ids_E < 0) | (d.token_ids_E >= vocab_size), f"a token id is outside the vocabulary of {vocab_size}"
+    )
     _refuse(rows_E, ~(d.logprobs_E <= 0), "a logprob is above 0 or NaN")
     same_row_E = rows_E[1:] == rows_E[:-1]
     _refuse(rows_E[1:], same_row_E & (d.logprobs_E[1:] > d.logprobs_E[:-1]), "logprobs are not in falling order")

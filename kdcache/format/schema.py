@@ -36,14 +36,14 @@ where every position has the number that the selection fixes (`k` of `top_k`).""
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.binary(KEY_BYTES), nullable=False),
-        pa.field("shard", pa.uint32(), nullable=False),
+        pa.field("unit", pa.uint32(), nullable=False),
         pa.field("record_batch", pa.uint32(), nullable=False),
         pa.field("row", pa.uint32(), nullable=False),
         pa.field("num_tokens", pa.uint32(), nullable=False),
         pa.field("num_positions", pa.uint32(), nullable=False),
     ]
 )
-"""`shard` counts the manifest's list of shards; `record_batch` and `row` are places in that shard."""
+"""`unit` names the shard; `record_batch` and `row` are places in it. Rows are ordered by these three."""
 
 
 class ShardMetadata(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,128 @@
+"""The default: fixed-width bit-packed ids, float16 logprobs. Reads at the speed of a memory map.
+
+Ids are a little-endian bit stream: entry e of a sequence is bits [e*w, (e+1)*w) of its `token_ids_packed`, least significant
+bit first, w = bits needed for vocab_size - 1 (at least 1); the stream is padded with zero bits to a multiple of 8 bytes.
+Logprobs, tail (as its logarithm) and outside targets are float16 nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kdcache.codec.base import ColumnValues, checked_column, list_array
+from kdcache.errors import CorruptCacheError
+from kdcache.format.record import Distributions
+
+MAX_ID_BITS = 31
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedCodec:
+    """Ids exact; a logprob of size x within x * 2^-11 nats (float16 rounding), below -65504 it becomes -inf.
+
+    Bytes per position: (w/8 + 2) per entry + 2, and 2 for a target outside the support.
+
+    Attributes:
+        vocab_size: ids are in [0, vocab_size); from 1 to 2^31.
+    """
+
+    codec_id: ClassVar[str] = "packed"
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.vocab_size <= 1 << MAX_ID_BITS:
+            raise ValueError(f"vocab_size is {self.vocab_size}, expected 1 to 2^{MAX_ID_BITS}")
+
+    @property
+    def id_bits(self) -> int:
+        """w, the width of an id in bits."""
+        return max(1, (self.vocab_size - 1).bit_length())
+
+    def params(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def fields(self) -> list[pa.Field]:
+        return [
+            pa.field("token_ids_packed", pa.large_binary(), nullable=False),
+            pa.field("logprobs", pa.list_(pa.float16()), nullable=False),
+            pa.field("tail_logprobs", pa.list_(pa.float16()), nullable=False),
+            pa.field("outside_target_logprobs", pa.list_(pa.float16()), nullable=False),
+        ]
+
+    def encode(self, sequences: Sequence[Distributions]) -> list[pa.Array]:
+        # Imported on use: numba takes 0.4 s, and reading a raw cache does not need it.
+        from kdcache.codec._numba import pack_bits
+
+        streams = [pack_bits(d.token_ids_E, self.id_bits) for d in sequences]
+        with np.errstate(divide="ignore"):
+            tails = [np.log(d.tail_mass_P) for d in sequences]
+        return [
+            _binary_array(streams),
+            list_array([_half(d.logprobs_E) for d in sequences], pa.float16()),
+            list_array([_half(tail) for tail in tails], pa.float16()),
+            list_array([_half(d.outside_target_logprobs_M) for d in sequences], pa.float16()),
+        ]
+
+    def decode(self, columns: ColumnValues, offsets_P1: NDArray[np.int64]) -> Distributions:
+        from kdcache.codec._numba import unpack_bits
+
+        num_entries, num_positions = int(offsets_P1[-1]), len(offsets_P1) - 1
+        stream = checked_column(columns, "token_ids_packed", np.uint8, packed_size(num_entries, self.id_bits))
+        token_ids_E = unpack_bits(stream, num_entries, self.id_bits)
+        if num_entries and token_ids_E.max() >= self.vocab_size:
+            raise CorruptCacheError(f"a token id is outside the vocabulary of {self.vocab_size}")
+        outside = columns["outside_target_logprobs"]
+        return Distributions(
+            token_ids_E=token_ids_E,
+            logprobs_E=_single(checked_column(columns, "logprobs", np.float16, num_entries)),
+            offsets_P1=offsets_P1,
+            tail_mass_P=np.exp(_single(checked_column(columns, "tail_logprobs", np.float16, num_positions))),
+            outside_target_logprobs_M=_single(checked_column(columns, "outside_target_logprobs", np.float16, len(outside))),
+        )
+
+    def max_error_nats(self, logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
+        size = np.abs(np.asarray(logprobs, np.float64))
+        # Half a unit in the last place: 11 bits of precision for normal numbers, steps of 2^-24 below 2^-14.
+        return np.where(size > 65504, np.inf, np.maximum(size * 2.0**-11, 2.0**-25))
+
+
+def packed_size(num_entries: int, id_bits: int) -> int:
+    """Bytes of a stream of num_entries ids: whole 8-byte words."""
+    return -(-num_entries * id_bits // 64) * 8
+
+
+def pack_bits_reference(token_ids_E: NDArray[np.int32], id_bits: int) -> NDArray[np.uint8]:
+    """The definition of the bit stream, in plain NumPy; `_numba.pack_bits` is the fast path."""
+    bits = (token_ids_E[:, None].astype(np.uint32) >> np.arange(id_bits, dtype=np.uint32)) & 1
+    stream = np.zeros(packed_size(len(token_ids_E), id_bits), np.uint8)
+    packed = np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
+    stream[: len(packed)] = packed
+    return stream
+
+
+def unpack_bits_reference(stream: NDArray[np.uint8], num_entries: int, id_bits: int) -> NDArray[np.int32]:
+    """The inverse, in plain NumPy; `_numba.unpack_bits` is the fast path."""
+    bits = np.unpackbits(stream, count=num_entries * id_bits, bitorder="little").reshape(num_entries, id_bits)
+    return (bits.astype(np.int64) << np.arange(id_bits)).sum(axis=1).astype(np.int32)
+
+
+def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16)
+
+
+def _single(values: NDArray[np.float16]) -> NDArray[np.float32]:
+    return values.astype(np.float32)
+
+
+def _binary_array(streams: Sequence[NDArray[np.uint8]]) -> pa.Array:
+    offsets = np.zeros(len(streams) + 1, np.int64)
+    np.cumsum([len(s) for s in streams], out=offsets[1:])
+    data = np.concatenate([*streams, np.zeros(0, np.uint8)])
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(streams), [None, pa.py_buffer(offsets), pa.py_buffer(data)])

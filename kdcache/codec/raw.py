@@ -1,0 +1,63 @@
+"""The definition: int32 ids and float32 numbers, nothing lost, nothing clever. Every other codec is compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kdcache.codec.base import ColumnValues, checked_column, list_array
+from kdcache.errors import CorruptCacheError
+from kdcache.format.record import Distributions
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawCodec:
+    """Exact. Bytes per position: 8 per entry + 4, and 4 for a target outside the support.
+
+    Attributes:
+        vocab_size: ids are in [0, vocab_size).
+    """
+
+    codec_id: ClassVar[str] = "raw"
+    vocab_size: int
+
+    def params(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def fields(self) -> list[pa.Field]:
+        return [
+            pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+            pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
+            pa.field("tail_mass", pa.list_(pa.float32()), nullable=False),
+            pa.field("outside_target_logprobs", pa.list_(pa.float32()), nullable=False),
+        ]
+
+    def encode(self, sequences: Sequence[Distributions]) -> list[pa.Array]:
+        return [
+            list_array([d.token_ids_E for d in sequences], pa.int32()),
+            list_array([d.logprobs_E for d in sequences], pa.float32()),
+            list_array([d.tail_mass_P for d in sequences], pa.float32()),
+            list_array([d.outside_target_logprobs_M for d in sequences], pa.float32()),
+        ]
+
+    def decode(self, columns: ColumnValues, offsets_P1: NDArray[np.int64]) -> Distributions:
+        num_entries = int(offsets_P1[-1])
+        token_ids_E = checked_column(columns, "token_ids", np.int32, num_entries)
+        if num_entries and (token_ids_E.min() < 0 or token_ids_E.max() >= self.vocab_size):
+            raise CorruptCacheError(f"a token id is outside the vocabulary of {self.vocab_size}")
+        outside = columns["outside_target_logprobs"]
+        return Distributions(
+            token_ids_E=token_ids_E,
+            logprobs_E=checked_column(columns, "logprobs", np.float32, num_entries),
+            offsets_P1=offsets_P1,
+            tail_mass_P=checked_column(columns, "tail_mass", np.float32, len(offsets_P1) - 1),
+            outside_target_logprobs_M=checked_column(columns, "outside_target_logprobs", np.float32, len(outside)),
+        )
+
+    def max_error_nats(self, logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
+        return np.zeros(np.shape(logprobs))

@@ -1,0 +1,75 @@
+"""The chain of manifests in a cache: read the newest, add one, check them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdcache.errors import CacheNotFoundError, CorruptCacheError
+from kdcache.format import paths
+from kdcache.format.manifest import Manifest, manifest_from_json, manifest_to_json
+from kdcache.store import fs
+
+
+def manifest_numbers(root: Path) -> list[int]:
+    """Numbers of the manifests there are, ascending; empty where there is no cache."""
+    directory = root / paths.MANIFESTS
+    if not directory.is_dir():
+        return []
+    return sorted(n for n in (paths.parse_manifest_name(path.name) for path in directory.iterdir()) if n is not None)
+
+
+def read_manifest(root: Path, number: int) -> Manifest:
+    """One manifest, checked against its own digest.
+
+    Raises:
+        CorruptCacheError, UnsupportedVersionError: see `manifest_from_json`.
+    """
+    path = root / paths.manifest_name(number)
+    manifest = manifest_from_json(_read(path), where=str(path))
+    if manifest.number != number:
+        raise CorruptCacheError(f"{path}: says it is manifest {manifest.number}")
+    return manifest
+
+
+def newest_manifest(root: Path) -> Manifest:
+    """The manifest with the highest number.
+
+    Raises:
+        CacheNotFoundError: the path is no cache. CorruptCacheError: the newest manifest is damaged.
+    """
+    numbers = manifest_numbers(root)
+    if not numbers:
+        what = "there is no such directory" if not root.is_dir() else "it holds no manifests/"
+        raise CacheNotFoundError(f"no cache at {str(root)!r}: {what}; expected a directory that `kdcache capture` wrote")
+    return read_manifest(root, numbers[-1])
+
+
+def add_manifest(root: Path, manifest: Manifest) -> bool:
+    """Publish a manifest; False if another writer has published one of that number first."""
+    added = fs.publish_new(root, manifest_to_json(manifest), paths.manifest_name(manifest.number))
+    fs.reached("manifest published")
+    return added
+
+
+def check_chain(root: Path) -> list[str]:
+    """What is wrong with the chain, a sentence each; empty when every manifest is whole and names its parent."""
+    problems: list[str] = []
+    parent: str | None = None
+    for expected, number in enumerate(manifest_numbers(root)):
+        if number != expected:
+            return [*problems, f"manifest {expected} is missing; the next one there is {number}"]
+        try:
+            manifest = read_manifest(root, number)
+        except CorruptCacheError as error:
+            return [*problems, str(error)]
+        if manifest.parent != parent:
+            problems.append(f"manifest {number} names {manifest.parent} as its parent, but manifest {number - 1} is {parent}")
+        parent = manifest.digest
+    return problems
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CorruptCacheError(f"{path}: cannot be read: {error.strerror}") from error

@@ -1,0 +1,82 @@
+"""The index of sequences: one row each, in the cache's order (by unit, record batch, row). Built from shards at a fold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from kdcache.errors import CorruptCacheError
+from kdcache.format import paths
+from kdcache.format.manifest import IndexInfo, ShardInfo
+from kdcache.format.schema import INDEX_SCHEMA
+from kdcache.store import fs
+
+
+def publish_index(root: Path, shards: Iterable[ShardInfo]) -> IndexInfo:
+    """Read where each sequence is from the shards (their small columns alone) and publish the index."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
+        for shard in shards:
+            for batch in _shard_rows(root, shard):
+                writer.write_batch(batch)
+    data = sink.getvalue().to_pybytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    fs.publish_bytes(root, data, paths.index_name(sha256))
+    fs.reached("index published")
+    return IndexInfo(name=paths.index_name(sha256), sha256=sha256)
+
+
+def open_index(root: Path, info: IndexInfo | None) -> pa.Table:
+    """The index, memory-mapped; an empty table where the manifest has none.
+
+    Raises:
+        CorruptCacheError: missing, damaged, or not of the schema.
+    """
+    if info is None:
+        return INDEX_SCHEMA.empty_table()
+    path = root / info.name
+    try:
+        # The whole file is hashed at each opening: 36 bytes per sequence, and every place in the data hangs on it.
+        if fs.sha256_of(path) != info.sha256:
+            raise CorruptCacheError(f"{path}: its SHA-256 is not the one in the manifest; the index is damaged")
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except OSError as error:
+        raise CorruptCacheError(f"{path}: cannot be read: {error}") from error
+    if not table.schema.equals(INDEX_SCHEMA):
+        raise CorruptCacheError(f"{path}: the schema is not an index's")
+    return table
+
+
+def _shard_rows(root: Path, shard: ShardInfo) -> Iterable[pa.RecordBatch]:
+    with pa.memory_map(str(root / shard.name)) as file:
+        reader = pa.ipc.open_file(file)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            rows = batch.num_rows
+            yield pa.RecordBatch.from_arrays(
+                [
+                    # Copied: the index outlives the mapping of the shard.
+                    pa.array(batch.column("key").to_pylist(), INDEX_SCHEMA.field("key").type),
+                    pa.array(np.full(rows, shard.unit, np.uint32)),
+                    pa.array(np.full(rows, number, np.uint32)),
+                    pa.array(np.arange(rows, dtype=np.uint32)),
+                    _lengths(batch.column("input_ids")),
+                    _num_true(batch.column("supervised")),
+                ],
+                schema=INDEX_SCHEMA,
+            )
+
+
+def _lengths(column: pa.ListArray) -> pa.Array:
+    return pa.array(np.diff(column.offsets.to_numpy()).astype(np.uint32))
+
+
+def _num_true(column: pa.ListArray) -> pa.Array:
+    flags = column.values.to_numpy(zero_copy_only=False)
+    sums = np.concatenate([[0], np.cumsum(flags)])
+    offsets = column.offsets.to_numpy()
+    return pa.array((sums[offsets[1:]] - sums[offsets[:-1]]).astype(np.uint32))

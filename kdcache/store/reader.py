@@ -1,0 +1,190 @@
+"""Reading a cache: any sequence by number, memory-mapped, its digest checked on every read."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kdcache.codec import get_codec
+from kdcache.errors import CorruptCacheError
+from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
+from kdcache.format.record import SequenceRecord
+from kdcache.format.schema import ShardMetadata, shard_metadata, shard_schema
+from kdcache.store import chain
+from kdcache.store.index import open_index
+from kdcache.store.rows import BatchReader
+
+OPEN_BATCHES = 256
+"""Record batches kept open per reader: views of memory maps and one byte per token, about 16 KiB each."""
+
+
+def open_cache(path: str | Path, *, verify: bool = True) -> CacheReader:
+    """Open the newest snapshot of a cache.
+
+    Args:
+        path: the cache's directory.
+        verify: check each row's digest on every read. Costs a tenth of the reading speed; turn it off only to measure that.
+
+    Raises:
+        CacheNotFoundError: there is no cache at the path.
+        CorruptCacheError, UnsupportedVersionError: the manifest or the index cannot be read.
+    """
+    root = Path(path)
+    return CacheReader(root, chain.newest_manifest(root), verify=verify)
+
+
+class CacheReader:
+    """A snapshot of a cache: `len(reader)` sequences, `reader[i]` a SequenceRecord. Never writes to the cache.
+
+    Safe to use from several threads; can be pickled (it re-opens the same snapshot) and used after a fork.
+
+    Attributes:
+        manifest: what the snapshot holds.
+        num_tokens_S: (S,) uint32, tokens of each sequence, from the index.
+        num_positions_S: (S,) uint32, supervised positions of each sequence, from the index.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, *, verify: bool = True) -> None:
+        self.root, self.manifest, self._verify = root, manifest, verify
+        table = open_index(root, manifest.index)
+        self.num_tokens_S: NDArray[np.uint32] = table.column("num_tokens").to_numpy()
+        self.num_positions_S: NDArray[np.uint32] = table.column("num_positions").to_numpy()
+        self._unit_S, self._batch_S, self._row_S = (table.column(n).to_numpy() for n in ("unit", "record_batch", "row"))
+        if len(table) != manifest.total("num_sequences"):
+            raise CorruptCacheError(
+                f"{root}: the index has {len(table)} sequences, the manifest {manifest.total('num_sequences')}"
+            )
+        self._shards = {shard.unit: shard for shard in manifest.shards}
+        self._files: dict[int, tuple[pa.ipc.RecordBatchFileReader, ShardMetadata]] = {}
+        self._batches: OrderedDict[tuple[int, int], BatchReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def snapshot(self) -> str:
+        """The manifest's digest: names exactly this content."""
+        return self.manifest.digest
+
+    def __len__(self) -> int:
+        return len(self.num_tokens_S)
+
+    def __getitem__(self, number: int) -> SequenceRecord:
+        """Sequence `number` in the cache's order.
+
+        Raises:
+            IndexError: out of range. CorruptCacheError: the shard is missing or damaged; names the file, batch and row.
+        """
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"sequence {number} of a cache of {len(self)}")
+        unit, batch, row = int(self._unit_S[number]), int(self._batch_S[number]), int(self._row_S[number])
+        reader = self.record_batch(unit, batch)
+        if row >= reader.num_rows:
+            raise CorruptCacheError(f"{self._shards[unit].name}: record batch {batch} has no row {row}")
+        record = reader.record(row, verify=self._verify)
+        if record.sequence.num_tokens != self.num_tokens_S[number]:
+            raise CorruptCacheError(f"{self._shards[unit].name}: record batch {batch}, row {row} is not what the index says")
+        return record
+
+    def record_batch(self, unit: int, number: int) -> BatchReader:
+        """Record batch `number` of a unit's shard, from the ones kept open or newly mapped and validated."""
+        with self._lock:
+            if (unit, number) in self._batches:
+                self._batches.move_to_end((unit, number))
+                return self._batches[unit, number]
+        reader = self._open_batch(unit, number)
+        with self._lock:
+            self._batches[unit, number] = reader
+            while len(self._batches) > OPEN_BATCHES:
+                self._batches.popitem(last=False)
+        return reader
+
+    def num_record_batches(self, unit: int) -> int:
+        """How many record batches a unit's shard has."""
+        return self._file(unit)[0].num_record_batches
+
+    def close(self) -> None:
+        """Let go of the maps; the reader can still be used and maps again."""
+        with self._lock:
+            self._batches.clear()
+            self._files.clear()
+
+    def __enter__(self) -> CacheReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "manifest": msgspec.json.encode(self.manifest), "verify": self._verify}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        manifest = msgspec.json.decode(state["manifest"], type=Manifest)
+        self.__init__(state["root"], manifest, verify=state["verify"])
+
+    def _open_batch(self, unit: int, number: int) -> BatchReader:
+        file, metadata = self._file(unit)
+        where = f"{self._shards[unit].name}: record batch {number}"
+        try:
+            batch = file.get_batch(number)
+        except (pa.ArrowInvalid, OSError, IndexError, ValueError) as error:
+            raise CorruptCacheError(f"{self.root / where}: {error}") from error
+        codec = get_codec(metadata.codec.codec_id, metadata.codec.params)
+        return BatchReader(batch, metadata, codec, str(self.root / where))
+
+    def _file(self, unit: int) -> tuple[pa.ipc.RecordBatchFileReader, ShardMetadata]:
+        with self._lock:
+            if unit not in self._files:
+                if unit not in self._shards:
+                    raise CorruptCacheError(f"{self.root}: the index names unit {unit}, which the manifest does not have")
+                self._files[unit] = open_shard(self.root, self._shards[unit], self.manifest)
+            return self._files[unit]
+
+
+def open_shard(root: Path, shard: ShardInfo, manifest: Manifest) -> tuple[pa.ipc.RecordBatchFileReader, ShardMetadata]:
+    """Map a shard and check that it is the one that the manifest means.
+
+    Raises:
+        CorruptCacheError: missing, of another size, not Arrow, or of another schema, unit, selection or codec.
+    """
+    path = root / shard.name
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes != shard.num_bytes:
+            raise CorruptCacheError(
+                f"{path}: has {num_bytes} bytes, the manifest says {shard.num_bytes}; the shard is truncated or damaged"
+            )
+        file = pa.ipc.open_file(pa.memory_map(str(path)))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorruptCacheError(f"{path}: cannot be read as an Arrow file: {error}") from error
+    metadata = shard_metadata(file.schema, where=str(path))
+    _check_schema(file.schema, metadata, shard, manifest, str(path))
+    return file, metadata
+
+
+def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, manifest: Manifest, where: str) -> None:
+    identity = manifest.identity
+    ours = (shard.unit, identity.teacher.vocab_size, identity.selection, identity.codec)
+    theirs = (metadata.unit, metadata.vocab_size, metadata.selection, metadata.codec)
+    if ours != theirs:
+        raise CorruptCacheError(f"{where}: says it is {theirs}, the manifest says {ours}")
+    expected = expected_schema(metadata.codec, metadata)
+    for field in expected:
+        if schema.get_field_index(field.name) < 0 or not schema.field(field.name).type.equals(field.type):
+            raise CorruptCacheError(f"{where}: column {field.name!r} of type {field.type} is missing")
+    if list(metadata.digest_columns) != expected.names[:-1]:
+        raise CorruptCacheError(f"{where}: the digest covers {list(metadata.digest_columns)}, expected {expected.names[:-1]}")
+
+
+def expected_schema(codec: CodecInfo, metadata: ShardMetadata) -> pa.Schema:
+    """The schema that a shard with this metadata has in this format version."""
+    fields = get_codec(codec.codec_id, codec.params).fields()
+    return shard_schema(
+        fields, unit=metadata.unit, vocab_size=metadata.vocab_size, selection=metadata.selection, codec=metadata.codec
+    )

@@ -1,0 +1,169 @@
+"""Sequence records <-> Arrow record batches: the shared columns, the codec's columns, the row digest.
+
+Shape letters: S sequences of a record batch, N tokens, P supervised positions, E entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kdcache.codec.base import Codec, list_array
+from kdcache.errors import CorruptCacheError, KdcacheError
+from kdcache.format.record import Distributions, SequenceRecord, TokenSequence
+from kdcache.format.schema import DIGEST, SEQUENCE_FIELDS, ShardMetadata, row_digest
+
+_NUMPY_BOOL = np.dtype(bool)
+
+
+def encode_records(
+    records: Sequence[SequenceRecord], codec: Codec, schema: pa.Schema, fixed_entries: int | None
+) -> pa.RecordBatch:
+    """One record batch.
+
+    Args:
+        records: S of them.
+        schema: of the shard, see `shard_schema`.
+        fixed_entries: entries that every position has by the selection (k of `top_k`), or None.
+    """
+    sequences = [r.sequence for r in records]
+    columns = [*_sequence_columns(records, fixed_entries), *codec.encode([r.distributions for r in records])]
+    names = schema.names[: len(columns)]
+    views = {name: column_view(column) for name, column in zip(names, columns, strict=True)}
+    digests = [row_digest({n: view[i] for n, view in views.items()}, names) for i in range(len(sequences))]
+    return pa.RecordBatch.from_arrays([*columns, pa.array(digests, pa.uint64())], schema=schema)
+
+
+class ColumnView:
+    """NumPy views of one Arrow column, sliced per sequence without copying; null gives None."""
+
+    def __init__(self, values: NDArray[Any], offsets_S1: NDArray[np.integer], valid_S: NDArray[np.bool_] | None) -> None:
+        self._values, self._offsets_S1, self._valid_S = values, offsets_S1, valid_S
+
+    def __getitem__(self, row: int) -> NDArray[Any] | None:
+        if self._valid_S is not None and not self._valid_S[row]:
+            return None
+        return self._values[self._offsets_S1[row] : self._offsets_S1[row + 1]]
+
+
+def column_view(column: pa.Array) -> ColumnView:
+    """Views of a validated column: lists as typed arrays (bools unpacked to one byte each), strings and binary as uint8."""
+    if column.offset:
+        raise ValueError("columns are read as whole record batches")
+    valid_S = np.asarray(column.is_valid()) if column.null_count else None
+    if pa.types.is_list(column.type):
+        offsets_S1 = np.frombuffer(column.buffers()[1], np.int32, len(column) + 1) if len(column) else np.zeros(1, np.int32)
+        values = column.values.to_numpy(zero_copy_only=not pa.types.is_boolean(column.type.value_type))
+        return ColumnView(values, offsets_S1, valid_S)
+    if pa.types.is_fixed_size_binary(column.type):
+        width = column.type.byte_width
+        values = np.frombuffer(column.buffers()[1] or b"", np.uint8, len(column) * width)
+        return ColumnView(values, np.arange(len(column) + 1) * width, valid_S)
+    offset_type = np.int64 if pa.types.is_large_binary(column.type) else np.int32
+    offsets_S1 = np.frombuffer(column.buffers()[1], offset_type, len(column) + 1) if len(column) else np.zeros(1, offset_type)
+    data = column.buffers()[2]
+    return ColumnView(np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8), offsets_S1, valid_S)
+
+
+class BatchReader:
+    """One record batch, decoded a row at a time; each row's digest is checked on every read.
+
+    Raises:
+        CorruptCacheError: the batch's offsets, lengths or text are not valid Arrow.
+    """
+
+    def __init__(self, batch: pa.RecordBatch, metadata: ShardMetadata, codec: Codec, where: str) -> None:
+        try:
+            batch.validate(full=True)  # offsets in bounds and rising, so that no view below can leave its buffer
+        except (pa.ArrowInvalid, pa.ArrowIndexError) as error:
+            raise CorruptCacheError(f"{where}: {error}") from error
+        self._metadata, self._codec, self._where = metadata, codec, where
+        self._views = {name: column_view(batch.column(name)) for name in metadata.digest_columns}
+        self._codec_names = [field.name for field in codec.fields()]
+        self._digests_S = batch.column(DIGEST).to_numpy()
+        self.num_rows = batch.num_rows
+
+    def record(self, row: int, *, verify: bool = True) -> SequenceRecord:
+        """The record in this row.
+
+        Raises:
+            CorruptCacheError: the digest does not match, or the parts do not fit together.
+        """
+        values = {name: view[row] for name, view in self._views.items()}
+        if verify and row_digest(values, self._metadata.digest_columns) != int(self._digests_S[row]):
+            raise CorruptCacheError(
+                f"{self._where}, row {row}: the row's digest does not match its bytes; the shard is damaged"
+            )
+        try:
+            sequence = _sequence(values)
+            return SequenceRecord(sequence, self._distributions(values, sequence))
+        except KdcacheError as error:
+            raise CorruptCacheError(f"{self._where}, row {row}: {error}") from error
+
+    def _distributions(self, values: dict[str, Any], sequence: TokenSequence) -> Distributions:
+        num_positions = int(sequence.supervised_N.sum())
+        offsets_P1 = _entry_offsets(values["num_entries"], num_positions, fixed_entries(self._metadata))
+        columns = {name: values[name] for name in self._codec_names}
+        if any(column is None for column in columns.values()):
+            raise CorruptCacheError("a column of the codec is null")
+        return self._codec.decode(columns, offsets_P1)
+
+
+def fixed_entries(metadata: ShardMetadata) -> int | None:
+    """Entries that every position has by the selection: k of `top_k`; None where it varies."""
+    k = metadata.selection.params.get("k") if metadata.selection.kind == "top_k" else None
+    return k if isinstance(k, int) and k >= 0 else None
+
+
+def _sequence_columns(records: Sequence[SequenceRecord], fixed: int | None) -> list[pa.Array]:
+    sequences = [r.sequence for r in records]
+    columns = [
+        pa.array([s.key for s in sequences], SEQUENCE_FIELDS[0].type),
+        pa.array([s.source for s in sequences], pa.string()),
+        list_array([s.input_ids_N for s in sequences], pa.int32()),
+        list_array([s.supervised_N for s in sequences], pa.bool_()),
+        _nullable_list([s.roles_N if s.roles_N.any() else None for s in sequences], pa.uint8()),
+        list_array([s.turn_starts for s in sequences], pa.int32()),
+    ]
+    counts = [r.distributions.num_entries_P for r in records]
+    return [*columns, _nullable_list([None if fixed is not None and (c == fixed).all() else c for c in counts], pa.uint16())]
+
+
+def _nullable_list(values: Sequence[NDArray[Any] | None], value_type: pa.DataType) -> pa.Array:
+    dtype = value_type.to_pandas_dtype()
+    lists = list_array([np.zeros(0, dtype) if v is None else v.astype(dtype, copy=False) for v in values], value_type)
+    missing = np.array([v is None for v in values], bool)
+    if not missing.any():
+        return lists
+    return pa.ListArray.from_arrays(lists.offsets, lists.values, type=lists.type, mask=pa.array(missing))
+
+
+def _sequence(values: dict[str, Any]) -> TokenSequence:
+    input_ids_N, supervised_N = values["input_ids"], values["supervised"]
+    roles_N = values["roles"] if values["roles"] is not None else np.zeros(len(input_ids_N), np.uint8)
+    if len(input_ids_N) == 0 or len(supervised_N) != len(input_ids_N) or len(roles_N) != len(input_ids_N):
+        raise CorruptCacheError("input_ids, supervised and roles have lengths that do not fit together")
+    return TokenSequence(
+        input_ids_N=input_ids_N,
+        supervised_N=supervised_N,
+        roles_N=roles_N,
+        turn_starts=values["turn_starts"],
+        source=values["source"].tobytes().decode(),
+        key=values["key"].tobytes(),
+    )
+
+
+def _entry_offsets(num_entries_P: NDArray[np.uint16] | None, num_positions: int, fixed: int | None) -> NDArray[np.int64]:
+    if num_entries_P is None:
+        if fixed is None:
+            raise CorruptCacheError("num_entries is null, but the selection does not fix the number of entries")
+        return np.arange(num_positions + 1, dtype=np.int64) * fixed
+    if len(num_entries_P) != num_positions:
+        raise CorruptCacheError(f"num_entries has {len(num_entries_P)} values for {num_positions} supervised positions")
+    offsets_P1 = np.zeros(num_positions + 1, np.int64)
+    np.cumsum(num_entries_P, out=offsets_P1[1:])
+    return offsets_P1

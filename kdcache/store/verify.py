@@ -1,0 +1,143 @@
+"""Re-read a whole cache and say what is wrong with it: bytes, structure, meaning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kdcache.codec import get_codec
+from kdcache.errors import CorruptCacheError, FormatError
+from kdcache.format.manifest import Manifest, ShardInfo
+from kdcache.format.record import SequenceRecord, check_distributions
+from kdcache.store import chain, fs
+from kdcache.store.reader import CacheReader
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+@dataclass
+class VerifyReport:
+    """What a whole reading found.
+
+    Attributes:
+        manifest: of the snapshot that was read.
+        problems: a sentence each; empty for a sound cache.
+        num_sequences, num_positions, num_bytes: read and checked.
+        teacher_nll: nats per target, the teacher's own, summed at capture before the codec; NaN without targets.
+        cached_nll: the same, recomputed from the decoded cache.
+        nll_bound: most that the codec can move the mean, in nats.
+    """
+
+    manifest: Manifest
+    problems: list[str] = field(default_factory=list)
+    num_sequences: int = 0
+    num_positions: int = 0
+    num_bytes: int = 0
+    teacher_nll: float = math.nan
+    cached_nll: float = math.nan
+    nll_bound: float = 0.0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is wrong. A sound cache may still be incomplete: see `manifest.is_complete`."""
+        return not self.problems
+
+
+@dataclass
+class _Nll:
+    teacher_sum: float = 0.0
+    cached_sum: float = 0.0
+    bound_sum: float = 0.0
+    num_targets: int = 0
+
+
+def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyReport:
+    """Check the chain of manifests, each shard's SHA-256, each row's digest, each record's promises, every count, and that the
+    teacher's NLL of the text, recomputed from the cache, is the teacher's own within the codec's bound.
+
+    Damage ends up in the report, shard by shard; it is not raised.
+
+    Raises:
+        CacheNotFoundError: there is no cache. CorruptCacheError: the newest manifest itself cannot be read.
+    """
+    root = Path(path)
+    report = VerifyReport(chain.newest_manifest(root), problems=chain.check_chain(root))
+    try:
+        reader = CacheReader(root, report.manifest)
+    except FormatError as error:
+        report.problems.append(str(error))
+        return report
+    nll = _Nll()
+    for shard in report.manifest.shards:
+        try:
+            _verify_shard(reader, shard, report, nll)
+        except FormatError as error:
+            report.problems.append(str(error))
+        report.num_bytes += shard.num_bytes
+        if progress is not None:
+            progress(report.num_bytes, report.manifest.total("num_bytes"))
+    _conclude(report, nll)
+    return report
+
+
+def _verify_shard(reader: CacheReader, shard: ShardInfo, report: VerifyReport, nll: _Nll) -> None:
+    path = reader.root / shard.name
+    if not path.exists():
+        raise CorruptCacheError(f"{path}: the shard is missing")
+    if fs.sha256_of(path) != shard.sha256:
+        report.problems.append(f"{path}: its SHA-256 is not the one in the manifest; the shard is damaged")
+    codec = get_codec(report.manifest.identity.codec.codec_id, report.manifest.identity.codec.params)
+    vocab_size = report.manifest.identity.teacher.vocab_size
+    counts = dict.fromkeys(("num_sequences", "num_tokens", "num_positions", "num_entries", "num_targets"), 0)
+    for number in range(reader.num_record_batches(shard.unit)):
+        batch = reader.record_batch(shard.unit, number)
+        for row in range(batch.num_rows):
+            record = batch.record(row)
+            _check_record(record, vocab_size, f"{path}: record batch {number}, row {row}")
+            logprobs_P = record.distributions.target_logprobs(record.sequence.target_ids_P)
+            logprobs_P = logprobs_P[~np.isnan(logprobs_P)]
+            nll.cached_sum -= float(logprobs_P.sum(dtype=np.float64))
+            nll.bound_sum += float(codec.max_error_nats(logprobs_P).sum())
+            _count(counts, record, len(logprobs_P))
+    nll.teacher_sum -= shard.target_logprob_sum
+    nll.num_targets += shard.num_targets
+    report.num_sequences += counts["num_sequences"]
+    report.num_positions += counts["num_positions"]
+    for name, found in counts.items():
+        if found != getattr(shard, name):
+            report.problems.append(f"{path}: {name} is {found}, the manifest says {getattr(shard, name)}")
+
+
+def _check_record(record: SequenceRecord, vocab_size: int, where: str) -> None:
+    try:
+        check_distributions(record.distributions, vocab_size=vocab_size)
+        record.distributions.target_logprobs(record.sequence.target_ids_P)
+    except FormatError as error:
+        raise CorruptCacheError(f"{where}: {error}") from error
+
+
+def _count(counts: dict[str, int], record: SequenceRecord, num_targets: int) -> None:
+    counts["num_sequences"] += 1
+    counts["num_tokens"] += record.sequence.num_tokens
+    counts["num_positions"] += record.distributions.num_positions
+    counts["num_entries"] += record.distributions.num_entries
+    counts["num_targets"] += num_targets
+
+
+def _conclude(report: VerifyReport, nll: _Nll) -> None:
+    if not nll.num_targets:
+        return
+    report.teacher_nll = nll.teacher_sum / nll.num_targets
+    report.cached_nll = nll.cached_sum / nll.num_targets
+    # float32 logprobs were summed in float64 at both ends; what is left beside the codec's rounding is that of float32 itself.
+    report.nll_bound = nll.bound_sum / nll.num_targets + 1e-6
+    if not report.problems and not abs(report.teacher_nll - report.cached_nll) <= report.nll_bound:
+        report.problems.append(
+            f"the teacher's NLL recomputed from the cache is {report.cached_nll:.6f} nats per target, the teacher's own was "
+            f"{report.teacher_nll:.6f}, more apart than the codec's bound of {report.nll_bound:.6f}: rows do not belong to their text"
+        )
