@@ -55,7 +55,7 @@ class Codec(Protocol):
         ...
 
     def max_error_nats(self, logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Bound on |decoded - stored|, elementwise, for logprobs (or log tail masses) of this size; zeros for an exact codec."""
+        """Elementwise bound on |decoded - stored| for logprobs (or log tail masses) of this size; zeros for an exact codec."""
         ...
 
 

@@ -111,5 +111,5 @@ def row_digest(values: Mapping[str, Any], names: Sequence[str]) -> int:
             continue
         view = np.ascontiguousarray(value).view(np.uint8) if isinstance(value, np.ndarray) else np.frombuffer(value, np.uint8)
         hasher.update(len(view).to_bytes(8, "little"))
-        hasher.update(view)
+        hasher.update(view.data)
     return hasher.intdigest()

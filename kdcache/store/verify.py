@@ -16,6 +16,8 @@ from kdcache.format.record import SequenceRecord, check_distributions
 from kdcache.store import chain, fs
 from kdcache.store.reader import CacheReader
 
+_COUNTS = ("num_sequences", "num_tokens", "num_positions", "num_entries", "num_targets")
+
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
@@ -93,7 +95,7 @@ def _verify_shard(reader: CacheReader, shard: ShardInfo, report: VerifyReport, n
         report.problems.append(f"{path}: its SHA-256 is not the one in the manifest; the shard is damaged")
     codec = get_codec(report.manifest.identity.codec.codec_id, report.manifest.identity.codec.params)
     vocab_size = report.manifest.identity.teacher.vocab_size
-    counts = dict.fromkeys(("num_sequences", "num_tokens", "num_positions", "num_entries", "num_targets"), 0)
+    counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
     for number in range(reader.num_record_batches(shard.unit)):
         batch = reader.record_batch(shard.unit, number)
         for row in range(batch.num_rows):
@@ -139,5 +141,6 @@ def _conclude(report: VerifyReport, nll: _Nll) -> None:
     if not report.problems and not abs(report.teacher_nll - report.cached_nll) <= report.nll_bound:
         report.problems.append(
             f"the teacher's NLL recomputed from the cache is {report.cached_nll:.6f} nats per target, the teacher's own was "
-            f"{report.teacher_nll:.6f}, more apart than the codec's bound of {report.nll_bound:.6f}: rows do not belong to their text"
+            f"{report.teacher_nll:.6f}, more apart than the codec's bound of {report.nll_bound:.6f}: "
+            "rows do not belong to their text"
         )

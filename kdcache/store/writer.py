@@ -125,7 +125,7 @@ class CacheWriter:
 
     def _journal(self) -> Iterator[ShardInfo]:
         """Shards from the journal whose file is there; of several for a unit, the first name's comes last."""
-        names = sorted((p.name for p in (self.root / paths.JOURNAL).iterdir() if paths.parse_journal_name(p.name) is not None))
+        names = sorted(p.name for p in (self.root / paths.JOURNAL).iterdir() if paths.parse_journal_name(p.name) is not None)
         for name in reversed(names):
             path = self.root / paths.JOURNAL / name
             try:
@@ -196,7 +196,8 @@ def _refuse_foreign_directory(root: Path) -> None:
     foreign = sorted(p.name for p in root.iterdir() if p.name not in paths.DIRECTORIES)
     if foreign and not chain.manifest_numbers(root):
         raise MismatchError(
-            f"output directory {str(root)!r} is not a cache and not empty (it holds {foreign[0]!r}); choose an empty or new directory"
+            f"output directory {str(root)!r} is not a cache and not empty (it holds {foreign[0]!r}); "
+            "choose an empty or new directory"
         )
 
 
@@ -209,6 +210,6 @@ def _refuse_other_capture(root: Path, theirs: Manifest, ours: Manifest) -> None:
         )
     if differences:
         raise MismatchError(
-            f"{str(root)!r} holds another capture (there != asked for): {'; '.join(differences)}; choose another output.path, or "
-            "repeat the config that made it to resume"
+            f"{str(root)!r} holds another capture (there != asked for): {'; '.join(differences)}; "
+            "choose another output.path, or repeat the config that made it to resume"
         )
