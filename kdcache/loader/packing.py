@@ -1,0 +1,125 @@
+"""Packing: which sequences share a row, from their lengths alone. Pure functions; no record is read.
+
+Each window of `pack_window` sequences of the epoch's order is packed by itself, first fit: a sequence goes into the first row
+of its window that has room for it, or opens a new one. `BLOCK_WINDOWS` windows are packed at once, because NumPy's cost is per
+call: the i-th sequences of all windows of a block are placed together.
+
+Shape letters: S sequences of the cache, M sequences of a block in the order's places, C windows, W places of a window, R rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.loader.order import Order, sequences_at
+
+PACKING_VERSION = 1
+"""Goes up with any change of what `pack_block` returns; part of a loader's state."""
+
+BLOCK_WINDOWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How rows are filled: the fields of LoaderConfig that decide it."""
+
+    kind: Literal["first_fit", "none"]
+    seq_len: int
+    window: int
+
+    @property
+    def block_places(self) -> int:
+        """Places of the order that one block covers."""
+        return BLOCK_WINDOWS * self.window
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """The rows of one block, in the order in which the stream has them.
+
+    Attributes:
+        sequences_M: (M,) int64, the sequences, row after row.
+        starts_R1: (R+1,) int64; row r holds sequences_M[starts_R1[r]:starts_R1[r + 1]].
+    """
+
+    sequences_M: NDArray[np.int64]
+    starts_R1: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts_R1) - 1
+
+    def __getitem__(self, row: int) -> NDArray[np.int64]:
+        return self.sequences_M[self.starts_R1[row] : self.starts_R1[row + 1]]
+
+
+def pack_block(lengths_S: NDArray[np.unsignedinteger], order: Order, block: int, packing: Packing) -> Rows:
+    """The rows of one block of the epoch.
+
+    Args:
+        lengths_S: (S,) tokens of every sequence of the cache, each in [1, seq_len].
+        order: the epoch's.
+        block: covers places [block * block_places, (block + 1) * block_places) of the order.
+        packing: how rows are filled.
+    """
+    start = block * packing.block_places
+    sequences_M = sequences_at(order, start, min(start + packing.block_places, order.num_sequences))
+    if packing.kind == "none":
+        return Rows(sequences_M, np.arange(len(sequences_M) + 1))
+    rows_M = _first_fit_windows(lengths_S[sequences_M].astype(np.int64), packing)
+    by_row_M = np.argsort(rows_M, kind="stable")
+    starts_R1 = np.append(0, np.cumsum(np.bincount(rows_M)))
+    return Rows(sequences_M[by_row_M], starts_R1)
+
+
+def first_fit(lengths_CW: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+    """First fit of several windows at once.
+
+    Args:
+        lengths_CW: (C, W) tokens, in [0, seq_len]; 0 where a window has no sequence at that place.
+        seq_len: room in a row.
+
+    Returns:
+        (C, W) int64, the row of its own window that each sequence goes to; -1 where the length is 0.
+    """
+    num_windows, width = lengths_CW.shape
+    windows_C = np.arange(num_windows)
+    room_CR = np.full((num_windows, width), seq_len, np.int64)
+    rows_CW = np.empty((num_windows, width), np.int64)
+    num_open = 0
+    for i in range(width):
+        lengths_C = lengths_CW[:, i]
+        # The row after the open ones is empty, so that argmax finds one always.
+        rows_C = (room_CR[:, : num_open + 1] >= lengths_C[:, None]).argmax(axis=1)
+        room_CR[windows_C, rows_C] -= lengths_C
+        rows_CW[:, i] = rows_C
+        num_open = max(num_open, int(rows_C.max()) + 1)
+    return np.where(lengths_CW > 0, rows_CW, -1)
+
+
+def first_fit_reference(lengths_W: list[int], seq_len: int) -> list[int]:
+    """First fit of one window, as one would explain it: the definition that `first_fit` is compared with."""
+    filled: list[int] = []
+    rows: list[int] = []
+    for length in lengths_W:
+        row = next((r for r, tokens in enumerate(filled) if tokens + length <= seq_len), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        filled[row] += length
+        rows.append(row)
+    return rows
+
+
+def _first_fit_windows(lengths_M: NDArray[np.int64], packing: Packing) -> NDArray[np.int64]:
+    """(M,) the row within the block of each sequence: windows one after another, each with rows of its own."""
+    width = min(packing.window, len(lengths_M))
+    num_windows = -(-len(lengths_M) // width)
+    lengths_CW = np.zeros((num_windows, width), np.int64)
+    lengths_CW.reshape(-1)[: len(lengths_M)] = lengths_M
+    rows_CW = first_fit(lengths_CW, packing.seq_len)
+    num_rows_C = rows_CW.max(axis=1) + 1
+    first_row_C = np.cumsum(num_rows_C) - num_rows_C
+    return (rows_CW + first_row_C[:, None]).reshape(-1)[: len(lengths_M)]

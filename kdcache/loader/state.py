@@ -1,0 +1,82 @@
+"""A loader's state: a small JSON dict that says which batch comes next, and of what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kdcache.config.loader import LoaderConfig
+from kdcache.errors import StateError
+from kdcache.loader.order import ORDER_VERSION
+from kdcache.loader.packing import PACKING_VERSION
+
+STATE_VERSION = 1
+
+_NOT_OF_THE_STREAM = {"num_threads", "prefetch_batches", "seed"}
+
+
+class LoaderState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The same on all ranks, under 1 kB, and of constant structure.
+
+    Attributes:
+        version: of this struct.
+        order_version, packing_version: of the algorithms that made the stream.
+        snapshot: digest of the cache's manifest.
+        options: the fields of LoaderConfig that decide the stream, but for the seed.
+        seed, epoch: of the order.
+        next_batch: number in the epoch of the global batch that comes next; 0 of the next epoch behind the last.
+    """
+
+    version: int = STATE_VERSION
+    order_version: int = ORDER_VERSION
+    packing_version: int = PACKING_VERSION
+    snapshot: str
+    options: dict[str, Any]
+    seed: int
+    epoch: int
+    next_batch: int
+
+
+def stream_options(options: LoaderConfig) -> dict[str, Any]:
+    """The options that decide the stream, as JSON values; the seed has its own place in a state."""
+    return {name: value for name, value in msgspec.to_builtins(options).items() if name not in _NOT_OF_THE_STREAM}
+
+
+def parse_state(fields: Any, *, here: LoaderState) -> LoaderState:
+    """The state in a dict, checked against a loader's own.
+
+    Args:
+        fields: what `state_dict` gave, perhaps by way of a file.
+        here: the state of the loader that is to go on with it; its epoch and next_batch do not matter.
+
+    Raises:
+        StateError: not a state, or one of another cache, of other options or of another version; the message shows both sides.
+    """
+    if isinstance(fields, dict) and fields.get("version", STATE_VERSION) != STATE_VERSION:
+        raise StateError(f"the loader state has version {fields['version']!r}, this kdcache reads version {STATE_VERSION}")
+    try:
+        state = msgspec.convert(fields, LoaderState)
+    except msgspec.ValidationError as error:
+        raise StateError(f"not a state of a kdcache loader: {error}") from error
+    differences = _differences(_leaves(state), _leaves(here))
+    if differences:
+        raise StateError(
+            f"the loader state was saved under {'; '.join(differences)}: give the loader the cache and the options that it was "
+            f"saved with, or begin anew without it"
+        )
+    if state.epoch < 0 or state.next_batch < 0:
+        raise StateError(f"the loader state names epoch {state.epoch}, batch {state.next_batch}; expected numbers from 0 up")
+    return state
+
+
+def _leaves(state: LoaderState) -> dict[str, Any]:
+    """What two states must agree in."""
+    fields = msgspec.to_builtins(state)
+    options = fields.pop("options")
+    return {name: fields[name] for name in ("order_version", "packing_version", "snapshot", "seed")} | options
+
+
+def _differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    names = [*saved, *(name for name in here if name not in saved)]
+    return [f"{n} {saved.get(n)!r}, here {here.get(n)!r}" for n in names if saved.get(n) != here.get(n)]
