@@ -57,7 +57,7 @@ class CacheWriter:
             CaptureError: the directory cannot be made.
         """
         root = Path(path)
-        _refuse_foreign_directory(root)
+        refuse_foreign_directory(root)
         fs.make_directories(root)
         fs.sweep_temp_files(root)
         if not chain.manifest_numbers(root):
@@ -188,7 +188,8 @@ class CacheWriter:
                     fs.reached("swept one")
 
 
-def _refuse_foreign_directory(root: Path) -> None:
+def refuse_foreign_directory(root: Path) -> None:
+    """Raise MismatchError unless a cache is there or may be made there: a capture asks before it loads a model."""
     if root.exists() and not root.is_dir():
         raise MismatchError(f"output {str(root)!r} is a file; expected a directory for the cache")
     if not root.is_dir():

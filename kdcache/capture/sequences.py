@@ -1,0 +1,114 @@
+"""Items -> tokens -> the sequences that a teacher reads, with an account of everything that was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.capture.content import Item, Message
+from kdcache.capture.windows import TokenizedItem, cut_windows, num_truncated_tokens, supervise_assistant
+from kdcache.config.capture import InputConfig
+from kdcache.errors import InputError, MismatchError
+from kdcache.format.record import TokenSequence
+from kdcache.teacher.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class CutCounts:
+    """What became of the items of some units.
+
+    Attributes:
+        num_sequences: given to the teacher.
+        num_empty_items: skipped: no content, or no token.
+        num_unsupervised: sequences skipped because none of their positions is supervised: chats, or windows of chats, in which
+            the assistant says nothing.
+        num_truncated_items, num_truncated_tokens: under policy `truncate`.
+    """
+
+    num_sequences: int = 0
+    num_empty_items: int = 0
+    num_unsupervised: int = 0
+    num_truncated_items: int = 0
+    num_truncated_tokens: int = 0
+
+    def add(self, other: CutCounts) -> None:
+        """Add another account to this one."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+def make_sequences(
+    items: Iterable[Item], *, tokenizer: Tokenizer, config: InputConfig, vocab_size: int
+) -> tuple[list[TokenSequence], CutCounts]:
+    """The sequences of some items, in order.
+
+    Args:
+        items: as an InputReader gives them.
+        tokenizer: for content `ids` it is not asked.
+        config: content, supervision, special tokens and windows.
+        vocab_size: the teacher's; every id must be below it.
+
+    Raises:
+        InputError: an id outside the vocabulary, a chat that its template refuses, an item too long under policy `error`.
+        MismatchError: the tokenizer gives ids that the teacher does not know.
+    """
+    counts = CutCounts()
+    template = tokenizer.identity.chat_template_fingerprint
+    made: list[TokenSequence] = []
+    for item in items:
+        tokens = None if item.is_empty else _tokenize(item, tokenizer, config)
+        if tokens is None or len(tokens.input_ids_N) == 0:
+            counts.num_empty_items += 1
+            continue
+        _check_ids(tokens, config, tokenizer, vocab_size)
+        sequences = cut_windows(tokens, config.window, template)
+        supervised = [sequence for sequence in sequences if sequence.supervised_N.any()]
+        made += supervised
+        truncated = num_truncated_tokens(len(tokens.input_ids_N), config.window)
+        counts.add(CutCounts(len(supervised), 0, len(sequences) - len(supervised), int(truncated > 0), truncated))
+    return made, counts
+
+
+def _tokenize(item: Item, tokenizer: Tokenizer, config: InputConfig) -> TokenizedItem:
+    if isinstance(item.content, list):
+        return _tokenize_chat(item.content, item.source, tokenizer, config)
+    if isinstance(item.content, str):
+        ids = tokenizer.encode(item.content, config.add_special_tokens)
+        return _plain(np.asarray(ids, np.int64), item.source)
+    return _plain(item.content, item.source)
+
+
+def _plain(ids: NDArray[np.int64], source: str) -> TokenizedItem:
+    num_tokens = len(ids)
+    return TokenizedItem(ids, np.ones(num_tokens, np.bool_), np.zeros(num_tokens, np.uint8), np.zeros(1, np.int32), source)
+
+
+def _tokenize_chat(messages: list[Message], source: str, tokenizer: Tokenizer, config: InputConfig) -> TokenizedItem:
+    try:
+        chat = tokenizer.encode_chat(messages)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    num_tokens = len(chat.input_ids)
+    if config.supervise == "assistant":
+        supervised_N = supervise_assistant(np.asarray(chat.assistant_mask, np.bool_))
+    else:
+        supervised_N = np.ones(num_tokens, np.bool_)
+    starts, roles_N = np.asarray(chat.turn_starts, np.int32), np.asarray(chat.roles, np.uint8)
+    return TokenizedItem(np.asarray(chat.input_ids, np.int64), supervised_N, roles_N, starts, source)
+
+
+def _check_ids(tokens: TokenizedItem, config: InputConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
+    outside_N = (tokens.input_ids_N < 0) | (tokens.input_ids_N >= vocab_size)
+    if not outside_N.any():
+        return
+    index = int(np.argmax(outside_N))
+    token_id = int(tokens.input_ids_N[index])
+    if config.content == "ids":
+        raise InputError(f"{tokens.source}: id {index} is {token_id}, outside the teacher's vocabulary of {vocab_size}")
+    raise MismatchError(
+        f"{tokens.source}: tokenizer {tokenizer.identity.name!r} gives the id {token_id}, outside the teacher's vocabulary of "
+        f"{vocab_size}; set teacher.tokenizer to the one that belongs to the model"
+    )

@@ -1,0 +1,112 @@
+"""What may be asked for, read off the config structs: their fields, types, defaults and documentation.
+
+The docstrings of the structs are the one place where a field is described; `kdcache COMMAND --help` and the messages of
+`kdcache.config.load` are made from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+
+@dataclass(frozen=True)
+class FieldDescription:
+    """One field that a user can set.
+
+    Attributes:
+        path: as in `input.window.size`.
+        type: in words: "a whole number", "one of top_k".
+        default: as YAML, or None where the field is required.
+        text: its documentation, one paragraph.
+    """
+
+    path: str
+    type: str
+    default: str | None
+    text: str
+
+
+def describe_fields(config_type: type[msgspec.Struct], prefix: str = "") -> list[FieldDescription]:
+    """Every field under a struct, sections opened, in the order in which they are declared."""
+    described: list[FieldDescription] = []
+    texts = field_docs(config_type)
+    hints = get_type_hints(config_type)
+    for field in msgspec.structs.fields(config_type):
+        path, hint = f"{prefix}{field.name}", hints[field.name]
+        if section_fields(hint) is not None:
+            described += describe_fields(hint, f"{path}.")
+        else:
+            described.append(FieldDescription(path, _type_in_words(hint), _default(field), texts.get(field.name, "")))
+    return described
+
+
+def field_docs(config_type: type[msgspec.Struct]) -> dict[str, str]:
+    """Field -> its paragraph in the `Attributes:` of the struct's docstring; `a, b: text` describes both."""
+    _, _, body = inspect.cleandoc(config_type.__doc__ or "").partition("Attributes:\n")
+    docs: dict[str, str] = {}
+    for paragraph in re.split(r"\n(?=    \S)", "\n" + body):
+        names, colon, text = paragraph.strip().partition(":")
+        if colon:
+            docs |= {name.strip(): " ".join(text.split()) for name in names.split(",")}
+    return docs
+
+
+def section_fields(kind: Any) -> dict[str, Any] | None:
+    """Field -> type for a struct; None for anything else."""
+    return get_type_hints(kind) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else None
+
+
+def type_at(config_type: Any, path: Sequence[str]) -> Any:
+    """The declared type of the field at a path; `dict` for a mapping with free keys; None where there is no such field."""
+    kind = config_type
+    for part in path:
+        kind = (section_fields(kind) or {}).get(part.partition("[")[0])
+    return dict if get_origin(kind) is dict else kind
+
+
+def choices_of(kind: Any) -> tuple[Any, ...]:
+    """The values of a Literal, or of the Literal inside an optional one; () for another type."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(choice for part in _union_parts(kind) if part is not kind for choice in choices_of(part))
+
+
+def nearest(name: str, known: Iterable[str] | Mapping[str, Any]) -> str | None:
+    """The known name that looks most like this one, or None where none is near."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)
+
+
+def _union_parts(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _type_in_words(kind: Any) -> str:
+    words = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if get_origin(kind) is dict:
+        return "mapping"
+    if get_origin(kind) in (tuple, list):
+        return "list"
+    parts = _union_parts(kind)
+    return " | ".join(_type_in_words(part) for part in parts) if len(parts) > 1 else words.get(kind, str(kind))
+
+
+def _default(field: Any) -> str | None:
+    if field.default is not msgspec.NODEFAULT:
+        value = field.default
+    elif field.default_factory is not msgspec.NODEFAULT:
+        value = field.default_factory()
+    else:
+        return None
+    if isinstance(value, str):
+        return value
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,203 @@
+"""A config file on disk -> a config struct, or one sentence that says which field is wrong, what it is and what it may be.
+
+YAML, with two changes to PyYAML's safe loader: a key given twice in one mapping is refused (the first value would be lost without
+a word), and `3e-4` is a number (YAML 1.1 reads it as text, because it lacks the dot).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from kdcache.config.describe import choices_of, nearest, section_fields, type_at
+from kdcache.errors import ConfigError
+
+C = TypeVar("C", bound=msgspec.Struct)
+
+_MESSAGE = re.compile(r"(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$\.?(?P<path>.*)`)?", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+_WORDS = {"object": "a section (a mapping)", "array": "a list", "str": "text", "bool": "true or false", "int": "a whole number",
+          "float": "a number", "null": "null"}  # fmt: skip
+
+
+def load_config(path: str | Path, config_type: type[C], overrides: Sequence[str] = ()) -> C:
+    """Read a YAML file into a config, with some fields overridden.
+
+    Args:
+        path: the file.
+        config_type: the struct that says which fields there are.
+        overrides: each `section.field=value`; the value is YAML, as in `input.paths=[a.txt, b.txt]` or `input.limit=null`.
+
+    Raises:
+        ConfigError: the file cannot be read or is not YAML, a field is unknown, missing or has a value that it may not have.
+            The message starts with the file's or the field's path.
+    """
+    fields = read_yaml_mapping(path)
+    for override in overrides:
+        apply_override(fields, config_type, override)
+    return convert_config(fields, config_type, where=str(path))
+
+
+def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; raises ConfigError, naming the file and the line, where it holds none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such config file") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: a directory, but a YAML file was expected") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}), but a YAML file was expected") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    fields = _parse_yaml(text, where=str(path))
+    if fields is None:
+        raise ConfigError(f"{path}: empty, but a mapping of sections was expected; configs/ holds complete examples")
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: holds {_shown(fields)}, but a mapping of sections was expected")
+    return fields
+
+
+def apply_override(fields: dict[str, Any], config_type: type[msgspec.Struct], override: str) -> None:
+    """Set one field of a mapping that is not converted yet.
+
+    Args:
+        fields: changed in place; sections that are not there are made.
+        config_type: says which paths exist.
+        override: `section.field=value`.
+
+    Raises:
+        ConfigError: no `=`, an unknown path, or a value that is not YAML.
+    """
+    name, equals, text = override.partition("=")
+    parts = name.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"{override!r}: an override is written `section.field=value`, as in `input.limit=100`")
+    _refuse_unknown_path(parts, config_type)
+    section = fields
+    for part in parts[:-1]:
+        child = section.get(part)
+        section[part] = section = child if isinstance(child, dict) else {}
+    section[parts[-1]] = _parse_yaml(text, where=name)
+
+
+def convert_config(fields: Mapping[str, Any], config_type: type[C], *, where: str = "") -> C:
+    """A config from plain values; raises ConfigError as `load_config` does, each message starting with `where` and the field."""
+    prefix = f"{where}: " if where else ""
+    try:
+        _refuse_unknown_fields(fields, config_type)
+        return msgspec.convert(fields, config_type)
+    except msgspec.ValidationError as error:
+        raise ConfigError(prefix + _explain(str(error), fields, config_type)) from error
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from error
+
+
+def config_to_builtins(config: msgspec.Struct) -> dict[str, Any]:
+    """The resolved config, defaults included, as JSON values: what a manifest keeps for people."""
+    return msgspec.to_builtins(config)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, refusing repeated keys and reading `3e-4` as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _parse_yaml(text: str, *, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506: a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}" if mark is not None else where
+        raise ConfigError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not YAML: {error}") from error
+
+
+def _refuse_unknown_path(parts: Sequence[str], config_type: type[msgspec.Struct]) -> None:
+    kind: Any = config_type
+    for index, part in enumerate(parts):
+        fields = section_fields(kind)
+        if fields is None:
+            if index and type_at(config_type, parts[:index]) is dict:
+                return
+            raise ConfigError(f"{'.'.join(parts[:index])} is a value, so there is no field {'.'.join(parts)}")
+        if part not in fields:
+            raise ConfigError(_unknown(".".join(parts[: index + 1]), part, fields))
+        kind = fields[part]
+    if section_fields(kind) is not None:
+        raise ConfigError(f"{'.'.join(parts)} is a section; set one of its fields: {', '.join(section_fields(kind) or ())}")
+
+
+def _refuse_unknown_fields(fields: Any, config_type: Any, path: str = "") -> None:
+    known = section_fields(config_type)
+    if known is None or not isinstance(fields, Mapping):
+        return
+    for name, value in fields.items():
+        here = f"{path}.{name}" if path else str(name)
+        if name not in known:
+            raise ConfigError(_unknown(here, str(name), known))
+        _refuse_unknown_fields(value, known[name], here)
+
+
+def _unknown(path: str, name: str, known: Mapping[str, Any]) -> str:
+    hint = nearest(name, known)
+    if hint is None:
+        return f"{path}: no such field; the fields here are {', '.join(known)}"
+    return f"{path}: no such field; did you mean {'.'.join([*path.split('.')[:-1], hint])}?"
+
+
+def _explain(message: str, fields: Mapping[str, Any], config_type: type[msgspec.Struct]) -> str:
+    match = _MESSAGE.fullmatch(message)
+    assert match is not None
+    what, path = match["what"], match["path"] or ""
+    missing = _MISSING.fullmatch(what)
+    if missing:
+        return f"{path + '.' if path else ''}{missing[1]}: required, but not given"
+    if match["key"]:
+        return f"{path}: a key that is not text"
+    value = _value_at(fields, path)
+    if what.startswith("Invalid enum value"):
+        allowed = choices_of(type_at(config_type, path.split(".")))
+        return f"{path}: expected one of {', '.join(map(repr, allowed))}, got {_shown(value)}"
+    if what.startswith("Expected "):
+        expected = re.sub(r", got `.*`$", "", what.removeprefix("Expected "))
+        return f"{path}: expected {_in_words(expected)}, got {_shown(value)}"
+    return f"{path}: {what}" if path else what
+
+
+def _in_words(expected: str) -> str:
+    types = re.compile(r"`([^`]*)`")
+    return types.sub(lambda m: " or ".join(_WORDS.get(word, word) for word in m[1].split(" | ")), expected)
+
+
+def _value_at(fields: Any, path: str) -> Any:
+    for part in re.findall(r"[^.\[\]]+", path):
+        try:
+            fields = fields[int(part)] if isinstance(fields, list) else fields[part]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return fields
+    return fields
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a section (a mapping)"
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

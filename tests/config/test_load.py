@@ -1,0 +1,120 @@
+"""A config file gives a config, or one sentence that names the field, its value and what it may be."""
+
+from pathlib import Path
+
+import pytest
+
+from kdcache.config.capture import CaptureConfig
+from kdcache.config.load import config_to_builtins, convert_config, load_config
+from kdcache.errors import ConfigError
+
+GOOD = """
+input: {format: txt, paths: [a.txt]}
+teacher: {model: m, backend: fake}
+output: {path: out}
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text), CaptureConfig, overrides)
+    return str(caught.value)
+
+
+def test_a_file_becomes_a_config_with_defaults(tmp_path):
+    config = load_config(write(tmp_path, GOOD), CaptureConfig)
+    assert config.input.paths == ("a.txt",)
+    assert config.selection.k == 64
+    assert convert_config(config_to_builtins(config), CaptureConfig) == config
+
+
+def test_overrides_are_yaml_and_make_sections(tmp_path):
+    overrides = [
+        "selection.k=8",
+        "input.paths=[b.txt, c.txt]",
+        "input.window.size=16",
+        "input.limit=null",
+        "teacher.gpu_memory_utilization=5e-1",
+        "teacher.engine_options.enforce_eager=true",
+    ]
+    config = load_config(write(tmp_path, GOOD), CaptureConfig, overrides)
+    assert config.selection.k == 8
+    assert config.input.paths == ("b.txt", "c.txt")
+    assert config.input.window.size == 16
+    assert config.input.limit is None
+    assert config.teacher.gpu_memory_utilization == 0.5
+    assert config.teacher.engine_options == {"enforce_eager": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("selection: {topk: 3}", "selection.topk: no such field"),
+        ("selecton: {k: 3}", "selecton: no such field; did you mean selection?"),
+        ("selection: {k: lots}", "selection.k: expected a whole number, got 'lots'"),
+        ("selection: {k: 0}", "selection.k: expected a whole number >= 1, got 0"),
+        ("selection: {k: 2.5}", "selection.k: expected a whole number, got 2.5"),
+        ("selection: {kind: top_q}", "selection.kind: expected one of 'top_k', got 'top_q'"),
+        ("selection:", "selection: expected a section (a mapping), got null"),
+        ("codec: [raw]", "codec: expected a section (a mapping), got ['raw']"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_value_and_what_it_may_be(tmp_path, change, sentence):
+    message = refusal(tmp_path, GOOD + change)
+    assert sentence in message
+    assert message.startswith(str(tmp_path / "c.yaml") + ": ")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("selection.kk=3", "selection.kk: no such field; did you mean selection.k?"),
+        ("input.windw.size=3", "input.windw: no such field; did you mean input.window?"),
+        ("input.limit.x=3", "input.limit is a value"),
+        ("input.window=3", "input.window is a section"),
+        ("selection.k", "an override is written `section.field=value`"),
+        ("=3", "an override is written `section.field=value`"),
+        ("selection.k=[", "selection.k:1: not YAML"),
+        ("input.window.overlap=5000", "input.window: overlap is 5000, but must be smaller than size, 1024"),
+        ("input.paths=a.txt", "input.paths: expected a list, got 'a.txt'"),
+        ("input.paths=[1]", "input.paths[0]: expected text, got 1"),
+        ("teacher.engine_options={a: [1]}", "teacher.engine_options[...]: expected"),
+        ("input.streaming=true", "neither `dataset` nor `streaming`"),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path, override, sentence):
+    assert sentence in refusal(tmp_path, GOOD, override)
+
+
+def test_a_missing_field_is_named(tmp_path):
+    assert "teacher.model: required, but not given" in refusal(tmp_path, GOOD.replace("model: m, ", ""))
+    assert "output: required, but not given" in refusal(tmp_path, GOOD.replace("output: {path: out}", ""))
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
+    message = refusal(tmp_path, GOOD + "selection:\n  k: 3\n  k: 4\n")
+    assert "c.yaml:7" in message
+    assert "'k' is given twice" in message
+
+
+def test_files_that_hold_no_mapping_are_refused_in_a_sentence(tmp_path):
+    assert "empty" in refusal(tmp_path, "")
+    assert "holds ['a']" in refusal(tmp_path, "- a")
+    assert "c.yaml:1: not YAML" in refusal(tmp_path, "a: [")
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(tmp_path / "nowhere.yaml", CaptureConfig)
+    with pytest.raises(ConfigError, match="a directory, but a YAML file was expected"):
+        load_config(tmp_path, CaptureConfig)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary\.yaml: not UTF-8 text"):
+        load_config(tmp_path / "binary.yaml", CaptureConfig)
+
+
+def test_yaml_that_would_run_code_is_refused(tmp_path):
+    assert "not YAML" in refusal(tmp_path, "input: !!python/object/apply:os.getcwd []")
