@@ -1,0 +1,183 @@
+"""What the row kernels are given, and what every backend promises.
+
+Shape letters: P positions (rows), K entries per position (padded), V the student's vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kdcache.errors import LossError
+
+TAIL_POLICIES = ("drop", "renormalize", "bucket")
+PADDING_ID = -1
+NO_LABEL = -100
+
+# A logprob of float32 log_softmax can come out a rounding above 0; a probability or a logit given by mistake is far above.
+_LARGEST_LOGPROB = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """Which function of student and teacher a row's loss is: alpha * KL(teacher || student) + (1 - alpha) * CE(label).
+
+    Attributes:
+        tail: one of TAIL_POLICIES; what the KL does with the teacher's mass outside the support, see `reference`.
+        alpha: in [0, 1].
+
+    Raises:
+        LossError: an unknown tail policy or an alpha outside [0, 1].
+    """
+
+    tail: str = "bucket"
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.tail not in TAIL_POLICIES:
+            raise LossError(f"tail is {self.tail!r}, but must be one of {', '.join(map(repr, TAIL_POLICIES))}")
+        if not 0.0 <= self.alpha <= 1.0:
+            raise LossError(f"alpha is {self.alpha!r}, but must be from 0 (labels only) to 1 (teacher only)")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Targets:
+    """What P rows of student logits are compared with; made by `make_targets`, which checks it once for all backends.
+
+    All arrays are C-contiguous and writable (numba compiles read-only and strided arrays a second time).
+
+    Attributes:
+        token_ids_PK: (P, K) int32, in [0, vocab_size), distinct within a row; PADDING_ID where there is no entry.
+        logprobs_PK: (P, K) float32, nats, normalised over the whole vocabulary; -inf is probability 0; ignored at padding.
+        tail_mass_P: (P,) float32 in [0, 1], the teacher's mass outside the support.
+        labels_P: (P,) int32, in [0, vocab_size), or NO_LABEL.
+        weights_P: (P,) float64, >= 0: the factor of each row in the sum whose gradient is wanted. A row of weight 0 is not
+            read: its loss and its gradient are 0 whatever its logits are, NaN included.
+        vocab_size: V.
+    """
+
+    token_ids_PK: NDArray[np.int32]
+    logprobs_PK: NDArray[np.float32]
+    tail_mass_P: NDArray[np.float32]
+    labels_P: NDArray[np.int32]
+    weights_P: NDArray[np.float64]
+    vocab_size: int
+
+    def rows(self, start: int, stop: int) -> Targets:
+        """Views of rows start..stop."""
+        part = slice(start, stop)
+        return Targets(
+            self.token_ids_PK[part],
+            self.logprobs_PK[part],
+            self.tail_mass_P[part],
+            self.labels_P[part],
+            self.weights_P[part],
+            self.vocab_size,
+        )
+
+
+class KernelBackend(Protocol):
+    """A module with these two functions. tests/contracts/kernels.py runs the promises for every backend.
+
+    `logits_PV` is (P, V), C-contiguous, float32, or uint16 holding the bits of bfloat16 (then every sum is still taken in
+    float32 or better, and the gradient is rounded once). `losses_P` is (P,) float64, written, and not multiplied by the
+    weights. The result does not depend on `num_threads`, to the bit. NaN or +inf among a row's logits makes its whole gradient
+    NaN, and its loss wherever the row has any mass to compare; -inf is an id that the student cannot give.
+    """
+
+    def row_losses(
+        self,
+        logits_PV: NDArray[Any],
+        targets: Targets,
+        objective: Objective,
+        losses_P: NDArray[np.float64],
+        num_threads: int = 1,
+    ) -> None:
+        """Write each row's loss; the logits stay as they are."""
+        ...
+
+    def row_losses_and_gradients(
+        self,
+        logits_PV: NDArray[Any],
+        targets: Targets,
+        objective: Objective,
+        losses_P: NDArray[np.float64],
+        num_threads: int = 1,
+    ) -> None:
+        """Write each row's loss, and overwrite the logits with the gradient of sum(weights_P * losses_P)."""
+        ...
+
+
+def make_targets(
+    token_ids_PK: ArrayLike,
+    logprobs_PK: ArrayLike,
+    tail_mass_P: ArrayLike,
+    *,
+    vocab_size: int,
+    labels_P: ArrayLike | None = None,
+    weights_P: ArrayLike | None = None,
+) -> Targets:
+    """Targets with the right dtypes and layout, checked. No labels means NO_LABEL everywhere, no weights 1 everywhere.
+
+    Raises:
+        LossError: shapes that do not fit together; an id or label outside the student's vocabulary; an id twice in a row; a
+            logprob above 0; a tail mass outside [0, 1]; a negative or NaN weight. The message names the row.
+    """
+    ids_PK = np.asarray(token_ids_PK)
+    if ids_PK.ndim != 2:
+        raise LossError(f"token_ids must have the shape (positions, entries), but has {ids_PK.shape}")
+    num_rows = len(ids_PK)
+    labels_P = np.full(num_rows, NO_LABEL, np.int32) if labels_P is None else np.asarray(labels_P)
+    weights_P = np.ones(num_rows) if weights_P is None else np.asarray(weights_P)
+    logprobs_PK, tail_mass_P = np.asarray(logprobs_PK), np.asarray(tail_mass_P)
+    _check_shape("logprobs", logprobs_PK, ids_PK.shape)
+    for name, array_P in (("tail_mass", tail_mass_P), ("labels", labels_P), ("weights", weights_P)):
+        _check_shape(name, array_P, (num_rows,))
+    # Ranges before the cast: an int64 id of 2**32 would become 0.
+    _check_ids(ids_PK, vocab_size)
+    _check_values(ids_PK, logprobs_PK, tail_mass_P, weights_P)
+    _refuse((labels_P != NO_LABEL) & ((labels_P < 0) | (labels_P >= vocab_size)), labels_P, "label", _outside(vocab_size))
+    return Targets(
+        np.require(ids_PK, np.int32, ["C", "W"]),
+        np.require(logprobs_PK, np.float32, ["C", "W"]),
+        np.require(tail_mass_P, np.float32, ["C", "W"]),
+        np.require(labels_P, np.int32, ["C", "W"]),
+        np.require(weights_P, np.float64, ["C", "W"]),
+        vocab_size,
+    )
+
+
+def _outside(vocab_size: int) -> str:
+    return f"which is outside the student's vocabulary of {vocab_size}; was the cache made with another tokenizer?"
+
+
+def _check_shape(name: str, array: NDArray[Any], expected: tuple[int, ...]) -> None:
+    if array.shape != expected:
+        raise LossError(f"{name} has the shape {array.shape}, but token_ids make it {expected}")
+
+
+def _check_ids(ids_PK: NDArray[Any], vocab_size: int) -> None:
+    if ids_PK.size == 0:
+        return
+    if ids_PK.min() < PADDING_ID or ids_PK.max() >= vocab_size:
+        _refuse((ids_PK < PADDING_ID) | (ids_PK >= vocab_size), ids_PK, "token id", _outside(vocab_size))
+    sorted_PK = np.sort(ids_PK, axis=1)
+    twice_PK = (sorted_PK[:, 1:] == sorted_PK[:, :-1]) & (sorted_PK[:, 1:] != PADDING_ID)
+    _refuse(twice_PK, sorted_PK[:, 1:], "token id", "twice; entries of one position must be distinct")
+
+
+def _check_values(ids_PK: NDArray[Any], logprobs_PK: NDArray[Any], tail_mass_P: NDArray[Any], weights_P: NDArray[Any]) -> None:
+    if logprobs_PK.size and logprobs_PK.max() > _LARGEST_LOGPROB:
+        too_large_PK = (logprobs_PK > _LARGEST_LOGPROB) & (ids_PK != PADDING_ID)
+        _refuse(too_large_PK, logprobs_PK, "logprob", "above 0; logprobs are natural logs of probabilities")
+    _refuse(~((tail_mass_P >= 0) & (tail_mass_P <= 1)), tail_mass_P, "tail mass", "outside [0, 1]")
+    _refuse(~((weights_P >= 0) & (weights_P < np.inf)), weights_P, "weight", "but weights must be finite and at least 0")
+
+
+def _refuse(bad: NDArray[np.bool_], values: NDArray[Any], noun: str, why: str) -> None:
+    if bad.any():
+        place = np.unravel_index(int(np.argmax(bad)), bad.shape)
+        raise LossError(f"row {int(place[0])} has the {noun} {values[place].item()!r}, {why}")

@@ -1,0 +1,163 @@
+"""What the losses are called with, checked in one place and brought into the form that the backends take.
+
+Shape letters: P positions (rows), K entries per position (padded), V the student's vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.errors import LossError
+from kdcache.kernels.base import Objective, Targets, make_targets
+
+REDUCTIONS = ("mean", "sum", "none")
+BACKENDS = ("auto", "numba", "torch")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TargetTensors:
+    """What the rows are compared with, as the caller gave it: constants, no gradient flows into them.
+
+    Attributes:
+        token_ids_PK: (P, K) integers, -1 where there is no entry.
+        logprobs_PK: (P, K) nats.
+        tail_mass_P: (P,) in [0, 1].
+        labels_P: (P,) integers, -100 where there is none; None for none at all.
+        weights_P: (P,) >= 0; None for 1 everywhere.
+    """
+
+    token_ids_PK: Tensor
+    logprobs_PK: Tensor
+    tail_mass_P: Tensor
+    labels_P: Tensor | None = None
+    weights_P: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> TargetTensors:
+        """Views of rows start..stop."""
+        part = slice(start, stop)
+        return TargetTensors(
+            self.token_ids_PK[part],
+            self.logprobs_PK[part],
+            self.tail_mass_P[part],
+            None if self.labels_P is None else self.labels_P[part],
+            None if self.weights_P is None else self.weights_P[part],
+        )
+
+
+def check_options(objective: Objective, targets: TargetTensors, *, temperature: float, reduction: str, backend: str) -> None:
+    """Raise LossError for an option that is unknown or impossible here."""
+    if temperature != 1.0:
+        raise LossError(
+            f"temperature is {temperature!r}, but only 1.0 is possible: the normaliser of a truncated teacher at another "
+            "temperature cannot be recovered from the cache"
+        )
+    if reduction not in REDUCTIONS:
+        raise LossError(f"reduction is {reduction!r}, but must be one of {', '.join(map(repr, REDUCTIONS))}")
+    if backend not in BACKENDS:
+        raise LossError(f"backend is {backend!r}, but must be one of {', '.join(map(repr, BACKENDS))}")
+    if objective.alpha < 1 and targets.labels_P is None:
+        raise LossError(
+            f"alpha is {objective.alpha!r}, which mixes in the labels, but labels_P is not given; pass it, or alpha=1.0"
+        )
+
+
+def check_tensors(student: Tensor, targets: TargetTensors) -> None:
+    """Raise LossError unless shapes and devices fit; `student` has one row per position. Looks at no values.
+
+    Raises:
+        LossError: names the tensor, its shape or device, and what was expected.
+    """
+    num_rows, ids_shape = len(student), tuple(targets.token_ids_PK.shape)
+    if len(ids_shape) != 2 or ids_shape[0] != num_rows:
+        raise LossError(
+            f"token_ids_PK has the shape {ids_shape}, but {num_rows} rows of the student need ({num_rows}, entries)"
+        )
+    expected = {"token_ids_PK": ids_shape, "logprobs_PK": ids_shape, "tail_mass_P": (num_rows,)}
+    expected |= {"labels_P": (num_rows,), "weights_P": (num_rows,)}
+    for name, shape in expected.items():
+        tensor = getattr(targets, name)
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise LossError(f"{name} has the shape {tuple(tensor.shape)}, but must have {shape}")
+        if tensor.device != student.device:
+            raise LossError(f"{name} is on {tensor.device}, but the student is on {student.device}; move it there")
+        if name in ("token_ids_PK", "labels_P") and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            raise LossError(f"{name} has the dtype {tensor.dtype}, but must hold integers")
+
+
+def choose_backend(backend: str, student: Tensor) -> str:
+    """`numba` or `torch`.
+
+    Raises:
+        LossError: `numba` was asked for by name, and cannot take this device or dtype.
+    """
+    fits = student.device.type == "cpu" and student.dtype in (torch.float32, torch.bfloat16)
+    if backend == "numba" and not fits:
+        raise LossError(
+            f"the numba backend takes float32 or bfloat16 on a CPU, not {student.dtype} on {student.device}; use 'torch'"
+        )
+    if backend == "auto":
+        return "numba" if fits and not torch.compiler.is_compiling() else "torch"
+    return backend
+
+
+def check_values(targets: TargetTensors, vocab_size: int) -> None:
+    """Raise LossError for ids outside the vocabulary and the like; only on a CPU, where looking does not wait for a device."""
+    if targets.token_ids_PK.device.type == "cpu" and not torch.compiler.is_compiling():
+        _to_checked(targets, vocab_size)
+
+
+def to_kernel_targets(targets: TargetTensors, vocab_size: int, scales_P: Tensor) -> Targets:
+    """The kernels' form of CPU tensors, with `scales_P` for the weights.
+
+    Raises:
+        LossError: as `make_targets`.
+    """
+    return replace(_to_checked(targets, vocab_size), weights_P=np.require(_to_numpy(scales_P), np.float64, ["C", "W"]))
+
+
+def _to_checked(targets: TargetTensors, vocab_size: int) -> Targets:
+    return make_targets(
+        _to_numpy(targets.token_ids_PK),
+        _to_numpy(targets.logprobs_PK),
+        _to_numpy(targets.tail_mass_P),
+        vocab_size=vocab_size,
+        labels_P=None if targets.labels_P is None else _to_numpy(targets.labels_P),
+        weights_P=None if targets.weights_P is None else _to_numpy(targets.weights_P),
+    )
+
+
+def row_scales(targets: TargetTensors, reduction: str) -> Tensor:
+    """(P,) float64: what each row's loss is multiplied with before the sum, or by itself for `none`.
+
+    `mean` is sum(weight * loss) / sum(weight), so that rows of weight 0 do not count; 0, not NaN, where nothing counts.
+    """
+    num_rows = len(targets.token_ids_PK)
+    if targets.weights_P is None:
+        weights_P = torch.ones(num_rows, dtype=torch.float64, device=targets.token_ids_PK.device)
+    else:
+        weights_P = targets.weights_P.detach().to(torch.float64)
+    if reduction != "mean":
+        return weights_P
+    total = weights_P.sum()
+    return weights_P / torch.where(total > 0, total, 1.0)
+
+
+def empty_teacher(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """token_ids, logprobs and tail_mass without entries, for the rows of `student`: for alpha = 0."""
+    num_rows, device = len(student), student.device
+    return (
+        torch.empty((num_rows, 0), dtype=torch.int32, device=device),
+        torch.empty((num_rows, 0), dtype=torch.float32, device=device),
+        torch.ones(num_rows, dtype=torch.float32, device=device),
+    )
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,0 +1,126 @@
+"""The sparse distillation loss over given student logits.
+
+Shape letters: P positions (rows), K entries per position (padded), V the student's vocabulary. Where the student's output
+projection is at hand, `kdcache.loss.fused` does the same without ever holding [P, V] logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kdcache.errors import LossError
+from kdcache.kernels import get_backend
+from kdcache.kernels.base import Objective, Targets
+from kdcache.loss import arguments, torch_rows
+from kdcache.loss.arguments import TargetTensors
+
+
+def sparse_kd_loss(
+    student_logits_PV: Tensor,
+    token_ids_PK: Tensor,
+    logprobs_PK: Tensor,
+    tail_mass_P: Tensor,
+    *,
+    labels_P: Tensor | None = None,
+    tail: str = "bucket",
+    alpha: float = 1.0,
+    temperature: float = 1.0,
+    weights_P: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """alpha * KL(teacher || student) + (1 - alpha) * CE(label), with its gradient by the student's logits.
+
+    The formulas, and what each tail policy means, are in `kdcache.kernels.reference`. Values (ids, masses, weights) are
+    checked on a CPU outside torch.compile; elsewhere only shapes, dtypes and devices are.
+
+    Args:
+        student_logits_PV: (P, V) float, unnormalised. Take the rows that have a record first: `logits.view(-1, V)[rows_P]`.
+        token_ids_PK: (P, K) integers in [0, V), distinct within a row; -1 where there is no entry.
+        logprobs_PK: (P, K) nats, normalised over the teacher's whole vocabulary; ignored at padding.
+        tail_mass_P: (P,) in [0, 1], the teacher's mass outside the support.
+        labels_P: (P,) integers in [0, V); -100 where there is none: the CE term is 0 there, and the KL keeps its factor alpha.
+        tail: `bucket`, `drop` or `renormalize`: what the KL does with the teacher's mass outside the support.
+        alpha: in [0, 1]; below 1 the labels must be given.
+        temperature: 1.0.
+        weights_P: (P,) finite, >= 0. Rows of weight 0 are not read: loss and gradient are 0, NaN logits included.
+        reduction: `mean` is sum(weight * loss) / sum(weight), 0 where all weights are 0; `sum` is sum(weight * loss);
+            `none` gives (P,) weight * loss. A row without label counts in the mean: give it weight 0 to leave it out.
+        backend: `numba` (CPU, float32 and bfloat16; the gradient is computed in the forward pass, once differentiable),
+            `torch` (anything, with [P, V] temporaries; differentiable twice), or `auto`.
+
+    Returns:
+        A scalar, or (P,) for `none`; float64 for float64 logits, else float32.
+
+    Raises:
+        LossError: an argument is impossible, or does not fit the others.
+    """
+    objective = Objective(tail, alpha)
+    targets = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P)
+    arguments.check_options(objective, targets, temperature=temperature, reduction=reduction, backend=backend)
+    if student_logits_PV.ndim != 2 or not student_logits_PV.is_floating_point():
+        raise LossError(
+            f"student_logits_PV must be floating point of the shape (positions, vocabulary), but is {student_logits_PV.dtype} "
+            f"of the shape {tuple(student_logits_PV.shape)}"
+        )
+    arguments.check_tensors(student_logits_PV, targets)
+    scales_P = arguments.row_scales(targets, reduction)
+    if arguments.choose_backend(backend, student_logits_PV) == "torch":
+        arguments.check_values(targets, student_logits_PV.shape[1])
+        losses_P = torch_rows.row_losses(student_logits_PV, targets, objective)
+        scaled_P = losses_P * scales_P.to(losses_P.dtype)
+        return scaled_P if reduction == "none" else scaled_P.sum()
+    kernel_targets = arguments.to_kernel_targets(targets, student_logits_PV.shape[1], scales_P)
+    want_gradient = torch.is_grad_enabled() and student_logits_PV.requires_grad
+    scaled_P = _NumbaRows.apply(student_logits_PV, kernel_targets, objective, want_gradient, reduction)
+    assert isinstance(scaled_P, Tensor)
+    return scaled_P
+
+
+def kernel_view(logits_PV: Tensor) -> np.ndarray:
+    """The same memory as the kernels take it: float32, or the bits of bfloat16 as uint16."""
+    return (logits_PV.view(torch.uint16) if logits_PV.dtype == torch.bfloat16 else logits_PV).numpy()
+
+
+class _NumbaRows(torch.autograd.Function):
+    """Scaled row losses; the gradient is made in forward, where each row is in the core's cache anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_PV: Tensor, targets: Targets, objective: Objective, want_gradient: bool, reduction: str
+    ) -> Tensor:
+        kernels, num_threads = get_backend("numba"), torch.get_num_threads()
+        losses_P = np.empty(len(logits_PV))
+        if want_gradient:
+            gradient_PV = logits_PV.detach().clone(memory_format=torch.contiguous_format)
+            kernels.row_losses_and_gradients(kernel_view(gradient_PV), targets, objective, losses_P, num_threads)
+            ctx.save_for_backward(gradient_PV)
+        else:
+            kernels.row_losses(kernel_view(logits_PV.detach().contiguous()), targets, objective, losses_P, num_threads)
+        scaled_P = losses_P * targets.weights_P
+        # Summed in float64 and in a fixed order: the result does not depend on the number of threads.
+        return torch.tensor(scaled_P if reduction == "none" else scaled_P.sum(), dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient_PV,) = ctx.saved_tensors
+        return scale_gradient(gradient_PV, upstream[0]), None, None, None, None
+
+
+def scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient * upstream, a scalar or one number per row; a new tensor, or the same one where upstream is 1 on a CPU.
+
+    Not in place: the saved gradient is needed again when backward runs twice.
+    """
+    if upstream.ndim == 0:
+        # Asking costs nothing on a CPU; elsewhere it would wait for the device.
+        if upstream.device.type == "cpu" and upstream.item() == 1.0:
+            return gradient
+        return gradient * upstream.to(gradient.dtype)
+    return (gradient * upstream[:, None]).to(gradient.dtype)
