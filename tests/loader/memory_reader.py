@@ -1,0 +1,109 @@
+"""A small cache in memory whose token ids say where they come from, and comparisons of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import numpy as np
+
+from kdcache.format.manifest import CodecInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity, TokenizerIdentity
+from kdcache.format.record import NO_TARGET, Distributions, SequenceRecord, TokenSequence, sequence_key
+from kdcache.loader.batch import Batch
+
+STRIDE = 1000
+"""Token t of sequence i has the id i * STRIDE + t + 1, so that a batch can be checked without the code that made it."""
+
+
+def token_id(sequence: int, t: int) -> int:
+    return sequence * STRIDE + t + 1
+
+
+def make_record(number: int, length: int, *, k: int, supervised: str = "random", ragged: bool = False) -> SequenceRecord:
+    """Deterministic; `supervised` is `all`, `none` or `random`, `ragged` gives supports of 0..k entries."""
+    rng = np.random.default_rng([number, length])
+    ids_N = np.array([token_id(number, t) for t in range(length)], np.int32)
+    masks = {"all": np.ones(length, bool), "none": np.zeros(length, bool), "random": rng.random(length) < 0.7}
+    supervised_N = masks[supervised]
+    sequence = TokenSequence(
+        input_ids_N=ids_N,
+        supervised_N=supervised_N,
+        roles_N=np.zeros(length, np.uint8),
+        turn_starts=np.zeros(1, np.int32),
+        source=f"memory#{number}",
+        key=sequence_key(ids_N, supervised_N, ""),
+    )
+    return SequenceRecord(sequence, _distributions(sequence, k, ragged, rng))
+
+
+def _distributions(sequence: TokenSequence, k: int, ragged: bool, rng: np.random.Generator) -> Distributions:
+    num_positions = len(sequence.positions_P)
+    counts_P = rng.integers(0, k + 1, num_positions) if ragged else np.full(num_positions, k)
+    logprobs = [np.sort(np.log(rng.random(n) / (k + 1)))[::-1] for n in counts_P]
+    ids = [rng.choice(100_000, n, replace=False) for n in counts_P]
+    return Distributions(
+        token_ids_E=np.concatenate([*ids, np.zeros(0)]).astype(np.int32),
+        logprobs_E=np.concatenate([*logprobs, np.zeros(0)]).astype(np.float32),
+        offsets_P1=np.append(0, np.cumsum(counts_P)).astype(np.int64),
+        tail_mass_P=rng.random(num_positions).astype(np.float32),
+        # No id of a support is a target's: those are made of STRIDE, and none of these tests asks for the NLL.
+        outside_target_logprobs_M=np.full(int((sequence.target_ids_P != NO_TARGET).sum()), -9.0, np.float32),
+    )
+
+
+def make_manifest(num_sequences: int, *, k: int, kind: str = "top_k") -> Manifest:
+    teacher = TeacherIdentity(
+        model="memory",
+        architecture="None",
+        vocab_size=2**20,
+        dtype="float32",
+        engine="fake",
+        engine_version="0",
+        context_length=999,
+    )
+    identity = Identity(
+        teacher=teacher,
+        tokenizer=TokenizerIdentity(name="memory", fingerprint="0", vocab_size=2**20),
+        selection=SelectionInfo(kind=kind, params={"k": k}),
+        codec=CodecInfo(codec_id="raw", params={}),
+        input_fingerprint=str(num_sequences),
+    )
+    return Manifest(number=0, parent=None, identity=identity, plan=PlanInfo(fingerprint="0", num_units=1))
+
+
+class MemoryReader:
+    """Obeys `kdcache.loader.base.Reader`; can be pickled. `reads` lists the sequences that were asked for."""
+
+    def __init__(self, lengths: Sequence[int], *, k: int = 3, kind: str = "top_k", **record_options: object) -> None:
+        self.manifest = make_manifest(len(lengths), k=k, kind=kind)
+        self.snapshot = self.manifest.digest
+        self.records = [make_record(i, n, k=k, **record_options) for i, n in enumerate(lengths)]  # pyright: ignore[reportArgumentType]
+        self.num_tokens_S = np.array(lengths, np.uint32)
+        self.num_positions_S = np.array([r.distributions.num_positions for r in self.records], np.uint32)
+        self.reads: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int, /) -> SequenceRecord:
+        self.reads.append(index)
+        return self.records[index]
+
+
+def assert_same(left: Batch, right: Batch) -> None:
+    """Every field equal: shape, dtype and each element."""
+    for field in fields(Batch):
+        a, b = getattr(left, field.name), getattr(right, field.name)
+        np.testing.assert_array_equal(a, b, err_msg=field.name, strict=isinstance(a, np.ndarray))
+
+
+def assert_same_stream(left: Sequence[Batch], right: Sequence[Batch]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert_same(a, b)
+
+
+def sequences_of(batch: Batch) -> list[int]:
+    """The sequences in a batch, row after row, read from their first tokens."""
+    firsts = (batch.segment_ids_BT > 0) & (batch.position_ids_BT == 0)
+    return [int(token) // STRIDE for token in batch.input_ids_BT[firsts]]

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from memory_reader import STRIDE, assert_same, make_record
+
+from kdcache.errors import CorruptCacheError
+from kdcache.format.record import PADDING_ID, SequenceRecord
+from kdcache.loader.batch import IGNORED_LABEL, Batch, BatchLayout, assemble, assemble_reference, stack_batches
+
+ROWS = st.lists(st.lists(st.integers(1, 6), max_size=4), min_size=1, max_size=4)
+MASKS = st.sampled_from(["all", "none", "random"])
+
+
+def make_records(rows: list[list[int]], **options: object) -> list[SequenceRecord]:
+    lengths = [n for row in rows for n in row]
+    return [make_record(i, n, k=3, **options) for i, n in enumerate(lengths)]  # pyright: ignore[reportArgumentType]
+
+
+def make_layout(rows: list[list[int]], num_columns: int | None = 3) -> BatchLayout:
+    return BatchLayout(tuple(len(row) for row in rows), seq_len=24, num_columns=num_columns)
+
+
+def test_two_sequences_in_a_row_by_hand() -> None:
+    first, second = make_record(0, 3, k=2, supervised="all"), make_record(1, 2, k=2, supervised="all")
+    batch = assemble([first, second], BatchLayout((2, 0), seq_len=7, num_columns=2))
+    assert batch.input_ids_BT.tolist() == [[1, 2, 3, 1001, 1002, 0, 0], [0] * 7]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1, 0, 0], [0] * 7]
+    assert batch.segment_ids_BT.tolist() == [[1, 1, 1, 2, 2, 0, 0], [0] * 7]
+    assert batch.labels_BT.tolist() == [[2, 3, -100, 1002, -100, -100, -100], [-100] * 7]
+    assert batch.rows_P.tolist() == [0, 1, 2, 3, 4]  # the last position of each has a teacher and no label
+    assert batch.token_ids_PK.tolist() == [*first.distributions.token_ids_E.reshape(3, 2).tolist(),
+                                           *second.distributions.token_ids_E.reshape(2, 2).tolist()]  # fmt: skip
+    assert batch.weights_P.tolist() == [1.0] * 5
+    assert (batch.num_sequences, batch.num_tokens) == (2, 5)
+
+
+@given(ROWS, MASKS, st.booleans(), st.sampled_from([3, 5, None]))
+def test_assembling_equals_the_reference(rows: list[list[int]], mask: str, ragged: bool, num_columns: int | None) -> None:
+    records, layout = make_records(rows, supervised=mask, ragged=ragged), make_layout(rows, num_columns)
+    assert_same(assemble(records, layout), assemble_reference(records, layout))
+
+
+@given(ROWS, MASKS, st.booleans())
+def test_labels_and_rows_are_right_by_what_the_tokens_say(rows: list[list[int]], mask: str, ragged: bool) -> None:
+    """Independent of both implementations: each token id names its sequence and place, so nothing can be off by one."""
+    records = make_records(rows, supervised=mask, ragged=ragged)
+    check_alignment(assemble(records, make_layout(rows)), records)
+
+
+def check_alignment(batch: Batch, records: list[SequenceRecord]) -> None:
+    ids, labels = batch.input_ids_BT.reshape(-1), batch.labels_BT.reshape(-1)
+    teacher = dict(zip(batch.rows_P.tolist(), range(len(batch.rows_P)), strict=True))
+    for place in range(ids.size):
+        if ids[place] == 0:
+            assert labels[place] == IGNORED_LABEL
+            assert place not in teacher
+            continue
+        number, t = divmod(int(ids[place]) - 1, STRIDE)
+        record = records[number]
+        assert batch.position_ids_BT.reshape(-1)[place] == t
+        supervised, is_last = bool(record.sequence.supervised_N[t]), t + 1 == record.sequence.num_tokens
+        assert labels[place] == (ids[place] + 1 if supervised and not is_last else IGNORED_LABEL)
+        assert (place in teacher) == supervised
+        if supervised:
+            check_distribution(batch, teacher[place], record, int(record.sequence.supervised_N[:t].sum()))
+
+
+def check_distribution(batch: Batch, p: int, record: SequenceRecord, record_p: int) -> None:
+    d = record.distributions
+    entries = slice(d.offsets_P1[record_p], d.offsets_P1[record_p + 1])
+    filled = batch.token_ids_PK[p] != PADDING_ID
+    assert batch.token_ids_PK[p][filled].tolist() == d.token_ids_E[entries].tolist()
+    assert batch.logprobs_PK[p][filled].tolist() == d.logprobs_E[entries].tolist()
+    assert np.isneginf(batch.logprobs_PK[p][~filled]).all()
+    assert batch.tail_mass_P[p] == d.tail_mass_P[record_p]
+
+
+def test_a_label_never_is_a_token_of_another_sequence() -> None:
+    rows = [[3, 4, 2], [5, 1], []]
+    batch = assemble(make_records(rows, supervised="all"), make_layout(rows))
+    labelled = batch.labels_BT != IGNORED_LABEL
+    assert labelled.sum() == 2 + 3 + 1 + 4 + 0
+    assert ((batch.labels_BT[labelled] - 1) // STRIDE == (batch.input_ids_BT[labelled] - 1) // STRIDE).all()
+
+
+def test_a_batch_without_positions_has_arrays_of_none() -> None:
+    batch = assemble([], BatchLayout((0, 0), seq_len=8, num_columns=3))
+    assert batch.rows_P.shape == (0,)
+    assert batch.token_ids_PK.shape == batch.logprobs_PK.shape == (0, 3)
+    assert (batch.num_sequences, batch.num_tokens) == (0, 0)
+
+
+def test_stacked_batches_equal_the_batch_assembled_at_once() -> None:
+    rows = [[3, 4], [], [5, 1, 1], [2]]
+    records = make_records(rows, ragged=True)
+    parts = [assemble(records[:2], make_layout(rows[:2])), assemble(records[2:5], make_layout(rows[2:3]))]
+    parts.append(assemble(records[5:], make_layout(rows[3:])))
+    assert_same(stack_batches(parts), assemble(records, make_layout(rows)))
+
+
+def test_records_that_do_not_fit_are_refused_naming_their_source() -> None:
+    record, masked = make_record(0, 5, k=3, supervised="all"), make_record(0, 5, k=3, supervised="none")
+    with pytest.raises(CorruptCacheError, match="memory#0: 5 tokens at column 0 pass seq_len 4"):
+        assemble([record], BatchLayout((1,), seq_len=4, num_columns=3))
+    with pytest.raises(CorruptCacheError, match="memory#0: a position has 3 entries"):
+        assemble([record], BatchLayout((1,), seq_len=8, num_columns=2))
+    with pytest.raises(CorruptCacheError, match="memory#0: 0 distributions for 5 supervised"):
+        assemble([SequenceRecord(record.sequence, masked.distributions)], BatchLayout((1,), seq_len=8, num_columns=3))

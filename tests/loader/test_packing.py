@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdcache.loader.order import Order, sequences_at
+from kdcache.loader.packing import BLOCK_WINDOWS, PACKING_VERSION, Packing, first_fit, first_fit_reference, pack_block
+
+WINDOWS = st.integers(1, 20).flatmap(
+    lambda n: st.lists(st.lists(st.integers(0, 9), min_size=n, max_size=n), min_size=1, max_size=5)
+)
+
+
+def test_first_fit_by_hand() -> None:
+    assert first_fit_reference([5, 6, 4, 3, 1], 10) == [0, 1, 0, 1, 0]
+    assert first_fit(np.array([[5, 6, 4, 3, 1]]), 10).tolist() == [[0, 1, 0, 1, 0]]
+
+
+@given(WINDOWS)
+def test_windows_side_by_side_equal_the_reference_one_by_one(windows: list[list[int]]) -> None:
+    rows_CW = first_fit(np.array(windows), 9)
+    for window, rows in zip(windows, rows_CW.tolist(), strict=True):
+        assert [r for r in rows if r >= 0] == first_fit_reference([n for n in window if n > 0], 9)
+        assert [r < 0 for r in rows] == [n == 0 for n in window]
+
+
+def pack_epoch_reference(lengths: list[int], order: Order, packing: Packing) -> list[list[int]]:
+    """The whole epoch's rows, window by window, with the plain first fit."""
+    sequences = sequences_at(order, 0, len(lengths)).tolist()
+    rows: list[list[int]] = []
+    for start in range(0, len(sequences), packing.window):
+        window = sequences[start : start + packing.window]
+        row_W = first_fit_reference([lengths[s] for s in window], packing.seq_len)
+        rows += [[s for s, r in zip(window, row_W, strict=True) if r == row] for row in range(max(row_W) + 1)]
+    return rows
+
+
+@pytest.mark.parametrize("num_sequences", [1, 5, 6, 7, 500])
+@pytest.mark.parametrize("window", [1, 6, 1024])
+def test_blocks_one_after_another_equal_windows_packed_one_by_one(num_sequences: int, window: int) -> None:
+    lengths = np.random.default_rng(window).integers(1, 33, num_sequences).astype(np.uint32)
+    order, packing = Order(num_sequences, 1, 2), Packing("first_fit", 32, window)
+    num_blocks = -(-num_sequences // (BLOCK_WINDOWS * window))
+    blocks = [pack_block(lengths, order, b, packing) for b in range(num_blocks)]
+    rows = [block[r].tolist() for block in blocks for r in range(len(block))]
+    assert rows == pack_epoch_reference(lengths.tolist(), order, packing)
+
+
+def test_without_packing_each_row_is_one_sequence_in_the_order() -> None:
+    order = Order(40, 1, 0)
+    rows = pack_block(np.full(40, 3, np.uint32), order, 0, Packing("none", 32, 100))
+    assert [rows[r].tolist() for r in range(len(rows))] == [[s] for s in sequences_at(order, 0, 40).tolist()]
+
+
+def test_packing_of_version_1_is_pinned() -> None:
+    """States name the version: if these rows change, PACKING_VERSION must too."""
+    assert PACKING_VERSION == 1
+    lengths = np.array([7, 2, 9, 4, 4, 1, 6, 3, 8, 5], np.uint32)
+    rows = pack_block(lengths, Order(10, 0, 0), 0, Packing("first_fit", 10, 5))
+    assert [rows[r].tolist() for r in range(len(rows))] == [[3, 6], [8, 1], [4], [7, 0], [2, 5], [9]]

@@ -1,0 +1,108 @@
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from memory_reader import MemoryReader, assert_same_stream
+
+from kdcache.config.loader import LoaderConfig
+from kdcache.errors import StateError
+from kdcache.loader.batch import Batch
+from kdcache.loader.loader import Loader
+
+torch = pytest.importorskip("torch")
+from torch.utils.data import DataLoader  # noqa: E402
+
+from kdcache.loader._torch import TorchBatch, TorchLoader, to_torch  # noqa: E402
+
+LENGTHS = np.random.default_rng(0).integers(1, 13, 41).tolist()
+OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, pack_window=8, num_threads=0)
+
+
+@pytest.fixture(scope="module")
+def reader() -> MemoryReader:
+    return MemoryReader(LENGTHS)
+
+
+def to_numpy(batches: Iterable[TorchBatch]) -> list[Batch]:
+    names = [name for name in Batch.__slots__ if name != "num_sequences"]
+    return [Batch(**{n: getattr(b, n).numpy() for n in names}, num_sequences=b.num_sequences) for b in batches]
+
+
+def in_workers(loader: TorchLoader, num_workers: int, **options: object) -> DataLoader[TorchBatch]:
+    context = "fork" if num_workers else None
+    return DataLoader(loader, batch_size=None, num_workers=num_workers, multiprocessing_context=context, **options)  # pyright: ignore[reportArgumentType]
+
+
+def test_tensors_share_the_arrays_memory(reader: MemoryReader) -> None:
+    batch = next(iter(Loader(reader, OPTIONS)))
+    tensors = to_torch(batch)
+    batch.input_ids_BT[0, 0] = 12345
+    assert tensors.input_ids_BT[0, 0] == 12345
+    assert (tensors.input_ids_BT.dtype, tensors.rows_P.dtype, tensors.logprobs_PK.dtype) == (
+        torch.int32,
+        torch.int64,
+        torch.float32,
+    )
+    assert tensors.num_sequences == batch.num_sequences
+
+
+def test_a_batch_moves_as_a_whole(reader: MemoryReader) -> None:
+    batch = next(iter(TorchLoader(Loader(reader, OPTIONS))))
+    moved = batch.to("meta")
+    assert moved.logprobs_PK.device.type == moved.input_ids_BT.device.type == "meta"
+    assert (moved.num_sequences, moved.state) == (batch.num_sequences, batch.state)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_any_number_of_workers_gives_the_loader_s_stream(reader: MemoryReader, num_workers: int) -> None:
+    loader = TorchLoader(Loader(reader, OPTIONS))
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        assert_same_stream(to_numpy(in_workers(loader, num_workers)), list(Loader(reader, OPTIONS, epoch=epoch)))
+
+
+def test_more_workers_than_batches_leave_some_without_work() -> None:
+    few = MemoryReader([4, 5, 6])
+    loader = TorchLoader(Loader(few, OPTIONS))
+    assert len(loader) == 1
+    assert_same_stream(to_numpy(in_workers(loader, 2)), list(Loader(few, OPTIONS)))
+
+
+def test_persistent_workers_go_on_to_the_next_epoch(reader: MemoryReader) -> None:
+    data = in_workers(TorchLoader(Loader(reader, OPTIONS)), 2, persistent_workers=True)
+    for epoch in range(2):
+        assert_same_stream(to_numpy(data), list(Loader(reader, OPTIONS, epoch=epoch)))
+
+
+def test_persistent_workers_refuse_to_go_on_from_different_places(reader: MemoryReader) -> None:
+    data = in_workers(TorchLoader(Loader(reader, OPTIONS)), 2, persistent_workers=True, prefetch_factor=1)
+    for _ in data:
+        break
+    with pytest.raises(StateError, match="persistent workers"):
+        list(data)
+    assert data._iterator is not None
+    # The error's traceback holds on to the iterator: collected later, it would wait five seconds for each worker.
+    data._iterator._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_state_of_every_batch_resumes_behind_it(reader: MemoryReader, num_workers: int) -> None:
+    whole = list(in_workers(TorchLoader(Loader(reader, OPTIONS)), num_workers))
+    for step in (0, len(whole) // 2, len(whole) - 2, len(whole) - 1):
+        resumed = TorchLoader(Loader(reader, OPTIONS))
+        state = whole[step].state
+        assert state is not None
+        resumed.load_state_dict(state)
+        expected = to_numpy(whole[step + 1 :]) or list(Loader(reader, OPTIONS, epoch=1))
+        assert_same_stream(to_numpy(in_workers(resumed, num_workers)), expected)
+
+
+def test_the_adapter_has_the_loader_s_state_and_length(reader: MemoryReader) -> None:
+    inner = Loader(reader, OPTIONS)
+    loader = TorchLoader(inner)
+    assert len(loader) == len(inner) == len(in_workers(loader, 0))
+    for batch in loader:
+        assert batch.state == loader.state_dict() == inner.state_dict()
+    loader.close()
+    with pytest.raises(StateError, match="closed"):
+        list(loader)
