@@ -55,14 +55,18 @@ def _open(config: InputConfig, name: str) -> Any:
 def _split_of(dataset: Any, config: InputConfig, name: str) -> Any:
     if isinstance(dataset, dict):
         if config.split not in dataset:
-            raise InputError(f"dataset {name}: no split {config.split!r}; it has {', '.join(map(repr, dataset))} (see input.split)")
+            raise InputError(
+                f"dataset {name}: no split {config.split!r}; it has {', '.join(map(repr, dataset))} (see input.split)"
+            )
         dataset = dataset[config.split]
     return dataset.to_iterable_dataset() if config.streaming else dataset
 
 
 def _check_column(names: list[str] | None, name: str, field: str) -> None:
     if names is not None and field not in names:
-        raise InputError(f"dataset {name}: no column {field!r}; the columns are {', '.join(map(repr, names))} (see input.field)")
+        raise InputError(
+            f"dataset {name}: no column {field!r}; the columns are {', '.join(map(repr, names))} (see input.field)"
+        )
 
 
 def _values(dataset: Any, start: int, field: str, config: InputConfig, name: str) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
 
@@ -15,7 +15,7 @@ from kdcache.capture.content import Item
 from kdcache.capture.job import Job, codec_info, prepare, selection_info
 from kdcache.capture.plan import Plan
 from kdcache.capture.progress import CaptureProgress
-from kdcache.capture.run import check_context
+from kdcache.capture.run import check_fits
 from kdcache.capture.sequences import make_sequences
 from kdcache.codec import get_codec
 from kdcache.config.capture import CaptureConfig
@@ -30,6 +30,8 @@ SAMPLE_CHARS_PER_ITEM = 20_000
 PROBE_TOKENS = 4096
 SEQUENCE_BYTES = 120
 """Key, digest, source, offsets: what a sequence costs beside its tokens and positions."""
+SHARD_BYTES = 5000
+"""Arrow's schema, footer and framing of one shard of one record batch."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,7 @@ class CaptureEstimate:
         return self.num_tokens * share / self.tokens_per_second
 
 
-def estimate_capture(
-    config: CaptureConfig, progress: CaptureProgress | None = None, *, probe: bool = False
-) -> CaptureEstimate:
+def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = None, *, probe: bool = False) -> CaptureEstimate:
     """Plan a capture, tokenise a sample of its input, and say what it would come to. Writes nothing.
 
     Args:
@@ -96,8 +96,7 @@ def _sample(job: Job) -> list[Item]:
     sample: list[Item] = []
     for number in chosen:
         count = min(SAMPLE_ITEMS_PER_UNIT, units[number].num_items)
-        with closing(job.reader.items(units[number].start)) as items:
-            sample += [_clip(item, job.config) for item in islice(items, count)]
+        sample += [_clip(item, job.config) for item in islice(job.reader.items(units[number].start), count)]
     return sample
 
 
@@ -128,7 +127,12 @@ def _scale(
         num_positions=positions,
         num_sequences=num_sequences,
         bytes_per_position=bytes_per_position,
-        num_bytes=round(positions * bytes_per_position + tokens * (4 + 1 / 8) + num_sequences * SEQUENCE_BYTES),
+        num_bytes=round(
+            positions * bytes_per_position
+            + tokens * (4 + 1 / 8)
+            + num_sequences * SEQUENCE_BYTES
+            + len(plan.units) * SHARD_BYTES
+        ),
         tokens_per_second=speed,
     )
 
@@ -152,7 +156,7 @@ def _probe_speed(config: CaptureConfig, sequences: list[TokenSequence]) -> float
         return None
     longest_first = sorted(sequences, key=lambda sequence: -sequence.num_tokens)
     with closing(load_teacher(config.teacher)) as teacher:
-        check_context(config, teacher.identity)
+        check_fits(config, teacher.identity)
         list(teacher.score(longest_first[:1], selection_info(config)))
         chosen = longest_first[: max(1, PROBE_TOKENS // longest_first[0].num_tokens)]
         started = time.perf_counter()
@@ -167,5 +171,5 @@ def _past_speed(job: Job) -> float | None:
     shards = chain.newest_manifest(job.path).shards
     present = [(job.path / shard.name, shard.num_tokens) for shard in shards]
     times = sorted((path.stat().st_mtime, tokens) for path, tokens in present if path.exists())
-    speeds = [tokens / (at - before) for (before, _), (at, tokens) in zip(times, times[1:], strict=False) if at > before]
+    speeds = [tokens / (at - before) for (before, _), (at, tokens) in pairwise(times) if at > before]
     return median(speeds) if speeds else None

@@ -57,7 +57,8 @@ def _is_wanted(file: Path, folder: Path, endings: tuple[str, ...]) -> bool:
 
 def _nothing(path: str, input_format: str) -> str:
     if Path(path).is_dir():
-        return f"{path}: no file in this folder ends in {' or '.join(ENDINGS[input_format])}, as input.format {input_format!r} asks"
+        endings = " or ".join(ENDINGS[input_format])
+        return f"{path}: no file in this folder ends in {endings}, as input.format {input_format!r} asks"
     if glob.has_magic(path):
         return f"{path}: no file matches this pattern (working directory {Path.cwd()})"
     return f"{path}: no such file or folder (working directory {Path.cwd()})"

@@ -1,7 +1,7 @@
 """The items of an input, in an order that depends on the input alone, from any place on.
 
 Policy for items without content (an empty file, a blank line of `lines`, an empty or null cell, a chat without text): they
-are counted, reported and skipped; they give no sequence. Anything that cannot be read is an InputError that names file and line.
+are counted, reported and skipped; they give no sequence. Anything that cannot be read is an InputError naming file and line.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ class InputReader:
             InputError: an item that cannot be read, or nothing to read at all.
         """
         if self.config.streaming:
-            return make_stream_plan(
-                config=self.config, template_fingerprint=template_fingerprint, unit_items=output.unit_items
-            )
+            return make_stream_plan(config=self.config, template_fingerprint=template_fingerprint, unit_items=output.unit_items)
         plan = make_plan(
             observe(islice(self.items(), self.config.limit)),
             config=self.config,

@@ -87,8 +87,7 @@ def selection_info(config: CaptureConfig) -> SelectionInfo:
 
 def codec_info(config: CaptureConfig, vocab_size: int) -> CodecInfo:
     """The codec and its parameters, for a vocabulary."""
-    params = {"packed": {"vocab_size": vocab_size}, "raw": {}}[config.codec.id]
-    codec = get_codec(config.codec.id, params)
+    codec = get_codec(config.codec.id, {"vocab_size": vocab_size})
     return CodecInfo(codec_id=codec.codec_id, params=codec.params())
 
 

@@ -69,8 +69,8 @@ class Plan:
 def make_plan(
     items: Iterable[Item], *, config: InputConfig, template_fingerprint: str, unit_chars: int, unit_items: int
 ) -> Plan:
-    """Cut items into units: each as long as it may be without passing `unit_chars` characters or `unit_items` items; an item that
-    is longer than `unit_chars` alone is a unit of its own. The items are consumed once and not kept.
+    """Cut items into units, each as long as it may be without passing `unit_chars` characters or `unit_items` items; an item
+    that is longer than `unit_chars` is a unit of its own. The items are consumed once and not kept.
 
     Args:
         items: in order; already cut to `config.limit`.
@@ -104,9 +104,9 @@ def make_stream_plan(*, config: InputConfig, template_fingerprint: str, unit_ite
     """
     assert config.limit is not None
     limit = config.limit
-    starts = range(0, limit, unit_items)
     units = tuple(
-        Unit(number, Place(0, first, first), first, min(unit_items, limit - first), 0, "") for number, first in enumerate(starts)
+        Unit(number, Place(0, first, first), first, min(unit_items, limit - first), num_chars=0, digest="")
+        for number, first in enumerate(range(0, limit, unit_items))
     )
     which = {name: getattr(config, name) for name in ("dataset", "dataset_config", "split", "revision", "field", "limit")}
     meaning = fingerprint(_meaning(config, template_fingerprint) | {"stream": which})

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from tqdm import tqdm
 
 from kdcache.capture.content import Item
-from kdcache.capture.plan import Plan, Unit
+from kdcache.capture.plan import Unit
 
 _DELAY_SECONDS = 1.0
 
@@ -23,8 +23,8 @@ class CaptureProgress:
     def loading(self, model: str) -> None:
         """The teacher is about to be loaded."""
 
-    def start(self, plan: Plan, units: Sequence[Unit]) -> None:
-        """These units of the plan are about to be captured."""
+    def start(self, units: Sequence[Unit]) -> None:
+        """These units, not published yet, are about to be captured."""
 
     def start_unit(self, unit: Unit, num_tokens: int) -> None:
         """A unit has been read and is this many tokens long."""
@@ -52,7 +52,7 @@ class BarProgress(CaptureProgress):
     def loading(self, model: str) -> None:
         tqdm.write(f"loading the teacher {model}", file=sys.stderr)
 
-    def start(self, plan: Plan, units: Sequence[Unit]) -> None:
+    def start(self, units: Sequence[Unit]) -> None:
         self._chars_left = sum(unit.num_chars for unit in units)
         self._bar = tqdm(desc=f"capturing {len(units)} units", unit=" tok", unit_scale=True, file=sys.stderr)
 

@@ -20,7 +20,7 @@ from kdcache.format.record import SequenceRecord, TokenSequence, check_distribut
 from kdcache.store import chain
 from kdcache.store.writer import CacheWriter, refuse_foreign_directory
 from kdcache.teacher import load_teacher
-from kdcache.teacher.base import Teacher
+from kdcache.teacher.base import Teacher, top_k_of
 
 UNITS_PER_FOLD = 32
 """A fold makes what is published visible to readers, and costs rewriting the index."""
@@ -76,15 +76,16 @@ def run_capture(config: CaptureConfig, progress: CaptureProgress | None = None) 
             return _summary(job, existing.fold(), num_units_before=len(job.plan.units))
         progress.loading(config.teacher.model)
         with closing(load_teacher(config.teacher)) as teacher:
-            check_context(config, teacher.identity)
+            check_fits(config, teacher.identity)
             writer = CacheWriter.open(
                 job.path, first_manifest(job, teacher.identity), record_batch_bytes=config.output.record_batch_bytes
             )
             return _capture(job, teacher, writer, progress)
 
 
-def check_context(config: CaptureConfig, teacher: TeacherIdentity) -> None:
-    """Raise ConfigError where a window may be longer than the teacher can read."""
+def check_fits(config: CaptureConfig, teacher: TeacherIdentity) -> None:
+    """Raise ConfigError where a window may be longer than the teacher can read, or k is more than it has tokens."""
+    top_k_of(selection_info(config), vocab_size=teacher.vocab_size, backend=teacher.engine)
     if config.input.window.size > teacher.context_length:
         raise ConfigError(
             f"input.window.size is {config.input.window.size}, but the teacher {teacher.model!r} reads at most "
@@ -109,7 +110,7 @@ def _capture(job: Job, teacher: Teacher, writer: CacheWriter, progress: CaptureP
     published = writer.published_units()
     units = [unit for unit in job.plan.units if unit.number not in published]
     summary = _summary(job, writer.manifest, num_units_before=len(published))
-    progress.start(job.plan, units)
+    progress.start(units)
     started = time.perf_counter()
     try:
         for done, unit in enumerate(units, 1):
@@ -176,9 +177,7 @@ def _check_answer(record: SequenceRecord, teacher: TeacherIdentity) -> None:
 
 def _summary(job: Job, manifest: Manifest, *, num_units_before: int) -> CaptureSummary:
     plan = job.plan
-    return CaptureSummary(
-        str(job.path), manifest, len(plan.units), num_units_before, plan.num_items, plan.num_empty_items
-    )
+    return CaptureSummary(str(job.path), manifest, len(plan.units), num_units_before, plan.num_items, plan.num_empty_items)
 
 
 def _how_to_go_on(job: Job, writer: CacheWriter) -> str:

@@ -57,9 +57,7 @@ def column_values(column: pa.Array, kind: str) -> list[Any]:
     return [None if cell is None else cell.to_numpy() if not cell.null_count else cell.to_pylist() for cell in cells]
 
 
-def _rows(
-    batches: Iterator[Any], path: str, file: int, start: int, first_row: int, field: str, kind: str
-) -> Iterator[Item]:
+def _rows(batches: Iterator[Any], path: str, file: int, start: int, first_row: int, field: str, kind: str) -> Iterator[Item]:
     row = first_row
     for batch in batches:
         skipped = min(max(start - row, 0), batch.num_rows)
@@ -104,5 +102,3 @@ def _fits(column_type: pa.DataType, kind: str) -> bool:
 
 def _one_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-

@@ -1,6 +1,6 @@
 """Items of text files: a whole file, its lines, or JSON values on its lines.
 
-Lines end at \\n alone, counted from 1, so that numbers agree with an editor's and a line's byte offset is enough to start there.
+Lines end at \\n alone and are counted from 1, so that numbers agree with an editor's and a byte offset is enough to start at.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def read_jsonl(path: str, file: int, start: Place, *, field: str, kind: str) -> 
         if not isinstance(value, dict):
             raise InputError(f"{where}: holds a {type(value).__name__}, but a JSON object was expected")
         if field not in value:
-            raise InputError(f"{where}: no field {field!r}; the line has {', '.join(map(repr, value)) or 'none'} (see input.field)")
+            raise InputError(
+                f"{where}: no field {field!r}; the line has {', '.join(map(repr, value)) or 'none'} (see input.field)"
+            )
         yield Item(parse_content(value[field], kind, f"{where}: field {field!r}"), where, place)
 
 
@@ -73,4 +75,6 @@ def _decode(data: bytes, path: str, *, first_line: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = first_line + data[: error.start].count(b"\n")
-        raise InputError(f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); convert the file to UTF-8") from error
+        raise InputError(
+            f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); convert the file to UTF-8"
+        ) from error

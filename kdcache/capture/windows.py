@@ -5,12 +5,12 @@ Which window records which position (N tokens, windows of W tokens, the next one
 - Every position of the item is recorded exactly once; position t of the item is token t and what the teacher says comes next.
 - A window records all its positions, but for the first O - 1 of a later window, which the window before has recorded.
 - At a seam the last position of a window predicts a token that lies outside it. With O = 0 the position is recorded there and
-  has no target (a student still learns the teacher's distribution from it; it has no label). With O >= 1 the next window
-  starts with that position's token: the position is recorded there instead, with its target and O - 1 tokens before it as context.
+  has no target (a student still learns the teacher's distribution from it; it has no label). With O >= 1 that position's token
+  is in the next window too: the position is recorded there instead, with its target and O - 1 tokens before it as context.
 
 So with an overlap no target is lost, and the O tokens of overlap are all the context that the first recorded position has.
 
-`truncate` keeps the first W tokens: position W - 1 is recorded, without a target. `error` refuses an item of more than W tokens.
+`truncate` keeps the first W tokens: position W - 1 is recorded, without a target. `error` refuses an item of over W tokens.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from kdcache.format.record import TokenSequence, sequence_key
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenizedItem:
-    """One item as tokens, of any length >= 1; fields as in TokenSequence."""
+    """One item as tokens, of any length >= 1; fields as in TokenSequence, but for ids of int64, which are not checked yet."""
 
-    input_ids_N: NDArray[np.int32]
+    input_ids_N: NDArray[np.int64]
     supervised_N: NDArray[np.bool_]
     roles_N: NDArray[np.uint8]
     turn_starts: NDArray[np.int32]
@@ -62,7 +62,7 @@ def cut_windows(item: TokenizedItem, window: WindowConfig, template_fingerprint:
 
 
 def window_bounds(num_tokens: int, window: WindowConfig) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each window over N >= 1 tokens, in order; the last one ends with the tokens unless they are truncated."""
+    """(start, stop) of each window over N >= 1 tokens, in order; the last one ends with the tokens, unless truncated."""
     if window.policy != "split":
         yield 0, min(num_tokens, window.size)
         return

@@ -18,15 +18,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of all config structs."""
 
 
-class WindowConfig(Config, kw_only=True):
+class WindowConfig(Config, frozen=True, kw_only=True):
     """How a text longer than a sequence may be is treated. Nothing is dropped without being asked for and counted.
 
     Attributes:
         size: most tokens in a sequence.
         policy: `split` cuts a long item into windows, one after another; `truncate` keeps the first window and reports how many
             tokens were left out; `error` refuses a long item, naming it.
-        overlap: `split` only: tokens of the window before that each further window starts with, as context; their positions
-            are recorded in the earlier window alone.
+        overlap: `split` only: tokens of the window before that each further window starts with, as context; each position is
+            recorded once, the last one of them in the later window, where its target is.
     """
 
     size: Positive = 1024
@@ -40,16 +40,18 @@ class WindowConfig(Config, kw_only=True):
             raise ValueError("overlap is for policy 'split' alone")
 
 
-class InputConfig(Config, kw_only=True):
+class InputConfig(Config, frozen=True, kw_only=True):
     """What the teacher reads.
 
     Attributes:
-        format: `txt` (each file is one text), `lines` (each line of a text file is one), `jsonl`, `parquet`, `arrow` (IPC file or
-            stream), or `dataset` (the `datasets` library: a hub name or a local path).
-        paths: files, folders or glob patterns, for all formats but `dataset`; folders are searched for the format's endings. Read
-            in sorted order.
+        format: `txt` (each file is one text), `lines` (each line of a text file is one), `jsonl`, `parquet`, `arrow` (IPC
+            file or stream), or `dataset` (the `datasets` library: a hub name or a local path).
+        paths: files, folders or glob patterns, for all formats but `dataset`; folders are searched for the format's endings.
+            Relative to the working directory; read in sorted order.
         dataset: `dataset` only: hub name or local path.
-        dataset_config, split, revision: `dataset` only, as `datasets.load_dataset` takes them.
+        dataset_config: `dataset` only: the configuration's name, where there are several.
+        split: `dataset` only: which split, as `datasets.load_dataset` takes it.
+        revision: `dataset` only: hub commit or tag. Pin it when streaming: a stream's content is not hashed.
         streaming: `dataset` only: read without downloading it whole; needs `limit`.
         limit: most items to read; null for all.
         content: what an item is: `text`, `messages` (a chat: list of {role, content}), or `ids` (token ids).
@@ -89,7 +91,7 @@ class InputConfig(Config, kw_only=True):
             raise ValueError("supervise 'assistant' needs content 'messages'")
 
 
-class TeacherConfig(Config, kw_only=True):
+class TeacherConfig(Config, frozen=True, kw_only=True):
     """The model that is captured.
 
     Attributes:
@@ -127,7 +129,7 @@ class TeacherConfig(Config, kw_only=True):
     seed: int = 0
 
 
-class SelectionConfig(Config, kw_only=True):
+class SelectionConfig(Config, frozen=True, kw_only=True):
     """Which entries of a distribution are kept.
 
     Attributes:
@@ -139,7 +141,7 @@ class SelectionConfig(Config, kw_only=True):
     k: Positive = 64
 
 
-class CodecConfig(Config, kw_only=True):
+class CodecConfig(Config, frozen=True, kw_only=True):
     """How the kept entries become bytes.
 
     Attributes:
@@ -149,7 +151,7 @@ class CodecConfig(Config, kw_only=True):
     id: Literal["packed", "raw"] = "packed"
 
 
-class OutputConfig(Config, kw_only=True):
+class OutputConfig(Config, frozen=True, kw_only=True):
     """Where the cache goes and how it is cut.
 
     Attributes:
@@ -165,7 +167,7 @@ class OutputConfig(Config, kw_only=True):
     record_batch_bytes: Positive = 4 * 1024 * 1024
 
 
-class CaptureConfig(Config, kw_only=True):
+class CaptureConfig(Config, frozen=True, kw_only=True):
     """A whole capture: input -> teacher -> selection -> codec -> output."""
 
     input: InputConfig

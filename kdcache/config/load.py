@@ -1,7 +1,7 @@
 """A config file on disk -> a config struct, or one sentence that says which field is wrong, what it is and what it may be.
 
-YAML, with two changes to PyYAML's safe loader: a key given twice in one mapping is refused (the first value would be lost without
-a word), and `3e-4` is a number (YAML 1.1 reads it as text, because it lacks the dot).
+YAML, with two changes to PyYAML's safe loader: a key given twice in one mapping is refused (the first value would be lost
+without a word), and `3e-4` is a number (YAML 1.1 reads it as text, because it lacks the dot).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def apply_override(fields: dict[str, Any], config_type: type[msgspec.Struct], ov
 
 
 def convert_config(fields: Mapping[str, Any], config_type: type[C], *, where: str = "") -> C:
-    """A config from plain values; raises ConfigError as `load_config` does, each message starting with `where` and the field."""
+    """A config from plain values; raises ConfigError as `load_config` does, with messages that start with `where`."""
     prefix = f"{where}: " if where else ""
     try:
         _refuse_unknown_fields(fields, config_type)
@@ -121,7 +121,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]
 
 def _parse_yaml(text: str, *, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506: a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark is not None else where

@@ -1,0 +1,85 @@
+"""`kdcache info CACHE`: what a cache holds, from its manifest alone."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING, Any
+
+from kdcache.cli.wording import count, rows, size
+
+if TYPE_CHECKING:
+    from kdcache.format.manifest import Identity, Manifest
+    from kdcache.store.summary import CacheSummary
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = "Say what a cache holds: who spoke, over how much text, and what it costs. Reads the manifest alone."
+    parser.add_argument("cache", metavar="CACHE", help="the cache's directory")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the summary."""
+    from kdcache.store.summary import summarize_cache
+
+    summary = summarize_cache(args.cache)
+    print(_as_json(summary) if args.json else _as_text(args.cache, summary))
+    return 0
+
+
+def _as_json(summary: CacheSummary) -> str:
+    import msgspec
+
+    fields: dict[str, Any] = msgspec.to_builtins(summary)
+    # Shards are many and are in the manifest's own file; NaN (an empty cache) becomes null.
+    manifest = fields.pop("manifest") | {"digest": summary.manifest.digest, "num_shards": len(summary.manifest.shards)}
+    manifest.pop("shards")
+    return msgspec.json.format(msgspec.json.encode(fields | {"manifest": manifest}), indent=2).decode()
+
+
+def _as_text(path: str, summary: CacheSummary) -> str:
+    manifest = summary.manifest
+    shown = _identity_rows(path, manifest) | {
+        "text": f"{count(summary.num_sequences, 'sequence')}, {count(summary.num_tokens, 'token')}, "
+        f"{count(summary.num_positions, 'position')} recorded",
+        "size": f"{size(summary.num_bytes)}, {_number(summary.bytes_per_position)} bytes per position",
+        "kept mass": f"{_number(summary.kept_mass, 5)} of the probability, "
+        f"in {_number(summary.entries_per_position)} entries per position",
+        "entropy": f"{_number(summary.entropy_floor, 4)} to {_number(summary.entropy_ceiling, 4)} nats per position",
+        "NLL": f"{_number(summary.teacher_nll, 4)} nats per target, the text under the teacher",
+    }
+    columns = {f"  {name}": _number(value) for name, value in summary.column_bytes_per_position.items()}
+    return f"{rows(shown)}\nbytes per position by column\n{rows(columns)}"
+
+
+def _identity_rows(path: str, manifest: Manifest) -> dict[str, str]:
+    identity = manifest.identity
+    num_done, num_units = len(manifest.shards), manifest.plan.num_units
+    state = "complete" if manifest.is_complete else f"not complete: {num_done:,} published"
+    return {
+        "cache": f"{path} (snapshot {manifest.number}, {manifest.digest[:12]})",
+        "teacher": _teacher(identity),
+        "tokenizer": f"{identity.tokenizer.name}, {identity.tokenizer.vocab_size:,} ids, {identity.tokenizer.fingerprint[:12]}",
+        "selection": f"{identity.selection.kind} {_params(identity.selection.params)}",
+        "codec": f"{identity.codec.codec_id} {_params(identity.codec.params)}".rstrip(),
+        "plan": f"{count(num_units, 'unit')}, {state}",
+    }
+
+
+def _teacher(identity: Identity) -> str:
+    teacher = identity.teacher
+    revision = f" at {teacher.revision}" if teacher.revision else ""
+    return (
+        f"{teacher.model}{revision}, {teacher.architecture}, {teacher.dtype}, {teacher.vocab_size:,} ids, by {teacher.engine} "
+        f"{teacher.engine_version}"
+    )
+
+
+def _params(params: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in params.items())
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return "-" if math.isnan(value) else f"{value:,.{digits}f}"

@@ -1,0 +1,96 @@
+"""The command `kdcache`: find the subcommand, run it, turn errors into one sentence.
+
+Exit status: 0 done, 1 a check found damage, 2 wrong usage, config, input or cache, 130 interrupted. stdout carries results,
+stderr everything else. Only the module of the chosen subcommand is imported, so `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol, cast
+
+from kdcache import __version__
+from kdcache.errors import KdcacheError
+
+COMMANDS = {
+    "capture": ("kdcache.cli.capture", "run a teacher over text and write what it says into a cache"),
+    "info": ("kdcache.cli.info", "say what a cache holds"),
+    "verify": ("kdcache.cli.verify", "re-read a whole cache and check every promise it makes"),
+    "train": ("kdcache.cli.train", "train a student from a cache"),
+    "evaluate": ("kdcache.cli.evaluate", "compare students with their teacher on held-out text"),
+}
+"""name -> (module, one line of help)."""
+
+
+class Command(Protocol):
+    """What the module of a subcommand holds."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        ...
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; the exit status."""
+        ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status. Usage mistakes and `--help` leave through SystemExit, as argparse has it."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((argument for argument in arguments if argument in COMMANDS), None)
+    parser, subparsers = _parser()
+    command = None
+    if chosen is not None:
+        command = cast("Command", import_module(COMMANDS[chosen][0]))
+        command.add_arguments(subparsers[chosen])
+    args = parser.parse_args(arguments)
+    if command is None:
+        parser.print_help()
+        return 2
+    return run_command(command, args)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show the traceback of every error"
+    )
+    parser = argparse.ArgumentParser(
+        prog="kdcache",
+        parents=[shared],
+        description="Run a teacher model once, offline; train any number of students from its cache as if it were live.",
+        epilog="`kdcache COMMAND --help` says more about a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"kdcache {__version__}")
+    choices = parser.add_subparsers(title="commands", metavar="COMMAND")
+    names = {
+        name: choices.add_parser(
+            name, parents=[shared], help=text, description=text[0].upper() + text[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        )
+        for name, (_, text) in COMMANDS.items()
+    }  # fmt: skip
+    return parser, names
+
+
+def run_command(command: Command, args: argparse.Namespace) -> int:
+    """Run a command; its exit status, or that of the error it raised. What is no KdcacheError is a bug and is raised."""
+    try:
+        return command.run(args)
+    except KdcacheError as error:
+        if getattr(args, "verbose", False):
+            traceback.print_exc()
+        print(f"kdcache: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\nkdcache: interrupted{': ' if interrupt.args else ''}{interrupt}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our stdout has gone (`| head`). Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,38 @@
+"""Numbers and tables as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 unit", "12,345 units"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units: "812 bytes", "3.4 MB"."""
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} bytes"
+    power = min(5, int(math.log10(num_bytes)) // 3)
+    scaled = num_bytes / 1000**power
+    if scaled >= 999.5 and power < 5:
+        scaled, power = scaled / 1000, power + 1
+    return f"{scaled:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
+
+
+def duration(seconds: float) -> str:
+    """ "3.2 s", "5 min 10 s", "3 h 20 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def rows(values: Mapping[str, str]) -> str:
+    """One line per entry, the names in one column and the values in the next."""
+    width = max(map(len, values), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in values.items())
