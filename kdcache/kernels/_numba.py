@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from kdcache.kernels.base import TAIL_POLICIES, Objective, Targets, make_targets
 from kdcache.kernels.threads import for_row_blocks
 
-# What vectorised sums need. Not nnan and ninf: they would make -inf logits undefined and let NaN vanish.
-_FASTMATH = {"reassoc", "nsz", "contract"}
+# reassoc is what vectorised sums need. Not nnan and ninf: they would make -inf logits undefined and let NaN vanish.
+_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}, "error_model": "numpy"}
 _DROP, _RENORMALIZE, _BUCKET = range(len(TAIL_POLICIES))
 
 # Float32 sums are closed after so many terms and added up in float64: the error does not grow with the vocabulary.
@@ -49,11 +49,10 @@ _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 
 def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile on first call and keep the machine code on disk, where some folder can be written."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": _FASTMATH, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        return njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # neither this folder nor the user's cache folder can be written
-        return njit(**options)(function)
+        return njit(**_OPTIONS)(function)
 
 
 def _call_llvm(builder: ir.IRBuilder, name: str, *arguments: Any) -> Any:
