@@ -15,14 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kdcache.errors import LossError
 from kdcache.kernels import get_backend
 from kdcache.kernels.base import Objective
 from kdcache.loss import arguments, torch_rows
 from kdcache.loss.arguments import TargetTensors
-from kdcache.loss.sparse_kd import kernel_view, scale_gradient
+from kdcache.loss.sparse_kd import kernel_view, refuse_second_derivative, scale_gradient
 
 
 def fused_sparse_kd_loss(
@@ -147,8 +146,8 @@ class _FusedRows(torch.autograd.Function):
         return loss.to(hidden_PH.dtype if hidden_PH.dtype == torch.float64 else torch.float32)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("use sparse_kd_loss with backend='torch'")
         scaled = [None if gradient is None else scale_gradient(gradient, upstream[0]) for gradient in ctx.saved_tensors]
         return (*scaled, None, None, None)
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kdcache.errors import LossError
 from kdcache.kernels import get_backend
@@ -107,10 +106,23 @@ class _NumbaRows(torch.autograd.Function):
         return torch.tensor(scaled_P if reduction == "none" else scaled_P.sum(), dtype=torch.float32)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("use backend='torch'")
         (gradient_PV,) = ctx.saved_tensors
         return scale_gradient(gradient_PV, upstream[0]), None, None, None, None
+
+
+def refuse_second_derivative(advice: str) -> None:
+    """To be called in a backward whose gradient was computed in forward, and is a constant to autograd.
+
+    torch's once_differentiable is not enough: it looks at the upstream gradient, which needs none, and a gradient penalty
+    would silently lose its derivative.
+
+    Raises:
+        LossError: this backward is run with create_graph=True.
+    """
+    if torch.is_grad_enabled():
+        raise LossError(f"this gradient was computed in the forward pass and has no derivative (create_graph=True); {advice}")
 
 
 def scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:

@@ -1,0 +1,205 @@
+"""The fused loss against the same loss over whole logits: value, gradients by hidden, weight and bias, memory."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from contracts import kernels as contract
+from contracts.kernels import make_problem
+
+from kdcache.errors import LossError
+from kdcache.kernels.base import NO_LABEL
+from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.loss.sparse_kd import sparse_kd_loss
+
+
+class Case:
+    """A projection whose logits are near the teacher's, and targets as keywords of both losses."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, num_rows: int = 37, num_entries: int = 9) -> None:
+        problem = make_problem(num_rows, 101, num_entries)
+        generator = torch.Generator().manual_seed(0)
+        self.hidden_PH = torch.randn((num_rows, 16), generator=generator).to(dtype).requires_grad_()
+        self.weight_VH = torch.randn((101, 16), generator=generator).to(dtype).requires_grad_()
+        self.bias_V = torch.randn(101, generator=generator).to(dtype).requires_grad_()
+        self.targets = {
+            "token_ids_PK": torch.tensor(problem.targets.token_ids_PK),
+            "logprobs_PK": torch.tensor(problem.targets.logprobs_PK),
+            "tail_mass_P": torch.tensor(problem.targets.tail_mass_P),
+            "labels_P": torch.tensor(problem.targets.labels_P),
+            "weights_P": torch.tensor(problem.targets.weights_P),
+        }
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        return self.hidden_PH, self.weight_VH, self.bias_V
+
+    def unfused(self, **options) -> torch.Tensor:
+        return sparse_kd_loss(self.hidden_PH @ self.weight_VH.T + self.bias_V, **self.targets, **options)
+
+    def fused(self, **options) -> torch.Tensor:
+        return fused_sparse_kd_loss(self.hidden_PH, self.weight_VH, bias=self.bias_V, **self.targets, **options)
+
+
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("chunk_size", [8, 37, 512])
+def test_fused_equals_unfused(dtype, backend, chunk_size):
+    if backend == "numba" and dtype == torch.float64:
+        backend = "auto"
+    case = Case(dtype)
+    for objective, reduction in zip(contract.OBJECTIVES, itertools.cycle(["mean", "sum"]), strict=False):
+        options = {"tail": objective.tail, "alpha": objective.alpha, "reduction": reduction}
+        expected = case.unfused(**options, backend="torch")
+        loss = case.fused(**options, backend=backend, chunk_size=chunk_size)
+        assert loss.dtype == expected.dtype
+        assert loss.item() == pytest.approx(expected.item(), rel=TOLERANCE[dtype])
+        expected_gradients = torch.autograd.grad(expected, case.leaves)
+        for gradient, want in zip(torch.autograd.grad(loss, case.leaves), expected_gradients, strict=True):
+            assert gradient.dtype == dtype
+            error = (gradient - want).abs().max() / want.abs().max()
+            assert error.item() < TOLERANCE[dtype], options
+
+
+def test_many_bfloat16_chunks_are_summed_in_float32():
+    """Against float32 on the same numbers: 512 chunks must not be worse than one."""
+    case = Case(torch.bfloat16, num_rows=1024)
+    exact = [leaf.detach().float().requires_grad_() for leaf in case.leaves]
+    loss = fused_sparse_kd_loss(exact[0], exact[1], bias=exact[2], **case.targets)
+    exact_weight_VH = torch.autograd.grad(loss, exact)[1]
+    errors = []
+    for chunk_size in (1024, 2):
+        weight_VH = torch.autograd.grad(case.fused(chunk_size=chunk_size), case.leaves)[1]
+        errors.append(((weight_VH - exact_weight_VH).norm() / exact_weight_VH.norm()).item())
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_two_backward_calls_and_two_chunks_of_a_batch_add_up():
+    case = Case()
+    loss = case.fused(reduction="sum", chunk_size=8)
+    expected = torch.autograd.grad(case.unfused(reduction="sum", backend="torch"), case.leaves)
+    (2 * loss).backward(retain_graph=True)
+    loss.backward()
+    for start, stop in ((0, 20), (20, 37)):
+        part = {name: tensor[start:stop] for name, tensor in case.targets.items()}
+        fused_sparse_kd_loss(case.hidden_PH[start:stop], case.weight_VH, bias=case.bias_V, **part, reduction="sum").backward()
+    for leaf, want in zip(case.leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, 4 * want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("frozen", ["hidden_PH", "weight_VH", "bias_V"])
+def test_frozen_inputs_get_no_gradient_and_the_others_theirs(frozen, backend):
+    case, reference = Case(), Case()
+    getattr(case, frozen).requires_grad_(False)
+    case.fused(backend=backend, chunk_size=8).backward()
+    reference.unfused(backend="torch").backward()
+    for name in ("hidden_PH", "weight_VH", "bias_V"):
+        if name == frozen:
+            assert getattr(case, name).grad is None
+        else:
+            torch.testing.assert_close(getattr(case, name).grad, getattr(reference, name).grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_without_gradients_the_loss_is_the_same(backend):
+    case = Case()
+    expected = case.fused(backend=backend).item()
+    with torch.no_grad():
+        loss = case.fused(backend=backend, chunk_size=8)
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_labels_without_a_teacher_are_a_chunked_cross_entropy(backend):
+    case = Case()
+    labels_P = case.targets["labels_P"].long()
+    counted_P = (labels_P != NO_LABEL).float()
+    options = {"alpha": 0.0, "labels_P": labels_P, "weights_P": counted_P, "chunk_size": 8, "backend": backend}
+    empty = (torch.empty((37, 0), dtype=torch.int32), torch.empty((37, 0)), torch.ones(37))
+    logits_PV = case.hidden_PH @ case.weight_VH.T + case.bias_V
+    expected = torch.nn.functional.cross_entropy(logits_PV, labels_P, ignore_index=NO_LABEL)
+    expected_gradients = torch.autograd.grad(expected, case.leaves)
+    for teacher in ((), empty):
+        loss = fused_sparse_kd_loss(case.hidden_PH, case.weight_VH, *teacher, bias=case.bias_V, **options)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+        for gradient, want in zip(torch.autograd.grad(loss, case.leaves), expected_gradients, strict=True):
+            torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_no_rows_give_zero(backend):
+    case = Case(num_rows=0)
+    loss = case.fused(backend=backend)
+    loss.backward()
+    assert loss.item() == 0
+    assert case.weight_VH.grad is not None
+    assert not case.weight_VH.grad.any()
+
+
+def test_a_second_derivative_is_refused():
+    case = Case()
+    with pytest.raises(LossError, match="sparse_kd_loss"):
+        torch.autograd.grad(case.fused(), case.leaves, create_graph=True)
+
+
+def test_autocast_around_it_changes_nothing():
+    case = Case()
+    expected = torch.autograd.grad(case.fused(chunk_size=8), case.leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = case.fused(chunk_size=8)
+    for gradient, want in zip(torch.autograd.grad(loss, case.leaves), expected, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=0, atol=0)
+
+
+def test_nan_in_the_hidden_states_surfaces_unless_its_row_does_not_count():
+    case = Case()
+    with torch.no_grad():
+        case.hidden_PH[5, 3] = torch.nan
+    assert case.fused(chunk_size=8).isnan()
+    case.targets["weights_P"][5] = 0
+    assert case.fused(chunk_size=8).isfinite()
+
+
+MEMORY_PROGRAM = """
+import resource, torch
+from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.loss.sparse_kd import sparse_kd_loss
+
+P, V, H, K = 4096, 8192, 64, 8
+hidden, weight = torch.randn(P, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+targets = torch.arange(K).repeat(P, 1), torch.full((P, K), -3.0), torch.full((P,), 0.6)
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def grown(function):
+    before = peak_mib()
+    function().backward()
+    return peak_mib() - before
+
+def fused(rows):
+    return fused_sparse_kd_loss(hidden[:rows], weight, *(t[:rows] for t in targets), chunk_size=256, backend=BACKEND)
+
+fused(256).backward()
+print(grown(lambda: fused(P)), grown(lambda: sparse_kd_loss(hidden @ weight.T, *targets)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_fused_never_holds_the_whole_logits(backend):
+    """They would be 128 MiB; a buffer is 8. The unfused loss, in the same process, shows that the measure sees them."""
+    program = MEMORY_PROGRAM.replace("BACKEND", repr(backend))
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300).stdout
+    fused_mib, unfused_mib = map(float, answer.split())
+    assert fused_mib < 48
+    assert unfused_mib > 120

@@ -1,0 +1,87 @@
+"""What the losses refuse, in one sentence each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kdcache.errors import LossError
+from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.loss.sparse_kd import sparse_kd_loss
+
+
+def good() -> dict:
+    return {
+        "token_ids_PK": torch.tensor([[1, 2], [0, -1]]),
+        "logprobs_PK": torch.tensor([[-1.0, -2.0], [-1.0, -torch.inf]]),
+        "tail_mass_P": torch.tensor([0.5, 0.6]),
+        "labels_P": torch.tensor([4, -100]),
+    }
+
+
+REFUSED = [
+    ({"temperature": 2.0}, "temperature is 2.0, but only 1.0 is possible"),
+    ({"tail": "ghost"}, "tail is 'ghost', but must be one of 'drop', 'renormalize', 'bucket'"),
+    ({"alpha": 1.5}, "alpha is 1.5"),
+    ({"alpha": 0.5, "labels_P": None}, "labels_P is not given"),
+    ({"reduction": "max"}, "reduction is 'max'"),
+    ({"backend": "triton"}, "backend is 'triton'"),
+    (
+        {"token_ids_PK": torch.tensor([[1, 5], [0, -1]])},
+        "row 0 has the token id 5, which is outside the student's vocabulary of 5",
+    ),
+    ({"token_ids_PK": torch.tensor([[1, 1], [0, -1]])}, "row 0 has the token id 1, twice"),
+    ({"token_ids_PK": torch.tensor([[1, 2]])}, r"token_ids_PK has the shape \(1, 2\), but 2 rows of the student"),
+    ({"token_ids_PK": torch.ones(2, 2)}, "token_ids_PK has the dtype torch.float32"),
+    ({"logprobs_PK": torch.zeros(2, 3)}, r"logprobs_PK has the shape \(2, 3\), but must have \(2, 2\)"),
+    ({"logprobs_PK": torch.full((2, 2), 0.5)}, "row 0 has the logprob 0.5, above 0"),
+    ({"tail_mass_P": torch.tensor([0.5])}, "tail_mass_P has the shape"),
+    ({"tail_mass_P": torch.tensor([0.5, 2.0])}, "row 1 has the tail mass 2.0"),
+    ({"labels_P": torch.tensor([5, 0])}, "row 0 has the label 5"),
+    ({"labels_P": torch.tensor([[5, 0]])}, "labels_P has the shape"),
+    ({"weights_P": torch.tensor([1.0, -1.0])}, "row 1 has the weight -1.0"),
+    ({"weights_P": torch.tensor([1.0])}, "weights_P has the shape"),
+    ({"tail_mass_P": torch.tensor([0.5, 0.6], device="meta")}, "tail_mass_P is on meta, but the student is on cpu"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["numba", "torch"])
+@pytest.mark.parametrize(("change", "sentence"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_impossible_arguments_are_refused_by_both_losses(change, sentence, dtype):
+    with pytest.raises(LossError, match=sentence):
+        sparse_kd_loss(torch.zeros(2, 5, dtype=dtype), **{**good(), **change})
+    with pytest.raises(LossError, match=sentence):
+        fused_sparse_kd_loss(torch.zeros(2, 3, dtype=dtype), torch.zeros(5, 3, dtype=dtype), **{**good(), **change})
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(1, 2, 5), torch.zeros(2, 5, dtype=torch.int64)], ids=["3d", "integers"])
+def test_logits_of_another_shape_or_kind_are_refused(logits):
+    with pytest.raises(LossError, match="student_logits_PV must be floating point"):
+        sparse_kd_loss(logits, **good())
+
+
+def test_numba_by_name_is_refused_where_it_cannot_work():
+    with pytest.raises(LossError, match="numba backend takes float32 or bfloat16 on a CPU, not torch"):
+        sparse_kd_loss(torch.zeros(2, 5, dtype=torch.float64), **good(), backend="numba")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"hidden_PH": torch.zeros(2, 4)}, r"hidden_PH \(2, 4\) and weight_VH \(5, 3\)"),
+        ({"hidden_PH": torch.zeros(2, 3, dtype=torch.int64)}, "must be floating point"),
+        (
+            {"weight_VH": torch.zeros(5, 3, dtype=torch.bfloat16)},
+            "weight_VH is torch.bfloat16 on cpu, but hidden_PH is torch.float32",
+        ),
+        ({"bias": torch.zeros(4)}, r"bias has the shape \(4,\)"),
+        ({"reduction": "none"}, "use weights_P"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"token_ids_PK": None}, "must be given together"),
+        ({"token_ids_PK": None, "logprobs_PK": None, "tail_mass_P": None}, "without a teacher alpha must be 0"),
+    ],
+)
+def test_impossible_arguments_of_the_fused_loss_are_refused(change, sentence):
+    arguments = {"hidden_PH": torch.zeros(2, 3), "weight_VH": torch.zeros(5, 3), **good(), **change}
+    with pytest.raises(LossError, match=sentence):
+        fused_sparse_kd_loss(**arguments)
