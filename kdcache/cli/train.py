@@ -1,0 +1,33 @@
+"""`kdcache train CONFIG.yaml`: a student from a cache; run again, it goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from kdcache.cli.config_arguments import add_config_arguments, read_config
+from kdcache.config.train import TrainConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_config_arguments(parser, TrainConfig, example="train-kd.yaml")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train with a progress bar; prints what was done, the held-out curve and where the model is."""
+    config = read_config(args, TrainConfig)
+    from kdcache.report.sparkline import sparkline
+    from kdcache.train.evaluate import heldout_curve
+    from kdcache.train.trainer import train
+
+    result = train(config)
+    new_steps = result.num_steps - result.num_resumed
+    resumed = f", {result.num_resumed:,} of them in an earlier run" if result.num_resumed else ""
+    print(f"{result.num_steps:,} steps{resumed}, {result.num_tokens:,} tokens; {new_steps:,} steps in {result.seconds:.1f} s")
+    losses = [loss for _, loss in heldout_curve(result.out)]
+    if losses:
+        line = sparkline(losses, encoding=sys.stdout.encoding)
+        print(f"held-out loss {losses[0]:.3f} {line} {losses[-1]:.3f} nats per token")
+    print(f"model: {result.model}")
+    return 0

@@ -1,0 +1,136 @@
+"""What a training run may be asked for. Frozen, keyword-only, unknown keys refused; imports nothing heavy.
+
+`configs/train-*.yaml` are complete, commented examples; `kdcache.config.load` reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from kdcache.config.capture import Config, NonNegative, Positive
+from kdcache.config.loader import LoaderConfig
+
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0)]
+Beta = Annotated[float, Meta(ge=0, lt=1)]
+Scalar = str | int | float | bool | None
+
+
+class StudentConfig(Config, frozen=True, kw_only=True):
+    """The model that is trained.
+
+    Attributes:
+        config_from: folder in the Hugging Face layout or hub id, perhaps the teacher's; its `config.json` is the base.
+        revision: hub commit or tag; null for the default.
+        init: `random` builds new weights from the configuration; `pretrained` loads those of `config_from`.
+        overrides: fields of that configuration to change, as in {hidden_size: 128}; none with `pretrained`.
+        tokenizer: folder or hub id of the student's tokenizer; null for `config_from`. Its fingerprint must be the cache's.
+        accept_tokenizer_mismatch: train although the fingerprints differ. For tokenizers known to give the same ids.
+    """
+
+    config_from: str
+    revision: str | None = None
+    init: Literal["random", "pretrained"] = "random"
+    overrides: dict[str, Scalar | list[Scalar]] = msgspec.field(default_factory=dict)
+    tokenizer: str | None = None
+    accept_tokenizer_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.init == "pretrained" and self.overrides:
+            raise ValueError("overrides change the shape of a student; they need init 'random'")
+
+
+class LossConfig(Config, frozen=True, kw_only=True):
+    """What a step minimises: alpha * KL(teacher || student) + (1 - alpha) * cross-entropy with the text.
+
+    Attributes:
+        alpha: 1 for distillation only, 0 for labels only.
+        tail: what becomes of the teacher's mass outside the support: `bucket` compares it with the student's as one further
+            token, `drop` leaves it out, `renormalize` scales the support to mass 1.
+        backend: `numba` or `torch`; `auto` takes the fastest that fits the device.
+        positions_per_chunk: positions whose logits exist at once; memory is this x vocabulary x 4 bytes.
+    """
+
+    alpha: Fraction = 1.0
+    tail: Literal["bucket", "drop", "renormalize"] = "bucket"
+    backend: Literal["auto", "numba", "torch"] = "auto"
+    positions_per_chunk: Positive = 512
+
+
+class OptimizerConfig(Config, frozen=True, kw_only=True):
+    """AdamW and its learning rate over time.
+
+    Attributes:
+        lr: highest learning rate.
+        betas: decay of the two running means.
+        weight_decay: on matrices; vectors (norms, biases) have none.
+        grad_clip: largest norm of the whole gradient; null for no clipping.
+        schedule: from the end of the warm-up: `cosine` or `linear` fall to lr x final_fraction, `constant` stays.
+        warmup_fraction: share of all steps over which the rate rises from 0.
+        final_fraction: rate of the last step as a share of lr.
+    """
+
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.1
+    grad_clip: PositiveFloat | None = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: Fraction = 0.05
+    final_fraction: Fraction = 0.1
+
+
+class HeldoutConfig(Config, frozen=True, kw_only=True):
+    """Held-out text that is scored now and then while training, for the curve.
+
+    Attributes:
+        data: JSON-lines file with a `text` or `input_ids` in each line; null to measure nothing while training.
+        every_steps: steps between two measurements; the first is before step 1, one more follows the last step.
+        max_tokens: stop reading after this many tokens.
+        window: most tokens in a sequence; longer texts are cut.
+    """
+
+    data: str | None = None
+    every_steps: Positive = 100
+    max_tokens: Positive = 20_000
+    window: Annotated[int, Meta(ge=2)] = 256
+
+
+class TrainConfig(Config, frozen=True, kw_only=True):
+    """A whole training run: cache -> loader -> student -> loss -> optimiser, with checkpoints.
+
+    Attributes:
+        cache: directory of the cache.
+        out: directory of the run: `config.json`, `metrics.jsonl`, `checkpoints/`, and at the end `model/` in the Hugging Face
+            layout. The same command on the same directory goes on where it stopped.
+        steps: optimiser steps; give this or `epochs`.
+        epochs: passes over the cache; give this or `steps`.
+        seed: of the student's initial weights and of dropout; the order of reading has its own, `loader.seed`.
+        num_threads: CPU threads; null for the library's default.
+        device: `auto` takes CUDA where there is one.
+        dtype: of the arithmetic; weights and optimiser state are float32 either way.
+        checkpoint_every_steps: steps between two checkpoints; the last step always makes one.
+        heldout: what is measured while training.
+    """
+
+    cache: str
+    out: str
+    student: StudentConfig
+    loader: LoaderConfig = LoaderConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: Positive | None = None
+    epochs: Positive | None = None
+    seed: NonNegative = 0
+    num_threads: Positive | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every_steps: Positive = 200
+    heldout: HeldoutConfig = HeldoutConfig()
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`, and not both")

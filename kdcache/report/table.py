@@ -1,0 +1,45 @@
+"""Tables for people: aligned text for a terminal, Markdown for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells that are formatted already.
+
+    Attributes:
+        headers: one per column.
+        rows: each as long as headers. The first column is text and aligned left, the others are numbers and aligned right.
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def to_text(self) -> str:
+        """Lines with columns two blanks apart and a rule under the headers."""
+        widths = _widths([self.headers, *self.rows])
+        lines = [_aligned(row, widths) for row in (self.headers, *self.rows)]
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:]))
+
+    def to_markdown(self) -> str:
+        """A GitHub table; readable as text too."""
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in (self.headers, *self.rows)]
+        widths = [max(3, width) for width in _widths(escaped)]
+        rule = [":" + "-" * (width - 1) if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+        lines = [_aligned(row, widths, " | ") for row in (escaped[0], rule, *escaped[1:])]
+        return "\n".join(f"| {line} |" for line in lines)
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int], gap: str = "  ") -> str:
+    cells = [
+        cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return gap.join(cells)

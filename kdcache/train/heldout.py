@@ -1,0 +1,99 @@
+"""Held-out text: read from a JSON-lines file, tokenised, cut into windows.
+
+Shape letters: N tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.errors import InputError
+from kdcache.teacher.tokenizer import Tokenizer
+
+_MIN_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldoutSequence:
+    """One window of a held-out text.
+
+    Attributes:
+        input_ids_N: (N,) int64, N >= 2; tokens 1..N-1 are predicted.
+        num_bytes: UTF-8 bytes of the predicted tokens' text.
+        text: which text of the file it is part of, from 0.
+    """
+
+    input_ids_N: NDArray[np.int64]
+    num_bytes: int
+    text: int
+
+    @property
+    def num_targets(self) -> int:
+        """Predicted tokens, N - 1."""
+        return len(self.input_ids_N) - 1
+
+
+def read_heldout(
+    path: str | Path, tokenizer: Tokenizer, *, window: int, max_tokens: int | None = None
+) -> list[HeldoutSequence]:
+    """The file's texts as windows, in order.
+
+    Args:
+        path: each line is an object with a string `text` or a list of token ids `input_ids`.
+        tokenizer: makes ids of text, special tokens included, and text of ids, to count its bytes.
+        window: most tokens in a sequence; a leftover of one token predicts nothing and is left out.
+        max_tokens: stop after this many, in the middle of a text if need be; None for all.
+
+    Raises:
+        InputError: an unreadable file or line (named), or a file without two tokens to predict.
+    """
+    sequences: list[HeldoutSequence] = []
+    left = max_tokens if max_tokens is not None else 2**62
+    for number, ids in enumerate(_texts(Path(path), tokenizer)):
+        for start in range(0, min(len(ids), left), window):
+            piece = ids[start : min(start + window, left)]
+            if len(piece) >= _MIN_TOKENS:
+                num_bytes = len(tokenizer.decode(piece[1:]).encode())
+                sequences.append(HeldoutSequence(np.asarray(piece, np.int64), num_bytes, number))
+        left -= min(len(ids), left)
+        if left < _MIN_TOKENS:
+            break
+    if not sequences:
+        raise InputError(f"{path}: no line has the two tokens that a prediction needs")
+    return sequences
+
+
+def _texts(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: held-out data cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _ids(_object(line, f"{path}:{number}"), tokenizer, f"{path}:{number}")
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: expected a JSON object with `text` or `input_ids`: {error}") from error
+
+
+def _ids(item: dict[str, Any], tokenizer: Tokenizer, where: str) -> list[int]:
+    text, ids = item.get("text"), item.get("input_ids")
+    if isinstance(text, str):
+        return list(tokenizer.encode(text, True))
+    if isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < tokenizer.identity.vocab_size for i in ids):
+        return ids
+    raise InputError(
+        f"{where}: expected a string `text`, or `input_ids`, a list of ids below {tokenizer.identity.vocab_size}; "
+        f"found the keys {sorted(item)}"
+    )

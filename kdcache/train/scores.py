@@ -1,0 +1,137 @@
+"""Models measured on held-out sequences, each beside the live teacher over the FULL vocabulary.
+
+Shape letters: S sequences, T tokens of a sequence, P positions of a chunk, V vocabulary, H hidden.
+
+KL(teacher || student) at a position is sum_v p_v (log p_v - log q_v), in nats, at temperature 1 (Hinton et al., arXiv
+1503.02531); a student whose vocabulary is larger keeps its own normalisation, so its mass on ids that the teacher does not know
+counts against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdcache.errors import MismatchError
+from kdcache.train.heldout import HeldoutSequence
+from kdcache.train.packed import has_plain_head, hidden_states, output_projection
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """Sums over the predicted tokens of each sequence.
+
+    Attributes:
+        nll_S: (S,) float64, nats, -log q(the token that in fact came).
+        kl_S: (S,) float64, nats, KL(teacher || this model).
+        agreement_S: (S,) float64, positions whose most probable token is the teacher's.
+        correct_S: (S,) float64, positions whose most probable token in fact came.
+    """
+
+    nll_S: NDArray[np.float64]
+    kl_S: NDArray[np.float64]
+    agreement_S: NDArray[np.float64]
+    correct_S: NDArray[np.float64]
+
+
+@torch.no_grad()
+def score_models(
+    teacher: PreTrainedModel,
+    students: Mapping[str, PreTrainedModel],
+    sequences: Sequence[HeldoutSequence],
+    *,
+    positions_per_chunk: int = 256,
+    on_sequence: Callable[[HeldoutSequence], object] = lambda _: None,
+) -> dict[str, Scores]:
+    """Score the teacher (under the name `teacher`) and every student on the same tokens.
+
+    Args:
+        teacher, students: models in evaluation mode, on one device.
+        sequences: what they read, one at a time.
+        positions_per_chunk: positions whose float32 distributions exist at once, for two models at a time.
+        on_sequence: called after each sequence, for progress.
+
+    Raises:
+        MismatchError: a student's vocabulary is smaller than the teacher's.
+    """
+    _check_vocabularies(teacher, students)
+    models = {TEACHER: teacher, **students}
+    heads = {name: has_plain_head(model) for name, model in models.items()}
+    sums = {name: np.zeros((len(sequences), 4)) for name in models}
+    for row, sequence in enumerate(sequences):
+        ids_T = torch.from_numpy(sequence.input_ids_N).to(teacher.device)
+        chunks = {name: _logprob_chunks(model, ids_T, positions_per_chunk, heads[name]) for name, model in models.items()}
+        for targets_P in ids_T[1:].split(positions_per_chunk):
+            teacher_PV = next(chunks[TEACHER])
+            for name in models:
+                own_PV = teacher_PV if name == TEACHER else next(chunks[name])
+                sums[name][row] += _chunk_sums(teacher_PV, own_PV, targets_P)
+        on_sequence(sequence)
+    return {name: Scores(*np.ascontiguousarray(table.T)) for name, table in sums.items()}
+
+
+@torch.no_grad()
+def heldout_nats_per_token(
+    model: PreTrainedModel, sequences: Sequence[HeldoutSequence], *, positions_per_chunk: int = 256
+) -> float:
+    """Mean of -log q(the token that came) over all predicted tokens, in nats; leaves the model in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for sequence in sequences:
+        ids_T = torch.from_numpy(sequence.input_ids_N).to(model.device)
+        chunks = _logprob_chunks(model, ids_T, positions_per_chunk, plain_head=True)
+        for targets_P, logprobs_PV in zip(ids_T[1:].split(positions_per_chunk), chunks, strict=True):
+            total -= float(_gather(logprobs_PV, targets_P).double().sum())
+    model.train(was_training)
+    return total / sum(sequence.num_targets for sequence in sequences)
+
+
+def _logprob_chunks(model: PreTrainedModel, ids_T: Tensor, positions_per_chunk: int, plain_head: bool) -> Iterator[Tensor]:
+    """(P, V) float32 logprobs of positions 0..T-2, a chunk at a time. A head that is more than a product needs all at once."""
+    ids_1T = ids_T[None, :-1]
+    positions_1T = torch.arange(ids_1T.shape[1], device=ids_T.device)[None]
+    if plain_head:
+        rows, project = hidden_states(model, ids_1T, positions_1T)[0], output_projection(model)
+    else:
+        rows, project = model(input_ids=ids_1T, use_cache=False).logits[0], torch.nn.Identity()
+    for rows_P in rows.split(positions_per_chunk):
+        yield torch.log_softmax(project(rows_P).float(), dim=-1)
+
+
+def _chunk_sums(teacher_PV: Tensor, own_PV: Tensor, targets_P: Tensor) -> NDArray[np.float64]:
+    """(4,) nll, kl, agreement, correct, summed over the chunk in float64; in the order of the fields of `Scores`."""
+    overlap_PV = own_PV[:, : teacher_PV.shape[1]]
+    # xlogy-like: a teacher probability of 0 adds 0, not 0 * inf.
+    terms_PV = torch.where(teacher_PV == -torch.inf, 0.0, teacher_PV.exp() * (teacher_PV - overlap_PV))
+    best_P, teacher_best_P = own_PV.argmax(dim=-1), teacher_PV.argmax(dim=-1)
+    return np.array(
+        [
+            -float(_gather(own_PV, targets_P).double().sum()),
+            float(terms_PV.sum(dim=-1).double().sum()),
+            float((best_P == teacher_best_P).sum()),
+            float((best_P == targets_P).sum()),
+        ]
+    )
+
+
+def _gather(logprobs_PV: Tensor, ids_P: Tensor) -> Tensor:
+    return logprobs_PV.gather(1, ids_P[:, None])[:, 0]
+
+
+def _check_vocabularies(teacher: PreTrainedModel, students: Mapping[str, PreTrainedModel]) -> None:
+    needed = int(teacher.config.vocab_size)
+    for name, model in students.items():
+        if int(model.config.vocab_size) < needed:
+            raise MismatchError(
+                f"student {name!r} has a vocabulary of {model.config.vocab_size}, the teacher one of {needed}: "
+                "the KL over the teacher's vocabulary is not defined"
+            )

@@ -1,0 +1,157 @@
+"""The student: built or loaded, and checked against the cache."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from kdcache.config.train import StudentConfig
+from kdcache.errors import ConfigError, MismatchError
+from kdcache.format.manifest import Identity
+from kdcache.teacher import load_tokenizer
+
+_DERIVED_FIELDS = ("head_dim", "num_key_value_heads", "layer_types")
+"""Fields that a configuration class fills in from others. Kept from the base they would contradict the overrides."""
+
+
+def build_student(config: StudentConfig, *, seed: int) -> PreTrainedModel:
+    """The model in float32 on the CPU, with attention that keeps packed documents apart.
+
+    Args:
+        config: which model.
+        seed: of random weights; torch's global generator is seeded with it and left so, for dropout.
+
+    Raises:
+        ConfigError: the configuration or weights do not load, or an override is unknown or impossible.
+    """
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    if config.init == "pretrained":
+        return load_model(config.config_from, revision=config.revision, field="student.config_from", **options)
+    model_config = _student_config(config)
+    try:
+        return AutoModelForCausalLM.from_config(model_config, **options)
+    except Exception as error:
+        raise ConfigError(f"student.overrides: {config.overrides!r} does not make a model: {error}") from error
+
+
+def load_model(name: str, *, field: str, revision: str | None = None, **options: Any) -> PreTrainedModel:
+    """A causal language model with its weights.
+
+    Args:
+        name: folder in the Hugging Face layout or hub id.
+        field: config field or flag that named it, for the message.
+        revision: hub commit or tag.
+        options: as `from_pretrained` takes them.
+
+    Raises:
+        ConfigError: it does not load, or weights are missing.
+    """
+    try:
+        with without_progress_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision or "main", output_loading_info=True, **options
+            )
+    except Exception as error:
+        raise ConfigError(f"{field}: no model can be loaded from {name!r}: {first_line(error)}") from error
+    model, info = loaded
+    # transformers fills what is missing with random numbers, and goes on.
+    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if lacking:
+        raise ConfigError(
+            f"{field}: the weights in {name!r} do not fit their configuration: {lacking[0]} is missing or misshapen"
+        )
+    return model
+
+
+def _student_config(config: StudentConfig) -> Any:
+    try:
+        base = AutoConfig.from_pretrained(config.config_from, revision=config.revision or "main")
+    except Exception as error:
+        raise ConfigError(
+            f"student.config_from: no model configuration can be read from {config.config_from!r}: {first_line(error)}"
+        ) from error
+    fields = base.to_dict()
+    for name in config.overrides:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"student.overrides.{name}: {type(base).__name__} has no such field{hint}")
+    derived = [name for name in _DERIVED_FIELDS if _is_derived(base, name)]
+    kept = {name: value for name, value in fields.items() if name not in derived}
+    try:
+        return type(base).from_dict(kept | config.overrides)
+    except Exception as error:
+        raise ConfigError(f"student.overrides: {type(base).__name__} refuses {config.overrides!r}: {error}") from error
+
+
+def _is_derived(base: Any, name: str) -> bool:
+    """Whether the class, not told this field, comes to the base's value itself."""
+    fields = base.to_dict()
+    if name not in fields:
+        return False
+    value = fields.pop(name)
+    return type(base).from_dict(fields).to_dict().get(name) == value
+
+
+def check_against_cache(model: PreTrainedModel, config: StudentConfig, identity: Identity, *, longest_sequence: int) -> None:
+    """Refuse a student whose ids or positions are not the cache's.
+
+    Args:
+        model: the student.
+        config: names its tokenizer.
+        identity: the cache's.
+        longest_sequence: tokens of the cache's longest sequence.
+
+    Raises:
+        MismatchError: another tokenizer, a vocabulary too small for the teacher's ids, or too short a context.
+    """
+    _check_tokenizer(config, identity)
+    size, needed = int(model.config.vocab_size), identity.teacher.vocab_size
+    if size < needed:
+        raise MismatchError(
+            f"the student's vocabulary of {size} cannot hold the ids of teacher {identity.teacher.model!r}, "
+            f"whose vocabulary is {needed}: set student.overrides.vocab_size to {needed}"
+        )
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and context < longest_sequence:
+        raise MismatchError(
+            f"the student's max_position_embeddings is {context}, but the cache's longest sequence has {longest_sequence} "
+            "tokens: set student.overrides.max_position_embeddings, or capture shorter windows"
+        )
+
+
+def _check_tokenizer(config: StudentConfig, identity: Identity) -> None:
+    if config.accept_tokenizer_mismatch:
+        return
+    name = config.tokenizer or config.config_from
+    mine, theirs = load_tokenizer(name, config.revision).identity, identity.tokenizer
+    if mine.fingerprint != theirs.fingerprint:
+        raise MismatchError(
+            f"the student's tokenizer {name!r} ({mine.fingerprint[:12]}, {mine.vocab_size} ids) is not the one that made the "
+            f"cache, {theirs.name!r} ({theirs.fingerprint[:12]}, {theirs.vocab_size} ids): set student.tokenizer to that one, "
+            "or student.accept_tokenizer_mismatch to true if both give the same ids"
+        )
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """No bar of transformers for every file that it reads or writes; progress is the trainer's to show."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """An error's message without the paragraphs of advice that transformers adds."""
+    return str(error).strip().split("\n", 1)[0]

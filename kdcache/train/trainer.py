@@ -1,0 +1,266 @@
+"""A student trained from a cache: loader -> packed forward -> fused sparse loss -> AdamW. One process, one device.
+
+It proves the pipeline and serves as the example; run again on the same directory it goes on exactly where it stopped.
+
+Shape letters: B rows, T tokens per row, P supervised positions, K entries per position, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+
+from kdcache.config.train import OptimizerConfig, TrainConfig
+from kdcache.errors import ConfigError, InputError
+from kdcache.loader._torch import TorchBatch, to_torch
+from kdcache.loader.batch import IGNORED_LABEL
+from kdcache.loader.loader import Loader
+from kdcache.loader.plan import EpochPlan
+from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.store.reader import CacheReader, open_cache
+from kdcache.teacher import load_tokenizer
+from kdcache.train.checkpoint import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
+from kdcache.train.heldout import HeldoutSequence, read_heldout
+from kdcache.train.packed import check_architecture, hidden_states, output_projection
+from kdcache.train.run_folder import RunFolder
+from kdcache.train.schedule import learning_rate
+from kdcache.train.scores import heldout_nats_per_token
+from kdcache.train.student import build_student, check_against_cache, without_progress_bars
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a finished run leaves.
+
+    Attributes:
+        out: its directory.
+        model: the student in the Hugging Face layout, tokenizer included.
+        num_steps: of the whole run; num_resumed of them were done before.
+        num_tokens: tokens read in the whole run, padding not counted.
+        seconds: this process's share of the training loop.
+        heldout_nats_per_token: after the last step, or None where nothing was measured.
+    """
+
+    out: Path
+    model: Path
+    num_steps: int
+    num_resumed: int
+    num_tokens: int
+    seconds: float
+    heldout_nats_per_token: float | None
+
+
+def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
+    """Train a student, or go on with the run in `config.out`.
+
+    Args:
+        config: the whole run.
+        show_progress: a bar on stderr once two seconds have passed.
+
+    Raises:
+        ConfigError, MismatchError: see `build_student`, `check_against_cache`, `RunFolder`.
+        CacheNotFoundError, CorruptCacheError: the cache cannot be read; what was trained up to the last checkpoint stays.
+        InputError: held-out data that cannot be read, or a cache without a supervised position.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    with open_cache(config.cache) as reader:
+        if not reader.num_positions_S.any():
+            raise InputError(f"{config.cache}: the cache has no supervised position to train on")
+        heldout = _heldout(config)
+        model = _student(config, reader)
+        with RunFolder(config, reader.snapshot) as folder, Loader(reader, config.loader) as loader:
+            return Trainer(config, model, loader, folder, heldout).run(show_progress)
+
+
+class Trainer:
+    """The state of a run: model, optimiser, loader and counters. `train` makes one."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: PreTrainedModel,
+        loader: Loader,
+        folder: RunFolder,
+        heldout: Sequence[HeldoutSequence] = (),
+    ) -> None:
+        self.config, self.model, self.loader, self.folder, self.heldout = config, model, loader, folder, heldout
+        self.optimizer = make_optimizer(model, config.optimizer)
+        self.num_steps = config.steps or num_batches(loader, config.epochs or 1)
+        self.step = self.num_tokens = 0
+        self.last_heldout: float | None = None
+        self._resume()
+
+    def run(self, show_progress: bool = False) -> TrainResult:
+        """Train to the end, save the model, and say what was done."""
+        start, first_step = time.perf_counter(), self.step
+        self.model.train()
+        bar = tqdm(total=self.num_steps, initial=self.step, delay=2, unit="step", file=sys.stderr, disable=not show_progress)
+        with bar:
+            if self.step == 0:
+                self._measure()
+            for batch in self._batches():
+                loss = self._train_on(batch)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+        seconds = time.perf_counter() - start
+        self.folder.publish_model(self._save_model)
+        return TrainResult(
+            out=self.folder.root,
+            model=self.folder.model,
+            num_steps=self.num_steps,
+            num_resumed=first_step,
+            num_tokens=self.num_tokens,
+            seconds=seconds,
+            heldout_nats_per_token=self.last_heldout,
+        )
+
+    def _train_on(self, batch: TorchBatch) -> float:
+        rate = learning_rate(self.step, self.num_steps, self.config.optimizer)
+        loss, grad_norm = optimize(self.model, self.optimizer, batch, self.config, rate)
+        self.step += 1
+        self.num_tokens += int((batch.segment_ids_BT > 0).sum())
+        self.folder.append_metrics(step=self.step, tokens=self.num_tokens, loss=loss, lr=rate, grad_norm=grad_norm)
+        is_last = self.step == self.num_steps
+        if is_last or self.step % self.config.heldout.every_steps == 0:
+            self._measure()
+        if is_last or self.step % self.config.checkpoint_every_steps == 0:
+            self._checkpoint()
+        return loss
+
+    def _batches(self) -> Iterator[TorchBatch]:
+        """Batches until the last step; each loop over the loader ends an epoch, the next begins another."""
+        while self.step < self.num_steps:
+            for batch in self.loader:
+                yield to_torch(batch).to(self.model.device)
+                if self.step == self.num_steps:
+                    return
+
+    def _measure(self) -> None:
+        if self.heldout:
+            self.last_heldout = heldout_nats_per_token(self.model, self.heldout)
+            self.folder.append_metrics(step=self.step, tokens=self.num_tokens, heldout_nats_per_token=self.last_heldout)
+
+    def _checkpoint(self) -> None:
+        state = RunState(
+            step=self.step,
+            num_tokens=self.num_tokens,
+            metrics_bytes=self.folder.sync_metrics(),
+            heldout_nats_per_token=self.last_heldout,
+            loader=self.loader.state_dict(),
+        )
+        save_checkpoint(self.folder.checkpoints, self.model, self.optimizer, state)
+
+    def _resume(self) -> None:
+        path = newest_checkpoint(self.folder.checkpoints)
+        if path is None:
+            self.folder.cut_metrics(0)
+            return
+        state = load_checkpoint(path, self.model, self.optimizer)
+        self.loader.load_state_dict(state.loader)
+        self.step, self.num_tokens, self.last_heldout = state.step, state.num_tokens, state.heldout_nats_per_token
+        self.folder.cut_metrics(state.metrics_bytes)
+
+    def _save_model(self, path: Path) -> None:
+        name = self.config.student.tokenizer or self.config.student.config_from
+        with without_progress_bars():
+            self.model.save_pretrained(path)
+            AutoTokenizer.from_pretrained(name).save_pretrained(path)
+
+
+def num_batches(loader: Loader, num_epochs: int) -> int:
+    """Batches of the first epochs; packed epochs differ a little."""
+    lengths_S = loader.reader.num_tokens_S
+    return sum(EpochPlan(lengths_S, loader.options, epoch).num_batches for epoch in range(num_epochs))
+
+
+def optimize(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: TorchBatch, config: TrainConfig, rate: float
+) -> tuple[float, float]:
+    """One step: forward, loss, backward, clip, update.
+
+    Args:
+        model: in training mode; changed in place.
+        optimizer: over its parameters; its learning rate is set.
+        batch: on the model's device.
+        config: dtype, loss and clipping.
+        rate: learning rate of this step.
+
+    Returns:
+        The loss in nats per supervised position, and the gradient's norm before clipping.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = student_loss(model, batch, config)
+    loss.backward()
+    largest = config.optimizer.grad_clip or float("inf")
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach()), float(grad_norm)
+
+
+def student_loss(model: PreTrainedModel, batch: TorchBatch, config: TrainConfig) -> torch.Tensor:
+    """The loss of a packed batch, a scalar in nats per supervised position; [P, V] logits never exist whole."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        hidden_BTH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT)
+    hidden_PH = hidden_BTH.flatten(0, 1).index_select(0, batch.rows_P)
+    head = output_projection(model)
+    labels_P = batch.labels_BT.flatten()[batch.rows_P]
+    teacher, weights_P = (batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P), batch.weights_P
+    if config.loss.alpha == 0:
+        # A sequence's last position has a teacher but no label: it must not count in a mean of cross-entropies.
+        teacher, weights_P = (None, None, None), weights_P * (labels_P != IGNORED_LABEL)
+    return fused_sparse_kd_loss(
+        hidden_PH,
+        head.weight.to(hidden_PH.dtype),
+        *teacher,
+        bias=None if head.bias is None else head.bias.to(hidden_PH.dtype),
+        labels_P=labels_P,
+        weights_P=weights_P,
+        alpha=config.loss.alpha,
+        tail=config.loss.tail,
+        backend=config.loss.backend,
+        chunk_size=config.loss.positions_per_chunk,
+    )
+
+
+def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def _student(config: TrainConfig, reader: CacheReader) -> PreTrainedModel:
+    device = _device(config)
+    model = build_student(config.student, seed=config.seed)
+    longest = int(reader.num_tokens_S.max())
+    check_against_cache(model, config.student, reader.manifest.identity, longest_sequence=longest)
+    check_architecture(model)
+    return model.to(device)  # pyright: ignore[reportArgumentType]
+
+
+def _device(config: TrainConfig) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigError("device is 'cuda', but torch finds no CUDA device; use 'auto' or 'cpu'")
+    return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+
+
+def _heldout(config: TrainConfig) -> Sequence[HeldoutSequence]:
+    if config.heldout.data is None:
+        return ()
+    tokenizer = load_tokenizer(config.student.tokenizer or config.student.config_from)
+    return read_heldout(config.heldout.data, tokenizer, window=config.heldout.window, max_tokens=config.heldout.max_tokens)

@@ -1,0 +1,310 @@
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_caches import load_teacher_model, train_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kdcache.config.train import TrainConfig
+from kdcache.errors import ConfigError, MismatchError, StateError
+from kdcache.loader._torch import to_torch
+from kdcache.loader.batch import IGNORED_LABEL, Batch
+from kdcache.loader.loader import Loader
+from kdcache.store.reader import open_cache
+from kdcache.train.run_folder import RunFolder, read_metrics
+from kdcache.train.schedule import learning_rate
+from kdcache.train.student import build_student
+from kdcache.train.trainer import Trainer, make_optimizer, student_loss, train
+
+
+def _run(config: TrainConfig) -> list[dict[str, Any]]:
+    train(config, show_progress=False)
+    return read_metrics(config.out)
+
+
+def _sequences(batch: Batch) -> list[np.ndarray]:
+    """The token ids of each sequence of a packed batch."""
+    found = []
+    for row, segments in zip(batch.input_ids_BT, batch.segment_ids_BT, strict=True):
+        found += [row[segments == segment] for segment in range(1, segments.max() + 1)]
+    return found
+
+
+def _dense_kl(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Mean KL over all positions, one sequence at a time, both models live: no cache, no packing, no kernel of ours."""
+    total, count = torch.zeros(()), 0
+    for ids_N in _sequences(batch):
+        ids_1N = torch.from_numpy(ids_N).long()[None]
+        with torch.no_grad():
+            teacher_logprobs = torch.log_softmax(teacher(ids_1N).logits[0], dim=-1)
+        student_logprobs = torch.log_softmax(student(ids_1N).logits[0], dim=-1)
+        total = total + torch.nn.functional.kl_div(student_logprobs, teacher_logprobs, reduction="sum", log_target=True)
+        count += len(ids_N)
+    return total / count
+
+
+@pytest.mark.parametrize("tail", ["bucket", "drop", "renormalize"])
+def test_training_from_a_full_cache_is_training_with_the_live_teacher(
+    full_cache: Path, tiny_model_dir: Path, tmp_path: Path, tail: str
+) -> None:
+    config = train_config(full_cache, tiny_model_dir, tmp_path / "run", loss={"tail": tail, "positions_per_chunk": 48})
+    cached = [line["loss"] for line in _run(config)]
+
+    teacher, student = load_teacher_model(tiny_model_dir), build_student(config.student, seed=config.seed)
+    optimizer = make_optimizer(student, config.optimizer)
+    live: list[float] = []
+    with open_cache(full_cache) as reader, Loader(reader, config.loader) as loader:
+        while len(live) < 8:
+            for batch in loader:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(len(live), 8, config.optimizer)
+                loss = _dense_kl(student, teacher, batch)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                live.append(float(loss.detach()))
+                if len(live) == 8:
+                    break
+    assert live[0] - live[-1] > 0.1, "the student should have learned something, or the comparison says little"
+    assert cached == pytest.approx(live, rel=2e-5)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    for (name, ours), theirs in zip(trained.named_parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_alpha_zero_is_plain_cross_entropy_on_the_text(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = train_config(small_cache, tiny_model_dir, tmp_path / "run", loss={"alpha": 0.0}, steps=1)
+    loss = _run(config)[0]["loss"]
+    student = build_student(config.student, seed=config.seed)
+    with open_cache(small_cache) as reader, Loader(reader, config.loader) as loader:
+        sequences = _sequences(next(iter(loader)))
+    parts = []
+    for ids_N in sequences:
+        ids_1N = torch.from_numpy(ids_N).long()[None]
+        parts.append(torch.nn.functional.cross_entropy(student(ids_1N).logits[0, :-1], ids_1N[0, 1:], reduction="none"))
+    assert loss == pytest.approx(float(torch.cat(parts).mean().detach()), rel=1e-5)
+
+
+def test_alpha_mixes_both_losses(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    configs = {alpha: train_config(small_cache, tiny_model_dir, tmp_path, loss={"alpha": alpha}) for alpha in (0.0, 0.25, 1.0)}
+    model = build_student(configs[0.0].student, seed=0)
+    with open_cache(small_cache) as reader, Loader(reader, configs[0.0].loader) as loader:
+        batch = next(iter(loader))
+    # Only positions with a label: there both terms are defined, and both means are over the same rows.
+    batch.weights_P[:] = batch.labels_BT.reshape(-1)[batch.rows_P] != IGNORED_LABEL
+    losses = {alpha: float(student_loss(model, to_torch(batch), config).detach()) for alpha, config in configs.items()}
+    assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0], rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_sequence_has_the_same_loss_packed_and_alone(
+    small_cache: Path, tiny_model_dir: Path, tmp_path: Path, alpha: float
+) -> None:
+    def sequence_losses(packing: str) -> dict[bytes, float]:
+        loader = {"seq_len": 128, "batch_rows": 4, "packing": packing, "num_threads": 0}
+        config = train_config(small_cache, tiny_model_dir, tmp_path, loss={"alpha": alpha}, loader=loader)
+        model, losses = build_student(config.student, seed=0).eval(), {}
+        with open_cache(small_cache) as reader, Loader(reader, config.loader) as batches:
+            for batch in batches:
+                rows_P = np.stack(np.unravel_index(batch.rows_P, batch.segment_ids_BT.shape), axis=1)
+                segments_P = batch.segment_ids_BT.reshape(-1)[batch.rows_P]
+                for row, segment in sorted({(int(r[0]), int(s)) for r, s in zip(rows_P, segments_P, strict=True)}):
+                    batch.weights_P[:] = (rows_P[:, 0] == row) & (segments_P == segment)
+                    ids = batch.input_ids_BT[row][batch.segment_ids_BT[row] == segment]
+                    losses[ids.tobytes()] = float(student_loss(model, to_torch(batch), config).detach())
+        return losses
+
+    packed, alone = sequence_losses("first_fit"), sequence_losses("none")
+    assert len(packed) == 14
+    assert packed.keys() == alone.keys()
+    for key, loss in packed.items():
+        assert loss == pytest.approx(alone[key], rel=1e-5)
+
+
+def test_distillation_and_labels_read_the_same_batches(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    kd = _run(train_config(small_cache, tiny_model_dir, tmp_path / "kd"))
+    labels = _run(train_config(small_cache, tiny_model_dir, tmp_path / "labels", loss={"alpha": 0.0}))
+    assert [line["tokens"] for line in kd] == [line["tokens"] for line in labels]
+    assert [line["lr"] for line in kd] == [line["lr"] for line in labels]
+
+
+def test_epochs_read_the_whole_cache_so_many_times(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = train_config(small_cache, tiny_model_dir, tmp_path / "run", steps=None, epochs=2)
+    result = train(config, show_progress=False)
+    with open_cache(small_cache) as reader:
+        assert result.num_tokens == 2 * int(reader.num_tokens_S.sum())
+
+
+def test_bfloat16_arithmetic_trains_close_to_float32(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    exact = _run(train_config(small_cache, tiny_model_dir, tmp_path / "a"))
+    rounded = _run(train_config(small_cache, tiny_model_dir, tmp_path / "b", dtype="bfloat16"))
+    assert [line["loss"] for line in rounded] == pytest.approx([line["loss"] for line in exact], rel=0.02)
+    assert load_file(tmp_path / "b" / "model" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+
+
+def test_the_finished_model_is_a_folder_that_transformers_opens(
+    small_cache: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    result = train(train_config(small_cache, tiny_model_dir, tmp_path / "run"), show_progress=False)
+    model = AutoModelForCausalLM.from_pretrained(result.model)
+    assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.head_dim) == (32, 1, 16)
+    saved, original = (AutoTokenizer.from_pretrained(folder) for folder in (result.model, tiny_model_dir))
+    assert saved.encode("import abc") == original.encode("import abc")
+
+
+class _Stop(Exception):
+    pass
+
+
+class _BreakingLoader(Loader):
+    """Fails when asked for one batch too many."""
+
+    num_left = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if self.num_left == 0:
+                raise _Stop
+            self.num_left -= 1
+            yield batch
+
+
+def _stop_after(config: TrainConfig, num_steps: int) -> None:
+    """Train in this process until a failure after so many steps."""
+    model = build_student(config.student, seed=config.seed)
+    with (
+        open_cache(config.cache) as reader,
+        RunFolder(config, reader.snapshot) as folder,
+        _BreakingLoader(reader, config.loader) as loader,
+    ):
+        trainer = Trainer(config, model, loader, folder)
+        loader.num_left = num_steps - trainer.step
+        with pytest.raises(_Stop):
+            trainer.run()
+
+
+def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_was_not(
+    small_cache: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    whole = train_config(small_cache, tiny_model_dir, tmp_path / "whole")
+    expected = _run(whole)
+    for stop in range(8):
+        config = msgspec.structs.replace(whole, out=str(tmp_path / f"stopped-{stop}"))
+        _stop_after(config, stop)
+        assert _run(config) == expected
+        _assert_same_model(whole, config)
+
+
+def test_a_run_resumed_twice_is_the_run_that_was_not(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    whole = train_config(small_cache, tiny_model_dir, tmp_path / "whole", checkpoint_every_steps=1)
+    config = msgspec.structs.replace(whole, out=str(tmp_path / "stopped"))
+    expected = _run(whole)
+    for stop in (2, 5):
+        _stop_after(config, stop)
+    assert _run(config) == expected
+    assert train(config, show_progress=False).num_resumed == 8, "a finished run trains no further"
+    assert read_metrics(config.out) == expected
+
+
+KILLED_CHILD = """
+import json, os, signal, sys
+from kdcache.config.load import convert_config
+from kdcache.config.train import TrainConfig
+from kdcache.train import checkpoint, trainer
+
+fields, module, name, num_calls = json.loads(sys.argv[1])
+module = {"checkpoint": checkpoint, "trainer": trainer}[module]
+original = getattr(module, name)
+
+def deadly(*args, **kwargs):
+    global num_calls
+    num_calls -= 1
+    if num_calls < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(module, name, deadly)
+trainer.train(convert_config(fields, TrainConfig), show_progress=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "num_calls"),
+    [
+        ("trainer", "learning_rate", 1),  # before the first checkpoint
+        ("trainer", "learning_rate", 5),  # two steps after one
+        ("checkpoint", "sync_directory", 2),  # the second is written, but not renamed
+        ("checkpoint", "sync_directory", 3),  # it is renamed, but the first is still there
+    ],
+)
+def test_a_killed_run_goes_on_exactly(
+    small_cache: Path, tiny_model_dir: Path, tmp_path: Path, module: str, name: str, num_calls: int
+) -> None:
+    whole = train_config(small_cache, tiny_model_dir, tmp_path / "whole")
+    config = msgspec.structs.replace(whole, out=str(tmp_path / "killed"))
+    arguments = json.dumps([msgspec.to_builtins(config), module, name, num_calls])
+    killed = subprocess.run([sys.executable, "-c", KILLED_CHILD, arguments], capture_output=True, text=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    assert _run(config) == _run(whole)
+    _assert_same_model(whole, config)
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+def _assert_same_model(one: TrainConfig, other: TrainConfig) -> None:
+    a, b = (load_file(Path(config.out) / "model" / "model.safetensors") for config in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_with_other_settings_is_refused_with_both_sides(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    train(train_config(small_cache, tiny_model_dir, tmp_path / "run"), show_progress=False)
+    with pytest.raises(MismatchError, match=r"loss\.alpha: 1\.0 there, 0\.5 now"):
+        train(train_config(small_cache, tiny_model_dir, tmp_path / "run", loss={"alpha": 0.5}), show_progress=False)
+
+
+def test_another_cache_is_refused(small_cache: Path, full_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    train(train_config(small_cache, tiny_model_dir, tmp_path / "run"), show_progress=False)
+    with pytest.raises(MismatchError, match="cache's snapshot"):
+        train(train_config(full_cache, tiny_model_dir, tmp_path / "run"), show_progress=False)
+
+
+def test_a_directory_with_something_else_in_it_is_refused(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="is not empty and holds no training run"):
+        train(train_config(small_cache, tiny_model_dir, tmp_path / "run"), show_progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made a directory"):
+        train(train_config(small_cache, tiny_model_dir, tmp_path / "file"), show_progress=False)
+
+
+def test_a_damaged_checkpoint_is_an_error_of_ours(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = train_config(small_cache, tiny_model_dir, tmp_path / "run")
+    train(config, show_progress=False)
+    (damaged,) = (tmp_path / "run" / "checkpoints").iterdir()
+    (damaged / "optimizer.safetensors").write_bytes(b"nothing")
+    with pytest.raises(StateError, match="step-00000008: this checkpoint cannot be loaded"):
+        train(config, show_progress=False)
+
+
+def test_held_out_loss_is_measured_before_during_and_after(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps({"text": "def heap(x): return sorted(x)\n" * 4}) + "\n")
+    config = train_config(
+        small_cache, tiny_model_dir, tmp_path / "run", heldout={"data": str(heldout), "every_steps": 3, "window": 32}
+    )
+    lines = [line for line in _run(config) if "heldout_nats_per_token" in line]
+    assert [line["step"] for line in lines] == [0, 3, 6, 8]
+    without = _run(train_config(small_cache, tiny_model_dir, tmp_path / "without"))
+    assert [line["loss"] for line in _run(config) if "loss" in line] == [line["loss"] for line in without]
