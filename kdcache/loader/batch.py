@@ -95,6 +95,7 @@ def assemble(records: Sequence[SequenceRecord], layout: BatchLayout) -> Batch:
 def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -> Batch:
     """The same, token by token: the definition that `assemble` is compared with."""
     batch = _blank(records, layout)
+    batch.token_ids_PK[:], batch.logprobs_PK[:] = PADDING_ID, -np.inf
     remaining, p = iter(records), 0
     for b, num_sequences in enumerate(layout.sequences_per_row):
         column = 0
@@ -133,6 +134,7 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
 
 
 def _blank(records: Sequence[SequenceRecord], layout: BatchLayout) -> Batch:
+    """Padding everywhere; the entries, most of the bytes, are left unwritten, as each of them is written anyway."""
     shape_BT = (len(layout.sequences_per_row), layout.seq_len)
     num_positions = sum(record.distributions.num_positions for record in records)
     num_columns = layout.num_columns
@@ -144,8 +146,8 @@ def _blank(records: Sequence[SequenceRecord], layout: BatchLayout) -> Batch:
         segment_ids_BT=np.zeros(shape_BT, np.int32),
         labels_BT=np.full(shape_BT, IGNORED_LABEL, np.int32),
         rows_P=np.zeros(num_positions, np.int64),
-        token_ids_PK=np.full((num_positions, num_columns), PADDING_ID, np.int32),
-        logprobs_PK=np.full((num_positions, num_columns), -np.inf, np.float32),
+        token_ids_PK=np.empty((num_positions, num_columns), np.int32),
+        logprobs_PK=np.empty((num_positions, num_columns), np.float32),
         tail_mass_P=np.zeros(num_positions, np.float32),
         weights_P=np.ones(num_positions, np.float32),
         num_sequences=len(records),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from operator import index
 
 from kdcache.config.loader import LoaderConfig
@@ -36,6 +37,9 @@ class PackedView:
 
     def __len__(self) -> int:
         return self.plan.num_rows
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[row] for row in range(len(self)))
 
     def __getitem__(self, row: int) -> Batch:
         """Row `row` as a batch of one; negative numbers count from the end. Raises IndexError outside."""

@@ -65,7 +65,7 @@ def make_manifest(num_sequences: int, *, k: int, kind: str = "top_k") -> Manifes
         teacher=teacher,
         tokenizer=TokenizerIdentity(name="memory", fingerprint="0", vocab_size=2**20),
         selection=SelectionInfo(kind=kind, params={"k": k}),
-        codec=CodecInfo(codec_id="raw", params={}),
+        codec=CodecInfo(codec_id="raw", params={"vocab_size": 2**20}),
         input_fingerprint=str(num_sequences),
     )
     return Manifest(number=0, parent=None, identity=identity, plan=PlanInfo(fingerprint="0", num_units=1))

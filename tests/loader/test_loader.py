@@ -122,6 +122,7 @@ def forever(loader: Loader) -> Iterator[Batch]:
 
 def test_states_are_small_json_and_equal_on_all_ranks(reader: MemoryReader) -> None:
     ranks = [Loader(reader, make_options(num_threads=2 * r), rank=r, world_size=3) for r in range(3)]
+    states: list[str] = []
     for _ in zip(*ranks, strict=True):
         states = [json.dumps(loader.state_dict(), sort_keys=True) for loader in ranks]
         assert len(set(states)) == 1

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_reader import MemoryReader, assert_same_stream, sequences_of
@@ -38,8 +39,8 @@ OPTIONS = st.builds(
 
 def run_leg(reader: MemoryReader, options: LoaderConfig, leg: Leg, state: str | None) -> tuple[list[Batch], str]:
     """Fresh loaders for all ranks, from a state to another; the ranks' shares put together."""
-    fields = {name: getattr(options, name) for name in options.__struct_fields__} | {"num_threads": leg.num_threads}
-    ranks = [Loader(reader, LoaderConfig(**fields), rank=r, world_size=leg.world_size) for r in range(leg.world_size)]
+    options = msgspec.structs.replace(options, num_threads=leg.num_threads)
+    ranks = [Loader(reader, options, rank=r, world_size=leg.world_size) for r in range(leg.world_size)]
     batches: list[Batch] = []
     for loader in ranks:
         if state is not None:
