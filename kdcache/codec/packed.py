@@ -15,11 +15,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.codec.base import ColumnValues, checked_column, list_array
+from kdcache.codec.base import ColumnValues, check_ids_to_encode, check_vocab_size, checked_column, ids_fit, list_array
 from kdcache.errors import CorruptCacheError
 from kdcache.format.record import Distributions
-
-MAX_ID_BITS = 31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +34,7 @@ class PackedCodec:
     vocab_size: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.vocab_size <= 1 << MAX_ID_BITS:
-            raise ValueError(f"vocab_size is {self.vocab_size}, expected 1 to 2^{MAX_ID_BITS}")
+        check_vocab_size(self.vocab_size)
 
     @property
     def id_bits(self) -> int:
@@ -59,6 +56,7 @@ class PackedCodec:
         # Imported on use: numba takes 0.4 s, and reading a raw cache does not need it.
         from kdcache.codec._numba import pack_bits
 
+        check_ids_to_encode(sequences, self.vocab_size)
         streams = [pack_bits(d.token_ids_E, self.id_bits) for d in sequences]
         with np.errstate(divide="ignore"):
             tails = [np.log(d.tail_mass_P) for d in sequences]
@@ -75,14 +73,17 @@ class PackedCodec:
         num_entries, num_positions = int(offsets_P1[-1]), len(offsets_P1) - 1
         stream = checked_column(columns, "token_ids_packed", np.uint8, packed_size(num_entries, self.id_bits))
         token_ids_E = unpack_bits(stream, num_entries, self.id_bits)
-        if num_entries and token_ids_E.max() >= self.vocab_size:
+        if not ids_fit(token_ids_E, self.vocab_size):
             raise CorruptCacheError(f"a token id is outside the vocabulary of {self.vocab_size}")
         outside = columns["outside_target_logprobs"]
+        tail_logprobs_P = _single(checked_column(columns, "tail_logprobs", np.float16, num_positions))
+        with np.errstate(over="ignore"):  # a hostile logarithm above 88; verify reports it as a tail mass above 1
+            tail_mass_P = np.exp(tail_logprobs_P)
         return Distributions(
             token_ids_E=token_ids_E,
             logprobs_E=_single(checked_column(columns, "logprobs", np.float16, num_entries)),
             offsets_P1=offsets_P1,
-            tail_mass_P=np.exp(_single(checked_column(columns, "tail_logprobs", np.float16, num_positions))),
+            tail_mass_P=tail_mass_P,
             outside_target_logprobs_M=_single(checked_column(columns, "outside_target_logprobs", np.float16, len(outside))),
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.codec.base import ColumnValues, checked_column, list_array
+from kdcache.codec.base import ColumnValues, check_ids_to_encode, check_vocab_size, checked_column, ids_fit, list_array
 from kdcache.errors import CorruptCacheError
 from kdcache.format.record import Distributions
 
@@ -20,11 +20,14 @@ class RawCodec:
     """Exact. Bytes per position: 8 per entry + 4, and 4 for a target outside the support.
 
     Attributes:
-        vocab_size: ids are in [0, vocab_size).
+        vocab_size: ids are in [0, vocab_size); from 1 to 2^31.
     """
 
     codec_id: ClassVar[str] = "raw"
     vocab_size: int
+
+    def __post_init__(self) -> None:
+        check_vocab_size(self.vocab_size)
 
     def params(self) -> dict[str, Any]:
         return asdict(self)
@@ -38,6 +41,7 @@ class RawCodec:
         ]
 
     def encode(self, sequences: Sequence[Distributions]) -> list[pa.Array]:
+        check_ids_to_encode(sequences, self.vocab_size)
         return [
             list_array([d.token_ids_E for d in sequences], pa.int32()),
             list_array([d.logprobs_E for d in sequences], pa.float32()),
@@ -48,7 +52,7 @@ class RawCodec:
     def decode(self, columns: ColumnValues, offsets_P1: NDArray[np.int64]) -> Distributions:
         num_entries = int(offsets_P1[-1])
         token_ids_E = checked_column(columns, "token_ids", np.int32, num_entries)
-        if num_entries and (token_ids_E.min() < 0 or token_ids_E.max() >= self.vocab_size):
+        if not ids_fit(token_ids_E, self.vocab_size):
             raise CorruptCacheError(f"a token id is outside the vocabulary of {self.vocab_size}")
         outside = columns["outside_target_logprobs"]
         return Distributions(

@@ -7,12 +7,15 @@ opened, and the digest of its parent, so the chain can be checked back to manife
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import msgspec
 
 from kdcache.errors import CorruptCacheError, UnsupportedVersionError
 from kdcache.format import paths
+
+_T = TypeVar("_T")
 
 FORMAT_NAME = "kdcache"
 FORMAT_VERSION = (1, 0)
@@ -123,7 +126,8 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
         num_bytes: of the whole file.
         num_sequences, num_tokens, num_positions, num_entries: totals over its sequences.
         num_targets: positions that have a target.
-        target_logprob_sum: the teacher's own sum of target logprobs in nats, float64, taken before the codec.
+        num_impossible_targets: of these, the ones whose target the teacher gives probability 0.
+        target_logprob_sum: the teacher's own sum of the other targets' logprobs in nats, float64, taken before the codec.
         tail_mass_sum: sum of tail_mass over all positions.
         entropy_floor_sum: sum over positions of the entropy in nats of support and one tail bucket: the least the teacher's
             entropy can be. It is at most tail_mass x log(tokens in the tail) more.
@@ -140,6 +144,7 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_positions: int
     num_entries: int
     num_targets: int
+    num_impossible_targets: int = 0
     target_logprob_sum: float
     tail_mass_sum: float
     entropy_floor_sum: float
@@ -154,7 +159,7 @@ class IndexInfo(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A snapshot of a cache.
 
     Attributes:
@@ -178,9 +183,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     shards: tuple[ShardInfo, ...] = ()
     index: IndexInfo | None = None
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON: the name of this snapshot."""
+        """SHA-256 of the canonical JSON: the name of this snapshot. That of the file, where it was read from one: a newer minor
+        version may have written fields that are not known here."""
         return hashlib.sha256(_canonical(msgspec.to_builtins(self))).hexdigest()
 
     @property
@@ -218,20 +224,17 @@ def manifest_from_json(data: bytes, *, where: str) -> Manifest:
     """
     fields = _json_object(data, where)
     _check_version(fields, where)
-    digest = fields.pop("digest", None)
-    if digest != hashlib.sha256(_canonical(fields)).hexdigest():
-        raise CorruptCacheError(
-            f"{where}: the manifest's own digest does not match its text; the file is damaged or was edited"
-        )
-    try:
-        manifest = msgspec.convert(fields, Manifest, strict=False)
-    except msgspec.ValidationError as error:
-        raise CorruptCacheError(f"{where}: {error}") from error
+    digest = _checked_digest(fields, "the manifest's", where)
+    manifest = _convert(fields, Manifest, where)
     for shard in manifest.shards:
-        if not paths.is_shard_name(shard.name):
-            raise CorruptCacheError(f"{where}: {shard.name!r} is not a shard's name")
-    if manifest.index is not None and not paths.is_index_name(manifest.index.name):
-        raise CorruptCacheError(f"{where}: {manifest.index.name!r} is not an index's name")
+        _check_shard_name(shard, where)
+    units = [shard.unit for shard in manifest.shards]
+    if units != sorted(set(units)):
+        raise CorruptCacheError(f"{where}: the shards are not in the order of their units, one each")
+    index = manifest.index
+    if index is not None and not (paths.is_index_name(index.name) and index.name == paths.index_name(index.sha256)):
+        raise CorruptCacheError(f"{where}: {index.name!r} is not the name of an index with SHA-256 {index.sha256!r}")
+    msgspec.structs.force_setattr(manifest, "digest", digest)
     return manifest
 
 
@@ -244,15 +247,9 @@ def shard_to_json(shard: ShardInfo) -> bytes:
 def shard_from_json(data: bytes, *, where: str) -> ShardInfo:
     """Parse and check a journal record; raises CorruptCacheError as `manifest_from_json` does."""
     fields = _json_object(data, where)
-    digest = fields.pop("digest", None)
-    if digest != hashlib.sha256(_canonical(fields)).hexdigest():
-        raise CorruptCacheError(f"{where}: the journal record's own digest does not match its text")
-    try:
-        shard = msgspec.convert(fields, ShardInfo)
-    except msgspec.ValidationError as error:
-        raise CorruptCacheError(f"{where}: {error}") from error
-    if not paths.is_shard_name(shard.name):
-        raise CorruptCacheError(f"{where}: {shard.name!r} is not a shard's name")
+    _checked_digest(fields, "the journal record's", where)
+    shard = _convert(fields, ShardInfo, where)
+    _check_shard_name(shard, where)
     return shard
 
 
@@ -266,6 +263,35 @@ def _json_object(data: bytes, where: str) -> dict[str, Any]:
     return fields
 
 
+def _checked_digest(fields: dict[str, Any], whose: str, where: str) -> str:
+    """Take the digest out of the fields and compare it with theirs."""
+    digest = fields.pop("digest", None)
+    try:
+        found = hashlib.sha256(_canonical(fields)).hexdigest()
+    except (RecursionError, OverflowError) as error:
+        raise CorruptCacheError(f"{where}: {error}") from error
+    if digest != found:
+        raise CorruptCacheError(
+            f"{where}: {whose} own digest {digest!r} does not match its text, {found!r}; the file is damaged or was edited"
+        )
+    return found
+
+
+def _convert(fields: dict[str, Any], kind: type[_T], where: str) -> _T:
+    try:
+        return msgspec.convert(fields, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise CorruptCacheError(f"{where}: {error}") from error
+
+
+def _check_shard_name(shard: ShardInfo, where: str) -> None:
+    # The pattern first: it is what keeps a name inside the cache's directory.
+    if not paths.is_shard_name(shard.name) or shard.name != paths.shard_name(shard.unit, shard.sha256):
+        raise CorruptCacheError(
+            f"{where}: {shard.name!r} is not the name of a shard of unit {shard.unit} with SHA-256 {shard.sha256!r}"
+        )
+
+
 def _check_version(fields: dict[str, Any], where: str) -> None:
     if fields.get("format") != FORMAT_NAME:
         raise CorruptCacheError(f"{where}: format is {fields.get('format')!r}, expected {FORMAT_NAME!r}")
@@ -277,6 +303,8 @@ def _check_version(fields: dict[str, Any], where: str) -> None:
             f"{where}: format version {version[0]}.{version[1]}, this kdcache reads {FORMAT_VERSION[0]}.x"
         )
     unknown = fields.get("requires") or []
+    if not isinstance(unknown, list):
+        raise CorruptCacheError(f"{where}: requires is {unknown!r}, expected a list of features")
     if unknown:
         raise UnsupportedVersionError(f"{where}: the cache requires {', '.join(map(str, unknown))}; upgrade kdcache to read it")
 

@@ -7,7 +7,7 @@
     data/000017-<sha256, 16 hex>.arrow   the shard of unit 17, immutable
     journal/000017-<same 16 hex>.json    unit 17 is done, and this is its shard
     index/<sha256, 16 hex>.arrow     one row per sequence: where it is, how long it is
-    tmp/<host>-<pid>-<n>             not published yet; swept when its writer is gone
+    tmp/<host>-<pid>-<token>.<n>     not published yet; swept when its writer is gone
 """
 
 import re
@@ -15,10 +15,10 @@ import re
 DATA, JOURNAL, MANIFESTS, INDEX, TMP = "data", "journal", "manifests", "index", "tmp"
 DIRECTORIES = (DATA, JOURNAL, MANIFESTS, INDEX, TMP)
 
-_SHARD = re.compile(r"data/\d{6,}-[0-9a-f]{16}\.arrow")
+_SHARD = re.compile(r"data/[0-9]{6,}-[0-9a-f]{16}\.arrow")
 _INDEX = re.compile(r"index/[0-9a-f]{16}\.arrow")
-_MANIFEST = re.compile(r"(\d{6,})\.json")
-_JOURNAL = re.compile(r"(\d{6,})-([0-9a-f]{16})\.json")
+_MANIFEST = re.compile(r"([0-9]{6,})\.json")
+_JOURNAL = re.compile(r"([0-9]{6,})-([0-9a-f]{16})\.json")
 
 
 def shard_name(unit: int, sha256: str) -> str:
@@ -51,6 +51,12 @@ def parse_journal_name(base_name: str) -> int | None:
     """The unit in `000012-0123456789abcdef.json`; None for a name that is no journal record's."""
     match = _JOURNAL.fullmatch(base_name)
     return int(match[1]) if match else None
+
+
+def is_own_name(name: str) -> bool:
+    """Whether a file could be a shard, a journal record or an index of ours: others are left alone by a sweep."""
+    directory, _, base_name = name.partition("/")
+    return is_shard_name(name) or is_index_name(name) or (directory == JOURNAL and parse_journal_name(base_name) is not None)
 
 
 def is_shard_name(name: str) -> bool:

@@ -19,6 +19,7 @@ from kdcache.format.record import KEY_BYTES
 
 METADATA_KEY = b"kdcache"
 DIGEST = "digest"
+DIGEST_KIND = "xxh3_64"
 NULL_LENGTH = 2**64 - 1
 
 SEQUENCE_FIELDS = (
@@ -52,6 +53,7 @@ class ShardMetadata(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         digest_columns: the columns that `digest` covers, in order. A reader must know every one of them; columns of a newer
             minor version that it does not know are not among them.
+        digest: how it is taken; another way is another feature, which a reader must know.
     """
 
     format: str = FORMAT_NAME
@@ -62,7 +64,7 @@ class ShardMetadata(msgspec.Struct, frozen=True, kw_only=True):
     codec: CodecInfo
     digest_columns: tuple[str, ...]
     alignment: str = "position t has read tokens 0..t and predicts token t+1"
-    digest: str = "xxh3_64"
+    digest: str = DIGEST_KIND
 
 
 def shard_schema(
@@ -80,18 +82,24 @@ def shard_metadata(schema: pa.Schema, *, where: str) -> ShardMetadata:
     """Read and check what a shard says of itself.
 
     Raises:
-        CorruptCacheError: no or broken metadata. UnsupportedVersionError: another major version.
+        CorruptCacheError: no or broken metadata. UnsupportedVersionError: another major version or digest.
     """
     data = (schema.metadata or {}).get(METADATA_KEY)
     if data is None:
         raise CorruptCacheError(f"{where}: no kdcache metadata in the Arrow schema; not a shard of a cache")
     try:
         metadata = msgspec.json.decode(data, type=ShardMetadata)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptCacheError(f"{where}: broken kdcache metadata: {error}") from error
+    if metadata.format != FORMAT_NAME:
+        raise CorruptCacheError(f"{where}: format is {metadata.format!r}, expected {FORMAT_NAME!r}")
     if metadata.format_version[0] != FORMAT_VERSION[0]:
         raise UnsupportedVersionError(
             f"{where}: format version {metadata.format_version}, this kdcache reads {FORMAT_VERSION[0]}.x"
+        )
+    if metadata.digest != DIGEST_KIND:
+        raise UnsupportedVersionError(
+            f"{where}: rows have digests of kind {metadata.digest!r}, this kdcache knows {DIGEST_KIND!r}"
         )
     return metadata
 

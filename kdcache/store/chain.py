@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdcache.errors import CacheNotFoundError, CorruptCacheError
+from kdcache.errors import CacheNotFoundError, CorruptCacheError, FormatError
 from kdcache.format import paths
-from kdcache.format.manifest import Manifest, manifest_from_json, manifest_to_json
+from kdcache.format.manifest import Manifest, ShardInfo, manifest_from_json, manifest_to_json, shard_from_json
 from kdcache.store import fs
 
 
@@ -51,6 +51,33 @@ def add_manifest(root: Path, manifest: Manifest) -> bool:
     return added
 
 
+def read_journal_record(path: Path) -> ShardInfo:
+    """One journal record, checked against its own digest and its name.
+
+    Raises:
+        FileNotFoundError: it is not there (any more). CorruptCacheError: see `shard_from_json`.
+    """
+    shard = shard_from_json(path.read_bytes(), where=str(path))
+    if path.name != Path(paths.journal_name(shard.unit, shard.sha256)).name:
+        raise CorruptCacheError(f"{path}: is about unit {shard.unit} and SHA-256 {shard.sha256}, which is not its name")
+    return shard
+
+
+def check_journal(root: Path) -> list[str]:
+    """What is wrong with the journal, a sentence for each damaged record. A cache can do without its journal."""
+    problems: list[str] = []
+    directory = root / paths.JOURNAL
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+        try:
+            if paths.parse_journal_name(path.name) is not None:
+                read_journal_record(path)
+        except FileNotFoundError:
+            continue  # swept by a writer while we look
+        except (OSError, CorruptCacheError) as error:
+            problems.append(f"{error}; a writer does its unit again, unless a manifest has it: then delete the record")
+    return problems
+
+
 def check_chain(root: Path) -> list[str]:
     """What is wrong with the chain, a sentence each; empty when every manifest is whole and names its parent."""
     problems: list[str] = []
@@ -60,7 +87,7 @@ def check_chain(root: Path) -> list[str]:
             return [*problems, f"manifest {expected} is missing; the next one there is {number}"]
         try:
             manifest = read_manifest(root, number)
-        except CorruptCacheError as error:
+        except FormatError as error:
             return [*problems, str(error)]
         if manifest.parent != parent:
             problems.append(f"manifest {number} names {manifest.parent} as its parent, but manifest {number - 1} is {parent}")

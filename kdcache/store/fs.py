@@ -9,13 +9,21 @@ import errno
 import hashlib
 import itertools
 import os
+import re
+import secrets
 import socket
+import time
 from pathlib import Path
 
 from kdcache.errors import CaptureError
 from kdcache.format import paths
 
+ABANDONED_SECONDS = 24 * 3600
+"""A temp file of a writer elsewhere (another machine or container) is swept when nothing was written to it for so long."""
+
+_TEMP = re.compile(r"(.+)-([0-9]+)-([0-9a-f]{8})\.[0-9]+")
 _temp_numbers = itertools.count()
+_process_token = secrets.token_hex(4)
 
 FAULT_POINTS = (
     "directories made",
@@ -40,18 +48,22 @@ def reached(point: str) -> None:
 
 def make_directories(root: Path) -> None:
     """The cache's directories, made where they are missing."""
+    missing = [path for path in (root, *root.parents) if not path.exists()]
     try:
         for name in paths.DIRECTORIES:
             (root / name).mkdir(parents=True, exist_ok=True)
+        for path in [root, *(path.parent for path in missing)]:
+            sync_directory(path)
     except OSError as error:
         raise CaptureError(f"cannot make the cache's directories under {str(root)!r}: {error}") from error
-    sync_directory(root)
     reached("directories made")
 
 
 def temp_path(root: Path) -> Path:
     """A private name in tmp/ of the same file system; carries host and pid, so that a dead writer's files can be told."""
-    return root / paths.TMP / f"{socket.gethostname()}-{os.getpid()}-{next(_temp_numbers)}"
+    # The token: in a restarted container host and pid come back, and a name used again could be a dead writer's file that is
+    # still hard-linked to a published manifest; writing into that one would write into the manifest.
+    return root / paths.TMP / f"{_host()}-{os.getpid()}-{_process_token}.{next(_temp_numbers)}"
 
 
 def publish_file(root: Path, temp: Path, name: str) -> None:
@@ -66,8 +78,12 @@ def publish_file(root: Path, temp: Path, name: str) -> None:
 
 def publish_bytes(root: Path, data: bytes, name: str) -> None:
     """Write bytes under a final name, whole or not at all; replaces."""
-    temp = _write_temp(root, data)
-    publish_file(root, temp, name)
+    temp = temp_path(root)
+    try:
+        _write_temp(temp, data)
+        publish_file(root, temp, name)
+    finally:
+        temp.unlink(missing_ok=True)
 
 
 def publish_new(root: Path, data: bytes, name: str) -> bool:
@@ -76,11 +92,13 @@ def publish_new(root: Path, data: bytes, name: str) -> bool:
     Returns:
         False if the name is taken; that file is left as it is.
     """
-    temp = _write_temp(root, data)
-    sync_file(temp)
-    reached("temp file synced")
+    temp = temp_path(root)
     try:
+        _write_temp(temp, data)
+        sync_file(temp)
+        reached("temp file synced")
         os.link(temp, root / name)  # link, unlike rename, fails where the name exists: put-if-absent
+        reached("linked")
     except FileExistsError:
         return False
     except OSError as error:
@@ -89,7 +107,6 @@ def publish_new(root: Path, data: bytes, name: str) -> bool:
         return _rename_new(root, temp, name)
     finally:
         temp.unlink(missing_ok=True)
-    reached("linked")
     sync_directory((root / name).parent)
     reached("linked and synced")
     return True
@@ -116,23 +133,46 @@ def sync_directory(path: Path) -> None:
 
 
 def sweep_temp_files(root: Path) -> int:
-    """Delete temp files whose writer is gone: a process of this host that no longer runs. Returns how many."""
+    """Delete temp files whose writer is gone. Returns how many."""
     swept = 0
-    host = socket.gethostname()
     for path in (root / paths.TMP).iterdir():
-        writer_host, _, rest = path.name.rpartition("-")[0].rpartition("-")
-        if writer_host == host and rest.isdigit() and not _is_running(int(rest)):
+        if _is_abandoned(path):
             path.unlink(missing_ok=True)
             swept += 1
             reached("swept one")
     return swept
 
 
-def _write_temp(root: Path, data: bytes) -> Path:
-    temp = temp_path(root)
+def is_temp_name(base_name: str) -> bool:
+    """Whether a name is one that `temp_path` gives."""
+    return _TEMP.fullmatch(base_name) is not None
+
+
+def _is_abandoned(path: Path) -> bool:
+    match = _TEMP.fullmatch(path.name)
+    if match is None:
+        return False
+    host, pid, token = match[1], int(match[2]), match[3]
+    if host != _host():
+        try:
+            return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+        except FileNotFoundError:
+            return False
+    return token != _process_token if pid == os.getpid() else not _is_running(pid)
+
+
+def _host() -> str:
+    """Where pids mean the same: the host and, as containers can share its name, the pid namespace."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return f"{socket.gethostname()}.{namespace}"
+
+
+def _write_temp(temp: Path, data: bytes) -> None:
     temp.write_bytes(data)
     reached("temp file written")
-    return temp
 
 
 def _rename_new(root: Path, temp: Path, name: str) -> bool:
@@ -149,6 +189,6 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         return True
     return True

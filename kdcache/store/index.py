@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,11 @@ from kdcache.store import fs
 
 
 def publish_index(root: Path, shards: Iterable[ShardInfo]) -> IndexInfo:
-    """Read where each sequence is from the shards (their small columns alone) and publish the index."""
+    """Read where each sequence is from the shards (their small columns alone) and publish the index.
+
+    Raises:
+        CorruptCacheError: a shard is missing or no Arrow file any more.
+    """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
         for shard in shards:
@@ -44,31 +48,41 @@ def open_index(root: Path, info: IndexInfo | None) -> pa.Table:
         if fs.sha256_of(path) != info.sha256:
             raise CorruptCacheError(f"{path}: its SHA-256 is not the one in the manifest; the index is damaged")
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except OSError as error:
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
         raise CorruptCacheError(f"{path}: cannot be read: {error}") from error
     if not table.schema.equals(INDEX_SCHEMA):
         raise CorruptCacheError(f"{path}: the schema is not an index's")
+    if any(column.null_count for column in table.columns):
+        raise CorruptCacheError(f"{path}: the index holds nulls")
     return table
 
 
-def _shard_rows(root: Path, shard: ShardInfo) -> Iterable[pa.RecordBatch]:
-    with pa.memory_map(str(root / shard.name)) as file:
-        reader = pa.ipc.open_file(file)
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            rows = batch.num_rows
-            yield pa.RecordBatch.from_arrays(
-                [
-                    # Copied: the index outlives the mapping of the shard.
-                    pa.array(batch.column("key").to_pylist(), INDEX_SCHEMA.field("key").type),
-                    pa.array(np.full(rows, shard.unit, np.uint32)),
-                    pa.array(np.full(rows, number, np.uint32)),
-                    pa.array(np.arange(rows, dtype=np.uint32)),
-                    _lengths(batch.column("input_ids")),
-                    _num_true(batch.column("supervised")),
-                ],
-                schema=INDEX_SCHEMA,
-            )
+def _shard_rows(root: Path, shard: ShardInfo) -> Iterator[pa.RecordBatch]:
+    try:
+        with pa.memory_map(str(root / shard.name)) as file:
+            yield from _file_rows(pa.ipc.open_file(file), shard.unit)
+    except (pa.ArrowException, OSError, KeyError, IndexError) as error:
+        raise CorruptCacheError(f"{root / shard.name}: cannot be read: {error}") from error
+
+
+def _file_rows(reader: pa.RecordBatchFileReader, unit: int) -> Iterator[pa.RecordBatch]:
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number)
+        batch.validate(full=True)
+        rows = batch.num_rows
+        yield pa.RecordBatch.from_arrays(
+            [
+                # Copied: the index outlives the mapping of the shard.
+                pa.array(batch.column("key").to_pylist(), INDEX_SCHEMA.field("key").type),
+                pa.array(np.full(rows, unit, np.uint32)),
+                pa.array(np.full(rows, number, np.uint32)),
+                pa.array(np.arange(rows, dtype=np.uint32)),
+                _lengths(batch.column("input_ids")),
+                _num_true(batch.column("supervised")),
+            ],
+            schema=INDEX_SCHEMA,
+        )
 
 
 def _lengths(column: pa.ListArray) -> pa.Array:

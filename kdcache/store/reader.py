@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import msgspec
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import CorruptCacheError, MismatchError
 from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
 from kdcache.format.record import SequenceRecord
 from kdcache.format.schema import ShardMetadata, shard_metadata, shard_schema
@@ -24,6 +25,12 @@ from kdcache.store.rows import BatchReader
 
 OPEN_BATCHES = 256
 """Record batches kept open per reader: views of memory maps and one byte per token, about 16 KiB each."""
+
+OPEN_FILES = 64
+"""Shards kept open per reader: each holds a file descriptor, and a process may have as few as 1024."""
+
+
+_readers: weakref.WeakSet[CacheReader] = weakref.WeakSet()
 
 
 def open_cache(path: str | Path, *, verify: bool = True) -> CacheReader:
@@ -58,14 +65,16 @@ class CacheReader:
         self.num_tokens_S: NDArray[np.uint32] = table.column("num_tokens").to_numpy()
         self.num_positions_S: NDArray[np.uint32] = table.column("num_positions").to_numpy()
         self._unit_S, self._batch_S, self._row_S = (table.column(n).to_numpy() for n in ("unit", "record_batch", "row"))
+        self._keys = table.column("key").combine_chunks()
         if len(table) != manifest.total("num_sequences"):
             raise CorruptCacheError(
                 f"{root}: the index has {len(table)} sequences, the manifest {manifest.total('num_sequences')}"
             )
         self._shards = {shard.unit: shard for shard in manifest.shards}
-        self._files: dict[int, tuple[pa.ipc.RecordBatchFileReader, ShardMetadata]] = {}
+        self._files: OrderedDict[int, tuple[pa.ipc.RecordBatchFileReader, ShardMetadata]] = OrderedDict()
         self._batches: OrderedDict[tuple[int, int], BatchReader] = OrderedDict()
         self._lock = threading.Lock()
+        _readers.add(self)
 
     @property
     def snapshot(self) -> str:
@@ -83,14 +92,29 @@ class CacheReader:
         """
         if not -len(self) <= number < len(self):
             raise IndexError(f"sequence {number} of a cache of {len(self)}")
-        unit, batch, row = int(self._unit_S[number]), int(self._batch_S[number]), int(self._row_S[number])
+        unit, batch, row = self.place(number)
         reader = self.record_batch(unit, batch)
+        where = f"{self.root / self._shards[unit].name}: record batch {batch}"
         if row >= reader.num_rows:
-            raise CorruptCacheError(f"{self._shards[unit].name}: record batch {batch} has no row {row}")
+            raise CorruptCacheError(f"{where} has {reader.num_rows} rows, the index names row {row}")
         record = reader.record(row, verify=self._verify)
-        if record.sequence.num_tokens != self.num_tokens_S[number]:
-            raise CorruptCacheError(f"{self._shards[unit].name}: record batch {batch}, row {row} is not what the index says")
+        self.check_sequence(number, record, f"{where}, row {row}")
         return record
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """Unit, record batch and row of sequence `number`, from the index."""
+        return int(self._unit_S[number]), int(self._batch_S[number]), int(self._row_S[number])
+
+    def check_sequence(self, number: int, record: SequenceRecord, where: str) -> None:
+        """Raise CorruptCacheError unless a record from the place of sequence `number` is the one that the index means.
+
+        A row's digest says that its bytes are whole, not that they are this sequence's: damage in Arrow's own framing can put
+        another sound row in its place.
+        """
+        found = record.sequence.key, record.sequence.num_tokens, record.distributions.num_positions
+        expected = self._keys[number].as_py(), int(self.num_tokens_S[number]), int(self.num_positions_S[number])
+        if found != expected:
+            raise CorruptCacheError(f"{where}: holds {_show(found)}, the index says {_show(expected)}")
 
     def record_batch(self, unit: int, number: int) -> BatchReader:
         """Record batch `number` of a unit's shard, from the ones kept open or newly mapped and validated."""
@@ -122,10 +146,16 @@ class CacheReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "manifest": msgspec.json.encode(self.manifest), "verify": self._verify}
+        root = self.root.absolute()  # another process may stand in another directory
+        return {"root": root, "number": self.manifest.number, "snapshot": self.snapshot, "verify": self._verify}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        manifest = msgspec.json.decode(state["manifest"], type=Manifest)
+        manifest = chain.read_manifest(state["root"], state["number"])
+        if manifest.digest != state["snapshot"]:
+            raise MismatchError(
+                f"{str(state['root'])!r}: manifest {manifest.number} is {manifest.digest}, the reader that was pickled had "
+                f"{state['snapshot']}; another cache was put in its place"
+            )
         self.__init__(state["root"], manifest, verify=state["verify"])
 
     def _open_batch(self, unit: int, number: int) -> BatchReader:
@@ -133,7 +163,7 @@ class CacheReader:
         where = f"{self._shards[unit].name}: record batch {number}"
         try:
             batch = file.get_batch(number)
-        except (pa.ArrowInvalid, OSError, IndexError, ValueError) as error:
+        except (pa.ArrowException, OSError, IndexError, ValueError) as error:
             raise CorruptCacheError(f"{self.root / where}: {error}") from error
         codec = get_codec(metadata.codec.codec_id, metadata.codec.params)
         return BatchReader(batch, metadata, codec, str(self.root / where))
@@ -144,6 +174,9 @@ class CacheReader:
                 if unit not in self._shards:
                     raise CorruptCacheError(f"{self.root}: the index names unit {unit}, which the manifest does not have")
                 self._files[unit] = open_shard(self.root, self._shards[unit], self.manifest)
+            self._files.move_to_end(unit)
+            while len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
             return self._files[unit]
 
 
@@ -161,7 +194,7 @@ def open_shard(root: Path, shard: ShardInfo, manifest: Manifest) -> tuple[pa.ipc
                 f"{path}: has {num_bytes} bytes, the manifest says {shard.num_bytes}; the shard is truncated or damaged"
             )
         file = pa.ipc.open_file(pa.memory_map(str(path)))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise CorruptCacheError(f"{path}: cannot be read as an Arrow file: {error}") from error
     metadata = shard_metadata(file.schema, where=str(path))
     _check_schema(file.schema, metadata, shard, manifest, str(path))
@@ -174,6 +207,8 @@ def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, 
     theirs = (metadata.unit, metadata.vocab_size, metadata.selection, metadata.codec)
     if ours != theirs:
         raise CorruptCacheError(f"{where}: says it is {theirs}, the manifest says {ours}")
+    if identity.codec.params.get("vocab_size", metadata.vocab_size) != metadata.vocab_size:
+        raise CorruptCacheError(f"{where}: the codec has {identity.codec.params}, the teacher {metadata.vocab_size} ids")
     expected = expected_schema(metadata.codec, metadata)
     for field in expected:
         if schema.get_field_index(field.name) < 0 or not schema.field(field.name).type.equals(field.type):
@@ -188,3 +223,17 @@ def expected_schema(codec: CodecInfo, metadata: ShardMetadata) -> pa.Schema:
     return shard_schema(
         fields, unit=metadata.unit, vocab_size=metadata.vocab_size, selection=metadata.selection, codec=metadata.codec
     )
+
+
+def _show(row: tuple[bytes, int, int]) -> str:
+    return f"key {row[0].hex()} with {row[1]} tokens and {row[2]} positions"
+
+
+def _renew_locks() -> None:
+    # A fork copies a lock as it is; one that another thread held would stay locked in the child for ever.
+    for reader in _readers:
+        reader._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)

@@ -12,12 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.codec.base import Codec, list_array
-from kdcache.errors import CorruptCacheError, KdcacheError
-from kdcache.format.record import Distributions, SequenceRecord, TokenSequence
+from kdcache.codec.base import MAX_VOCAB_SIZE, Codec, ids_fit, list_array
+from kdcache.errors import CorruptCacheError, FormatError, KdcacheError
+from kdcache.format.manifest import SelectionInfo
+from kdcache.format.record import ROLES, Distributions, SequenceRecord, TokenSequence
 from kdcache.format.schema import DIGEST, SEQUENCE_FIELDS, ShardMetadata, row_digest
-
-_NUMPY_BOOL = np.dtype(bool)
 
 
 def encode_records(
@@ -51,13 +50,21 @@ class ColumnView:
 
 
 def column_view(column: pa.Array) -> ColumnView:
-    """Views of a validated column: lists as typed arrays (bools unpacked to one byte each), strings and binary as uint8."""
+    """Views of a validated column, not to be written: lists as typed arrays (bools unpacked to one byte each), strings and
+    binary as uint8.
+
+    Raises:
+        CorruptCacheError: a null inside a list.
+    """
     if column.offset:
         raise ValueError("columns are read as whole record batches")
     valid_S = np.asarray(column.is_valid()) if column.null_count else None
     if pa.types.is_list(column.type):
         offsets_S1 = np.frombuffer(column.buffers()[1], np.int32, len(column) + 1) if len(column) else np.zeros(1, np.int32)
+        if column.values.null_count:
+            raise CorruptCacheError("a list holds nulls")
         values = column.values.to_numpy(zero_copy_only=not pa.types.is_boolean(column.type.value_type))
+        values.flags.writeable = False  # bools are unpacked once for all rows: who wrote there would change what others read
         return ColumnView(values, offsets_S1, valid_S)
     if pa.types.is_fixed_size_binary(column.type):
         width = column.type.byte_width
@@ -73,16 +80,18 @@ class BatchReader:
     """One record batch, decoded a row at a time; each row's digest is checked on every read.
 
     Raises:
-        CorruptCacheError: the batch's offsets, lengths or text are not valid Arrow.
+        CorruptCacheError: the batch's offsets, lengths or text are not valid Arrow, or there are nulls where none may be.
     """
 
     def __init__(self, batch: pa.RecordBatch, metadata: ShardMetadata, codec: Codec, where: str) -> None:
+        self._metadata, self._codec, self._where = metadata, codec, where
         try:
             batch.validate(full=True)  # offsets in bounds and rising, so that no view below can leave its buffer
-        except (pa.ArrowInvalid, pa.ArrowIndexError) as error:
+            _refuse_nulls(batch)
+            self._fixed = fixed_entries(metadata.selection)
+            self._views = {name: column_view(batch.column(name)) for name in metadata.digest_columns}
+        except (pa.ArrowException, FormatError) as error:
             raise CorruptCacheError(f"{where}: {error}") from error
-        self._metadata, self._codec, self._where = metadata, codec, where
-        self._views = {name: column_view(batch.column(name)) for name in metadata.digest_columns}
         self._codec_names = [field.name for field in codec.fields()]
         self._digests_S = batch.column(DIGEST).to_numpy()
         self.num_rows = batch.num_rows
@@ -99,24 +108,36 @@ class BatchReader:
                 f"{self._where}, row {row}: the row's digest does not match its bytes; the shard is damaged"
             )
         try:
-            sequence = _sequence(values)
+            sequence = _sequence(values, self._metadata.vocab_size)
             return SequenceRecord(sequence, self._distributions(values, sequence))
         except KdcacheError as error:
             raise CorruptCacheError(f"{self._where}, row {row}: {error}") from error
 
     def _distributions(self, values: dict[str, Any], sequence: TokenSequence) -> Distributions:
         num_positions = int(sequence.supervised_N.sum())
-        offsets_P1 = _entry_offsets(values["num_entries"], num_positions, fixed_entries(self._metadata))
-        columns = {name: values[name] for name in self._codec_names}
-        if any(column is None for column in columns.values()):
-            raise CorruptCacheError("a column of the codec is null")
-        return self._codec.decode(columns, offsets_P1)
+        offsets_P1 = _entry_offsets(values["num_entries"], num_positions, self._fixed)
+        return self._codec.decode({name: values[name] for name in self._codec_names}, offsets_P1)
 
 
-def fixed_entries(metadata: ShardMetadata) -> int | None:
-    """Entries that every position has by the selection: k of `top_k`; None where it varies."""
-    k = metadata.selection.params.get("k") if metadata.selection.kind == "top_k" else None
-    return k if isinstance(k, int) and k >= 0 else None
+def fixed_entries(selection: SelectionInfo) -> int | None:
+    """Entries that every position has, and none may exceed, by the selection: k of `top_k`; None where it varies.
+
+    Raises:
+        FormatError: `top_k` without such a k.
+    """
+    if selection.kind != "top_k":
+        return None
+    k = selection.params.get("k")
+    if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= MAX_VOCAB_SIZE:
+        raise FormatError(f"selection 'top_k' has k = {k!r}, expected an integer from 0 to 2^31")
+    return k
+
+
+def _refuse_nulls(batch: pa.RecordBatch) -> None:
+    nullable = {field.name for field in SEQUENCE_FIELDS if field.nullable}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if column.null_count and name not in nullable:
+            raise CorruptCacheError(f"column {name!r} holds nulls")
 
 
 def _sequence_columns(records: Sequence[SequenceRecord], fixed: int | None) -> list[pa.Array]:
@@ -142,16 +163,23 @@ def _nullable_list(values: Sequence[NDArray[Any] | None], value_type: pa.DataTyp
     return pa.ListArray.from_arrays(lists.offsets, lists.values, type=lists.type, mask=pa.array(missing))
 
 
-def _sequence(values: dict[str, Any]) -> TokenSequence:
-    input_ids_N, supervised_N = values["input_ids"], values["supervised"]
-    roles_N = values["roles"] if values["roles"] is not None else np.zeros(len(input_ids_N), np.uint8)
-    if len(input_ids_N) == 0 or len(supervised_N) != len(input_ids_N) or len(roles_N) != len(input_ids_N):
+def _sequence(values: dict[str, Any], vocab_size: int) -> TokenSequence:
+    input_ids_N, supervised_N, turn_starts = values["input_ids"], values["supervised"], values["turn_starts"]
+    num_tokens = len(input_ids_N)
+    roles_N = values["roles"] if values["roles"] is not None else np.zeros(num_tokens, np.uint8)
+    if num_tokens == 0 or len(supervised_N) != num_tokens or len(roles_N) != num_tokens:
         raise CorruptCacheError("input_ids, supervised and roles have lengths that do not fit together")
+    if not ids_fit(input_ids_N, vocab_size):
+        raise CorruptCacheError(f"a token id of the text is outside the vocabulary of {vocab_size}")
+    if roles_N.max() >= len(ROLES):
+        raise CorruptCacheError(f"a role has the code {roles_N.max()}, known are 0 to {len(ROLES) - 1}")
+    if not ids_fit(turn_starts, num_tokens) or (np.diff(turn_starts) < 0).any():
+        raise CorruptCacheError("turn_starts fall, or leave the sequence")
     return TokenSequence(
         input_ids_N=input_ids_N,
         supervised_N=supervised_N,
         roles_N=roles_N,
-        turn_starts=values["turn_starts"],
+        turn_starts=turn_starts,
         source=values["source"].tobytes().decode(),
         key=values["key"].tobytes(),
     )
@@ -164,6 +192,8 @@ def _entry_offsets(num_entries_P: NDArray[np.uint16] | None, num_positions: int,
         return np.arange(num_positions + 1, dtype=np.int64) * fixed
     if len(num_entries_P) != num_positions:
         raise CorruptCacheError(f"num_entries has {len(num_entries_P)} values for {num_positions} supervised positions")
+    if fixed is not None and num_entries_P.max(initial=0) > fixed:
+        raise CorruptCacheError(f"a position has {num_entries_P.max()} entries, but the selection keeps {fixed}")
     offsets_P1 = np.zeros(num_positions + 1, np.int64)
     np.cumsum(num_entries_P, out=offsets_P1[1:])
     return offsets_P1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.format.record import Distributions, SequenceRecord
+from kdcache.format.record import NO_TARGET, Distributions, SequenceRecord
 
 
 @dataclass
@@ -20,6 +21,7 @@ class ShardStatistics:
     num_positions: int = 0
     num_entries: int = 0
     num_targets: int = 0
+    num_impossible_targets: int = 0
     target_logprob_sum: float = 0.0
     tail_mass_sum: float = 0.0
     entropy_floor_sum: float = 0.0
@@ -30,17 +32,26 @@ class ShardStatistics:
         """Count one sequence."""
         distributions = record.distributions
         target_logprobs_P = distributions.target_logprobs(record.sequence.target_ids_P)
-        has_target_P = ~np.isnan(target_logprobs_P)
+        has_target_P = record.sequence.target_ids_P != NO_TARGET
         floor_P, ceiling_P = entropy_bounds(distributions, self.vocab_size)
         self.num_sequences += 1
         self.num_tokens += record.sequence.num_tokens
         self.num_positions += distributions.num_positions
         self.num_entries += distributions.num_entries
         self.num_targets += int(has_target_P.sum())
-        self.target_logprob_sum += float(target_logprobs_P[has_target_P].sum(dtype=np.float64))
+        # Counted apart: the sum would be -inf for good, which JSON cannot hold and from which nothing else could be read.
+        impossible_P = np.isneginf(target_logprobs_P)
+        self.num_impossible_targets += int(impossible_P.sum())
+        self.target_logprob_sum += float(target_logprobs_P[has_target_P & ~impossible_P].sum(dtype=np.float64))
         self.tail_mass_sum += float(distributions.tail_mass_P.sum(dtype=np.float64))
         self.entropy_floor_sum += float(floor_P.sum())
         self.entropy_ceiling_sum += float(ceiling_P.sum())
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every sum is a number: NaN in one record would spoil the shard's, and JSON cannot hold it."""
+        sums = (self.target_logprob_sum, self.tail_mass_sum, self.entropy_floor_sum, self.entropy_ceiling_sum)
+        return all(map(math.isfinite, sums))
 
     def add_column_bytes(self, name: str, num_bytes: int) -> None:
         """Count a record batch's buffers of one column."""

@@ -20,7 +20,8 @@ class CacheSummary:
         column_bytes_per_position: column -> bytes per position; `framing` is what Arrow adds.
         kept_mass: mean probability inside the support.
         entropy_floor, entropy_ceiling: nats; the teacher's mean entropy lies between them.
-        teacher_nll: nats per target, of the text under the teacher.
+        teacher_nll: nats per target, of the text under the teacher, without the impossible targets.
+        num_impossible_targets: targets that the teacher gives probability 0.
     """
 
     manifest: Manifest
@@ -36,6 +37,7 @@ class CacheSummary:
     entropy_floor: float
     entropy_ceiling: float
     teacher_nll: float
+    num_impossible_targets: int
 
 
 def summarize_cache(path: str | Path) -> CacheSummary:
@@ -51,7 +53,8 @@ def summarize_cache(path: str | Path) -> CacheSummary:
         return total / positions if positions else math.nan
 
     columns = _column_bytes(manifest)
-    num_targets = manifest.total("num_targets")
+    num_impossible = manifest.total("num_impossible_targets")
+    num_possible = manifest.total("num_targets") - num_impossible
     return CacheSummary(
         manifest=manifest,
         num_sequences=manifest.total("num_sequences"),
@@ -65,7 +68,8 @@ def summarize_cache(path: str | Path) -> CacheSummary:
         kept_mass=1.0 - per_position(manifest.total("tail_mass_sum")),
         entropy_floor=per_position(manifest.total("entropy_floor_sum")),
         entropy_ceiling=per_position(manifest.total("entropy_ceiling_sum")),
-        teacher_nll=-manifest.total("target_logprob_sum") / num_targets if num_targets else math.nan,
+        teacher_nll=-manifest.total("target_logprob_sum") / num_possible if num_possible else math.nan,
+        num_impossible_targets=num_impossible,
     )
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
+from kdcache.codec.base import Codec
 from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import Manifest, ShardInfo
-from kdcache.format.record import SequenceRecord, check_distributions
+from kdcache.format.record import NO_TARGET, SequenceRecord, check_distributions
 from kdcache.store import chain, fs
 from kdcache.store.reader import CacheReader
 
@@ -30,7 +32,8 @@ class VerifyReport:
         manifest: of the snapshot that was read.
         problems: a sentence each; empty for a sound cache.
         num_sequences, num_positions, num_bytes: read and checked.
-        teacher_nll: nats per target, the teacher's own, summed at capture before the codec; NaN without targets.
+        teacher_nll: nats per target, the teacher's own, summed at capture before the codec; NaN without targets. Targets that
+            the teacher gives probability 0 are left out; their number is checked.
         cached_nll: the same, recomputed from the decoded cache.
         nll_bound: most that the codec can move the mean, in nats.
     """
@@ -57,10 +60,27 @@ class _Nll:
     bound_sum: float = 0.0
     num_targets: int = 0
 
+    def add(self, logprobs: NDArray[np.float32], codec: Codec) -> int:
+        """Add the decoded logprobs of a record's targets; gives how many of them are -inf."""
+        possible = logprobs[~np.isneginf(logprobs)]
+        self.cached_sum -= float(possible.sum(dtype=np.float64))
+        self.bound_sum += float(codec.max_error_nats(possible).sum())
+        return len(logprobs) - len(possible)
+
+    def close_shard(self, shard: ShardInfo, num_impossible: int, codec: Codec) -> None:
+        """Add what the teacher said of a shard whose decoded logprobs are all in."""
+        self.teacher_sum -= shard.target_logprob_sum
+        self.num_targets += shard.num_targets - shard.num_impossible_targets
+        if num_impossible > shard.num_impossible_targets:  # too small for a lossy codec: no bound is left
+            self.bound_sum += float(codec.max_error_nats(np.array([-np.inf])).sum())
+
 
 def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyReport:
-    """Check the chain of manifests, each shard's SHA-256, each row's digest, each record's promises, every count, and that the
-    teacher's NLL of the text, recomputed from the cache, is the teacher's own within the codec's bound.
+    """Re-read everything.
+
+    Checked are the chain of manifests and the journal; each shard's SHA-256; each row's digest, its place in the index and its
+    record's promises; every count; and that the teacher's NLL of the text, recomputed from the cache, is the teacher's own within
+    the codec's bound.
 
     Damage ends up in the report, shard by shard; it is not raised.
 
@@ -68,7 +88,7 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
         CacheNotFoundError: there is no cache. CorruptCacheError: the newest manifest itself cannot be read.
     """
     root = Path(path)
-    report = VerifyReport(chain.newest_manifest(root), problems=chain.check_chain(root))
+    report = VerifyReport(chain.newest_manifest(root), problems=[*chain.check_chain(root), *chain.check_journal(root)])
     try:
         reader = CacheReader(root, report.manifest)
     except FormatError as error:
@@ -78,7 +98,7 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
     for shard in report.manifest.shards:
         try:
             _verify_shard(reader, shard, report, nll)
-        except FormatError as error:
+        except (FormatError, OSError) as error:
             report.problems.append(str(error))
         report.num_bytes += shard.num_bytes
         if progress is not None:
@@ -94,25 +114,39 @@ def _verify_shard(reader: CacheReader, shard: ShardInfo, report: VerifyReport, n
     if fs.sha256_of(path) != shard.sha256:
         report.problems.append(f"{path}: its SHA-256 is not the one in the manifest; the shard is damaged")
     codec = get_codec(report.manifest.identity.codec.codec_id, report.manifest.identity.codec.params)
-    vocab_size = report.manifest.identity.teacher.vocab_size
+    num_impossible = 0
     counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
-    for number in range(reader.num_record_batches(shard.unit)):
-        batch = reader.record_batch(shard.unit, number)
-        for row in range(batch.num_rows):
-            record = batch.record(row)
-            _check_record(record, vocab_size, f"{path}: record batch {number}, row {row}")
-            logprobs_P = record.distributions.target_logprobs(record.sequence.target_ids_P)
-            logprobs_P = logprobs_P[~np.isnan(logprobs_P)]
-            nll.cached_sum -= float(logprobs_P.sum(dtype=np.float64))
-            nll.bound_sum += float(codec.max_error_nats(logprobs_P).sum())
-            _count(counts, record, len(logprobs_P))
-    nll.teacher_sum -= shard.target_logprob_sum
-    nll.num_targets += shard.num_targets
+    for record in _checked_records(reader, shard):
+        target_ids_P = record.sequence.target_ids_P
+        logprobs = record.distributions.target_logprobs(target_ids_P)[target_ids_P != NO_TARGET]
+        num_impossible += nll.add(logprobs, codec)
+        _count(counts, record, len(logprobs))
+    nll.close_shard(shard, num_impossible, codec)
+    if num_impossible < shard.num_impossible_targets:
+        report.problems.append(
+            f"{path}: {num_impossible} targets have probability 0, the manifest says {shard.num_impossible_targets}"
+        )
     report.num_sequences += counts["num_sequences"]
     report.num_positions += counts["num_positions"]
     for name, found in counts.items():
         if found != getattr(shard, name):
             report.problems.append(f"{path}: {name} is {found}, the manifest says {getattr(shard, name)}")
+
+
+def _checked_records(reader: CacheReader, shard: ShardInfo) -> Iterator[SequenceRecord]:
+    """A shard's records, in order, each sound in itself and at the place that the index says."""
+    sequence = sum(s.num_sequences for s in reader.manifest.shards if s.unit < shard.unit)
+    for number in range(reader.num_record_batches(shard.unit)):
+        batch = reader.record_batch(shard.unit, number)
+        for row in range(batch.num_rows):
+            where = f"{reader.root / shard.name}: record batch {number}, row {row}"
+            record = batch.record(row)
+            _check_record(record, reader.manifest.identity.teacher.vocab_size, where)
+            if sequence >= len(reader) or reader.place(sequence) != (shard.unit, number, row):
+                raise CorruptCacheError(f"{where}: sequence {sequence} of the index is not here")
+            reader.check_sequence(sequence, record, where)
+            sequence += 1
+            yield record
 
 
 def _check_record(record: SequenceRecord, vocab_size: int, where: str) -> None:

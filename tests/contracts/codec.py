@@ -1,0 +1,229 @@
+"""What every codec promises (see kdcache/codec/base.py): one function per promise; each test file of a codec calls them all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from numpy.typing import NDArray
+
+from kdcache.codec import get_codec
+from kdcache.codec.base import Codec
+from kdcache.errors import CorruptCacheError, FormatError
+from kdcache.format.record import Distributions
+from kdcache.store.rows import column_view
+
+MakeCodec = Callable[[int], Codec]
+"""vocab_size -> codec"""
+
+
+def make(
+    supports: Sequence[Sequence[tuple[int, float]]], tails: Sequence[float] | None = None, outside: Sequence[float] = ()
+) -> Distributions:
+    """Distributions from (id, logprob) pairs per position."""
+    pairs = [pair for support in supports for pair in support]
+    counts = np.array([len(support) for support in supports], np.int64)
+    return Distributions(
+        token_ids_E=np.array([pair[0] for pair in pairs], np.int32),
+        logprobs_E=np.array([pair[1] for pair in pairs], np.float32),
+        offsets_P1=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        tail_mass_P=np.array([0.25] * len(supports) if tails is None else tails, np.float32),
+        outside_target_logprobs_M=np.array(outside, np.float32),
+    )
+
+
+CORNERS: dict[str, tuple[int, Distributions]] = {
+    "no positions": (97, make([])),
+    "an empty support": (97, make([[]], tails=[1.0], outside=[-3.0])),
+    "empty supports between full ones": (97, make([[], [(3, -1.0)], [], [], [(5, -0.5), (9, -2.0)], []])),
+    "a support of one": (97, make([[(96, -0.0)]], tails=[0.0])),
+    "the whole vocabulary": (5, make([[(i, -1.609438) for i in range(5)]] * 3, tails=[0.0] * 3)),
+    "a vocabulary of one": (1, make([[(0, 0.0)], [(0, 0.0)]], tails=[0.0, 0.0])),
+    "the largest vocabulary": (2**31, make([[(2**31 - 1, -1.0), (0, -2.0)]])),
+    "probability zero": (97, make([[(1, -0.5), (2, -np.inf), (3, -np.inf)]], outside=[-np.inf])),
+    "tails of zero and one": (97, make([[(1, 0.0)], [(1, -np.inf)]], tails=[0.0, 1.0])),
+    "more than one word of bits": (128256, make([[(128255 - i, -float(i)) for i in range(40)]] * 7)),
+    "outside targets": (97, make([[(1, -1.0)], [(2, -1.0)]], outside=[-11.5, -0.001])),
+}
+
+
+def round_trip(codec: Codec, sequences: Sequence[Distributions]) -> list[Distributions]:
+    """Encode a record batch, carry it through an Arrow file in memory, decode each row."""
+    decoded = []
+    columns = through_arrow(codec, sequences)
+    for row, distributions in enumerate(sequences):
+        values = {name: view[row] for name, view in columns.items()}
+        decoded.append(codec.decode(values, distributions.offsets_P1))  # pyright: ignore[reportArgumentType]
+    return decoded
+
+
+def through_arrow(codec: Codec, sequences: Sequence[Distributions]) -> dict[str, Any]:
+    """Column name -> view of the encoded column, after a validated trip through the IPC format."""
+    schema = pa.schema(codec.fields())
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(codec.encode(sequences), schema=schema))
+    batch = pa.ipc.open_file(sink.getvalue()).get_batch(0)
+    batch.validate(full=True)
+    return {name: column_view(batch.column(name)) for name in schema.names}
+
+
+def check_equal_within_bound(codec: Codec, found: Distributions, expected: Distributions) -> None:
+    """Ids and offsets exactly; numbers within what the codec says of itself."""
+    np.testing.assert_array_equal(found.offsets_P1, expected.offsets_P1, strict=True)
+    np.testing.assert_array_equal(found.token_ids_E, expected.token_ids_E, strict=True)
+    for name in ("logprobs_E", "outside_target_logprobs_M"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert ours.dtype == np.float32
+        assert (_distance(ours, theirs) <= codec.max_error_nats(theirs)).all(), name
+    assert found.tail_mass_P.dtype == np.float32
+    with np.errstate(divide="ignore"):
+        ours, theirs = (np.log(d.tail_mass_P.astype(np.float64)) for d in (found, expected))
+    # A float32 mass near 1 has steps of 2^-24; below its normal numbers (2^-126) the steps grow against the mass.
+    rounding = 2.0**-23 + 2.0**-149 / np.maximum(expected.tail_mass_P.astype(np.float64), 2.0**-149)
+    exact = codec.max_error_nats(np.array([-1.0])).max() == 0
+    assert (_distance(ours, theirs) <= codec.max_error_nats(theirs) + (0 if exact else rounding)).all()
+
+
+def _distance(ours: NDArray[Any], theirs: NDArray[Any]) -> NDArray[np.float64]:
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.where(ours == theirs, 0.0, np.abs(ours - theirs))
+
+
+def check_corners(make_codec: MakeCodec) -> None:
+    """Every corner comes back, alone and as rows of one batch."""
+    for name, (vocab_size, distributions) in CORNERS.items():
+        codec = make_codec(vocab_size)
+        try:
+            for found in round_trip(codec, [distributions, distributions]):
+                check_equal_within_bound(codec, found, distributions)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def check_a_batch_of_no_sequences(make_codec: MakeCodec) -> None:
+    """Zero rows are legal."""
+    assert round_trip(make_codec(97), []) == []
+
+
+def check_round_trip(codec: Codec, sequences: Sequence[Distributions]) -> None:
+    """Decode of encode gives the same back (for property tests)."""
+    for found, expected in zip(round_trip(codec, sequences), sequences, strict=True):
+        check_equal_within_bound(codec, found, expected)
+
+
+def check_params_through_json(make_codec: MakeCodec) -> None:
+    """The id and the parameters, as JSON, rebuild the codec."""
+    codec = make_codec(128256)
+    params = json.loads(json.dumps(codec.params()))
+    again = get_codec(codec.codec_id, params)
+    assert type(again) is type(codec)
+    assert again.params() == codec.params()
+    expected = CORNERS["more than one word of bits"][1]
+    assert _bytes(again, expected) == _bytes(codec, expected)
+
+
+def check_determinism(make_codec: MakeCodec) -> None:
+    """Equal input, equal bytes, whatever memory the arrays stand in."""
+    for vocab_size, distributions in CORNERS.values():
+        codec = make_codec(vocab_size)
+        strided = Distributions(
+            token_ids_E=np.repeat(distributions.token_ids_E, 2)[::2],
+            logprobs_E=np.repeat(distributions.logprobs_E, 2)[::2],
+            offsets_P1=np.repeat(distributions.offsets_P1, 2)[::2],
+            tail_mass_P=np.repeat(distributions.tail_mass_P, 2)[::2],
+            outside_target_logprobs_M=np.repeat(distributions.outside_target_logprobs_M, 2)[::2],
+        )
+        assert _bytes(codec, distributions) == _bytes(codec, strided)
+
+
+def _bytes(codec: Codec, distributions: Distributions) -> bytes:
+    schema = pa.schema(codec.fields())
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(codec.encode([distributions]), schema=schema))
+    return sink.getvalue().to_pybytes()
+
+
+def check_hostile_columns(make_codec: MakeCodec) -> None:
+    """Columns of wrong length or type, and counts beyond all bounds, raise CorruptCacheError and nothing else."""
+    codec = make_codec(97)
+    good = make([[(1, -1.0), (2, -2.0)], [(96, -0.5)]], outside=[-3.0])
+    columns = {name: view[0] for name, view in through_arrow(codec, [good]).items()}
+    codec.decode(columns, good.offsets_P1)
+    counted = [name for name in columns if name != "outside_target_logprobs"]
+    for name in columns:
+        values = columns[name]
+        wrong = [values.astype(np.float64), values.astype(np.int16), values.astype(object)]
+        if name in counted:
+            wrong += [values[:-1], values[:0], np.concatenate([values, values])]
+        for value in wrong:
+            with pytest.raises(CorruptCacheError, match=name):
+                codec.decode({**columns, name: value}, good.offsets_P1)
+    for offsets in ([0], [0, 3], [0, 2, 3, 3], [0, 2, 4], [0, 2, 2**40], [0, 2**62, 2**63 - 1]):
+        with pytest.raises(CorruptCacheError):
+            codec.decode(columns, np.array(offsets, np.int64))
+
+
+def check_ids_outside_the_vocabulary(make_codec: MakeCodec) -> None:
+    """They are refused when they are encoded, and when a file holds them."""
+    for bad in (97, 2**31 - 1, -1):
+        with pytest.raises(FormatError, match="vocabulary of 97"):
+            make_codec(97).encode([make([[(1, -1.0)]]), make([[(5, -0.5), (bad, -1.0)]])])
+    larger = make([[(1, -1.0), (127, -2.0)]])  # 127 and 97 have the same number of bits
+    columns = {name: view[0] for name, view in through_arrow(make_codec(128), [larger]).items()}
+    with pytest.raises(CorruptCacheError, match="vocabulary of 97"):
+        make_codec(97).decode(columns, larger.offsets_P1)
+
+
+def check_unfit_parameters(codec_id: str) -> None:
+    """A vocabulary size that is none, and unknown parameters, are refused in words."""
+    from kdcache.errors import UnsupportedVersionError
+
+    for params in ({"vocab_size": v} for v in (0, -1, 2**31 + 1, 2**70, 5.0, "97", None, True, [97])):
+        with pytest.raises(UnsupportedVersionError, match="vocab_size"):
+            get_codec(codec_id, params)
+    for params in ({}, {"vocab_size": 97, "width": 3}):
+        with pytest.raises(UnsupportedVersionError, match=codec_id):
+            get_codec(codec_id, params)
+
+
+def check_columns_are_not_written(make_codec: MakeCodec) -> None:
+    """Decode works on read-only memory and changes none of it."""
+    for vocab_size, distributions in CORNERS.values():
+        codec = make_codec(vocab_size)
+        columns = {name: np.array(view[0]) for name, view in through_arrow(codec, [distributions]).items()}
+        before = {name: values.tobytes() for name, values in columns.items()}
+        for values in columns.values():
+            values.flags.writeable = False
+        codec.decode(columns, distributions.offsets_P1)
+        assert {name: values.tobytes() for name, values in columns.items()} == before
+
+
+def check_hostile_numbers_do_not_warn(make_codec: MakeCodec) -> None:
+    """Numbers that no teacher gives (a file may hold any bits) decode without a warning; `kdcache verify` names them."""
+    codec = make_codec(97)
+    good = make([[(1, -1.0), (2, -2.0)]], outside=[-3.0])
+    columns = {name: view[0] for name, view in through_arrow(codec, [good]).items()}
+    for name, values in columns.items():
+        if values.dtype.kind == "f":
+            for number in (np.nan, np.inf, -np.inf, np.finfo(values.dtype).max):
+                codec.decode({**columns, name: np.full_like(values, number)}, good.offsets_P1)
+
+
+CHECKS: tuple[Callable[[MakeCodec], None], ...] = (
+    check_corners,
+    check_a_batch_of_no_sequences,
+    check_params_through_json,
+    check_determinism,
+    check_hostile_columns,
+    check_ids_outside_the_vocabulary,
+    check_columns_are_not_written,
+    check_hostile_numbers_do_not_warn,
+)
+"""What takes nothing but a codec; `check_round_trip` takes drawn sequences, `check_unfit_parameters` the codec's id."""
