@@ -11,6 +11,8 @@ from kdcache.capture.content import Item
 from kdcache.capture.plan import Unit
 
 _DELAY_SECONDS = 1.0
+_SECONDS_BETWEEN_LINES = 10.0
+"""Between two states of a bar that goes to a file, where each is a line and none is overwritten."""
 
 
 class CaptureProgress:
@@ -47,14 +49,28 @@ class BarProgress(CaptureProgress):
         self._chars_left = self._chars_read = self._tokens_read = 0
 
     def scanning(self, items: Iterable[Item]) -> Iterable[Item]:
-        return tqdm(items, desc="reading the input", unit=" items", unit_scale=True, delay=_DELAY_SECONDS, file=sys.stderr)
+        return tqdm(
+            items,
+            desc="reading the input",
+            unit=" items",
+            unit_scale=True,
+            delay=_DELAY_SECONDS,
+            mininterval=_interval(),
+            file=sys.stderr,
+        )
 
     def loading(self, model: str) -> None:
         tqdm.write(f"loading the teacher {model}", file=sys.stderr)
 
     def start(self, units: Sequence[Unit]) -> None:
         self._chars_left = sum(unit.num_chars for unit in units)
-        self._bar = tqdm(desc=f"capturing {len(units)} units", unit=" tok", unit_scale=True, file=sys.stderr)
+        self._bar = tqdm(
+            desc=f"capturing {len(units)} units",
+            unit=" tok",
+            unit_scale=True,
+            mininterval=_interval(),
+            file=sys.stderr,
+        )
 
     def start_unit(self, unit: Unit, num_tokens: int) -> None:
         self._chars_left -= unit.num_chars
@@ -62,7 +78,6 @@ class BarProgress(CaptureProgress):
         self._tokens_read += num_tokens
         if self._bar is not None and self._chars_read:
             self._bar.total = self._tokens_read + round(self._chars_left * self._tokens_read / self._chars_read)
-            self._bar.refresh()
 
     def advance(self, num_tokens: int) -> None:
         if self._bar is not None:
@@ -72,3 +87,7 @@ class BarProgress(CaptureProgress):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _interval() -> float:
+    return 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES

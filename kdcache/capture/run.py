@@ -117,13 +117,13 @@ def _capture(job: Job, teacher: Teacher, writer: CacheWriter, progress: CaptureP
             _capture_unit(job, unit, teacher, writer, progress, summary)
             if done % UNITS_PER_FOLD == 0:
                 writer.fold()
+        summary.manifest = writer.fold()
     except BaseException as error:
         with suppress(KdcacheError, OSError):
             writer.fold()
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(_how_to_go_on(job, writer)) from error
         raise
-    summary.manifest = writer.fold()
     summary.seconds = time.perf_counter() - started
     return summary
 

@@ -92,7 +92,7 @@ def test_settings_of_the_teacher_that_do_not_matter_load_it_and_change_nothing(c
     assert summary.manifest == before
 
 
-@pytest.mark.parametrize("stops", [[1], [9], [9, 5], [40]])
+@pytest.mark.parametrize("stops", [[1], [9], [9, 5], [30]])
 def test_a_stopped_capture_goes_on_and_ends_with_the_same_content(tmp_path, config, stops):
     run_capture(make_config(tmp_path, output={"path": str(tmp_path / "undisturbed")}))
     for stop in stops:
@@ -109,7 +109,7 @@ def test_what_was_published_before_a_stop_can_be_read(tmp_path, config):
     with kdcache.open(tmp_path / "cache") as reader:
         assert len(reader.manifest.shards) >= 1
         assert not reader.manifest.is_complete
-        assert reader[0].sequence.source.endswith("a.txt:1#0")
+        assert reader[0].sequence.source.endswith("a.txt:1")
 
 
 def test_the_records_are_the_teachers_own(tmp_path, config):

@@ -153,12 +153,12 @@ def wait_for_units(number):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_capture_is_finished_by_the_same_command(folder, capsys, sent):
-    Path("many.txt").write_text("".join(f"line {n} of many\n" * 20 for n in range(60)))
+    Path("many.txt").write_text("".join(f"line {n} of many\n" for n in range(60)))
     overrides = ["input.format=lines", "input.paths=[many.txt]", "output.unit_items=3"]
     sets = [part for override in overrides for part in ("--set", override)]
     assert main(["capture", "c.yaml", *sets, "--set", "output.path=undisturbed"]) == 0
     process = start(*overrides)
-    wait_for_units(5)
+    wait_for_units(3)
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if sent == signal.SIGINT else -sent)
