@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+SCRIPTS = ("setup", "test", "check", "demo", "train_teacher")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_parses_and_may_be_run(name: str) -> None:
+    subprocess.run(["bash", "-n", str(TOOLS / name)], check=True)
+    assert os.access(TOOLS / name, os.X_OK)
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def bare_checkout(root: Path) -> Path:
+    """A folder with what tools/setup reads, and no environment."""
+    (root / "tools").mkdir()
+    for path in ("pyproject.toml", "tools/setup", "tools/setup-excludes.txt"):
+        shutil.copy(TOOLS.parent / path, root / path)
+    return root
+
+
+def run_setup(root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(["bash", "tools/setup"], root, {**os.environ, **environment})
+
+
+def test_setup_refuses_an_interpreter_that_is_not_one(tmp_path: Path) -> None:
+    done = run_setup(bare_checkout(tmp_path), PYTHON="/nowhere/python3")
+    assert done.returncode == 1
+    assert "PYTHON is /nowhere/python3, but Python 3.11 or newer" in done.stderr
+    assert not (tmp_path / ".venv" / "bin").exists()
+
+
+def test_setup_does_not_take_an_unfinished_environment_for_a_finished_one(tmp_path: Path) -> None:
+    root = bare_checkout(tmp_path)
+    (root / ".venv").mkdir()
+    (root / ".venv" / "kdcache-setup.unfinished").touch()
+    done = run_setup(root, PYTHON="/nowhere/python3")
+    assert done.returncode == 1
+    assert "PYTHON is /nowhere/python3" in done.stderr
+
+
+def test_train_teacher_says_how_to_get_its_environment(tmp_path: Path) -> None:
+    (tmp_path / "tools").mkdir()
+    shutil.copy(TOOLS / "train_teacher", tmp_path / "tools")
+    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    done = run(["bash", "tools/train_teacher"], tmp_path, environment)
+    assert done.returncode == 2
+    assert "run: bash tools/setup" in done.stderr

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import teacher_model  # noqa: E402
+import teacher_tokenizer  # noqa: E402
+import train_teacher  # noqa: E402
+
+SMALL = [
+    *("--steps", "40", "--hidden-size", "64", "--num-layers", "1", "--vocab-size", "360"),
+    *("--seq-len", "32", "--batch-size", "4", "--threads", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty short files that are easy to predict."""
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(60):
+        words = " ".join(f"the number {n} follows the number {n - 1}" for n in range(number, number + 40))
+        (folder / f"{number}.txt").write_text(words)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher trained for a moment."""
+    out = tmp_path_factory.mktemp("out") / "teacher"
+    assert train_teacher.main(["--out", str(out), "--text", str(text_dir), *SMALL]) == 0
+    return out
+
+
+def test_a_teacher_loads_as_a_hugging_face_folder_and_has_learned(teacher_dir: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher_dir)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher_dir)
+    summary = json.loads((teacher_dir / "training.json").read_text())
+    assert model.config.vocab_size == len(tokenizer) == 360
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert summary["heldout_nats_per_token"] < math.log(360) - 1
+    assert 0 < summary["heldout_nats_per_byte"] < summary["heldout_nats_per_token"]
+    assert not teacher_dir.with_name("teacher.partial").exists()
+
+
+def test_the_reported_loss_is_that_of_the_saved_model(teacher_dir: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher_dir)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher_dir)
+    lines = (teacher_dir / "text" / "heldout.jsonl").read_text().splitlines()
+    ids = teacher_tokenizer.encode_all(tokenizer, [json.loads(line)["text"] for line in lines])
+    reported = json.loads((teacher_dir / "training.json").read_text())["heldout_nats_per_token"]
+    assert teacher_model.mean_nll(model, ids[: train_teacher.MAX_EVALUATED_TOKENS], 32) == pytest.approx(reported, rel=1e-4)
+
+
+def test_the_splits_hold_every_document_once(teacher_dir: Path, text_dir: Path) -> None:
+    sources = [
+        json.loads(line)["source"]
+        for name in ("train", "heldback", "heldout")
+        for line in (teacher_dir / "text" / f"{name}.jsonl").read_text().splitlines()
+    ]
+    assert sorted(sources) == sorted(path.name for path in text_dir.iterdir())
+
+
+def test_the_tokenizer_gives_back_any_text_and_counts_its_bytes(teacher_dir: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher_dir)
+    text = 'def f(x):\n\treturn "caf\u00e9 \u4f60\U0001f600"\r\n'
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[1:]) == text
+    assert teacher_tokenizer.num_bytes(tokenizer, np.array(ids)) == len(text.encode())
+
+
+def test_the_chat_template_marks_what_the_assistant_says(teacher_dir: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher_dir)
+    messages = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    said = [token for token, mask in zip(chat["input_ids"], chat["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(said) == "two<|im_end|>"
+    assert tokenizer.decode(chat["input_ids"]).startswith("<|endoftext|><|im_start|>user\none?<|im_end|>\n")
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing_by_the_clock() -> None:
+    factors = [teacher_model.rate_at(done, 0.1) for done in (0.0, 0.05, 0.1, 0.55, 0.9999)]
+    assert factors == pytest.approx([1e-3, 0.5, 0.9, 0.45, 1e-3])
+
+
+def test_a_pass_reads_each_window_once_in_another_order_than_the_next() -> None:
+    recipe = teacher_model.Recipe(vocab_size=400, hidden_size=64, num_layers=1, seq_len=10, seconds=1, batch_size=3)
+    batches = teacher_model.draw_batches(torch.arange(200), recipe)
+    passes = [torch.cat([next(batches) for _ in range(6)]) for _ in range(2)]
+    for rows in passes:
+        assert rows.shape == (18, 11)
+        assert len(set(rows[:, :10].flatten().tolist())) == 180
+        assert (rows.diff(dim=1) == 1).all()
+    assert not torch.equal(*passes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hidden-size", "100"], "--hidden-size is 100, but must be a multiple of 64"),
+        (["--seconds", "0"], "--seconds is 0.0, but must be above 0"),
+        (["--vocab-size", "256"], "--vocab-size is 256, but must be at least 300"),
+        (["--out", "."], "--out . is there already"),
+    ],
+)
+def test_impossible_arguments_end_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train_teacher.main(["--out", str(tmp_path / "new"), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_too_little_text_ends_with_a_sentence_and_no_teacher(
+    text_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--out", str(tmp_path / "new"), "--text", str(text_dir), *SMALL, "--batch-size", "4000"]
+    assert train_teacher.main(arguments) == 2
+    assert "tokens, but a batch takes 128,033; give more text" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
