@@ -14,6 +14,7 @@ from kdcache.format import paths
 from kdcache.format.manifest import IndexInfo, ShardInfo
 from kdcache.format.schema import INDEX_SCHEMA
 from kdcache.store import fs
+from kdcache.store.arrow_file import open_arrow_file
 
 
 def publish_index(root: Path, shards: Iterable[ShardInfo]) -> IndexInfo:
@@ -47,7 +48,7 @@ def open_index(root: Path, info: IndexInfo | None) -> pa.Table:
         # The whole file is hashed at each opening: 36 bytes per sequence, and every place in the data hangs on it.
         if fs.sha256_of(path) != info.sha256:
             raise CorruptCacheError(f"{path}: its SHA-256 is not the one in the manifest; the index is damaged")
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = open_arrow_file(path).read_all()
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise CorruptCacheError(f"{path}: cannot be read: {error}") from error
@@ -60,8 +61,7 @@ def open_index(root: Path, info: IndexInfo | None) -> pa.Table:
 
 def _shard_rows(root: Path, shard: ShardInfo) -> Iterator[pa.RecordBatch]:
     try:
-        with pa.memory_map(str(root / shard.name)) as file:
-            yield from _file_rows(pa.ipc.open_file(file), shard.unit)
+        yield from _file_rows(open_arrow_file(root / shard.name), shard.unit)
     except (pa.ArrowException, OSError, KeyError, IndexError) as error:
         raise CorruptCacheError(f"{root / shard.name}: cannot be read: {error}") from error
 

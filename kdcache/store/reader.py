@@ -20,14 +20,12 @@ from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
 from kdcache.format.record import SequenceRecord
 from kdcache.format.schema import ShardMetadata, shard_metadata, shard_schema
 from kdcache.store import chain
+from kdcache.store.arrow_file import open_arrow_file
 from kdcache.store.index import open_index
 from kdcache.store.rows import BatchReader
 
 OPEN_BATCHES = 256
 """Record batches kept open per reader: views of memory maps and one byte per token, about 16 KiB each."""
-
-OPEN_FILES = 64
-"""Shards kept open per reader: each holds a file descriptor, and a process may have as few as 1024."""
 
 
 _readers: weakref.WeakSet[CacheReader] = weakref.WeakSet()
@@ -71,7 +69,7 @@ class CacheReader:
                 f"{root}: the index has {len(table)} sequences, the manifest {manifest.total('num_sequences')}"
             )
         self._shards = {shard.unit: shard for shard in manifest.shards}
-        self._files: OrderedDict[int, tuple[pa.ipc.RecordBatchFileReader, ShardMetadata]] = OrderedDict()
+        self._files: dict[int, tuple[pa.RecordBatchFileReader, ShardMetadata]] = {}
         self._batches: OrderedDict[tuple[int, int], BatchReader] = OrderedDict()
         self._lock = threading.Lock()
         _readers.add(self)
@@ -168,19 +166,16 @@ class CacheReader:
         codec = get_codec(metadata.codec.codec_id, metadata.codec.params)
         return BatchReader(batch, metadata, codec, str(self.root / where))
 
-    def _file(self, unit: int) -> tuple[pa.ipc.RecordBatchFileReader, ShardMetadata]:
+    def _file(self, unit: int) -> tuple[pa.RecordBatchFileReader, ShardMetadata]:
         with self._lock:
             if unit not in self._files:
                 if unit not in self._shards:
                     raise CorruptCacheError(f"{self.root}: the index names unit {unit}, which the manifest does not have")
                 self._files[unit] = open_shard(self.root, self._shards[unit], self.manifest)
-            self._files.move_to_end(unit)
-            while len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
             return self._files[unit]
 
 
-def open_shard(root: Path, shard: ShardInfo, manifest: Manifest) -> tuple[pa.ipc.RecordBatchFileReader, ShardMetadata]:
+def open_shard(root: Path, shard: ShardInfo, manifest: Manifest) -> tuple[pa.RecordBatchFileReader, ShardMetadata]:
     """Map a shard and check that it is the one that the manifest means.
 
     Raises:
@@ -193,9 +188,9 @@ def open_shard(root: Path, shard: ShardInfo, manifest: Manifest) -> tuple[pa.ipc
             raise CorruptCacheError(
                 f"{path}: has {num_bytes} bytes, the manifest says {shard.num_bytes}; the shard is truncated or damaged"
             )
-        file = pa.ipc.open_file(pa.memory_map(str(path)))
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptCacheError(f"{path}: cannot be read as an Arrow file: {error}") from error
+    except OSError as error:
+        raise CorruptCacheError(f"{path}: cannot be read: {error.strerror}") from error
+    file = open_arrow_file(path)
     metadata = shard_metadata(file.schema, where=str(path))
     _check_schema(file.schema, metadata, shard, manifest, str(path))
     return file, metadata

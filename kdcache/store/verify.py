@@ -79,8 +79,8 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
     """Re-read everything.
 
     Checked are the chain of manifests and the journal; each shard's SHA-256; each row's digest, its place in the index and its
-    record's promises; every count; and that the teacher's NLL of the text, recomputed from the cache, is the teacher's own within
-    the codec's bound.
+    record's promises; every count; and that the teacher's NLL of the text, recomputed from the cache, is the teacher's own
+    within the codec's bound.
 
     Damage ends up in the report, shard by shard; it is not raised.
 

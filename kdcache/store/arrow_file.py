@@ -1,0 +1,85 @@
+"""Open Arrow files that may be hostile: memory-mapped, and refused where Arrow would decompress what they claim.
+
+Arrow allocates what a compressed buffer says it holds: 33 kB of zstd become 1 GB. The format has no compressed buffers, but
+pyarrow does not say whether a file has; so the few flatbuffer fields that do are read here, in front of Arrow.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pyarrow as pa
+
+from kdcache.errors import CorruptCacheError
+
+# Numbers of the fields in Arrow's File.fbs and Message.fbs.
+_FOOTER_DICTIONARIES, _FOOTER_RECORD_BATCHES = 2, 3
+_MESSAGE_HEADER, _RECORD_BATCH_COMPRESSION = 2, 3
+_BLOCK_BYTES = 24
+
+
+def open_arrow_file(path: Path) -> pa.RecordBatchFileReader:
+    """Map an Arrow IPC file. What is read from it are views of the map, which lives as long as they do; no descriptor is kept.
+
+    Raises:
+        CorruptCacheError: cannot be read, no Arrow file, or one with compressed buffers or dictionaries.
+    """
+    try:
+        with pa.memory_map(str(path)) as file:
+            data = file.read_buffer()
+        reader = pa.ipc.open_file(data)  # verifies the footer
+        if _has_compression_or_dictionaries(memoryview(data)):
+            raise CorruptCacheError(f"{path}: has compressed buffers or dictionaries, which no file of a cache has")
+    except (pa.ArrowException, OSError, struct.error) as error:
+        raise CorruptCacheError(f"{path}: cannot be read as an Arrow file: {error}") from error
+    return reader
+
+
+def _has_compression_or_dictionaries(data: memoryview) -> bool:
+    (footer_bytes,) = struct.unpack_from("<i", data, len(data) - 10)
+    footer = data[len(data) - 10 - footer_bytes : len(data) - 10]
+    root = _follow(footer, 0)
+    if _blocks(footer, _field(footer, root, _FOOTER_DICTIONARIES)):
+        return True
+    return any(_is_compressed(data[offset:]) for offset in _blocks(footer, _field(footer, root, _FOOTER_RECORD_BATCHES)))
+
+
+def _blocks(footer: memoryview, field: int | None) -> list[int]:
+    """Where the messages of a vector of blocks start."""
+    if field is None:
+        return []
+    vector = _follow(footer, field)
+    (count,) = struct.unpack_from("<I", footer, vector)
+    if count * _BLOCK_BYTES > len(footer):
+        raise struct.error("more record batches than the footer has room for")
+    offsets = [struct.unpack_from("<q", footer, vector + 4 + i * _BLOCK_BYTES)[0] for i in range(count)]
+    if any(offset < 0 for offset in offsets):
+        raise struct.error("a record batch in front of the file")
+    return offsets
+
+
+def _is_compressed(message: memoryview) -> bool:
+    (marker,) = struct.unpack_from("<I", message, 0)
+    metadata = message[8 if marker == 0xFFFFFFFF else 4 :]
+    header = _field(metadata, _follow(metadata, 0), _MESSAGE_HEADER)
+    return header is not None and _field(metadata, _follow(metadata, header), _RECORD_BATCH_COMPRESSION) is not None
+
+
+def _follow(data: memoryview, place: int) -> int:
+    (distance,) = struct.unpack_from("<I", data, place)
+    return place + distance
+
+
+def _field(data: memoryview, table: int, number: int) -> int | None:
+    """Where a table's field is, or None where the table does not have it."""
+    (distance,) = struct.unpack_from("<i", data, table)
+    vtable = table - distance
+    if vtable < 0:
+        raise struct.error("a table that starts in front of its data")
+    (vtable_bytes,) = struct.unpack_from("<H", data, vtable)
+    entry = 4 + 2 * number
+    if entry + 2 > vtable_bytes:
+        return None
+    (offset,) = struct.unpack_from("<H", data, vtable + entry)
+    return table + offset if offset else None
