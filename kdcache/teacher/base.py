@@ -5,8 +5,11 @@ Contract (tests/contracts/teacher.py runs it for every backend):
 - `score` yields one `Distributions` per sequence, in the order given, with one position per supervised position of the
   sequence: the record at position t is the distribution after reading tokens 0..t. The last position may be supervised.
 - Logprobs are normalised over the whole vocabulary (`identity.vocab_size` ids) at temperature 1, whatever the selection keeps.
+- The support is the k most probable tokens; of tokens that tie for the last place, the engine chooses.
 - `check_distributions` holds for every answer.
 - The same sequence gives the same support and logprobs (up to the engine's numerics) alone or beside others.
+- What can be refused is refused before anything is computed, by `score` itself and not by the first `next`.
+- An iterator that is dropped half-way leaves the teacher usable.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from kdcache.errors import ConfigError
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.errors import ConfigError, InputError, TeacherError
 from kdcache.format.manifest import SelectionInfo, TeacherIdentity
-from kdcache.format.record import Distributions, TokenSequence
+from kdcache.format.record import Distributions, TokenSequence, distributions_from_dense
 
 
 class Teacher(Protocol):
@@ -36,8 +42,8 @@ class Teacher(Protocol):
 
         Raises:
             ConfigError: a selection this backend cannot make, or k larger than the vocabulary.
-            InputError: a sequence longer than the context.
-            TeacherError: the engine failed.
+            InputError: a sequence longer than the context, or an id outside the vocabulary.
+            TeacherError: the engine failed, or the teacher is closed.
         """
         ...
 
@@ -58,3 +64,69 @@ def top_k_of(selection: SelectionInfo, *, vocab_size: int, backend: str) -> int:
     if not 1 <= k <= vocab_size:
         raise ConfigError(f"selection.k is {k}, but must be from 1 to the teacher's vocabulary of {vocab_size}")
     return k
+
+
+def check_sequences(sequences: Sequence[TokenSequence], identity: TeacherIdentity) -> None:
+    """Refuse sequences that the teacher cannot read, before any is computed.
+
+    Raises:
+        InputError: a sequence without tokens, one longer than `identity.context_length`, or an id outside
+            `identity.vocab_size`. vLLM's engine does not survive such an id, so it must not come that far.
+    """
+    for sequence in sequences:
+        num_tokens, ids_N = sequence.num_tokens, sequence.input_ids_N
+        if num_tokens == 0:
+            raise InputError(f"{sequence.source}: a sequence without tokens has no distribution")
+        if num_tokens > identity.context_length:
+            raise InputError(
+                f"{sequence.source}: {num_tokens} tokens, but the teacher {identity.model!r} reads at most "
+                f"{identity.context_length} per sequence; make input.window.size smaller"
+            )
+        if int(ids_N.min()) < 0 or int(ids_N.max()) >= identity.vocab_size:
+            bad = int(ids_N.max()) if int(ids_N.min()) >= 0 else int(ids_N.min())
+            raise InputError(
+                f"{sequence.source}: token id {bad} is outside the vocabulary of {identity.vocab_size} of the teacher "
+                f"{identity.model!r}; use the tokenizer that belongs to the model"
+            )
+
+
+def answer(
+    sequence: TokenSequence,
+    token_ids_PK: NDArray[np.integer],
+    logprobs_PK: NDArray[np.floating],
+    target_logprobs_P: NDArray[np.floating],
+) -> Distributions:
+    """What a backend found at the sequence's supervised positions, as a record.
+
+    Args:
+        sequence: the one that was asked about; P is the number of its supervised positions.
+        token_ids_PK, logprobs_PK: the support in any order; nats, normalised over the whole vocabulary.
+        target_logprobs_P: nats; anything where there is no target.
+
+    Raises:
+        TeacherError: a logprob is NaN: the model overflowed.
+    """
+    if np.isnan(logprobs_PK).any():
+        position = int(sequence.positions_P[np.argmax(np.isnan(logprobs_PK).any(axis=-1))])
+        raise TeacherError(
+            f"{sequence.source}: the teacher gave NaN at position {position}; "
+            "float16 overflows in many models: set teacher.dtype to bfloat16 or float32"
+        )
+    return distributions_from_dense(token_ids_PK, logprobs_PK, sequence.target_ids_P, target_logprobs_P)
+
+
+def no_positions() -> Distributions:
+    """The answer to a sequence in which nothing is supervised."""
+    return Distributions(
+        token_ids_E=np.empty(0, np.int32),
+        logprobs_E=np.empty(0, np.float32),
+        offsets_P1=np.zeros(1, np.int64),
+        tail_mass_P=np.empty(0, np.float32),
+        outside_target_logprobs_M=np.empty(0, np.float32),
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's text, without its full stop, for a sentence of ours; its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__

@@ -1,0 +1,298 @@
+"""The `transformers` teacher: batched by length, logits a chunk at a time.
+
+The model's body runs over a batch of similar lengths; the output projection, top-k, logsumexp and the target's logit run over
+`positions_per_chunk` supervised positions at a time, so [tokens, vocab] never exists.
+
+Shape letters: B sequences of a batch, T their longest, P supervised positions of the batch, C positions of a chunk, H hidden,
+K entries per position, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kdcache.config.capture import TeacherConfig
+from kdcache.errors import ConfigError, TeacherError
+from kdcache.format.manifest import SelectionInfo, TeacherIdentity
+from kdcache.format.record import NO_TARGET, Distributions, TokenSequence
+from kdcache.teacher.base import answer, check_sequences, first_line, no_positions, top_k_of
+from kdcache.teacher.batches import batches_by_length, groups_of_tokens
+from kdcache.teacher.checkpoint import check_model_name, short_name, weights_digest
+
+log = logging.getLogger(__name__)
+
+BATCHES_PER_GROUP = 8
+"""Sequences are sorted by length within groups of about this many batches: the answers of one group wait in memory."""
+
+NO_LIMIT = 2**31 - 1
+"""context_length of a model that states none."""
+
+PROBE_TOKENS = 8
+
+
+class HfTeacher:
+    """A causal language model of `transformers`; see the module's docstring."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        """Load the model.
+
+        Raises:
+            ConfigError: a setting that only vLLM has.
+            TeacherError: the model does not load, or its logits cannot be had in chunks.
+        """
+        _refuse_vllm_settings(config)
+        check_model_name(config.model)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self._config = config
+        self._model: PreTrainedModel | None = _load(config)
+        self._is_separable, vocab_size = _probe(self._model, config.model)
+        self._identity = _identity(config, self._model, vocab_size)
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """See `Teacher`."""
+        return self._identity
+
+    def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
+        """See `Teacher`."""
+        k = top_k_of(selection, vocab_size=self._identity.vocab_size, backend="transformers")
+        if self._model is None:
+            raise TeacherError(f"the teacher {self._identity.model!r} is closed")
+        check_sequences(sequences, self._identity)
+        return self._score_all(self._model, sequences, k)
+
+    def close(self) -> None:
+        """See `Teacher`."""
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _score_all(self, model: PreTrainedModel, sequences: Sequence[TokenSequence], k: int) -> Iterator[Distributions]:
+        group_tokens = BATCHES_PER_GROUP * self._config.batch_tokens
+        for group in groups_of_tokens(sequences, group_tokens):
+            answers: dict[int, Distributions] = {}
+            for batch in batches_by_length([sequence.num_tokens for sequence in group], self._config.batch_tokens):
+                members = [group[index] for index in batch]
+                answers |= zip(batch, self._score_batch(model, members, k), strict=True)
+            yield from (answers[index] for index in range(len(group)))
+
+    def _score_batch(self, model: PreTrainedModel, batch: Sequence[TokenSequence], k: int) -> Iterator[Distributions]:
+        supervised = [sequence for sequence in batch if sequence.supervised_N.any()]
+        try:
+            scores = iter(self._scores(model, supervised, k))
+            return iter([next(scores) if s.supervised_N.any() else no_positions() for s in batch])
+        except torch.OutOfMemoryError as error:
+            raise TeacherError(
+                f"the teacher {self._identity.model!r} ran out of memory; make teacher.batch_tokens "
+                f"({self._config.batch_tokens}) or teacher.positions_per_chunk ({self._config.positions_per_chunk}) smaller"
+            ) from error
+
+    def _scores(self, model: PreTrainedModel, batch: Sequence[TokenSequence], k: int) -> Iterator[Distributions]:
+        if not self._is_separable:
+            for sequence in batch:
+                yield answer(sequence, *_score_chunked_prefill(model, sequence, k, self._config.positions_per_chunk))
+        elif batch:
+            columns = _score_separable(model, batch, k, self._config.positions_per_chunk)
+            start = 0
+            for sequence in batch:
+                end = start + len(sequence.positions_P)
+                yield answer(sequence, *columns.rows(start, end))
+                start = end
+
+
+class Columns(NamedTuple):
+    """What was found at P positions; logprobs in nats, `target_logprobs_P` means nothing where there is no target."""
+
+    token_ids_PK: NDArray[np.int32]
+    logprobs_PK: NDArray[np.float32]
+    target_logprobs_P: NDArray[np.float32]
+
+    def rows(self, start: int, end: int) -> Columns:
+        """Positions start..end-1."""
+        return Columns(self.token_ids_PK[start:end], self.logprobs_PK[start:end], self.target_logprobs_P[start:end])
+
+
+@torch.inference_mode()
+def _score_separable(model: PreTrainedModel, batch: Sequence[TokenSequence], k: int, chunk: int) -> Columns:
+    """All supervised positions of a batch: body once, head in chunks."""
+    longest = max(sequence.num_tokens for sequence in batch)
+    ids_BT = np.zeros((len(batch), longest), np.int64)
+    supervised_BT = np.zeros(ids_BT.shape, np.bool_)
+    for row, sequence in enumerate(batch):
+        ids_BT[row, : sequence.num_tokens] = sequence.input_ids_N
+        supervised_BT[row, : sequence.num_tokens] = sequence.supervised_N
+    hidden_BTH = _hidden(model, torch.from_numpy(ids_BT).to(model.device))
+    rows_P = torch.from_numpy(np.flatnonzero(supervised_BT)).to(hidden_BTH.device)
+    targets_P = np.concatenate([sequence.target_ids_P for sequence in batch])
+    hidden_XH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])
+    parts = [
+        _top_k(_logits(model, hidden_XH[rows_C]), targets_P[start : start + chunk], k)
+        for start, rows_C in zip(range(0, len(rows_P), chunk), rows_P.split(chunk), strict=True)
+    ]
+    return _concatenate(parts)
+
+
+@torch.inference_mode()
+def _score_chunked_prefill(model: PreTrainedModel, sequence: TokenSequence, k: int, chunk: int) -> Columns:
+    """All supervised positions of one sequence, fed in chunks with a key-value cache.
+
+    For a model whose logits are more than a projection of its last state (soft-capped, scaled): its own forward must make them.
+    """
+    following_N = np.append(sequence.input_ids_N[1:], np.int32(NO_TARGET))
+    ids_1N = torch.from_numpy(sequence.input_ids_N.astype(np.int64))[None].to(model.device)
+    parts: list[Columns] = []
+    cache: Any = None
+    for start in range(0, sequence.num_tokens, chunk):
+        here = slice(start, start + chunk)
+        output = model(input_ids=ids_1N[:, here], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        rows_C = np.flatnonzero(sequence.supervised_N[here])
+        if len(rows_C):
+            parts.append(
+                _top_k(output.logits[0, torch.from_numpy(rows_C).to(output.logits.device)], following_N[here][rows_C], k)
+            )
+    return _concatenate(parts)
+
+
+def _top_k(logits_CV: Tensor, targets_C: NDArray[np.int32], k: int) -> Columns:
+    logits_CV = logits_CV.float()
+    log_z_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
+    top_CK = logits_CV.topk(k, dim=-1)
+    targets_C1 = torch.from_numpy(np.maximum(targets_C, 0).astype(np.int64))[:, None].to(logits_CV.device)
+    target_logits_C1 = logits_CV.gather(-1, targets_C1)
+    return Columns(
+        top_CK.indices.to(torch.int32).cpu().numpy(),
+        (top_CK.values - log_z_C1).cpu().numpy(),
+        (target_logits_C1 - log_z_C1)[:, 0].cpu().numpy(),
+    )
+
+
+def _concatenate(parts: Sequence[Columns]) -> Columns:
+    return Columns(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """(B, T, H) states that the output projection takes.
+
+    Padding is on the right, where a causal model does not see it: no mask, so that attention may take its causal fast path.
+    """
+    return model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+
+
+def _logits(model: PreTrainedModel, hidden_CH: Tensor) -> Tensor:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise AttributeError("the model has no output projection")
+    return head(hidden_CH)
+
+
+@torch.inference_mode()
+def _probe(model: PreTrainedModel, name: str) -> tuple[bool, int]:
+    """Whether the logits are `get_output_embeddings()` of the body's last state, bit for bit; and their width.
+
+    Raises:
+        TeacherError: the model does not run, or neither way of having the logits in chunks gives what its forward gives.
+    """
+    ids_1T = (torch.arange(PROBE_TOKENS, device=model.device) + 1)[None] % model.config.get_text_config().vocab_size
+    try:
+        whole_TV = model(input_ids=ids_1T, use_cache=False).logits[0]
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise TeacherError(f"the model {name!r} does not run: {first_line(error)}") from error
+    try:
+        parts_TV = _logits(model, _hidden(model, ids_1T))[0]
+        if torch.equal(whole_TV, parts_TV):
+            return True, whole_TV.shape[-1]
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        log.debug("%s: body and head cannot be run apart: %s", name, error)
+    half = PROBE_TOKENS // 2
+    first = model(input_ids=ids_1T[:, :half], use_cache=True)
+    second = model(input_ids=ids_1T[:, half:], past_key_values=first.past_key_values, use_cache=True)
+    # Two steps add up in another order than one; a model that ignores the cache is off by far more.
+    if not torch.allclose(torch.cat([first.logits[0], second.logits[0]]).float(), whole_TV.float(), rtol=0.05, atol=0.05):
+        raise TeacherError(
+            f"the model {name!r} gives its logits neither as a projection of its last state nor step by step; "
+            "use teacher.backend vllm"
+        )
+    log.info("%s: logits are more than a projection of the last state; scoring one sequence at a time", name)
+    return False, whole_TV.shape[-1]
+
+
+def _load(config: TeacherConfig) -> PreTrainedModel:
+    try:
+        with _quiet_progress():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                config.model, revision=config.revision, dtype=config.dtype, output_loading_info=True, **config.engine_options
+            )
+            model, info = loaded
+    except Exception as error:  # whatever a checkpoint, its remote code or the hub client can raise
+        raise TeacherError(f"the model {config.model!r} does not load with transformers: {first_line(error)}") from error
+    problems = [*info["missing_keys"], *info["mismatched_keys"]]
+    # transformers fills missing weights with random numbers and goes on: the cache would be noise.
+    if problems:
+        names = ", ".join(sorted(map(str, problems))[:3])
+        raise TeacherError(f"the checkpoint {config.model!r} does not fit its config: missing or of another shape: {names}")
+    if "device_map" not in config.engine_options and torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval()
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """No "Loading weights" bar from transformers: progress is the caller's to show."""
+    was_enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _refuse_vllm_settings(config: TeacherConfig) -> None:
+    if config.tensor_parallel_size != 1:
+        raise ConfigError(
+            f"teacher.tensor_parallel_size is {config.tensor_parallel_size}, but the transformers teacher knows 1 only"
+        )
+    if config.quantization is not None:
+        raise ConfigError(
+            f"teacher.quantization is {config.quantization!r}, but the transformers teacher takes what the checkpoint says; "
+            "set it to null or use teacher.backend vllm"
+        )
+
+
+def _identity(config: TeacherConfig, model: PreTrainedModel, vocab_size: int) -> TeacherIdentity:
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is not None and not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    text_config = model.config.get_text_config()
+    digest = weights_digest(config.model)
+    return TeacherIdentity(
+        model=short_name(config.model),
+        revision=None if digest else getattr(model.config, "_commit_hash", None) or config.revision,
+        weights_digest=digest,
+        architecture=type(model).__name__,
+        vocab_size=vocab_size,
+        dtype=str(model.dtype).removeprefix("torch."),
+        quantization=None if quantization is None else str(quantization.get("quant_method")),
+        engine="transformers",
+        engine_version=transformers.__version__,
+        engine_options={
+            "attn_implementation": str(model.config._attn_implementation),
+            "device": model.device.type,
+            **config.engine_options,
+        },
+        context_length=getattr(text_config, "max_position_embeddings", None) or NO_LIMIT,
+    )

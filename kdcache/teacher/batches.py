@@ -1,0 +1,29 @@
+"""How a backend cuts what it is given: groups that bound memory, batches that waste little padding. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from kdcache.format.record import TokenSequence
+
+
+def groups_of_tokens(sequences: Sequence[TokenSequence], group_tokens: int) -> Iterator[Sequence[TokenSequence]]:
+    """Cut into runs of at most `group_tokens` tokens; a sequence longer than that is a run of its own."""
+    start, tokens = 0, 0
+    for end, sequence in enumerate(sequences):
+        if end > start and tokens + sequence.num_tokens > group_tokens:
+            yield sequences[start:end]
+            start, tokens = end, 0
+        tokens += sequence.num_tokens
+    if start < len(sequences):
+        yield sequences[start:]
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices, longest first, in batches whose padded size (B x the longest) is at most `batch_tokens`, or of one sequence."""
+    # Longest first: what does not fit in memory fails at once and not at the end.
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    while order:
+        size = max(1, batch_tokens // lengths[order[0]])
+        yield order[:size]
+        order = order[size:]

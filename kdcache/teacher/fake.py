@@ -1,0 +1,201 @@
+"""A teacher and a tokenizer that need no model: arithmetic on hashes, NumPy alone.
+
+The distribution at position t is a function of (seed, tokens 0..t): a Zipf law over ranks, p(r) = (r+1)^-s / Z, whose exponent
+s and assignment of ids to ranks, id = (a*r + b) mod V, are drawn from a hash of the prefix. Every number has a closed form,
+so logprobs, tail mass and targets agree exactly, at any vocabulary, without a [tokens, vocab] array.
+
+Shape letters: N tokens, P supervised positions, K entries per position, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.config.capture import TeacherConfig
+from kdcache.errors import ConfigError, TeacherError
+from kdcache.format.manifest import SelectionInfo, TeacherIdentity, TokenizerIdentity
+from kdcache.format.record import Distributions, TokenSequence
+from kdcache.teacher.base import answer, check_sequences, no_positions, top_k_of
+from kdcache.teacher.tokenizer import ROLE_CODES, ChatTokens, Message, check_messages
+
+FAKE_VERSION = "1"
+"""Part of the identity: raise it when the distributions or the chat rendering change."""
+
+EXPONENTS = np.linspace(1.05, 2.5, 16)
+NUM_MULTIPLIERS = 64
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class FakeTeacher:
+    """Deterministic distributions from hashes of the prefix; see the module's docstring."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self._seed = config.seed
+        self._is_closed = False
+        self._identity = TeacherIdentity(
+            model=config.model,
+            architecture="Fake",
+            vocab_size=config.vocab_size,
+            dtype="float64",
+            engine="fake",
+            engine_version=FAKE_VERSION,
+            engine_options={"seed": config.seed},
+            context_length=config.context_length,
+        )
+        vocab_size = config.vocab_size
+        ranks_V = np.arange(1, vocab_size + 1, dtype=np.float64)
+        self._log_z_S = np.array([math.log(math.fsum(ranks_V**-s)) for s in EXPONENTS])
+        self._multipliers = _units_modulo(vocab_size, NUM_MULTIPLIERS)
+        self._inverses = np.array([pow(int(a), -1, vocab_size) for a in self._multipliers], np.int64)
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """See `Teacher`."""
+        return self._identity
+
+    def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
+        """See `Teacher`."""
+        k = top_k_of(selection, vocab_size=self._identity.vocab_size, backend="fake")
+        if self._is_closed:
+            raise TeacherError(f"the teacher {self._identity.model!r} is closed")
+        check_sequences(sequences, self._identity)
+        return (self._score(sequence, k) for sequence in sequences)
+
+    def dense_logprobs(self, sequence: TokenSequence) -> NDArray[np.float64]:
+        """(N, V) the whole distribution at every position: the definition that `score` is compared with."""
+        hashes_N = prefix_hashes(sequence.input_ids_N, self._seed)
+        ids_V = np.broadcast_to(np.arange(self._identity.vocab_size), (len(hashes_N), self._identity.vocab_size))
+        return self._logprobs_of_ids(hashes_N, ids_V)
+
+    def close(self) -> None:
+        """See `Teacher`."""
+        self._is_closed = True
+
+    def _score(self, sequence: TokenSequence, k: int) -> Distributions:
+        if not sequence.supervised_N.any():
+            return no_positions()
+        hashes_P = prefix_hashes(sequence.input_ids_N, self._seed)[sequence.supervised_N]
+        exponents_P, multipliers_P, shifts_P, _ = self._draw(hashes_P)
+        ranks_K = np.arange(k)
+        ids_PK = (multipliers_P[:, None] * ranks_K + shifts_P[:, None]) % self._identity.vocab_size
+        logprobs_PK = self._logprobs_of_ranks(exponents_P[:, None], ranks_K[None, :])
+        targets_P = sequence.target_ids_P.astype(np.int64)
+        targets_P = np.maximum(targets_P, 0)
+        return answer(sequence, ids_PK, logprobs_PK, self._logprobs_of_ids(hashes_P, targets_P[:, None])[:, 0])
+
+    def _draw(self, hashes_P: NDArray[np.uint64]) -> tuple[NDArray[np.int64], ...]:
+        """(P,) each: the exponent's number, a, b, and a's inverse modulo V. Each takes other bits of the hash."""
+        choices_P = ((hashes_P >> np.uint64(4)) % np.uint64(len(self._multipliers))).astype(np.int64)
+        exponents_P = (hashes_P % np.uint64(len(EXPONENTS))).astype(np.int64)
+        shifts_P = ((hashes_P >> np.uint64(16)) % np.uint64(self._identity.vocab_size)).astype(np.int64)
+        return exponents_P, self._multipliers[choices_P], shifts_P, self._inverses[choices_P]
+
+    def _logprobs_of_ids(self, hashes_P: NDArray[np.uint64], ids: NDArray[np.integer]) -> NDArray[np.float64]:
+        """Logprobs of (P, any) ids."""
+        exponents_P, _, shifts_P, inverses_P = self._draw(hashes_P)
+        ranks = (inverses_P[:, None] * ((ids - shifts_P[:, None]) % self._identity.vocab_size)) % self._identity.vocab_size
+        return self._logprobs_of_ranks(exponents_P[:, None], ranks)
+
+    def _logprobs_of_ranks(self, exponents: NDArray[np.int64], ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+        return -EXPONENTS[exponents] * np.log1p(ranks) - self._log_z_S[exponents]
+
+
+def prefix_hashes(input_ids_N: NDArray[np.int32], seed: int) -> NDArray[np.uint64]:
+    """(N,) uint64: a hash of (seed, tokens 0..t) for each t.
+
+    A sum over the prefix of mixed (token, place) pairs, so that it is one cumulative sum and not a loop; then mixed again.
+    """
+    places_N = np.arange(1, len(input_ids_N) + 1, dtype=np.uint64)
+    pairs_N = _mix(input_ids_N.astype(np.uint64) * _GOLDEN + _mix(places_N))
+    with np.errstate(over="ignore"):
+        return _mix(np.cumsum(pairs_N, dtype=np.uint64) + _mix(np.array([seed & (2**64 - 1)], np.uint64)))
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014, Figure 17), a bijection of 64 bits."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _units_modulo(vocab_size: int, count: int) -> NDArray[np.int64]:
+    """Up to `count` numbers spread over [1, vocab_size] that have an inverse modulo vocab_size."""
+    step = max(1, vocab_size // count)
+    units: list[int] = []
+    for start in range(1, vocab_size + 1, step):
+        unit = next((a for a in range(start, min(start + step, vocab_size + 1)) if math.gcd(a, vocab_size) == 1), None)
+        if unit is not None:
+            units.append(unit)
+    return np.array(units, np.int64)
+
+
+NUM_BYTES = 256
+BOS_ID = 256
+END_ID = 257
+SPECIAL_TEXTS = ("<bos>", "<end>", "<system>", "<user>", "<assistant>", "<tool>")
+"""The ids from 256 on. A chat is `<bos>`, then for each message its role's token, the content's bytes, `<end>`."""
+
+
+class FakeTokenizer:
+    """UTF-8 bytes and six special tokens; its chat rendering is fixed. See SPECIAL_TEXTS."""
+
+    def __init__(self, chat_template: str | None = None) -> None:
+        if chat_template is not None:
+            raise ConfigError("input.chat_template: the fake tokenizer has a fixed chat rendering; set it to null")
+        self._identity = TokenizerIdentity(
+            name="fake",
+            fingerprint=_sha256(f"fake tokenizer {FAKE_VERSION}: utf-8 bytes, {' '.join(SPECIAL_TEXTS)}"),
+            chat_template_fingerprint=_sha256(f"fake chat {FAKE_VERSION}: <bos> (<role> content <end>)*"),
+            vocab_size=NUM_BYTES + len(SPECIAL_TEXTS),
+        )
+
+    @property
+    def identity(self) -> TokenizerIdentity:
+        """See `Tokenizer`."""
+        return self._identity
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """See `Tokenizer`: BOS is the one special token added; a lone surrogate becomes "?"."""
+        return [BOS_ID] * add_special_tokens + list(text.encode("utf-8", errors="replace"))
+
+    def encode_chat(self, messages: Sequence[Message]) -> ChatTokens:
+        """See `Tokenizer`."""
+        ids, roles, starts, mask = [BOS_ID], [0], [], [False]
+        for message in check_messages(messages):
+            role = ROLE_CODES[message["role"]]
+            content = self.encode(message["content"], False)
+            is_assistant = message["role"] == "assistant"
+            starts.append(len(ids))
+            ids += [END_ID + role, *content, END_ID]
+            roles += [0, *[role] * len(content), role if is_assistant else 0]
+            mask += [False, *[is_assistant] * (len(content) + 1)]
+        starts[0] = 0
+        return ChatTokens(
+            np.array(ids, np.int32), np.array(roles, np.uint8), np.array(starts, np.int32), np.array(mask, np.bool_)
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`.
+
+        Raises:
+            TeacherError: an id that is not of this tokenizer.
+        """
+        data = bytearray()
+        for token_id in ids:
+            if not 0 <= token_id < self._identity.vocab_size:
+                raise TeacherError(
+                    f"{token_id} is not an id of the fake tokenizer, whose vocabulary is {self._identity.vocab_size}"
+                )
+            data += bytes([token_id]) if token_id < NUM_BYTES else SPECIAL_TEXTS[token_id - NUM_BYTES].encode()
+        return data.decode("utf-8", errors="replace")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

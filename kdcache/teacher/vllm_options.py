@@ -1,0 +1,96 @@
+"""What vLLM's engine is started with. Pure functions; no vLLM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from kdcache.config.capture import TeacherConfig
+
+POSITIONS_PER_REQUEST_STEP = 1024
+"""Most positions of one sequence in one step: vLLM makes float32 logprobs [positions, vocab] for them, outside of the memory
+that its profiling run has seen. Steps are still full, with parts of more sequences."""
+
+CPU_CACHE_FLOOR = 64 * 2**20
+CPU_CACHE_UNKNOWN = 4 * 2**30
+CPU_BLOCK_TOKENS = 128
+CPU_MAX_SEQUENCES = 256
+
+RESOURCE_OPTIONS = frozenset(
+    {"gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs"}
+)
+"""Engine options that say how much, not how: no part of the identity."""
+
+
+def engine_options(config: TeacherConfig, model_fields: Mapping[str, Any], *, is_cpu: bool) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM`; the user's engine_options have the last word.
+
+    Args:
+        config: what the user asks for.
+        model_fields: the model's config.json; empty where it could not be read.
+        is_cpu: whether the engine will run on CPUs.
+    """
+    options: dict[str, Any] = {
+        "revision": config.revision,
+        "dtype": _dtype(config.dtype, model_fields),
+        "quantization": config.quantization,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "max_num_batched_tokens": config.batch_tokens,
+        "enable_chunked_prefill": True,
+        # -1: as many as the vocabulary has. The engine is built before k is known.
+        "max_logprobs": -1,
+        # Normalised over the whole vocabulary, before temperature and sampling filters.
+        "logprobs_mode": "raw_logprobs",
+        # Cached positions are not computed, so they would have no logprobs.
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,
+        "enforce_eager": is_cpu,
+        "seed": 0,
+    }
+    max_positions = config.engine_options.get("max_model_len") or _text_fields(model_fields).get("max_position_embeddings")
+    if max_positions is not None:
+        options["long_prefill_token_threshold"] = min(POSITIONS_PER_REQUEST_STEP, int(max_positions))
+    if is_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        options["kv_cache_memory_bytes"] = cpu_cache_bytes(model_fields, config.batch_tokens, max_positions)
+    return options | config.engine_options
+
+
+def cpu_cache_bytes(model_fields: Mapping[str, Any], batch_tokens: int, max_positions: Any) -> int:
+    """Bytes of key-value cache on a CPU, where vLLM would take nine tenths of the memory: room for what is in flight.
+
+    Two steps of tokens, one sequence of full length and the begun blocks of all sequences, in float32; at most a quarter of the
+    machine's memory, unless one sequence needs more.
+    """
+    bytes_per_token = kv_bytes_per_token(model_fields)
+    quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    if bytes_per_token is None or max_positions is None:
+        return min(CPU_CACHE_UNKNOWN, quarter)
+    longest = int(max_positions) + CPU_BLOCK_TOKENS
+    in_flight = 2 * batch_tokens + longest + CPU_MAX_SEQUENCES * CPU_BLOCK_TOKENS
+    return max(CPU_CACHE_FLOOR, min(in_flight * bytes_per_token, quarter), longest * bytes_per_token)
+
+
+def kv_bytes_per_token(model_fields: Mapping[str, Any]) -> int | None:
+    """Bytes of a token's float32 keys and values in all layers; an upper bound. None where the config does not say."""
+    fields = _text_fields(model_fields)
+    try:
+        heads = fields.get("num_key_value_heads") or fields["num_attention_heads"]
+        head_dim = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+        return 2 * 4 * fields["num_hidden_layers"] * heads * head_dim
+    except (KeyError, TypeError):
+        return None
+
+
+def _dtype(asked: str, model_fields: Mapping[str, Any]) -> str:
+    """vLLM's own `auto` makes bfloat16 of a float32 checkpoint; ours takes the checkpoint's, as with transformers."""
+    stored = str(model_fields.get("dtype") or model_fields.get("torch_dtype") or "").removeprefix("torch.")
+    return "float32" if asked == "auto" and stored == "float32" else asked
+
+
+def _text_fields(model_fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a model that sees or hears too, the part that reads."""
+    return model_fields.get("text_config") or model_fields
