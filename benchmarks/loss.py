@@ -2,8 +2,8 @@
 
 Method: "three matmuls" is z = h W^T, z W, z^T h with fresh outputs and no loss at all: what any loss with gradients by hidden
 states and weight must spend at least. Every variant does forward and backward. Process CPU seconds, since wall time measures
-the machine's other jobs; variants interleaved; each ratio is the median over rounds of variant / three matmuls in the same round.
-The row kernel alone is given in ns per logit and core.
+the machine's other jobs; variants interleaved; each ratio is the median over rounds of variant / three matmuls of the same
+round. The row kernel alone is given in ns per logit and core.
 
     python benchmarks/loss.py [--rows 2048 --hidden 512 --vocab 32000 --entries 64 --rounds 5 --threads 1]
 

@@ -84,8 +84,9 @@ class KernelBackend(Protocol):
 
     `logits_PV` is (P, V), C-contiguous, float32, or uint16 holding the bits of bfloat16 (then every sum is still taken in
     float32 or better, and the gradient is rounded once). `losses_P` is (P,) float64, written, and not multiplied by the
-    weights. The result does not depend on `num_threads`, to the bit. NaN among a row's logits makes its loss NaN and
-    +inf makes it NaN or infinite, wherever the row has any mass to compare; both put NaN into its gradient; -inf is an id that the student cannot give.
+    weights. The result does not depend on `num_threads`, to the bit. NaN among a row's logits makes its loss NaN, and +inf
+    makes it NaN or infinite, wherever the row has any mass to compare; both put NaN into its gradient. -inf is an id that
+    the student cannot give.
     """
 
     def row_losses(
