@@ -65,7 +65,7 @@ class BarProgress(CaptureProgress):
     def start(self, units: Sequence[Unit]) -> None:
         self._chars_left = sum(unit.num_chars for unit in units)
         self._bar = tqdm(
-            desc=f"capturing {len(units)} units",
+            desc=f"capturing {len(units)} unit{'' if len(units) == 1 else 's'}",
             unit=" tok",
             unit_scale=True,
             mininterval=_interval(),

@@ -21,6 +21,7 @@ from kdcache.store import chain
 from kdcache.store.writer import CacheWriter, refuse_foreign_directory
 from kdcache.teacher import load_teacher
 from kdcache.teacher.base import Teacher, top_k_of
+from kdcache.teacher.checkpoint import weights_digest
 
 UNITS_PER_FOLD = 32
 """A fold makes what is published visible to readers, and costs rewriting the index."""
@@ -60,7 +61,7 @@ def run_capture(config: CaptureConfig, progress: CaptureProgress | None = None) 
     """Capture what is not captured yet. Run again after any stop, it goes on with the first unit that is not published.
 
     When every unit is published and nothing that can be compared without the model differs (input, plan, tokenizer, selection,
-    codec, the config's `teacher` section), the teacher is not loaded.
+    codec, the config's `teacher` section, the weights of a local model), the teacher is not loaded.
 
     Raises:
         ConfigError, InputError, TeacherError, MissingDependencyError: before or while it runs; what is published stays.
@@ -102,8 +103,14 @@ def _existing_writer(job: Job) -> CacheWriter | None:
 
 
 def _is_finished(job: Job, existing: CacheWriter) -> bool:
-    is_complete = len(existing.published_units()) == len(job.plan.units)
-    return is_complete and existing.manifest.config.get("teacher") == config_to_builtins(job.config.teacher)
+    """Whether every unit is published, by a teacher of the same settings and, where its weights are local, the same weights."""
+    if len(existing.published_units()) < len(job.plan.units):
+        return False
+    if existing.manifest.config.get("teacher") != config_to_builtins(job.config.teacher):
+        return False
+    # Without this a teacher that was trained further in the same folder would pass for the one that was captured.
+    digest = existing.manifest.identity.teacher.weights_digest
+    return digest is None or digest == weights_digest(job.config.teacher.model)
 
 
 def _capture(job: Job, teacher: Teacher, writer: CacheWriter, progress: CaptureProgress) -> CaptureSummary:

@@ -61,12 +61,12 @@ def _summary_text(summary: CaptureSummary) -> str:
     }
     if summary.num_units_before:
         shown["before"] = f"{count(summary.num_units_before, 'unit')} had been published by earlier runs"
-    left_out = {
-        "empty items skipped": counts.num_empty_items,
-        "sequences without a supervised position skipped": counts.num_unsupervised,
-        f"tokens cut off {count(counts.num_truncated_items, 'item')} by policy 'truncate'": counts.num_truncated_tokens,
-    }
-    shown |= {"left out": "; ".join(f"{number:,} {what}" for what, number in left_out.items() if number)}
+    left_out = [
+        (counts.num_empty_items, "empty item", "skipped"),
+        (counts.num_unsupervised, "sequence", "without a supervised position skipped"),
+        (counts.num_truncated_tokens, "token", f"cut off {count(counts.num_truncated_items, 'item')} by policy 'truncate'"),
+    ]
+    shown["left out"] = "; ".join(f"{count(number, noun)} {what}" for number, noun, what in left_out if number)
     shown["next"] = f"kdcache verify {summary.path}"
     return rows({name: text for name, text in shown.items() if text})
 

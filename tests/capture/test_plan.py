@@ -37,6 +37,9 @@ def test_units_follow_each_other_and_keep_their_limits(texts, unit_chars, unit_i
     assert sum(unit.num_chars for unit in plan.units) == plan.num_chars
     assert all(1 <= unit.num_items <= unit_items for unit in plan.units)
     assert all(unit.num_chars <= unit_chars or unit.num_items == 1 for unit in plan.units)
+    for unit, following in itertools.pairwise(plan.units):
+        one_more = unit.num_chars + len(texts[following.first_item])
+        assert unit.num_items == unit_items or one_more > unit_chars
 
 
 @settings(max_examples=30, deadline=None)

@@ -54,6 +54,13 @@ class Loads(CaptureProgress):
         self.loaded = True
 
 
+class Started(CaptureProgress):
+    """Notes which units were captured."""
+
+    def start(self, units):
+        self.units = [unit.number for unit in units]
+
+
 def content(path):
     with kdcache.open(path) as reader:
         records = [reader[n] for n in range(len(reader))]
@@ -90,6 +97,16 @@ def test_settings_of_the_teacher_that_do_not_matter_load_it_and_change_nothing(c
     assert progress.loaded
     assert summary.num_units_captured == 0
     assert summary.manifest == before
+
+
+def test_published_units_are_not_captured_again(config):
+    with pytest.raises(KeyboardInterrupt):
+        run_capture(config, StopAfter(12))
+    progress = Started()
+    summary = run_capture(config, progress)
+    assert 0 < summary.num_units_before < 5
+    assert progress.units == list(range(summary.num_units_before, 5))
+    assert summary.num_tokens < summary.manifest.total("num_tokens")
 
 
 @pytest.mark.parametrize("stops", [[1], [9], [9, 5], [30]])

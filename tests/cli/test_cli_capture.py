@@ -86,7 +86,7 @@ def test_chats_are_captured_where_the_assistant_speaks(folder, capsys):
     chat = ["--set", "input={format: jsonl, paths: [chats.jsonl], content: messages, supervise: assistant}"]
     sets = [f"input.{field}" for field in ("format=jsonl", "paths=[chats.jsonl]", "content=messages", "supervise=assistant")]
     assert main(["capture", "c.yaml", *(part for field in sets for part in ("--set", field))]) == 0
-    assert "1 sequences without a supervised position skipped" in capsys.readouterr().out
+    assert "1 sequence without a supervised position skipped" in capsys.readouterr().out
     with kdcache.open("cache") as reader:
         said = [bytes(int(i) for i in r.sequence.target_ids_P if i < 256) for r in (reader[0], reader[1])]
         assert len(reader) == 2
@@ -99,7 +99,9 @@ def test_users_mistakes_are_one_sentence_each(folder, capsys):
     Path("empty.txt").write_text("")
     jsonl = ["--set", "input.format=jsonl", "--set", "input.paths=[bad.jsonl]"]
     assert fails(capsys, "capture", "nowhere.yaml") == "nowhere.yaml: no such config file"
-    assert "selection.kk: no such field; did you mean selection.k?" in fails(capsys, "capture", "c.yaml", "--set", "selection.kk=3")
+    assert "selection.kk: no such field; did you mean selection.k?" in fails(
+        capsys, "capture", "c.yaml", "--set", "selection.kk=3"
+    )
     assert "bad.jsonl:2: field 'text' is 3 (int)" in fails(capsys, "capture", "c.yaml", *jsonl)
     assert "nothing to read: all 1 items are empty" in fails(capsys, "capture", "c.yaml", "--set", "input.paths=[empty.txt]")
     assert "nowhere: no such file or folder" in fails(capsys, "capture", "c.yaml", "--set", "input.paths=[nowhere]")
