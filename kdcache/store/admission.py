@@ -8,7 +8,7 @@ from kdcache.codec.base import ids_fit
 from kdcache.errors import CaptureError, FormatError, MismatchError, UnsupportedVersionError
 from kdcache.format import paths
 from kdcache.format.manifest import FORMAT_VERSION, Manifest
-from kdcache.format.record import ROLES, SequenceRecord
+from kdcache.format.record import ROLES, Distributions, SequenceRecord
 from kdcache.store import chain, fs
 
 MAX_ENTRIES = 2**16 - 1
@@ -57,7 +57,7 @@ def check_record(record: SequenceRecord, *, vocab_size: int, fixed_entries: int 
 
     Whether the distributions are sound is the teacher's contract (`check_distributions`), and costs more.
     """
-    problem = _sequence_problem(record, vocab_size) or _entries_problem(record, fixed_entries)
+    problem = _sequence_problem(record, vocab_size) or _entries_problem(record.distributions, fixed_entries, vocab_size)
     if problem is None:
         try:
             record.distributions.target_logprobs(record.sequence.target_ids_P)
@@ -91,9 +91,13 @@ def _sequence_problem(record: SequenceRecord, vocab_size: int) -> str | None:
     return None
 
 
-def _entries_problem(record: SequenceRecord, fixed_entries: int | None) -> str | None:
-    d = record.distributions
+def _entries_problem(d: Distributions, fixed_entries: int | None, vocab_size: int) -> str | None:
     counts_P = d.num_entries_P
+    if d.offsets_P1[0] != 0 or (counts_P < 0).any():
+        return "offsets that do not rise from 0"
+    if not d.offsets_P1[-1] == len(d.token_ids_E) == len(d.logprobs_E) or len(d.tail_mass_P) != d.num_positions:
+        lengths = f"{len(d.token_ids_E)} ids, {len(d.logprobs_E)} logprobs, {len(d.tail_mass_P)} tails"
+        return f"{d.offsets_P1[-1]} entries at {d.num_positions} positions with {lengths}"
     most = int(counts_P.max(initial=0))
     if d.num_entries > MAX_SEQUENCE_ENTRIES:
         return f"{d.num_entries} entries, at most {MAX_SEQUENCE_ENTRIES} fit"
@@ -101,4 +105,6 @@ def _entries_problem(record: SequenceRecord, fixed_entries: int | None) -> str |
         return f"a position has {most} entries, but the selection keeps {fixed_entries}"
     if most > MAX_ENTRIES and not (fixed_entries is not None and (counts_P == fixed_entries).all()):
         return f"a position has {most} entries, at most {MAX_ENTRIES} fit where their number varies"
+    if not ids_fit(d.token_ids_E, vocab_size):
+        return f"a token id of a support is outside the teacher's vocabulary of {vocab_size}"
     return None

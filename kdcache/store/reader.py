@@ -15,7 +15,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
-from kdcache.errors import CorruptCacheError, MismatchError
+from kdcache.codec.base import Codec
+from kdcache.errors import CorruptCacheError, MismatchError, UnsupportedVersionError
+from kdcache.format import paths
 from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
 from kdcache.format.record import SequenceRecord
 from kdcache.format.schema import ShardMetadata, shard_metadata, shard_schema
@@ -59,6 +61,7 @@ class CacheReader:
 
     def __init__(self, root: Path, manifest: Manifest, *, verify: bool = True) -> None:
         self.root, self.manifest, self._verify = root, manifest, verify
+        self._codec = _codec_of(manifest, root)
         table = open_index(root, manifest.index)
         self.num_tokens_S: NDArray[np.uint32] = table.column("num_tokens").to_numpy()
         self.num_positions_S: NDArray[np.uint32] = table.column("num_positions").to_numpy()
@@ -159,12 +162,13 @@ class CacheReader:
     def _open_batch(self, unit: int, number: int) -> BatchReader:
         file, metadata = self._file(unit)
         where = f"{self._shards[unit].name}: record batch {number}"
+        if number >= file.num_record_batches:
+            raise CorruptCacheError(f"{self.root / where}: the shard has {file.num_record_batches} of them")
         try:
             batch = file.get_batch(number)
         except (pa.ArrowException, OSError, IndexError, ValueError) as error:
             raise CorruptCacheError(f"{self.root / where}: {error}") from error
-        codec = get_codec(metadata.codec.codec_id, metadata.codec.params)
-        return BatchReader(batch, metadata, codec, str(self.root / where))
+        return BatchReader(batch, metadata, self._codec, str(self.root / where))
 
     def _file(self, unit: int) -> tuple[pa.RecordBatchFileReader, ShardMetadata]:
         with self._lock:
@@ -210,6 +214,13 @@ def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, 
             raise CorruptCacheError(f"{where}: column {field.name!r} of type {field.type} is missing")
     if list(metadata.digest_columns) != expected.names[:-1]:
         raise CorruptCacheError(f"{where}: the digest covers {list(metadata.digest_columns)}, expected {expected.names[:-1]}")
+
+
+def _codec_of(manifest: Manifest, root: Path) -> Codec:
+    try:
+        return get_codec(manifest.identity.codec.codec_id, manifest.identity.codec.params)
+    except UnsupportedVersionError as error:
+        raise UnsupportedVersionError(f"{root / paths.manifest_name(manifest.number)}: {error}") from error
 
 
 def expected_schema(codec: CodecInfo, metadata: ShardMetadata) -> pa.Schema:

@@ -1,0 +1,490 @@
+from __future__ import annotations
+
+import errno
+import threading
+
+import msgspec
+import numpy as np
+import pytest
+import strategies
+from cache_making import (
+    K,
+    VOCAB_SIZE,
+    assert_same_record,
+    content_of,
+    make_cache,
+    make_distributions,
+    make_identity,
+    make_manifest,
+    make_record,
+    make_unit,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdcache.errors import CaptureError, CorruptCacheError, MismatchError, UnsupportedVersionError
+from kdcache.format.manifest import FORMAT_VERSION, PlanInfo, SelectionInfo, manifest_to_json
+from kdcache.format.record import Distributions, SequenceRecord, TokenSequence
+from kdcache.store import fs, writer
+from kdcache.store.reader import open_cache
+from kdcache.store.verify import verify_cache
+from kdcache.store.writer import CacheWriter
+
+
+def start(path, num_units=3, codec_id="raw", **options) -> CacheWriter:
+    return CacheWriter.open(path, make_manifest(num_units, make_identity(codec_id)), **options)
+
+
+def files(path) -> list[str]:
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+
+
+def changed(part, **fields):
+    return type(part)(**{name: fields.get(name, getattr(part, name)) for name in part.__dataclass_fields__})
+
+
+@pytest.mark.parametrize("codec_id", ["raw", "packed"])
+@pytest.mark.parametrize("record_batch_bytes", [1, 700, 10**9])
+def test_what_is_written_is_read(tmp_path, codec_id, record_batch_bytes):
+    make_cache(tmp_path, codec_id, num_sequences=5, record_batch_bytes=record_batch_bytes)
+    expected = [record for unit in range(3) for record in make_unit(unit, num_sequences=5)]
+    with open_cache(tmp_path) as reader:
+        assert len(reader) == len(expected)
+        for found, record in zip(reader, expected, strict=True):
+            assert_same_record(found, record, is_exact=codec_id == "raw")
+    assert verify_cache(tmp_path).problems == []
+
+
+@settings(deadline=None, max_examples=15)
+@given(units=st.lists(st.lists(strategies.sequence_records(), max_size=3), min_size=1, max_size=3))
+def test_any_records_make_a_sound_cache(tmp_path_factory, units):
+    for codec_id in ("raw", "packed"):
+        path = make_cache(tmp_path_factory.mktemp("c"), codec_id, units=units, k=6, record_batch_bytes=100)
+        assert verify_cache(path).problems == []
+        with open_cache(path) as reader:
+            found = [reader[i] for i in range(len(reader))]
+        if codec_id == "raw":
+            for ours, theirs in zip(found, [record for unit in units for record in unit], strict=True):
+                assert_same_record(ours, theirs)
+
+
+def test_the_same_records_make_the_same_bytes(tmp_path):
+    one, two = (make_cache(tmp_path / name, "packed", num_sequences=5) for name in ("one", "two"))
+    assert content_of(one) == content_of(two)
+
+
+def test_a_cache_resumed_in_another_order_has_an_undisturbed_ones_content(tmp_path):
+    expected = content_of(make_cache(tmp_path / "whole"))
+    path = tmp_path / "resumed"
+    for unit in (2, 0, 1):
+        again = start(path, record_batch_bytes=1)
+        assert unit not in again.published_units()
+        again.write_unit(unit, make_unit(unit))
+        assert unit in again.published_units()
+        again.fold()
+    assert content_of(path) == expected
+
+
+def test_a_unit_that_was_journalled_but_not_folded_is_published(tmp_path):
+    start(tmp_path).write_unit(1, make_unit(1))
+    again = start(tmp_path)
+    assert again.published_units() == {1}
+    assert again.manifest.shards == ()
+    assert [shard.unit for shard in again.fold().shards] == [1]
+
+
+def test_two_writers_take_turns_on_one_cache(tmp_path):
+    one, two = start(tmp_path, record_batch_bytes=1), start(tmp_path, record_batch_bytes=1)
+    one.write_unit(0, make_unit(0))
+    two.write_unit(2, make_unit(2))
+    assert len(one.fold().shards) == 2
+    assert two.published_units() == {0, 2}
+    two.write_unit(1, make_unit(1))
+    assert one.fold() == two.fold()
+    assert content_of(tmp_path) == content_of(make_cache(tmp_path.with_name(f"{tmp_path.name}-whole")))
+
+
+def test_a_unit_done_twice_is_folded_once_and_the_loser_is_swept_when_the_cache_is_complete(tmp_path):
+    one, two = start(tmp_path, record_batch_bytes=1), start(tmp_path, record_batch_bytes=10**6)
+    shards = [w.write_unit(0, make_unit(0)) for w in (one, two)]
+    assert shards[0].name != shards[1].name
+    winner, loser = sorted(shards, key=lambda shard: shard.name)
+    one.fold()
+    assert (tmp_path / loser.name).exists(), "an incomplete cache is not swept"
+    for unit in (1, 2):
+        one.write_unit(unit, make_unit(unit))
+    manifest = two.fold()
+    assert [shard.name for shard in manifest.shards if shard.unit == 0] == [winner.name]
+    assert not (tmp_path / loser.name).exists()
+    assert len(files(tmp_path / "data")) == len(files(tmp_path / "journal")) == 3
+    assert verify_cache(tmp_path).problems == []
+
+
+def test_what_is_not_ours_is_not_swept(tmp_path):
+    one = start(tmp_path, num_units=1)
+    kept = ["data/photo.jpg", "journal/notes.txt", "index/x/y", "data/000000-xyz.arrow"]
+    for name in kept:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    one.write_unit(0, make_unit(0))
+    one.fold()
+    assert set(kept) <= set(files(tmp_path))
+
+
+def test_an_index_that_a_killed_fold_left_is_swept_and_those_of_older_snapshots_are_kept(tmp_path):
+    one = start(tmp_path, num_units=2)
+    one.write_unit(0, make_unit(0))
+    older = one.fold().index.name
+    (tmp_path / "index" / f"{'0' * 16}.arrow").write_text("left over")
+    one.write_unit(1, make_unit(1))
+    newer = one.fold().index.name
+    assert files(tmp_path / "index") == sorted(name.split("/")[1] for name in (older, newer))
+
+
+def test_many_writers_at_once_lose_nothing_and_repeat_nothing(tmp_path):
+    errors = []
+
+    def work(number):
+        try:
+            mine = start(tmp_path / "c", num_units=12, record_batch_bytes=1 + number * 500)
+            for unit in range(number, 12, 2):
+                mine.write_unit(unit, make_unit(unit, num_sequences=1))
+                mine.fold()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]  # two do the even units, two the odd ones
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    manifest = start(tmp_path / "c", num_units=12).fold()
+    assert [shard.unit for shard in manifest.shards] == list(range(12))
+    assert verify_cache(tmp_path / "c").problems == []
+    assert len(files(tmp_path / "c/data")) == 12
+    assert files(tmp_path / "c/tmp") == []
+
+
+def test_a_fold_that_another_writer_overtakes_starts_again_from_the_others_manifest(tmp_path, monkeypatch):
+    one, two = start(tmp_path), start(tmp_path)
+    one.write_unit(0, make_unit(0))
+
+    def overtaken(point):
+        if point == "index published":
+            monkeypatch.setattr(fs, "reached", lambda point: None)
+            two.write_unit(1, make_unit(1))
+            two.fold()
+
+    monkeypatch.setattr(fs, "reached", overtaken)
+    manifest = one.fold()
+    assert manifest.number == 1
+    assert [shard.unit for shard in manifest.shards] == [0, 1]
+
+
+def test_a_fold_whose_shard_another_writer_sweeps_meanwhile_ends_with_the_others(tmp_path, monkeypatch):
+    one, two = start(tmp_path, num_units=1, record_batch_bytes=1), start(tmp_path, num_units=1, record_batch_bytes=10**6)
+    loser = max(one, two, key=lambda w: w.write_unit(0, make_unit(0)).name)
+    names = files(tmp_path / "journal")
+    (tmp_path / "journal" / names[0]).rename(tmp_path / "hidden")  # the loser looks before the winner has journalled
+    publish_index = writer.publish_index
+
+    def swept_first(root, shards):
+        monkeypatch.setattr(writer, "publish_index", publish_index)
+        (tmp_path / "hidden").rename(tmp_path / "journal" / names[0])
+        (one if loser is two else two).fold()
+        return publish_index(root, shards)
+
+    monkeypatch.setattr(writer, "publish_index", swept_first)
+    manifest = loser.fold()
+    assert manifest.is_complete
+    assert verify_cache(tmp_path).problems == []
+
+
+def test_a_fold_that_never_comes_first_gives_up(tmp_path, monkeypatch):
+    one = start(tmp_path)
+    one.write_unit(0, make_unit(0))
+    monkeypatch.setattr(writer.chain, "add_manifest", lambda root, manifest: False)
+    monkeypatch.setattr(writer, "MAX_FOLD_TRIES", 3)
+    with pytest.raises(CaptureError, match="could not be folded"):
+        one.fold()
+
+
+def test_a_damaged_journal_record_is_passed_over_and_its_unit_is_done_again(tmp_path, caplog):
+    one = start(tmp_path, record_batch_bytes=1)
+    for unit in range(3):
+        one.write_unit(unit, make_unit(unit))
+    record = tmp_path / "journal" / files(tmp_path / "journal")[1]
+    record.write_bytes(record.read_bytes()[:-20])
+    assert one.published_units() == {0, 2}
+    assert len(one.fold().shards) == 2
+    assert str(record) in caplog.text
+    one.write_unit(1, make_unit(1))
+    assert one.fold().is_complete
+    assert content_of(tmp_path) == content_of(make_cache(tmp_path.with_name(f"{tmp_path.name}-whole")))
+
+
+def test_a_journal_record_under_anothers_name_or_of_a_unit_beyond_the_plan_is_passed_over(tmp_path):
+    larger, smaller = start(tmp_path / "larger", num_units=9), start(tmp_path / "smaller", num_units=3)
+    shard = larger.write_unit(7, make_unit(7))
+    smaller.write_unit(0, make_unit(0))
+    for directory in ("journal", "data"):
+        for name in files(tmp_path / "larger" / directory):
+            (tmp_path / "larger" / directory / name).rename(tmp_path / "smaller" / directory / name)
+    journal = tmp_path / "smaller/journal"
+    (journal / f"000001-{shard.sha256[:16]}.json").write_bytes((journal / f"000007-{shard.sha256[:16]}.json").read_bytes())
+    assert smaller.published_units() == {0}
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_journalled_shard_that_is_missing_or_truncated_is_done_again(tmp_path, damage):
+    one = start(tmp_path)
+    shard = one.write_unit(0, make_unit(0))
+    path = tmp_path / shard.name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    assert one.published_units() == set()
+    assert one.fold().shards == ()
+    assert one.write_unit(0, make_unit(0)) == shard
+    assert len(one.fold().shards) == 1
+
+
+def test_a_fold_over_a_damaged_shard_names_it(tmp_path):
+    one = start(tmp_path)
+    shard = one.write_unit(0, make_unit(0))
+    (tmp_path / shard.name).write_bytes(b"x" * shard.num_bytes)
+    with pytest.raises(CorruptCacheError, match=shard.name):
+        one.fold()
+
+
+def test_empty_units_are_units(tmp_path):
+    make_cache(tmp_path, units=[[], make_unit(1), []])
+    with open_cache(tmp_path) as reader:
+        assert len(reader) == 3
+        assert reader.manifest.is_complete
+    assert verify_cache(tmp_path).problems == []
+
+
+def test_a_cache_of_empty_units_alone_is_a_cache(tmp_path):
+    make_cache(tmp_path, units=[[], []])
+    with open_cache(tmp_path) as reader:
+        assert len(reader) == 0
+        assert reader.num_tokens_S.dtype == np.uint32
+    assert verify_cache(tmp_path).problems == []
+
+
+def test_a_plan_without_units_is_complete_at_once(tmp_path):
+    assert start(tmp_path, num_units=0).fold().is_complete
+    with open_cache(tmp_path) as reader:
+        assert len(reader) == 0
+    assert verify_cache(tmp_path).problems == []
+
+
+@pytest.mark.parametrize("unit", [-1, 3])
+def test_a_unit_beyond_the_plan_is_refused(tmp_path, unit):
+    with pytest.raises(CaptureError, match=f"unit {unit} is not in the plan of 3 units"):
+        start(tmp_path).write_unit(unit, [])
+
+
+def test_records_that_fail_to_come_leave_nothing_behind(tmp_path):
+    def failing():
+        yield make_record(1)
+        raise RuntimeError("the teacher is ill")
+
+    one = start(tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(RuntimeError, match="the teacher is ill"):
+        one.write_unit(0, failing())
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("act", ["write_unit", "fold", "open"])
+def test_a_full_disk_is_told_as_such_and_loses_nothing(tmp_path, monkeypatch, act):
+    one = start(tmp_path, record_batch_bytes=1)
+    one.write_unit(0, make_unit(0))
+
+    def refuse(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(CaptureError, match=r"No space left.*nothing published is lost"):
+        patched.setattr(fs, "sync_file", refuse)
+        if act == "open":
+            patched.setattr(fs, "make_directories", lambda root: [(root / d).mkdir(parents=True) for d in ("tmp", "manifests")])
+            start(tmp_path / "new")
+        elif act == "fold":
+            one.fold()
+        else:
+            one.write_unit(1, make_unit(1))
+    assert files(tmp_path / "tmp") == []
+    assert start(tmp_path).published_units() == {0}
+
+
+UNFIT = {
+    "an id beyond the vocabulary": (lambda s, d: (changed(s, input_ids_N=s.input_ids_N + 90), d), "vocabulary of 97"),
+    "an entry beyond the vocabulary": (lambda s, d: (s, changed(d, token_ids_E=d.token_ids_E + 97)), "vocabulary of 97"),
+    "distributions of another mask": (lambda s, d: (changed(s, supervised_N=~s.supervised_N), d), "11 of 1 supervised"),
+    "no tokens": (lambda s, d: (changed(s, input_ids_N=s.input_ids_N[:0]), d), "0 tokens"),
+    "flags of another length": (lambda s, d: (changed(s, supervised_N=s.supervised_N[1:]), d), "12 tokens with 11 flags"),
+    "a turn behind the end": (lambda s, d: (changed(s, turn_starts=np.array([0, 12], np.int32)), d), "turn"),
+    "an unknown role": (lambda s, d: (changed(s, roles_N=s.roles_N + np.uint8(9)), d), "role"),
+    "an outside target too many": (
+        lambda s, d: (s, changed(d, outside_target_logprobs_M=np.append(d.outside_target_logprobs_M, np.float32(-1)))),
+        "targets are outside",
+    ),
+    "logprobs of another length": (lambda s, d: (s, changed(d, logprobs_E=d.logprobs_E[1:])), "55 ids, 54 logprobs"),
+    "offsets that end early": (lambda s, d: (s, changed(d, offsets_P1=np.minimum(d.offsets_P1, 54))), "54 entries .* 55"),
+    "offsets that fall": (lambda s, d: (s, changed(d, offsets_P1=d.offsets_P1[::-1])), "offsets"),
+    "tails of another length": (lambda s, d: (s, changed(d, tail_mass_P=d.tail_mass_P[1:])), "10 tails"),
+    "a NaN tail": (lambda s, d: (s, changed(d, tail_mass_P=d.tail_mass_P * np.float32(np.nan))), "NaN"),
+    "a NaN logprob": (lambda s, d: (s, changed(d, logprobs_E=d.logprobs_E * np.float32(np.nan))), "NaN"),
+    "a NaN target": (lambda s, d: (s, changed(d, outside_target_logprobs_M=d.outside_target_logprobs_M * np.nan)), "NaN"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.parametrize("codec_id", ["raw", "packed"])
+def test_a_record_that_no_reader_could_read_is_refused_with_its_source(tmp_path, codec_id, name):
+    spoil, sentence = UNFIT[name]
+    record = make_record(1)
+    unfit = SequenceRecord(*spoil(record.sequence, record.distributions))
+    one = start(tmp_path, codec_id=codec_id)
+    before = files(tmp_path)
+    with pytest.raises(CaptureError, match=f"made#1: .*{sentence}"):
+        one.write_unit(0, [make_record(0), unfit])
+    assert files(tmp_path) == before
+
+
+def wide_record(num_entries: int) -> SequenceRecord:
+    """One token, one position, that many entries, in memory of one of them."""
+    sequence = make_record(1, num_tokens=1, supervised="every").sequence
+    distributions = Distributions(
+        token_ids_E=np.broadcast_to(np.int32(0), num_entries),
+        logprobs_E=np.broadcast_to(np.float32(-1), num_entries),
+        offsets_P1=np.array([0, num_entries]),
+        tail_mass_P=np.zeros(1, np.float32),
+        outside_target_logprobs_M=np.zeros(0, np.float32),
+    )
+    return SequenceRecord(sequence, distributions)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_entries", "sentence"),
+    [("top_k", 6, "6 entries, but the selection keeps 5"), ("any", 65536, "at most 65535"), ("any", 2**31, "at most 1073741824")],
+)
+def test_more_entries_than_the_format_counts_are_refused(tmp_path, kind, num_entries, sentence):
+    identity = msgspec.structs.replace(make_identity(), selection=SelectionInfo(kind=kind, params={"k": 5}))
+    one = CacheWriter.open(tmp_path, make_manifest(1, identity))
+    with pytest.raises(CaptureError, match=sentence):
+        one.write_unit(0, [wide_record(num_entries)])
+
+
+def test_a_whole_vocabulary_of_more_than_65535_entries_is_stored_where_the_selection_fixes_it(tmp_path):
+    vocab_size = 70_000
+    sequence = TokenSequence(
+        np.array([5, 69_999], np.int32), np.array([True, False]), np.zeros(2, np.uint8), np.zeros(1, np.int32), "wide", bytes(16)
+    )
+    distributions = make_distributions(1, sequence, np.array([vocab_size]), vocab_size=vocab_size)
+    record = SequenceRecord(sequence, distributions)
+    make_cache(tmp_path, "packed", units=[[record]], vocab_size=vocab_size, k=vocab_size)
+    with open_cache(tmp_path) as reader:
+        assert_same_record(reader[0], record, is_exact=False)
+
+
+def test_a_target_of_probability_zero_is_counted_and_the_rest_of_the_text_still_proves_its_place(tmp_path):
+    record = make_record(1)
+    outside = record.distributions.outside_target_logprobs_M.copy()
+    outside[0] = -np.inf
+    impossible = SequenceRecord(record.sequence, changed(record.distributions, outside_target_logprobs_M=outside))
+    for codec_id in ("raw", "packed"):
+        path = make_cache(tmp_path / codec_id, codec_id, units=[[impossible, make_record(2)]])
+        report = verify_cache(path)
+        assert report.problems == []
+        assert report.manifest.shards[0].num_impossible_targets == 1
+        assert abs(report.teacher_nll - report.cached_nll) <= report.nll_bound < 0.01
+
+
+def test_a_target_too_improbable_for_float16_leaves_no_bound_and_is_no_damage(tmp_path):
+    record = make_record(1)
+    outside = record.distributions.outside_target_logprobs_M.copy()
+    outside[0] = -1e5
+    path = make_cache(
+        tmp_path, "packed", units=[[SequenceRecord(record.sequence, changed(record.distributions, outside_target_logprobs_M=outside))]]
+    )
+    report = verify_cache(path)
+    assert report.problems == []
+    assert report.nll_bound == np.inf
+
+
+def test_another_capture_is_refused_with_both_sides(tmp_path):
+    start(tmp_path)
+    other = make_identity("packed", model="else")
+    with pytest.raises(MismatchError) as caught:
+        CacheWriter.open(tmp_path, make_manifest(3, other))
+    sentence = str(caught.value)
+    for part in (str(tmp_path), "teacher.model: 'made-up' != 'else'", "codec.codec_id: 'raw' != 'packed'", "output.path"):
+        assert part in sentence
+
+
+def test_another_plan_is_refused_with_both_sides(tmp_path):
+    start(tmp_path)
+    manifest = msgspec.structs.replace(make_manifest(3), plan=PlanInfo(fingerprint="q" * 64, num_units=4))
+    with pytest.raises(MismatchError, match="plan: 3 units pppppppppppp != 4 units qqqqqqqqqqqq"):
+        CacheWriter.open(tmp_path, manifest)
+
+
+def test_other_versions_and_another_tokenizer_name_are_no_mismatch(tmp_path):
+    start(tmp_path)
+    manifest = make_manifest(3)
+    tokenizer = msgspec.structs.replace(manifest.identity.tokenizer, name="elsewhere")
+    identity = msgspec.structs.replace(manifest.identity, tokenizer=tokenizer)
+    CacheWriter.open(tmp_path, msgspec.structs.replace(manifest, identity=identity, versions={"kdcache": "99"}, config={"a": 1}))
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "data/photo.jpg", "index/000001.csv", "tmp/notes.txt", "journal/x/y", "manifests/m.json"])
+def test_a_directory_of_others_is_refused_and_not_touched(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(MismatchError, match=r"not a cache and not empty \(it holds '"):
+        start(tmp_path)
+    assert files(tmp_path) == [name]
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
+    (tmp_path / "c").write_text("")
+    with pytest.raises(MismatchError, match="is a file"):
+        start(tmp_path / "c")
+
+
+def test_an_empty_directory_and_what_a_killed_start_left_are_taken(tmp_path):
+    (tmp_path / "empty").mkdir()
+    start(tmp_path / "empty")
+    fs.make_directories(tmp_path / "killed")
+    fs.temp_path(tmp_path / "killed").write_text("half a manifest")
+    start(tmp_path / "killed")
+
+
+def test_a_cache_of_a_newer_minor_version_is_not_gone_on_with(tmp_path):
+    start(tmp_path)
+    newer = msgspec.structs.replace(make_manifest(3), format_version=(FORMAT_VERSION[0], FORMAT_VERSION[1] + 1))
+    (tmp_path / "manifests/000000.json").write_bytes(manifest_to_json(newer))
+    with pytest.raises(UnsupportedVersionError, match=r"has format version 1\.1, this kdcache writes 1\.0"):
+        start(tmp_path)
+    with open_cache(tmp_path) as reader:
+        assert len(reader) == 0
+
+
+def test_what_is_counted_of_a_shard_is_what_it_holds(tmp_path):
+    records = make_unit(0, num_sequences=5)
+    shard = start(tmp_path).write_unit(0, records)
+    assert shard.num_sequences == 5
+    assert shard.num_tokens == sum(r.sequence.num_tokens for r in records)
+    assert shard.num_positions == sum(r.distributions.num_positions for r in records)
+    assert shard.num_entries == sum(r.distributions.num_entries for r in records)
+    assert shard.num_targets == sum(int((r.sequence.target_ids_P >= 0).sum()) for r in records)
+    assert shard.num_bytes == (tmp_path / shard.name).stat().st_size
+    assert 0 < sum(shard.column_bytes.values()) < shard.num_bytes
+    logprobs = [r.distributions.target_logprobs(r.sequence.target_ids_P).astype(np.float64) for r in records]
+    assert shard.target_logprob_sum == pytest.approx(np.nansum(np.concatenate(logprobs)), rel=1e-12)
+    assert (VOCAB_SIZE, K) == (97, 5)
