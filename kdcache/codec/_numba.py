@@ -1,4 +1,4 @@
-"""Bit packing in compiled loops, GIL released; `packed.py` holds the definitions they are tested against."""
+"""Bit packing in compiled loops, GIL released; `bit_stream.py` holds the definitions they are tested against."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.packed import packed_size
+from kdcache.codec.bit_stream import packed_size
 
 
 def pack_bits(token_ids_E: NDArray[np.int32], id_bits: int) -> NDArray[np.uint8]:

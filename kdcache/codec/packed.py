@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.codec.base import ColumnValues, check_ids_to_encode, check_vocab_size, checked_column, ids_fit, list_array
+from kdcache.codec.bit_stream import packed_size
 from kdcache.errors import CorruptCacheError
 from kdcache.format.record import Distributions
 
@@ -91,26 +92,6 @@ class PackedCodec:
         size = np.abs(np.asarray(logprobs, np.float64))
         # Half a unit in the last place: 11 bits of precision for normal numbers, steps of 2^-24 below 2^-14.
         return np.where(size > 65504, np.inf, np.maximum(size * 2.0**-11, 2.0**-25))
-
-
-def packed_size(num_entries: int, id_bits: int) -> int:
-    """Bytes of a stream of num_entries ids: whole 8-byte words."""
-    return -(-num_entries * id_bits // 64) * 8
-
-
-def pack_bits_reference(token_ids_E: NDArray[np.int32], id_bits: int) -> NDArray[np.uint8]:
-    """The definition of the bit stream, in plain NumPy; `_numba.pack_bits` is the fast path."""
-    bits = (token_ids_E[:, None].astype(np.uint32) >> np.arange(id_bits, dtype=np.uint32)) & 1
-    stream = np.zeros(packed_size(len(token_ids_E), id_bits), np.uint8)
-    packed = np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
-    stream[: len(packed)] = packed
-    return stream
-
-
-def unpack_bits_reference(stream: NDArray[np.uint8], num_entries: int, id_bits: int) -> NDArray[np.int32]:
-    """The inverse, in plain NumPy; `_numba.unpack_bits` is the fast path."""
-    bits = np.unpackbits(stream, count=num_entries * id_bits, bitorder="little").reshape(num_entries, id_bits)
-    return (bits.astype(np.int64) << np.arange(id_bits)).sum(axis=1).astype(np.int32)
 
 
 def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:

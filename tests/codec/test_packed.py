@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.codec._numba import pack_bits, unpack_bits
-from kdcache.codec.packed import PackedCodec, pack_bits_reference, packed_size, unpack_bits_reference
+from kdcache.codec.bit_stream import pack_bits_reference, packed_size, unpack_bits_reference
+from kdcache.codec.packed import PackedCodec
 
 
 def ids_of(width: int, seed: int, num_entries: int) -> np.ndarray:
