@@ -87,7 +87,8 @@ def kv_bytes_per_token(model_fields: Mapping[str, Any]) -> int | None:
 
 def _dtype(asked: str, model_fields: Mapping[str, Any]) -> str:
     """vLLM's own `auto` makes bfloat16 of a float32 checkpoint; ours takes the checkpoint's, as with transformers."""
-    stored = str(model_fields.get("dtype") or model_fields.get("torch_dtype") or "").removeprefix("torch.")
+    found = (fields.get(name) for fields in (model_fields, _text_fields(model_fields)) for name in ("dtype", "torch_dtype"))
+    stored = str(next(filter(None, found), "")).removeprefix("torch.")
     return "float32" if asked == "auto" and stored == "float32" else asked
 
 
