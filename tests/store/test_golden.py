@@ -1,0 +1,151 @@
+"""Golden caches, made once by tools/make_golden.py, decode to the same values for ever: by the reader, by the decoder in the
+spec, and by others' readers of Arrow files as far as they can see.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cache_making import assert_same_record
+
+import kdcache.format.manifest as manifest_module
+from kdcache.codec import CODECS
+from kdcache.format.manifest import FORMAT_VERSION
+from kdcache.format.record import Distributions, SequenceRecord, TokenSequence
+from kdcache.store.reader import open_cache
+from kdcache.store.verify import verify_cache
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = sorted((ROOT / "tests/golden").glob("v*/*/expected.jsonl"))
+SPEC = Path(manifest_module.__file__).with_name("README.md")
+
+pytestmark = pytest.mark.parametrize("folder", [p.parent for p in GOLDEN], ids=lambda p: f"{p.parent.name}-{p.name}")
+
+
+DTYPES = {
+    "input_ids_N": np.int32,
+    "supervised_N": bool,
+    "roles_N": np.uint8,
+    "turn_starts": np.int32,
+    "token_ids_E": np.int32,
+    "logprobs_E": np.float32,
+    "offsets_P1": np.int64,
+    "tail_mass_P": np.float32,
+    "outside_target_logprobs_M": np.float32,
+}
+
+
+def expected_records(folder: Path) -> list[SequenceRecord]:
+    return [_record(json.loads(line)) for line in (folder / "expected.jsonl").read_text().splitlines()]
+
+
+def _record(values: dict[str, Any]) -> SequenceRecord:
+    arrays = {name: np.array(values[name], dtype) for name, dtype in DTYPES.items()}
+    distributions = {name: arrays.pop(name) for name in list(arrays) if name in Distributions.__dataclass_fields__}
+    sequence = TokenSequence(**arrays, source=values["source"], key=bytes.fromhex(values["key"]))
+    return SequenceRecord(sequence, Distributions(**distributions))
+
+
+def assert_nearly(found: SequenceRecord, expected: SequenceRecord) -> None:
+    # All exactly, but the tail mass of a codec that stores its logarithm: exp of float32 may end otherwise on another processor.
+    np.testing.assert_allclose(found.distributions.tail_mass_P, expected.distributions.tail_mass_P, rtol=1e-6)
+    same_tail = Distributions(
+        **{n: getattr(found.distributions, n) for n in Distributions.__dataclass_fields__ if n != "tail_mass_P"},
+        tail_mass_P=expected.distributions.tail_mass_P,
+    )
+    assert_same_record(SequenceRecord(found.sequence, same_tail), expected)
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted((folder / "cache/data").iterdir())
+
+
+def test_the_golden_caches_are_sound_and_decode_to_what_they_always_did(folder):
+    report = verify_cache(folder / "cache")
+    assert report.problems == []
+    assert report.manifest.is_complete
+    expected = expected_records(folder)
+    with open_cache(folder / "cache") as reader:
+        assert len(reader) == len(expected) == 9
+        for found, record in zip(reader, expected, strict=True):
+            assert_nearly(found, record)
+
+
+def test_the_golden_caches_hold_the_corners(folder):
+    records = expected_records(folder)
+    assert any(record.sequence.roles_N.any() for record in records)
+    assert any(len(set(record.distributions.num_entries_P.tolist())) > 1 for record in records)
+    assert any(record.distributions.num_positions == 0 for record in records)
+    assert any(np.isneginf(record.distributions.logprobs_E).any() for record in records)
+    assert any({0.0, 1.0} <= set(record.distributions.tail_mass_P.tolist()) for record in records)
+    assert any(record.sequence.supervised_N[-1] for record in records)
+
+
+def test_the_decoder_in_the_spec_gives_the_readers_answer(folder):
+    (block,) = [part.split("```")[0] for part in SPEC.read_text().split("```python\n")[1:]]
+    imported = {node.names[0].name for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Import)}
+    assert imported <= {"json", "numpy", "pyarrow"}
+    assert not [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    namespace: dict = {}
+    exec(block, namespace)
+    decoded = [row for path in shards(folder) for row in namespace["decode_shard"](str(path))]
+    with open_cache(folder / "cache") as reader:
+        for (source, input_ids, positions, entries, tail_mass), record in zip(decoded, reader, strict=True):
+            d = record.distributions
+            assert source == record.sequence.source
+            assert input_ids == record.sequence.input_ids_N.tolist()
+            np.testing.assert_array_equal(positions, record.sequence.positions_P)
+            assert len(entries) == d.num_positions
+            for p, (token_ids, logprobs) in enumerate(entries):
+                of_p = slice(d.offsets_P1[p], d.offsets_P1[p + 1])
+                np.testing.assert_array_equal(token_ids, d.token_ids_E[of_p])
+                np.testing.assert_array_equal(logprobs, d.logprobs_E[of_p])
+            np.testing.assert_allclose(tail_mass, d.tail_mass_P, rtol=1e-6)
+
+
+def expected_texts(folder: Path) -> list[list[int]]:
+    return [record.sequence.input_ids_N.tolist() for record in expected_records(folder)]
+
+
+def test_pyarrow_opens_a_shard(folder):
+    import pyarrow as pa
+
+    rows = [row for path in shards(folder) for row in pa.ipc.open_file(path).read_all().to_pylist()]
+    assert [row["input_ids"] for row in rows] == expected_texts(folder)
+
+
+def test_polars_opens_a_shard(folder):
+    polars = pytest.importorskip("polars")
+    frames = [polars.read_ipc(path) for path in shards(folder)]
+    assert [ids for frame in frames for ids in frame["input_ids"].to_list()] == expected_texts(folder)
+
+
+def test_datasets_opens_the_shards(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    files = [str(path) for path in shards(folder)]
+    dataset = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path))
+    assert dataset["input_ids"][:] == expected_texts(folder)
+    assert dataset["source"][0] == expected_records(folder)[0].sequence.source
+
+
+def test_no_golden_file_is_large(folder):
+    assert max(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 20_000
+
+
+def test_a_golden_cache_is_never_made_again(folder):
+    if folder.parent.name != f"v{FORMAT_VERSION[0]}":
+        pytest.skip("of an older version")
+    assert {p.parent.name for p in GOLDEN if p.parent.parent == folder.parent} == set(CODECS)
+    before = (folder / "expected.jsonl").read_bytes()
+    command = [sys.executable, str(ROOT / "tools/make_golden.py"), folder.name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "never made again" in done.stderr
+    assert (folder / "expected.jsonl").read_bytes() == before

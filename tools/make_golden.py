@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Make the golden cache of a codec: tests/golden/v<major>/<codec>/, read for ever after by tests/store/test_golden.py.
+
+    python tools/make_golden.py <codec>
+
+Run once for each codec and major version of the format. What is there is never made again: if the tests no longer read it,
+the code is wrong, not the file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from cache_making import make_cache, make_unit
+
+from kdcache.codec import CODECS
+from kdcache.format.manifest import FORMAT_VERSION
+from kdcache.format.record import SequenceRecord
+from kdcache.store.reader import open_cache
+
+FIELDS = {
+    "sequence": ("input_ids_N", "supervised_N", "roles_N", "turn_starts"),
+    "distributions": ("token_ids_E", "logprobs_E", "offsets_P1", "tail_mass_P", "outside_target_logprobs_M"),
+}
+
+
+def with_corners(record: SequenceRecord) -> SequenceRecord:
+    """Probability 0 inside a support, tails of 0 and 1."""
+    logprobs_E, tail_mass_P = record.distributions.logprobs_E.copy(), record.distributions.tail_mass_P.copy()
+    logprobs_E[record.distributions.offsets_P1[1] - 1] = -np.inf
+    tail_mass_P[:2] = 0.0, 1.0
+    return SequenceRecord(record.sequence, replace(record.distributions, logprobs_E=logprobs_E, tail_mass_P=tail_mass_P))
+
+
+def golden_units() -> list[list[SequenceRecord]]:
+    """Three units: plain text, chats with holes in the mask, ragged supports, a single token, no supervised positions."""
+    units = [make_unit(unit) for unit in range(3)]
+    units[0][0] = with_corners(units[0][0])
+    return units
+
+
+def decoded_values(record: SequenceRecord) -> dict[str, Any]:
+    """Every value of a record; a float32 as the shortest decimal of its float64, which gives it back."""
+    values = {name: getattr(getattr(record, part), name).tolist() for part, names in FIELDS.items() for name in names}
+    return {"source": record.sequence.source, "key": record.sequence.key.hex(), **values}
+
+
+def write_expected(cache: Path, path: Path) -> None:
+    with open_cache(cache) as reader:
+        lines = [json.dumps(decoded_values(record)) for record in reader]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0] not in CODECS:
+        print(f"usage: make_golden.py {{{','.join(CODECS)}}}", file=sys.stderr)
+        return 2
+    folder = ROOT / "tests" / "golden" / f"v{FORMAT_VERSION[0]}" / arguments[0]
+    if folder.exists():
+        print(f"{folder} is there already; golden files are never made again", file=sys.stderr)
+        return 2
+    make_cache(folder / "cache", arguments[0], units=golden_units(), record_batch_bytes=1500)
+    write_expected(folder / "cache", folder / "expected.jsonl")
+    print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
