@@ -111,7 +111,7 @@ class TrainConfig(Config, frozen=True, kw_only=True):
         seed: of the student's initial weights and of dropout; the order of reading has its own, `loader.seed`.
         num_threads: CPU threads; null for the library's default.
         device: `auto` takes CUDA where there is one.
-        dtype: of the arithmetic; weights and optimiser state are float32 either way.
+        dtype: of the matrix products, the logits included; weights and optimiser state are float32 either way.
         checkpoint_every_steps: steps between two checkpoints; the last step always makes one.
         heldout: what is measured while training.
     """

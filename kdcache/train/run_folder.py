@@ -15,6 +15,7 @@ import msgspec
 from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.store.fs import sync_directory, sync_file
+from kdcache.train.checkpoint import newest_checkpoint
 
 CONFIG, METRICS, CHECKPOINTS, MODEL = "config.json", "metrics.jsonl", "checkpoints", "model"
 _MAY_CHANGE = {
@@ -36,7 +37,7 @@ class RunFolder:
 
         Raises:
             ConfigError: the path is not a directory or holds something other than a run.
-            MismatchError: it holds a run with other settings or another cache; each difference is shown.
+            MismatchError: it holds a checkpoint of a run with other settings or another cache; each difference is shown.
         """
         self.root = Path(config.out)
         # Through JSON, so that a tuple compares equal to the list that the file gives back.
@@ -45,12 +46,11 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out: {config.out!r} cannot be made a directory: {error.strerror}") from error
-        if (self.root / CONFIG).exists():
-            _refuse_other_run(self.root / CONFIG, ours)
-        elif any(self.root.iterdir()):
+        if any(self.root.iterdir()) and not (self.root / CONFIG).exists():
             raise ConfigError(f"out: {config.out!r} is not empty and holds no training run; name another directory")
-        else:
-            _write_atomically(self.root / CONFIG, json.dumps(ours, indent=1).encode())
+        if newest_checkpoint(self.checkpoints) is not None:
+            _refuse_other_run(self.root / CONFIG, ours)
+        _write_atomically(self.root / CONFIG, json.dumps(ours, indent=1).encode())
         self._metrics = (self.root / METRICS).open("ab")
 
     @property

@@ -77,7 +77,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
             raise InputError(f"{config.cache}: the cache has no supervised position to train on")
         heldout = _heldout(config)
         model = _student(config, reader)
-        with RunFolder(config, reader.snapshot) as folder, Loader(reader, config.loader) as loader:
+        with Loader(reader, config.loader) as loader, RunFolder(config, reader.snapshot) as folder:
             return Trainer(config, model, loader, folder, heldout).run(show_progress)
 
 
@@ -212,7 +212,8 @@ def student_loss(model: PreTrainedModel, batch: TorchBatch, config: TrainConfig)
     """The loss of a packed batch, a scalar in nats per supervised position; [P, V] logits never exist whole."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         hidden_BTH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT)
-    hidden_PH = hidden_BTH.flatten(0, 1).index_select(0, batch.rows_P)
+    # Under autocast a norm's output is float32, as its weight; but the projection is most of a small student's work.
+    hidden_PH = hidden_BTH.flatten(0, 1).index_select(0, batch.rows_P).to(getattr(torch, config.dtype))
     head = output_projection(model)
     labels_P = batch.labels_BT.flatten()[batch.rows_P]
     teacher, weights_P = (batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P), batch.weights_P

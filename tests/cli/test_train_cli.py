@@ -72,7 +72,7 @@ def test_mistakes_of_train_are_one_sentence_and_status_2(
     assert "overrides change the shape" in train("student.init=pretrained")
     assert "no cache" in train(f"cache={tmp_path}").lower()
     assert "student.config_from" in train(f"student.config_from={tmp_path}")
-    assert "is 128 tokens" in train("loader.seq_len=4") or True
+    assert "seq_len" in train("loader.seq_len=4")
     assert "held-out data cannot be read" in train("heldout.data=nowhere.jsonl")
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
@@ -105,10 +105,8 @@ def test_the_example_configs_show_every_field(name: str) -> None:
         if not isinstance(config, msgspec.Struct):
             return []
         assert isinstance(shown, dict)
-        names = config.__struct_fields__
-        return [n for n in names if n not in shown] + [
-            m for n in names if n in shown for m in missing(shown[n], getattr(config, n))
-        ]
+        absent = [name for name in config.__struct_fields__ if name not in shown]
+        return absent + [name for section in shown for name in missing(shown[section], getattr(config, section, None))]
 
     path = CONFIGS / f"train-{name}.yaml"
     assert missing(yaml.safe_load(path.read_text()), load_config(path, TrainConfig)) == []

@@ -18,7 +18,9 @@ from kdcache.errors import ConfigError, MismatchError, StateError
 from kdcache.loader._torch import to_torch
 from kdcache.loader.batch import IGNORED_LABEL, Batch
 from kdcache.loader.loader import Loader
+from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.store.reader import open_cache
+from kdcache.train.packed import hidden_states, output_projection
 from kdcache.train.run_folder import RunFolder, read_metrics
 from kdcache.train.schedule import learning_rate
 from kdcache.train.student import build_student
@@ -103,6 +105,35 @@ def test_alpha_mixes_both_losses(small_cache: Path, tiny_model_dir: Path, tmp_pa
     batch.weights_P[:] = batch.labels_BT.reshape(-1)[batch.rows_P] != IGNORED_LABEL
     losses = {alpha: float(student_loss(model, to_torch(batch), config).detach()) for alpha, config in configs.items()}
     assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0], rel=1e-5)
+
+
+def test_the_tail_policy_and_the_backend_reach_the_loss(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    def loss(**settings: Any) -> float:
+        config = train_config(small_cache, tiny_model_dir, tmp_path, loss=settings)
+        model = build_student(config.student, seed=0)
+        with open_cache(small_cache) as reader, Loader(reader, config.loader) as loader:
+            batch = to_torch(next(iter(loader)))
+        head, labels_P = output_projection(model), batch.labels_BT.flatten()[batch.rows_P]
+        hidden_PH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT).flatten(0, 1)[batch.rows_P]
+        targets = (batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P)
+        expected = sparse_kd_loss(head(hidden_PH), *targets, labels_P=labels_P, tail=settings["tail"], backend="torch")
+        ours = float(student_loss(model, batch, config).detach())
+        assert ours == pytest.approx(float(expected.detach()), rel=1e-5)
+        return ours
+
+    losses = [loss(tail=tail) for tail in ("bucket", "drop", "renormalize")]
+    assert len(set(losses)) == 3
+    assert loss(tail="drop", backend="torch") == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_weights_decay_in_matrices_alone(tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = train_config(tmp_path, tiny_model_dir, tmp_path, optimizer={"weight_decay": 0.3})
+    model = build_student(config.student, seed=0)
+    decayed, spared = make_optimizer(model, config.optimizer).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in spared["params"]} == {1}
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -195,7 +226,8 @@ def _stop_after(config: TrainConfig, num_steps: int) -> None:
 def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_was_not(
     small_cache: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    whole = train_config(small_cache, tiny_model_dir, tmp_path / "whole")
+    student = {"config_from": str(tiny_model_dir), "overrides": {"attention_dropout": 0.2}}
+    whole = train_config(small_cache, tiny_model_dir, tmp_path / "whole", student=student)
     expected = _run(whole)
     for stop in range(8):
         config = msgspec.structs.replace(whole, out=str(tmp_path / f"stopped-{stop}"))
@@ -271,6 +303,15 @@ def test_a_run_with_other_settings_is_refused_with_both_sides(small_cache: Path,
     train(train_config(small_cache, tiny_model_dir, tmp_path / "run"), show_progress=False)
     with pytest.raises(MismatchError, match=r"loss\.alpha: 1\.0 there, 0\.5 now"):
         train(train_config(small_cache, tiny_model_dir, tmp_path / "run", loss={"alpha": 0.5}), show_progress=False)
+
+
+def test_settings_may_change_while_there_is_no_checkpoint(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Whoever stops a run in its first minute to mend a setting has nothing to lose."""
+    config = train_config(small_cache, tiny_model_dir, tmp_path / "run")
+    _stop_after(config, 2)
+    changed = train_config(small_cache, tiny_model_dir, tmp_path / "run", loss={"alpha": 0.5})
+    fresh = train_config(small_cache, tiny_model_dir, tmp_path / "fresh", loss={"alpha": 0.5})
+    assert _run(changed) == _run(fresh)
 
 
 def test_another_cache_is_refused(small_cache: Path, full_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
