@@ -116,6 +116,36 @@ class PlanInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_units: int
 
 
+class SkippedSequence(msgspec.Struct, frozen=True, kw_only=True):
+    """A sequence of a unit that its shard does not hold: it made the unit fail, and failed alone as well.
+
+    Attributes:
+        source: as the record's would have been: where in the input it came from.
+        reason: the error, in one sentence.
+    """
+
+    source: str
+    reason: str
+
+
+class UnitAccount(msgspec.Struct, frozen=True, kw_only=True):
+    """What making a shard took, and what it had to leave out. For people; no two captures have the same.
+
+    Attributes:
+        wall_seconds: from reading the unit's items to the last byte written.
+        cpu_seconds: of the process's threads in that time.
+        gpu_seconds: wall_seconds x GPUs that the teacher held; None where no GPU can be read.
+        energy_joules: what these GPUs used in that time; None where it cannot be read.
+        skipped: sequences left out, in the order of the input.
+    """
+
+    wall_seconds: float
+    cpu_seconds: float
+    gpu_seconds: float | None = None
+    energy_joules: float | None = None
+    skipped: tuple[SkippedSequence, ...] = ()
+
+
 class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One published shard, as its journal record and the manifest describe it.
 
@@ -133,6 +163,7 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
             entropy can be. It is at most tail_mass x log(tokens in the tail) more.
         entropy_ceiling_sum: the same with each tail spread evenly: the most it can be.
         column_bytes: bytes of each column's buffers, without Arrow's framing.
+        account: what it took; absent where its writer kept none.
     """
 
     unit: int
@@ -150,6 +181,7 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
     entropy_floor_sum: float
     entropy_ceiling_sum: float
     column_bytes: dict[str, int]
+    account: UnitAccount | msgspec.UnsetType = msgspec.UNSET
 
 
 class IndexInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@
     data/000017-<sha256, 16 hex>.arrow   the shard of unit 17, immutable
     journal/000017-<same 16 hex>.json    unit 17 is done, and this is its shard
     index/<sha256, 16 hex>.arrow     one row per sequence: where it is, how long it is
+    failed/000017-<hash of the reason, 16 hex>.json   unit 17 failed and was set aside; the directory is made with the first one
     tmp/<host>-<pid>-<token>.<n>     not published yet; swept when its writer is gone
 """
 
@@ -14,11 +15,12 @@ import re
 
 DATA, JOURNAL, MANIFESTS, INDEX, TMP = "data", "journal", "manifests", "index", "tmp"
 DIRECTORIES = (DATA, JOURNAL, MANIFESTS, INDEX, TMP)
+FAILED = "failed"
 
 _SHARD = re.compile(r"data/[0-9]{6,}-[0-9a-f]{16}\.arrow")
 _INDEX = re.compile(r"index/[0-9a-f]{16}\.arrow")
 _MANIFEST = re.compile(r"([0-9]{6,})\.json")
-_JOURNAL = re.compile(r"([0-9]{6,})-([0-9a-f]{16})\.json")
+_JOURNAL = _FAILED = re.compile(r"([0-9]{6,})-([0-9a-f]{16})\.json")
 
 
 def shard_name(unit: int, sha256: str) -> str:
@@ -29,6 +31,11 @@ def shard_name(unit: int, sha256: str) -> str:
 def journal_name(unit: int, sha256: str) -> str:
     """Where the record lives that says: this unit is done, by this shard."""
     return f"{JOURNAL}/{unit:06d}-{sha256[:16]}.json"
+
+
+def failed_name(unit: int, sha256: str) -> str:
+    """Where the record lives that says: this unit failed, for the reason that has this hash."""
+    return f"{FAILED}/{unit:06d}-{sha256[:16]}.json"
 
 
 def index_name(sha256: str) -> str:
@@ -53,10 +60,19 @@ def parse_journal_name(base_name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def parse_failed_name(base_name: str) -> int | None:
+    """The unit in the name of a record of failure; None for a name that is no such record's."""
+    match = _FAILED.fullmatch(base_name)
+    return int(match[1]) if match else None
+
+
 def is_own_name(name: str) -> bool:
-    """Whether a file could be a shard, a journal record or an index of ours: others are left alone by a sweep."""
+    """Whether a file could be a shard, a record of the journal or of a failure, or an index of ours: a sweep leaves others."""
     directory, _, base_name = name.partition("/")
-    return is_shard_name(name) or is_index_name(name) or (directory == JOURNAL and parse_journal_name(base_name) is not None)
+    is_record = (directory == JOURNAL and parse_journal_name(base_name) is not None) or (
+        directory == FAILED and parse_failed_name(base_name) is not None
+    )
+    return is_shard_name(name) or is_index_name(name) or is_record
 
 
 def is_shard_name(name: str) -> bool:

@@ -1,9 +1,12 @@
-"""The index of sequences: one row each, in the cache's order (by unit, record batch, row). Built from shards at a fold."""
+"""The index of sequences: one row each, in the cache's order (by unit, record batch, row). Built at a fold: the rows of the
+index before it, and those of the shards that are new.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,28 +14,42 @@ import pyarrow as pa
 
 from kdcache.errors import CorruptCacheError
 from kdcache.format import paths
-from kdcache.format.manifest import IndexInfo, ShardInfo
+from kdcache.format.manifest import IndexInfo, Manifest, ShardInfo
 from kdcache.format.schema import INDEX_SCHEMA
 from kdcache.store import fs
 from kdcache.store.arrow_file import open_arrow_file
 
+_log = logging.getLogger(__name__)
 
-def publish_index(root: Path, shards: Iterable[ShardInfo]) -> IndexInfo:
-    """Read where each sequence is from the shards (their small columns alone) and publish the index.
+ROWS_PER_RECORD_BATCH = 2**20
+"""The index's own record batches: as many as its length makes necessary, however many shards there are."""
+
+
+def publish_index(root: Path, manifest: Manifest, new: Sequence[ShardInfo]) -> IndexInfo:
+    """Publish the index of a snapshot and some shards that it does not have yet. Equal to one made from all shards anew.
 
     Raises:
         CorruptCacheError: a shard is missing or no Arrow file any more.
     """
+    table = _sorted_by_unit([_known_rows(root, manifest), *(_shard_rows(root, shard) for shard in new)])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
-        for shard in shards:
-            for batch in _shard_rows(root, shard):
-                writer.write_batch(batch)
+        for batch in table.to_batches(max_chunksize=ROWS_PER_RECORD_BATCH):
+            writer.write_batch(batch)
     data = sink.getvalue().to_pybytes()
     sha256 = hashlib.sha256(data).hexdigest()
     fs.publish_bytes(root, data, paths.index_name(sha256))
     fs.reached("index published")
     return IndexInfo(name=paths.index_name(sha256), sha256=sha256)
+
+
+def index_of_shards(root: Path, shards: Iterable[ShardInfo]) -> pa.Table:
+    """The index of some shards, read from their small columns alone: what `publish_index` must come to.
+
+    Raises:
+        CorruptCacheError: a shard is missing or no Arrow file any more.
+    """
+    return _sorted_by_unit([_shard_rows(root, shard) for shard in shards])
 
 
 def open_index(root: Path, info: IndexInfo | None) -> pa.Table:
@@ -59,9 +76,28 @@ def open_index(root: Path, info: IndexInfo | None) -> pa.Table:
     return table
 
 
-def _shard_rows(root: Path, shard: ShardInfo) -> Iterator[pa.RecordBatch]:
+def _known_rows(root: Path, manifest: Manifest) -> pa.Table:
+    """The rows of a snapshot's own index; read from its shards where the index is damaged."""
     try:
-        yield from _file_rows(open_arrow_file(root / shard.name), shard.unit)
+        table = open_index(root, manifest.index)
+        if len(table) == manifest.total("num_sequences"):
+            return table
+        _log.warning("%s: the index of snapshot %d has %d rows; it is made anew", root, manifest.number, len(table))
+    except CorruptCacheError as error:
+        _log.warning("%s; it is made anew from the shards", error)
+    return index_of_shards(root, manifest.shards)
+
+
+def _sorted_by_unit(tables: list[pa.Table]) -> pa.Table:
+    table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
+    # Stable: the rows of a unit are in their order already.
+    order = np.argsort(table.column("unit").to_numpy(), kind="stable")
+    return table.take(pa.array(order)).combine_chunks()
+
+
+def _shard_rows(root: Path, shard: ShardInfo) -> pa.Table:
+    try:
+        return pa.Table.from_batches(_file_rows(open_arrow_file(root / shard.name), shard.unit), INDEX_SCHEMA)
     except (pa.ArrowException, OSError, KeyError, IndexError) as error:
         raise CorruptCacheError(f"{root / shard.name}: cannot be read: {error}") from error
 

@@ -95,11 +95,13 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
         report.problems.append(str(error))
         return report
     nll = _Nll()
+    first = 0
     for shard in report.manifest.shards:
         try:
-            _verify_shard(reader, shard, report, nll)
+            _verify_shard(reader, shard, first, report, nll)
         except (FormatError, OSError) as error:
             report.problems.append(str(error))
+        first += shard.num_sequences
         report.num_bytes += shard.num_bytes
         if progress is not None:
             progress(report.num_bytes, report.manifest.total("num_bytes"))
@@ -107,7 +109,7 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
     return report
 
 
-def _verify_shard(reader: CacheReader, shard: ShardInfo, report: VerifyReport, nll: _Nll) -> None:
+def _verify_shard(reader: CacheReader, shard: ShardInfo, first: int, report: VerifyReport, nll: _Nll) -> None:
     path = reader.root / shard.name
     if not path.exists():
         raise CorruptCacheError(f"{path}: the shard is missing")
@@ -116,7 +118,7 @@ def _verify_shard(reader: CacheReader, shard: ShardInfo, report: VerifyReport, n
     codec = get_codec(report.manifest.identity.codec.codec_id, report.manifest.identity.codec.params)
     num_impossible = 0
     counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
-    for record in _checked_records(reader, shard):
+    for record in _checked_records(reader, shard, first):
         target_ids_P = record.sequence.target_ids_P
         logprobs = record.distributions.target_logprobs(target_ids_P)[target_ids_P != NO_TARGET]
         num_impossible += nll.add(logprobs, codec)
@@ -133,9 +135,9 @@ def _verify_shard(reader: CacheReader, shard: ShardInfo, report: VerifyReport, n
             report.problems.append(f"{path}: {name} is {found}, the manifest says {getattr(shard, name)}")
 
 
-def _checked_records(reader: CacheReader, shard: ShardInfo) -> Iterator[SequenceRecord]:
-    """A shard's records, in order, each sound in itself and at the place that the index says."""
-    sequence = sum(s.num_sequences for s in reader.manifest.shards if s.unit < shard.unit)
+def _checked_records(reader: CacheReader, shard: ShardInfo, first: int) -> Iterator[SequenceRecord]:
+    """A shard's records, in order, each sound in itself and at the place that the index says; the first is sequence `first`."""
+    sequence = first
     for number in range(reader.num_record_batches(shard.unit)):
         batch = reader.record_batch(shard.unit, number)
         for row in range(batch.num_rows):

@@ -8,7 +8,8 @@ next run sweeps or publishes again under the same content-derived name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 from kdcache.codec import get_codec
 from kdcache.errors import CaptureError, CorruptCacheError, KdcacheError
 from kdcache.format import paths
-from kdcache.format.manifest import Manifest, ShardInfo, shard_to_json
+from kdcache.format.manifest import Manifest, ShardInfo, UnitAccount, shard_to_json
 from kdcache.format.record import SequenceRecord
 from kdcache.format.schema import shard_schema
 from kdcache.store import chain, fs
@@ -83,14 +84,18 @@ class CacheWriter:
 
     def published_units(self) -> set[int]:
         """Units that are done: in the newest manifest, or journalled since."""
-        return {shard.unit for shard in self.manifest.shards} | {shard.unit for shard in self._journal()}
+        folded = {shard.unit for shard in self.manifest.shards}
+        return folded | {shard.unit for shard in self._journal(folded)}
 
-    def write_unit(self, unit: int, records: Iterable[SequenceRecord]) -> ShardInfo:
+    def write_unit(
+        self, unit: int, records: Iterable[SequenceRecord], *, account: Callable[[], UnitAccount] | None = None
+    ) -> ShardInfo:
         """Encode, write and publish one unit as one shard.
 
         Args:
             unit: its number in the plan.
             records: its sequences, in order; may be empty. Consumed once; about one record batch of them is held at a time.
+            account: asked, when the last record is written, what the unit took.
 
         Raises:
             CaptureError: the unit is not in the plan, a record cannot be stored, or the disk refuses.
@@ -102,7 +107,7 @@ class CacheWriter:
             try:
                 statistics = self._write_shard(temp, unit, records)
                 fs.reached("temp file written")
-                shard = self._publish_shard(temp, unit, statistics)
+                shard = self._publish_shard(temp, unit, statistics, account() if account is not None else msgspec.UNSET)
                 fs.publish_bytes(self.root, shard_to_json(shard), paths.journal_name(unit, shard.sha256))
             finally:
                 temp.unlink(missing_ok=True)
@@ -121,7 +126,7 @@ class CacheWriter:
             for _ in range(MAX_FOLD_TRIES):
                 newest = self.manifest
                 done = {shard.unit for shard in newest.shards}
-                new = {shard.unit: shard for shard in self._journal() if shard.unit not in done}
+                new = {shard.unit: shard for shard in self._journal(done)}
                 if not new:
                     if newest.is_complete:
                         self._sweep_redundant(newest)
@@ -134,7 +139,7 @@ class CacheWriter:
     def _try_to_fold(self, newest: Manifest, new: list[ShardInfo]) -> None:
         shards = tuple(sorted([*newest.shards, *new], key=lambda shard: shard.unit))
         try:
-            index = publish_index(self.root, shards)
+            index = publish_index(self.root, newest, new)
         except CorruptCacheError:
             if all((self.root / shard.name).exists() for shard in new):
                 raise
@@ -142,10 +147,14 @@ class CacheWriter:
         manifest = msgspec.structs.replace(newest, number=newest.number + 1, parent=newest.digest, shards=shards, index=index)
         chain.add_manifest(self.root, manifest)  # if another writer was first, the next try starts from its manifest
 
-    def _journal(self) -> Iterator[ShardInfo]:
-        """Shards from the journal whose file is there and whole; of several for a unit, the first name's comes last."""
-        names = sorted(p.name for p in (self.root / paths.JOURNAL).iterdir() if paths.parse_journal_name(p.name) is not None)
-        for name in reversed(names):
+    def _journal(self, folded: Collection[int]) -> Iterator[ShardInfo]:
+        """Shards from the journal whose file is there and whole; of several for a unit, the first name's comes last.
+
+        Records of folded units are not opened: the journal keeps them, so reading them all at each fold would make a long
+        capture quadratic.
+        """
+        units = {name: paths.parse_journal_name(name) for name in os.listdir(self.root / paths.JOURNAL)}
+        for name in sorted((n for n, unit in units.items() if unit is not None and unit not in folded), reverse=True):
             path = self.root / paths.JOURNAL / name
             try:
                 shard = read_journal_record(path)
@@ -186,20 +195,22 @@ class CacheWriter:
         if group:
             yield group
 
-    def _publish_shard(self, temp: Path, unit: int, statistics: ShardStatistics) -> ShardInfo:
+    def _publish_shard(
+        self, temp: Path, unit: int, statistics: ShardStatistics, account: UnitAccount | msgspec.UnsetType
+    ) -> ShardInfo:
         sha256, num_bytes = fs.sha256_of(temp), temp.stat().st_size
         totals = {k: v for k, v in vars(statistics).items() if k != "vocab_size"}
         name = paths.shard_name(unit, sha256)
         fs.publish_file(self.root, temp, name)
         fs.reached("shard published")
-        return ShardInfo(unit=unit, name=name, sha256=sha256, num_bytes=num_bytes, **totals)
+        return ShardInfo(unit=unit, name=name, sha256=sha256, num_bytes=num_bytes, account=account, **totals)
 
     def _sweep_redundant(self, manifest: Manifest) -> None:
         needed = {shard.name for shard in manifest.shards} | self._index_names()
         needed |= {paths.journal_name(shard.unit, shard.sha256) for shard in manifest.shards}
         # The journal record goes first: a record without its shard would be a promise that nothing keeps.
-        for directory in (paths.JOURNAL, paths.DATA, paths.INDEX):
-            for path in (self.root / directory).iterdir():
+        for directory in (paths.FAILED, paths.JOURNAL, paths.DATA, paths.INDEX):
+            for path in (self.root / directory).iterdir() if (self.root / directory).is_dir() else ():
                 name = f"{directory}/{path.name}"
                 if paths.is_own_name(name) and name not in needed:
                     path.unlink(missing_ok=True)

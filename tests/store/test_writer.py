@@ -189,11 +189,11 @@ def test_a_fold_whose_shard_another_writer_sweeps_meanwhile_ends_with_the_others
     (tmp_path / "journal" / names[0]).rename(tmp_path / "hidden")  # the loser looks before the winner has journalled
     publish_index = writer.publish_index
 
-    def swept_first(root, shards):
+    def swept_first(*arguments):
         monkeypatch.setattr(writer, "publish_index", publish_index)
         (tmp_path / "hidden").rename(tmp_path / "journal" / names[0])
         (one if loser is two else two).fold()
-        return publish_index(root, shards)
+        return publish_index(*arguments)
 
     monkeypatch.setattr(writer, "publish_index", swept_first)
     manifest = loser.fold()
