@@ -62,9 +62,7 @@ def token_sequences(draw: st.DrawFn, *, vocab_size: int = 97, max_tokens: int = 
 
 
 @st.composite
-def distributions(
-    draw: st.DrawFn, *, vocab_size: int, target_ids_P: NDArray[np.int32], max_entries: int = 6
-) -> Distributions:
+def distributions(draw: st.DrawFn, *, vocab_size: int, target_ids_P: NDArray[np.int32], max_entries: int = 6) -> Distributions:
     """Supports of any size, in the record's order, with the outside targets that target_ids_P implies.
 
     The numbers need not be a normalised distribution: the format does not care, and corners come up more often so.

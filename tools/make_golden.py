@@ -12,21 +12,19 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-from cache_making import make_cache, make_unit
 
 from kdcache.codec import CODECS
 from kdcache.format.manifest import FORMAT_VERSION
 from kdcache.format.record import SequenceRecord
 from kdcache.store.reader import open_cache
 
+ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {
     "sequence": ("input_ids_N", "supervised_N", "roles_N", "turn_starts"),
     "distributions": ("token_ids_E", "logprobs_E", "offsets_P1", "tail_mass_P", "outside_target_logprobs_M"),
@@ -41,9 +39,9 @@ def with_corners(record: SequenceRecord) -> SequenceRecord:
     return SequenceRecord(record.sequence, replace(record.distributions, logprobs_E=logprobs_E, tail_mass_P=tail_mass_P))
 
 
-def golden_units() -> list[list[SequenceRecord]]:
+def golden_units(cache_making: ModuleType) -> list[list[SequenceRecord]]:
     """Three units: plain text, chats with holes in the mask, ragged supports, a single token, no supervised positions."""
-    units = [make_unit(unit) for unit in range(3)]
+    units = [cache_making.make_unit(unit) for unit in range(3)]
     units[0][0] = with_corners(units[0][0])
     return units
 
@@ -68,7 +66,9 @@ def main(arguments: list[str]) -> int:
     if folder.exists():
         print(f"{folder} is there already; golden files are never made again", file=sys.stderr)
         return 2
-    make_cache(folder / "cache", arguments[0], units=golden_units(), record_batch_bytes=1500)
+    sys.path.insert(0, str(ROOT / "tests"))
+    cache_making = import_module("cache_making")
+    cache_making.make_cache(folder / "cache", arguments[0], units=golden_units(cache_making), record_batch_bytes=1500)
     write_expected(folder / "cache", folder / "expected.jsonl")
     print(folder)
     return 0

@@ -153,4 +153,6 @@ def test_a_key_depends_on_tokens_mask_and_template_and_on_where_one_ends_and_the
     assert len(keys) == 6
     assert all(len(key) == 16 for key in keys)
     assert sequence_key(np.repeat(ids, 2)[::2], np.repeat(mask, 2)[::2], "") == sequence_key(ids, mask, "")
-    assert sequence_key(ids, mask, "").hex() == "55ea0b711db9838c9643699a4541af57"  # the same in every version, on every machine
+    assert (
+        sequence_key(ids, mask, "").hex() == "55ea0b711db9838c9643699a4541af57"
+    )  # the same in every version, on every machine

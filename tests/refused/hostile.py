@@ -1,5 +1,5 @@
-"""Caches made to be refused: each function spoils one thing in a sound cache of one unit, with every digest that is not the point
-made right again, as someone would who means harm.
+"""Caches made to be refused: each function spoils one thing in a sound cache of one unit, with every digest that is not the
+point made right again, as someone would who means harm.
 """
 
 from __future__ import annotations
@@ -111,6 +111,10 @@ def flip(path: Path, place: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 1 << bit
     path.write_bytes(data)
+
+
+def cut(path: Path, end: int) -> None:
+    path.write_bytes(path.read_bytes()[:end])
 
 
 def flip_a_stored_value(cache: Path) -> None:

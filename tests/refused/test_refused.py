@@ -47,7 +47,9 @@ def bomb(text: str) -> Callable[[Path], object]:
 HEAD = '{"format": "kdcache", "format_version": [1, 0], '
 REFUSALS = {
     "a truncated shard": corrupt(
-        lambda c: hostile.shard_path(c).write_bytes(hostile.shard_path(c).read_bytes()[:-100]), "000000-", "bytes, the manifest says"
+        lambda c: hostile.shard_path(c).write_bytes(hostile.shard_path(c).read_bytes()[:-100]),
+        "000000-",
+        "bytes, the manifest says",
     ),
     "a missing shard": corrupt(lambda c: hostile.shard_path(c).unlink(), "000000-", "No such file"),
     "a flipped bit in a row": corrupt(hostile.flip_a_stored_value, "record batch 0, row 0", "digest does not match"),
@@ -118,7 +120,7 @@ REFUSALS = {
     "an index that claims other lengths": corrupt(
         lambda c: hostile.edit_index(c, num_tokens=[2**32 - 1] * 3), "record batch 0, row 0", "4294967295 tokens"
     ),
-    "no cache": Refusal(lambda c: shutil.rmtree(c), CacheNotFoundError, ("there is no such directory",)),
+    "no cache": Refusal(shutil.rmtree, CacheNotFoundError, ("there is no such directory",)),
     "a directory that is no cache": Refusal(
         lambda c: shutil.rmtree(c / "manifests"), CacheNotFoundError, ("it holds no manifests",)
     ),

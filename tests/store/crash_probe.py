@@ -1,7 +1,8 @@
 """Run by test_crash.py in a process of its own: writes a small cache in forks of itself, each really killed at one fault point.
 
-Standard input: JSON with `folder` (an empty one) and `every` (true: at each occurrence of each point; false: the first and the
-last). Standard output: JSON with `occurrences` (point -> how often an undisturbed run reaches it) and `failures` (sentences).
+Standard input: JSON with `folder` (an empty one) and `every` (true: at each occurrence of each point; false: the first, the
+middle and the last). Standard output: JSON with `occurrences` (point -> how often an undisturbed run reaches it) and `failures`
+(sentences).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from kdcache.store.writer import CacheWriter
 NUM_UNITS = 3
 WRITTEN_TWICE = 1
 
-# The first writer's shard is the one that a fold takes (its name sorts first): whether the second came to its end or not must not
-# matter to the content.
+# The first writer's shard is the one that a fold takes (its name sorts first): whether the second came to its end or not must
+# not matter to the content.
 FIRST_BYTES, SECOND_BYTES = 10**6, 1
 
 
@@ -121,10 +122,10 @@ def main() -> None:
     failures = []
     for point in fs.FAULT_POINTS:
         count = occurrences[point]
-        for occurrence in range(1, count + 1) if task["every"] else sorted({1, count} - {0}):
+        for occurrence in range(1, count + 1) if task["every"] else sorted({min(1, count), count // 2 + 1, count} - {0}):
             root = folder / "killed"
-            for problem in problems_after_a_kill(root, point, occurrence, expected):
-                failures.append(f"{point!r}, occurrence {occurrence} of {count}: {problem}")
+            problems = problems_after_a_kill(root, point, occurrence, expected)
+            failures += [f"{point!r}, occurrence {occurrence} of {count}: {problem}" for problem in problems]
             shutil.rmtree(root)
     json.dump({"occurrences": occurrences, "failures": failures}, sys.stdout)
 

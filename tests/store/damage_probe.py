@@ -1,7 +1,7 @@
 """Run by test_damage.py in a process of its own, so that a crash would be seen: damages a file in many ways, one at a time.
 
-Standard input: JSON with `cache` (path), `name` (file in it), `flips` (bit numbers) and `cuts` (lengths). Standard output: JSON, for
-each way in order [what came of reading every row, what came of verify]: "refused", "equal", or what went wrong.
+Standard input: JSON with `cache` (path), `name` (file in it), `flips` (bit numbers) and `cuts` (lengths). Standard output: for
+each way in order [what came of reading every row, what came of verify], as JSON: "refused", "equal", or what went wrong.
 """
 
 from __future__ import annotations

@@ -9,7 +9,10 @@ from kdcache.store.arrow_file import open_arrow_file
 
 
 def write(path, table: pa.Table, **options) -> None:
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as f:
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as f,
+    ):
         f.write_table(table, max_chunksize=1000)
 
 
@@ -42,7 +45,9 @@ def test_dictionaries_are_refused(tmp_path):
         open_arrow_file(tmp_path / "f")
 
 
-@pytest.mark.parametrize("data", [b"", b"ARROW1", b"ARROW1\0\0" + bytes(4) + b"ARROW1", b"x" * 1000, b"ARROW1\0\0" + b"\xff" * 100 + b"ARROW1"])
+@pytest.mark.parametrize(
+    "data", [b"", b"ARROW1", b"ARROW1\0\0" + bytes(4) + b"ARROW1", b"x" * 1000, b"ARROW1\0\0" + b"\xff" * 100 + b"ARROW1"]
+)
 def test_what_is_no_arrow_file_is_refused(tmp_path, data):
     (tmp_path / "f").write_bytes(data)
     with pytest.raises(CorruptCacheError, match="f: cannot be read as an Arrow file"):

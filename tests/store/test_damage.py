@@ -20,7 +20,7 @@ BATCH_SIZES = {"a record batch per sequence": 1, "one record batch": 10**6}
 def probe(cache: Path, name: str, flips: list[int], cuts: list[int]) -> list[list[str]]:
     task = json.dumps({"cache": str(cache), "name": name, "flips": flips, "cuts": cuts})
     command = [sys.executable, str(Path(__file__).with_name("damage_probe.py"))]
-    done = subprocess.run(command, input=task, capture_output=True, text=True)
+    done = subprocess.run(command, input=task, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"died of {done.returncode} at {done.stderr[-1000:]}"
     outcomes = json.loads(done.stdout)
     assert len(outcomes) == len(flips) + len(cuts)

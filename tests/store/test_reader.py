@@ -164,6 +164,7 @@ def read_all_in_child(reader) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 def test_a_reader_may_be_used_after_a_fork_even_one_with_its_lock_held(cache):
     reader = open_cache(cache)
     reader[0]
@@ -235,7 +236,9 @@ def test_a_cache_of_a_newer_minor_version_is_read_and_its_unknown_fields_passed_
     assert_same_record(reader[0], make_unit(0)[0])
 
 
-@pytest.mark.parametrize(("name", "why"), [("nothing", "no such directory"), ("empty", "no manifests"), ("file", "no such directory")])
+@pytest.mark.parametrize(
+    ("name", "why"), [("nothing", "no such directory"), ("empty", "no manifests"), ("file", "no such directory")]
+)
 def test_a_path_without_a_cache_says_so(tmp_path, name, why):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

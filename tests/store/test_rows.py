@@ -19,9 +19,7 @@ CODEC = get_codec("raw", {"vocab_size": 97})
 
 def schema_of(k: int = 6, vocab_size: int = 97) -> pa.Schema:
     identity = make_identity("raw", k=k, vocab_size=vocab_size)
-    return shard_schema(
-        CODEC.fields(), unit=0, vocab_size=vocab_size, selection=identity.selection, codec=identity.codec
-    )
+    return shard_schema(CODEC.fields(), unit=0, vocab_size=vocab_size, selection=identity.selection, codec=identity.codec)
 
 
 def encode(records, *, k: int = 6) -> pa.RecordBatch:

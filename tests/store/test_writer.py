@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import strategies
 from cache_making import (
-    K,
     VOCAB_SIZE,
+    K,
     assert_same_record,
     content_of,
     make_cache,
@@ -308,15 +308,17 @@ def test_a_full_disk_is_told_as_such_and_loses_nothing(tmp_path, monkeypatch, ac
     def refuse(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched, pytest.raises(CaptureError, match=r"No space left.*nothing published is lost"):
+    fs.make_directories(tmp_path / "new")
+    acts = {
+        "open": lambda: start(tmp_path / "new"),
+        "fold": one.fold,
+        "write_unit": lambda: one.write_unit(1, make_unit(1)),
+    }
+    with monkeypatch.context() as patched:
         patched.setattr(fs, "sync_file", refuse)
-        if act == "open":
-            patched.setattr(fs, "make_directories", lambda root: [(root / d).mkdir(parents=True) for d in ("tmp", "manifests")])
-            start(tmp_path / "new")
-        elif act == "fold":
-            one.fold()
-        else:
-            one.write_unit(1, make_unit(1))
+        patched.setattr(fs, "make_directories", lambda root: None)
+        with pytest.raises(CaptureError, match=r"No space left.*nothing published is lost"):
+            acts[act]()
     assert files(tmp_path / "tmp") == []
     assert start(tmp_path).published_units() == {0}
 
@@ -371,7 +373,11 @@ def wide_record(num_entries: int) -> SequenceRecord:
 
 @pytest.mark.parametrize(
     ("kind", "num_entries", "sentence"),
-    [("top_k", 6, "6 entries, but the selection keeps 5"), ("any", 65536, "at most 65535"), ("any", 2**31, "at most 1073741824")],
+    [
+        ("top_k", 6, "6 entries, but the selection keeps 5"),
+        ("any", 65536, "at most 65535"),
+        ("any", 2**31, "at most 1073741824"),
+    ],
 )
 def test_more_entries_than_the_format_counts_are_refused(tmp_path, kind, num_entries, sentence):
     identity = msgspec.structs.replace(make_identity(), selection=SelectionInfo(kind=kind, params={"k": 5}))
@@ -383,7 +389,12 @@ def test_more_entries_than_the_format_counts_are_refused(tmp_path, kind, num_ent
 def test_a_whole_vocabulary_of_more_than_65535_entries_is_stored_where_the_selection_fixes_it(tmp_path):
     vocab_size = 70_000
     sequence = TokenSequence(
-        np.array([5, 69_999], np.int32), np.array([True, False]), np.zeros(2, np.uint8), np.zeros(1, np.int32), "wide", bytes(16)
+        np.array([5, 69_999], np.int32),
+        np.array([True, False]),
+        np.zeros(2, np.uint8),
+        np.zeros(1, np.int32),
+        "wide",
+        bytes(16),
     )
     distributions = make_distributions(1, sequence, np.array([vocab_size]), vocab_size=vocab_size)
     record = SequenceRecord(sequence, distributions)
@@ -392,27 +403,24 @@ def test_a_whole_vocabulary_of_more_than_65535_entries_is_stored_where_the_selec
         assert_same_record(reader[0], record, is_exact=False)
 
 
-def test_a_target_of_probability_zero_is_counted_and_the_rest_of_the_text_still_proves_its_place(tmp_path):
+def record_with_target_logprob(value: float) -> SequenceRecord:
     record = make_record(1)
     outside = record.distributions.outside_target_logprobs_M.copy()
-    outside[0] = -np.inf
-    impossible = SequenceRecord(record.sequence, changed(record.distributions, outside_target_logprobs_M=outside))
-    for codec_id in ("raw", "packed"):
-        path = make_cache(tmp_path / codec_id, codec_id, units=[[impossible, make_record(2)]])
-        report = verify_cache(path)
-        assert report.problems == []
-        assert report.manifest.shards[0].num_impossible_targets == 1
-        assert abs(report.teacher_nll - report.cached_nll) <= report.nll_bound < 0.01
+    outside[0] = value
+    return SequenceRecord(record.sequence, changed(record.distributions, outside_target_logprobs_M=outside))
+
+
+@pytest.mark.parametrize("codec_id", ["raw", "packed"])
+def test_a_target_of_probability_zero_is_counted_and_the_rest_of_the_text_still_proves_its_place(tmp_path, codec_id):
+    path = make_cache(tmp_path, codec_id, units=[[record_with_target_logprob(-np.inf), make_record(2)]])
+    report = verify_cache(path)
+    assert report.problems == []
+    assert report.manifest.shards[0].num_impossible_targets == 1
+    assert abs(report.teacher_nll - report.cached_nll) <= report.nll_bound < 0.01
 
 
 def test_a_target_too_improbable_for_float16_leaves_no_bound_and_is_no_damage(tmp_path):
-    record = make_record(1)
-    outside = record.distributions.outside_target_logprobs_M.copy()
-    outside[0] = -1e5
-    path = make_cache(
-        tmp_path, "packed", units=[[SequenceRecord(record.sequence, changed(record.distributions, outside_target_logprobs_M=outside))]]
-    )
-    report = verify_cache(path)
+    report = verify_cache(make_cache(tmp_path, "packed", units=[[record_with_target_logprob(-1e5)]]))
     assert report.problems == []
     assert report.nll_bound == np.inf
 
@@ -439,10 +447,14 @@ def test_other_versions_and_another_tokenizer_name_are_no_mismatch(tmp_path):
     manifest = make_manifest(3)
     tokenizer = msgspec.structs.replace(manifest.identity.tokenizer, name="elsewhere")
     identity = msgspec.structs.replace(manifest.identity, tokenizer=tokenizer)
-    CacheWriter.open(tmp_path, msgspec.structs.replace(manifest, identity=identity, versions={"kdcache": "99"}, config={"a": 1}))
+    CacheWriter.open(
+        tmp_path, msgspec.structs.replace(manifest, identity=identity, versions={"kdcache": "99"}, config={"a": 1})
+    )
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "data/photo.jpg", "index/000001.csv", "tmp/notes.txt", "journal/x/y", "manifests/m.json"])
+@pytest.mark.parametrize(
+    "name", ["thesis.txt", "data/photo.jpg", "index/000001.csv", "tmp/notes.txt", "journal/x/y", "manifests/m.json"]
+)
 def test_a_directory_of_others_is_refused_and_not_touched(tmp_path, name):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("years of work")
