@@ -167,6 +167,49 @@ class OutputConfig(Config, frozen=True, kw_only=True):
     record_batch_bytes: Positive = 4 * 1024 * 1024
 
 
+class RunConfig(Config, frozen=True, kw_only=True):
+    """How the work is done: where, by how many, and what happens when some of it fails. Decides nothing of what the cache holds,
+    so it may be another in each run of the same capture.
+
+    Attributes:
+        executor: `local`, this process; or `ray`, which spreads the units over `replicas` actors of a Ray cluster.
+        rank: `local` only: this process does the units u with u % world_size == rank. Start one process for each rank, in any
+            order, at any time, on machines that share the input and output.path.
+        world_size: `local` only: ranks that share the units.
+        replicas: `ray` only: actors, each with a teacher of its own and, where the cluster has GPUs, with
+            teacher.tensor_parallel_size of them.
+        ray_address: `ray` only: of a running cluster; `local` starts one on this machine; null joins the one that RAY_ADDRESS or
+            this machine knows, and else starts one.
+        retries: how often a unit that failed is tried again before it is given up.
+        max_failed: most units to set aside, with their reason, while the rest goes on; the next run tries them again. With 0 the
+            first unit that keeps failing stops the capture.
+        skip_poison: find the sequences that make a unit fail alone as well, leave them out, name them, and publish the rest.
+        stall_seconds: when the teacher has answered nothing for so long, say so, print every thread's stack and stop; null to
+            wait for ever.
+        progress_path: file that holds the state of the run as JSON, rewritten every few seconds; null for
+            `<output.path>.progress.json`, with the rank in its name where there are several.
+    """
+
+    executor: Literal["local", "ray"] = "local"
+    rank: NonNegative = 0
+    world_size: Positive = 1
+    replicas: Positive = 1
+    ray_address: str | None = None
+    retries: NonNegative = 1
+    max_failed: NonNegative = 0
+    skip_poison: bool = False
+    stall_seconds: Annotated[float, Meta(gt=0)] | None = 1800.0
+    progress_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank >= self.world_size:
+            raise ValueError(f"rank is {self.rank}, but must be below world_size, {self.world_size}: ranks count from 0")
+        if self.executor == "ray" and self.world_size > 1:
+            raise ValueError("executor 'ray' spreads the units itself: use `replicas`, not `world_size`")
+        if self.executor != "ray" and (self.replicas > 1 or self.ray_address is not None):
+            raise ValueError("replicas and ray_address are for executor 'ray' alone")
+
+
 class CaptureConfig(Config, frozen=True, kw_only=True):
     """A whole capture: input -> teacher -> selection -> codec -> output."""
 
@@ -175,3 +218,4 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
     selection: SelectionConfig = SelectionConfig()
     codec: CodecConfig = CodecConfig()
     output: OutputConfig
+    run: RunConfig = RunConfig()
