@@ -9,15 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdcache.config.loader import LoaderConfig as LoaderConfig
     from kdcache.errors import KdcacheError as KdcacheError
     from kdcache.format.manifest import Manifest as Manifest
     from kdcache.format.record import Distributions as Distributions
     from kdcache.format.record import SequenceRecord as SequenceRecord
     from kdcache.format.record import TokenSequence as TokenSequence
+    from kdcache.loader._torch import TorchLoader as TorchLoader
     from kdcache.loader.loader import Loader as Loader
+    from kdcache.loss.fused import fused_sparse_kd_loss as fused_sparse_kd_loss
     from kdcache.loss.sparse_kd import sparse_kd_loss as sparse_kd_loss
     from kdcache.store.reader import CacheReader as CacheReader
-    from kdcache.store.reader import open_cache as open
+    from kdcache.store.reader import open_cache as open  # noqa: F401
     from kdcache.store.writer import CacheWriter as CacheWriter
 
 __version__ = "0.1.0"
@@ -28,14 +31,17 @@ _EXPORTS = {
     "Distributions": "kdcache.format.record:Distributions",
     "KdcacheError": "kdcache.errors:KdcacheError",
     "Loader": "kdcache.loader.loader:Loader",
+    "LoaderConfig": "kdcache.config.loader:LoaderConfig",
     "Manifest": "kdcache.format.manifest:Manifest",
     "SequenceRecord": "kdcache.format.record:SequenceRecord",
     "TokenSequence": "kdcache.format.record:TokenSequence",
+    "TorchLoader": "kdcache.loader._torch:TorchLoader",
+    "fused_sparse_kd_loss": "kdcache.loss.fused:fused_sparse_kd_loss",
     "open": "kdcache.store.reader:open_cache",
     "sparse_kd_loss": "kdcache.loss.sparse_kd:sparse_kd_loss",
 }
 
-__all__ = [*_EXPORTS, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
