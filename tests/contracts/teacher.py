@@ -41,7 +41,9 @@ class TeacherCase:
         return self.teacher.identity.vocab_size
 
 
-def make_sequence(ids: Sequence[int] | NDArray[np.integer], supervised: Sequence[bool] | None = None) -> TokenSequence:
+def make_sequence(
+    ids: Sequence[int] | NDArray[np.integer], supervised: Sequence[bool] | NDArray[np.bool_] | None = None
+) -> TokenSequence:
     """A sequence of plain text; every position supervised unless told otherwise."""
     ids_N = np.asarray(ids, np.int32)
     supervised_N = np.ones(len(ids_N), np.bool_) if supervised is None else np.asarray(supervised, np.bool_)

@@ -12,7 +12,8 @@ from kdcache.teacher.fake import FakeTeacher, prefix_hashes
 
 
 def config(**changes: int) -> TeacherConfig:
-    return TeacherConfig(model="fake", backend="fake", **({"vocab_size": 300, "context_length": 100} | changes))
+    settings = {"model": "fake", "backend": "fake", "vocab_size": 300, "context_length": 100}
+    return TeacherConfig(**(settings | changes))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def build_soft_capped_model(folder: Path) -> Path:
     torch.manual_seed(0)
     model = Gemma2ForCausalLM(gemma)
     with torch.no_grad():
-        model.get_input_embeddings().weight.normal_(0.0, 0.5)
+        torch.nn.init.normal_(model.lm_head.weight, 0.0, 0.5)
     model.save_pretrained(folder)
     return folder
 

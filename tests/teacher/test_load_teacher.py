@@ -36,11 +36,12 @@ def test_a_backend_that_is_not_installed_is_named_with_its_extra(monkeypatch: py
     monkeypatch.setattr("kdcache.teacher.find_spec", lambda name: None)
     for backend in ("vllm", "transformers"):
         with pytest.raises(MissingDependencyError, match=rf"teacher.backend '{backend}' .* pip install 'kdcache\[{backend}\]'"):
-            load_teacher(TeacherConfig(model="x", backend=backend))  # pyright: ignore[reportArgumentType]
+            load_teacher(TeacherConfig(model="x", backend=backend))
     with pytest.raises(MissingDependencyError, match=r"the tokenizer 'x' .* 'kdcache\[transformers\]'"):
         load_tokenizer("x")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
 def test_auto_takes_transformers_where_vllm_does_not_import_and_says_so(tiny_model_dir: Path, tmp_path: Path):
     # A vLLM that is installed but built for another machine.
