@@ -41,6 +41,8 @@ class Command(Protocol):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Usage mistakes and `--help` leave through SystemExit, as argparse has it."""
+    # Before anything imports torch: it would otherwise print where it binds memory, into every command's output.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((argument for argument in arguments if argument in COMMANDS), None)
     parser, subparsers = _parser()
