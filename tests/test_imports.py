@@ -38,6 +38,7 @@ def help_of(*command):
         "import kdcache.config.capture, kdcache.config.loader, kdcache.config.train",
         help_of(),
         help_of("capture"),
+        help_of("fold"),
         help_of("verify"),
         help_of("info"),
         help_of("train"),

@@ -12,10 +12,9 @@ from statistics import median
 import numpy as np
 
 from kdcache.capture.content import Item
-from kdcache.capture.job import Job, codec_info, prepare, selection_info
+from kdcache.capture.job import Job, check_fits, codec_info, prepare, selection_info
 from kdcache.capture.plan import Plan
 from kdcache.capture.progress import CaptureProgress
-from kdcache.capture.run import check_fits
 from kdcache.capture.sequences import make_sequences
 from kdcache.codec import get_codec
 from kdcache.config.capture import CaptureConfig

@@ -19,6 +19,7 @@ from kdcache.config.load import config_to_builtins
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import CodecInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity
 from kdcache.teacher import load_tokenizer
+from kdcache.teacher.base import top_k_of
 from kdcache.teacher.tokenizer import Tokenizer
 
 _VERSIONED = ("numpy", "pyarrow", "torch", "transformers", "tokenizers", "vllm", "datasets")
@@ -50,7 +51,7 @@ def prepare(config: CaptureConfig, progress: CaptureProgress) -> Job:
         ConfigError, InputError, TeacherError: the chat template, the input or the tokenizer cannot be read.
     """
     reader = InputReader(config.input)
-    tokenizer = _load_tokenizer(config)
+    tokenizer = load_job_tokenizer(config)
     with closing(reader):
         plan = reader.plan(
             config.output,
@@ -61,8 +62,11 @@ def prepare(config: CaptureConfig, progress: CaptureProgress) -> Job:
 
 
 def first_manifest(job: Job, teacher: TeacherIdentity) -> Manifest:
-    """Manifest 0: what this capture is, with the plan and the resolved config."""
+    """Manifest 0: what this capture is, with the plan and the resolved config, of which `run` is left out: it may be another in
+    each run, and ranks that start at once come to the same manifest."""
     plan = job.plan
+    config = config_to_builtins(job.config)
+    del config["run"]
     notes = {"num_items": plan.num_items, "num_empty_items": plan.num_empty_items, "num_chars": plan.num_chars}
     return Manifest(
         number=0,
@@ -76,8 +80,18 @@ def first_manifest(job: Job, teacher: TeacherIdentity) -> Manifest:
         ),
         plan=PlanInfo(fingerprint=plan.fingerprint, num_units=len(plan.units)),
         versions=_versions(),
-        config=config_to_builtins(job.config) | {"notes": notes},
+        config=config | {"notes": notes},
     )
+
+
+def check_fits(config: CaptureConfig, teacher: TeacherIdentity) -> None:
+    """Raise ConfigError where a window may be longer than the teacher can read, or k is more than it has tokens."""
+    top_k_of(selection_info(config), vocab_size=teacher.vocab_size, backend=teacher.engine)
+    if config.input.window.size > teacher.context_length:
+        raise ConfigError(
+            f"input.window.size is {config.input.window.size}, but the teacher {teacher.model!r} reads at most "
+            f"{teacher.context_length} tokens; set input.window.size to {teacher.context_length} or less"
+        )
 
 
 def selection_info(config: CaptureConfig) -> SelectionInfo:
@@ -91,7 +105,8 @@ def codec_info(config: CaptureConfig, vocab_size: int) -> CodecInfo:
     return CodecInfo(codec_id=codec.codec_id, params=codec.params())
 
 
-def _load_tokenizer(config: CaptureConfig) -> Tokenizer:
+def load_job_tokenizer(config: CaptureConfig) -> Tokenizer:
+    """The tokenizer that a capture's config names; raises ConfigError or TeacherError where it cannot be had."""
     teacher = config.teacher
     default = "fake" if teacher.backend == "fake" else teacher.model
     own = teacher.tokenizer is None

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from kdcache.capture import _nvml
 from kdcache.capture.content import Item
 from kdcache.capture.plan import Unit
+
+if TYPE_CHECKING:
+    from kdcache.format.manifest import ShardInfo
+    from kdcache.store.set_aside import FailedUnit
 
 _DELAY_SECONDS = 1.0
 _SECONDS_BETWEEN_LINES = 10.0
@@ -16,7 +22,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class CaptureProgress:
-    """Says nothing. Subclasses say it as they like; a capture calls the methods in the order in which they stand here."""
+    """Says nothing. Subclasses say it as they like; a capture calls the methods in about the order in which they stand here."""
 
     def scanning(self, items: Iterable[Item]) -> Iterable[Item]:
         """Wraps the items while the plan is made."""
@@ -29,24 +35,107 @@ class CaptureProgress:
         """These units, not published yet, are about to be captured."""
 
     def start_unit(self, unit: Unit, num_tokens: int) -> None:
-        """A unit has been read and is this many tokens long."""
+        """A unit has been read and is this many tokens long. Called again when it is tried again."""
 
     def advance(self, num_tokens: int) -> None:
-        """The teacher has answered for one more sequence."""
+        """The teacher has answered for one more sequence; or, where negative, answers are void because their unit failed."""
+
+    def published(self, shard: ShardInfo) -> None:
+        """A unit is done."""
+
+    def set_aside(self, failed: FailedUnit) -> None:
+        """A unit is given up for this run."""
+
+    def worker(self, name: str, pid: int | None, unit: int | None) -> None:
+        """A worker of a cluster has taken a unit, or, with None, none; it is gone where pid is None."""
+
+    def ended(self, state: str) -> None:
+        """How it ended: `finished`, `stopped` or `failed`."""
 
     def close(self) -> None:
         """Nothing follows, after success or failure."""
 
 
-class BarProgress(CaptureProgress):
-    """Bars on stderr: items while planning, tokens (with tokens/s and the time left) while capturing.
+class SeveralProgress(CaptureProgress):
+    """Tells several."""
 
-    The number of tokens to come is estimated from the characters to come and the tokens per character so far.
-    """
+    def __init__(self, *others: CaptureProgress) -> None:
+        self._others = others
+
+    def scanning(self, items: Iterable[Item]) -> Iterable[Item]:
+        for other in self._others:
+            items = other.scanning(items)
+        return items
+
+    def loading(self, model: str) -> None:
+        for other in self._others:
+            other.loading(model)
+
+    def start(self, units: Sequence[Unit]) -> None:
+        for other in self._others:
+            other.start(units)
+
+    def start_unit(self, unit: Unit, num_tokens: int) -> None:
+        for other in self._others:
+            other.start_unit(unit, num_tokens)
+
+    def advance(self, num_tokens: int) -> None:
+        for other in self._others:
+            other.advance(num_tokens)
+
+    def published(self, shard: ShardInfo) -> None:
+        for other in self._others:
+            other.published(shard)
+
+    def set_aside(self, failed: FailedUnit) -> None:
+        for other in self._others:
+            other.set_aside(failed)
+
+    def worker(self, name: str, pid: int | None, unit: int | None) -> None:
+        for other in self._others:
+            other.worker(name, pid, unit)
+
+    def ended(self, state: str) -> None:
+        for other in self._others:
+            other.ended(state)
+
+    def close(self) -> None:
+        for other in self._others:
+            other.close()
+
+
+class TokensToCome:
+    """Guesses how many tokens some units hold, from their characters and the tokens per character so far."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._chars_left = sum(unit.num_chars for unit in units)
+        self._chars_read = self._tokens_read = 0
+        self._seen: set[int] = set()
+
+    def read(self, unit: Unit, num_tokens: int) -> None:
+        """A unit turned out to hold so many."""
+        if unit.number in self._seen:
+            return
+        self._seen.add(unit.number)
+        self._chars_left -= unit.num_chars
+        self._chars_read += unit.num_chars
+        self._tokens_read += num_tokens
+
+    @property
+    def total(self) -> int | None:
+        """Tokens of all units; None before the first, and for a stream."""
+        if not self._chars_read:
+            return None
+        return self._tokens_read + round(self._chars_left * self._tokens_read / self._chars_read)
+
+
+class BarProgress(CaptureProgress):
+    """Bars on stderr: items while planning; while capturing tokens, with tokens/s, the time left, bytes, and GPUs' state."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
-        self._chars_left = self._chars_read = self._tokens_read = 0
+        self._to_come = TokensToCome(())
+        self._num_bytes = self._num_set_aside = 0
 
     def scanning(self, items: Iterable[Item]) -> Iterable[Item]:
         return tqdm(
@@ -63,7 +152,7 @@ class BarProgress(CaptureProgress):
         tqdm.write(f"loading the teacher {model}", file=sys.stderr)
 
     def start(self, units: Sequence[Unit]) -> None:
-        self._chars_left = sum(unit.num_chars for unit in units)
+        self._to_come = TokensToCome(units)
         self._bar = tqdm(
             desc=f"capturing {len(units)} unit{'' if len(units) == 1 else 's'}",
             unit=" tok",
@@ -73,20 +162,36 @@ class BarProgress(CaptureProgress):
         )
 
     def start_unit(self, unit: Unit, num_tokens: int) -> None:
-        self._chars_left -= unit.num_chars
-        self._chars_read += unit.num_chars
-        self._tokens_read += num_tokens
-        if self._bar is not None and self._chars_read:
-            self._bar.total = self._tokens_read + round(self._chars_left * self._tokens_read / self._chars_read)
+        self._to_come.read(unit, num_tokens)
+        if self._bar is not None:
+            self._bar.total = self._to_come.total
 
     def advance(self, num_tokens: int) -> None:
         if self._bar is not None:
             self._bar.update(num_tokens)
 
+    def published(self, shard: ShardInfo) -> None:
+        self._num_bytes += shard.num_bytes
+        if self._bar is not None:
+            parts = [f"{tqdm.format_sizeof(self._num_bytes, 'B')} written", *map(_gpu_text, _nvml.gpu_states())]
+            if self._num_set_aside:
+                parts.append(f"{self._num_set_aside} set aside")
+            self._bar.set_postfix_str(", ".join(parts), refresh=False)
+
+    def set_aside(self, failed: FailedUnit) -> None:
+        self._num_set_aside += 1
+        tqdm.write(f"unit {failed.unit} is set aside after {failed.attempts} attempts: {failed.reason}", file=sys.stderr)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _gpu_text(gpu: _nvml.GpuState) -> str:
+    memory = "" if gpu.memory_used_bytes is None else f" {tqdm.format_sizeof(gpu.memory_used_bytes, 'B')}"
+    busy = "" if gpu.utilization_percent is None else f" {gpu.utilization_percent}%"
+    return f"GPU {gpu.index}{memory}{busy}"
 
 
 def _interval() -> float:

@@ -26,6 +26,7 @@ class CutCounts:
         num_unsupervised: sequences skipped because none of their positions is supervised: chats, or windows of chats, in which
             the assistant says nothing.
         num_truncated_items, num_truncated_tokens: under policy `truncate`.
+        num_skipped: items and sequences left out because they make their unit fail, under `run.skip_poison`.
     """
 
     num_sequences: int = 0
@@ -33,6 +34,7 @@ class CutCounts:
     num_unsupervised: int = 0
     num_truncated_items: int = 0
     num_truncated_tokens: int = 0
+    num_skipped: int = 0
 
     def add(self, other: CutCounts) -> None:
         """Add another account to this one."""

@@ -15,22 +15,38 @@ if TYPE_CHECKING:
     from kdcache.capture.run import CaptureSummary
 
 
+RUN_FLAGS = {
+    "--rank": ("run.rank", "which of --world-size processes this one is, from 0"),
+    "--world-size": ("run.world_size", "processes that share the units: unit u is rank u mod N's"),
+    "--executor": ("run.executor", "local, or ray for the actors of a cluster"),
+    "--replicas": ("run.replicas", "with --executor ray: actors, each with a teacher of its own"),
+    "--max-failed": ("run.max_failed", "units that may fail and be set aside while the rest goes on"),
+}
+"""flag -> (the field that it sets, help): what differs between the processes of one capture, or between its runs."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
         "Run a teacher over text and write what it says into a cache.\n\n"
         "The work is cut into units, and each finished unit is a shard on disk. Stop it, kill it, run the same command\n"
-        "again: it goes on with the first unit that is not finished, and says so when there is nothing left to do."
+        "again: it goes on with the first unit that is not finished, and says so when there is nothing left to do.\n\n"
+        "Ctrl-C or SIGTERM stops it after the unit in work, with exit status 0; a second one stops it at once (130, 143).\n"
+        "Exit status 1: it came to its end, but units were set aside (see --max-failed)."
     )
     add_config_arguments(parser, CaptureConfig, example="capture-text.yaml")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan, the expected tokens, bytes and time; write nothing"
     )
     parser.add_argument("--probe", action="store_true", help="with --dry-run: load the teacher and time it on a few sequences")
+    for flag, (field, help_text) in RUN_FLAGS.items():
+        parser.add_argument(flag, metavar="N" if flag != "--executor" else "NAME", help=f"{help_text} (sets {field})")
 
 
 def run(args: argparse.Namespace) -> int:
     """Capture, or with --dry-run say what it would come to."""
+    given = ((field, getattr(args, flag.lstrip("-").replace("-", "_"))) for flag, (field, _) in RUN_FLAGS.items())
+    args.overrides = [*args.overrides, *(f"{field}={value}" for field, value in given if value is not None)]
     config = read_config(args, CaptureConfig)
     from kdcache.capture.progress import BarProgress
 
@@ -43,15 +59,24 @@ def run(args: argparse.Namespace) -> int:
         print("kdcache: --probe does something with --dry-run only", file=sys.stderr)
         return 2
     from kdcache.capture.run import run_capture
+    from kdcache.capture.signals import Interrupted, StopRequest, stopping_on_signals
 
-    print(_summary_text(run_capture(config, BarProgress())))
-    return 0
+    stop = StopRequest()
+    try:
+        with stopping_on_signals(stop):
+            summary = run_capture(config, BarProgress(), stop)
+    except Interrupted as interrupt:
+        print(f"\nkdcache: interrupted{': ' if interrupt.args else ''}{interrupt}", file=sys.stderr)
+        return 128 + interrupt.signum
+    print(_summary_text(config, summary))
+    return 1 if summary.set_aside and not summary.is_stopped else 0
 
 
-def _summary_text(summary: CaptureSummary) -> str:
-    manifest = summary.manifest
-    if summary.num_units_captured == 0:
-        return f"{summary.path}: nothing to do; all {count(summary.num_units, 'unit')} are published"
+def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:
+    manifest, run = summary.manifest, config.run
+    if summary.num_units_captured == summary.num_units_left == 0:
+        whose = f"rank {run.rank}'s units of " if run.world_size > 1 else ""
+        return f"{summary.path}: nothing to do; all {whose}{count(summary.num_units, 'unit')} are published"
     counts = summary.counts
     shown = {
         "cache": f"{summary.path}: {count(manifest.total('num_sequences'), 'sequence')}, "
@@ -64,11 +89,34 @@ def _summary_text(summary: CaptureSummary) -> str:
     left_out = [
         (counts.num_empty_items, "empty item", "skipped"),
         (counts.num_unsupervised, "sequence", "without a supervised position skipped"),
+        (counts.num_skipped, "sequence", f"that made units fail ({_names(summary)})"),
         (counts.num_truncated_tokens, "token", f"cut off {count(counts.num_truncated_items, 'item')} by policy 'truncate'"),
     ]
     shown["left out"] = "; ".join(f"{count(number, noun)} {what}" for number, noun, what in left_out if number)
-    shown["next"] = f"kdcache verify {summary.path}"
+    shown["workers"] = f"{count(summary.num_workers_lost, 'worker')} died; others did their units" * (
+        summary.num_workers_lost > 0
+    )
+    shown["set aside"] = "; ".join(f"unit {failed.unit}: {failed.reason}" for failed in summary.set_aside)
+    shown["next"] = _next_step(summary, run.world_size > 1)
     return rows({name: text for name, text in shown.items() if text})
+
+
+def _names(summary: CaptureSummary, most: int = 5) -> str:
+    """The first sequences that were left out, and where the others are named."""
+    names = ", ".join(sequence.source for sequence in summary.skipped[:most])
+    return names + ("" if len(summary.skipped) <= most else f", ...: kdcache info {summary.path} --skipped")
+
+
+def _next_step(summary: CaptureSummary, has_ranks: bool) -> str:
+    left = f"{count(summary.num_units_left, 'unit')} left"
+    if summary.is_stopped:
+        return f"stopped with {left}; run the same command again to go on"
+    if summary.num_units_left:
+        return f"{left}; run the same command again to try again"
+    missing = summary.manifest.plan.num_units - len(summary.manifest.shards)
+    if has_ranks and missing:
+        return f"this rank is done; of the others' units {missing:,} are not folded yet (the rank that ends last does it)"
+    return f"kdcache verify {summary.path}"
 
 
 def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:

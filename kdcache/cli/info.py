@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cli.wording import count, rows, size
+from kdcache.cli.wording import count, duration, rows, size
 
 if TYPE_CHECKING:
     from kdcache.format.manifest import Identity, Manifest
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Say what a cache holds: who spoke, over how much text, and what it costs. Reads the manifest alone."
     parser.add_argument("cache", metavar="CACHE", help="the cache's directory")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    parser.add_argument("--skipped", action="store_true", help="list the sequences that were left out, with the reason")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,6 +26,9 @@ def run(args: argparse.Namespace) -> int:
     from kdcache.store.summary import summarize_cache
 
     summary = summarize_cache(args.cache)
+    if args.skipped:
+        print("\n".join(f"{sequence.source}\t{sequence.reason}" for sequence in summary.skipped))
+        return 0
     print(_as_json(summary) if args.json else _as_text(args.cache, summary))
     return 0
 
@@ -50,8 +54,22 @@ def _as_text(path: str, summary: CacheSummary) -> str:
         "entropy": f"{_number(summary.entropy_floor, 4)} to {_number(summary.entropy_ceiling, 4)} nats per position",
         "NLL": f"{_number(summary.teacher_nll, 4)} nats per target, the text under the teacher",
     }
+    shown |= _account_rows(path, summary)
     columns = {f"  {name}": _number(value) for name, value in summary.column_bytes_per_position.items()}
     return f"{rows(shown)}\nbytes per position by column\n{rows(columns)}"
+
+
+def _account_rows(path: str, summary: CacheSummary) -> dict[str, str]:
+    cost, num_skipped = summary.cost, len(summary.skipped)
+    shown = {"set aside": "; ".join(f"unit {failed.unit}: {failed.reason}" for failed in summary.set_aside)}
+    if num_skipped:
+        shown["left out"] = f"{count(num_skipped, 'sequence')} that made units fail: kdcache info {path} --skipped"
+    if cost.wall_seconds is not None:
+        took = [f"{duration(cost.wall_seconds)} of work", f"{duration(cost.cpu_seconds or 0)} of CPU time"]
+        took += [f"{cost.gpu_seconds / 3600:,.2f} GPU-hours"] if cost.gpu_seconds is not None else []
+        took += [f"{cost.energy_joules / 3.6e6:,.3f} kWh of the GPUs"] if cost.energy_joules is not None else []
+        shown["took"] = ", ".join(took)
+    return {name: text for name, text in shown.items() if text}
 
 
 def _identity_rows(path: str, manifest: Manifest) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The command `kdcache`: find the subcommand, run it, turn errors into one sentence.
 
-Exit status: 0 done, 1 a check found damage, 2 wrong usage, config, input or cache, 130 interrupted. stdout carries results,
-stderr everything else. Only the module of the chosen subcommand is imported, so `--help` is instant.
+Exit status: 0 done, 1 a check found damage or a capture set units aside, 2 wrong usage, config, input or cache, 130 and 143
+interrupted. stdout carries results, stderr everything else. Only the module of the chosen subcommand is imported, so that
+`--help` is instant.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kdcache.errors import KdcacheError
 COMMANDS = {
     "capture": ("kdcache.cli.capture", "run a teacher over text and write what it says into a cache"),
     "info": ("kdcache.cli.info", "say what a cache holds"),
+    "fold": ("kdcache.cli.fold", "make what is published so far visible to readers"),
     "verify": ("kdcache.cli.verify", "re-read a whole cache and check every promise it makes"),
     "train": ("kdcache.cli.train", "train a student from a cache"),
     "evaluate": ("kdcache.cli.evaluate", "compare students with their teacher on held-out text"),

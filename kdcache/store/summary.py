@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcache.format.manifest import Manifest
+from kdcache.format.manifest import Manifest, SkippedSequence, UnitAccount
 from kdcache.store import chain
+from kdcache.store.set_aside import FailedUnit, read_failures
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class CacheSummary:
         entropy_floor, entropy_ceiling: nats; the teacher's mean entropy lies between them.
         teacher_nll: nats per target, of the text under the teacher, without the impossible targets.
         num_impossible_targets: targets that the teacher gives probability 0.
+        set_aside: units that failed and are not published.
+        skipped: sequences left out of published units because they made them fail.
+        cost: what the units took that say so.
     """
 
     manifest: Manifest
@@ -38,15 +42,35 @@ class CacheSummary:
     entropy_ceiling: float
     teacher_nll: float
     num_impossible_targets: int
+    set_aside: tuple[FailedUnit, ...]
+    skipped: tuple[SkippedSequence, ...]
+    cost: CaptureCost
+
+
+@dataclass(frozen=True)
+class CaptureCost:
+    """Sums over units; None where no unit says.
+
+    Attributes:
+        num_units: that keep an account.
+    """
+
+    num_units: int
+    wall_seconds: float | None
+    cpu_seconds: float | None
+    gpu_seconds: float | None
+    energy_joules: float | None
 
 
 def summarize_cache(path: str | Path) -> CacheSummary:
-    """Read the newest manifest and add up its shards.
+    """Read the newest manifest, and the records of failures where there are any, and add up the shards.
 
     Raises:
         CacheNotFoundError, CorruptCacheError, UnsupportedVersionError: see `newest_manifest`.
     """
-    manifest = chain.newest_manifest(Path(path))
+    root = Path(path)
+    manifest = chain.newest_manifest(root)
+    accounts = [shard.account for shard in manifest.shards if isinstance(shard.account, UnitAccount)]
     positions = manifest.total("num_positions")
 
     def per_position(total: float) -> float:
@@ -70,7 +94,21 @@ def summarize_cache(path: str | Path) -> CacheSummary:
         entropy_ceiling=per_position(manifest.total("entropy_ceiling_sum")),
         teacher_nll=-manifest.total("target_logprob_sum") / num_possible if num_possible else math.nan,
         num_impossible_targets=num_impossible,
+        set_aside=tuple(read_failures(root, published={shard.unit for shard in manifest.shards})),
+        skipped=tuple(sequence for account in accounts for sequence in account.skipped),
+        cost=_cost(accounts),
     )
+
+
+def _cost(accounts: list[UnitAccount]) -> CaptureCost:
+    def total(field: str) -> float | None:
+        known = [value for account in accounts if (value := getattr(account, field)) is not None]
+        return sum(known) if known else None
+
+    return CaptureCost(
+        num_units=len(accounts), wall_seconds=total("wall_seconds"), cpu_seconds=total("cpu_seconds"),
+        gpu_seconds=total("gpu_seconds"), energy_joules=total("energy_joules"),
+    )  # fmt: skip
 
 
 def _column_bytes(manifest: Manifest) -> dict[str, int]:

@@ -1,0 +1,280 @@
+"""Carry out a plan on the actors of a Ray cluster: each has a teacher of its own, takes a unit at a time and publishes it.
+
+The driver holds the plan and the account; no record passes through it. A unit is done when its journal record is on disk, so an
+actor that dies costs the unit in its hands and nothing else: the unit is given to another, and a new actor takes its place. The
+machines must share the input and output.path.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdcache.capture.executor import giving_up, open_writer
+from kdcache.capture.heartbeat import Heartbeat, end_process
+from kdcache.capture.inputs import InputReader
+from kdcache.capture.job import Job, load_job_tokenizer
+from kdcache.capture.plan import Plan, Unit
+from kdcache.capture.progress import CaptureProgress
+from kdcache.capture.signals import StopRequest
+from kdcache.capture.tally import CaptureSummary, Tally
+from kdcache.capture.unit import Reporter, TeacherSlot, UnitDone, UnitFailed, UnitWorker
+from kdcache.config.capture import CaptureConfig, RunConfig
+from kdcache.errors import CaptureError, KdcacheError, MissingDependencyError
+from kdcache.store import chain
+from kdcache.store.set_aside import FailedUnit
+from kdcache.store.writer import CacheWriter
+
+# Ray reads these when it is imported. It reports its use to its makers unless told not to; and without the second it hides all
+# GPUs from an actor that asks for none, with a warning that this will change.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+try:
+    import ray
+    from ray.exceptions import RayActorError, RayError, RayTaskError
+except ImportError as import_error:
+    raise MissingDependencyError("ray", extra="ray", purpose="run.executor 'ray'") from import_error
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS_PER_UNIT = 3
+"""Workers that may die with the same unit in their hands: a machine that is taken away is no fault of the unit, three are."""
+
+MAX_FAILED_STARTS = 3
+"""Workers in a row that may die before they are ready."""
+
+WAIT_SECONDS = 1.0
+"""Between two looks at whether a stop is asked for."""
+
+LEAVE_SECONDS = 30.0
+
+
+class CaptureWorker:
+    """What runs in an actor: one teacher, one writer. Calls come one after another, `ready` first."""
+
+    def __init__(self, config: CaptureConfig, plan: Plan, directory: str) -> None:
+        """Loads nothing: an error in here would reach the driver as a dead actor, and not as what it is."""
+        self._config, self._plan, self._directory = config, plan, directory
+        # The watch has no end: whatever an actor does for too long, it is of no use to the capture.
+        self._heart = Heartbeat(config.run.stall_seconds, end_process)
+        self._slot: TeacherSlot | None = None
+        self._worker: UnitWorker | None = None
+
+    def ready(self) -> int:
+        """Load the teacher and open the cache; the process id. Raises as `run_capture` does before it starts."""
+        os.chdir(self._directory)  # paths mean what they mean to the driver
+        job = Job(self._config, InputReader(self._config.input), load_job_tokenizer(self._config), self._plan)
+        self._slot = TeacherSlot(self._config)
+        reporter = Reporter(CaptureProgress(), StopRequest(), self._heart)
+        self._worker = UnitWorker(job, self._slot, open_writer(job, self._slot), reporter)
+        return os.getpid()
+
+    def capture(self, unit: Unit) -> UnitDone | FailedUnit:
+        """Publish a unit, or say why it could not be."""
+        assert self._worker is not None
+        self._heart.beat(f"capturing unit {unit.number}")
+        with self._heart.watching():
+            outcome = self._worker.capture(unit)
+        return outcome.record if isinstance(outcome, UnitFailed) else outcome
+
+    def close(self) -> None:
+        """Let the engine go in peace: it may have processes of its own."""
+        if self._slot is not None:
+            self._slot.close()
+
+
+@dataclass
+class _Replica:
+    """An actor as the driver sees it; `unit` is the one in its hands."""
+
+    name: str
+    actor: Any
+    pid: int | None = None
+    unit: Unit | None = None
+
+
+@dataclass
+class _Crew:
+    """The actors, what each is waited for, and the units that nobody has."""
+
+    make: Any
+    num_replicas: int
+    progress: CaptureProgress
+    waiting: deque[Unit] = field(default_factory=deque)
+    pending: dict[Any, _Replica] = field(default_factory=dict)
+    deaths: Counter[int] = field(default_factory=Counter)
+    num_made: int = 0
+    num_lost: int = 0
+    num_failed_starts: int = 0
+    leaving: list[Any] = field(default_factory=list)
+
+    def hire(self) -> None:
+        """As many actors as there are replicas, but no more than there is work for."""
+        while len(self.pending) < min(self.num_replicas, self.num_open):
+            replica = _Replica(f"worker-{self.num_made}", self.make())
+            self.num_made += 1
+            self.pending[replica.actor.ready.remote()] = replica
+
+    def give(self, replica: _Replica) -> None:
+        """The next unit, or leave to go."""
+        replica.unit = self.waiting.popleft() if self.waiting else None
+        if replica.unit is None:
+            self.dismiss(replica)
+            return
+        self.progress.worker(replica.name, replica.pid, replica.unit.number)
+        self.pending[replica.actor.capture.remote(replica.unit)] = replica
+
+    def dismiss(self, replica: _Replica) -> None:
+        """Nothing is left to do for it. Ray ends an actor that nobody holds, after what was asked of it before."""
+        self.progress.worker(replica.name, None, None)
+        self.leaving.append(replica.actor.close.remote())
+
+    def lose(self, replica: _Replica, error: Exception) -> None:
+        """An actor is gone."""
+        self.progress.worker(replica.name, None, None)
+        if replica.pid is None:
+            self.num_failed_starts += 1
+            if self.num_failed_starts >= MAX_FAILED_STARTS:
+                raise CaptureError(
+                    f"{self.num_failed_starts} workers in a row died before they were ready, the last one with: "
+                    f"{_first_line(error)}; see the logs of Ray"
+                ) from error
+        else:
+            self.num_lost += 1
+            unit = "no unit" if replica.unit is None else f"unit {replica.unit.number}"
+            log.warning("%s (pid %d) died with %s in its hands: %s", replica.name, replica.pid, unit, _first_line(error))
+
+    def verdict(self, unit: Unit) -> FailedUnit | None:
+        """What is to become of the unit of a dead actor: it goes to the front of the queue, or is given up as the cause."""
+        self.deaths[unit.number] += 1
+        num_deaths = self.deaths[unit.number]
+        if num_deaths < MAX_DEATHS_PER_UNIT:
+            self.waiting.appendleft(unit)
+            return None
+        reason = f"{num_deaths} workers died with it in their hands"
+        return FailedUnit(unit=unit.number, error="WorkerDied", reason=reason, attempts=num_deaths)
+
+    @property
+    def num_open(self) -> int:
+        """Units that nobody has, and those in somebody's hands."""
+        return len(self.waiting) + sum(replica.unit is not None for replica in self.pending.values())
+
+
+def capture_on_ray(job: Job, progress: CaptureProgress, stop: StopRequest) -> CaptureSummary:
+    """Spread the units over actors.
+
+    Raises:
+        As `run_capture`. CaptureError: there is no cluster at run.ray_address, or workers do not start.
+    """
+    is_ours = _connect(job.config.run)
+    try:
+        stop.reinstall()  # Ray sets handlers of its own when it starts
+        progress.loading(f"{job.config.teacher.model} in {job.config.run.replicas} workers")
+        crew = _Crew(_actor_maker(job), job.config.run.replicas, progress, deque(job.plan.units))
+        first = _wait_for_first(crew)
+        writer = CacheWriter.open(job.path, chain.read_manifest(job.path, 0))  # the first worker has started the cache
+        tally = Tally(job, writer, progress, stop)
+        crew.waiting = deque(tally.units)
+        with giving_up(tally, stop), stop.working():
+            crew.give(first)
+            _work(crew, tally, stop)
+            tally.summary.num_workers_lost = crew.num_lost
+            return tally.finish()
+    except RayError as error:
+        raise CaptureError(f"Ray failed: {_first_line(error)}; what is published stays") from error
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _connect(run: RunConfig) -> bool:
+    """Join or start a cluster; False where this process was in one already."""
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(address=run.ray_address, include_dashboard=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = "the default address" if run.ray_address is None else repr(run.ray_address)
+        raise CaptureError(f"run.ray_address: no Ray cluster at {where}: {_first_line(error)}") from error
+    return True
+
+
+def _actor_maker(job: Job) -> Any:
+    """What makes one more actor. It asks for as many GPUs as its teacher needs, on a cluster that has any."""
+    teacher = job.config.teacher
+    has_gpus = teacher.backend != "fake" and ray.cluster_resources().get("GPU", 0) > 0
+    options = {"num_cpus": 1, "num_gpus": teacher.tensor_parallel_size if has_gpus else 0}
+    kind: Any = ray.remote(CaptureWorker)
+    plan = ray.put(job.plan)  # once per machine, however many actors there are
+    return lambda: kind.options(max_restarts=0, max_task_retries=0, **options).remote(job.config, plan, os.getcwd())
+
+
+def _wait_for_first(crew: _Crew) -> _Replica:
+    """The first actor that has its teacher loaded and the cache open."""
+    while True:
+        crew.hire()
+        done, _ = ray.wait(list(crew.pending), num_returns=1, timeout=WAIT_SECONDS)
+        for future in done:
+            replica = crew.pending.pop(future)
+            if _answer(crew, replica, future) is not None:
+                return replica
+
+
+def _answer(crew: _Crew, replica: _Replica, future: Any) -> Any:
+    """What an actor says; None where it is dead."""
+    try:
+        answer: Any = ray.get(future)
+    except RayActorError as error:
+        crew.lose(replica, error)
+        return None
+    except RayTaskError as error:
+        raise _own_error(error) from error
+    if replica.pid is None:
+        replica.pid, crew.num_failed_starts = answer, 0
+    return answer
+
+
+def _own_error(error: RayTaskError) -> KdcacheError:
+    """The error of ours that ended a task, or one that says which other did."""
+    cause = error.cause
+    return cause if isinstance(cause, KdcacheError) else CaptureError(f"a worker failed: {_first_line(cause)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _work(crew: _Crew, tally: Tally, stop: StopRequest) -> None:
+    """Until every unit is over, or, when a stop is asked for, those in work are."""
+    while crew.num_open:
+        if stop.is_requested:
+            crew.waiting.clear()
+        crew.hire()
+        done, _ = ray.wait(list(crew.pending), num_returns=1, timeout=WAIT_SECONDS) if crew.pending else ([], [])
+        for future in done:
+            _take(crew, crew.pending.pop(future), future, tally)
+    for replica in crew.pending.values():  # not ready yet, and not needed any more
+        ray.kill(replica.actor)
+    if crew.leaving:
+        ray.wait(crew.leaving, num_returns=len(crew.leaving), timeout=LEAVE_SECONDS)
+
+
+def _take(crew: _Crew, replica: _Replica, future: Any, tally: Tally) -> None:
+    """What one actor has to say: it is ready, it is through with its unit, or it is dead."""
+    unit = replica.unit
+    answer = _answer(crew, replica, future)
+    if unit is not None and answer is None:
+        failed = crew.verdict(unit)
+        if failed is not None:
+            tally.add(UnitFailed(failed, None))
+    elif unit is not None:
+        if isinstance(answer, UnitDone):
+            crew.progress.start_unit(unit, answer.num_tokens)
+            crew.progress.advance(answer.num_tokens)
+        tally.add(UnitFailed(answer, None) if isinstance(answer, FailedUnit) else answer)
+    if answer is not None:
+        crew.give(replica)

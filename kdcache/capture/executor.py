@@ -1,0 +1,60 @@
+"""Carry out a plan in this process: every unit, or those of one static rank."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+from kdcache.capture.heartbeat import Heartbeat, interrupting
+from kdcache.capture.job import Job, check_fits, first_manifest
+from kdcache.capture.progress import CaptureProgress
+from kdcache.capture.signals import Interrupted, StopRequest
+from kdcache.capture.tally import CaptureSummary, Tally
+from kdcache.capture.unit import Reporter, TeacherSlot, UnitWorker
+from kdcache.errors import CaptureError
+from kdcache.store.writer import CacheWriter
+
+
+def capture_here(job: Job, progress: CaptureProgress, stop: StopRequest) -> CaptureSummary:
+    """Load the teacher and capture this process's units, one after another.
+
+    Raises:
+        As `run_capture`.
+    """
+    heart = Heartbeat(job.config.run.stall_seconds, interrupting(stop, threading.get_ident()))
+    progress.loading(job.config.teacher.model)
+    with heart.watching(), closing(TeacherSlot(job.config)) as slot:
+        writer = open_writer(job, slot)
+        worker = UnitWorker(job, slot, writer, Reporter(progress, stop, heart))
+        tally = Tally(job, writer, progress, stop)
+        with giving_up(tally, stop), stop.working():
+            for unit in tally.units:
+                if stop.is_requested:
+                    break
+                tally.add(worker.capture(unit))
+            heart.beat("folding")
+            return tally.finish()
+
+
+def open_writer(job: Job, slot: TeacherSlot) -> CacheWriter:
+    """A writer of the job's cache, which is started if it is not there; raises MismatchError where it is another capture's."""
+    check_fits(job.config, slot.teacher.identity)
+    manifest = first_manifest(job, slot.teacher.identity)
+    return CacheWriter.open(job.path, manifest, record_batch_bytes=job.config.output.record_batch_bytes)
+
+
+@contextmanager
+def giving_up(tally: Tally, stop: StopRequest) -> Iterator[None]:
+    """Fold what is published when the run fails, and say what an interrupt means."""
+    try:
+        yield
+    except BaseException as error:
+        tally.give_up()
+        if isinstance(error, KeyboardInterrupt) and stop.stalled is not None:
+            raise CaptureError(f"{stop.stalled}; {tally.how_to_go_on}") from error
+        if isinstance(error, KeyboardInterrupt):
+            interrupt = Interrupted(tally.how_to_go_on)
+            interrupt.signum = error.signum if isinstance(error, Interrupted) else Interrupted.signum
+            raise interrupt from error
+        raise

@@ -1,0 +1,37 @@
+"""What a unit takes: wall and CPU time, and of GPUs, where they can be read, time and energy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from kdcache.capture import _nvml
+from kdcache.config.capture import TeacherConfig
+from kdcache.format.manifest import SkippedSequence, UnitAccount
+
+
+def gpus_held(teacher: TeacherConfig) -> int:
+    """GPUs that the teacher's engine holds here; 0 where none can be read."""
+    return 0 if teacher.backend == "fake" else min(teacher.tensor_parallel_size, _nvml.num_gpus())
+
+
+def start_meter(num_gpus: int) -> Callable[[Sequence[SkippedSequence]], UnitAccount]:
+    """Start counting; the function that it gives says what has been used since, with the sequences that were left out.
+
+    CPU time is that of this process: of an engine with processes of its own it counts our side.
+    """
+    wall, cpu = time.perf_counter(), time.process_time()
+    energy = _nvml.energy_joules(num_gpus) if num_gpus else None
+
+    def account(skipped: Sequence[SkippedSequence]) -> UnitAccount:
+        seconds = time.perf_counter() - wall
+        energy_now = _nvml.energy_joules(num_gpus) if energy is not None else None
+        return UnitAccount(
+            wall_seconds=round(seconds, 3),
+            cpu_seconds=round(time.process_time() - cpu, 3),
+            gpu_seconds=round(seconds * num_gpus, 3) if num_gpus else None,
+            energy_joules=None if energy is None or energy_now is None else round(energy_now - energy, 3),
+            skipped=tuple(skipped),
+        )
+
+    return account

@@ -1,0 +1,88 @@
+"""Stopping a capture: gracefully at the end of the unit in work, or at once. Nothing that is published is lost either way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the capture at once.
+
+    Attributes:
+        signum: which; the exit status of the command is 128 more.
+    """
+
+    signum: int = signal.SIGINT
+
+
+class StopRequest:
+    """What a capture asks between two units, and what ends it in the middle of one.
+
+    Attributes:
+        is_requested: finish the unit in work, then stop.
+        is_working: a unit is in work: there is something to finish.
+        stalled: why the capture must end now, where its watch has decided so.
+        owns_process: the process is there for this capture alone and may be ended where nothing else helps.
+        reinstall: puts the handlers of `stopping_on_signals` in place again, for who starts a library that sets its own.
+    """
+
+    def __init__(self) -> None:
+        self.is_requested = self.is_working = self.owns_process = False
+        self.stalled: str | None = None
+        self.reinstall: Callable[[], None] = lambda: None
+
+    def request(self) -> None:
+        """Stop at the next unit. From any thread, or from a signal handler."""
+        self.is_requested = True
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """While units are captured."""
+        self.is_working = True
+        try:
+            yield
+        finally:
+            self.is_working = False
+
+
+@contextmanager
+def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the capture to stop; a second one, or one before the first unit, raises Interrupted.
+
+    Does nothing outside the main thread, where Python runs no handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if not stop.is_working or stop.is_requested or stop.stalled is not None:
+            _restore(before)  # a third one is not ours to hold up
+            interrupt = Interrupted()
+            interrupt.signum = number
+            raise interrupt
+        stop.request()
+        name = signal.Signals(number).name
+        # Not print: the signal may have come while something was printed, and Python's streams refuse to be entered twice.
+        os.write(2, f"\nkdcache: {name}: stopping after the unit in work; once more stops at once\n".encode())
+
+    stop.reinstall = lambda: _restore(dict.fromkeys(SIGNALS, handle))
+    stop.reinstall()
+    stop.owns_process = True
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def _restore(handlers: dict[signal.Signals, signal._HANDLER]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

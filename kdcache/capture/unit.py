@@ -1,0 +1,274 @@
+"""One unit: items -> sequences -> the teacher's answers -> shard; again where that fails; without its poison where asked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kdcache.capture.content import Item
+from kdcache.capture.heartbeat import Heartbeat
+from kdcache.capture.job import Job, selection_info
+from kdcache.capture.meter import gpus_held, start_meter
+from kdcache.capture.plan import Unit
+from kdcache.capture.poison import find_poison
+from kdcache.capture.progress import CaptureProgress
+from kdcache.capture.sequences import CutCounts, make_sequences
+from kdcache.capture.signals import StopRequest
+from kdcache.config.capture import CaptureConfig
+from kdcache.errors import (
+    CaptureError,
+    ConfigError,
+    FormatError,
+    InputError,
+    KdcacheError,
+    MismatchError,
+    MissingDependencyError,
+    TeacherError,
+)
+from kdcache.format.manifest import ShardInfo, SkippedSequence, TeacherIdentity
+from kdcache.format.record import SequenceRecord, TokenSequence, check_distributions
+from kdcache.store.admission import check_record
+from kdcache.store.rows import fixed_entries
+from kdcache.store.set_aside import FailedUnit
+from kdcache.store.writer import CacheWriter
+from kdcache.teacher import load_teacher
+from kdcache.teacher.base import Teacher
+
+log = logging.getLogger(__name__)
+
+
+class TeacherLostError(CaptureError):
+    """The teacher did not survive a failure, and there is none to go on with."""
+
+
+@dataclass(frozen=True)
+class UnitDone:
+    """A unit that is published.
+
+    Attributes:
+        counts: what became of its items.
+        num_tokens: that the teacher read for the shard.
+    """
+
+    shard: ShardInfo
+    counts: CutCounts
+    num_tokens: int
+    skipped: tuple[SkippedSequence, ...] = ()
+
+
+@dataclass(frozen=True)
+class UnitFailed:
+    """A unit that is given up for this run; `error` is None where it happened in another process."""
+
+    record: FailedUnit
+    error: Exception | None
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Whom a worker tells and asks while it is at work."""
+
+    progress: CaptureProgress
+    stop: StopRequest
+    heart: Heartbeat
+
+
+class TeacherSlot:
+    """The teacher, and its replacement when an engine does not survive a failure. Close it."""
+
+    def __init__(self, config: CaptureConfig) -> None:
+        """Load the teacher; raises as `load_teacher`."""
+        self._config = config
+        self.teacher: Teacher = load_teacher(config.teacher)
+
+    def mend(self) -> None:
+        """After a failure: load the teacher again, unless it still takes requests.
+
+        Raises:
+            TeacherLostError: it does not load again, or is another one now.
+        """
+        try:
+            list(self.teacher.score([], selection_info(self._config)))
+            return
+        except KdcacheError as error:
+            log.warning("the teacher does not take requests any more (%s); loading it again", error)
+        identity = self.teacher.identity
+        self.teacher.close()
+        try:
+            self.teacher = load_teacher(self._config.teacher)
+        except KdcacheError as error:
+            raise TeacherLostError(f"the teacher failed and could not be loaded again: {error}") from error
+        if self.teacher.identity != identity:
+            raise TeacherLostError(f"the teacher {identity.model!r} was loaded again after a failure and is another one now")
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self.teacher.close()
+
+
+class UnitWorker:
+    """Captures units of one job with one teacher into one cache."""
+
+    def __init__(self, job: Job, slot: TeacherSlot, writer: CacheWriter, reporter: Reporter) -> None:
+        self._job, self._slot, self._writer = job, slot, writer
+        self._progress, self._stop, self._heart = reporter.progress, reporter.stop, reporter.heart
+        self._num_gpus = gpus_held(job.config.teacher)
+        self._answered = 0
+
+    def capture(self, unit: Unit) -> UnitDone | UnitFailed:
+        """Publish a unit, or say why it could not be.
+
+        Raises:
+            KdcacheError: what is no matter of this unit: the disk, the config, a teacher that does not come back.
+        """
+        run = self._job.config.run
+        attempts, error = 0, None
+        while error is None or self._is_worth_another_try(error, attempts):
+            attempts += 1
+            try:
+                return self._capture(unit)
+            except Exception as caught:
+                error = caught
+                self._after_failure(unit, attempts, error)
+        if run.skip_poison and not self._stop.is_requested:
+            attempts += 1
+            try:
+                return self._capture_without_poison(unit)
+            except Exception as caught:
+                error = caught
+                self._after_failure(unit, attempts, error)
+        record = FailedUnit(unit=unit.number, error=type(error).__name__, reason=reason_of(error), attempts=attempts)
+        return UnitFailed(record, error)
+
+    def _is_worth_another_try(self, error: Exception, attempts: int) -> bool:
+        # The same text is as wrong the second time; a file that could not be read may come back.
+        is_final = isinstance(error, InputError) and not isinstance(error.__cause__, OSError)
+        return attempts <= self._job.config.run.retries and not is_final and not self._stop.is_requested
+
+    def _capture(self, unit: Unit) -> UnitDone:
+        account = start_meter(self._num_gpus)
+        sequences, counts = self._sequences(self._job.reader.read(unit))
+        self._progress.start_unit(unit, _num_tokens(sequences))
+        records = self._records(sequences, f"capturing unit {unit.number}")
+        shard = self._writer.write_unit(unit.number, records, account=lambda: account(()))
+        return UnitDone(shard, counts, _num_tokens(sequences))
+
+    def _capture_without_poison(self, unit: Unit) -> UnitDone:
+        """Item by item into tokens, then half by half to the teacher; what fails alone is left out and named."""
+        account = start_meter(self._num_gpus)
+        sequences, counts, skipped = self._readable(self._job.reader.read(unit))
+        poison = find_poison(len(sequences), lambda start, stop: self._attempt(sequences[start:stop]))
+        skipped += [SkippedSequence(source=sequences[i].source, reason=reason_of(poison[i])) for i in sorted(poison)]
+        for sequence in skipped:
+            log.warning("unit %d: %s is left out: %s", unit.number, sequence.source, sequence.reason)
+        sound = [sequence for index, sequence in enumerate(sequences) if index not in poison]
+        counts.num_sequences -= len(poison)
+        counts.num_skipped = len(skipped)
+        records = self._records(sound, f"capturing unit {unit.number} without its poison")
+        shard = self._writer.write_unit(unit.number, records, account=lambda: account(skipped))
+        return UnitDone(shard, counts, _num_tokens(sound), tuple(skipped))
+
+    def _sequences(self, items: Sequence[Item]) -> tuple[list[TokenSequence], CutCounts]:
+        vocab_size = self._slot.teacher.identity.vocab_size
+        return make_sequences(items, tokenizer=self._job.tokenizer, config=self._job.config.input, vocab_size=vocab_size)
+
+    def _readable(self, items: Sequence[Item]) -> tuple[list[TokenSequence], CutCounts, list[SkippedSequence]]:
+        made: list[TokenSequence] = []
+        counts, skipped = CutCounts(), []
+        for item in items:
+            try:
+                sequences, of_item = self._sequences([item])
+            except InputError as error:
+                skipped.append(SkippedSequence(source=item.source, reason=reason_of(error)))
+                continue
+            made += sequences
+            counts.add(of_item)
+        return made, counts, skipped
+
+    def _attempt(self, sequences: Sequence[TokenSequence]) -> Exception | None:
+        """What goes wrong when these are asked together; their answers are not kept."""
+        identity, fixed = self._slot.teacher.identity, fixed_entries(selection_info(self._job.config))
+        try:
+            for record in self._records(sequences, "looking for the sequences that make a unit fail"):
+                check_record(record, vocab_size=identity.vocab_size, fixed_entries=fixed)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            self._slot.mend()
+            return error
+        finally:
+            self._take_back()
+        return None
+
+    def _records(self, sequences: Sequence[TokenSequence], doing: str) -> Iterator[SequenceRecord]:
+        """The teacher's answers; each one beats the heart and moves the bar."""
+        self._answered = 0
+        self._heart.beat(doing)
+        for record in score_records(sequences, self._slot.teacher, self._job.config):
+            self._heart.beat()
+            yield record
+            self._answered += record.sequence.num_tokens
+            self._progress.advance(record.sequence.num_tokens)
+        self._heart.beat(f"{doing}: writing")
+
+    def _after_failure(self, unit: Unit, attempt: int, error: Exception) -> None:
+        self._take_back()
+        if is_fatal(error):
+            raise error
+        log.warning("unit %d failed, attempt %d: %s", unit.number, attempt, reason_of(error))
+        if not self._stop.is_requested:
+            self._slot.mend()
+
+    def _take_back(self) -> None:
+        if self._answered:
+            self._progress.advance(-self._answered)
+        self._answered = 0
+
+
+def score_records(sequences: Sequence[TokenSequence], teacher: Teacher, config: CaptureConfig) -> Iterator[SequenceRecord]:
+    """The teacher's answer to each sequence, checked, as it comes.
+
+    Raises:
+        TeacherError: an answer breaks the contract of `kdcache.teacher.base`, or answers are missing.
+    """
+    if not sequences:
+        return
+    answers = teacher.score(sequences, selection_info(config))
+    for sequence in sequences:
+        distributions = next(answers, None)
+        if distributions is None:
+            raise TeacherError(f"{sequence.source}: the teacher {teacher.identity.model!r} gave no answer")
+        record = SequenceRecord(sequence, distributions)
+        _check_answer(record, teacher.identity)
+        yield record
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether an error would meet every other unit too: what is asked for, what is installed, what the disk says."""
+    if isinstance(error, CaptureError) and isinstance(error.__cause__, OSError):
+        return True
+    return isinstance(error, (ConfigError, MissingDependencyError, MismatchError, TeacherLostError))
+
+
+def reason_of(error: BaseException) -> str:
+    """One sentence for a record; with the type's name where the error is not one of ours."""
+    text = str(error) if isinstance(error, KdcacheError) else f"{type(error).__name__}: {error}"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _num_tokens(sequences: Sequence[TokenSequence]) -> int:
+    return sum(sequence.num_tokens for sequence in sequences)
+
+
+def _check_answer(record: SequenceRecord, teacher: TeacherIdentity) -> None:
+    sequence, distributions = record.sequence, record.distributions
+    try:
+        check_distributions(distributions, vocab_size=teacher.vocab_size)
+    except FormatError as error:
+        raise TeacherError(f"{sequence.source}: the teacher {teacher.model!r} gave a wrong answer: {error}") from error
+    asked = int(sequence.supervised_N.sum())
+    if distributions.num_positions != asked:
+        raise TeacherError(
+            f"{sequence.source}: the teacher {teacher.model!r} answered {distributions.num_positions} of {asked} positions"
+        )
