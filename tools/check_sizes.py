@@ -17,7 +17,7 @@ FOLDERS = ("kdcache", "tools")
 
 # Functions of the public surface that are called with keywords, in the manner of torch.nn.functional: an options object there
 # would be one more name to learn and would not read better.
-MORE_PARAMETERS = {"sparse_kd_loss": 12, "fused_sparse_kd_loss": 14}
+MORE_PARAMETERS = {"sparse_kd_loss": 14, "fused_sparse_kd_loss": 18}
 
 
 @dataclass(frozen=True)

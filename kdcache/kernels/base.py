@@ -5,15 +5,16 @@ Shape letters: P positions (rows), K entries per position (padded), V the studen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kdcache.errors import LossError
+from kdcache.kernels.divergences import TAIL_POLICIES, Divergence, ForwardKL
 
-TAIL_POLICIES = ("drop", "renormalize", "bucket")
 PADDING_ID = -1
 NO_LABEL = -100
 
@@ -23,24 +24,40 @@ _LARGEST_LOGPROB = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Which function of student and teacher a row's loss is: alpha * KL(teacher || student) + (1 - alpha) * CE(label).
+    """Which function of student and teacher a row's loss is: alpha T^2 L(teacher, student at T) + (1 - alpha) CE(label).
 
     Attributes:
-        tail: one of TAIL_POLICIES; what the KL does with the teacher's mass outside the support, see `reference`.
+        tail: one of TAIL_POLICIES; what the divergence does with the teacher's mass outside the support, see `reference`.
         alpha: in [0, 1].
+        divergence: L, and its options.
+        temperature: T, above 0. The student's logits are divided by it; the targets' masses must be those of the teacher at T.
 
     Raises:
-        LossError: an unknown tail policy or an alpha outside [0, 1].
+        LossError: an unknown tail policy or one that is wrong for the divergence; an alpha outside [0, 1]; a temperature that
+            is impossible, or other than 1 for a divergence without one; a divergence for which the record is not enough.
     """
 
     tail: str = "bucket"
     alpha: float = 1.0
+    divergence: Divergence = field(default_factory=ForwardKL)
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        name, needs = self.divergence.name, self.divergence.requirements
         if self.tail not in TAIL_POLICIES:
             raise LossError(f"tail is {self.tail!r}, but must be one of {', '.join(map(repr, TAIL_POLICIES))}")
         if not 0.0 <= self.alpha <= 1.0:
             raise LossError(f"alpha is {self.alpha!r}, but must be from 0 (labels only) to 1 (teacher only)")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise LossError(f"temperature is {self.temperature!r}, but must be finite and above 0")
+        if needs.tail_sample:
+            raise LossError(f"{name} needs a sample of the teacher's tail, which this record does not hold: {needs.because}")
+        if self.tail not in needs.tails:
+            raise LossError(
+                f"{name} with tail {self.tail!r} would be wrong: {needs.because}; use {' or '.join(map(repr, needs.tails))}"
+            )
+        if self.temperature != 1 and not needs.temperature:
+            raise LossError(f"{name} at temperature {self.temperature!r} has no meaning: {needs.because}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

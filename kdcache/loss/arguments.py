@@ -16,6 +16,10 @@ from kdcache.kernels.base import Objective, Targets, make_targets
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "numba", "torch")
+TARGET_KINDS = ("exact", "unbiased")
+
+# Rounding of float32 logprobs adds far less than this to the mass of a support.
+_LARGEST_MASS = 1.0 + 1e-3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,24 +52,82 @@ class TargetTensors:
         )
 
 
-def check_options(objective: Objective, targets: TargetTensors, *, temperature: float, reduction: str, backend: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a loss is asked for, beside its tensors; see `sparse_kd_loss`."""
+
+    objective: Objective
+    reduction: str
+    backend: str
+    targets: str
+
+
+def check_options(options: Options, targets: TargetTensors) -> None:
     """Raise LossError for an option that is unknown or impossible here."""
-    if temperature != 1.0:
-        raise LossError(
-            f"temperature is {temperature!r}, but only 1.0 is possible: the normaliser of a truncated teacher at another "
-            "temperature cannot be recovered from the cache"
-        )
-    if reduction not in REDUCTIONS:
-        raise LossError(f"reduction is {reduction!r}, but must be one of {', '.join(map(repr, REDUCTIONS))}")
-    if backend not in BACKENDS:
-        raise LossError(f"backend is {backend!r}, but must be one of {', '.join(map(repr, BACKENDS))}")
+    objective = options.objective
+    for name, value, known in (
+        ("reduction", options.reduction, REDUCTIONS),
+        ("backend", options.backend, BACKENDS),
+        ("targets", options.targets, TARGET_KINDS),
+    ):
+        if value not in known:
+            raise LossError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, known))}")
     if objective.alpha < 1 and targets.labels_P is None:
         raise LossError(
             f"alpha is {objective.alpha!r}, which mixes in the labels, but labels_P is not given; pass it, or alpha=1.0"
         )
+    if options.targets == "unbiased":
+        _check_unbiased(objective)
 
 
-def check_tensors(student: Tensor, targets: TargetTensors) -> None:
+def _check_unbiased(objective: Objective) -> None:
+    name, needs = objective.divergence.name, objective.divergence.requirements
+    if not needs.unbiased:
+        raise LossError(
+            f"{name} cannot be computed from unbiased targets: {needs.because}; pass the exact entries alone, with their own "
+            "tail mass, or use 'forward_kl'"
+        )
+    if objective.tail != "drop":
+        raise LossError(
+            f"tail is {objective.tail!r}, but unbiased targets hold the tail in their entries, and would count it twice; "
+            "use 'drop'"
+        )
+    if objective.temperature != 1:
+        raise LossError(
+            f"temperature is {objective.temperature!r}, but unbiased targets were sampled at 1 and stand for no other; capture "
+            "exact entries"
+        )
+
+
+def at_temperature(targets: TargetTensors, log_z_P: Tensor | None, objective: Objective) -> TargetTensors:
+    """The teacher at the objective's temperature T: logprob / T - log_z, and the tail's mass is what is then missing to 1.
+
+    Raises:
+        LossError: T is not 1 and log_z_P is not given, or it is that of another temperature (looked at on a CPU only).
+    """
+    temperature = objective.temperature
+    if temperature == 1:
+        return targets
+    if log_z_P is None:
+        raise LossError(
+            f"temperature is {temperature!r}, but log_z_P is not given: the normaliser of a truncated teacher at another "
+            "temperature cannot be recovered from its entries; capture it, or use temperature 1.0"
+        )
+    stored_PK = targets.token_ids_PK >= 0
+    logprobs_PK = targets.logprobs_PK.detach().double() / temperature - log_z_P.detach().double()[:, None]
+    logprobs_PK = logprobs_PK.masked_fill(~stored_PK, -torch.inf)
+    mass_P = logprobs_PK.exp().sum(dim=1)
+    if mass_P.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((mass_P <= _LARGEST_MASS).all()):
+        row = int((~(mass_P <= _LARGEST_MASS)).int().argmax())
+        raise LossError(
+            f"row {row} has the mass {mass_P[row].item():.6g} on its support at temperature {temperature!r}; log_z_P must be "
+            "logsumexp(logprobs / temperature) over the whole vocabulary, for this temperature"
+        )
+    tail_mass_P = (1 - mass_P).clamp(0, 1).float()
+    return replace(targets, logprobs_PK=logprobs_PK.clamp_max(0).float(), tail_mass_P=tail_mass_P)
+
+
+def check_tensors(student: Tensor, targets: TargetTensors, log_z_P: Tensor | None = None) -> None:
     """Raise LossError unless shapes and devices fit; `student` has one row per position. Looks at no values.
 
     Raises:
@@ -76,10 +138,15 @@ def check_tensors(student: Tensor, targets: TargetTensors) -> None:
         raise LossError(
             f"token_ids_PK has the shape {ids_shape}, but {num_rows} rows of the student need ({num_rows}, entries)"
         )
-    expected = {"token_ids_PK": ids_shape, "logprobs_PK": ids_shape, "tail_mass_P": (num_rows,)}
+    expected = {
+        "token_ids_PK": ids_shape,
+        "logprobs_PK": ids_shape,
+        "tail_mass_P": (num_rows,),
+    }
     expected |= {"labels_P": (num_rows,), "weights_P": (num_rows,)}
-    for name, shape in expected.items():
-        tensor = getattr(targets, name)
+    given = {name: getattr(targets, name) for name in expected} | {"log_z_P": log_z_P}
+    for name, shape in (expected | {"log_z_P": (num_rows,)}).items():
+        tensor = given[name]
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:
@@ -96,7 +163,10 @@ def choose_backend(backend: str, student: Tensor) -> str:
     Raises:
         LossError: `numba` was asked for by name, and cannot take this device or dtype.
     """
-    fits = student.device.type == "cpu" and student.dtype in (torch.float32, torch.bfloat16)
+    fits = student.device.type == "cpu" and student.dtype in (
+        torch.float32,
+        torch.bfloat16,
+    )
     if backend == "numba" and not fits:
         raise LossError(
             f"the numba backend takes float32 or bfloat16 on a CPU, not {student.dtype} on {student.device}; use 'torch'"
@@ -118,7 +188,10 @@ def to_kernel_targets(targets: TargetTensors, vocab_size: int, scales_P: Tensor)
     Raises:
         LossError: as `make_targets`.
     """
-    return replace(_to_checked(targets, vocab_size), weights_P=np.require(_to_numpy(scales_P), np.float64, ["C", "W"]))
+    return replace(
+        _to_checked(targets, vocab_size),
+        weights_P=np.require(_to_numpy(scales_P), np.float64, ["C", "W"]),
+    )
 
 
 def _to_checked(targets: TargetTensors, vocab_size: int) -> Targets:

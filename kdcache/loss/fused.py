@@ -19,8 +19,9 @@ from torch import Tensor
 from kdcache.errors import LossError
 from kdcache.kernels import get_backend
 from kdcache.kernels.base import Objective
+from kdcache.kernels.divergences import Divergence, get_divergence
 from kdcache.loss import arguments, torch_rows
-from kdcache.loss.arguments import TargetTensors
+from kdcache.loss.arguments import Options, TargetTensors
 from kdcache.loss.sparse_kd import kernel_view, refuse_second_derivative, scale_gradient
 
 
@@ -32,11 +33,14 @@ def fused_sparse_kd_loss(
     tail_mass_P: Tensor | None = None,
     *,
     bias: Tensor | None = None,
+    divergence: str | Divergence = "forward_kl",
     labels_P: Tensor | None = None,
     tail: str = "bucket",
     alpha: float = 1.0,
     temperature: float = 1.0,
+    log_z_P: Tensor | None = None,
     weights_P: Tensor | None = None,
+    targets: str = "exact",
     reduction: str = "mean",
     backend: str = "auto",
     chunk_size: int = 512,
@@ -61,23 +65,24 @@ def fused_sparse_kd_loss(
     Raises:
         LossError: an argument is impossible, or does not fit the others.
     """
-    objective = Objective(tail, alpha)
+    objective = Objective(tail, alpha, get_divergence(divergence), float(temperature))
     _check_projection(hidden_PH, weight_VH, bias)
-    targets = _gather_targets(hidden_PH, (token_ids_PK, logprobs_PK, tail_mass_P), labels_P, weights_P, alpha)
-    arguments.check_options(objective, targets, temperature=temperature, reduction=reduction, backend=backend)
+    teacher = _gather_targets(hidden_PH, (token_ids_PK, logprobs_PK, tail_mass_P), labels_P, weights_P, alpha)
+    arguments.check_options(Options(objective, reduction, backend, targets), teacher)
     if reduction == "none":
         raise LossError(
             "reduction='none' is not possible in the fused loss, whose gradients are summed over rows; use weights_P"
         )
     if chunk_size < 1:
         raise LossError(f"chunk_size is {chunk_size}, but must be at least 1")
-    arguments.check_tensors(hidden_PH, targets)
-    scales_P = arguments.row_scales(targets, reduction)
+    arguments.check_tensors(hidden_PH, teacher, log_z_P)
+    teacher = arguments.at_temperature(teacher, log_z_P, objective)
+    scales_P = arguments.row_scales(teacher, reduction)
     if arguments.choose_backend(backend, hidden_PH) == "numba":
-        step: RowStep = _NumbaStep(arguments.to_kernel_targets(targets, len(weight_VH), scales_P), objective)
+        step: RowStep = _NumbaStep(arguments.to_kernel_targets(teacher, len(weight_VH), scales_P), objective)
     else:
-        arguments.check_values(targets, len(weight_VH))
-        step = _TorchStep(targets, objective, scales_P)
+        arguments.check_values(teacher, len(weight_VH))
+        step = _TorchStep(teacher, objective, scales_P)
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden_PH, weight_VH, bias))
     loss = _FusedRows.apply(hidden_PH, weight_VH, bias, step, wanted, chunk_size)
     assert isinstance(loss, Tensor)
@@ -98,10 +103,19 @@ class _NumbaStep:
     objective: Objective
 
     def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
-        part, losses_C = self.targets.rows(start, start + len(logits_CV)), np.empty(len(logits_CV))
+        part, losses_C = (
+            self.targets.rows(start, start + len(logits_CV)),
+            np.empty(len(logits_CV)),
+        )
         kernels = get_backend("numba")
         run = kernels.row_losses_and_gradients if want_gradient else kernels.row_losses
-        run(kernel_view(logits_CV), part, self.objective, losses_C, torch.get_num_threads())
+        run(
+            kernel_view(logits_CV),
+            part,
+            self.objective,
+            losses_C,
+            torch.get_num_threads(),
+        )
         return torch.tensor((losses_C * part.weights_P).sum(), dtype=torch.float64), logits_CV
 
 
@@ -112,7 +126,10 @@ class _TorchStep:
     scales_P: Tensor
 
     def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
-        part, scales_C = self.targets.rows(start, start + len(logits_CV)), self.scales_P[start : start + len(logits_CV)]
+        part, scales_C = (
+            self.targets.rows(start, start + len(logits_CV)),
+            self.scales_P[start : start + len(logits_CV)],
+        )
         with torch.set_grad_enabled(want_gradient):
             logits_CV = logits_CV.detach().requires_grad_(want_gradient)
             losses_C = torch_rows.row_losses(logits_CV, part, self.objective)
@@ -161,7 +178,12 @@ class _Gradients:
     bias_V: Tensor | None
 
     @classmethod
-    def zeros(cls, inputs: tuple[Tensor, Tensor, Tensor | None], wanted: tuple[bool, ...], chunk_size: int) -> _Gradients:
+    def zeros(
+        cls,
+        inputs: tuple[Tensor, Tensor, Tensor | None],
+        wanted: tuple[bool, ...],
+        chunk_size: int,
+    ) -> _Gradients:
         hidden_PH, weight_VH, bias_V = inputs
         # A sum over many chunks in 8 bits of mantissa loses the later ones; one chunk is rounded once in any case.
         half = hidden_PH.dtype in (torch.bfloat16, torch.float16) and len(hidden_PH) > chunk_size
@@ -214,7 +236,10 @@ def _check_projection(hidden_PH: Tensor, weight_VH: Tensor, bias: Tensor | None)
     if not hidden_PH.is_floating_point():
         raise LossError(f"hidden_PH has the dtype {hidden_PH.dtype}, but must be floating point")
     for name, tensor in (("weight_VH", weight_VH), ("bias", bias)):
-        if tensor is not None and (tensor.dtype, tensor.device) != (hidden_PH.dtype, hidden_PH.device):
+        if tensor is not None and (tensor.dtype, tensor.device) != (
+            hidden_PH.dtype,
+            hidden_PH.device,
+        ):
             raise LossError(
                 f"{name} is {tensor.dtype} on {tensor.device}, but hidden_PH is {hidden_PH.dtype} on {hidden_PH.device}; "
                 "convert one of them"

@@ -15,8 +15,9 @@ from torch import Tensor
 from kdcache.errors import LossError
 from kdcache.kernels import get_backend
 from kdcache.kernels.base import Objective, Targets
+from kdcache.kernels.divergences import Divergence, get_divergence
 from kdcache.loss import arguments, torch_rows
-from kdcache.loss.arguments import TargetTensors
+from kdcache.loss.arguments import Options, TargetTensors
 
 
 def sparse_kd_loss(
@@ -25,15 +26,18 @@ def sparse_kd_loss(
     logprobs_PK: Tensor,
     tail_mass_P: Tensor,
     *,
+    divergence: str | Divergence = "forward_kl",
     labels_P: Tensor | None = None,
     tail: str = "bucket",
     alpha: float = 1.0,
     temperature: float = 1.0,
+    log_z_P: Tensor | None = None,
     weights_P: Tensor | None = None,
+    targets: str = "exact",
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """alpha * KL(teacher || student) + (1 - alpha) * CE(label), with its gradient by the student's logits.
+    """alpha * T^2 * divergence(teacher, student at temperature T) + (1 - alpha) * CE(label), with its gradient by the logits.
 
     The formulas, and what each tail policy means, are in `kdcache.kernels.reference`. Values (ids, masses, weights) are
     checked on a CPU outside torch.compile; elsewhere only shapes, dtypes and devices are.
@@ -43,11 +47,17 @@ def sparse_kd_loss(
         token_ids_PK: (P, K) integers in [0, V), distinct within a row; -1 where there is no entry.
         logprobs_PK: (P, K) nats, normalised over the teacher's whole vocabulary; ignored at padding.
         tail_mass_P: (P,) in [0, 1], the teacher's mass outside the support.
-        labels_P: (P,) integers in [0, V); -100 where there is none: the CE term is 0 there, and the KL keeps its factor alpha.
-        tail: `bucket`, `drop` or `renormalize`: what the KL does with the teacher's mass outside the support.
+        divergence: a name of `kdcache.kernels.divergences.DIVERGENCES`, or one made with options: `JensenShannon(beta=0.3)`.
+        labels_P: (P,) integers in [0, V); -100 where there is none: the CE term is 0 there, the other keeps its factor.
+        tail: `bucket`, `drop`, `renormalize` or `uniform`: what the divergence does with the teacher's mass outside the
+            support. All but the forward KL need the `bucket`.
         alpha: in [0, 1]; below 1 the labels must be given.
-        temperature: 1.0.
+        temperature: T, above 0, of both sides; the labels' cross entropy stays at 1. Other than 1 it needs log_z_P.
+        log_z_P: (P,) nats, logsumexp(l / T) over the teacher's whole vocabulary, where l are its logprobs at temperature 1.
+            Then exp(l_i / T - log_z) is its probability at T. Not used at T = 1.
         weights_P: (P,) finite, >= 0. Rows of weight 0 are not read: loss and gradient are 0, NaN logits included.
+        targets: `exact`: each logprob is the token's own; or `unbiased`: exp(logprob) is an unbiased estimate of its
+            probability, as in sampled and threshold records, which only the forward KL with tail `drop` may be given.
         reduction: `mean` is sum(weight * loss) / sum(weight), 0 where all weights are 0; `sum` is sum(weight * loss);
             `none` gives (P,) weight * loss. A row without label counts in the mean: give it weight 0 to leave it out.
         backend: `numba` (CPU, float32 and bfloat16; the gradient is computed in the forward pass, once differentiable),
@@ -59,22 +69,23 @@ def sparse_kd_loss(
     Raises:
         LossError: an argument is impossible, or does not fit the others.
     """
-    objective = Objective(tail, alpha)
-    targets = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P)
-    arguments.check_options(objective, targets, temperature=temperature, reduction=reduction, backend=backend)
+    objective = Objective(tail, alpha, get_divergence(divergence), float(temperature))
+    teacher = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P)
+    arguments.check_options(Options(objective, reduction, backend, targets), teacher)
     if student_logits_PV.ndim != 2 or not student_logits_PV.is_floating_point():
         raise LossError(
             f"student_logits_PV must be floating point of the shape (positions, vocabulary), but is {student_logits_PV.dtype} "
             f"of the shape {tuple(student_logits_PV.shape)}"
         )
-    arguments.check_tensors(student_logits_PV, targets)
-    scales_P = arguments.row_scales(targets, reduction)
+    arguments.check_tensors(student_logits_PV, teacher, log_z_P)
+    teacher = arguments.at_temperature(teacher, log_z_P, objective)
+    scales_P = arguments.row_scales(teacher, reduction)
     if arguments.choose_backend(backend, student_logits_PV) == "torch":
-        arguments.check_values(targets, student_logits_PV.shape[1])
-        losses_P = torch_rows.row_losses(student_logits_PV, targets, objective)
+        arguments.check_values(teacher, student_logits_PV.shape[1])
+        losses_P = torch_rows.row_losses(student_logits_PV, teacher, objective)
         scaled_P = losses_P * scales_P.to(losses_P.dtype)
         return scaled_P if reduction == "none" else scaled_P.sum()
-    kernel_targets = arguments.to_kernel_targets(targets, student_logits_PV.shape[1], scales_P)
+    kernel_targets = arguments.to_kernel_targets(teacher, student_logits_PV.shape[1], scales_P)
     want_gradient = torch.is_grad_enabled() and student_logits_PV.requires_grad
     scaled_P = _NumbaRows.apply(student_logits_PV, kernel_targets, objective, want_gradient, reduction)
     assert isinstance(scaled_P, Tensor)
@@ -91,7 +102,12 @@ class _NumbaRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_PV: Tensor, targets: Targets, objective: Objective, want_gradient: bool, reduction: str
+        ctx: Any,
+        logits_PV: Tensor,
+        targets: Targets,
+        objective: Objective,
+        want_gradient: bool,
+        reduction: str,
     ) -> Tensor:
         kernels, num_threads = get_backend("numba"), torch.get_num_threads()
         losses_P = np.empty(len(logits_PV))
@@ -100,7 +116,13 @@ class _NumbaRows(torch.autograd.Function):
             kernels.row_losses_and_gradients(kernel_view(gradient_PV), targets, objective, losses_P, num_threads)
             ctx.save_for_backward(gradient_PV)
         else:
-            kernels.row_losses(kernel_view(logits_PV.detach().contiguous()), targets, objective, losses_P, num_threads)
+            kernels.row_losses(
+                kernel_view(logits_PV.detach().contiguous()),
+                targets,
+                objective,
+                losses_P,
+                num_threads,
+            )
         scaled_P = losses_P * targets.weights_P
         # Summed in float64 and in a fixed order: the result does not depend on the number of threads.
         return torch.tensor(scaled_P if reduction == "none" else scaled_P.sum(), dtype=torch.float32)

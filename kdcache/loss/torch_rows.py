@@ -10,56 +10,91 @@ import torch
 from torch import Tensor
 
 from kdcache.kernels.base import Objective
+from kdcache.loss import torch_divergences
 from kdcache.loss.arguments import TargetTensors
+from kdcache.loss.torch_divergences import Masses
 
 
 def row_losses(logits_PV: Tensor, targets: TargetTensors, objective: Objective) -> Tensor:
-    """(P,) losses in nats, not multiplied by the weights; 0 for rows of weight 0. float64 for float64 logits, else float32."""
+    """(P,) losses, not multiplied by the weights; 0 for rows of weight 0. float64 for float64 logits, else float32."""
     z_PV = logits_PV if logits_PV.dtype == torch.float64 else logits_PV.float()
     read_P = None if targets.weights_P is None else targets.weights_P > 0
     if read_P is not None:
         # Before anything else: a NaN in a row that does not count would come back as 0 * NaN.
         z_PV = z_PV.masked_fill(~read_P[:, None], 0.0)
-    lse_P = torch.logsumexp(z_PV, dim=1)
-    losses_P = torch.zeros_like(lse_P)
+    losses_P = z_PV.new_zeros(len(z_PV))
     if objective.alpha > 0:
-        losses_P = losses_P + objective.alpha * _forward_kl(z_PV, lse_P, targets, objective.tail)
+        losses_P = losses_P + objective.alpha * _teacher_term(z_PV, targets, objective)
     if objective.alpha < 1 and targets.labels_P is not None:
-        losses_P = losses_P + (1 - objective.alpha) * _cross_entropy(z_PV, lse_P, targets.labels_P)
+        losses_P = losses_P + (1 - objective.alpha) * _cross_entropy(z_PV, targets.labels_P)
     return losses_P if read_P is None else torch.where(read_P, losses_P, 0.0)
 
 
-def _forward_kl(z_PV: Tensor, lse_P: Tensor, targets: TargetTensors, tail: str) -> Tensor:
+def _teacher_term(z_PV: Tensor, targets: TargetTensors, objective: Objective) -> Tensor:
+    if objective.temperature != 1:
+        z_PV = z_PV / objective.temperature
+    lse_P = torch.logsumexp(z_PV, dim=1)
+    # Without a tail bucket nothing looks at the student's mass there, and a pass over the row is spared.
+    log_q_PB = log_student(z_PV, lse_P, targets.token_ids_PK, with_tail=objective.tail == "bucket")
+    log_p_PB = log_teacher(targets, objective.tail, z_PV.shape[1])
+    # In float64, all of it a few numbers per row: near convergence these are small differences of large numbers.
+    losses_P = torch_divergences.compute(objective.divergence, Masses.of(log_p_PB, log_q_PB)).to(z_PV.dtype)
+    if objective.tail == "uniform":
+        losses_P = losses_P + _uniform_tail(z_PV, lse_P, targets)
+    return losses_P * objective.temperature**2
+
+
+def log_teacher(targets: TargetTensors, tail: str, vocab_size: int) -> Tensor:
+    """(P, B) log masses under a tail policy, -inf for 0, the tail last; constants."""
     stored_PK = targets.token_ids_PK >= 0
-    ids_PK = targets.token_ids_PK.long()
-    log_p_PK = targets.logprobs_PK.detach().to(z_PV.dtype).masked_fill(~stored_PK, -torch.inf)
+    log_p_PK = _widened(targets.logprobs_PK.detach()).masked_fill(~stored_PK, -torch.inf)
+    log_tail_P = log_p_PK.new_full((len(log_p_PK),), -torch.inf)
     if tail == "renormalize":
         mass_P1 = log_p_PK.exp().sum(dim=1, keepdim=True)
         log_p_PK = log_p_PK - torch.where(mass_P1 > 0, mass_P1, 1.0).log()
-    p_PK = log_p_PK.exp()
-    # 0 log 0 = 0. The infinite operand is taken out before the product and not after: its gradient would be NaN.
-    z_PK = torch.where(p_PK > 0, z_PV.gather(1, ids_PK.clamp_min(0)), 0.0)
-    losses_P = (p_PK * (torch.where(p_PK > 0, log_p_PK, 0.0) - z_PK + lse_P[:, None])).where(p_PK > 0, 0.0).sum(dim=1)
-    if tail != "bucket":
-        return losses_P
-    has_tail_P = stored_PK.sum(dim=1) < z_PV.shape[1]
-    r_P = torch.where(has_tail_P, targets.tail_mass_P.detach().to(z_PV.dtype), 0.0)
-    log_r_P = torch.where(r_P > 0, r_P, 1.0).log()
-    log_q_tail_P = _tail_logsumexp(z_PV, ids_PK, r_P > 0) - lse_P
-    return losses_P + torch.where(r_P > 0, r_P * (log_r_P - log_q_tail_P), 0.0)
+    if tail == "bucket":
+        has_tail_P = stored_PK.sum(dim=1) < vocab_size
+        log_tail_P = torch.where(has_tail_P, _widened(targets.tail_mass_P.detach()), 0.0).log()
+    return torch.cat([log_p_PK, log_tail_P[:, None]], dim=1)
 
 
-def _tail_logsumexp(z_PV: Tensor, ids_PK: Tensor, wanted_P: Tensor) -> Tensor:
-    """(P,) logsumexp over the ids outside the support; some finite number with a finite gradient where it is not wanted."""
-    vocab_size = z_PV.shape[1]
-    # Two columns more: one keeps unwanted rows finite, the other is where padding may write.
-    finite_P1 = torch.where(wanted_P, -torch.inf, 0.0).to(z_PV.dtype)[:, None]
-    wide_PV = torch.cat([z_PV, finite_P1, torch.full_like(finite_P1, -torch.inf)], dim=1)
-    index_PK = torch.where(ids_PK >= 0, ids_PK, vocab_size + 1)
-    return torch.logsumexp(wide_PV.scatter(1, index_PK, -torch.inf), dim=1)
+def log_student(z_PV: Tensor, lse_P: Tensor, token_ids_PK: Tensor, *, with_tail: bool) -> Tensor:
+    """(P, B) log masses, -inf for 0, the tail last."""
+    z_PK = z_PV.gather(1, token_ids_PK.long().clamp_min(0)).masked_fill(token_ids_PK < 0, -torch.inf)
+    tail_lse_P = _tail_logsumexp(z_PV, token_ids_PK) if with_tail else torch.full_like(lse_P, -torch.inf)
+    return _widened(torch.cat([z_PK, tail_lse_P[:, None]], dim=1)) - _widened(lse_P)[:, None]
 
 
-def _cross_entropy(z_PV: Tensor, lse_P: Tensor, labels_P: Tensor) -> Tensor:
+def _widened(tensor: Tensor) -> Tensor:
+    # Apple's GPUs have no float64.
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
+def _tail_logsumexp(z_PV: Tensor, token_ids_PK: Tensor) -> Tensor:
+    """(P,) logsumexp over the ids outside the support; -inf without a gradient where the student can give none of them."""
+    outside_PV = _outside(z_PV, token_ids_PK, -torch.inf)
+    unreachable_P = torch.isneginf(outside_PV.detach().amax(dim=1))
+    # The derivative of logsumexp is NaN where everything is -inf.
+    lse_P = torch.logsumexp(outside_PV.masked_fill(unreachable_P[:, None], 0.0), dim=1)
+    return lse_P.masked_fill(unreachable_P, -torch.inf)
+
+
+def _uniform_tail(z_PV: Tensor, lse_P: Tensor, targets: TargetTensors) -> Tensor:
+    """sum over the n ids outside the support of r/n log(r/n / q)."""
+    n_P = (z_PV.shape[1] - (targets.token_ids_PK >= 0).sum(dim=1)).to(z_PV.dtype)
+    r_P = torch.where(n_P > 0, targets.tail_mass_P.detach().to(z_PV.dtype), 0.0)
+    n_P, log_r_P = n_P.clamp_min(1), torch.where(r_P > 0, r_P, 1.0).log()
+    mean_z_P = _outside(z_PV.masked_fill((r_P == 0)[:, None], 0.0), targets.token_ids_PK, 0.0).sum(dim=1) / n_P
+    return torch.where(r_P > 0, r_P * (log_r_P - n_P.log() - mean_z_P + lse_P), 0.0)
+
+
+def _outside(z_PV: Tensor, token_ids_PK: Tensor, value: float) -> Tensor:
+    """(P, V + 1) logits with `value` on the support, and in the last column, where padding may write."""
+    wide_PV = torch.cat([z_PV, z_PV.new_full((len(z_PV), 1), value)], dim=1)
+    return wide_PV.scatter(1, torch.where(token_ids_PK >= 0, token_ids_PK, z_PV.shape[1]).long(), value)
+
+
+def _cross_entropy(z_PV: Tensor, labels_P: Tensor) -> Tensor:
     has_label_P = labels_P >= 0
     label_z_P = z_PV.gather(1, labels_P.long().clamp_min(0)[:, None])[:, 0]
-    return torch.where(has_label_P, lse_P - label_z_P, 0.0)
+    return torch.where(has_label_P, torch.logsumexp(z_PV, dim=1) - label_z_P, 0.0)

@@ -49,7 +49,10 @@ def test_arrays_of_other_layouts_are_brought_into_the_kernels_layout():
         assert array.flags.writeable
 
 
-@pytest.mark.parametrize("options", [{"tail": "ghost"}, {"alpha": -0.1}, {"alpha": 1.1}, {"alpha": float("nan")}])
+@pytest.mark.parametrize(
+    "options",
+    [{"tail": "ghost"}, {"alpha": -0.1}, {"alpha": 1.1}, {"alpha": float("nan")}, {"temperature": -1}, {"temperature": np.inf}],
+)
 def test_impossible_objectives_are_refused(options):
     with pytest.raises(LossError, match=next(iter(options))):
         Objective(**options)

@@ -20,8 +20,26 @@ def good() -> dict:
 
 
 REFUSED = [
-    ({"temperature": 2.0}, "temperature is 2.0, but only 1.0 is possible"),
-    ({"tail": "ghost"}, "tail is 'ghost', but must be one of 'drop', 'renormalize', 'bucket'"),
+    ({"temperature": 2.0}, "temperature is 2.0, but log_z_P is not given"),
+    ({"temperature": 0.0}, "temperature is 0.0, but must be finite and above 0"),
+    ({"temperature": 2.0, "log_z_P": torch.zeros(3)}, r"log_z_P has the shape \(3,\), but must have \(2,\)"),
+    (
+        {"temperature": 2.0, "log_z_P": torch.full((2,), -9.0)},
+        "row 0 has the mass .* on its support at temperature 2.0; log_z_P",
+    ),
+    ({"tail": "ghost"}, "tail is 'ghost', but must be one of 'drop', 'renormalize', 'bucket', 'uniform'"),
+    ({"divergence": "kl"}, "divergence is 'kl', but must be one of 'forward_kl', 'reverse_kl'"),
+    ({"divergence": "reverse_kl", "tail": "drop"}, "reverse_kl with tail 'drop' would be wrong: it is not linear"),
+    (
+        {"divergence": "reverse_kl", "targets": "unbiased"},
+        "reverse_kl cannot be computed from unbiased targets: it is not linear",
+    ),
+    ({"divergence": "tail_aware_kl"}, "tail_aware_kl needs a sample of the teacher's tail, which this record does not hold"),
+    ({"divergence": "centered_mse", "temperature": 2.0}, "centered_mse at temperature 2.0 has no meaning"),
+    ({"divergence": "soft_spearman", "tail": "renormalize"}, "soft_spearman with tail 'renormalize' would be wrong"),
+    ({"targets": "unbiased"}, "tail is 'bucket', but unbiased targets hold the tail in their entries"),
+    ({"targets": "unbiased", "tail": "drop", "temperature": 2.0, "log_z_P": torch.zeros(2)}, "were sampled at 1"),
+    ({"targets": "sampled"}, "targets is 'sampled'"),
     ({"alpha": 1.5}, "alpha is 1.5"),
     ({"alpha": 0.5, "labels_P": None}, "labels_P is not given"),
     ({"reduction": "max"}, "reduction is 'max'"),

@@ -1,0 +1,23 @@
+"""How every numba function here is compiled: one set of flags, kept on disk where some folder can be written.
+
+numba's on-disk cache notices a change of the file that a function is in, and of no other: a compiled function may call those
+of its own file, and others through a first-class function argument, whose machine code is not copied into the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+# reassoc is what vectorised sums need. Not nnan and ninf: they would make -inf logits undefined and let NaN vanish.
+OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}, "error_model": "numpy"}
+
+
+def compiled(function: Callable[..., Any], *signature: Any) -> Callable[..., Any]:
+    """Compile now for the signature, where one is given, else on first call; from disk where it has been compiled before."""
+    try:
+        return njit(*signature, cache=True, **OPTIONS)(function)
+    except RuntimeError:  # neither this folder nor the user's cache folder can be written
+        return njit(*signature, **OPTIONS)(function)

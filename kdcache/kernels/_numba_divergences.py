@@ -1,0 +1,335 @@
+"""Every divergence on one row's buckets, compiled: the O(K) part of the row kernels. Formulas: `reference_divergences`.
+
+Shape letters: B = K + 1 buckets of one row: the entries, and the tail last.
+
+A function reads five rows of B float64, log P, P, log Q, Q and, to be written, h = dL / dlog Q, and the divergence's options as
+numbers; it returns L. A bucket that does not exist has P = Q = 0 and both logs -inf. NaN in Q must come out: comparisons are
+written so that NaN does not take the side of 0.
+
+Each is compiled when first asked for. The row kernels get it as an argument, so that they are compiled once for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from kdcache.kernels import divergences as d
+from kdcache.kernels._numba_compile import compiled
+
+LOG_P, P, LOG_Q, Q, H = range(5)
+SIGNATURE = types.float64(types.float64[:, ::1], types.float64[::1])
+
+
+@cache
+def get_compiled(kind: type[d.Divergence]) -> Callable[..., Any]:
+    """The machine code of a divergence's O(K) part, of the type SIGNATURE."""
+    return compiled(_FUNCTIONS[kind], SIGNATURE)
+
+
+def _forward_kl(x_5B, _):
+    loss = 0.0
+    for b in range(x_5B.shape[1]):
+        p = x_5B[P, b]
+        x_5B[H, b] = -p
+        if p > 0:
+            loss += p * (x_5B[LOG_P, b] - x_5B[LOG_Q, b])
+    return loss
+
+
+@compiled
+def _reverse_kl_with_floor(x_5B, floor):
+    loss, log_floor = 0.0, math.log(floor)
+    for b in range(x_5B.shape[1]):
+        h = 0.0
+        if x_5B[Q, b] != 0:
+            h = x_5B[Q, b] * (x_5B[LOG_Q, b] - max(x_5B[LOG_P, b], log_floor))
+        x_5B[H, b] = h
+        loss += h
+    return loss
+
+
+def _reverse_kl(x_5B, options):
+    return _reverse_kl_with_floor(x_5B, options[0])
+
+
+@compiled
+def _log_mix(log_share, log_p, log_rest, log_q):
+    """log(share p + rest q)."""
+    one, other = log_share + log_p, log_rest + log_q
+    top = one if one > other else other
+    return top if top == -np.inf else top + math.log(math.exp(one - top) + math.exp(other - top))
+
+
+@compiled
+def _interior_jensen_shannon(x_5B, beta):
+    loss, log_beta, log_rest = 0.0, math.log(beta), math.log1p(-beta)
+    for b in range(x_5B.shape[1]):
+        log_m = _log_mix(log_beta, x_5B[LOG_P, b], log_rest, x_5B[LOG_Q, b])
+        h = 0.0
+        if x_5B[Q, b] != 0:
+            h = x_5B[Q, b] * (x_5B[LOG_Q, b] - log_m) / beta
+        x_5B[H, b] = h
+        loss += h
+        if x_5B[P, b] > 0:
+            loss += x_5B[P, b] * (x_5B[LOG_P, b] - log_m) / (1 - beta)
+    return loss
+
+
+def _jensen_shannon(x_5B, options):
+    if options[0] == 1:
+        return _reverse_kl_with_floor(x_5B, options[1])
+    if options[0] > 0:
+        return _interior_jensen_shannon(x_5B, options[0])
+    loss = 0.0
+    for b in range(x_5B.shape[1]):
+        x_5B[H, b] = -x_5B[P, b]
+        if x_5B[P, b] > 0:
+            loss += x_5B[P, b] * (x_5B[LOG_P, b] - x_5B[LOG_Q, b])
+    return loss
+
+
+def _skew_kl(x_5B, options):
+    skew, loss = options[0], 0.0
+    log_skew, log_rest = math.log(skew), math.log1p(-skew)
+    for b in range(x_5B.shape[1]):
+        x_5B[H, b] = 0.0
+        if x_5B[P, b] > 0:
+            log_m = _log_mix(log_skew, x_5B[LOG_P, b], log_rest, x_5B[LOG_Q, b])
+            loss += x_5B[P, b] * (x_5B[LOG_P, b] - log_m)
+            # Where both are beyond float64, as Q = M = 0, Q / M is 1 / (1 - skew).
+            ratio = math.exp(x_5B[LOG_Q, b] - log_m) if log_m > -np.inf else 1 / (1 - skew)
+            x_5B[H, b] = -(1 - skew) * x_5B[P, b] * ratio
+    return loss
+
+
+def _skew_reverse_kl(x_5B, options):
+    skew, loss = options[0], 0.0
+    log_skew, log_rest = math.log(skew), math.log1p(-skew)
+    for b in range(x_5B.shape[1]):
+        x_5B[H, b] = 0.0
+        if x_5B[Q, b] != 0:
+            log_m = _log_mix(log_rest, x_5B[LOG_P, b], log_skew, x_5B[LOG_Q, b])
+            part = x_5B[Q, b] * (x_5B[LOG_Q, b] - log_m)
+            loss += part
+            x_5B[H, b] = part - skew * x_5B[Q, b] * math.exp(x_5B[LOG_Q, b] - log_m)
+    return loss
+
+
+def _adaptive_kl(x_5B, options):
+    tail = x_5B.shape[1] - 1
+    gap, head_gap, running = abs(x_5B[P, tail] - x_5B[Q, tail]), 0.0, 0.0
+    order_K = np.argsort(-x_5B[P, :tail], kind="mergesort")
+    for place in range(tail):
+        b = order_K[place]
+        running += x_5B[P, b]
+        difference = abs(x_5B[P, b] - x_5B[Q, b])
+        gap += difference
+        if place == 0 or running <= options[0]:
+            head_gap += difference
+    share = 0.5 if gap == 0 else head_gap / gap
+    reverse, forward = _reverse_kl_with_floor(x_5B, options[1]), 0.0
+    for b in range(tail + 1):
+        x_5B[H, b] = (1 - share) * x_5B[H, b] - share * x_5B[P, b]
+        if x_5B[P, b] > 0:
+            forward += x_5B[P, b] * (x_5B[LOG_P, b] - x_5B[LOG_Q, b])
+    # A share of 0 must not turn an infinite forward KL into NaN, but NaN must come through.
+    return (1 - share) * reverse + (0.0 if share == 0 else share * forward)
+
+
+def _total_variation(x_5B, _):
+    loss = 0.0
+    for b in range(x_5B.shape[1]):
+        gap = x_5B[Q, b] - x_5B[P, b]
+        sign = 1.0 if gap > 0 else (-1.0 if gap < 0 else gap)
+        loss += abs(gap) / 2
+        x_5B[H, b] = x_5B[Q, b] * sign / 2
+    return loss
+
+
+def _hellinger(x_5B, _):
+    loss = 0.0
+    for b in range(x_5B.shape[1]):
+        root = math.exp(x_5B[LOG_Q, b] / 2)
+        gap = root - math.exp(x_5B[LOG_P, b] / 2)
+        loss += gap * gap / 2
+        x_5B[H, b] = root * gap / 2
+    return loss
+
+
+def _alpha_beta(x_5B, options):
+    a, b, loss = options[0], options[1], 0.0
+    for i in range(x_5B.shape[1]):
+        p_a, q_b = math.exp(a * x_5B[LOG_P, i]), math.exp(b * x_5B[LOG_Q, i])
+        p_ab, q_ab = math.exp((a + b) * x_5B[LOG_P, i]), math.exp((a + b) * x_5B[LOG_Q, i])
+        loss += (a * p_ab + b * q_ab) / (a + b) - p_a * q_b
+        x_5B[H, i] = (q_ab - p_a * q_b) / a
+    return loss / (a * b)
+
+
+@compiled
+def _logsumexp(values_K, temperature):
+    """Of values / temperature."""
+    top = -np.inf
+    for k in range(len(values_K)):
+        if not values_K[k] <= top:
+            top = values_K[k]
+    if top == -np.inf:
+        return top
+    total = 0.0
+    for k in range(len(values_K)):
+        total += math.exp((values_K[k] - top) / temperature)
+    return top / temperature + math.log(total)
+
+
+def _decoupled_top_k(x_5B, options):
+    t, tail = options[0], x_5B.shape[1] - 1
+    m, r = 0.0, x_5B[P, tail]
+    for b in range(tail):
+        m += x_5B[P, b]
+    x_5B[H, tail] = -r
+    loss = r * (x_5B[LOG_P, tail] - x_5B[LOG_Q, tail]) if r > 0 else 0.0
+    if m == 0:
+        x_5B[H, :tail] = 0.0
+        return loss
+    log_q_S = _logsumexp(x_5B[LOG_Q, :tail], 1.0)
+    norm_p, norm_q = _logsumexp(x_5B[LOG_P, :tail], t), _logsumexp(x_5B[LOG_Q, :tail], t)
+    loss += m * (math.log(m) - log_q_S)
+    for b in range(tail):
+        log_p_t, log_q_t = x_5B[LOG_P, b] / t - norm_p, x_5B[LOG_Q, b] / t - norm_q
+        p_t = math.exp(log_p_t)
+        if p_t > 0:
+            loss += m * t * t * p_t * (log_p_t - log_q_t)
+        x_5B[H, b] = m * (t * (math.exp(log_q_t) - p_t) - math.exp(x_5B[LOG_Q, b] - log_q_S))
+    return loss
+
+
+def _centered_mse(x_5B, _):
+    count, mean, loss = 0, 0.0, 0.0
+    x_5B[H] = 0.0
+    for b in range(x_5B.shape[1] - 1):
+        if x_5B[LOG_P, b] > -np.inf:
+            count += 1
+            mean += x_5B[LOG_Q, b] - x_5B[LOG_P, b]
+    for b in range(x_5B.shape[1] - 1):
+        if x_5B[LOG_P, b] > -np.inf:
+            gap = x_5B[LOG_Q, b] - x_5B[LOG_P, b] - mean / count
+            loss += gap * gap / count
+            x_5B[H, b] = 2 * gap / count
+    return loss
+
+
+def _hinge_ranking(x_5B, options):
+    num_pairs, loss, tail = 0, 0.0, x_5B.shape[1] - 1
+    x_5B[H] = 0.0
+    for i in range(tail):
+        for j in range(tail):
+            if x_5B[LOG_P, i] > x_5B[LOG_P, j] > -np.inf:
+                num_pairs += 1
+                short = options[0] - (x_5B[LOG_Q, i] - x_5B[LOG_Q, j])
+                if not short <= 0:
+                    loss += short
+                    step = 1.0 if short > 0 else short
+                    x_5B[H, i] -= step
+                    x_5B[H, j] += step
+    x_5B[H] /= max(num_pairs, 1)
+    return loss / max(num_pairs, 1)
+
+
+def _logistic_ranking(x_5B, _):
+    num_pairs, loss, tail = 0, 0.0, x_5B.shape[1] - 1
+    x_5B[H] = 0.0
+    for i in range(tail):
+        for j in range(tail):
+            if x_5B[LOG_P, i] > x_5B[LOG_P, j] > -np.inf:
+                num_pairs += 1
+                gap = x_5B[LOG_Q, i] - x_5B[LOG_Q, j]
+                small = math.exp(-abs(gap))
+                loss += math.log1p(small) - min(gap, 0.0)
+                step = (small if gap > 0 else 1.0) / (1 + small)
+                x_5B[H, i] -= step
+                x_5B[H, j] += step
+    x_5B[H] /= max(num_pairs, 1)
+    return loss / max(num_pairs, 1)
+
+
+@compiled
+def _soft_ranks(values_K, strength, ranks_K, pool_K):
+    """Centred soft ranks, and for each the place of its pool's first member; returns whether they differ at all."""
+    num = len(values_K)
+    order_K = np.argsort(-values_K, kind="mergesort")
+    starts_K, sums_K = np.empty(num + 1, np.int64), np.empty(num)
+    pools = 0
+    for place in range(num):
+        starts_K[pools], sums_K[pools] = place, values_K[order_K[place]] / strength - (num - place)
+        pools += 1
+        starts_K[pools] = place + 1
+        while pools > 1 and (
+            sums_K[pools - 2] * (starts_K[pools] - starts_K[pools - 1])
+            <= sums_K[pools - 1] * (starts_K[pools - 1] - starts_K[pools - 2])
+        ):
+            sums_K[pools - 2] += sums_K[pools - 1]
+            pools -= 1
+            starts_K[pools] = place + 1
+    for pool in range(pools):
+        level = sums_K[pool] / (starts_K[pool + 1] - starts_K[pool])
+        for place in range(starts_K[pool], starts_K[pool + 1]):
+            ranks_K[order_K[place]] = values_K[order_K[place]] / strength - level - (num + 1) / 2
+            pool_K[order_K[place]] = starts_K[pool]
+    differ = False
+    for k in range(num):
+        differ |= values_K[k] != values_K[0]
+    return differ
+
+
+def _soft_spearman(x_5B, options):
+    strength, tail, num = options[0], x_5B.shape[1] - 1, 0
+    x_5B[H] = 0.0
+    inside_K = np.empty(tail, np.int64)
+    for b in range(tail):
+        if x_5B[LOG_P, b] > -np.inf:
+            inside_K[num] = b
+            num += 1
+    inside_K = inside_K[:num]
+    if num < 2:
+        return 0.0
+    p_K, q_K, teacher_K, ranks_K = np.empty(num), np.empty(num), np.empty(num), np.empty(num)
+    pool_K, slope_K, pool_sums_K, pool_counts_K = np.empty(num, np.int64), np.empty(num), np.zeros(num), np.zeros(num)
+    for k in range(num):
+        p_K[k], q_K[k] = x_5B[LOG_P, inside_K[k]], x_5B[LOG_Q, inside_K[k]]
+    if not _soft_ranks(p_K, strength, teacher_K, pool_K):
+        return 0.0 * q_K.sum()
+    if not _soft_ranks(q_K, strength, ranks_K, pool_K):
+        return 1.0
+    teacher_length, length = math.sqrt((teacher_K * teacher_K).sum()), math.sqrt((ranks_K * ranks_K).sum())
+    correlation = (teacher_K * ranks_K).sum() / (teacher_length * length)
+    for k in range(num):
+        slope_K[k] = (correlation * ranks_K[k] / length - teacher_K[k] / teacher_length) / length
+        pool_sums_K[pool_K[k]] += slope_K[k]
+        pool_counts_K[pool_K[k]] += 1
+    for k in range(num):
+        x_5B[H, inside_K[k]] = (slope_K[k] - pool_sums_K[pool_K[k]] / pool_counts_K[pool_K[k]]) / strength
+    return 1 - correlation
+
+
+_FUNCTIONS: dict[type[d.Divergence], Callable[..., Any]] = {
+    d.ForwardKL: _forward_kl,
+    d.ReverseKL: _reverse_kl,
+    d.JensenShannon: _jensen_shannon,
+    d.SkewKL: _skew_kl,
+    d.SkewReverseKL: _skew_reverse_kl,
+    d.AdaptiveKL: _adaptive_kl,
+    d.TotalVariation: _total_variation,
+    d.Hellinger: _hellinger,
+    d.AlphaBeta: _alpha_beta,
+    d.DecoupledTopK: _decoupled_top_k,
+    d.CenteredMSE: _centered_mse,
+    d.HingeRanking: _hinge_ranking,
+    d.LogisticRanking: _logistic_ranking,
+    d.SoftSpearman: _soft_spearman,
+}

@@ -1,0 +1,344 @@
+"""The compiled row kernels: in place, no [P, V] temporary, about 0.4 ns per logit and core. Defined by `reference`.
+
+Shape letters: P positions (rows), K entries per position (padded), V the student's vocabulary.
+
+How a row is done, all but the O(K) part vectorised:
+1. its support's logits are lifted out into a K-buffer, -inf is left in their place: what remains is the tail;
+2. the tail's maximum, then exp(z - maximum) in place and its sum: log Q_tail without the cancellation of 1 - sum(Q), and
+   no underflow however small the tail is beside the support;
+3. the divergence on K+1 buckets, in float64: loss and h (see `reference` for the general form, `_numba_divergences` for the
+   functions, one of which is an argument here);
+4. the row times one scalar, and K entries written over it.
+Labels at another temperature than the teacher's cost a second exp per logit, and a uniform tail one more sum.
+
+Serial functions that release the GIL; `_numba` splits the rows between threads. Every function that is called by name is in
+this file: numba's on-disk cache notices a change of this file only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from kdcache.kernels._numba_compile import compiled as _kernel
+from kdcache.kernels.divergences import TAIL_POLICIES
+
+_DROP, _RENORMALIZE, _BUCKET, _UNIFORM = range(len(TAIL_POLICIES))
+_LOG_P, _P, _LOG_Q, _Q, _H = range(5)
+
+# Float32 sums are closed after so many terms and added up in float64: the error does not grow with the vocabulary.
+_SUM_BLOCK = 4096
+
+_LOG2_E = 1.4426950408889634
+# ln 2 in two parts; the first has few enough bits that its product with an exponent is exact, with or without fma.
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+# Minimax on |r| <= ln(2)/2, from the Cephes library's expf.
+_EXP_COEFFICIENTS = (
+    1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0,
+)  # fmt: skip
+_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
+
+
+def _call_llvm(builder: ir.IRBuilder, name: str, *arguments: Any) -> Any:
+    signature = ir.FunctionType(_FLOAT, [_FLOAT] * len(arguments))
+    return builder.call(builder.module.declare_intrinsic(name, (_FLOAT,), signature), arguments)
+
+
+def _float(value: float) -> ir.Constant:
+    return ir.Constant(_FLOAT, float(np.float32(value)))
+
+
+def _typed(num_arguments: int, emit: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
+    """What an intrinsic returns: a signature of float32 only, and emit(builder, *arguments) as its code."""
+
+    def generate(*call: Any) -> Any:
+        _, builder, _, arguments = call
+        return emit(builder, *arguments)
+
+    return types.float32(*[types.float32] * num_arguments), generate
+
+
+def _emit_exp(builder: ir.IRBuilder, x: Any) -> Any:
+    # NaN must not reach the conversion to an integer (undefined): maxnum gives the number there, and r keeps the NaN.
+    clamped = _call_llvm(builder, "llvm.maxnum", x, _float(-88.0))
+    n = _call_llvm(builder, "llvm.rint", builder.fmul(clamped, _float(_LOG2_E)))
+    r = _call_llvm(builder, "llvm.fmuladd", n, _float(-_LN2_HIGH), x)
+    r = _call_llvm(builder, "llvm.fmuladd", n, _float(-_LN2_LOW), r)
+    value = _float(_EXP_COEFFICIENTS[0])
+    for coefficient in _EXP_COEFFICIENTS[1:]:
+        value = _call_llvm(builder, "llvm.fmuladd", value, r, _float(coefficient))
+    exponent = builder.add(builder.fptosi(n, _INT), ir.Constant(_INT, 127))
+    power = builder.bitcast(builder.shl(exponent, ir.Constant(_INT, 23)), _FLOAT)
+    return builder.select(builder.fcmp_ordered("<", x, _float(-87.3)), _float(0.0), builder.fmul(value, power))
+
+
+def _emit_maximum(builder: ir.IRBuilder, x: Any, y: Any) -> Any:
+    return _call_llvm(builder, "llvm.maximum", x, y)
+
+
+def _declare_exp(typing_context: Any, x: Any) -> Any:
+    """exp of a float32 <= 88, within 2e-7 of its value; 0 below -87.3 (no denormals), NaN for NaN.
+
+    2^n * polynomial(x - n ln 2), without a branch: LLVM vectorises it. math.exp becomes one libm call per element (5 to 11
+    ns instead of 0.3): the llvmlite wheels are built without SVML. Multiply-adds are calls of llvm.fmuladd, because
+    fastmath may reassociate plain ones and then takes the two parts of ln 2 together.
+    """
+    del typing_context, x
+    return _typed(1, _emit_exp)
+
+
+def _declare_maximum(typing_context: Any, x: Any, y: Any) -> Any:
+    """The larger of two float32; NaN if either is.
+
+    llvm.maximum and not llvm.maxnum or Python's max: only its reduction is vectorised without the nnan flag (0.04 ns per
+    element instead of 1.4), and it lets NaN through.
+    """
+    del typing_context, x, y
+    return _typed(2, _emit_maximum)
+
+
+_exp: Callable[..., Any] = intrinsic(_declare_exp)
+_maximum: Callable[..., Any] = intrinsic(_declare_maximum)
+
+
+@_kernel
+def _maximum_of(row_V):
+    top = np.float32(-np.inf)
+    for j in range(len(row_V)):
+        top = _maximum(top, row_V[j])
+    return top
+
+
+@_kernel
+def _exp_in_place(row_V, top):
+    """row = exp(row - top), and its sum."""
+    total = 0.0
+    for start in range(0, len(row_V), _SUM_BLOCK):
+        block = row_V[start : start + _SUM_BLOCK]
+        block_total = np.float32(0.0)
+        for j in range(len(block)):
+            e = _exp(block[j] - top)
+            block[j] = e
+            block_total += e
+        total += block_total
+    return total
+
+
+@_kernel
+def _sum_of(row_V):
+    total = 0.0
+    for start in range(0, len(row_V), _SUM_BLOCK):
+        block = row_V[start : start + _SUM_BLOCK]
+        block_total = np.float32(0.0)
+        for j in range(len(block)):
+            block_total += block[j]
+        total += block_total
+    return total
+
+
+@_kernel
+def _scale(row_V, factor, offset):
+    for j in range(len(row_V)):
+        row_V[j] = row_V[j] * factor + offset
+
+
+@_kernel
+def _add_scaled(row_V, factor, other_V):
+    for j in range(len(row_V)):
+        row_V[j] += factor * other_V[j]
+
+
+@_kernel
+def _lift_support(row_V, ids_K, z_K, left):
+    """Move the support's logits into z_K (-inf at padding), leaving `left` behind; the number of entries."""
+    num_entries = 0
+    for k in range(len(ids_K)):
+        z_K[k] = -np.inf
+        if ids_K[k] >= 0:
+            z_K[k] = row_V[ids_K[k]]
+            row_V[ids_K[k]] = left
+            num_entries += 1
+    return num_entries
+
+
+@_kernel
+def _write_support(row_V, ids_K, value):
+    for k in range(len(ids_K)):
+        if ids_K[k] >= 0:
+            row_V[ids_K[k]] = value
+
+
+@_kernel
+def _with_support(z_K, tail_lse):
+    """log(exp(tail_lse) + sum(exp(z_K))), float64."""
+    top = tail_lse
+    for k in range(len(z_K)):
+        if z_K[k] > top:
+            top = np.float64(z_K[k])
+    total = math.exp(tail_lse - top)
+    for k in range(len(z_K)):
+        total += _exp(np.float32(z_K[k] - top))
+    return top + math.log(total)
+
+
+@_kernel
+def _fill_student(z_K, tail_lse, lse, x_5B):
+    for k in range(len(z_K)):
+        x_5B[_LOG_Q, k] = z_K[k] - lse
+        x_5B[_Q, k] = math.exp(z_K[k] - lse)
+    x_5B[_LOG_Q, len(z_K)] = tail_lse - lse
+    x_5B[_Q, len(z_K)] = math.exp(tail_lse - lse)
+
+
+@_kernel
+def _fill_teacher(ids_K, logprobs_K, tail, tail_mass, x_5B):
+    """The teacher's masses and their logs; `tail_mass` is that of the bucket."""
+    total, num_entries = 0.0, len(ids_K)
+    for k in range(num_entries):
+        x_5B[_LOG_P, k], x_5B[_P, k] = -np.inf, 0.0
+        if ids_K[k] >= 0:
+            x_5B[_LOG_P, k], x_5B[_P, k] = logprobs_K[k], _exp(logprobs_K[k])
+        total += x_5B[_P, k]
+    x_5B[_LOG_P, num_entries], x_5B[_P, num_entries] = math.log(tail_mass), tail_mass
+    if tail == _RENORMALIZE and total > 0:
+        log_total = math.log(total)
+        for k in range(num_entries):
+            x_5B[_LOG_P, k] -= log_total
+            x_5B[_P, k] /= total
+
+
+@_kernel
+def _tail_in_place(row_V):
+    """row = exp(row - its maximum), 0 where that is -inf; log(sum(exp(row))), and the sum of what is now in the row."""
+    top = _maximum_of(row_V)
+    if top == -np.inf:
+        # No tail, or one that the student cannot give.
+        row_V[:] = np.float32(0.0)
+        return top, 1.0
+    total = _exp_in_place(row_V, top)
+    return top + math.log(total), total
+
+
+@_kernel
+def _do_row(
+    row_V, ids_K, logprobs_K, tail_mass, label, weight,
+    tail, alpha, temperature, divergence, options, z_K, x_5B, label_V, want_gradient,
+):  # fmt: skip
+    """One row's loss; the row becomes weight * gradient, or is left in disorder where no gradient is wanted."""
+    label_share = 1.0 - alpha if label >= 0 else 0.0
+    # At temperature 1 labels need no exp of their own.
+    share_here = label_share if temperature == 1 else 0.0
+    label_z = np.float64(row_V[label]) if label_share > 0 else 0.0
+    if temperature != 1:
+        if label_share > 0:
+            label_V[:] = row_V
+        _scale(row_V, np.float32(1 / temperature), np.float32(0.0))
+
+    # 0 is left where the tail's logits are to be added up.
+    num_outside = len(row_V) - _lift_support(row_V, ids_K, z_K, np.float32(0.0 if tail == _UNIFORM else -np.inf))
+    bucket = tail_mass if tail == _BUCKET and num_outside > 0 else 0.0
+    spread = tail_mass if tail == _UNIFORM and num_outside > 0 else 0.0
+    outside_z = 0.0
+    if tail == _UNIFORM:
+        outside_z = _sum_of(row_V) / max(num_outside, 1)
+        _write_support(row_V, ids_K, np.float32(-np.inf))
+    tail_lse, tail_sum = _tail_in_place(row_V)
+    lse = _with_support(z_K, tail_lse)
+    _fill_student(z_K, tail_lse, lse, x_5B)
+
+    loss, total = 0.0, share_here
+    x_5B[_H] = 0.0
+    if alpha > 0:
+        _fill_teacher(ids_K, logprobs_K, tail, bucket, x_5B)
+        loss = divergence(x_5B, options)
+        for b in range(x_5B.shape[1]):
+            x_5B[_H, b] *= alpha * temperature
+            total -= x_5B[_H, b]
+        if spread > 0:
+            loss += spread * (math.log(spread) - math.log(num_outside) - outside_z + lse)
+            total += alpha * temperature * spread
+        loss *= alpha * temperature * temperature
+    if share_here > 0:
+        loss += label_share * (lse - label_z)
+    if not want_gradient:
+        return loss if share_here == label_share else loss + label_share * (_tail_in_place(label_V)[0] - label_z)
+
+    dense = (total * x_5B[_Q, len(ids_K)] + x_5B[_H, len(ids_K)]) / tail_sum
+    _scale(row_V, np.float32(weight * dense), np.float32(-weight * alpha * temperature * spread / max(num_outside, 1)))
+    for k in range(len(ids_K)):
+        if ids_K[k] >= 0:
+            # Added in float64 and rounded once: near convergence q - p is a small difference of large numbers.
+            row_V[ids_K[k]] = weight * (total * x_5B[_Q, k] + x_5B[_H, k])
+    if share_here != label_share:
+        label_lse, label_sum = _tail_in_place(label_V)
+        loss += label_share * (label_lse - label_z)
+        _add_scaled(row_V, np.float32(weight * label_share / label_sum), label_V)
+    if label_share > 0:
+        row_V[label] = row_V[label] - weight * label_share
+    return loss
+
+
+def float32_rows(
+    logits_PV, ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P,
+    tail, alpha, temperature, divergence, options, want_gradient, start, stop, losses_P,
+):  # fmt: skip
+    num_entries, vocab_size = ids_PK.shape[1], logits_PV.shape[1]
+    z_K, x_5B = np.empty(num_entries, np.float32), np.empty((5, num_entries + 1))
+    copy_V = np.empty(0 if want_gradient else vocab_size, np.float32)
+    label_V = np.empty(vocab_size if alpha < 1 and temperature != 1 else 0, np.float32)
+    for i in range(start, stop):
+        if weights_P[i] == 0.0:
+            losses_P[i] = 0.0
+            if want_gradient:
+                logits_PV[i] = np.float32(0.0)
+            continue
+        row_V = logits_PV[i]
+        if not want_gradient:
+            copy_V[:] = row_V
+            row_V = copy_V
+        losses_P[i] = _do_row(
+            row_V, ids_PK[i], logprobs_PK[i], tail_mass_P[i], labels_P[i], weights_P[i],
+            tail, alpha, temperature, divergence, options, z_K, x_5B, label_V, want_gradient,
+        )  # fmt: skip
+
+
+def bfloat16_rows(
+    logits_PV, ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P,
+    tail, alpha, temperature, divergence, options, want_gradient, start, stop, losses_P,
+):  # fmt: skip
+    """As float32_rows, for the bits of bfloat16: through one float32 row, which stays in the core's cache."""
+    num_entries, vocab_size = ids_PK.shape[1], logits_PV.shape[1]
+    z_K, x_5B = np.empty(num_entries, np.float32), np.empty((5, num_entries + 1))
+    bits_V = np.empty(vocab_size, np.uint32)
+    row_V = bits_V.view(np.float32)
+    label_V = np.empty(vocab_size if alpha < 1 and temperature != 1 else 0, np.float32)
+    for i in range(start, stop):
+        if weights_P[i] == 0.0:
+            losses_P[i] = 0.0
+            if want_gradient:
+                logits_PV[i] = np.uint16(0)
+            continue
+        for j in range(len(bits_V)):
+            bits_V[j] = np.uint32(logits_PV[i, j]) << np.uint32(16)
+        losses_P[i] = _do_row(
+            row_V, ids_PK[i], logprobs_PK[i], tail_mass_P[i], labels_P[i], weights_P[i],
+            tail, alpha, temperature, divergence, options, z_K, x_5B, label_V, want_gradient,
+        )  # fmt: skip
+        if want_gradient:
+            _narrow(bits_V, logits_PV[i])
+
+
+@_kernel
+def _narrow(bits_V, out_V):
+    """float32 bits to bfloat16 bits: to nearest, ties to even; NaN stays NaN instead of rounding over into a number."""
+    for j in range(len(bits_V)):
+        bits = bits_V[j]
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        out_V[j] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)

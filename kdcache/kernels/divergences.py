@@ -1,0 +1,331 @@
+"""Which divergences there are, what each may be asked for, and what it needs of the record. Formulas: `reference_divergences`.
+
+Standard library only: configs, docs and tests read the same table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass, fields
+from typing import Any, ClassVar
+
+from kdcache.errors import LossError
+
+TAIL_POLICIES = ("drop", "renormalize", "bucket", "uniform")
+
+# A stored tail mass is a float32 near 1 subtracted from 1: what is below half a unit in its last place is not known.
+SMALLEST_KNOWN_MASS = 2.0**-24
+
+
+@dataclass(frozen=True, slots=True)
+class Requirements:
+    """What a divergence needs of the record; everything else is refused, in these words.
+
+    Attributes:
+        tails: the tail policies under which it means what its name says.
+        unbiased: may be given unbiased targets (sampled and threshold records), because it is linear in the teacher's masses;
+            the others would be biased, and take exact entries with the exact mass of the tail.
+        temperature: another temperature than 1 is possible, with the record's logsumexp(logprobs / T).
+        tail_sample: needs a sample of the ids outside the exact entries.
+        because: the reason for what is not possible, as the end of a sentence.
+    """
+
+    tails: tuple[str, ...]
+    unbiased: bool
+    temperature: bool
+    tail_sample: bool
+    because: str
+
+
+_NOT_LINEAR = "it is not linear in the teacher's masses, so the whole of the tail must be one bucket of exact mass"
+_BUCKET_ONLY = Requirements(("bucket",), unbiased=False, temperature=True, tail_sample=False, because=_NOT_LINEAR)
+_SUPPORT_ONLY = Requirements(
+    ("bucket", "drop"),
+    unbiased=False,
+    temperature=False,
+    tail_sample=False,
+    because="it compares logits on the support, which must be exact, and has neither a tail nor a temperature",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Base of all: the name by which it is asked for, and what it needs. Fields of the subclasses are its options.
+
+    Raises:
+        LossError: an option outside its range.
+    """
+
+    name: ClassVar[str]
+    requirements: ClassVar[Requirements] = _BUCKET_ONLY
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        """The options as numbers, in the order of the fields: what compiled kernels are given."""
+        return tuple(float(value) for value in astuple(self))
+
+    def _check(self, option: str, low: float, high: float, *, ends: str = "[]") -> None:
+        value = getattr(self, option)
+        above = value >= low if ends[0] == "[" else value > low
+        below = value <= high if ends[1] == "]" else value < high
+        if not (above and below and math.isfinite(value)):
+            raise LossError(f"{self.name}: {option} is {value!r}, but must be in {ends[0]}{low:g}, {high:g}{ends[1]}")
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardKL(Divergence):
+    """KL(teacher || student): the classic, and the only one that unbiased targets are enough for."""
+
+    name = "forward_kl"
+    requirements = Requirements(
+        TAIL_POLICIES,
+        unbiased=True,
+        temperature=True,
+        tail_sample=False,
+        because="with unbiased targets the tail is in the entries, and they were sampled at temperature 1",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ReverseKL(Divergence):
+    """KL(student || teacher).
+
+    Attributes:
+        floor: a teacher's mass below it counts as this much: a mass of 0 would make the loss infinite. In (0, 1).
+    """
+
+    name = "reverse_kl"
+    floor: float = SMALLEST_KNOWN_MASS
+
+    def __post_init__(self) -> None:
+        self._check("floor", 0, 1, ends="()")
+
+
+@dataclass(frozen=True, slots=True)
+class JensenShannon(Divergence):
+    """Generalised Jensen-Shannon divergence over beta (1 - beta): forward KL at beta 0, reverse KL at 1, and no jump there.
+
+    Attributes:
+        beta: the teacher's share of the mixture, in [0, 1].
+        floor: see `ReverseKL`; for beta = 1 only.
+    """
+
+    name = "jensen_shannon"
+    beta: float = 0.5
+    floor: float = SMALLEST_KNOWN_MASS
+
+    def __post_init__(self) -> None:
+        self._check("beta", 0, 1)
+        self._check("floor", 0, 1, ends="()")
+
+
+@dataclass(frozen=True, slots=True)
+class SkewKL(Divergence):
+    """KL(teacher || skew * teacher + (1 - skew) * student).
+
+    Attributes:
+        skew: in [0, 1); 0 is the forward KL.
+    """
+
+    name = "skew_kl"
+    skew: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._check("skew", 0, 1, ends="[)")
+
+
+@dataclass(frozen=True, slots=True)
+class SkewReverseKL(Divergence):
+    """KL(student || (1 - skew) * teacher + skew * student): at most log(1 / skew), whatever the teacher's tail.
+
+    Attributes:
+        skew: in (0, 1); for 0 there is `reverse_kl`.
+    """
+
+    name = "skew_reverse_kl"
+    skew: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._check("skew", 0, 1, ends="()")
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveKL(Divergence):
+    """Forward and reverse KL, weighted at every position by where teacher and student differ: in the head or in the rest.
+
+    Attributes:
+        head_mass: the head is the teacher's most probable ids whose masses add up to no more, and always the first. (0, 1].
+        floor: see `ReverseKL`.
+    """
+
+    name = "adaptive_kl"
+    head_mass: float = 0.5
+    floor: float = SMALLEST_KNOWN_MASS
+
+    def __post_init__(self) -> None:
+        self._check("head_mass", 0, 1, ends="(]")
+        self._check("floor", 0, 1, ends="()")
+
+
+@dataclass(frozen=True, slots=True)
+class TotalVariation(Divergence):
+    """Half the sum of absolute differences."""
+
+    name = "total_variation"
+
+
+@dataclass(frozen=True, slots=True)
+class Hellinger(Divergence):
+    """The squared Hellinger distance, in [0, 1]."""
+
+    name = "hellinger"
+
+
+@dataclass(frozen=True, slots=True)
+class AlphaBeta(Divergence):
+    """The alpha-beta divergence of ABKD. Its limits are `forward_kl` at (1, 0) and `reverse_kl` at (0, 1).
+
+    Attributes:
+        a: exponent of the teacher, alpha in the paper, in (0, 4].
+        b: exponent of the student, beta in the paper, in (0, 4].
+    """
+
+    name = "alpha_beta"
+    a: float = 0.2
+    b: float = 0.7
+
+    def __post_init__(self) -> None:
+        self._check("a", 0, 4, ends="(]")
+        self._check("b", 0, 4, ends="(]")
+
+
+@dataclass(frozen=True, slots=True)
+class DecoupledTopK(Divergence):
+    """KL of the support's total mass, plus that mass times the KL within the support at a temperature of its own.
+
+    Attributes:
+        inner_temperature: of the KL within the support, which is multiplied by its square; above 0. At 1 the whole is the
+            forward KL with a tail bucket.
+    """
+
+    name = "decoupled_top_k"
+    inner_temperature: float = 2.0
+    requirements = Requirements(
+        ("bucket",),
+        unbiased=False,
+        temperature=False,
+        tail_sample=False,
+        because="it needs the exact mass of the support, and its only temperature is inner_temperature",
+    )
+
+    def __post_init__(self) -> None:
+        self._check("inner_temperature", 0, 1e6, ends="(]")
+
+
+@dataclass(frozen=True, slots=True)
+class TailAwareKL(Divergence):
+    """Forward KL with a tail bucket, plus a KL within the tail.
+
+    Attributes:
+        tail_weight: of the KL within the tail; at least 0.
+    """
+
+    name = "tail_aware_kl"
+    tail_weight: float = 2.0
+    requirements = Requirements(
+        ("bucket",),
+        unbiased=False,
+        temperature=False,
+        tail_sample=True,
+        because="the shape of the tail is not in a record of top entries and a tail mass",
+    )
+
+    def __post_init__(self) -> None:
+        self._check("tail_weight", 0, 1e6)
+
+
+@dataclass(frozen=True, slots=True)
+class CenteredMSE(Divergence):
+    """Mean squared difference of the logits on the support, each side about its own mean."""
+
+    name = "centered_mse"
+    requirements = _SUPPORT_ONLY
+
+
+@dataclass(frozen=True, slots=True)
+class HingeRanking(Divergence):
+    """Pairs of the support that the student does not rank as the teacher does, by at least a margin.
+
+    Attributes:
+        margin: of the student's logits, at least 0.
+    """
+
+    name = "hinge_ranking"
+    margin: float = 1.0
+    requirements = _SUPPORT_ONLY
+
+    def __post_init__(self) -> None:
+        self._check("margin", 0, 1e6)
+
+
+@dataclass(frozen=True, slots=True)
+class LogisticRanking(Divergence):
+    """As `HingeRanking` with the logistic function: a Bradley-Terry model of the teacher's order."""
+
+    name = "logistic_ranking"
+    requirements = _SUPPORT_ONLY
+
+
+@dataclass(frozen=True, slots=True)
+class SoftSpearman(Divergence):
+    """1 - Spearman's correlation of soft ranks on the support, in [0, 2].
+
+    Attributes:
+        strength: how soft the ranks are; towards 0 they become hard and their gradient vanishes. (0, 1e6].
+    """
+
+    name = "soft_spearman"
+    strength: float = 1.0
+    requirements = _SUPPORT_ONLY
+
+    def __post_init__(self) -> None:
+        self._check("strength", 0, 1e6, ends="(]")
+
+
+DIVERGENCES: dict[str, type[Divergence]] = {
+    kind.name: kind
+    for kind in (
+        ForwardKL, ReverseKL, JensenShannon, SkewKL, SkewReverseKL, AdaptiveKL, TotalVariation, Hellinger, AlphaBeta,
+        DecoupledTopK, TailAwareKL, CenteredMSE, HingeRanking, LogisticRanking, SoftSpearman,
+    )
+}  # fmt: skip
+"""By name."""
+
+
+def get_divergence(name: str | Divergence, **options: Any) -> Divergence:
+    """The divergence of this name with these options; one that is already made comes back as it is.
+
+    Raises:
+        LossError: there is no such divergence, no such option, or an option is outside its range.
+    """
+    if isinstance(name, Divergence):
+        return name
+    if name not in DIVERGENCES:
+        raise LossError(f"divergence is {name!r}, but must be one of {', '.join(map(repr, DIVERGENCES))}")
+    known = [field.name for field in fields(DIVERGENCES[name])]
+    for option in options:
+        if option not in known:
+            raise LossError(f"{name} has no option {option!r}; it has {', '.join(map(repr, known)) or 'none'}")
+    return DIVERGENCES[name](**options)
+
+
+def requirements_table() -> str:
+    """Markdown: one line per divergence. README.md of this folder holds it, and a test compares them."""
+    lines = ["| divergence | options | tail | unbiased targets | temperature |", "|---|---|---|---|---|"]
+    for name, kind in DIVERGENCES.items():
+        needs, made = kind.requirements, kind()
+        options = ", ".join(f"{field.name} = {getattr(made, field.name):.3g}" for field in fields(kind))
+        tails = "needs a tail sample" if needs.tail_sample else ", ".join(needs.tails)
+        answers = ("yes" if needs.unbiased else "no", "yes" if needs.temperature else "no")
+        lines.append(f"| `{name}` | {options} | {tails} | {' | '.join(answers)} |")
+    return "\n".join(lines) + "\n"
