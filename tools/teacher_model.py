@@ -9,16 +9,17 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from teacher_replicas import Replicas
 from teacher_text import TextError
 from torch import Tensor, nn
-
-from kdcache.loss.fused import fused_sparse_kd_loss
 
 HEAD_DIM = 64  # vLLM's CPU attention takes 32, 64, 80, 96, 112, 128 and up
 
@@ -43,7 +44,7 @@ class Recipe:
     seq_len: int
     seconds: float = 120.0
     steps: int | None = None
-    batch_size: int = 16
+    batch_size: int = 8
     matrix_lr: float = 0.02
     lr: float = 6e-3
     weight_decay: float = 0.1
@@ -88,25 +89,25 @@ def build_model(recipe: Recipe, bos_token_id: int) -> Any:
     return LlamaForCausalLM(config)
 
 
-def train(model: Any, ids_N: NDArray[np.int32], recipe: Recipe) -> Trained:
+def train(model: Any, ids_N: NDArray[np.int32], recipe: Recipe, num_threads: int) -> Trained:
     """Train the model in place until the time is up."""
     from tqdm import tqdm
 
-    optimizers = make_optimizers(model, recipe)
     batches = draw_batches(torch.from_numpy(ids_N), recipe)
     losses: list[float] = []
-    # Compiling the loss's kernels is no part of the time.
-    step(model, next(batches), recipe.dtype)
-    model.zero_grad()
-    started = time.monotonic()
-    with tqdm(total=100, desc="training", mininterval=bar_interval(), bar_format=BAR) as bar:
+    with (
+        closing(
+            Replicas(model, min(num_threads, recipe.batch_size), recipe.dtype, partial(make_optimizers, recipe))
+        ) as replicas,
+        tqdm(total=100, desc="training", mininterval=bar_interval(), bar_format=BAR) as bar,
+    ):
+        # Compiling the loss's kernels is no part of the time; at the rate 0 the step changes nothing but the running means.
+        set_rates(replicas.optimizers, 0.0)
+        replicas.step(next(batches), max_norm=1.0)
+        started = time.monotonic()
         while (done := share_done(len(losses), time.monotonic() - started, recipe)) < 1:
-            set_rates(optimizers, rate_at(done, recipe.warmup))
-            losses.append(step(model, next(batches), recipe.dtype))
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=False)
+            set_rates(replicas.optimizers, rate_at(done, recipe.warmup))
+            losses.append(replicas.step(next(batches), max_norm=1.0))
             show(bar, time.monotonic() - started, losses, recipe)
     num_tokens = len(losses) * recipe.batch_size * recipe.seq_len
     return Trained(num_tokens, len(losses), time.monotonic() - started, float(np.mean(losses[-20:])))
@@ -117,24 +118,15 @@ def share_done(num_steps: int, elapsed: float, recipe: Recipe) -> float:
     return num_steps / recipe.steps if recipe.steps else elapsed / recipe.seconds
 
 
-def step(model: Any, ids_BT1: Tensor, dtype: torch.dtype) -> float:
-    """One forward and backward pass; the mean loss in nats per token."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        hidden_BTH = model.model(input_ids=ids_BT1[:, :-1]).last_hidden_state
-    hidden_PH = hidden_BTH.flatten(0, 1).to(dtype)
-    loss = fused_sparse_kd_loss(hidden_PH, model.lm_head.weight.to(dtype), labels_P=ids_BT1[:, 1:].flatten(), alpha=0.0)
-    loss.backward()
-    return loss.item()
-
-
-def make_optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for embeddings and norms."""
+def make_optimizers(recipe: Recipe, model: Any, num_parts: int) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, in num_parts optimisers of about equal work, and AdamW for embeddings and norms."""
     matrices = [weight for layer in model.model.layers for weight in layer.parameters() if weight.ndim == 2]
     taken = set(map(id, matrices))
     rest = [weight for weight in model.parameters() if id(weight) not in taken]
+    parts = [matrices[start::num_parts] for start in range(min(num_parts, len(matrices)))]
     return [
-        torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, momentum=0.95),
         torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        *(torch.optim.Muon(part, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, momentum=0.95) for part in parts),
     ]
 
 

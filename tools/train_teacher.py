@@ -47,7 +47,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-layers", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the tokenizer (default: %(default)s)")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens per sequence (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences per step (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument(
@@ -121,8 +121,7 @@ def train_and_save(arguments: argparse.Namespace, splits: dict[Split, list[Docum
     from teacher_model import Recipe, build_model, mean_nll, train
     from teacher_tokenizer import num_bytes, train_tokenizer
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    num_threads = arguments.threads or torch.get_num_threads()
     started = time.monotonic()
     tokenizer = train_tokenizer([document.text for document in splits["train"]], arguments.vocab_size, arguments.seed)
     ids_N, heldout_N = encode(tokenizer, splits["train"]), encode(tokenizer, splits["heldout"])[:MAX_EVALUATED_TOKENS]
@@ -140,8 +139,8 @@ def train_and_save(arguments: argparse.Namespace, splits: dict[Split, list[Docum
     )
     model = build_model(recipe, tokenizer.bos_token_id)
     num_parameters = sum(weight.numel() for weight in model.parameters())
-    report(f"model: {num_parameters:,} parameters, {torch.get_num_threads()} threads, {recipe.dtype}")
-    trained = train(model, ids_N, recipe)
+    report(f"model: {num_parameters:,} parameters, {num_threads} threads, {recipe.dtype}")
+    trained = train(model, ids_N, recipe, num_threads)
     loss = mean_nll(model.eval(), heldout_N, arguments.seq_len)
     model.config.use_cache = True
     model.save_pretrained(folder)

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 import teacher_model  # noqa: E402
 import teacher_tokenizer  # noqa: E402
 import train_teacher  # noqa: E402
+from teacher_replicas import Replicas  # noqa: E402
 
 SMALL = [
     *("--steps", "40", "--hidden-size", "64", "--num-layers", "1", "--vocab-size", "360"),
@@ -125,3 +129,46 @@ def test_too_little_text_ends_with_a_sentence_and_no_teacher(
     assert train_teacher.main(arguments) == 2
     assert "tokens, but a batch takes 128,033; give more text" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def tiny_model(batch_size: int = 4) -> tuple[Any, teacher_model.Recipe]:
+    recipe = teacher_model.Recipe(
+        vocab_size=100, hidden_size=64, num_layers=1, seq_len=8, seconds=1, batch_size=batch_size, weight_decay=0.0
+    )
+    return teacher_model.build_model(recipe, 0), recipe
+
+
+@pytest.mark.parametrize("num_threads", [2, 3, 6])
+def test_replicas_take_the_step_that_one_model_takes(num_threads: int) -> None:
+    """Six threads and five sequences: one has nothing to do."""
+    ids = torch.randint(0, 100, (5, 9), generator=torch.Generator().manual_seed(0))
+    threads_before, results = torch.get_num_threads(), []
+    for count in (1, num_threads):
+        model, recipe = tiny_model()
+        with closing(Replicas(model, count, torch.float32, partial(make_sgd, recipe))) as replicas:
+            losses = [replicas.step(ids, max_norm=1e6) for _ in range(2)]
+        results.append((losses, [weight.detach() for weight in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert results[0][0][1] < results[0][0][0]
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+    assert torch.get_num_threads() == threads_before
+
+
+def make_sgd(recipe: teacher_model.Recipe, model: Any, num_parts: int) -> list[Any]:
+    """Its step is linear in the gradient: a wrong share of one replica shows."""
+    return [torch.optim.SGD(model.parameters(), lr=0.1)]
+
+
+def test_every_weight_has_one_optimizer() -> None:
+    model, recipe = tiny_model()
+    for num_parts in (1, 2, 50):
+        optimizers = teacher_model.make_optimizers(recipe, model, num_parts)
+        owned = [id(weight) for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
+        assert sorted(owned) == sorted(map(id, model.parameters()))
+
+
+def test_the_same_steps_give_the_same_weights(text_dir: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        arguments = [*SMALL, "--steps", "3", "--threads", "2", "--dtype", "float32"]
+        assert train_teacher.main(["--out", str(tmp_path / name), "--text", str(text_dir), *arguments]) == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
