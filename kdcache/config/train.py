@@ -104,7 +104,7 @@ class TrainConfig(Config, frozen=True, kw_only=True):
 
     Attributes:
         cache: directory of the cache.
-        out: directory of the run: `config.json`, `metrics.jsonl`, `checkpoints/`, and at the end `model/` in the Hugging Face
+        out: directory of the run: `run.json`, `metrics.jsonl`, `checkpoints/`, and at the end `model/` in the Hugging Face
             layout. The same command on the same directory goes on where it stopped.
         steps: optimiser steps; give this or `epochs`.
         epochs: passes over the cache; give this or `steps`.

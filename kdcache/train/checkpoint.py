@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
@@ -44,23 +45,15 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def save_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
-    """Write a checkpoint under `folder`, then delete the others there."""
-    final = folder / f"step-{state.step:08d}"
-    temp = folder / f"{_TEMP_PREFIX}{final.name}"
-    shutil.rmtree(temp, ignore_errors=True)
-    temp.mkdir(parents=True)
-    save_model(model, str(temp / "model.safetensors"))
-    save_file(_optimizer_tensors(optimizer) | _generator_states(), temp / "optimizer.safetensors")
-    (temp / "state.json").write_bytes(msgspec.json.encode(state))
-    for path in temp.iterdir():
-        sync_file(path)
-    sync_directory(temp)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temp, final)
-    sync_directory(folder)
-    for path in folder.iterdir():
-        if path != final and (_NAME.fullmatch(path.name) or path.name.startswith(_TEMP_PREFIX)):
-            shutil.rmtree(path)
+    """Write a checkpoint under `folder`, then delete the others there.
+
+    Raises:
+        StateError: the disk refuses; the checkpoint before stays.
+    """
+    try:
+        _save(folder, model, optimizer, state)
+    except (OSError, SafetensorError) as error:
+        raise StateError(f"{folder}: the checkpoint of step {state.step} cannot be written: {error}") from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -84,6 +77,25 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
     except Exception as error:  # safetensors has error types of its own, load_state_dict raises RuntimeError
         raise StateError(f"{path}: this checkpoint cannot be loaded ({error}); delete it to train from the start") from error
     return state
+
+
+def _save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
+    final = folder / f"step-{state.step:08d}"
+    temp = folder / f"{_TEMP_PREFIX}{final.name}"
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir(parents=True)
+    save_model(model, str(temp / "model.safetensors"))
+    save_file(_optimizer_tensors(optimizer) | _generator_states(), temp / "optimizer.safetensors")
+    (temp / "state.json").write_bytes(msgspec.json.encode(state))
+    for path in temp.iterdir():
+        sync_file(path)
+    sync_directory(temp)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temp, final)
+    sync_directory(folder)
+    for path in folder.iterdir():
+        if path != final and (_NAME.fullmatch(path.name) or path.name.startswith(_TEMP_PREFIX)):
+            shutil.rmtree(path)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from kdcache.errors import ConfigError
 from kdcache.teacher import load_tokenizer
 from kdcache.train.compare import compare_models
 from kdcache.train.heldout import HeldoutSequence, read_heldout
-from kdcache.train.run_folder import CHECKPOINTS, MODEL, read_metrics
+from kdcache.train.run_folder import MODEL, RUN, read_metrics
 from kdcache.train.scores import TEACHER, score_models
 from kdcache.train.student import load_model
 
@@ -107,7 +107,7 @@ def heldout_curve(run: str | Path) -> list[tuple[int, float]]:
 def _model_folder(path: Path) -> Path:
     if (path / MODEL).is_dir():
         return path / MODEL
-    if (path / CHECKPOINTS).is_dir():
+    if (path / RUN).exists():
         raise ConfigError(
             f"--student {str(path)!r} is a training run that is not finished; run `kdcache train` again to finish it"
         )

@@ -17,7 +17,7 @@ from kdcache.errors import ConfigError, MismatchError
 from kdcache.store.fs import sync_directory, sync_file
 from kdcache.train.checkpoint import newest_checkpoint
 
-CONFIG, METRICS, CHECKPOINTS, MODEL = "config.json", "metrics.jsonl", "checkpoints", "model"
+RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "model"
 _MAY_CHANGE = {
     *("out", "cache", "num_threads", "device", "checkpoint_every_steps"),
     *("loader.num_threads", "loader.prefetch_batches", "loss.backend"),
@@ -46,11 +46,11 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out: {config.out!r} cannot be made a directory: {error.strerror}") from error
-        if any(self.root.iterdir()) and not (self.root / CONFIG).exists():
+        if _holds_something_else(self.root):
             raise ConfigError(f"out: {config.out!r} is not empty and holds no training run; name another directory")
         if newest_checkpoint(self.checkpoints) is not None:
-            _refuse_other_run(self.root / CONFIG, ours)
-        _write_atomically(self.root / CONFIG, json.dumps(ours, indent=1).encode())
+            _refuse_other_run(self.root / RUN, ours)
+        _write_atomically(self.root / RUN, json.dumps(ours, indent=1).encode())
         self._metrics = (self.root / METRICS).open("ab")
 
     @property
@@ -80,7 +80,7 @@ class RunFolder:
 
     def publish_model(self, save: Callable[[Path], object]) -> None:
         """Write `model/` whole or not at all: `save` fills a temporary directory, which is then renamed."""
-        temp = self.root / f"{MODEL}-unfinished"
+        temp = _unfinished(self.model)
         shutil.rmtree(temp, ignore_errors=True)
         save(temp)
         for path in temp.iterdir():
@@ -105,6 +105,11 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return [msgspec.json.decode(line) for line in whole.splitlines()]
 
 
+def _holds_something_else(root: Path) -> bool:
+    names = {path.name for path in root.iterdir()} - {_unfinished(root / RUN).name}
+    return bool(names) and RUN not in names
+
+
 def _refuse_other_run(path: Path, ours: dict[str, Any]) -> None:
     try:
         theirs = json.loads(path.read_bytes())
@@ -125,8 +130,12 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    temp = path.with_name(f"{path.name}-unfinished")
+    temp = _unfinished(path)
     temp.write_bytes(data)
     sync_file(temp)
     os.replace(temp, path)
     sync_directory(path.parent)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}-unfinished")

@@ -72,7 +72,8 @@ def test_progress_adds_up_to_what_was_announced(run: Path, tiny_model_dir: Path,
 def test_an_unfinished_run_a_missing_model_and_bad_names_are_said(
     run: Path, tiny_model_dir: Path, heldout: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "run.json").write_text("{}")
     for students, message in (
         ({"kd": str(tmp_path / "unfinished")}, "is a training run that is not finished"),
         ({"kd": str(tmp_path / "nowhere")}, "--student kd: no model can be loaded"),

@@ -23,8 +23,9 @@ from kdcache.store.reader import open_cache
 from kdcache.train.packed import hidden_states, output_projection
 from kdcache.train.run_folder import RunFolder, read_metrics
 from kdcache.train.schedule import learning_rate
+from kdcache.train.step import make_optimizer, student_loss
 from kdcache.train.student import build_student
-from kdcache.train.trainer import Trainer, make_optimizer, student_loss, train
+from kdcache.train.trainer import Trainer, train
 
 
 def _run(config: TrainConfig) -> list[dict[str, Any]]:
@@ -337,6 +338,24 @@ def test_a_damaged_checkpoint_is_an_error_of_ours(small_cache: Path, tiny_model_
     (damaged / "optimizer.safetensors").write_bytes(b"nothing")
     with pytest.raises(StateError, match="step-00000008: this checkpoint cannot be loaded"):
         train(config, show_progress=False)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_ours(
+    small_cache: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run" / "checkpoints").write_text("a file where the directory should go")
+    with pytest.raises(StateError, match="the checkpoint of step 3 cannot be written"):
+        train(train_config(small_cache, tiny_model_dir, tmp_path / "run"), show_progress=False)
+
+
+def test_a_directory_claimed_by_a_run_that_died_at_once_can_be_used(
+    small_cache: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json-unfinished").write_text('{"con')
+    assert train(train_config(small_cache, tiny_model_dir, tmp_path / "run", steps=1), show_progress=False).num_steps == 1
 
 
 def test_held_out_loss_is_measured_before_during_and_after(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""One step of training: packed forward, fused sparse loss, backward, AdamW.
+
+Shape letters: B rows, T tokens per row, P supervised positions, K entries per position, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kdcache.config.train import OptimizerConfig, TrainConfig
+from kdcache.loader._torch import TorchBatch
+from kdcache.loader.batch import IGNORED_LABEL
+from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.train.packed import hidden_states, output_projection
+
+
+def optimize(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: TorchBatch, config: TrainConfig, rate: float
+) -> tuple[float, float]:
+    """One step: forward, loss, backward, clip, update.
+
+    Args:
+        model: in training mode; changed in place.
+        optimizer: over its parameters; its learning rate is set.
+        batch: on the model's device.
+        config: dtype, loss and clipping.
+        rate: learning rate of this step.
+
+    Returns:
+        The loss in nats per supervised position, and the gradient's norm before clipping.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = student_loss(model, batch, config)
+    loss.backward()
+    largest = config.optimizer.grad_clip or float("inf")
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach()), float(grad_norm)
+
+
+def student_loss(model: PreTrainedModel, batch: TorchBatch, config: TrainConfig) -> torch.Tensor:
+    """The loss of a packed batch, a scalar in nats per supervised position; [P, V] logits never exist whole."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        hidden_BTH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT)
+    # Under autocast a norm's output is float32, as its weight; but the projection is most of a small student's work.
+    hidden_PH = hidden_BTH.flatten(0, 1).index_select(0, batch.rows_P).to(getattr(torch, config.dtype))
+    head = output_projection(model)
+    labels_P = batch.labels_BT.flatten()[batch.rows_P]
+    teacher, weights_P = (batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P), batch.weights_P
+    if config.loss.alpha == 0:
+        # A sequence's last position has a teacher but no label: it must not count in a mean of cross-entropies.
+        teacher, weights_P = (None, None, None), weights_P * (labels_P != IGNORED_LABEL)
+    return fused_sparse_kd_loss(
+        hidden_PH,
+        head.weight.to(hidden_PH.dtype),
+        *teacher,
+        bias=None if head.bias is None else head.bias.to(hidden_PH.dtype),
+        labels_P=labels_P,
+        weights_P=weights_P,
+        alpha=config.loss.alpha,
+        tail=config.loss.tail,
+        backend=config.loss.backend,
+        chunk_size=config.loss.positions_per_chunk,
+    )
+
+
+def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
