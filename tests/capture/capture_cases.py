@@ -1,0 +1,44 @@
+"""What the tests of failures, signals and executors share: configs of the fake teacher, and what a cache holds."""
+
+import msgspec
+
+import kdcache
+from kdcache.config.capture import CaptureConfig
+from kdcache.config.load import convert_config
+
+LINES = [f"line {n} says {'la' * (n % 7)}" for n in range(20)]
+
+
+def make_config(tmp_path, lines=LINES, **sections):
+    """One line to a sequence, four to a unit; written to cache/ unless `output` says otherwise."""
+    (tmp_path / "a.txt").write_text("".join(f"{line}\n" for line in lines))
+    fields = {
+        "input": {"format": "lines", "paths": [str(tmp_path / "a.txt")], "window": {"size": 64}},
+        "teacher": {"model": "fake", "backend": "fake", "vocab_size": 300, "context_length": 64},
+        "selection": {"k": 4},
+        "codec": {"id": "raw"},
+        "output": {"path": str(tmp_path / "cache"), "unit_items": 4},
+    }
+    for name, section in sections.items():
+        fields[name] = fields.get(name, {}) | section
+    return convert_config(fields, CaptureConfig)
+
+
+def write_config(config, path):
+    """The config as a file for the command line (JSON is YAML)."""
+    path.write_bytes(msgspec.json.encode(config))
+    return path
+
+
+def content(path):
+    """Every record, by its source's line number, as plain values."""
+    with kdcache.open(path) as reader:
+        records = [reader[n] for n in range(len(reader))]
+    return {
+        int(r.sequence.source.rpartition(":")[2]): (
+            r.sequence.key,
+            r.distributions.token_ids_E.tolist(),
+            r.distributions.logprobs_E.tolist(),
+        )
+        for r in records
+    }
