@@ -101,10 +101,13 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
         tokenizer: hub id or folder; null for the model's own.
         dtype: of weights and activations; `auto` takes the checkpoint's.
         batch_tokens: most tokens in one forward pass (transformers) or one scheduler step (vLLM).
-        positions_per_chunk: transformers: positions whose logits exist at once; memory is this x vocabulary x 4 bytes.
+        positions_per_chunk: positions whose logits exist at once (vLLM: worker route); memory is this x vocabulary x 4 bytes.
         num_threads: CPU threads of the model; null for the library's default.
         gpu_memory_utilization: vLLM on a GPU: share of its memory.
         tensor_parallel_size: vLLM: GPUs that hold one model.
+        route: vLLM: where entries are selected. `worker`: inside the engine, for releases whose insides are known; `public`:
+            vLLM's own prompt logprobs, the same numbers several times slower; `auto`: `worker`, else `public` with a warning.
+        strict: stop instead of warning where `auto` would take second best: `public`, or transformers for a broken vLLM.
         quantization: vLLM's name of a method, or null for what the checkpoint says.
         engine_options: further keyword arguments of `vllm.LLM` or `from_pretrained`, recorded in the manifest.
         vocab_size: `fake` only.
@@ -122,6 +125,8 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
     num_threads: Positive | None = None
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.9
     tensor_parallel_size: Positive = 1
+    route: Literal["auto", "worker", "public"] = "auto"
+    strict: bool = False
     quantization: str | None = None
     engine_options: dict[str, str | int | float | bool | None] = {}
     vocab_size: Positive = 1000

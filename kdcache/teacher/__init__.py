@@ -40,7 +40,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         MissingDependencyError: the backend's package is not installed.
         TeacherError: the model does not load.
     """
-    backend = _choose_backend() if config.backend == "auto" else config.backend
+    backend = _choose_backend(strict=config.strict) if config.backend == "auto" else config.backend
     return _backend_class(_TEACHERS, backend, f"teacher.backend {backend!r}")(config)
 
 
@@ -62,14 +62,16 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template: str | 
     return _backend_class(_TOKENIZERS, "transformers", f"the tokenizer {name!r}")(name, revision, chat_template)
 
 
-def _choose_backend() -> str:
-    """vLLM where it is installed and imports, else transformers; says which on the log."""
+def _choose_backend(*, strict: bool) -> str:
+    """vLLM where it is installed and imports, else transformers; says which on the log. `strict` refuses a broken vLLM."""
     if find_spec("vllm") is None:
         log.info("teacher.backend auto: vllm is not installed, using transformers")
         return "transformers"
     try:
         _backend_class(_TEACHERS, "vllm", "teacher.backend 'auto'")
     except TeacherError as error:
+        if strict:
+            raise
         log.warning("teacher.backend auto: using transformers, as %s", error)
         return "transformers"
     log.info("teacher.backend auto: using vllm")

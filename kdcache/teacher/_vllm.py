@@ -1,18 +1,18 @@
-"""The `vllm` teacher: the offline engine's own prompt logprobs, through the flattest container its public API has.
+"""The `vllm` teacher. A sequence is a prompt of the offline engine; one token is generated after it, and thrown away.
 
-A sequence is a prompt; one token is generated after it. vLLM's "prompt logprob i" is the distribution for token i given the
-tokens before it: our position i-1. The last position is the generated token's row. Each row has k+1 columns: the token that
-came, then the k most probable, among which it may appear again.
+Two routes from the engine's logits to a record:
+
+- worker: `_vllm_worker` selects where the logits are, a chunk of positions at a time; a group's rows come back as one buffer.
+- public: the engine's own prompt logprobs, through the flattest container that its API has. vLLM's "prompt logprob i" is the
+  distribution for token i given the tokens before it: our position i-1. The last position is the generated token's row. Each
+  row has k+1 columns: the token that came, then the k most probable, among which it may appear again.
 
 Shape letters: N tokens of a sequence, P supervised positions, K entries per position.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -23,33 +23,40 @@ from numpy.typing import NDArray
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import TeacherError
 from kdcache.format.manifest import SelectionInfo, TeacherIdentity
-from kdcache.format.record import Distributions, TokenSequence
-from kdcache.teacher.base import answer, check_sequences, first_line, no_positions, top_k_of
+from kdcache.format.record import Distributions, TokenSequence, sequence_key
+from kdcache.teacher import _vllm_engine as engine  # first: it quietens vLLM before that is imported
+from kdcache.teacher._vllm_worker import CaptureExtension, find_internals
+from kdcache.teacher.base import answer, check_sequences, no_positions, top_k_of
 from kdcache.teacher.batches import groups_of_tokens
-from kdcache.teacher.checkpoint import check_model_name, short_name, weights_digest
-from kdcache.teacher.vllm_options import RESOURCE_OPTIONS, engine_options
+from kdcache.teacher.checkpoint import check_model_name
+from kdcache.teacher.vllm_options import engine_options
+from kdcache.teacher.vllm_packed import Buffer, pack_requests, read_buffer
 
-# vLLM and torch read these when they are imported. At its own default vLLM prints some forty lines per engine, at WARNING still
-# twenty, none of them about the user's input; what ends a capture is raised. Some come before it sets its loggers up.
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import torch
-    import vllm
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.platforms import current_platform
-    from vllm.transformers_utils.config import get_config
+# isort: split
+import torch
+import vllm
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
 
 log = logging.getLogger(__name__)
 
-STEPS_PER_GROUP = 4
+PUBLIC_STEPS_PER_GROUP = 4
 """Sequences are given to the engine in groups of about this many scheduler steps. The flat container holds some 85 bytes per
 entry until it is converted (at k = 64 and 8192 tokens per step: 180 MB per group)."""
+
+WORKER_STEPS_PER_GROUP = 32
+"""The last step of a group is seldom full, so larger groups waste less. A row of the buffer takes 8 bytes per entry."""
+
+WORKER_GROUP_BYTES = 256 * 2**20
+
+EXTENSION = f"{CaptureExtension.__module__}.{CaptureExtension.__qualname__}"
+
+PROBE_TOKENS, PROBE_K = 8, 8
+PROBE_ERROR_NATS = {"float32": 1e-3}
+"""Most that the routes may differ on the probe, by dtype."""
+PROBE_ERROR_HALF_NATS = 0.25
+"""In half precision: the projection of another number of rows rounds differently, by a unit in the last place of a logit."""
 
 
 class VllmTeacher:
@@ -59,22 +66,26 @@ class VllmTeacher:
         """Start the engine. On a CPU it runs in this process and uses the process's threads.
 
         Raises:
-            TeacherError: the model does not load.
+            TeacherError: the model does not load; or the worker route was demanded and cannot be had.
         """
         check_model_name(config.model)
-        self._is_cpu = bool(current_platform.is_cpu())
-        self._batch_tokens = config.batch_tokens
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        options = engine_options(config, _model_fields(config), is_cpu=self._is_cpu)
-        self._eager_python = self._is_cpu and bool(options["enforce_eager"])
-        self._llm: LLM | None = _start(config.model, options, is_cpu=self._is_cpu)
-        self._identity = _identity(config, self._llm, self._is_cpu)
+        self._config = config
+        self._llm: LLM | None = None
+        self._is_in_worker = config.route != "public" and self._start_with_worker()
+        if self._llm is None:
+            self._start(None)
 
     @property
     def identity(self) -> TeacherIdentity:
         """See `Teacher`. context_length is one less than the engine's: the token that it generates needs a place."""
         return self._identity
+
+    @property
+    def route(self) -> str:
+        """`worker` or `public`."""
+        return "worker" if self._is_in_worker else "public"
 
     def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
         """See `Teacher`."""
@@ -87,32 +98,126 @@ class VllmTeacher:
     def close(self) -> None:
         """See `Teacher`."""
         if self._llm is not None:
-            self._llm.llm_engine.engine_core.shutdown()
+            engine.stop_engine(self._llm)
             self._llm = None
-            _clean_up()
+            engine.clean_up()
+
+    def _start(self, extension: str | None) -> None:
+        config, is_cpu = self._config, engine.runs_on_cpu()
+        options = engine_options(config, engine.model_fields(config), is_cpu=is_cpu, extension=extension)
+        self._eager_python = is_cpu and bool(options["enforce_eager"])
+        self._llm = engine.start_engine(config.model, options)
+        self._identity = engine.identity_of(config, self._llm)
+
+    def _start_with_worker(self) -> bool:
+        """Start the engine with our part in its worker; where that cannot be, say so and leave no engine behind.
+
+        Raises:
+            TeacherError: it cannot be, and the config leaves no other route.
+        """
+        problem = self._try_worker()
+        if problem is None:
+            return True
+        self.close()
+        sentence = f"the teacher {self._config.model!r} cannot be captured inside vLLM's worker: {problem}"
+        if self._config.route == "worker" or self._config.strict:
+            raise TeacherError(f"{sentence}; set teacher.route to public, which gives the same numbers, slower")
+        log.warning("%s; using vLLM's own prompt logprobs, which are slower", sentence)
+        return False
+
+    def _try_worker(self) -> str | None:
+        """Start the engine and prove the worker route on a probe, or give the reason why not."""
+        if "worker_extension_cls" in self._config.engine_options:
+            return "engine_options has a worker_extension_cls of its own"
+        try:
+            find_internals(vllm.__version__)
+        except TeacherError as error:
+            return str(error)
+        self._start(EXTENSION)
+        try:
+            problems = [problem for problem in self._call_workers("kdcache_install", vllm.__version__) if problem]
+            return problems[0] if problems else self._compare_routes()
+        except TeacherError as error:
+            return str(error)
+
+    def _compare_routes(self) -> str | None:
+        """A few tokens on both routes: what differs by more than the engine's numerics, if anything."""
+        vocab_size = self._identity.vocab_size
+        ids_N = (np.arange(min(PROBE_TOKENS, self._identity.context_length)) * 7919 + 11) % vocab_size
+        probe, allowed = [_plain_sequence(ids_N.astype(np.int32))], self._engine.llm_engine.model_config.max_logprobs
+        k = min(PROBE_K, vocab_size, allowed if allowed > 0 else vocab_size)
+        (ours,), (theirs,) = self._score_in_worker(probe, k), self._score_publicly(probe, k)
+        targets_P = probe[0].target_ids_P
+        pairs = ((ours.logprobs_E, theirs.logprobs_E), (ours.target_logprobs(targets_P), theirs.target_logprobs(targets_P)))
+        error = max(float(np.nanmax(np.abs(a - b), initial=0.0)) for a, b in pairs)
+        if error <= PROBE_ERROR_NATS.get(self._identity.dtype, PROBE_ERROR_HALF_NATS):
+            return None
+        return f"on a probe of {len(ids_N)} tokens its logprobs are {error:.3g} nats away from vLLM's own"
 
     def _score_all(self, sequences: Sequence[TokenSequence], k: int) -> Iterator[Distributions]:
-        for group in groups_of_tokens(sequences, STEPS_PER_GROUP * self._batch_tokens):
-            outputs = self._generate([s.input_ids_N.tolist() for s in group if s.supervised_N.any()], k)
-            outputs.reverse()
-            for sequence in group:
-                # Popped, so that a group's containers are freed as they are read.
-                yield read_output(outputs.pop(), sequence, k) if sequence.supervised_N.any() else no_positions()
+        steps = PUBLIC_STEPS_PER_GROUP
+        if self._is_in_worker:
+            steps = max(1, min(WORKER_STEPS_PER_GROUP, WORKER_GROUP_BYTES // (8 * k * self._config.batch_tokens)))
+        for group in groups_of_tokens(sequences, steps * self._config.batch_tokens):
+            yield from self._score_in_worker(group, k) if self._is_in_worker else self._score_publicly(group, k)
 
-    def _generate(self, prompts: list[list[int]], k: int) -> list[RequestOutput]:
-        if not prompts:
+    def _score_in_worker(self, group: Sequence[TokenSequence], k: int) -> Iterator[Distributions]:
+        asked = [sequence for sequence in group if sequence.supervised_N.any()]
+        if not asked:
+            return iter([no_positions() for _ in group])
+        num_rows = sum(len(sequence.positions_P) for sequence in asked)
+        self._call_workers("kdcache_begin", num_rows, k, self._config.positions_per_chunk)
+        self._generate(asked, [_worker_params(extra_args) for extra_args in pack_requests(asked)])
+        packed = [packed for packed in self._call_workers("kdcache_end") if packed is not None]
+        if len(packed) != 1:
+            raise TeacherError(
+                f"{len(packed)} of vLLM's workers answered for the teacher {self._identity.model!r}, and not one"
+            )
+        problem, *buffer = packed[0]
+        if problem is not None:
+            raise TeacherError(
+                f"the selection in vLLM's worker failed on the teacher {self._identity.model!r}: {problem}; where memory ran "
+                f"out, make teacher.positions_per_chunk ({self._config.positions_per_chunk}) smaller"
+            )
+        return read_buffer(group, Buffer.unpack(buffer))
+
+    def _score_publicly(self, group: Sequence[TokenSequence], k: int) -> Iterator[Distributions]:
+        asked = [sequence for sequence in group if sequence.supervised_N.any()]
+        outputs = self._generate(asked, [_public_params(k)] * len(asked))
+        outputs.reverse()
+        for sequence in group:
+            # Popped, so that a group's containers are freed as they are read.
+            yield read_output(outputs.pop(), sequence, k) if sequence.supervised_N.any() else no_positions()
+
+    def _generate(self, sequences: Sequence[TokenSequence], params: list[SamplingParams]) -> list[RequestOutput]:
+        if not sequences:
             return []
-        if self._llm is None:
-            raise TeacherError(f"the teacher {self._identity.model!r} was closed while it was scoring")
+        requests: list[Any] = [{"prompt_token_ids": sequence.input_ids_N.tolist()} for sequence in sequences]
         # One helper of vLLM's sampler is compiled on first use, which costs up to twenty seconds and saves microseconds.
         stance = torch.compiler.set_stance("force_eager") if self._eager_python else nullcontext()
+        with self._translated_errors(), stance:
+            return self._engine.generate(requests, params, use_tqdm=False)
+
+    def _call_workers(self, method: str, *args: Any) -> list[Any]:
+        with self._translated_errors():
+            return self._engine.collective_rpc(method, args=args)
+
+    @property
+    def _engine(self) -> LLM:
+        if self._llm is None:
+            raise TeacherError(f"the teacher {self._identity.model!r} was closed while it was scoring")
+        return self._llm
+
+    @contextmanager
+    def _translated_errors(self) -> Iterator[None]:
         try:
-            with stance:
-                requests: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
-                return self._llm.generate(requests, _sampling_params(k), use_tqdm=False)
+            yield
+        except TeacherError:
+            raise
         except Exception as error:  # the engine is a program of its own: an out-of-memory error comes in a dozen types
             self.close()  # requests of the failed call are still in its queue
-            raise TeacherError(f"vLLM failed on the teacher {self._identity.model!r}: {_reason(error)}") from error
+            model = self._identity.model
+            raise TeacherError(f"vLLM failed on the teacher {model!r}: {engine.reason_of(error)}") from error
 
 
 def read_output(output: RequestOutput, sequence: TokenSequence, k: int) -> Distributions:
@@ -141,88 +246,26 @@ def _rows(flat: Any, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     return ids.reshape(-1, k + 1), logprobs.reshape(-1, k + 1)
 
 
-def _sampling_params(k: int) -> SamplingParams:
+def _public_params(k: int) -> SamplingParams:
     return vllm.SamplingParams(
         prompt_logprobs=k, logprobs=k, max_tokens=1, temperature=0.0, flat_logprobs=True, detokenize=False
     )
 
 
-def _model_fields(config: TeacherConfig) -> dict[str, Any]:
-    """The model's config.json, also of a hub id; empty where it cannot be read, which the engine will then say."""
-    try:
-        trust_remote_code = bool(config.engine_options.get("trust_remote_code", False))
-        return get_config(config.model, trust_remote_code=trust_remote_code, revision=config.revision).to_dict()
-    except Exception as error:
-        log.debug("%s: %s", config.model, first_line(error))
-        return {}
+def _worker_params(extra_args: dict[str, Any]) -> SamplingParams:
+    # What the prefix cache holds is not computed, and would have no rows.
+    return vllm.SamplingParams(
+        max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True, extra_args=extra_args
+    )
 
 
-def _start(model: str, options: dict[str, Any], *, is_cpu: bool) -> LLM:
-    try:
-        with _our_process(is_cpu=is_cpu):
-            return vllm.LLM(model=model, **options)
-    except Exception as error:  # whatever a checkpoint, the hub client or the engine can raise
-        _clean_up()
-        raise TeacherError(f"the model {model!r} does not load with vLLM: {_reason(error)}") from error
-
-
-@contextmanager
-def _our_process(*, is_cpu: bool) -> Iterator[None]:
-    """Start an engine without leaving marks: environment (LD_PRELOAD among it) and torch's thread setter are put back.
-
-    On a CPU the engine runs in this process, unless the user's environment says otherwise: its worker process would be bound to
-    all cores but one, and it would need a guarded main module.
-    """
-    environment, set_num_threads = dict(os.environ), torch.set_num_threads
-    if is_cpu:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        os.environ.clear()
-        os.environ.update(environment)
-
-
-def _clean_up() -> None:
-    """Give memory and process groups back, so that another engine can start in this process."""
-    gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        cleanup_dist_env_and_memory()
-
-
-def _reason(error: Exception) -> str:
-    """The telling sentence of an error; pydantic hides it behind a heading and before a dump of the input."""
-    text = str(error)
-    if "validation error" in text.partition("\n")[0] and "Value error, " in text:
-        text = text.partition("Value error, ")[2].partition(" [type=")[0]
-    else:
-        text = first_line(error)
-    return text.partition(". ")[0]
-
-
-def _identity(config: TeacherConfig, llm: LLM, is_cpu: bool) -> TeacherIdentity:
-    model_config = llm.llm_engine.model_config
-    digest = weights_digest(config.model)
-    options = {name: value for name, value in config.engine_options.items() if name not in RESOURCE_OPTIONS}
-    return TeacherIdentity(
-        model=short_name(config.model),
-        revision=None if digest else getattr(model_config.hf_config, "_commit_hash", None) or config.revision,
-        weights_digest=digest,
-        architecture=str((model_config.hf_config.architectures or ["unknown"])[0]),
-        vocab_size=model_config.get_vocab_size(),
-        dtype=str(model_config.dtype).removeprefix("torch."),
-        quantization=model_config.quantization,
-        engine="vllm",
-        engine_version=vllm.__version__,
-        engine_options={
-            "device": "cpu" if is_cpu else "cuda",
-            "head_dtype": str(getattr(model_config, "head_dtype", model_config.dtype)).removeprefix("torch."),
-            "tensor_parallel_size": config.tensor_parallel_size,
-            **options,
-        },
-        context_length=model_config.max_model_len - 1,
+def _plain_sequence(input_ids_N: NDArray[np.int32]) -> TokenSequence:
+    supervised_N = np.ones(len(input_ids_N), np.bool_)
+    return TokenSequence(
+        input_ids_N=input_ids_N,
+        supervised_N=supervised_N,
+        roles_N=np.zeros(len(input_ids_N), np.uint8),
+        turn_starts=np.zeros(1, np.int32),
+        source="probe",
+        key=sequence_key(input_ids_N, supervised_N, ""),
     )

@@ -23,13 +23,16 @@ RESOURCE_OPTIONS = frozenset(
 """Engine options that say how much, not how: no part of the identity."""
 
 
-def engine_options(config: TeacherConfig, model_fields: Mapping[str, Any], *, is_cpu: bool) -> dict[str, Any]:
+def engine_options(
+    config: TeacherConfig, model_fields: Mapping[str, Any], *, is_cpu: bool, extension: str | None = None
+) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM`; the user's engine_options have the last word.
 
     Args:
         config: what the user asks for.
         model_fields: the model's config.json; empty where it could not be read.
         is_cpu: whether the engine will run on CPUs.
+        extension: the class that selects inside the engine's worker; None where vLLM's own prompt logprobs do it.
     """
     options: dict[str, Any] = {
         "revision": config.revision,
@@ -52,7 +55,9 @@ def engine_options(config: TeacherConfig, model_fields: Mapping[str, Any], *, is
         "seed": 0,
     }
     max_positions = config.engine_options.get("max_model_len") or _text_fields(model_fields).get("max_position_embeddings")
-    if max_positions is not None:
+    if extension is not None:
+        options["worker_extension_cls"] = extension
+    elif max_positions is not None:
         options["long_prefill_token_threshold"] = min(POSITIONS_PER_REQUEST_STEP, int(max_positions))
     if is_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         options["kv_cache_memory_bytes"] = cpu_cache_bytes(model_fields, config.batch_tokens, max_positions)

@@ -1,0 +1,172 @@
+"""What kdcache knows of vLLM's insides, releases 0.24 to 0.32: the one place to look when a new release moves something.
+
+Each of its two model runners has one method that sees a step's hidden states of the last pipeline stage, right after they are
+computed, in every step and on every tensor-parallel rank: the one that computes prompt logprobs. It is wrapped; what it does
+for other requests stays. Nothing here imports vLLM: it is handed the worker.
+
+- V1, `v1/worker/gpu_model_runner.py`: `GPUModelRunner._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)`.
+- V2, `v1/worker/gpu/`: `PromptLogprobsWorker.compute_prompt_logprobs(logits_fn, hidden_states, input_batch, ...)`, and
+  `add_request`, which is how it learns of a request's sampling parameters.
+
+Shape letters: X rows of a step (all its tokens), C positions of a chunk, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+FIRST_VERSION, END_VERSION = (0, 24), (0, 33)
+"""Releases that this file was written for; the second one is not among them."""
+
+_V1_HOOK = "_get_prompt_logprobs_dict"
+_V1_PARAMETERS = ("hidden_states", "num_scheduled_tokens")
+_V2_METHODS = {
+    "compute_prompt_logprobs": (
+        "logits_fn", "hidden_states", "input_batch", "all_token_ids", "num_computed_tokens", "prompt_lens",
+    ),
+    "add_request": ("req_id", "req_idx", "sampling_params"),
+    "remove_request": ("req_id",),
+}  # fmt: skip
+
+
+class Span(NamedTuple):
+    """Positions of one request in one step.
+
+    Attributes:
+        extra_args: of the request's sampling parameters.
+        row: where in the step's hidden states they start.
+        position: the first of them.
+        length: how many; they lie in the prompt.
+    """
+
+    extra_args: Mapping[str, Any]
+    row: int
+    position: int
+    length: int
+
+
+OnStep = Callable[[Any, Callable[[], Iterator[Span]]], None]
+"""Called once per step with its hidden states (X, H) and a function that gives its spans. Must not raise."""
+
+
+def install(worker: Any, on_step: OnStep) -> str | None:
+    """Call `on_step` in every step from now on; or say what in this vLLM is not as expected, and change nothing."""
+    runner = worker.model_runner
+    if hasattr(runner, "prompt_logprobs_worker"):
+        return _install_v2(runner, on_step)
+    return _install_v1(runner, on_step)
+
+
+def is_last_stage(worker: Any) -> bool:
+    """Whether this worker's pipeline stage is the one with the output projection."""
+    from vllm.distributed import get_pp_group
+
+    del worker
+    return bool(get_pp_group().is_last_rank)
+
+
+def is_first_of_its_stage(worker: Any) -> bool:
+    """Whether this worker is the one of its tensor-parallel group whose logits are sure to be there; its answer counts."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    del worker
+    return get_tensor_model_parallel_rank() == 0
+
+
+def projection(worker: Any) -> Callable[[Any], Any]:
+    """Hidden states (C, H) -> logits (C, V), gathered over tensor-parallel ranks, scaled and soft-capped as the model does it.
+
+    Every rank must call it equally often. None on ranks to which the platform does not gather.
+    """
+    model = worker.model_runner.model
+    wrappers = [module for module in model.modules() if type(module).__name__ == "LogitsProcessorWithLoRA"]
+
+    def project(hidden_CH: Any) -> Any:
+        with _without_adapters(wrappers):
+            return model.compute_logits(hidden_CH)
+
+    return project
+
+
+@contextmanager
+def _without_adapters(wrappers: list[Any]) -> Iterator[None]:
+    """The projection of the base model: with LoRA on, vLLM would take the adapters of the rows that it samples from, as many as
+    there are requests, for ours. (Adapters of the body have acted by now; those of the output projection are not captured.)"""
+    for wrapper in wrappers:
+        wrapper._get_logits = wrapper.base_layer._get_logits
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            del wrapper._get_logits
+
+
+def _install_v1(runner: Any, on_step: OnStep) -> str | None:
+    problem = _check(runner, _V1_HOOK, _V1_PARAMETERS)
+    missing = [name for name in ("requests", "query_start_loc", "input_batch") if not hasattr(runner, name)]
+    if problem or missing:
+        return problem or f"{type(runner).__name__} has no {', '.join(missing)}"
+    original = getattr(runner, _V1_HOOK)
+
+    def spans(num_scheduled_tokens: Mapping[str, int]) -> Iterator[Span]:
+        for req_id, num_tokens in num_scheduled_tokens.items():
+            state = runner.requests[req_id]
+            extra_args = state.sampling_params and state.sampling_params.extra_args
+            # Still the count before this step.
+            position = int(state.num_computed_tokens)
+            length = min(num_tokens, state.num_prompt_tokens - position)
+            if extra_args and length > 0:
+                row = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[req_id]])
+                yield Span(extra_args, row, position, length)
+
+    def hook(hidden_states: Any, num_scheduled_tokens: Mapping[str, int]) -> Any:
+        on_step(hidden_states, lambda: spans(num_scheduled_tokens))
+        return original(hidden_states, num_scheduled_tokens)
+
+    setattr(runner, _V1_HOOK, hook)
+    return None
+
+
+def _install_v2(runner: Any, on_step: OnStep) -> str | None:
+    target = runner.prompt_logprobs_worker
+    problems = (_check(target, name, parameters) for name, parameters in _V2_METHODS.items())
+    if problem := next(filter(None, problems), None):
+        return problem
+    originals = {name: getattr(target, name) for name in _V2_METHODS}
+    arguments: dict[str, Mapping[str, Any]] = {}
+
+    def add_request(req_id: str, req_idx: int, sampling_params: Any) -> None:
+        if sampling_params.extra_args:
+            arguments[req_id] = sampling_params.extra_args
+        originals["add_request"](req_id, req_idx, sampling_params)
+
+    def remove_request(req_id: str) -> None:
+        arguments.pop(req_id, None)
+        originals["remove_request"](req_id)
+
+    def spans(batch: Any, prompt_lens: Any) -> Iterator[Span]:
+        for index, req_id in enumerate(batch.req_ids):
+            position = int(batch.num_computed_prefill_tokens_np[index])
+            length = min(int(batch.num_scheduled_tokens[index]), int(prompt_lens[batch.idx_mapping_np[index]]) - position)
+            if req_id in arguments and length > 0:
+                yield Span(arguments[req_id], int(batch.query_start_loc_np[index]), position, length)
+
+    def compute_prompt_logprobs(logits_fn: Any, hidden_states: Any, input_batch: Any, *rest: Any) -> Any:
+        on_step(hidden_states, lambda: spans(input_batch, rest[-1]))
+        return originals["compute_prompt_logprobs"](logits_fn, hidden_states, input_batch, *rest)
+
+    target.add_request, target.remove_request = add_request, remove_request
+    target.compute_prompt_logprobs = compute_prompt_logprobs
+    return None
+
+
+def _check(owner: Any, name: str, parameters: tuple[str, ...]) -> str | None:
+    """What is wrong with a method, if anything."""
+    method = getattr(owner, name, None)
+    if method is None:
+        return f"{type(owner).__name__} has no {name}"
+    found = tuple(inspect.signature(method).parameters)
+    return None if found == parameters else f"{type(owner).__name__}.{name} takes ({', '.join(found)})"

@@ -1,0 +1,182 @@
+"""Selection inside the engine's worker: vLLM adds `CaptureExtension` to its worker's bases, in whatever process that runs.
+
+In every step, straight after the hidden states: the rows of supervised positions are projected a chunk at a time, and of each
+chunk's logits the top k, their normaliser and the target's logprob are kept. Scheduling, batching and chunked prefill are the
+engine's own. Rows go into a buffer of the whole group by their place, so a position that is computed twice (preemption) is
+written twice, and one that never was leaves its mark unset.
+
+Shape letters: X rows of a step (all its tokens), P those that are wanted, C positions of a chunk, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.errors import TeacherError
+from kdcache.teacher import _vllm_internals_v024
+from kdcache.teacher._topk_torch import select_top_k
+from kdcache.teacher.base import first_line
+from kdcache.teacher.vllm_packed import NOT_SUPERVISED, TARGETS, Buffer, unpack_request
+
+INTERNALS = (_vllm_internals_v024,)
+"""One module per supported line of vLLM releases."""
+
+
+def find_internals(version: str) -> Any:
+    """The module that knows this vLLM.
+
+    Raises:
+        TeacherError: none does.
+    """
+    parts = version.split("+")[0].split(".")
+    release = tuple(int(part) for part in parts[:2] if part.isdigit())
+    for internals in INTERNALS:
+        if internals.FIRST_VERSION <= release < internals.END_VERSION:
+            return internals
+    raise TeacherError(f"vLLM {version} is not a release that kdcache knows the insides of")
+
+
+class CaptureExtension:
+    """What vLLM's worker can do besides. Public names are prefixed: vLLM refuses those that its worker has."""
+
+    kdcache_capture: Capture | None = None
+
+    def kdcache_install(self, version: str) -> str | None:
+        """Take part in every step from now on. Gives the reason where that cannot be; then nothing is changed."""
+        if self.kdcache_capture is not None:
+            return None
+        internals = find_internals(version)
+        if not internals.is_last_stage(self):
+            return None
+        capture = Capture(internals.projection(self), keeps=internals.is_first_of_its_stage(self))
+        problem = internals.install(self, capture.on_step)
+        if problem is None:
+            self.kdcache_capture = capture
+        return problem
+
+    def kdcache_begin(self, num_rows: int, k: int, chunk: int) -> None:
+        """Expect the requests of a group; see `Capture.begin`."""
+        if self.kdcache_capture is not None:
+            self.kdcache_capture.begin(num_rows, k, chunk)
+
+    def kdcache_end(self) -> list[Any] | None:
+        """What came of the group: an error's text or None, and `Buffer.pack`. None on workers whose answer does not count."""
+        return None if self.kdcache_capture is None else self.kdcache_capture.end()
+
+
+class _Pending(NamedTuple):
+    """Selected rows on their way to the host."""
+
+    rows_C: NDArray[np.int64]
+    found: tuple[Tensor, ...]
+
+
+class Capture:
+    """One worker's part in a group, between `begin` and `end`."""
+
+    def __init__(self, project: Callable[[Tensor], Tensor | None], *, keeps: bool) -> None:
+        """Idle.
+
+        Args:
+            project: hidden states (C, H) to logits (C, V).
+            keeps: whether this rank selects. Others only take part in the projection, which may be collective.
+        """
+        self._project = project
+        self._keeps = keeps
+        self._buffer: Buffer | None = None
+        self._k = self._chunk = 0
+        self._pending: list[_Pending] = []
+        self._error: str | None = None
+
+    def begin(self, num_rows: int, k: int, chunk: int) -> None:
+        """Drop what was begun before, and make room.
+
+        Args:
+            num_rows: supervised positions of all requests to come.
+            k: entries per position. 0: project only, which is the limit that `benchmarks/capture.py` measures against.
+            chunk: most positions whose logits exist at once.
+        """
+        self._buffer, self._k, self._chunk = Buffer.empty(num_rows, k), k, chunk
+        self._pending, self._error = [], None
+
+    def end(self) -> list[Any] | None:
+        """See `CaptureExtension.kdcache_end`."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is None or not self._keeps:
+            return None
+        if self._pending:
+            torch.accelerator.synchronize()
+        _write(buffer, self._pending)
+        self._pending = []
+        return [self._error, *buffer.pack()]
+
+    def on_step(self, hidden_XH: Tensor, spans: Callable[[], Iterator[Any]]) -> None:
+        """Handle a step. Never raises: that would end the engine, and with it every other request."""
+        if self._buffer is None:
+            return
+        try:
+            with torch.inference_mode():
+                self._select(hidden_XH, spans())
+        except Exception as error:  # memory above all
+            self._error = self._error or f"{type(error).__name__}: {first_line(error)}"
+
+    def _select(self, hidden_XH: Tensor, spans: Iterable[Any]) -> None:
+        places_P, rows_P, targets_P = wanted_rows(spans)
+        if len(places_P) == 0:
+            return
+        # Chunks of equal size: a last one of a few rows would cost the projection as much as a whole one.
+        for here_C in np.array_split(np.arange(len(places_P)), -(-len(places_P) // self._chunk)):
+            here = slice(int(here_C[0]), int(here_C[-1]) + 1)
+            logits_CV = self._project(_rows_of(hidden_XH, places_P[here]))
+            if self._keeps and self._k and logits_CV is not None and self._error is None:
+                self._keep(logits_CV, rows_P[here], targets_P[here])
+
+    def _keep(self, logits_CV: Tensor, rows_C: NDArray[np.int64], targets_C: NDArray[np.int64]) -> None:
+        try:
+            found = select_top_k(logits_CV, torch.from_numpy(targets_C).to(logits_CV.device, non_blocking=True), self._k)
+        except Exception as error:
+            # Not raised: the other ranks go on to the next chunk's projection, and would wait for this one for ever.
+            self._error = f"{type(error).__name__}: {first_line(error)}"
+            return
+        # From a device: into pinned memory, without waiting for it, so that the next step can be prepared meanwhile.
+        pending = _Pending(rows_C, tuple(tensor.to("cpu", non_blocking=True) for tensor in found))
+        if logits_CV.device.type == "cpu" and self._buffer is not None:
+            _write(self._buffer, [pending])
+        else:
+            self._pending.append(pending)
+
+
+def wanted_rows(spans: Iterable[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(P,) places in the step's hidden states, ascending; (P,) rows of the group's buffer; (P,) targets."""
+    parts = [_wanted_of(span) for span in sorted(spans, key=lambda span: span.row) if TARGETS in span.extra_args]
+    if not parts:
+        none = np.empty(0, np.int64)
+        return none, none, none
+    wanted_3P = np.concatenate(parts, axis=1, dtype=np.int64)
+    return wanted_3P[0], wanted_3P[1], wanted_3P[2]
+
+
+def _wanted_of(span: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    wanted = unpack_request(span.extra_args)
+    here = slice(span.position, span.position + span.length)
+    supervised = wanted.targets_N[here] != NOT_SUPERVISED
+    places = span.row + np.flatnonzero(supervised)
+    return places, wanted.rows_N[here][supervised], wanted.targets_N[here][supervised]
+
+
+def _rows_of(hidden_XH: Tensor, places_C: NDArray[np.int64]) -> Tensor:
+    first, last = int(places_C[0]), int(places_C[-1])
+    if last - first + 1 == len(places_C):
+        return hidden_XH[first : last + 1]
+    return hidden_XH[torch.from_numpy(places_C).to(hidden_XH.device, non_blocking=True)]
+
+
+def _write(buffer: Buffer, pending: Iterable[_Pending]) -> None:
+    for rows_C, found in pending:
+        buffer.write(rows_C, [tensor.numpy() for tensor in found])

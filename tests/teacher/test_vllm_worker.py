@@ -1,0 +1,181 @@
+"""Selection inside vLLM's worker with the real engine: against its public route and float32 transformers, and its refusals.
+
+The contract itself runs on the worker route in test_vllm_teacher.py (it is what `auto` takes), on the public route here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from contracts.teacher import PROMISES, TeacherCase, closing, make_sequence, random_sequences, score, top_k
+from dense_forward import dense_forward
+
+from kdcache.config.capture import TeacherConfig
+from kdcache.errors import TeacherError
+from kdcache.format.record import Distributions, TokenSequence
+from kdcache.teacher import load_teacher
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+LENGTHS = [255, 100, 1, 2, 97, 200, 33]
+K = 64
+
+
+def config(folder: Path, **options: Any) -> TeacherConfig:
+    # 64 tokens per step and chunks of 24 positions: most sequences are split over steps, most steps over chunks.
+    return TeacherConfig(
+        model=str(folder), backend="vllm", **{"batch_tokens": 64, "positions_per_chunk": 24, "dtype": "float32"} | options
+    )
+
+
+def masked_sequences(case: TeacherCase) -> list[TokenSequence]:
+    """Long and short ones, whole and with holes."""
+    rng = np.random.default_rng(7)
+    whole = random_sequences(case, LENGTHS, seed=1)
+    return [*whole, *(make_sequence(s.input_ids_N, rng.random(s.num_tokens) < 0.3) for s in whole if s.num_tokens > 2)]
+
+
+@pytest.fixture(scope="module")
+def worker_answers(tiny_model_dir: Path) -> Iterator[list[Distributions]]:
+    """Answers of the worker route; its engine is gone by the time that another starts."""
+    teacher: Any = load_teacher(config(tiny_model_dir, route="worker", engine_options={"max_logprobs": 5}))
+    assert teacher.route == "worker"
+    case = TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5)
+    # More than the engine's own limit on logprobs.
+    answers = score(case, masked_sequences(case), K)
+    teacher.close()
+    return answers
+
+
+@dataclass
+class PublicCase:
+    """The public route, taken because the worker's numbers were found to be wrong, and what was logged then."""
+
+    case: TeacherCase
+    warnings: list[str]
+
+
+@pytest.fixture(scope="module")
+def public(tiny_model_dir: Path, worker_answers: list[Distributions]) -> Iterator[PublicCase]:
+    from kdcache.teacher import _vllm, _vllm_worker
+
+    select = _vllm_worker.select_top_k
+
+    def select_the_row_before(logits_CV: Any, targets_C: Any, k: int) -> Any:
+        return select(logits_CV.roll(1, 0), targets_C, k)
+
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    _vllm.log.addHandler(handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_vllm_worker, "select_top_k", select_the_row_before)
+        teacher: Any = load_teacher(config(tiny_model_dir))
+    _vllm.log.removeHandler(handler)
+    assert teacher.route == "public"
+    yield PublicCase(TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5), [r.getMessage() for r in records])
+    teacher.close()
+
+
+def largest_difference(ours: Distributions, theirs: Distributions) -> float:
+    return float(np.abs(ours.padded()[1] - theirs.padded()[1]).max(initial=0))
+
+
+def agreement(ours: list[Distributions], theirs: list[Distributions]) -> str:
+    errors = np.concatenate([np.abs(a.logprobs_E - b.logprobs_E) for a, b in zip(ours, theirs, strict=True)])
+    same = np.concatenate([a.token_ids_E == b.token_ids_E for a, b in zip(ours, theirs, strict=True)])
+    return f"max |error| {errors.max():.2e} nats, mean {errors.mean():.2e}, same id at the same rank {same.mean():.4f}"
+
+
+def test_the_routes_and_float32_transformers_agree(
+    worker_answers: list[Distributions], public: PublicCase, tiny_model_dir: Path
+):
+    sequences = masked_sequences(public.case)
+    public_answers = score(public.case, sequences, K)
+    transformers = load_teacher(TeacherConfig(model=str(tiny_model_dir), backend="transformers", dtype="float32"))
+    hf_answers = list(transformers.score(sequences, top_k(K)))
+    print(f"worker - public: {agreement(worker_answers, public_answers)}")
+    print(f"worker - transformers: {agreement(worker_answers, hf_answers)}")
+    for sequence, ours, theirs, hf in zip(sequences, worker_answers, public_answers, hf_answers, strict=True):
+        assert ours.num_positions == len(sequence.positions_P)
+        assert largest_difference(ours, theirs) < 2e-5
+        assert largest_difference(ours, hf) < 5e-5
+        np.testing.assert_allclose(ours.tail_mass_P, hf.tail_mass_P, atol=1e-5)
+        targets_P = sequence.target_ids_P
+        np.testing.assert_allclose(ours.target_logprobs(targets_P), hf.target_logprobs(targets_P), atol=5e-5)
+        same = (ours.token_ids_E == theirs.token_ids_E).mean() if ours.num_entries else 1.0
+        assert same > 0.98  # the rest: neighbours that are equal up to rounding
+
+
+def test_wrong_numbers_are_noticed_at_the_start_and_said_once(public: PublicCase):
+    (warning,) = public.warnings
+    assert "cannot be captured inside vLLM's worker: on a probe of 8 tokens its logprobs are" in warning
+    assert "slower" in warning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+def test_the_public_route_keeps_every_promise(promise: Callable[[TeacherCase], None], public: PublicCase):
+    promise(public.case)
+
+
+def test_an_unknown_vllm_is_refused_before_it_is_started(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    from kdcache.teacher import _vllm_worker
+
+    monkeypatch.setattr(_vllm_worker, "INTERNALS", ())
+    for options in ({"strict": True}, {"route": "worker"}):
+        with pytest.raises(TeacherError, match=r"vLLM \S+ is not a release that kdcache knows .* set teacher\.route to public"):
+            load_teacher(config(tiny_model_dir, **options))
+    with pytest.raises(TeacherError, match="engine_options has a worker_extension_cls of its own"):
+        load_teacher(config(tiny_model_dir, route="worker", engine_options={"worker_extension_cls": "mine.Extension"}))
+
+
+class TestWithAPrefixCache:
+    """One engine whose prefix cache is on, in which most of a repeated prompt is found."""
+
+    @pytest.fixture(scope="class")
+    def case(self, tiny_model_dir: Path) -> Iterator[TeacherCase]:
+        teacher: Any = load_teacher(config(tiny_model_dir, route="worker", engine_options={"enable_prefix_caching": True}))
+        yield TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5)
+        teacher.close()
+
+    def test_every_position_of_a_cached_prompt_is_there(self, case: TeacherCase):
+        sequences = random_sequences(case, [250, 250], seed=4)
+        first, again = score(case, sequences), score(case, sequences)
+        for one, other in zip(first, again, strict=True):
+            np.testing.assert_allclose(one.logprobs_E, other.logprobs_E, atol=5e-5)
+
+    def test_a_position_that_was_read_from_the_cache_is_an_error(self, case: TeacherCase, monkeypatch: pytest.MonkeyPatch):
+        import vllm
+
+        from kdcache.teacher import _vllm
+
+        def params_that_read_the_cache(extra_args: dict[str, Any]) -> Any:
+            return vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args)
+
+        sequences = random_sequences(case, [250, 3], seed=5)
+        score(case, sequences)
+        monkeypatch.setattr(_vllm, "_worker_params", params_that_read_the_cache)
+        with pytest.raises(TeacherError, match=r"test#250: .* never computed 128 of 250 positions, the first of them 0"):
+            score(case, sequences)
+
+    def test_a_failed_selection_is_an_error_and_the_engine_lives_on(self, case: TeacherCase, monkeypatch: pytest.MonkeyPatch):
+        from kdcache.teacher import _vllm_worker
+
+        def fail(*_: Any) -> Any:
+            raise MemoryError("no room for the logits")
+
+        sequences = random_sequences(case, [70, 3], seed=6)
+        with monkeypatch.context() as patch:
+            patch.setattr(_vllm_worker, "select_top_k", fail)
+            with pytest.raises(TeacherError, match=r"MemoryError: no room for the logits; .*positions_per_chunk \(24\)"):
+                score(case, sequences)
+        assert [answer.num_positions for answer in score(case, sequences)] == [70, 3]
+        closing(case)

@@ -1,0 +1,165 @@
+"""What passes between the teacher and the engine's worker, and the worker's part in a step, without an engine."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from contracts.teacher import make_sequence  # noqa: E402
+
+from kdcache.errors import TeacherError  # noqa: E402
+from kdcache.format.record import NO_TARGET  # noqa: E402
+from kdcache.teacher import _vllm_internals_v024 as internals  # noqa: E402
+from kdcache.teacher._vllm_worker import Capture, find_internals, wanted_rows  # noqa: E402
+from kdcache.teacher.vllm_packed import NOT_SUPERVISED, Buffer, pack_requests, read_buffer, unpack_request  # noqa: E402
+
+V, H = 50, 4
+WEIGHT_HV = torch.randn(H, V, generator=torch.Generator().manual_seed(0))
+
+
+def project(hidden_CH: torch.Tensor) -> torch.Tensor:
+    return hidden_CH @ WEIGHT_HV
+
+
+def test_a_request_says_where_its_rows_start_and_what_each_is_about():
+    sequences = [make_sequence([5, 6, 7]), make_sequence([8, 9, 1, 2], [False, True, False, True])]
+    first, second = map(unpack_request, pack_requests(sequences))
+    assert first.targets_N.tolist() == [6, 7, NO_TARGET]
+    assert first.rows_N.tolist() == [0, 1, 2]
+    assert second.targets_N.tolist() == [NOT_SUPERVISED, 1, NOT_SUPERVISED, NO_TARGET]
+    assert second.rows_N[[1, 3]].tolist() == [3, 4]
+
+
+def test_a_buffer_comes_back_as_it_was_sent():
+    buffer = Buffer.empty(3, 2)
+    buffer.write(np.array([2, 0]), (np.array([[1, 2], [3, 4]]), np.array([[-1, -2], [-3, -4]]), np.array([-5, -6])))
+    again = Buffer.unpack(buffer.pack())
+    assert again.filled_P.tolist() == [True, False, True]
+    assert again.token_ids_PK[[0, 2]].tolist() == [[3, 4], [1, 2]]
+    assert again.logprobs_PK[[0, 2]].tolist() == [[-3, -4], [-1, -2]]
+    assert again.target_logprobs_P[[0, 2]].tolist() == [-6, -5]
+
+
+def spans_of(extra_args: list[dict], cuts: list[tuple[int, int, int, int]]) -> list[internals.Span]:
+    """(request, row, position, length) each."""
+    return [internals.Span(extra_args[request], *rest) for request, *rest in cuts]
+
+
+def test_the_rows_of_a_step_are_found_in_the_order_of_its_hidden_states():
+    extra_args = pack_requests([make_sequence([5, 6, 7]), make_sequence([8, 9, 1, 2], [False, True, False, True])])
+    # The second request comes first in the batch, its first token was in an earlier step; one request is not ours.
+    spans = [*spans_of(extra_args, [(0, 3, 0, 3), (1, 0, 1, 3)]), internals.Span({"other": 1}, 6, 0, 4)]
+    places_P, rows_P, targets_P = wanted_rows(spans)
+    assert places_P.tolist() == [0, 2, 3, 4, 5]
+    assert rows_P.tolist() == [3, 4, 0, 1, 2]
+    assert targets_P.tolist() == [1, NO_TARGET, 6, 7, NO_TARGET]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_a_group_cut_into_any_steps_and_chunks_gives_the_same_records(chunk: int):
+    sequences = [make_sequence([5, 6, 7]), make_sequence([8, 9, 1, 2], [False, True, False, True])]
+    hidden = [torch.randn(3, H), torch.randn(4, H)]
+    extra_args = pack_requests(sequences)
+    capture = Capture(project, keeps=True)
+    capture.begin(5, 3, chunk)
+    capture.on_step(torch.cat([hidden[0], hidden[1][:1]]), lambda: iter(spans_of(extra_args, [(0, 0, 0, 3), (1, 3, 0, 1)])))
+    capture.on_step(hidden[1][1:], lambda: iter(spans_of(extra_args, [(1, 0, 1, 3)])))
+    error, *packed = capture.end()
+    assert error is None
+    for sequence, hidden_NH, answer in zip(sequences, hidden, read_buffer(sequences, Buffer.unpack(packed)), strict=True):
+        dense_PV = project(hidden_NH).log_softmax(dim=-1)[torch.from_numpy(sequence.supervised_N)]
+        ids_PK, logprobs_PK = answer.padded()
+        np.testing.assert_array_equal(ids_PK, dense_PV.topk(3).indices.numpy())
+        np.testing.assert_allclose(logprobs_PK, dense_PV.topk(3).values.numpy(), atol=1e-5)
+        targets_P = sequence.target_ids_P
+        expected_P = dense_PV.numpy()[np.arange(len(targets_P)), targets_P]
+        np.testing.assert_allclose(answer.target_logprobs(targets_P)[:-1], expected_P[:-1], atol=1e-5)
+
+
+def test_a_position_that_no_step_computed_is_an_error_and_named():
+    (sequence,) = sequences = [make_sequence([5, 6, 7, 8])]
+    capture = Capture(project, keeps=True)
+    capture.begin(4, 2, 10)
+    capture.on_step(torch.randn(2, H), lambda: iter(spans_of(pack_requests(sequences), [(0, 0, 2, 2)])))
+    _, *packed = capture.end()
+    with pytest.raises(TeacherError, match=rf"{sequence.source}: .* never computed 2 of 4 positions, the first of them 0"):
+        list(read_buffer(sequences, Buffer.unpack(packed)))
+
+
+def test_a_failure_in_a_step_is_told_at_the_end_and_leaves_no_trace_in_the_next_group():
+    sequences = [make_sequence([5, 6, 7, 8])]
+    spans = spans_of(pack_requests(sequences), [(0, 0, 0, 4)])
+    calls: list[int] = []
+
+    def project_badly(hidden_CH: torch.Tensor) -> torch.Tensor:
+        calls.append(len(hidden_CH))
+        return project(hidden_CH) if len(calls) > 4 else project(hidden_CH)[:, :1]  # too few columns for k
+
+    capture = Capture(project_badly, keeps=True)
+    capture.begin(4, 2, 1)
+    capture.on_step(torch.randn(4, H), lambda: iter(spans))
+    # The other chunks are projected all the same: other ranks do, and wait for this one.
+    assert capture.end()[0] is not None
+    assert calls == [1] * 4
+    capture.begin(4, 2, 1)
+    capture.on_step(torch.randn(4, H), lambda: iter(spans))
+    error, *packed = capture.end()
+    assert error is None
+    assert len(list(read_buffer(sequences, Buffer.unpack(packed)))) == 1
+
+
+def test_a_rank_whose_answer_does_not_count_projects_and_says_nothing():
+    spans = spans_of(pack_requests([make_sequence([5, 6, 7])]), [(0, 0, 0, 3)])
+    calls: list[int] = []
+    capture = Capture(lambda hidden_CH: calls.append(len(hidden_CH)), keeps=False)
+    capture.begin(3, 2, 2)
+    capture.on_step(torch.randn(3, H), lambda: iter(spans))
+    assert capture.end() is None
+    assert sum(calls) == 3
+    # Between groups nothing is done at all.
+    capture.on_step(torch.randn(3, H), lambda: iter(spans))
+    assert sum(calls) == 3
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.32.0", "0.28.1+cpu", "0.31.0rc1"])
+def test_releases_whose_insides_are_known(version: str):
+    assert find_internals(version) is internals
+
+
+@pytest.mark.parametrize("version", ["0.23.9", "0.33.0", "1.0", "dev"])
+def test_other_releases_are_refused(version: str):
+    with pytest.raises(TeacherError, match=f"vLLM {version} is not a release"):
+        find_internals(version)
+
+
+class ChangedRunner:
+    requests = query_start_loc = input_batch = None
+
+    def _get_prompt_logprobs_dict(self, hidden_states: object, scheduler_output: object) -> None:
+        """Takes something else."""
+
+
+class ChangedPrompts:
+    def compute_prompt_logprobs(self, logits_fn: object) -> None:
+        """Takes less."""
+
+
+@pytest.mark.parametrize(
+    ("runner", "sentence"),
+    [
+        (ChangedRunner(), r"ChangedRunner\._get_prompt_logprobs_dict takes \(hidden_states, scheduler_output\)"),
+        (SimpleNamespace(), "SimpleNamespace has no _get_prompt_logprobs_dict"),
+        (SimpleNamespace(prompt_logprobs_worker=ChangedPrompts()), r"compute_prompt_logprobs takes \(logits_fn\)"),
+    ],
+)
+def test_a_changed_signature_is_named_and_nothing_is_installed(runner: object, sentence: str):
+    before = dict(vars(runner))
+    problem = internals.install(SimpleNamespace(model_runner=runner), lambda hidden, spans: None)
+    assert problem is not None
+    assert re.search(sentence, problem)
+    assert vars(runner) == before
