@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,7 @@ WAIT_SECONDS = 1.0
 """Between two looks at whether a stop is asked for."""
 
 LEAVE_SECONDS = 30.0
+CONNECT_SECONDS = 10.0
 
 
 class CaptureWorker:
@@ -194,10 +196,14 @@ def _connect(run: RunConfig) -> bool:
     """Join or start a cluster; False where this process was in one already."""
     if ray.is_initialized():
         return False
+    where = "the default address" if run.ray_address is None else repr(run.ray_address)
     try:
+        host, _, port = (run.ray_address or "").rpartition(":")
+        if host and port.isdigit() and "//" not in host:
+            # Ray itself would try for minutes, in silence.
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         ray.init(address=run.ray_address, include_dashboard=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = "the default address" if run.ray_address is None else repr(run.ray_address)
+    except (OSError, ValueError, RuntimeError) as error:
         raise CaptureError(f"run.ray_address: no Ray cluster at {where}: {_first_line(error)}") from error
     return True
 

@@ -1,5 +1,11 @@
 """What the tests of failures, signals and executors share: configs of the fake teacher, and what a cache holds."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import msgspec
 
 import kdcache
@@ -42,3 +48,25 @@ def content(path):
         )
         for r in records
     }
+
+
+def start_command(path, *flags, command="capture", teacher="faulty_teacher.py", **environment):
+    """`kdcache capture`, or another command, in a process of its own, with the faulty teacher unless told otherwise."""
+    program = [str(Path(__file__).with_name(teacher))] if teacher else ["-m", "kdcache"]
+    return subprocess.Popen(
+        [sys.executable, *program, command, str(path), *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+def wait_for_units(cache, number, process):
+    """Until so many units are journalled, while the process that makes them is there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (cache / "journal").is_dir() and len(os.listdir(cache / "journal")) >= number:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"not {number} units: {process.communicate(timeout=5)}")
