@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="print the plan, the expected tokens, bytes and time; write nothing"
     )
     parser.add_argument("--probe", action="store_true", help="with --dry-run: load the teacher and time it on a few sequences")
+    parser.add_argument(
+        "--stop-status", type=int, default=0, metavar="N",
+        help="exit status when a signal stopped the capture with work left; such as 75 for schedulers that restart what fails",
+    )  # fmt: skip
     for flag, (field, help_text) in RUN_FLAGS.items():
         parser.add_argument(flag, metavar="N" if flag != "--executor" else "NAME", help=f"{help_text} (sets {field})")
 
@@ -69,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"\nkdcache: interrupted{': ' if interrupt.args else ''}{interrupt}", file=sys.stderr)
         return 128 + interrupt.signum
     print(_summary_text(config, summary))
-    return 1 if summary.set_aside and not summary.is_stopped else 0
+    if summary.is_stopped:
+        return args.stop_status
+    return 1 if summary.set_aside else 0
 
 
 def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:

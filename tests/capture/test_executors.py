@@ -4,11 +4,15 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import yaml
 from capture_cases import LINES, content, make_config, start_command, wait_for_units, write_config
 
 from kdcache.capture.run import run_capture
@@ -17,6 +21,7 @@ from kdcache.errors import ConfigError
 from kdcache.store import chain
 from kdcache.store.verify import verify_cache
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 SLOW = [f"{line} slow" for line in LINES]
 
 
@@ -108,6 +113,33 @@ def test_two_ranks_at_once_one_of_them_stopped_and_started_again_make_one_proces
     assert chain.newest_manifest(tmp_path / "cache").is_complete
     assert shards(tmp_path / "cache") == shards(alone)
     assert content(tmp_path / "cache") == content(alone)
+
+
+def test_the_slurm_example_runs_a_rank_for_each_task(tmp_path):
+    path = write_config(make_config(tmp_path), tmp_path / "c.yaml")
+    (tmp_path / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "kdcache").write_text(f'#!/bin/sh\nexec {sys.executable} -m kdcache "$@"\n')
+    for name in ("srun", "kdcache"):
+        (tmp_path / name).chmod(0o755)
+    for task in ("0", "1"):
+        array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        command = ["bash", str(CONFIGS / "slurm-capture.sh"), str(path), "--max-failed", "1"]
+        subprocess.run(command, env=os.environ | array, check=True, capture_output=True)
+    assert chain.newest_manifest(tmp_path / "cache").is_complete
+
+
+def test_the_kubernetes_example_runs_a_rank_for_each_index(tmp_path):
+    path = write_config(make_config(tmp_path), tmp_path / "c.yaml")
+    job = yaml.safe_load((CONFIGS / "kubernetes-capture.yaml").read_text())["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    kdcache, *command = container["command"] + container["args"]
+    assert kdcache == "kdcache"
+    assert command[command.index("--world-size") + 1] == str(job["completions"])
+    assert int(command[command.index("--stop-status") + 1]) in job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]
+    for index in range(job["completions"]):
+        swap = {"/config/capture.yaml": str(path), "$(JOB_COMPLETION_INDEX)": str(index)}
+        assert main([swap.get(part, part) for part in command]) == 0
+    assert chain.newest_manifest(tmp_path / "cache").is_complete
 
 
 MANY = [f"{n} " + "many words " * 150 for n in range(120)]

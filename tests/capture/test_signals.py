@@ -37,6 +37,14 @@ def test_a_signal_lets_the_unit_in_work_be_finished_and_says_what_is_left(tmp_pa
     assert content(tmp_path / "cache") == undisturbed
 
 
+def test_a_stopped_command_can_be_told_to_end_as_if_it_had_failed(tmp_path):
+    process = start_command(write_config(make_config(tmp_path, SLOW), tmp_path / "c.yaml"), "--stop-status", 75)
+    wait_for_units(tmp_path / "cache", 1, process)
+    process.send_signal(signal.SIGTERM)
+    assert "run the same command again" in process.communicate(timeout=30)[0]
+    assert process.returncode == 75
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_stops_at_once_and_loses_nothing_published(tmp_path, undisturbed, sent, status):
     path = write_config(make_config(tmp_path, SLOW, output={"unit_items": 10}), tmp_path / "c.yaml")
