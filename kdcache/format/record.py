@@ -189,9 +189,7 @@ def distributions_from_dense(
         target_logprobs_P: (P,) nats, the target's logprob; ignored where there is no target.
     """
     num_positions, k = token_ids_PK.shape
-    order_PK = np.lexsort((token_ids_PK, -logprobs_PK), axis=-1)
-    ids_PK = np.take_along_axis(np.asarray(token_ids_PK, np.int32), order_PK, axis=-1)
-    sorted_PK = np.take_along_axis(np.asarray(logprobs_PK, np.float32), order_PK, axis=-1)
+    ids_PK, sorted_PK = _in_order(np.asarray(token_ids_PK, np.int32), np.asarray(logprobs_PK, np.float32))
     # Summed in float64: with 64 float32 terms the tail of a peaked position would be mostly rounding.
     kept_P = np.exp(sorted_PK.astype(np.float64)).sum(axis=-1)
     outside_P = (target_ids_P != NO_TARGET) & ~(ids_PK == target_ids_P[:, None]).any(axis=-1)
@@ -202,6 +200,19 @@ def distributions_from_dense(
         tail_mass_P=np.clip(1.0 - kept_P, 0.0, 1.0).astype(np.float32),
         outside_target_logprobs_M=np.asarray(target_logprobs_P, np.float32)[outside_P],
     )
+
+
+def _in_order(ids_PK: NDArray[np.int32], logprobs_PK: NDArray[np.float32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Rows by falling logprob and, among equals, rising id. Sorts only those that are not: a sort costs 20 us per row of 256."""
+    before_PK, after_PK = logprobs_PK[:, :-1], logprobs_PK[:, 1:]
+    wrong_PK = ~(before_PK >= after_PK) | ((before_PK == after_PK) & (ids_PK[:, :-1] > ids_PK[:, 1:]))
+    rows = np.flatnonzero(wrong_PK.any(axis=-1))
+    if len(rows):
+        ids_PK, logprobs_PK = ids_PK.copy(), logprobs_PK.copy()
+        order = np.lexsort((ids_PK[rows], -logprobs_PK[rows]), axis=-1)
+        ids_PK[rows] = np.take_along_axis(ids_PK[rows], order, axis=-1)
+        logprobs_PK[rows] = np.take_along_axis(logprobs_PK[rows], order, axis=-1)
+    return ids_PK, logprobs_PK
 
 
 def check_distributions(distributions: Distributions, *, vocab_size: int) -> None:

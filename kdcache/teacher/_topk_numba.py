@@ -83,28 +83,26 @@ def _strip_maxima(keys, out):
             out[j] = max(out[j], strip[j])
 
 
-@_kernel()
+@_kernel({"contract"})
 def _exp_in_place(x, powers, top):
-    """x * the float32 that `powers` are the bits of = exp(x - top), for x <= top, within 3e-7; NaN for NaN.
+    """x * the float32 that `powers` are the bits of = exp(x - top), for x <= top, within 1e-6; NaN for NaN; never below 1e-38.
 
-    2^n * polynomial(r) with n ln 2 + r = x - top; ln 2 in two parts, coefficients of the Cephes library's expf; 0 below -87.
-    Nothing but elementwise arithmetic and selections, which LLVM vectorises; math.exp would be a call per element.
+    2^n * 2^f with n + f = (x - top) / ln 2; coefficients of the Cephes library's exp2f. Nothing but elementwise arithmetic, fused
+    where it can be, which LLVM vectorises; math.exp would be a call per element.
     """
     lowest = np.float32(-87.0)
     for j in range(len(x)):
         d = x[j] - top
-        clamped = d if d > lowest else lowest
-        n = np.floor(clamped * np.float32(1.44269504) + np.float32(0.5))
-        r = (clamped - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
-        p = np.float32(1.9875691500e-4)
-        p = p * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(5.0000001201e-1)
-        value = p * (r * r) + r + np.float32(1.0)
-        value = value if d > lowest else np.float32(0.0)
-        x[j] = value if d == d else d
+        # In this order NaN stays NaN.
+        y = (lowest if d < lowest else d) * np.float32(1.44269504)
+        n = np.floor(y + np.float32(0.5))
+        f = y - n
+        p = np.float32(1.535336188319500e-4) * f + np.float32(1.339887440266574e-3)
+        p = p * f + np.float32(9.618437357674640e-3)
+        p = p * f + np.float32(5.550332471162809e-2)
+        p = p * f + np.float32(2.402264791363012e-1)
+        p = p * f + np.float32(6.931472028550421e-1)
+        x[j] = p * f + np.float32(1.0)
         powers[j] = np.int32(np.int32(n) + 127) << 23
 
 
@@ -145,7 +143,8 @@ def _read_row(bits_V, shift, maxima_G, num_lanes, scratch):
             top = block_top
         _exp_in_place(floats[:size], powers[:size], np.float32(top) if top > -np.inf else np.float32(0.0))
         total += _dot(floats[:size], power_floats[:size])
-    return top + math.log(total) if top > -np.inf else math.log(total)
+    # All -inf, or NaN: no distribution.
+    return top + math.log(total) if top > -np.inf else np.nan
 
 
 @_kernel()

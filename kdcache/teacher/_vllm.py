@@ -29,7 +29,7 @@ from kdcache.teacher._vllm_worker import CaptureExtension, find_internals
 from kdcache.teacher.base import answer, check_sequences, no_positions, top_k_of
 from kdcache.teacher.batches import groups_of_tokens
 from kdcache.teacher.checkpoint import check_model_name
-from kdcache.teacher.vllm_options import engine_options
+from kdcache.teacher.vllm_options import engine_options, positions_per_chunk
 from kdcache.teacher.vllm_packed import Buffer, pack_requests, read_buffer
 
 # isort: split
@@ -108,6 +108,7 @@ class VllmTeacher:
         self._eager_python = is_cpu and bool(options["enforce_eager"])
         self._llm = engine.start_engine(config.model, options)
         self._identity = engine.identity_of(config, self._llm)
+        self._chunk = positions_per_chunk(config, self._identity.vocab_size, is_cpu=is_cpu)
 
     def _start_with_worker(self) -> bool:
         """Start the engine with our part in its worker; where that cannot be, say so and leave no engine behind.
@@ -166,7 +167,7 @@ class VllmTeacher:
         if not asked:
             return iter([no_positions() for _ in group])
         num_rows = sum(len(sequence.positions_P) for sequence in asked)
-        self._call_workers("kdcache_begin", num_rows, k, self._config.positions_per_chunk)
+        self._call_workers("kdcache_begin", num_rows, k, self._chunk)
         self._generate(asked, [_worker_params(extra_args) for extra_args in pack_requests(asked)])
         packed = [packed for packed in self._call_workers("kdcache_end") if packed is not None]
         if len(packed) != 1:

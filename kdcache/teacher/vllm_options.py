@@ -17,6 +17,11 @@ CPU_CACHE_UNKNOWN = 4 * 2**30
 CPU_BLOCK_TOKENS = 128
 CPU_MAX_SEQUENCES = 256
 
+CPU_CHUNK_BYTES = 16 * 2**20
+CPU_CHUNK_POSITIONS = 64
+"""On a CPU a chunk's logits should stay in the last-level cache, but fewer rows than this cost the projection its speed: at a
+vocabulary of 152k, chunks of 64 positions were 1.3 times as fast as chunks of 512."""
+
 RESOURCE_OPTIONS = frozenset(
     {"gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs"}
 )
@@ -62,6 +67,13 @@ def engine_options(
     if is_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         options["kv_cache_memory_bytes"] = cpu_cache_bytes(model_fields, config.batch_tokens, max_positions)
     return options | config.engine_options
+
+
+def positions_per_chunk(config: TeacherConfig, vocab_size: int, *, is_cpu: bool) -> int:
+    """Positions whose logits the worker makes at once."""
+    if not is_cpu:
+        return config.positions_per_chunk
+    return min(config.positions_per_chunk, max(CPU_CHUNK_POSITIONS, CPU_CHUNK_BYTES // (2 * vocab_size)))
 
 
 def cpu_cache_bytes(model_fields: Mapping[str, Any], batch_tokens: int, max_positions: Any) -> int:
