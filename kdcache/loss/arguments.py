@@ -172,7 +172,7 @@ def choose_backend(backend: str, student: Tensor) -> str:
             f"the numba backend takes float32 or bfloat16 on a CPU, not {student.dtype} on {student.device}; use 'torch'"
         )
     if backend == "auto":
-        return "numba" if fits and not torch.compiler.is_compiling() else "torch"
+        return "numba" if fits else "torch"
     return backend
 
 

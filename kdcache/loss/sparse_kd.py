@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kdcache.errors import LossError
-from kdcache.kernels import get_backend
-from kdcache.kernels.base import Objective, Targets
+from kdcache.kernels.base import Objective
 from kdcache.kernels.divergences import Divergence, get_divergence
-from kdcache.loss import arguments, torch_rows
+from kdcache.loss import arguments, operators, row_steps, torch_rows
 from kdcache.loss.arguments import Options, TargetTensors
+from kdcache.loss.gradients import refuse_second_derivative, scale_gradient
+from kdcache.loss.row_steps import RowStep
 
 
 def sparse_kd_loss(
@@ -80,81 +80,41 @@ def sparse_kd_loss(
     arguments.check_tensors(student_logits_PV, teacher, log_z_P)
     teacher = arguments.at_temperature(teacher, log_z_P, objective)
     scales_P = arguments.row_scales(teacher, reduction)
-    if arguments.choose_backend(backend, student_logits_PV) == "torch":
+    chosen = arguments.choose_backend(backend, student_logits_PV)
+    if chosen == "torch":
         arguments.check_values(teacher, student_logits_PV.shape[1])
         losses_P = torch_rows.row_losses(student_logits_PV, teacher, objective)
         scaled_P = losses_P * scales_P.to(losses_P.dtype)
         return scaled_P if reduction == "none" else scaled_P.sum()
-    kernel_targets = arguments.to_kernel_targets(teacher, student_logits_PV.shape[1], scales_P)
     want_gradient = torch.is_grad_enabled() and student_logits_PV.requires_grad
-    scaled_P = _NumbaRows.apply(student_logits_PV, kernel_targets, objective, want_gradient, reduction)
-    assert isinstance(scaled_P, Tensor)
-    return scaled_P
+    if torch.compiler.is_compiling():
+        scaled_P = operators.rows(student_logits_PV, teacher, scales_P, objective, chosen, want_gradient)
+        return scaled_P if reduction == "none" else scaled_P.sum()
+    step = row_steps.make_step(chosen, teacher, scales_P, objective, student_logits_PV.shape[1])
+    loss = _Rows.apply(student_logits_PV, step, want_gradient, reduction)
+    assert isinstance(loss, Tensor)
+    return loss
 
 
-def kernel_view(logits_PV: Tensor) -> np.ndarray:
-    """The same memory as the kernels take it: float32, or the bits of bfloat16 as uint16."""
-    return (logits_PV.view(torch.uint16) if logits_PV.dtype == torch.bfloat16 else logits_PV).numpy()
-
-
-class _NumbaRows(torch.autograd.Function):
+class _Rows(torch.autograd.Function):
     """Scaled row losses; the gradient is made in forward, where each row is in the core's cache anyway."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits_PV: Tensor,
-        targets: Targets,
-        objective: Objective,
-        want_gradient: bool,
-        reduction: str,
-    ) -> Tensor:
-        kernels, num_threads = get_backend("numba"), torch.get_num_threads()
-        losses_P = np.empty(len(logits_PV))
+    def forward(ctx: Any, logits_PV: Tensor, step: RowStep, want_gradient: bool, reduction: str) -> Tensor:
+        logits_PV = logits_PV.detach()
+        copy_PV = logits_PV.clone(memory_format=torch.contiguous_format) if want_gradient else logits_PV.contiguous()
+        scaled_P, gradient_PV = step(copy_PV, 0, want_gradient)
         if want_gradient:
-            gradient_PV = logits_PV.detach().clone(memory_format=torch.contiguous_format)
-            kernels.row_losses_and_gradients(kernel_view(gradient_PV), targets, objective, losses_P, num_threads)
             ctx.save_for_backward(gradient_PV)
-        else:
-            kernels.row_losses(
-                kernel_view(logits_PV.detach().contiguous()),
-                targets,
-                objective,
-                losses_P,
-                num_threads,
-            )
-        scaled_P = losses_P * targets.weights_P
-        # Summed in float64 and in a fixed order: the result does not depend on the number of threads.
-        return torch.tensor(scaled_P if reduction == "none" else scaled_P.sum(), dtype=torch.float32)
+        return (scaled_P if reduction == "none" else sum_in_order(scaled_P)).to(torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("use backend='torch'")
         (gradient_PV,) = ctx.saved_tensors
-        return scale_gradient(gradient_PV, upstream[0]), None, None, None, None
+        return scale_gradient(gradient_PV, upstream[0]), None, None, None
 
 
-def refuse_second_derivative(advice: str) -> None:
-    """To be called in a backward whose gradient was computed in forward, and is a constant to autograd.
-
-    torch's once_differentiable is not enough: it looks at the upstream gradient, which needs none, and a gradient penalty
-    would silently lose its derivative.
-
-    Raises:
-        LossError: this backward is run with create_graph=True.
-    """
-    if torch.is_grad_enabled():
-        raise LossError(f"this gradient was computed in the forward pass and has no derivative (create_graph=True); {advice}")
-
-
-def scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient * upstream, a scalar or one number per row; a new tensor, or the same one where upstream is 1 on a CPU.
-
-    Not in place: the saved gradient is needed again when backward runs twice.
-    """
-    if upstream.ndim == 0:
-        # Asking costs nothing on a CPU; elsewhere it would wait for the device.
-        if upstream.device.type == "cpu" and upstream.item() == 1.0:
-            return gradient
-        return gradient * upstream.to(gradient.dtype)
-    return (gradient * upstream[:, None]).to(gradient.dtype)
+def sum_in_order(losses_P: Tensor) -> Tensor:
+    """Their sum; on a CPU in one order whatever the number of threads."""
+    return torch.tensor(losses_P.numpy().sum()) if losses_P.device.type == "cpu" else losses_P.sum()

@@ -14,8 +14,8 @@ import kdcache
 from kdcache.errors import LossError
 from kdcache.kernels.base import TAIL_POLICIES
 from kdcache.kernels.reference import loss_and_gradient
-from kdcache.loss import arguments, torch_rows
-from kdcache.loss.sparse_kd import _NumbaRows, sparse_kd_loss
+from kdcache.loss import arguments, row_steps, torch_rows
+from kdcache.loss.sparse_kd import _Rows, sparse_kd_loss
 
 
 def tensors(problem: Problem) -> dict[str, torch.Tensor]:
@@ -41,8 +41,7 @@ def at_another(z_PV, keywords, *, objective, backend, reduction):
     if backend == "torch":
         losses_P = torch_rows.row_losses(z_PV, teacher, objective) * scales_P.to(z_PV.dtype)
         return losses_P if reduction == "none" else losses_P.sum()
-    targets = arguments.to_kernel_targets(teacher, z_PV.shape[1], scales_P)
-    return _NumbaRows.apply(z_PV, targets, objective, True, reduction)
+    return _Rows.apply(z_PV, row_steps.make_step(backend, teacher, scales_P, objective, z_PV.shape[1]), True, reduction)
 
 
 def computed_by(backend: str):
@@ -206,7 +205,7 @@ def test_losses_and_gradients_do_not_depend_on_the_number_of_threads():
 
 def test_auto_takes_numba_where_it_can_and_torch_elsewhere():
     problem = make_problem(3, 7, 3)
-    for dtype, name in ((torch.float32, "_NumbaRows"), (torch.bfloat16, "_NumbaRows"), (torch.float64, "Sum")):
+    for dtype, name in ((torch.float32, "_Rows"), (torch.bfloat16, "_Rows"), (torch.float64, "Sum")):
         z_PV = torch.tensor(problem.logits_PV, dtype=dtype, requires_grad=True)
         assert name in type(sparse_kd_loss(z_PV, **tensors(problem)).grad_fn).__name__
 

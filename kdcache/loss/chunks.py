@@ -1,0 +1,185 @@
+"""The output projection and the row losses, chunk by chunk: one buffer of logits, three matrix products.
+
+Shape letters: P positions (rows), C rows of one chunk, V the student's vocabulary, H hidden.
+
+Per chunk: logits = hidden W^T into one buffer, used again for every chunk; the row kernel turns it into the gradient by the
+logits in place; then d_hidden = G W and dW += G^T hidden. Three matrix products, the floor for a loss with its gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import LossError
+from kdcache.loss.row_steps import RowStep
+
+_HALF = (torch.bfloat16, torch.float16)
+# Rows of the weight that are widened to float32 at a time.
+_WIDENED_ROWS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a model does between the product with its output projection and the softmax.
+
+    Attributes:
+        logit_scale: the product (with its bias) times this, as in Cohere's and Granite's models.
+        softcap: then cap * tanh(logits / cap), as in Gemma's models; None for none. Above 0.
+        float32_logits: for bfloat16 and float16: make the logits in float32 from the same weights. Near convergence the
+            rounding of bfloat16 logits is most of the gradient's error; on a CPU the product then takes several times as long.
+        vocab_size: ids that exist; rows of the weight from there on are padding, get no probability and no gradient. None for
+            all.
+
+    Raises:
+        LossError: a number outside its range.
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    float32_logits: bool = False
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.logit_scale) and self.logit_scale != 0):
+            raise LossError(f"logit_scale is {self.logit_scale!r}, but must be finite and not 0")
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise LossError(f"softcap is {self.softcap!r}, but must be finite and above 0, or None")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise LossError(f"vocab_size is {self.vocab_size!r}, but must be at least 1, or None")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projection:
+    """hidden (P, H), weight (V, H), bias (V,) or None, and what follows their product."""
+
+    hidden_PH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    head: Head
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """Of the logits that the row kernel gets: tanh in half precision would undo what the cap is for."""
+        dtype = self.hidden_PH.dtype
+        return torch.float32 if dtype in _HALF and (self.head.float32_logits or self.head.softcap is not None) else dtype
+
+
+def run_chunks(
+    projection: Projection, step: RowStep, wanted: tuple[bool, ...], chunk_size: int
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The sum of the scaled losses, and its gradients by hidden, weight and bias: None where not wanted.
+
+    Returns:
+        A scalar of `loss_dtype`, and tensors of hidden's dtype.
+    """
+    hidden_PH = projection.hidden_PH
+    loss = torch.zeros((), dtype=torch.float64, device=hidden_PH.device)
+    gradients = _Gradients.zeros(projection, wanted, chunk_size)
+    # Under autocast the products would come in another dtype than the buffer's.
+    with torch.no_grad(), torch.autocast(hidden_PH.device.type, enabled=False):
+        for start, logits_CV, slope_CV in _chunks_of_logits(projection, chunk_size):
+            losses_C, gradient_CV = step(logits_CV, start, any(wanted))
+            loss += losses_C.sum()
+            if slope_CV is not None:
+                gradient_CV.mul_(slope_CV)
+            elif projection.head.logit_scale != 1:
+                gradient_CV.mul_(projection.head.logit_scale)
+            gradients.add(gradient_CV.to(hidden_PH.dtype), projection, start)
+    return loss.to(loss_dtype(hidden_PH.dtype)), gradients.finish(hidden_PH.dtype)
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(slots=True, eq=False)
+class _Gradients:
+    """Accumulators; None for those that nobody wants."""
+
+    hidden_PH: Tensor | None
+    weight_VH: Tensor | None
+    bias_V: Tensor | None
+
+    @classmethod
+    def zeros(cls, projection: Projection, wanted: tuple[bool, ...], chunk_size: int) -> _Gradients:
+        hidden_PH, weight_VH, bias_V = projection.hidden_PH, projection.weight_VH, projection.bias_V
+        # A sum over many chunks in 8 bits of mantissa loses the later ones; one chunk is rounded once in any case.
+        half = hidden_PH.dtype in _HALF and len(hidden_PH) > chunk_size
+        dtype = torch.float32 if half else hidden_PH.dtype
+        return cls(
+            torch.empty_like(hidden_PH, memory_format=torch.contiguous_format) if wanted[0] else None,
+            torch.zeros(weight_VH.shape, dtype=dtype, device=weight_VH.device) if wanted[1] else None,
+            torch.zeros(bias_V.shape, dtype=dtype, device=bias_V.device) if bias_V is not None and wanted[2] else None,
+        )
+
+    def add(self, gradient_CV: Tensor, projection: Projection, start: int) -> None:
+        rows = slice(start, start + len(gradient_CV))
+        hidden_CH = projection.hidden_PH[rows]
+        if self.hidden_PH is not None:
+            torch.mm(gradient_CV, projection.weight_VH, out=self.hidden_PH[rows])
+        if self.weight_VH is not None and self.weight_VH.dtype == gradient_CV.dtype:
+            self.weight_VH.addmm_(gradient_CV.T, hidden_CH)
+        elif self.weight_VH is not None and gradient_CV.is_cuda:
+            self.weight_VH += torch.mm(gradient_CV.T, hidden_CH, out_dtype=torch.float32)
+        elif self.weight_VH is not None:
+            self.weight_VH += gradient_CV.T @ hidden_CH
+        if self.bias_V is not None:
+            self.bias_V += gradient_CV.sum(dim=0, dtype=self.bias_V.dtype)
+
+    def finish(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.to(dtype) for g in (self.hidden_PH, self.weight_VH, self.bias_V))
+
+
+def _chunks_of_logits(projection: Projection, chunk_size: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(first row, logits, their derivative by the product or None) of each chunk.
+
+    All are in the same memory each time: done with before the next is asked for.
+    """
+    hidden_PH, head = projection.hidden_PH, projection.head
+    buffer_CV = hidden_PH.new_empty((min(chunk_size, len(hidden_PH)), len(projection.weight_VH)), dtype=projection.logits_dtype)
+    slope_CV = None if head.softcap is None else torch.empty_like(buffer_CV)
+    for start in range(0, len(hidden_PH), chunk_size):
+        part_CH = hidden_PH[start : start + chunk_size]
+        logits_CV = buffer_CV[: len(part_CH)]
+        _multiply(part_CH, projection, logits_CV)
+        if head.logit_scale != 1:
+            logits_CV.mul_(head.logit_scale)
+        if slope_CV is None or head.softcap is None:
+            yield start, logits_CV, None
+            continue
+        slope = slope_CV[: len(part_CH)]
+        logits_CV.div_(head.softcap).tanh_()
+        torch.mul(logits_CV, logits_CV, out=slope)
+        slope.neg_().add_(1).mul_(head.logit_scale)
+        logits_CV.mul_(head.softcap)
+        yield start, logits_CV, slope
+
+
+def _multiply(part_CH: Tensor, projection: Projection, logits_CV: Tensor) -> None:
+    """logits = part W^T + bias, in the logits' dtype."""
+    weight_VH, bias_V = projection.weight_VH, projection.bias_V
+    if logits_CV.dtype == part_CH.dtype and bias_V is None:
+        torch.mm(part_CH, weight_VH.T, out=logits_CV)
+    elif logits_CV.dtype == part_CH.dtype:
+        torch.addmm(bias_V, part_CH, weight_VH.T, out=logits_CV)  # pyright: ignore[reportArgumentType]
+    elif not projection.head.float32_logits:
+        logits_CV.copy_(part_CH @ weight_VH.T)
+        if bias_V is not None:
+            logits_CV += bias_V
+    else:
+        _multiply_widened(part_CH.float(), weight_VH, logits_CV)
+        if bias_V is not None:
+            logits_CV += bias_V
+
+
+def _multiply_widened(part_CH: Tensor, weight_VH: Tensor, logits_CV: Tensor) -> None:
+    """A float32 product of half precision numbers, the weight widened a part at a time: a CPU has no mixed one."""
+    for start in range(0, len(weight_VH), _WIDENED_ROWS):
+        rows = slice(start, start + _WIDENED_ROWS)
+        torch.mm(part_CH, weight_VH[rows].float().T, out=logits_CV[:, rows])
