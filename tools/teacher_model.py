@@ -9,15 +9,13 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from teacher_replicas import Replicas
+from teacher_replicas import Replicas, single_threads
 from teacher_text import TextError
 from torch import Tensor, nn
 
@@ -93,21 +91,19 @@ def train(model: Any, ids_N: NDArray[np.int32], recipe: Recipe, num_threads: int
     """Train the model in place until the time is up."""
     from tqdm import tqdm
 
+    num_threads = min(num_threads, recipe.batch_size)
+    optimizers = make_optimizers(model, recipe, num_threads)
     batches = draw_batches(torch.from_numpy(ids_N), recipe)
     losses: list[float] = []
-    with (
-        closing(
-            Replicas(model, min(num_threads, recipe.batch_size), recipe.dtype, partial(make_optimizers, recipe))
-        ) as replicas,
-        tqdm(total=100, desc="training", mininterval=bar_interval(), bar_format=BAR) as bar,
-    ):
+    with single_threads(num_threads) as pool, tqdm(total=100, desc="training", mininterval=interval(), bar_format=BAR) as bar:
+        replicas = Replicas(model, pool, num_threads, recipe.dtype)
         # Compiling the loss's kernels is no part of the time; at the rate 0 the step changes nothing but the running means.
-        set_rates(replicas.optimizers, 0.0)
-        replicas.step(next(batches), max_norm=1.0)
+        set_rates(optimizers, 0.0)
+        replicas.step(next(batches), optimizers, max_norm=1.0)
         started = time.monotonic()
         while (done := share_done(len(losses), time.monotonic() - started, recipe)) < 1:
-            set_rates(replicas.optimizers, rate_at(done, recipe.warmup))
-            losses.append(replicas.step(next(batches), max_norm=1.0))
+            set_rates(optimizers, rate_at(done, recipe.warmup))
+            losses.append(replicas.step(next(batches), optimizers, max_norm=1.0))
             show(bar, time.monotonic() - started, losses, recipe)
     num_tokens = len(losses) * recipe.batch_size * recipe.seq_len
     return Trained(num_tokens, len(losses), time.monotonic() - started, float(np.mean(losses[-20:])))
@@ -118,7 +114,7 @@ def share_done(num_steps: int, elapsed: float, recipe: Recipe) -> float:
     return num_steps / recipe.steps if recipe.steps else elapsed / recipe.seconds
 
 
-def make_optimizers(recipe: Recipe, model: Any, num_parts: int) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Any, recipe: Recipe, num_parts: int) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, in num_parts optimisers of about equal work, and AdamW for embeddings and norms."""
     matrices = [weight for layer in model.model.layers for weight in layer.parameters() if weight.ndim == 2]
     taken = set(map(id, matrices))
@@ -163,24 +159,27 @@ def draw_batches(ids_N: Tensor, recipe: Recipe) -> Iterator[Tensor]:
             yield ids_N[(starts_B * recipe.seq_len + first)[:, None] + offsets_T].long()
 
 
-@torch.no_grad()
-def mean_nll(model: Any, ids_N: NDArray[np.int32], seq_len: int) -> float:
-    """The model's mean loss in nats per token over windows of seq_len, in float32."""
+def mean_nll(model: Any, ids_N: NDArray[np.int32], seq_len: int, num_threads: int) -> float:
+    """The model's mean loss in nats per token over windows of seq_len, in float32; nan where there is no window."""
     num_windows = (len(ids_N) - 1) // seq_len
-    ids = torch.from_numpy(ids_N).long()
-    inputs_BT = ids[: num_windows * seq_len].view(num_windows, seq_len)
-    labels_BT = ids[1 : num_windows * seq_len + 1].view(num_windows, seq_len)
-    total = 0.0
-    for input_ids, labels in zip(inputs_BT.split(8), labels_BT.split(8), strict=True):
+    if num_windows == 0:
+        return math.nan
+    ids = torch.from_numpy(ids_N[: num_windows * seq_len + 1]).long()
+    windows = ids[:-1].view(num_windows, seq_len), ids[1:].view(num_windows, seq_len)
+
+    @torch.no_grad()
+    def total(input_ids: Tensor, labels: Tensor) -> float:
         logits_PV = model(input_ids=input_ids).logits.flatten(0, 1)
-        total += nn.functional.cross_entropy(logits_PV, labels.flatten(), reduction="sum").item()
-    return total / (num_windows * seq_len) if num_windows else math.nan
+        return nn.functional.cross_entropy(logits_PV, labels.flatten(), reduction="sum").item()
+
+    with single_threads(num_threads) as pool:
+        return sum(pool.map(total, *(part.split(4) for part in windows))) / (num_windows * seq_len)
 
 
 BAR = "{desc}: {n:3.0f}% {bar} {elapsed}{postfix}"
 
 
-def bar_interval() -> float:
+def interval() -> float:
     """Seconds between two pictures of a progress bar: few where it ends up in a log."""
     return 0.5 if sys.stderr.isatty() else 15.0
 

@@ -10,8 +10,9 @@ Shape letters: B sequences, T positions per sequence, P = B * T, H hidden, V voc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,47 +20,48 @@ from torch import Tensor
 
 from kdcache.loss.fused import fused_sparse_kd_loss
 
-MakeOptimizers = Callable[[Any, int], list[torch.optim.Optimizer]]
+
+@contextmanager
+def single_threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads to share work among, in each of which, as in the caller, torch uses no others meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 class Replicas:
-    """A model and what trains it. While it is open, torch's own operations use one thread each."""
+    """A model and what trains it."""
 
-    def __init__(self, model: Any, num_threads: int, dtype: torch.dtype, make_optimizers: MakeOptimizers) -> None:
-        """Share a model's weights among num_threads replicas of it.
+    def __init__(self, model: Any, pool: ThreadPoolExecutor, num_replicas: int, dtype: torch.dtype) -> None:
+        """Share a model's weights among replicas of it.
 
         Args:
             model: trained in place.
-            num_threads: at least 1.
+            pool: of `single_threads`.
+            num_replicas: at least 1; one thread of the pool for each.
             dtype: float32, or bfloat16 for the matrix products alone.
-            make_optimizers: (model, n) to about n optimisers of separate weights, which may step at the same time.
         """
-        self._dtype = dtype
-        self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        self._models = [model, *(copy.deepcopy(model) for _ in range(num_threads - 1))]
+        self._pool, self._dtype = pool, dtype
+        self._models = [model, *(copy.deepcopy(model) for _ in range(num_replicas - 1))]
         for replica in self._models:
             for weight, shared in zip(replica.parameters(), model.parameters(), strict=True):
                 weight.data = shared.data
                 weight.grad = torch.zeros_like(weight)
-        self.optimizers = make_optimizers(model, num_threads)
-        self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
 
-    def step(self, ids: Tensor, max_norm: float) -> float:
-        """One optimiser step on (B, T + 1) ids; the mean loss in nats per token, before it."""
+    def step(self, ids: Tensor, optimizers: Sequence[torch.optim.Optimizer], max_norm: float) -> float:
+        """One step of optimisers of separate weights on (B, T + 1) ids; the mean loss in nats per token, before it."""
         parts = ids.tensor_split(len(self._models))
         losses = self._each(lambda model, part: self._backward(model, part, len(part) / len(ids)), self._models, parts)
         self._gather_gradients()
         torch.nn.utils.clip_grad_norm_(self._models[0].parameters(), max_norm)
-        self._each(lambda optimizer: optimizer.step(), self.optimizers)
-        for optimizer in self.optimizers:
+        self._each(lambda optimizer: optimizer.step(), optimizers)
+        for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=False)
         return sum(losses)
-
-    def close(self) -> None:
-        """End the threads and give torch its own back."""
-        self._pool.shutdown()
-        torch.set_num_threads(self._threads_before)
 
     def _each(self, function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
         return list(self._pool.map(function, *arguments))

@@ -141,7 +141,7 @@ def train_and_save(arguments: argparse.Namespace, splits: dict[Split, list[Docum
     num_parameters = sum(weight.numel() for weight in model.parameters())
     report(f"model: {num_parameters:,} parameters, {num_threads} threads, {recipe.dtype}")
     trained = train(model, ids_N, recipe, num_threads)
-    loss = mean_nll(model.eval(), heldout_N, arguments.seq_len)
+    loss = mean_nll(model.eval(), heldout_N, arguments.seq_len, num_threads)
     model.config.use_cache = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
