@@ -203,7 +203,7 @@ def distributions_from_dense(
 
 
 def _in_order(ids_PK: NDArray[np.int32], logprobs_PK: NDArray[np.float32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Rows by falling logprob and, among equals, rising id. Sorts only those that are not: a sort costs 20 us per row of 256."""
+    """Rows by falling logprob and, among equals, rising id. Sorts only those that are not: it takes 20 us per row of 256."""
     before_PK, after_PK = logprobs_PK[:, :-1], logprobs_PK[:, 1:]
     wrong_PK = ~(before_PK >= after_PK) | ((before_PK == after_PK) & (ids_PK[:, :-1] > ids_PK[:, 1:]))
     rows = np.flatnonzero(wrong_PK.any(axis=-1))

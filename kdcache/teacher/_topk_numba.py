@@ -85,10 +85,10 @@ def _strip_maxima(keys, out):
 
 @_kernel({"contract"})
 def _exp_in_place(x, powers, top):
-    """x * the float32 that `powers` are the bits of = exp(x - top), for x <= top, within 1e-6; NaN for NaN; never below 1e-38.
+    """x * the float32 that `powers` are the bits of = exp(x - top), for x <= top, within 1e-6; NaN for NaN; at least 1e-38.
 
-    2^n * 2^f with n + f = (x - top) / ln 2; coefficients of the Cephes library's exp2f. Nothing but elementwise arithmetic, fused
-    where it can be, which LLVM vectorises; math.exp would be a call per element.
+    2^n * 2^f with n + f = (x - top) / ln 2; coefficients of the Cephes library's exp2f. Nothing but elementwise arithmetic,
+    fused where it can be, which LLVM vectorises; math.exp would be a call per element.
     """
     lowest = np.float32(-87.0)
     for j in range(len(x)):

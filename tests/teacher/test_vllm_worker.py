@@ -137,6 +137,17 @@ def test_an_unknown_vllm_is_refused_before_it_is_started(tiny_model_dir: Path, m
         load_teacher(config(tiny_model_dir, route="worker", engine_options={"worker_extension_cls": "mine.Extension"}))
 
 
+@pytest.mark.slow
+def test_an_engine_that_could_take_adapters_gives_the_base_models_numbers(tiny_model_dir: Path):
+    # With LoRA on, vLLM's projection expects as many rows as it samples from; ours has others.
+    teacher = load_teacher(config(tiny_model_dir, route="worker", engine_options={"enable_lora": True}))
+    case = TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5)
+    for sequence in random_sequences(case, [100, 3]):
+        (answer,) = score(case, [sequence])
+        assert np.abs(answer.padded()[1] - np.sort(case.dense(sequence), axis=-1)[:, :-9:-1]).max() < 5e-5
+    closing(case)
+
+
 class TestWithAPrefixCache:
     """One engine whose prefix cache is on, in which most of a repeated prompt is found."""
 

@@ -1,0 +1,299 @@
+"""How close does capture come to what any capture must do: prefill, and the output projection of every position?
+
+Method: random Llama models made on the fly, vLLM's engine in this process, sequences of random tokens. All variants of one model
+run in one engine, interleaved; a ratio is the median over rounds of (floor's CPU seconds / variant's), of the same round. CPU
+seconds of the process, since wall time measures the machine's other jobs; wall time is in the JSON too. Variants:
+
+- prefill: one token generated after each prompt, nothing else. Projects one position per sequence.
+- limit: prefill and the output projection of every position, in the worker's chunks, its logits thrown away.
+- worker: `VllmTeacher.score` on the worker route, records and all.
+- flat, dict: vLLM's own prompt logprobs in its two containers; flat is `score` on the public route.
+- transformers: `HfTeacher.score`.
+
+    python benchmarks/capture.py [--quick] [--bodies thin,deep --vocabs 8192,32768,151936 --entries 16,64,256]
+                                 [--slow-entries 64] [--rounds 3] [--threads 1] [--out benchmarks/results]
+
+Writes capture.json and, from it, capture.md. Peak memory is the process's own (VmHWM, reset before each variant).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no warm-up: the first round is one
+
+import numpy as np
+
+BODIES = {"thin": (2, 256), "deep": (12, 768)}
+"""Layers and hidden size."""
+
+RESULT = "RESULT "
+STEP_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and what is measured with it."""
+
+    body: str
+    vocab_size: int
+    entries: tuple[int, ...]
+    slow_entries: tuple[int, ...]
+    rounds: int
+    threads: int
+    tokens: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One variant in one round."""
+
+    variant: str
+    cpu_seconds: float
+    wall_seconds: float
+    peak_bytes: int
+
+
+def build_model(folder: Path, case: Case) -> None:
+    """A random Llama in bfloat16 whose logits have a standard deviation of 3."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers, hidden = BODIES[case.body]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=case.vocab_size,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        torch_dtype="bfloat16",
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=3 / hidden**0.5)
+    model.save_pretrained(folder)
+
+
+def make_sequences(case: Case) -> list[Any]:
+    """Random tokens in sequences of 257 to 512, every position supervised."""
+    from kdcache.format.record import TokenSequence, sequence_key
+
+    rng, sequences, left = np.random.default_rng(0), [], case.tokens
+    while left > 0:
+        length = min(left, int(rng.integers(257, 513)))
+        ids_N, all_N = rng.integers(0, case.vocab_size, length).astype(np.int32), np.ones(length, np.bool_)
+        key = sequence_key(ids_N, all_N, "")
+        sequences.append(TokenSequence(ids_N, all_N, np.zeros(length, np.uint8), np.zeros(1, np.int32), "random", key))
+        left -= length
+    return sequences
+
+
+class Variants:
+    """The things that are timed, over one engine and one transformers model."""
+
+    def __init__(self, folder: Path, case: Case) -> None:
+        from kdcache.config.capture import TeacherConfig
+        from kdcache.teacher import load_teacher
+
+        common: dict[str, Any] = {"batch_tokens": STEP_TOKENS, "positions_per_chunk": case.chunk, "num_threads": case.threads}
+        self._case, self._sequences = case, make_sequences(case)
+        self._vllm: Any = load_teacher(TeacherConfig(model=str(folder), backend="vllm", route="worker", **common))
+        self._hf: Any = load_teacher(TeacherConfig(model=str(folder), backend="transformers", **common))
+
+    def table(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """Name and call."""
+        yield "prefill", self._prefill
+        yield "limit", self._limit
+        for k in self._case.entries:
+            yield f"worker {k}", lambda k=k: self._score(self._vllm, k)
+        for k in self._case.slow_entries:
+            yield f"flat {k}", lambda k=k: [None for _ in self._vllm._score_publicly(self._sequences, k)]
+            yield f"dict {k}", lambda k=k: self._generate(prompt_logprobs=k, logprobs=k)
+            yield f"transformers {k}", lambda k=k: self._score(self._hf, k)
+
+    def _score(self, teacher: Any, k: int) -> None:
+        from kdcache.format.manifest import SelectionInfo
+
+        for _ in teacher.score(self._sequences, SelectionInfo(kind="top_k", params={"k": k})):
+            pass
+
+    def _prefill(self) -> None:
+        self._generate()
+
+    def _limit(self) -> None:
+        from kdcache.teacher.vllm_packed import pack_requests
+
+        self._vllm._call_workers("kdcache_begin", self._case.tokens, 0, self._vllm._chunk)
+        self._generate([{"extra_args": extra_args} for extra_args in pack_requests(self._sequences)])
+        self._vllm._call_workers("kdcache_end")
+
+    def _generate(self, each: Sequence[dict[str, Any]] | None = None, **options: Any) -> None:
+        import vllm
+
+        fixed: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, **options}
+        params = [vllm.SamplingParams(**fixed, **own) for own in each or [{}] * len(self._sequences)]
+        self._vllm._generate(self._sequences, params)
+
+
+def measure(name: str, call: Callable[[], None]) -> Sample:
+    """Run it once."""
+    Path("/proc/self/clear_refs").write_text("5")
+    cpu, wall = time.process_time(), time.perf_counter()
+    call()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return Sample(name, cpu, wall, int(peak.split()[1]) * 1024)
+
+
+def run_case(case: Case) -> list[Sample]:
+    """All rounds of a model, in this process; the first one compiles and touches memory, and is not kept."""
+    samples = []
+    with tempfile.TemporaryDirectory() as name:
+        build_model(Path(name), case)
+        variants = Variants(Path(name), case)
+        for number in range(case.rounds + 1):
+            found = [measure(*variant) for variant in variants.table()]
+            samples += found if number else []
+    return samples
+
+
+def run_apart(case: Case) -> dict[str, Any]:
+    """`run_case` in a process of its own, so that one model's memory is not another's peak."""
+    command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    (line,) = (line for line in output.splitlines() if line.startswith(RESULT))
+    return {"case": asdict(case), "samples": json.loads(line.removeprefix(RESULT))}
+
+
+def median_of(result: dict[str, Any], variant: str, value: Callable[[dict[str, Any]], float]) -> float:
+    return statistics.median(value(sample) for sample in result["samples"] if sample["variant"] == variant)
+
+
+def ratios(result: dict[str, Any], floor: str, variant: str, clock: str) -> list[float]:
+    """The floor's seconds over the variant's, round by round."""
+    by_name = {name: [s[clock] for s in result["samples"] if s["variant"] == name] for name in (floor, variant)}
+    return [base / own for base, own in zip(by_name[floor], by_name[variant], strict=True)]
+
+
+def make_table(report: dict[str, Any]) -> str:
+    """Markdown; one block per model."""
+    lines = ["# benchmarks/capture.py", "", report["machine"], ""]
+    for result in report["results"]:
+        case = result["case"]
+        layers, hidden = BODIES[case["body"]]
+        lines += [
+            f"## {case['body']} body ({layers} x {hidden}), vocabulary {case['vocab_size']}",
+            "",
+            f"{case['tokens']} tokens, {case['rounds']} rounds, {case['threads']} thread(s).",
+            "",
+            "| variant, K | tokens per CPU s | of prefill | of limit (rounds) | of limit, wall | peak over prefill, MiB |",
+            "|---|---|---|---|---|---|",
+        ]
+        prefill_peak = median_of(result, "prefill", lambda sample: sample["peak_bytes"])
+        for variant in dict.fromkeys(sample["variant"] for sample in result["samples"]):
+            of_limit = ratios(result, "limit", variant, "cpu_seconds")
+            extra = (median_of(result, variant, lambda sample: sample["peak_bytes"]) - prefill_peak) / 2**20
+            lines.append(
+                f"| {variant} | {case['tokens'] / median_of(result, variant, lambda s: s['cpu_seconds']):,.0f} "
+                f"| {statistics.median(ratios(result, 'prefill', variant, 'cpu_seconds')):.3f} "
+                f"| {statistics.median(of_limit):.3f} ({min(of_limit):.2f}-{max(of_limit):.2f}) "
+                f"| {statistics.median(ratios(result, 'limit', variant, 'wall_seconds')):.3f} | {extra:,.0f} |"
+            )
+        lines += ["", *targets(result), ""]
+    return "\n".join(lines)
+
+
+def targets(result: dict[str, Any]) -> list[str]:
+    """What was aimed at, and what came out."""
+    lines = []
+    for k in result["case"]["entries"]:
+        of_limit = statistics.median(ratios(result, "limit", f"worker {k}", "cpu_seconds"))
+        lines.append(f"- K = {k}: {of_limit:.2f} of the limit; {'at least' if of_limit >= 0.9 else 'below'} 0.9")
+        if k in result["case"]["slow_entries"]:
+            faster = statistics.median(ratios(result, f"flat {k}", f"worker {k}", "cpu_seconds"))
+            lines.append(f"- K = {k}: {faster:.1f} times flat logprobs; {'at least' if faster >= 2 else 'below'} 2")
+    lines.append(
+        f"- leaving the worker: {', '.join(f'{8 * k + 5} bytes per position at K = {k}' for k in result['case']['entries'])}"
+    )
+    return lines
+
+
+def tokens_for(body: str, vocab_size: int) -> int:
+    """A few seconds per variant."""
+    return {("thin", True): 16384, ("thin", False): 4096, ("deep", True): 4096, ("deep", False): 2048}[
+        body, vocab_size < 100_000
+    ]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small model, under a minute")
+    for name, default in (
+        ("bodies", "thin,deep"),
+        ("vocabs", "8192,32768,151936"),
+        ("entries", "16,64,256"),
+        ("slow-entries", "64"),
+    ):
+        parser.add_argument(f"--{name}", default=default)
+    for name, default in (("rounds", 3), ("threads", 1), ("chunk", 512), ("tokens", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, help="folder for capture.json and capture.md; only printed without it")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    if args.quick:
+        return [Case("thin", 8192, (16,), (16,), 1, args.threads, 2048, args.chunk)]
+    entries, slow = (tuple(map(int, text.split(","))) for text in (args.entries, args.slow_entries))
+    models = [(body, int(vocab)) for body in args.bodies.split(",") for vocab in args.vocabs.split(",")]
+    return [
+        Case(body, vocab, entries, slow, args.rounds, args.threads, args.tokens or tokens_for(body, vocab), args.chunk)
+        for body, vocab in models
+    ]
+
+
+def machine() -> str:
+    import torch
+    import vllm
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{cpu or platform.machine()}, {os.cpu_count()} cores, vLLM {vllm.__version__}, torch {torch.__version__}, bfloat16"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.case:
+        print(RESULT + json.dumps([asdict(sample) for sample in run_case(Case(**json.loads(args.case)))]))
+        return
+    report: dict[str, Any] = {"machine": machine(), "results": []}
+    for case in cases_of(args):
+        report["results"].append(run_apart(case))
+        if args.out:  # after each model: a later one may be stopped
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "capture.json").write_text(json.dumps(report, indent=1) + "\n")
+            (args.out / "capture.md").write_text(make_table(report) + "\n")
+    print(make_table(report))
+
+
+if __name__ == "__main__":
+    main()
