@@ -96,10 +96,10 @@ class Tally:
         self.summary.num_tokens += outcome.num_tokens
         self.summary.skipped += outcome.skipped
         self.summary.num_units_captured += 1
-        self._num_unfolded += 1
+        self._num_unfolded += self._job.config.run.world_size  # the others are about as fast
         self._progress.published(outcome.shard)
         # Of many ranks one folds on the way: the others would only race it.
-        if self._job.config.run.rank == 0 and self._num_unfolded >= max(MIN_UNITS_PER_FOLD, self._num_folded * FOLD_GROWTH):
+        if self._job.config.run.rank == 0 and self._num_unfolded >= units_before_fold(self._num_folded):
             self._num_unfolded, self._num_folded = 0, len(self._writer.fold().shards)
 
     def finish(self) -> CaptureSummary:
@@ -140,6 +140,11 @@ class Tally:
                 + (f"that is one more than run.max_failed, {most}; " if most else "")
                 + "what is published stays"
             ) from outcome.error
+
+
+def units_before_fold(num_folded: int) -> int:
+    """How many new units make a fold worth while."""
+    return max(MIN_UNITS_PER_FOLD, int(num_folded * FOLD_GROWTH))
 
 
 def new_summary(job: Job, manifest: Manifest, *, num_units_before: int) -> CaptureSummary:

@@ -127,25 +127,26 @@ class CacheWriter:
                 newest = self.manifest
                 done = {shard.unit for shard in newest.shards}
                 new = {shard.unit: shard for shard in self._journal(done)}
-                if not new:
-                    if newest.is_complete:
-                        self._sweep_redundant(newest)
-                    return newest
-                self._try_to_fold(newest, list(new.values()))
+                folded = self._try_to_fold(newest, list(new.values())) if new else newest
+                if folded is not None:
+                    if folded.is_complete:
+                        self._sweep_redundant(folded)
+                    return folded
         raise CaptureError(
             f"{str(self.root)!r} could not be folded: {MAX_FOLD_TRIES} times another writer's manifest came first"
         )
 
-    def _try_to_fold(self, newest: Manifest, new: list[ShardInfo]) -> None:
+    def _try_to_fold(self, newest: Manifest, new: list[ShardInfo]) -> Manifest | None:
+        """The next snapshot, or None where another writer was first: the next try starts from what that one made."""
         shards = tuple(sorted([*newest.shards, *new], key=lambda shard: shard.unit))
         try:
             index = publish_index(self.root, newest, new)
         except CorruptCacheError:
             if all((self.root / shard.name).exists() for shard in new):
                 raise
-            return  # another writer's fold made the cache complete and swept a shard of ours that was one too many
+            return None  # another writer's fold made the cache complete and swept a shard of ours that was one too many
         manifest = msgspec.structs.replace(newest, number=newest.number + 1, parent=newest.digest, shards=shards, index=index)
-        chain.add_manifest(self.root, manifest)  # if another writer was first, the next try starts from its manifest
+        return manifest if chain.add_manifest(self.root, manifest) else None
 
     def _journal(self, folded: Collection[int]) -> Iterator[ShardInfo]:
         """Shards from the journal whose file is there and whole; of several for a unit, the first name's comes last.
