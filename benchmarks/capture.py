@@ -1,6 +1,6 @@
 """How close does capture come to what any capture must do: prefill, and the output projection of every position?
 
-Method: random Llama models made on the fly, vLLM's engine in this process, sequences of random tokens. All variants of one model
+Method: random Llama models made on the fly, vLLM's engine in this process, sequences of random tokens. All variants of a model
 run in one engine, interleaved; a ratio is the median over rounds of (floor's CPU seconds / variant's), of the same round. CPU
 seconds of the process, since wall time measures the machine's other jobs; wall time is in the JSON too. Variants:
 
