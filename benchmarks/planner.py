@@ -243,7 +243,8 @@ def main() -> None:
     for count in args.units:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             rows.append(simulate(count, args.ranks, Path(folder) / "simulated"))
-    print_scaling(args.units, rows)
+    if rows:
+        print_scaling(args.units, rows)
     if args.efficiency:
         print("\n| teacher | one process | two ranks | efficiency |\n|---|---:|---:|---:|")
         for kind in ("waiting", "fake"):

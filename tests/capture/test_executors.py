@@ -16,6 +16,7 @@ import yaml
 from capture_cases import LINES, content, make_config, start_command, wait_for_units, write_config
 
 from kdcache.capture.run import run_capture
+from kdcache.capture.tally import units_before_fold
 from kdcache.cli.main import main
 from kdcache.errors import ConfigError
 from kdcache.store import chain
@@ -83,6 +84,15 @@ def test_another_number_of_ranks_goes_on_with_what_is_left(tmp_path):
         run_capture(make_config(tmp_path, run={"rank": rank, "world_size": 3}))
     assert verify_cache(tmp_path / "cache").manifest.is_complete
     assert shards(tmp_path / "cache") == shards(undisturbed(tmp_path, LINES))
+
+
+def test_folds_on_the_way_cost_five_last_folds_in_all(tmp_path):
+    folded, sizes = 0, []
+    while folded < 10**6:
+        folded += units_before_fold(folded)
+        sizes.append(folded)
+    assert sum(sizes) < 5.1 * sizes[-1]
+    assert len(sizes) < 60
 
 
 @pytest.mark.parametrize(
