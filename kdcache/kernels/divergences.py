@@ -6,7 +6,7 @@ Standard library only: configs, docs and tests read the same table.
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from kdcache.errors import LossError
@@ -62,7 +62,8 @@ class Divergence:
     @property
     def parameters(self) -> tuple[float, ...]:
         """The options as numbers, in the order of the fields: what compiled kernels are given."""
-        return tuple(float(value) for value in astuple(self))
+        # Not dataclasses.astuple, which torch.compile cannot trace.
+        return tuple(float(getattr(self, name)) for name in self.__match_args__)
 
     def _check(self, option: str, low: float, high: float, *, ends: str = "[]") -> None:
         value = getattr(self, option)
@@ -312,11 +313,11 @@ def get_divergence(name: str | Divergence, **options: Any) -> Divergence:
         return name
     if name not in DIVERGENCES:
         raise LossError(f"divergence is {name!r}, but must be one of {', '.join(map(repr, DIVERGENCES))}")
-    known = [field.name for field in fields(DIVERGENCES[name])]
+    kind = DIVERGENCES[name]
     for option in options:
-        if option not in known:
-            raise LossError(f"{name} has no option {option!r}; it has {', '.join(map(repr, known)) or 'none'}")
-    return DIVERGENCES[name](**options)
+        if option not in kind.__match_args__:
+            raise LossError(f"{name} has no option {option!r}; it has {', '.join(map(repr, kind.__match_args__)) or 'none'}")
+    return kind(**options)
 
 
 def requirements_table() -> str:
