@@ -173,8 +173,8 @@ class OutputConfig(Config, frozen=True, kw_only=True):
 
 
 class RunConfig(Config, frozen=True, kw_only=True):
-    """How the work is done: where, by how many, and what happens when some of it fails. Decides nothing of what the cache holds,
-    so it may be another in each run of the same capture.
+    """How the work is done: where, by how many, and what happens when some of it fails. Decides nothing of what the cache
+    holds, so it may be another in each run of the same capture.
 
     Attributes:
         executor: `local`, this process; or `ray`, which spreads the units over `replicas` actors of a Ray cluster.
@@ -183,11 +183,11 @@ class RunConfig(Config, frozen=True, kw_only=True):
         world_size: `local` only: ranks that share the units.
         replicas: `ray` only: actors, each with a teacher of its own and, where the cluster has GPUs, with
             teacher.tensor_parallel_size of them.
-        ray_address: `ray` only: of a running cluster; `local` starts one on this machine; null joins the one that RAY_ADDRESS or
-            this machine knows, and else starts one.
+        ray_address: `ray` only: of a running cluster; `local` starts one on this machine; null joins the one that RAY_ADDRESS
+            or this machine knows, and else starts one.
         retries: how often a unit that failed is tried again before it is given up.
-        max_failed: most units to set aside, with their reason, while the rest goes on; the next run tries them again. With 0 the
-            first unit that keeps failing stops the capture.
+        max_failed: most units to set aside, with their reason, while the rest goes on; the next run tries them again. With 0
+            the first unit that keeps failing stops the capture.
         skip_poison: find the sequences that make a unit fail alone as well, leave them out, name them, and publish the rest.
         stall_seconds: when the teacher has answered nothing for so long, say so, print every thread's stack and stop; null to
             wait for ever.
