@@ -29,6 +29,7 @@ class Recipe:
     Attributes:
         seconds: of training, by the clock; the learning rate falls to zero over them.
         steps: of training, in place of seconds: the same weights on every run of the same machine.
+        min_steps: with seconds: a machine too slow for so many takes longer.
         batch_size: sequences per step.
         matrix_lr: peak learning rate of the matrices, under Muon.
         lr: peak learning rate of the rest (embeddings, norms), under AdamW.
@@ -42,6 +43,7 @@ class Recipe:
     seq_len: int
     seconds: float = 120.0
     steps: int | None = None
+    min_steps: int = 0
     batch_size: int = 8
     matrix_lr: float = 0.02
     lr: float = 6e-3
@@ -111,7 +113,10 @@ def train(model: Any, ids_N: NDArray[np.int32], recipe: Recipe, num_threads: int
 
 def share_done(num_steps: int, elapsed: float, recipe: Recipe) -> float:
     """How much of the training is behind, 0 to 1 and above."""
-    return num_steps / recipe.steps if recipe.steps else elapsed / recipe.seconds
+    if recipe.steps:
+        return num_steps / recipe.steps
+    by_clock = elapsed / recipe.seconds
+    return min(by_clock, num_steps / recipe.min_steps) if recipe.min_steps else by_clock
 
 
 def make_optimizers(model: Any, recipe: Recipe, num_parts: int) -> list[torch.optim.Optimizer]:

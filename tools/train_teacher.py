@@ -43,6 +43,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=120, help="of training (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="of training, in place of --seconds: the same result on every run")
+    parser.add_argument(
+        "--min-steps", type=int, default=0, help="with --seconds: train on until so many are done (default: %(default)s)"
+    )
     parser.add_argument("--hidden-size", type=int, default=256, help="a multiple of 64 (default: %(default)s)")
     parser.add_argument("--num-layers", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the tokenizer (default: %(default)s)")
@@ -134,6 +137,7 @@ def train_and_save(arguments: argparse.Namespace, splits: dict[Split, list[Docum
         batch_size=arguments.batch_size,
         seconds=arguments.seconds,
         steps=arguments.steps,
+        min_steps=arguments.min_steps,
         dtype=choose_dtype(arguments.dtype),
         seed=arguments.seed,
     )
