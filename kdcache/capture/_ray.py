@@ -196,15 +196,19 @@ def _connect(run: RunConfig) -> bool:
     """Join or start a cluster; False where this process was in one already."""
     if ray.is_initialized():
         return False
-    where = "the default address" if run.ray_address is None else repr(run.ray_address)
+    address = run.ray_address or os.environ.get("RAY_ADDRESS") or ""
+    where = repr(address) if address else "the default address"
     try:
-        host, _, port = (run.ray_address or "").rpartition(":")
+        host, _, port = address.rpartition(":")
         if host and port.isdigit() and "//" not in host:
             # Ray itself would try for minutes, in silence.
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         ray.init(address=run.ray_address, include_dashboard=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CaptureError(f"run.ray_address: no Ray cluster at {where}: {_first_line(error)}") from error
+        raise CaptureError(
+            f"run.ray_address: no Ray cluster at {where}: {_first_line(error)}; see that it runs, and that RAY_AUTH_TOKEN holds "
+            "its token where it asks for one"
+        ) from error
     return True
 
 
