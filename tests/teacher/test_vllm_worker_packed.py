@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +15,12 @@ torch = pytest.importorskip("torch")
 
 from contracts.teacher import make_sequence  # noqa: E402
 
+from kdcache.config.capture import TeacherConfig  # noqa: E402
 from kdcache.errors import TeacherError  # noqa: E402
 from kdcache.format.record import NO_TARGET  # noqa: E402
 from kdcache.teacher import _vllm_internals_v024 as internals  # noqa: E402
 from kdcache.teacher._vllm_worker import Capture, find_internals, wanted_rows  # noqa: E402
+from kdcache.teacher.vllm_options import engine_options, positions_per_chunk  # noqa: E402
 from kdcache.teacher.vllm_packed import NOT_SUPERVISED, Buffer, pack_requests, read_buffer, unpack_request  # noqa: E402
 
 V, H = 50, 4
@@ -163,3 +168,33 @@ def test_a_changed_signature_is_named_and_nothing_is_installed(runner: object, s
     assert problem is not None
     assert re.search(sentence, problem)
     assert vars(runner) == before
+
+
+def test_with_selection_in_the_worker_a_step_may_be_one_sequence():
+    config = TeacherConfig(model="m")
+    public = engine_options(config, {"max_position_embeddings": 4096}, is_cpu=False)
+    worker = engine_options(config, {"max_position_embeddings": 4096}, is_cpu=False, extension="a.B")
+    assert public["long_prefill_token_threshold"] == 1024
+    assert worker == {name: value for name, value in public.items() if name != "long_prefill_token_threshold"} | {
+        "worker_extension_cls": "a.B"
+    }
+
+
+def test_a_chunks_logits_stay_in_the_cache_of_a_cpu():
+    config = TeacherConfig(model="m", positions_per_chunk=512)
+    sizes = (8192, 32768, 151936)
+    assert [positions_per_chunk(config, size, is_cpu=False) for size in sizes] == [512] * 3
+    assert [positions_per_chunk(config, size, is_cpu=True) for size in sizes] == [512, 256, 64]
+    assert positions_per_chunk(TeacherConfig(model="m", positions_per_chunk=3), 151936, is_cpu=True) == 3
+
+
+def test_strict_stops_at_a_vllm_that_does_not_import(tmp_path: Path):
+    (tmp_path / "vllm.py").write_text("raise RuntimeError('built for another machine')\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + (
+        "from kdcache.config.capture import TeacherConfig; from kdcache.errors import TeacherError\n"
+        "from kdcache.teacher import load_teacher\n"
+        "try: load_teacher(TeacherConfig(model='m', strict=True))\n"
+        "except TeacherError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "vllm is installed but does not import: built for another machine" in result.stdout
