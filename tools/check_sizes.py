@@ -18,7 +18,13 @@ FOLDERS = ("kdcache", "tools")
 # Functions of the public surface that are called with keywords, in the manner of torch.nn.functional: an options object there
 # would be one more name to learn and would not read better.
 # torch's custom operators take tensors, numbers and strings, and no objects.
-MORE_PARAMETERS = {"sparse_kd_loss": 14, "fused_sparse_kd_loss": 18, "_rows": 10, "_fused": 13}
+MORE_PARAMETERS = {
+    "sparse_kd_loss": 14,
+    "fused_sparse_kd_loss": 18,
+    "vocab_parallel_sparse_kd_loss": 13,
+    "_rows": 10,
+    "_fused": 13,
+}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Shape letters: P positions (rows), K entries per position (padded), V the studen
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from kdcache.errors import LossError
 from kdcache.kernels.base import Objective, Targets, make_targets
 
 REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", "numba", "torch")
+BACKENDS = ("auto", "numba", "triton", "torch")
 TARGET_KINDS = ("exact", "unbiased")
 
 # Rounding of float32 logprobs adds far less than this to the mass of a support.
@@ -158,10 +159,10 @@ def check_tensors(student: Tensor, targets: TargetTensors, log_z_P: Tensor | Non
 
 
 def choose_backend(backend: str, student: Tensor) -> str:
-    """`numba` or `torch`.
+    """`numba`, `triton` or `torch`.
 
     Raises:
-        LossError: `numba` was asked for by name, and cannot take this device or dtype.
+        LossError: one was asked for by name, and cannot take this device or dtype.
     """
     fits = student.device.type == "cpu" and student.dtype in (
         torch.float32,
@@ -170,6 +171,13 @@ def choose_backend(backend: str, student: Tensor) -> str:
     if backend == "numba" and not fits:
         raise LossError(
             f"the numba backend takes float32 or bfloat16 on a CPU, not {student.dtype} on {student.device}; use 'torch'"
+        )
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    half_or_single = student.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if backend == "triton" and not (half_or_single and (student.is_cuda or is_interpreted)):
+        raise LossError(
+            f"the triton backend takes float32, bfloat16 or float16 on a GPU, not {student.dtype} on {student.device}; use "
+            "'numba' or 'torch'"
         )
     if backend == "auto":
         return "numba" if fits else "torch"

@@ -91,12 +91,13 @@ def fused_sparse_kd_loss(
         projection = Projection(hidden_PH, weight_VH, bias, head)
         return operators.fused(projection, teacher, scales_P, objective, (chosen, chunk_size, wanted))
     step = make_step(chosen, teacher, scales_P, objective, len(weight_VH))
-    return _run_eagerly(hidden_PH, weight_VH, bias, _Work(step, head, wanted, chunk_size))
+    work = _Work(step, head, wanted, chunk_size)
+    return _run_eagerly(hidden_PH, weight_VH, bias, work)  # pyright: ignore[reportCallIssue]
 
 
 @torch.compiler.disable
 def _run_eagerly(hidden_PH: Tensor, weight_VH: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
-    """A break in the graph: the torch step asks autograd for its gradient, which it cannot inside an operator."""
+    """A break in the graph: the torch and triton steps ask autograd for gradients, which has no meaning within an operator."""
     loss = _FusedRows.apply(hidden_PH, weight_VH, bias, work)
     assert isinstance(loss, Tensor)
     return loss

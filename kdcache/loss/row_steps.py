@@ -16,6 +16,7 @@ from kdcache.kernels import get_backend
 from kdcache.kernels.base import Objective
 from kdcache.loss import arguments, torch_rows
 from kdcache.loss.arguments import TargetTensors
+from kdcache.loss.triton_rows import TritonStep
 
 
 class RowStep(Protocol):
@@ -35,6 +36,8 @@ def make_step(backend: str, targets: TargetTensors, scales_P: Tensor, objective:
     if backend == "numba":
         return _NumbaStep(arguments.to_kernel_targets(targets, vocab_size, scales_P), objective)
     arguments.check_values(targets, vocab_size)
+    if backend == "triton":
+        return TritonStep(targets, objective, scales_P)
     return _TorchStep(targets, objective, scales_P)
 
 

@@ -61,6 +61,7 @@ def sparse_kd_loss(
         reduction: `mean` is sum(weight * loss) / sum(weight), 0 where all weights are 0; `sum` is sum(weight * loss);
             `none` gives (P,) weight * loss. A row without label counts in the mean: give it weight 0 to leave it out.
         backend: `numba` (CPU, float32 and bfloat16; the gradient is computed in the forward pass, once differentiable),
+            `triton` (the same on a GPU; so far tested in Triton's interpreter only, and so not what `auto` takes),
             `torch` (anything, with [P, V] temporaries; differentiable twice), or `auto`.
 
     Returns:
@@ -87,7 +88,7 @@ def sparse_kd_loss(
         scaled_P = losses_P * scales_P.to(losses_P.dtype)
         return scaled_P if reduction == "none" else scaled_P.sum()
     want_gradient = torch.is_grad_enabled() and student_logits_PV.requires_grad
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and chosen == "numba":
         scaled_P = operators.rows(student_logits_PV, teacher, scales_P, objective, chosen, want_gradient)
         return scaled_P if reduction == "none" else scaled_P.sum()
     step = row_steps.make_step(chosen, teacher, scales_P, objective, student_logits_PV.shape[1])

@@ -72,7 +72,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _tail_logsumexp(z_PV: Tensor, token_ids_PK: Tensor) -> Tensor:
     """(P,) logsumexp over the ids outside the support; -inf without a gradient where the student can give none of them."""
-    outside_PV = _outside(z_PV, token_ids_PK, -torch.inf)
+    outside_PV = outside(z_PV, token_ids_PK, -torch.inf)
     unreachable_P = torch.isneginf(outside_PV.detach().amax(dim=1))
     # The derivative of logsumexp is NaN where everything is -inf.
     lse_P = torch.logsumexp(outside_PV.masked_fill(unreachable_P[:, None], 0.0), dim=1)
@@ -84,11 +84,11 @@ def _uniform_tail(z_PV: Tensor, lse_P: Tensor, targets: TargetTensors) -> Tensor
     n_P = (z_PV.shape[1] - (targets.token_ids_PK >= 0).sum(dim=1)).to(z_PV.dtype)
     r_P = torch.where(n_P > 0, targets.tail_mass_P.detach().to(z_PV.dtype), 0.0)
     n_P, log_r_P = n_P.clamp_min(1), torch.where(r_P > 0, r_P, 1.0).log()
-    mean_z_P = _outside(z_PV.masked_fill((r_P == 0)[:, None], 0.0), targets.token_ids_PK, 0.0).sum(dim=1) / n_P
+    mean_z_P = outside(z_PV.masked_fill((r_P == 0)[:, None], 0.0), targets.token_ids_PK, 0.0).sum(dim=1) / n_P
     return torch.where(r_P > 0, r_P * (log_r_P - n_P.log() - mean_z_P + lse_P), 0.0)
 
 
-def _outside(z_PV: Tensor, token_ids_PK: Tensor, value: float) -> Tensor:
+def outside(z_PV: Tensor, token_ids_PK: Tensor, value: float) -> Tensor:
     """(P, V + 1) logits with `value` on the support, and in the last column, where padding may write."""
     wide_PV = torch.cat([z_PV, z_PV.new_full((len(z_PV), 1), value)], dim=1)
     return wide_PV.scatter(1, torch.where(token_ids_PK >= 0, token_ids_PK, z_PV.shape[1]).long(), value)

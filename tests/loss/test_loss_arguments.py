@@ -43,7 +43,8 @@ REFUSED = [
     ({"alpha": 1.5}, "alpha is 1.5"),
     ({"alpha": 0.5, "labels_P": None}, "labels_P is not given"),
     ({"reduction": "max"}, "reduction is 'max'"),
-    ({"backend": "triton"}, "backend is 'triton'"),
+    ({"backend": "cuda"}, "backend is 'cuda'"),
+    ({"backend": "triton"}, "the triton backend takes float32, bfloat16 or float16 on a GPU, not torch.float.. on cpu"),
     (
         {"token_ids_PK": torch.tensor([[1, 5], [0, -1]])},
         "row 0 has the token id 5, which is outside the student's vocabulary of 5",

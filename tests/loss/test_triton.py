@@ -1,0 +1,40 @@
+"""The Triton kernels in Triton's interpreter, in a process of their own: the environment decides when triton is imported.
+
+No GPU was at hand when this was written: nothing here has run on one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent.parent
+
+PROGRAM = """
+import sys
+sys.path[:0] = [TESTS, TESTS + "/loss"]
+import torch
+from kdcache.kernels import _triton
+import triton_promises
+
+torch.set_num_threads(1)
+_triton.BLOCK_SIZE = 64
+getattr(triton_promises, NAME)()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["keep_the_contract", "round_bfloat16_once", "equal_the_fused_loss_of_torch", "leave_logits_alone"]
+)
+def test_triton_kernels(name):
+    pytest.importorskip("triton")
+    program = PROGRAM.replace("TESTS", repr(str(TESTS))).replace("NAME", repr(name))
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]

@@ -1,0 +1,80 @@
+"""What test_triton.py runs under TRITON_INTERPRET=1; not a test module itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from contracts import kernels as contract
+from contracts.kernels import make_problem
+from test_head import make
+from test_sparse_kd import tensors
+
+from kdcache.kernels import divergences as d
+from kdcache.kernels.reference import loss_and_gradient
+from kdcache.loss.arguments import TargetTensors
+from kdcache.loss.chunks import Head
+from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.loss.row_steps import make_step
+from kdcache.loss.sparse_kd import sparse_kd_loss
+
+
+def run(logits_PV: torch.Tensor, problem: contract.Problem, objective, *, want_gradient: bool = True):
+    teacher = TargetTensors(**tensors(problem))
+    assert teacher.weights_P is not None
+    step = make_step("triton", teacher, teacher.weights_P, objective, logits_PV.shape[1])
+    return step(logits_PV, 0, want_gradient)
+
+
+def compute(logits_PV, targets, objective):
+    weights_P = torch.tensor(targets.weights_P)
+    scaled_P, gradient_PV = run(torch.tensor(logits_PV), contract.Problem(logits_PV, targets), objective)
+    losses_P = torch.where(weights_P > 0, scaled_P / weights_P, 0.0)
+    return losses_P.numpy(), gradient_PV.numpy()
+
+
+def keep_the_contract() -> None:
+    """The interpreter takes milliseconds per launch: shapes and objectives are fewer here, promises are not."""
+    contract.SHAPES = [(0, 5, 2), (1, 1, 0), (3, 1, 1), (4, 2, 1), (5, 17, 0), (3, 16, 16), (3, 71, 5)]
+    contract.OBJECTIVES = [o for o in contract.OBJECTIVES if o.alpha > 0 and (o.tail != "drop" or o in contract.FORWARD_KL)]
+    contract.SMOOTH = [o for o in contract.OBJECTIVES if isinstance(o.divergence, d.ForwardKL | d.ReverseKL | d.JensenShannon)]
+    with np.errstate(all="ignore"):
+        for check in contract.CHECKS:
+            check(compute)
+
+
+def round_bfloat16_once() -> None:
+    """The gradient by bfloat16 logits is that by the same numbers in float32, rounded."""
+    problem = make_problem(4, 71, 5)
+    for objective in contract.OBJECTIVES:
+        bits_PV = torch.tensor(problem.logits_PV).bfloat16()
+        losses_P, gradient_PV = run(bits_PV.clone(), problem, objective)
+        exact_P, exact_PV = run(bits_PV.float(), problem, objective)
+        torch.testing.assert_close(losses_P, exact_P, rtol=0, atol=0)
+        # The interpreter rounds to bfloat16 by cutting off.
+        torch.testing.assert_close(gradient_PV.float(), exact_PV, rtol=2**-7, atol=1e-37)
+
+
+def equal_the_fused_loss_of_torch() -> None:
+    leaves, targets = make()
+    for options in ({}, {"alpha": 0.4, "divergence": "reverse_kl", "head": Head(softcap=4.0)}):
+        results = []
+        for backend in ("triton", "torch"):
+            loss = fused_sparse_kd_loss(*leaves[:2], bias=leaves[2], **targets, **options, backend=backend, chunk_size=16)
+            results.append((loss, *torch.autograd.grad(loss, leaves)))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def leave_logits_alone() -> None:
+    problem = make_problem(4, 71, 5)
+    for objective in contract.OBJECTIVES:
+        if objective.temperature != 1:
+            continue
+        z_PV, options = torch.tensor(problem.logits_PV), {"tail": objective.tail, "alpha": objective.alpha}
+        before_PV = z_PV.clone()
+        losses_P = sparse_kd_loss(
+            z_PV, **tensors(problem), **options, divergence=objective.divergence, reduction="none", backend="triton"
+        )
+        torch.testing.assert_close(z_PV, before_PV, rtol=0, atol=0)
+        exact_P = loss_and_gradient(problem.logits_PV, problem.targets, objective)[0] * problem.targets.weights_P
+        torch.testing.assert_close(losses_P.double(), torch.tensor(exact_P), rtol=1e-5, atol=1e-5)
