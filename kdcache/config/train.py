@@ -89,7 +89,7 @@ class HeldoutConfig(Config, frozen=True, kw_only=True):
     Attributes:
         data: JSON-lines file with a `text` or `input_ids` in each line; null to measure nothing while training.
         every_steps: steps between two measurements; the first is before step 1, one more follows the last step.
-        max_tokens: stop reading after this many tokens.
+        max_tokens: keep no more than these, in windows evenly spread over the file.
         window: most tokens in a sequence; longer texts are cut.
     """
 
@@ -104,6 +104,7 @@ class TrainConfig(Config, frozen=True, kw_only=True):
 
     Attributes:
         cache: directory of the cache.
+        accept_incomplete_cache: train although the capture has not finished: on what it has published so far.
         out: directory of the run: `run.json`, `metrics.jsonl`, `checkpoints/`, and at the end `model/` in the Hugging Face
             layout. The same command on the same directory goes on where it stopped.
         steps: optimiser steps; give this or `epochs`.
@@ -117,6 +118,7 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     """
 
     cache: str
+    accept_incomplete_cache: bool = False
     out: str
     student: StudentConfig
     loader: LoaderConfig = LoaderConfig()

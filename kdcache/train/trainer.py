@@ -64,13 +64,12 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
     Raises:
         ConfigError, MismatchError: see `build_student`, `check_against_cache`, `RunFolder`.
         CacheNotFoundError, CorruptCacheError: the cache cannot be read; what was trained up to the last checkpoint stays.
-        InputError: held-out data that cannot be read, or a cache without a supervised position.
+        InputError: held-out data that cannot be read, or a cache that is not complete or has no supervised position.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     with open_cache(config.cache) as reader:
-        if not reader.num_positions_S.any():
-            raise InputError(f"{config.cache}: the cache has no supervised position to train on")
+        _check_cache(config, reader)
         heldout = _heldout(config)
         model = _student(config, reader)
         with Loader(reader, config.loader) as loader, RunFolder(config, reader.snapshot) as folder:
@@ -176,6 +175,17 @@ def num_batches(loader: Loader, num_epochs: int) -> int:
     """Batches of the first epochs; packed epochs differ a little."""
     lengths_S = loader.reader.num_tokens_S
     return sum(EpochPlan(lengths_S, loader.options, epoch).num_batches for epoch in range(num_epochs))
+
+
+def _check_cache(config: TrainConfig, reader: CacheReader) -> None:
+    manifest = reader.manifest
+    if not (manifest.is_complete or config.accept_incomplete_cache):
+        raise InputError(
+            f"{config.cache}: the capture has published {len(manifest.shards)} of {manifest.plan.num_units} units; "
+            "run `kdcache capture` again to finish it, or set accept_incomplete_cache to true to train on these"
+        )
+    if not reader.num_positions_S.any():
+        raise InputError(f"{config.cache}: the cache has no supervised position to train on")
 
 
 def _student(config: TrainConfig, reader: CacheReader) -> PreTrainedModel:

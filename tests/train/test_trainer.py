@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_caches import load_teacher_model, train_config
+from train_caches import load_teacher_model, train_config, write_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kdcache.config.train import TrainConfig
-from kdcache.errors import ConfigError, MismatchError, StateError
+from kdcache.errors import ConfigError, InputError, MismatchError, StateError
 from kdcache.loader._torch import to_torch
 from kdcache.loader.batch import IGNORED_LABEL, Batch
 from kdcache.loader.loader import Loader
@@ -368,3 +368,12 @@ def test_held_out_loss_is_measured_before_during_and_after(small_cache: Path, ti
     assert [line["step"] for line in lines] == [0, 3, 6, 8]
     without = _run(train_config(small_cache, tiny_model_dir, tmp_path / "without"))
     assert [line["loss"] for line in _run(config) if "loss" in line] == [line["loss"] for line in without]
+
+
+def test_a_capture_that_has_not_finished_is_not_trained_on_unless_asked(tiny_model_dir: Path, tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache", tiny_model_dir, k=8, num_sequences=4, num_units=2)
+    config = train_config(cache, tiny_model_dir, tmp_path / "out", steps=1, epochs=None)
+    with pytest.raises(InputError, match="published 1 of 2 units"):
+        train(config, show_progress=False)
+    accepted = msgspec.structs.replace(config, accept_incomplete_cache=True)
+    assert train(accepted, show_progress=False).num_steps == 1

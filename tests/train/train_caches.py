@@ -24,8 +24,11 @@ def load_teacher_model(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def write_cache(path: Path, teacher_dir: Path, *, k: int, num_sequences: int, longest: int = 40) -> Path:
-    """Random token sequences of 5..longest tokens, every position supervised, captured with the teacher's dense logprobs."""
+def write_cache(path: Path, teacher_dir: Path, *, k: int, num_sequences: int, longest: int = 40, num_units: int = 1) -> Path:
+    """Random token sequences of 5..longest tokens, every position supervised, captured with the teacher's dense logprobs.
+
+    All of them are in unit 0; with num_units above 1 the cache is not complete.
+    """
     teacher = load_teacher_model(teacher_dir)
     identity = Identity(
         teacher=TeacherIdentity(
@@ -42,7 +45,7 @@ def write_cache(path: Path, teacher_dir: Path, *, k: int, num_sequences: int, lo
         codec=CodecInfo(codec_id="raw", params={"vocab_size": VOCAB_SIZE}),
         input_fingerprint="test",
     )
-    manifest = Manifest(number=0, parent=None, identity=identity, plan=PlanInfo(fingerprint="test", num_units=1))
+    manifest = Manifest(number=0, parent=None, identity=identity, plan=PlanInfo(fingerprint="test", num_units=num_units))
     writer = CacheWriter.open(path, manifest)
     writer.write_unit(0, _records(teacher, k, num_sequences, longest))
     writer.fold()
