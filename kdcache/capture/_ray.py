@@ -206,8 +206,8 @@ def _connect(run: RunConfig) -> bool:
         ray.init(address=run.ray_address, include_dashboard=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise CaptureError(
-            f"run.ray_address: no Ray cluster at {where}: {_first_line(error)}; see that it runs, and that RAY_AUTH_TOKEN holds "
-            "its token where it asks for one"
+            f"run.ray_address: no Ray cluster at {where}: {_first_line(error)}; see that it runs, and that RAY_AUTH_TOKEN "
+            "holds its token where it asks for one"
         ) from error
     return True
 
