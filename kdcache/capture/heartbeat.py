@@ -75,7 +75,8 @@ def interrupting(stop: StopRequest, thread: int) -> Callable[[str, threading.Eve
 
     def interrupt(sentence: str, over: threading.Event) -> None:
         stop.stalled = sentence
-        if thread == threading.main_thread().ident:
+        # A shell starts its background jobs with SIGINT ignored: there the signal would do nothing.
+        if thread == threading.main_thread().ident and callable(signal.getsignal(signal.SIGINT)):
             signal.pthread_kill(thread, signal.SIGINT)  # a real signal: it also ends system calls
         else:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 import threading
 
 import faulty_teacher
@@ -198,6 +199,16 @@ def test_a_teacher_that_stalls_is_shown_and_stopped(tmp_path, capfd, in_main_thr
     assert "faulty_teacher.py" in err, "the stacks are shown"
     assert sorted(content(tmp_path / "cache")) == [1, 2, 3, 4]
     assert json.loads(progress_path(config).read_text())["state"] == "failed"
+
+
+def test_a_stalled_teacher_is_stopped_in_a_background_job_that_ignores_sigint_too(tmp_path):
+    config = make_config(tmp_path, lines_with({6: "hang"}), run={"stall_seconds": 0.5})
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(CaptureError, match="no progress for 0.5 seconds"):
+            run_capture(config)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_each_units_time_is_in_the_manifest_and_summed_by_info(tmp_path, capsys):
