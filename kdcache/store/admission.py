@@ -25,7 +25,8 @@ def refuse_foreign_directory(root: Path) -> None:
     if not root.is_dir() or chain.manifest_numbers(root):
         return
     foreign = sorted(p.name for p in root.iterdir() if p.name not in paths.DIRECTORIES) + _foreign_files(root)
-    if foreign:
+    # Looked at again: another writer may have started the cache in between, and nothing of it is there before its manifest.
+    if foreign and not chain.manifest_numbers(root):
         raise MismatchError(
             f"output directory {str(root)!r} is not a cache and not empty (it holds {foreign[0]!r}); "
             "choose an empty or new directory"

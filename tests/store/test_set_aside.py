@@ -9,7 +9,7 @@ from cache_making import make_identity, make_manifest, make_unit
 
 from kdcache.format import paths
 from kdcache.format.manifest import SkippedSequence, UnitAccount
-from kdcache.store import chain, index
+from kdcache.store import admission, chain, index
 from kdcache.store.set_aside import FailedUnit, read_failures, record_failure
 from kdcache.store.verify import verify_cache
 from kdcache.store.writer import CacheWriter
@@ -85,6 +85,18 @@ def test_an_index_made_fold_by_fold_is_the_one_made_from_all_shards(tmp_path, da
         if damage and manifest.index is not None:
             (tmp_path / manifest.index.name).write_bytes(b"not an index")
     assert ("made anew" in caplog.text) == damage
+
+
+def test_a_cache_that_another_writer_starts_while_we_look_is_not_taken_for_foreign_files(tmp_path, monkeypatch):
+    look = admission.chain.manifest_numbers
+
+    def look_just_too_early(root):
+        monkeypatch.setattr(admission.chain, "manifest_numbers", look)
+        start(tmp_path).write_unit(0, make_unit(0))
+        return []
+
+    monkeypatch.setattr(admission.chain, "manifest_numbers", look_just_too_early)
+    assert start(tmp_path).published_units() == {0}
 
 
 def test_a_fold_opens_no_journal_record_of_a_unit_that_is_folded(tmp_path, monkeypatch):
