@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--baseline", metavar="NAME", help="the student that others are compared with (default: the first)")
     parser.add_argument("--out", required=True, metavar="DIR", help=f"directory for results.json, {TABLE} and {PLOT}")
-    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="stop reading after so many tokens (default: all)")
+    parser.add_argument(
+        "--max-tokens", type=_positive, metavar="N", help="most tokens to score, evenly spread over the file (default: all)"
+    )
     parser.add_argument("--window", type=_positive, default=256, metavar="N", help="most tokens in a sequence (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
 

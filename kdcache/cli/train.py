@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train with a progress bar; prints what was done, the held-out curve and where the model is."""
     config = read_config(args, TrainConfig)
-    from kdcache.report.sparkline import sparkline
+    from kdcache.report.evaluation import curve_lines
     from kdcache.train.evaluate import heldout_curve
     from kdcache.train.trainer import train
 
@@ -25,9 +25,7 @@ def run(args: argparse.Namespace) -> int:
     new_steps = result.num_steps - result.num_resumed
     resumed = f", {result.num_resumed:,} of them in an earlier run" if result.num_resumed else ""
     print(f"{result.num_steps:,} steps{resumed}, {result.num_tokens:,} tokens; {new_steps:,} steps in {result.seconds:.1f} s")
-    losses = [loss for _, loss in heldout_curve(result.out)]
-    if losses:
-        line = sparkline(losses, encoding=sys.stdout.encoding)
-        print(f"held-out loss {losses[0]:.3f} {line} {losses[-1]:.3f} nats per token")
+    for line in curve_lines({"held-out nats per token": heldout_curve(result.out)}, encoding=sys.stdout.encoding):
+        print(line)
     print(f"model: {result.model}")
     return 0

@@ -17,7 +17,10 @@ OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contra
 
 def compiled(function: Callable[..., Any], *signature: Any) -> Callable[..., Any]:
     """Compile now for the signature, where one is given, else on first call; from disk where it has been compiled before."""
+    # A callee that is not inlined resolves to another of its compilations when the caller comes from disk, and sums in another
+    # order: the last bits of a gradient would differ between the first process and the later ones.
+    options = OPTIONS | {"forceinline": not signature}
     try:
-        return njit(*signature, cache=True, **OPTIONS)(function)
+        return njit(*signature, cache=True, **options)(function)
     except RuntimeError:  # neither this folder nor the user's cache folder can be written
-        return njit(*signature, **OPTIONS)(function)
+        return njit(*signature, **options)(function)

@@ -54,11 +54,15 @@ def evaluation_sentences(results: Mapping[str, Any]) -> list[str]:
 
 
 def curve_lines(curves: Curves, *, encoding: str | None = "utf-8") -> list[str]:
-    """A sparkline per student on a common scale, with first and last held-out loss."""
+    """A sparkline per student on a common scale, with first and last held-out loss.
+
+    The scale leaves out each curve's first point, an untrained student: its fall would flatten all that follows.
+    """
     values = {name: [loss for _, loss in points] for name, points in curves.items() if points}
     if not values:
         return []
-    low, high = min(map(min, values.values())), max(map(max, values.values()))
+    settled = [loss for losses in values.values() for loss in losses[1:] or losses]
+    low, high = min(settled), max(settled)
     width = max(map(len, values))
     return [
         f"{name.ljust(width)}  {losses[0]:.3f} {sparkline(losses, low=low, high=high, encoding=encoding)} {losses[-1]:.3f}"

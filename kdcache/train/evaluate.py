@@ -34,7 +34,7 @@ class EvaluateOptions:
         out: directory for `results.json`; made if it is not there.
         baseline: the student that others are compared with; None for the first.
         window: most tokens in a sequence.
-        max_tokens: stop reading after this many; None for all.
+        max_tokens: keep no more than these, in windows evenly spread over the file; None for all.
         seed: of the bootstrap.
     """
 

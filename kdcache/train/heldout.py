@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from kdcache.errors import InputError
 from kdcache.teacher.tokenizer import Tokenizer
 
-_MIN_TOKENS = 2
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldoutSequence:
@@ -49,25 +47,40 @@ def read_heldout(
         path: each line is an object with a string `text` or a list of token ids `input_ids`.
         tokenizer: makes ids of text, special tokens included, and text of ids, to count its bytes.
         window: most tokens in a sequence; a leftover of one token predicts nothing and is left out.
-        max_tokens: stop after this many, in the middle of a text if need be; None for all.
+        max_tokens: keep no more than these, windows evenly spread over the whole file; None for all. At least 2.
 
     Raises:
         InputError: an unreadable file or line (named), or a file without two tokens to predict.
     """
-    sequences: list[HeldoutSequence] = []
-    left = max_tokens if max_tokens is not None else 2**62
-    for number, ids in enumerate(_texts(Path(path), tokenizer)):
-        for start in range(0, min(len(ids), left), window):
-            piece = ids[start : min(start + window, left)]
-            if len(piece) >= _MIN_TOKENS:
-                num_bytes = len(tokenizer.decode(piece[1:]).encode())
-                sequences.append(HeldoutSequence(np.asarray(piece, np.int64), num_bytes, number))
-        left -= min(len(ids), left)
-        if left < _MIN_TOKENS:
-            break
-    if not sequences:
+    size = min(window, max_tokens) if max_tokens is not None else window
+    pieces = [
+        (number, ids[start : start + size])
+        for number, ids in enumerate(_texts(Path(path), tokenizer))
+        for start in range(0, len(ids) - 1, size)
+    ]
+    if not pieces:
         raise InputError(f"{path}: no line has the two tokens that a prediction needs")
-    return sequences
+    kept = _spread([len(ids) for _, ids in pieces], max_tokens)
+    return [_sequence(number, ids, tokenizer) for (number, ids), keep in zip(pieces, kept, strict=True) if keep]
+
+
+def _spread(lengths: list[int], max_tokens: int | None) -> list[bool]:
+    """Which pieces to keep: each one that still fits into the share of max_tokens that is due when it comes."""
+    total = sum(lengths)
+    if max_tokens is None or total <= max_tokens:
+        return [True] * len(lengths)
+    seen = kept = 0
+    chosen = []
+    for length in lengths:
+        seen += length
+        chosen.append((kept + length) * total <= max_tokens * seen)
+        kept += length * chosen[-1]
+    return chosen
+
+
+def _sequence(number: int, ids: list[int], tokenizer: Tokenizer) -> HeldoutSequence:
+    num_bytes = len(tokenizer.decode(ids[1:]).encode())
+    return HeldoutSequence(np.asarray(ids, np.int64), num_bytes, number)
 
 
 def _texts(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:

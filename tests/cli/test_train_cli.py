@@ -47,7 +47,7 @@ def test_train_and_evaluate_print_results_and_leave_files(
         printed = capsys.readouterr().out
         assert printed.startswith("8 steps, ")
         assert f"model: {tmp_path / name / 'model'}" in printed
-        assert "held-out loss 6." in printed
+        assert "held-out nats per token  6." in printed
 
     teacher = load_config(folder / "train.yaml", TrainConfig).student.config_from
     students = ("--student", f"labels={tmp_path / 'labels'}", "--student", f"kd={tmp_path / 'kd'}")

@@ -7,6 +7,7 @@ import pytest
 from kdcache.errors import ConfigError
 from kdcache.report.evaluation import curve_lines, evaluation_sentences, evaluation_table
 from kdcache.report.plot import plot_evaluation
+from kdcache.report.sparkline import BLOCKS
 
 
 def _model(loss: float, kl: float, agreement: float) -> dict[str, Any]:
@@ -76,6 +77,7 @@ def test_curves_share_one_scale_and_empty_ones_are_left_out() -> None:
     assert len(lines) == 2
     assert lines[0].startswith("labels  8.000 ")
     assert lines[1].endswith(" 2.700")
+    assert [line.split()[2][1] for line in lines] == [BLOCKS[-1], BLOCKS[4]], "the first points, 8.0, do not set the scale"
     assert curve_lines({"other": []}) == []
 
 

@@ -29,10 +29,23 @@ def test_ids_are_taken_as_they_are(tmp_path: Path) -> None:
     assert sequence.input_ids_N.tolist() == [1, 2, 3]
 
 
-def test_reading_stops_at_max_tokens_and_a_leftover_of_one_token_is_left_out(tmp_path: Path) -> None:
-    path = _file(tmp_path, '{"input_ids": [1, 2, 3, 4, 5]}', '{"input_ids": [6, 7]}')
+def test_a_leftover_of_one_token_is_left_out(tmp_path: Path) -> None:
+    path = _file(tmp_path, '{"input_ids": [1, 2, 3, 4, 5]}', '{"input_ids": [6, 7]}', '{"input_ids": [8]}')
     assert [s.input_ids_N.tolist() for s in read_heldout(path, TOKENIZER, window=4)] == [[1, 2, 3, 4], [6, 7]]
-    assert [s.input_ids_N.tolist() for s in read_heldout(path, TOKENIZER, window=8, max_tokens=3)] == [[1, 2, 3]]
+
+
+def test_max_tokens_keeps_windows_from_the_whole_file(tmp_path: Path) -> None:
+    path = _file(tmp_path, *(f'{{"input_ids": {list(range(number, number + 40))}}}' for number in range(10)))
+    kept = read_heldout(path, TOKENIZER, window=4, max_tokens=100)
+    assert sum(len(s.input_ids_N) for s in kept) == 100
+    assert {s.text for s in kept} == set(range(10))
+    assert len(read_heldout(path, TOKENIZER, window=4, max_tokens=400)) == 100
+
+
+def test_max_tokens_below_a_window_gives_one_short_window(tmp_path: Path) -> None:
+    path = _file(tmp_path, '{"input_ids": [1, 2, 3, 4, 5, 6, 7]}')
+    (sequence,) = read_heldout(path, TOKENIZER, window=6, max_tokens=3)
+    assert len(sequence.input_ids_N) == 3
 
 
 @pytest.mark.parametrize(
