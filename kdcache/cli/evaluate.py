@@ -28,10 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", metavar="NAME", help="the student that others are compared with (default: the first)")
     parser.add_argument("--out", required=True, metavar="DIR", help=f"directory for results.json, {TABLE} and {PLOT}")
     parser.add_argument(
-        "--max-tokens", type=_positive, metavar="N", help="most tokens to score, evenly spread over the file (default: all)"
+        "--max-tokens", type=_at_least(2), metavar="N", help="most tokens to score, evenly spread over the file (default: all)"
     )
-    parser.add_argument("--window", type=_positive, default=256, metavar="N", help="most tokens in a sequence (default: 256)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--window", type=_at_least(2), default=256, metavar="N", help="most tokens in a sequence (default: 256)"
+    )
+    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the bootstrap (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,8 +90,12 @@ def _progress(num_tokens: int) -> Callable[[int], object]:
     return advance
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
+def _at_least(smallest: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < smallest:
+            raise argparse.ArgumentTypeError(f"{value} is below {smallest}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse shows it for text that is no number
+    return parse

@@ -90,6 +90,16 @@ def test_mistakes_of_evaluate_are_one_sentence_and_status_2(
     assert "broken.jsonl:2: " in _failure(capsys, "evaluate", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [("--window", "1", "1 is below 2"), ("--max-tokens", "many", "invalid whole number"), ("--seed", "-1", "-1 is below 0")],
+)
+def test_impossible_numbers_are_wrong_usage(flag: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "--teacher", "t", "--data", "d", "--student", "a=b", "--out", "o", flag, value])
+    assert message in capsys.readouterr().err
+
+
 def test_the_example_configs_load_and_differ_in_the_loss_alone() -> None:
     kd, labels = (msgspec.to_builtins(load_config(CONFIGS / f"train-{name}.yaml", TrainConfig)) for name in ("kd", "labels"))
     assert (kd["loss"].pop("alpha"), labels["loss"].pop("alpha")) == (1.0, 0.0)
