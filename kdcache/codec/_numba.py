@@ -36,7 +36,7 @@ def unpack_bits(stream: NDArray[np.uint8], num_entries: int, id_bits: int) -> ND
     return token_ids_E
 
 
-@numba.njit("void(int32[::1], uint64, uint64[::1])", nogil=True)
+@numba.njit("void(Array(int32, 1, 'C', readonly=True), uint64, uint64[::1])", nogil=True)
 def _pack(ids, width, words):
     bit = np.uint64(0)
     for e in range(ids.shape[0]):

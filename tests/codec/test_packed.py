@@ -60,3 +60,10 @@ def test_no_float16_is_further_off_than_the_bound(value):
 def test_order_survives_the_rounding():
     logprobs = np.sort(np.random.default_rng(0).uniform(-20, 0, 10_000).astype(np.float32))[::-1]
     assert (np.diff(logprobs.astype(np.float16).astype(np.float32)) <= 0).all()
+
+
+def test_ids_that_may_not_be_written_are_packed_like_others():
+    """An engine's answer is a view of the bytes it sent."""
+    ids = np.frombuffer(np.arange(7, dtype=np.int32).tobytes(), np.int32)
+    assert not ids.flags.writeable
+    np.testing.assert_array_equal(pack_bits(ids, 3), pack_bits_reference(ids, 3))

@@ -204,5 +204,5 @@ def test_fused_never_holds_the_whole_logits(backend):
     program = MEMORY_PROGRAM.replace("BACKEND", repr(backend))
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300).stdout
     fused_mib, unfused_mib = map(float, answer.split())
-    assert fused_mib < 48
+    assert fused_mib < 64
     assert unfused_mib > 120

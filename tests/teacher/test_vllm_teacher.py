@@ -18,6 +18,8 @@ from kdcache.teacher import load_teacher
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
+MULTIPROCESSING_BEFORE = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
+
 
 @pytest.fixture(scope="module")
 def case(tiny_model_dir: Path) -> Iterator[TeacherCase]:
@@ -53,7 +55,7 @@ def test_starting_an_engine_leaves_no_marks_on_the_process(case: TeacherCase):
     import torch
 
     assert "LD_PRELOAD" not in os.environ or "tcmalloc" not in os.environ["LD_PRELOAD"]
-    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ
+    assert os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == MULTIPROCESSING_BEFORE
     torch.set_num_threads(torch.get_num_threads())
     assert torch.set_num_threads.__name__ == "set_num_threads"
     weight = torch.ones(2, requires_grad=True)
