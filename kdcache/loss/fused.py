@@ -146,6 +146,12 @@ def _check_projection(hidden_PH: Tensor, weight_VH: Tensor, bias: Tensor | None)
         raise LossError(f"bias has the shape {tuple(bias.shape)}, but the vocabulary of weight_VH makes it ({len(weight_VH)},)")
     if not hidden_PH.is_floating_point():
         raise LossError(f"hidden_PH has the dtype {hidden_PH.dtype}, but must be floating point")
+    if hasattr(weight_VH, "placements") and not hasattr(hidden_PH, "placements"):
+        raise LossError(
+            "weight_VH is sharded between processes (a DTensor), but the loss needs it whole; under FSDP2 call the loss within "
+            "the forward of the module that owns the projection, whose hooks gather it, and for tensor parallelism use "
+            "kdcache.loss.vocab_parallel"
+        )
     for name, tensor in (("weight_VH", weight_VH), ("bias", bias)):
         if tensor is not None and (tensor.dtype, tensor.device) != (
             hidden_PH.dtype,
