@@ -75,6 +75,23 @@ class SelectionInfo(msgspec.Struct, frozen=True, kw_only=True):
     params: dict[str, Any]
 
 
+class GenerationInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """How the teacher answered prompts; the fields are those of `kdcache.config.capture.GenerateConfig`. The seed is among the
+    identity's."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    n: int
+    max_tokens: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    long_prompts: str
+    last_answer: str
+
+
 class CodecInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The codec's id and its parameters, as `get_codec` takes them."""
 
@@ -88,6 +105,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         input_fingerprint: hash of the inputs and of how they are cut into sequences.
         seeds: purpose -> seed of every random draw at capture; empty for `top_k`.
+        generation: how the teacher wrote the ends of the sequences itself; None where it read what was given.
     """
 
     teacher: TeacherIdentity
@@ -96,6 +114,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     codec: CodecInfo
     input_fingerprint: str
     seeds: dict[str, int] = {}
+    generation: GenerationInfo | None = None
 
     def differences(self, other: Identity) -> list[str]:
         """`field: mine != theirs` for each leaf that differs; the tokenizer's name is for people and is left out."""
@@ -163,6 +182,7 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
             entropy can be. It is at most tail_mass x log(tokens in the tail) more.
         entropy_ceiling_sum: the same with each tail spread evenly: the most it can be.
         column_bytes: bytes of each column's buffers, without Arrow's framing.
+        num_finished: of answers that the teacher wrote, how many ended in which way (FINISHES); absent where it wrote none.
         account: what it took; absent where its writer kept none.
     """
 
@@ -181,6 +201,7 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
     entropy_floor_sum: float
     entropy_ceiling_sum: float
     column_bytes: dict[str, int]
+    num_finished: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
     account: UnitAccount | msgspec.UnsetType = msgspec.UNSET
 
 

@@ -23,6 +23,10 @@ PADDING_ID = -1
 ROLES = ("none", "system", "user", "assistant", "tool")
 """Names of the codes in `TokenSequence.roles_N`; `none` is plain text and the template's own tokens."""
 
+FINISHES = ("", "stop", "length")
+"""How an answer that the teacher wrote came to its end: by its end token or one that was asked for, or because it had as many
+tokens as it may have. "" is of text that was given."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenSequence:
@@ -36,6 +40,7 @@ class TokenSequence:
         turn_starts: (num_turns,) int32, ascending; the first token of each turn. [0] for plain text.
         source: where the item came from, for people: "corpus/a.txt#3" is window 3 of that file.
         key: 16 bytes, see `sequence_key`.
+        finish: one of FINISHES.
     """
 
     input_ids_N: NDArray[np.int32]
@@ -44,6 +49,7 @@ class TokenSequence:
     turn_starts: NDArray[np.int32]
     source: str
     key: bytes
+    finish: str = ""
 
     @property
     def num_tokens(self) -> int:

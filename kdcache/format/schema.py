@@ -34,6 +34,9 @@ SEQUENCE_FIELDS = (
 """Columns every codec shares. `roles` is null where every token's role is `none`; `num_entries` (entries per position) is null
 where every position has the number that the selection fixes (`k` of `top_k`)."""
 
+FINISH_FIELD = pa.field("finish", pa.uint8(), nullable=False)
+"""Follows them where the teacher wrote the sequences' ends itself: index into FINISHES."""
+
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.binary(KEY_BYTES), nullable=False),
@@ -68,10 +71,16 @@ class ShardMetadata(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def shard_schema(
-    codec_fields: Sequence[pa.Field], *, unit: int, vocab_size: int, selection: SelectionInfo, codec: CodecInfo
+    codec_fields: Sequence[pa.Field],
+    *,
+    unit: int,
+    vocab_size: int,
+    selection: SelectionInfo,
+    codec: CodecInfo,
+    has_finish: bool = False,
 ) -> pa.Schema:
     """The schema of a shard written with this codec, its metadata included."""
-    columns = [*SEQUENCE_FIELDS, *codec_fields]
+    columns = [*SEQUENCE_FIELDS, *[FINISH_FIELD] * has_finish, *codec_fields]
     fields = [*columns, pa.field(DIGEST, pa.uint64(), nullable=False)]
     names = tuple(field.name for field in columns)
     metadata = ShardMetadata(unit=unit, vocab_size=vocab_size, selection=selection, codec=codec, digest_columns=names)

@@ -8,7 +8,7 @@ from kdcache.codec.base import ids_fit
 from kdcache.errors import CaptureError, FormatError, MismatchError, UnsupportedVersionError
 from kdcache.format import paths
 from kdcache.format.manifest import FORMAT_VERSION, Manifest
-from kdcache.format.record import ROLES, Distributions, SequenceRecord
+from kdcache.format.record import FINISHES, ROLES, Distributions, SequenceRecord
 from kdcache.store import chain, fs
 
 MAX_ENTRIES = 2**16 - 1
@@ -87,6 +87,8 @@ def _sequence_problem(record: SequenceRecord, vocab_size: int) -> str | None:
         return f"a token id of the text is outside the teacher's vocabulary of {vocab_size}"
     if not ids_fit(s.turn_starts, s.num_tokens) or int(s.roles_N.max()) >= len(ROLES):
         return "a turn starts outside the sequence, or a role is unknown"
+    if s.finish not in FINISHES:
+        return f"it ended by {s.finish!r}, known are {', '.join(FINISHES[1:])}"
     if record.distributions.num_positions != int(s.supervised_N.sum()):
         return f"distributions for {record.distributions.num_positions} of {int(s.supervised_N.sum())} supervised positions"
     return None

@@ -20,7 +20,7 @@ from kdcache.errors import CorruptCacheError, MismatchError, UnsupportedVersionE
 from kdcache.format import paths
 from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
 from kdcache.format.record import SequenceRecord
-from kdcache.format.schema import ShardMetadata, shard_metadata, shard_schema
+from kdcache.format.schema import FINISH_FIELD, ShardMetadata, shard_metadata, shard_schema
 from kdcache.store import chain
 from kdcache.store.arrow_file import open_arrow_file
 from kdcache.store.index import open_index
@@ -208,6 +208,9 @@ def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, 
         raise CorruptCacheError(f"{where}: says it is {theirs}, the manifest says {ours}")
     if identity.codec.params.get("vocab_size", metadata.vocab_size) != metadata.vocab_size:
         raise CorruptCacheError(f"{where}: the codec has {identity.codec.params}, the teacher {metadata.vocab_size} ids")
+    has_finish = FINISH_FIELD.name in metadata.digest_columns
+    if has_finish != (identity.generation is not None):
+        raise CorruptCacheError(f"{where}: says {'' if has_finish else 'not '}how answers ended, the manifest says otherwise")
     expected = expected_schema(metadata.codec, metadata)
     for field in expected:
         if schema.get_field_index(field.name) < 0 or not schema.field(field.name).type.equals(field.type):
@@ -227,8 +230,9 @@ def expected_schema(codec: CodecInfo, metadata: ShardMetadata) -> pa.Schema:
     """The schema that a shard with this metadata has in this format version."""
     fields = get_codec(codec.codec_id, codec.params).fields()
     return shard_schema(
-        fields, unit=metadata.unit, vocab_size=metadata.vocab_size, selection=metadata.selection, codec=metadata.codec
-    )
+        fields, unit=metadata.unit, vocab_size=metadata.vocab_size, selection=metadata.selection, codec=metadata.codec,
+        has_finish=FINISH_FIELD.name in metadata.digest_columns,
+    )  # fmt: skip
 
 
 def _show(row: tuple[bytes, int, int]) -> str:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from kdcache.codec.base import MAX_VOCAB_SIZE, Codec, ids_fit, list_array
 from kdcache.errors import CorruptCacheError, FormatError, KdcacheError
 from kdcache.format.manifest import SelectionInfo
-from kdcache.format.record import ROLES, Distributions, SequenceRecord, TokenSequence
-from kdcache.format.schema import DIGEST, SEQUENCE_FIELDS, ShardMetadata, row_digest
+from kdcache.format.record import FINISHES, ROLES, Distributions, SequenceRecord, TokenSequence
+from kdcache.format.schema import DIGEST, FINISH_FIELD, SEQUENCE_FIELDS, ShardMetadata, row_digest
 
 
 def encode_records(
@@ -30,7 +30,12 @@ def encode_records(
         fixed_entries: entries that every position has by the selection (k of `top_k`), or None.
     """
     sequences = [r.sequence for r in records]
-    columns = [*_sequence_columns(records, fixed_entries), *codec.encode([r.distributions for r in records])]
+    columns = _sequence_columns(records, fixed_entries)
+    if FINISH_FIELD.name in schema.names:
+        columns.append(pa.array([FINISHES.index(s.finish) for s in sequences], FINISH_FIELD.type))
+    elif any(s.finish for s in sequences):
+        raise FormatError("a sequence says how it ended, in a cache whose identity has no generation")
+    columns += codec.encode([r.distributions for r in records])
     names = schema.names[: len(columns)]
     views = {name: column_view(column) for name, column in zip(names, columns, strict=True)}
     digests = [row_digest({n: view[i] for n, view in views.items()}, names) for i in range(len(sequences))]
@@ -70,6 +75,8 @@ def column_view(column: pa.Array) -> ColumnView:
         width = column.type.byte_width
         values = np.frombuffer(column.buffers()[1] or b"", np.uint8, len(column) * width)
         return ColumnView(values, np.arange(len(column) + 1) * width, valid_S)
+    if pa.types.is_integer(column.type):
+        return ColumnView(column.to_numpy(), np.arange(len(column) + 1), valid_S)
     offset_type = np.int64 if pa.types.is_large_binary(column.type) else np.int32
     offsets_S1 = np.frombuffer(column.buffers()[1], offset_type, len(column) + 1) if len(column) else np.zeros(1, offset_type)
     data = column.buffers()[2]
@@ -173,6 +180,9 @@ def _sequence(values: dict[str, Any], vocab_size: int) -> TokenSequence:
         raise CorruptCacheError(f"a token id of the text is outside the vocabulary of {vocab_size}")
     if roles_N.max() >= len(ROLES):
         raise CorruptCacheError(f"a role has the code {roles_N.max()}, known are 0 to {len(ROLES) - 1}")
+    finish = values.get(FINISH_FIELD.name, np.zeros(1, np.uint8))
+    if finish[0] >= len(FINISHES):
+        raise CorruptCacheError(f"finish has the code {finish[0]}, known are 0 to {len(FINISHES) - 1}")
     if not ids_fit(turn_starts, num_tokens) or (np.diff(turn_starts) < 0).any():
         raise CorruptCacheError("turn_starts fall, or leave the sequence")
     return TokenSequence(
@@ -182,6 +192,7 @@ def _sequence(values: dict[str, Any], vocab_size: int) -> TokenSequence:
         turn_starts=turn_starts,
         source=values["source"].tobytes().decode(),
         key=values["key"].tobytes(),
+        finish=FINISHES[finish[0]],
     )
 
 

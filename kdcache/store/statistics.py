@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +28,7 @@ class ShardStatistics:
     entropy_floor_sum: float = 0.0
     entropy_ceiling_sum: float = 0.0
     column_bytes: dict[str, int] = field(default_factory=dict)
+    num_finished: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
 
     def add(self, record: SequenceRecord) -> None:
         """Count one sequence."""
@@ -46,6 +48,10 @@ class ShardStatistics:
         self.tail_mass_sum += float(distributions.tail_mass_P.sum(dtype=np.float64))
         self.entropy_floor_sum += float(floor_P.sum())
         self.entropy_ceiling_sum += float(ceiling_P.sum())
+        finish = record.sequence.finish
+        if finish:
+            counts = {} if isinstance(self.num_finished, msgspec.UnsetType) else self.num_finished
+            self.num_finished = dict(sorted({**counts, finish: counts.get(finish, 0) + 1}.items()))
 
     @property
     def is_finite(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +119,9 @@ def _verify_shard(reader: CacheReader, shard: ShardInfo, first: int, report: Ver
     codec = get_codec(report.manifest.identity.codec.codec_id, report.manifest.identity.codec.params)
     num_impossible = 0
     counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
+    finished: Counter[str] = Counter()
     for record in _checked_records(reader, shard, first):
+        finished[record.sequence.finish] += 1
         target_ids_P = record.sequence.target_ids_P
         logprobs = record.distributions.target_logprobs(target_ids_P)[target_ids_P != NO_TARGET]
         num_impossible += nll.add(logprobs, codec)
@@ -130,6 +133,9 @@ def _verify_shard(reader: CacheReader, shard: ShardInfo, first: int, report: Ver
         )
     report.num_sequences += counts["num_sequences"]
     report.num_positions += counts["num_positions"]
+    del finished[""]
+    if finished != (shard.num_finished or {}):
+        report.problems.append(f"{path}: answers ended by {dict(finished)}, the manifest says {shard.num_finished or {}}")
     for name, found in counts.items():
         if found != getattr(shard, name):
             report.problems.append(f"{path}: {name} is {found}, the manifest says {getattr(shard, name)}")

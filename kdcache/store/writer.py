@@ -170,7 +170,10 @@ class CacheWriter:
         identity = self._first.identity
         vocab_size = identity.teacher.vocab_size
         fields = self._codec.fields()
-        schema = shard_schema(fields, unit=unit, vocab_size=vocab_size, selection=identity.selection, codec=identity.codec)
+        schema = shard_schema(
+            fields, unit=unit, vocab_size=vocab_size, selection=identity.selection, codec=identity.codec,
+            has_finish=identity.generation is not None,
+        )  # fmt: skip
         statistics = ShardStatistics(vocab_size)
         with pa.OSFile(str(temp), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for group in self._groups(records, statistics):
