@@ -145,7 +145,7 @@ def _bytes_per_position(config: CaptureConfig, vocab_size: int) -> float:
     target_ids_P = np.where(inside, 0, vocab_size).astype(np.int32)
     made_up = distributions_from_dense(token_ids_PK, logprobs_PK, target_ids_P, np.full(num_positions, -9.0))
     info = codec_info(config, vocab_size)
-    columns = get_codec(info.codec_id, info.params).encode([made_up])
+    columns = get_codec(info.codec_id, info.params, selection_info(config)).encode([made_up])
     return sum(column.nbytes for column in columns) / num_positions
 
 

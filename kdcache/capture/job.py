@@ -18,6 +18,7 @@ from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import config_to_builtins
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import CodecInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity
+from kdcache.format.selection import selection_params
 from kdcache.teacher import load_tokenizer
 from kdcache.teacher.base import top_k_of
 from kdcache.teacher.tokenizer import Tokenizer
@@ -96,12 +97,14 @@ def check_fits(config: CaptureConfig, teacher: TeacherIdentity) -> None:
 
 def selection_info(config: CaptureConfig) -> SelectionInfo:
     """The selection as the record states it."""
-    return SelectionInfo(kind=config.selection.kind, params={"k": config.selection.k})
+    asked = config.selection
+    params = {name: getattr(asked, name) for name in selection_params(asked.kind)}
+    return SelectionInfo(kind=asked.kind, params=params, temperatures=asked.temperatures, entropy=asked.entropy)
 
 
 def codec_info(config: CaptureConfig, vocab_size: int) -> CodecInfo:
     """The codec and its parameters, for a vocabulary."""
-    codec = get_codec(config.codec.id, {"vocab_size": vocab_size})
+    codec = get_codec(config.codec.id, {"vocab_size": vocab_size}, selection_info(config))
     return CodecInfo(codec_id=codec.codec_id, params=codec.params())
 
 

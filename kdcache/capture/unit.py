@@ -28,8 +28,8 @@ from kdcache.errors import (
 )
 from kdcache.format.manifest import ShardInfo, SkippedSequence, TeacherIdentity
 from kdcache.format.record import SequenceRecord, TokenSequence, check_distributions
+from kdcache.format.selection import fixed_entries
 from kdcache.store.admission import check_record
-from kdcache.store.rows import fixed_entries
 from kdcache.store.set_aside import FailedUnit
 from kdcache.store.writer import CacheWriter
 from kdcache.teacher import load_teacher

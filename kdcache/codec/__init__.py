@@ -9,13 +9,19 @@ from kdcache.errors import UnsupportedVersionError
 
 if TYPE_CHECKING:
     from kdcache.codec.base import Codec
+    from kdcache.format.manifest import SelectionInfo
 
 CODECS = {"raw": "kdcache.codec.raw:RawCodec", "packed": "kdcache.codec.packed:PackedCodec"}
 """codec id -> "module:Class", imported on use."""
 
 
-def get_codec(codec_id: str, params: dict[str, Any]) -> Codec:
-    """The codec with this id and these parameters.
+def get_codec(codec_id: str, params: dict[str, Any], selection: SelectionInfo | None = None) -> Codec:
+    """The codec with this id and these parameters, for what a selection keeps.
+
+    Args:
+        codec_id: one of CODECS.
+        params: as the codec's `params` gave them.
+        selection: what is kept of each distribution; None for exact entries with nothing beside.
 
     Raises:
         UnsupportedVersionError: unknown id, or parameters this version does not know.
@@ -26,7 +32,8 @@ def get_codec(codec_id: str, params: dict[str, Any]) -> Codec:
         )
     module, _, name = CODECS[codec_id].partition(":")
     try:
-        codec: Codec = getattr(import_module(module), name)(**params)
+        kept = {} if selection is None else {"selection": selection}
+        codec: Codec = getattr(import_module(module), name)(**params, **kept)
     except (TypeError, ValueError) as error:
         raise UnsupportedVersionError(f"codec {codec_id!r} does not take the parameters {params!r}: {error}") from error
     return codec

@@ -8,7 +8,7 @@ Logprobs, tail (as its logarithm) and outside targets are float16 nats.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from kdcache.codec.base import ColumnValues, check_ids_to_encode, check_vocab_size, checked_column, ids_fit, list_array
 from kdcache.codec.bit_stream import packed_size
+from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, scalar_fields
 from kdcache.errors import CorruptCacheError
+from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
 
 
@@ -29,10 +31,12 @@ class PackedCodec:
 
     Attributes:
         vocab_size: ids are in [0, vocab_size); from 1 to 2^31.
+        selection: what is kept of each distribution.
     """
 
     codec_id: ClassVar[str] = "packed"
     vocab_size: int
+    selection: SelectionInfo = EXACT_TOP_K
 
     def __post_init__(self) -> None:
         check_vocab_size(self.vocab_size)
@@ -43,7 +47,7 @@ class PackedCodec:
         return max(1, (self.vocab_size - 1).bit_length())
 
     def params(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"vocab_size": self.vocab_size}
 
     def fields(self) -> list[pa.Field]:
         return [
@@ -51,6 +55,7 @@ class PackedCodec:
             pa.field("logprobs", pa.list_(pa.float16()), nullable=False),
             pa.field("tail_logprobs", pa.list_(pa.float16()), nullable=False),
             pa.field("outside_target_logprobs", pa.list_(pa.float16()), nullable=False),
+            *scalar_fields(self.selection, pa.float16()),
         ]
 
     def encode(self, sequences: Sequence[Distributions]) -> list[pa.Array]:
@@ -66,6 +71,7 @@ class PackedCodec:
             list_array([_half(d.logprobs_E) for d in sequences], pa.float16()),
             list_array([_half(tail) for tail in tails], pa.float16()),
             list_array([_half(d.outside_target_logprobs_M) for d in sequences], pa.float16()),
+            *encode_scalars(sequences, self.selection, pa.float16(), _half),
         ]
 
     def decode(self, columns: ColumnValues, offsets_P1: NDArray[np.int64]) -> Distributions:
@@ -86,6 +92,7 @@ class PackedCodec:
             offsets_P1=offsets_P1,
             tail_mass_P=tail_mass_P,
             outside_target_logprobs_M=_single(checked_column(columns, "outside_target_logprobs", np.float16, len(outside))),
+            **decode_scalars(columns, self.selection, offsets_P1, np.float16),
         )
 
     def max_error_nats(self, logprobs: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +11,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.codec.base import ColumnValues, check_ids_to_encode, check_vocab_size, checked_column, ids_fit, list_array
+from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, scalar_fields
 from kdcache.errors import CorruptCacheError
+from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
 
 
@@ -21,16 +23,18 @@ class RawCodec:
 
     Attributes:
         vocab_size: ids are in [0, vocab_size); from 1 to 2^31.
+        selection: what is kept of each distribution.
     """
 
     codec_id: ClassVar[str] = "raw"
     vocab_size: int
+    selection: SelectionInfo = EXACT_TOP_K
 
     def __post_init__(self) -> None:
         check_vocab_size(self.vocab_size)
 
     def params(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"vocab_size": self.vocab_size}
 
     def fields(self) -> list[pa.Field]:
         return [
@@ -38,6 +42,7 @@ class RawCodec:
             pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
             pa.field("tail_mass", pa.list_(pa.float32()), nullable=False),
             pa.field("outside_target_logprobs", pa.list_(pa.float32()), nullable=False),
+            *scalar_fields(self.selection, pa.float32()),
         ]
 
     def encode(self, sequences: Sequence[Distributions]) -> list[pa.Array]:
@@ -47,6 +52,7 @@ class RawCodec:
             list_array([d.logprobs_E for d in sequences], pa.float32()),
             list_array([d.tail_mass_P for d in sequences], pa.float32()),
             list_array([d.outside_target_logprobs_M for d in sequences], pa.float32()),
+            *encode_scalars(sequences, self.selection, pa.float32(), lambda values: values),
         ]
 
     def decode(self, columns: ColumnValues, offsets_P1: NDArray[np.int64]) -> Distributions:
@@ -61,6 +67,7 @@ class RawCodec:
             offsets_P1=offsets_P1,
             tail_mass_P=checked_column(columns, "tail_mass", np.float32, len(offsets_P1) - 1),
             outside_target_logprobs_M=checked_column(columns, "outside_target_logprobs", np.float32, len(outside)),
+            **decode_scalars(columns, self.selection, offsets_P1, np.float32),
         )
 
     def max_error_nats(self, logprobs: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -91,12 +91,44 @@ class InputConfig(Config, frozen=True, kw_only=True):
             raise ValueError("supervise 'assistant' needs content 'messages'")
 
 
+class ServerConfig(Config, frozen=True, kw_only=True):
+    """The server that answers for the teacher, with backend `served` alone. Its address and how it is asked are no part of the
+    teacher's identity: a capture may go on with another server of the same model.
+
+    Attributes:
+        url: as clients of the OpenAI API take it, as in `http://host:8000/v1`.
+        model: the name that the teacher has there; null where only one model is served.
+        api: how its logprobs of a prompt are had: `prompt_logprobs` (vLLM), `echo` (the older API's `echo` with `logprobs`, if
+            it names tokens by their ids), or `auto`: the first of the two that the server understands.
+        api_key_env: name of the environment variable that holds the key which the server asks for; null for none. The key
+            itself goes into no config, manifest or log.
+        concurrency: most requests in flight; up to twice as many answers wait in memory.
+        timeout_seconds: longest silence of the server before a request is given up and sent again.
+        deadline_seconds: most time for one sequence, from its first request to its answer.
+        retries: how often a request is sent again after a timeout, a lost connection, or status 408, 429 or 5xx.
+        vocab_size: ids that its distributions range over; null for what the config.json of teacher.model says.
+        context_length: most tokens of a sequence; null for what the server says, less the one that it must generate.
+    """
+
+    url: str | None = None
+    model: str | None = None
+    api: Literal["auto", "prompt_logprobs", "echo"] = "auto"
+    api_key_env: str | None = None
+    concurrency: Positive = 16
+    timeout_seconds: Annotated[float, Meta(gt=0)] = 300.0
+    deadline_seconds: Annotated[float, Meta(gt=0)] = 900.0
+    retries: NonNegative = 6
+    vocab_size: Positive | None = None
+    context_length: Positive | None = None
+
+
 class TeacherConfig(Config, frozen=True, kw_only=True):
     """The model that is captured.
 
     Attributes:
         model: hub id or local folder in the Hugging Face layout; for `fake`, any name.
-        backend: `vllm`, `transformers`, `fake`, or `auto`: vLLM where it is installed and imports, else transformers.
+        backend: `vllm`, `transformers`, `served` (a server that runs already, see `server`), `fake`, or `auto`: vLLM where it is
+            installed and imports, else transformers.
         revision: hub commit or tag; null for the default.
         tokenizer: hub id or folder; null for the model's own.
         dtype: of weights and activations; `auto` takes the checkpoint's.
@@ -107,16 +139,18 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
         tensor_parallel_size: vLLM: GPUs that hold one model.
         route: vLLM: where entries are selected. `worker`: inside the engine, for releases whose insides are known; `public`:
             vLLM's own prompt logprobs, the same numbers several times slower; `auto`: `worker`, else `public` with a warning.
-        strict: stop instead of warning where `auto` would take second best: `public`, or transformers for a broken vLLM.
+        strict: stop instead of warning where `auto` would take second best (`public`, or transformers for a broken vLLM), and
+            where a server's tokenizer cannot be compared with ours.
         quantization: vLLM's name of a method, or null for what the checkpoint says.
         engine_options: further keyword arguments of `vllm.LLM` or `from_pretrained`, recorded in the manifest.
         vocab_size: `fake` only.
         context_length: `fake` only.
         seed: `fake` only.
+        server: `served` only: where it is, and how it is asked.
     """
 
     model: str
-    backend: Literal["auto", "vllm", "transformers", "fake"] = "auto"
+    backend: Literal["auto", "vllm", "transformers", "served", "fake"] = "auto"
     revision: str | None = None
     tokenizer: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -132,18 +166,41 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
     vocab_size: Positive = 1000
     context_length: Positive = 4096
     seed: int = 0
+    server: ServerConfig = ServerConfig()
+
+    def __post_init__(self) -> None:
+        if self.backend == "served" and self.server.url is None:
+            raise ValueError("backend 'served' needs server.url, as in http://host:8000/v1")
+        if self.backend != "served" and self.server != ServerConfig():
+            raise ValueError(f"server is for backend 'served' alone, not for {self.backend!r}")
 
 
 class SelectionConfig(Config, frozen=True, kw_only=True):
-    """Which entries of a distribution are kept.
+    """What is kept of a distribution: which entries, and which numbers beside them.
 
     Attributes:
-        kind: `top_k`, the k most probable tokens; ties go to the smaller id.
-        k: entries per position.
+        kind: `top_k`, the k most probable tokens; ties go to the smaller id. `top_p_k`, the most probable until their mass
+            reaches p, at most k. `sampled`, num_draws draws with replacement (Random Sampling KD). `threshold`, every token of
+            probability tau or more, and of the others an unbiased sample, each at tau; at most 1/tau entries, fewer where the
+            teacher is sure. `top_k_sampled`, the k most probable and num_draws draws of the others. Samples are unbiased, and
+            for losses that are linear in the teacher's probabilities: forward KL and cross entropy.
+        k: `top_k`, `top_p_k`, `top_k_sampled`: entries per position; of `top_p_k`, the most.
+        p: `top_p_k`: probability mass to reach, in (0, 1].
+        num_draws: `sampled`, `top_k_sampled`: draws per position.
+        tau: `threshold`: probability from which a token is always kept, in (0, 1]; 0.02 gives at most 51 entries.
+        seed: of the random kinds; each draw is a function of it, the sequence and the position.
+        temperatures: further temperatures at which students may be trained; each costs one number per position.
+        entropy: keep the teacher's entropy, one number per position.
     """
 
-    kind: Literal["top_k"] = "top_k"
+    kind: Literal["top_k", "top_p_k", "sampled", "threshold", "top_k_sampled"] = "top_k"
     k: Positive = 64
+    p: Annotated[float, Meta(gt=0, le=1)] = 0.95
+    num_draws: Annotated[int, Meta(ge=1, le=65535)] = 50
+    tau: Annotated[float, Meta(gt=0, le=1)] = 0.02
+    seed: int = 0
+    temperatures: tuple[Annotated[float, Meta(gt=0)], ...] = ()
+    entropy: bool = False
 
 
 class CodecConfig(Config, frozen=True, kw_only=True):

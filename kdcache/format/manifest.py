@@ -18,7 +18,7 @@ from kdcache.format import paths
 _T = TypeVar("_T")
 
 FORMAT_NAME = "kdcache"
-FORMAT_VERSION = (1, 0)
+FORMAT_VERSION = (1, 1)
 """(major, minor). Another major is refused; unknown fields and columns of a newer minor are ignored."""
 
 
@@ -69,10 +69,22 @@ class TokenizerIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SelectionInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """How supports were chosen: the kind, and its parameters. v1 knows `top_k` with {"k": int}."""
+    """What is kept of each distribution; see `kdcache.format.selection` for the kinds.
+
+    Attributes:
+        kind: how supports were chosen.
+        params: of the kind.
+        temperatures: further temperatures T at which the normaliser is stored: log of the sum over the vocabulary of p^(1/T).
+        entropy: whether the teacher's own entropy is stored.
+        filters: `temperature`, `top_k`, `top_p`, `min_p` of the sampler, where they were applied before the selection: then the
+            distributions are those that were drawn from, and not the model's. Empty, as a rule.
+    """
 
     kind: str
     params: dict[str, Any]
+    temperatures: tuple[float, ...] = ()
+    entropy: bool = False
+    filters: dict[str, float] = {}
 
 
 class GenerationInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +116,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         input_fingerprint: hash of the inputs and of how they are cut into sequences.
-        seeds: purpose -> seed of every random draw at capture; empty for `top_k`.
+        seeds: purpose -> seed of every random draw at capture beside the selection's, which is among its parameters.
         generation: how the teacher wrote the ends of the sequences itself; None where it read what was given.
     """
 

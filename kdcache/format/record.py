@@ -72,14 +72,21 @@ class TokenSequence:
 class Distributions:
     """The teacher at P positions: for each, a support with logprobs normalised over the WHOLE vocabulary at temperature 1.
 
+    Entries are exact, but for the random selections' (`kdcache.format.selection`): there the first num_exact_P[p] of a position
+    are, and the others are estimates: exp(logprob) is a random number whose expectation is the token's probability.
+
     Attributes:
-        token_ids_E: (E,) int32, the supports one after another; distinct within a position, ordered by falling logprob and,
-            among equals, by rising id.
+        token_ids_E: (E,) int32, the supports one after another; distinct within a position, exact ones before estimates, both
+            ordered by falling logprob and, among equals, by rising id.
         logprobs_E: (E,) float32, nats, <= 0; -inf is allowed (probability 0).
         offsets_P1: (P+1,) int64, offsets_P1[p]:offsets_P1[p+1] are the entries of position p; starts at 0, ends at E.
-        tail_mass_P: (P,) float32 in [0, 1], the probability of all tokens outside the support.
+        tail_mass_P: (P,) float32 in [0, 1], the probability of all tokens that are no exact entry.
         outside_target_logprobs_M: (M,) float32, nats: the target's logprob at each position that has a target and whose
-            target is not in the support, in position order. With it the teacher's NLL of the text can be recomputed.
+            target is no exact entry, in position order. With it the teacher's NLL of the text can be recomputed.
+        num_exact_P: (P,) int64, how many of a position's entries are exact; None where all of all positions are.
+        log_z_PT: (P, T) float32, nats, for each of the T further temperatures of the selection the log of the sum over the
+            vocabulary of p^(1/temperature), so that p^(1/temperature) / exp(log_z) is the distribution there; None for no T.
+        entropy_P: (P,) float32, nats, of the whole distribution; None where it is not kept.
     """
 
     token_ids_E: NDArray[np.int32]
@@ -87,6 +94,9 @@ class Distributions:
     offsets_P1: NDArray[np.int64]
     tail_mass_P: NDArray[np.float32]
     outside_target_logprobs_M: NDArray[np.float32]
+    num_exact_P: NDArray[np.int64] | None = None
+    log_z_PT: NDArray[np.float32] | None = None
+    entropy_P: NDArray[np.float32] | None = None
 
     @property
     def num_positions(self) -> int:
@@ -103,18 +113,27 @@ class Distributions:
         """(P,) entries at each position."""
         return np.diff(self.offsets_P1)
 
+    @property
+    def is_exact_E(self) -> NDArray[np.bool_]:
+        """(E,) whether an entry is exact, and not an estimate."""
+        if self.num_exact_P is None:
+            return np.ones(self.num_entries, np.bool_)
+        counts_P = self.num_entries_P
+        place_E = np.arange(self.num_entries) - np.repeat(self.offsets_P1[:-1], counts_P)
+        return place_E < np.repeat(self.num_exact_P, counts_P)
+
     def target_logprobs(self, target_ids_P: NDArray[np.int32]) -> NDArray[np.float32]:
         """(P,) float32, the teacher's logprob of each target; NaN where the target is NO_TARGET.
 
         Raises:
-            FormatError: the number of stored outside targets is not the number of targets outside the support.
+            FormatError: the number of stored outside targets is not the number of targets that are no exact entry.
         """
         has_target, inside_P, logprobs_P = find_targets(self, target_ids_P)
         outside_P = has_target & ~inside_P
         if int(outside_P.sum()) != len(self.outside_target_logprobs_M):
             raise FormatError(
-                f"{len(self.outside_target_logprobs_M)} logprobs are stored for targets outside the support, "
-                f"but {int(outside_P.sum())} targets are outside it"
+                f"{len(self.outside_target_logprobs_M)} logprobs are stored for targets that are no exact entry, "
+                f"but {int(outside_P.sum())} targets are none"
             )
         logprobs_P[outside_P] = self.outside_target_logprobs_M
         return logprobs_P
@@ -163,16 +182,18 @@ def sequence_key(input_ids_N: NDArray[np.int32], supervised_N: NDArray[np.bool_]
 def find_targets(
     distributions: Distributions, target_ids_P: NDArray[np.int32]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float32]]:
-    """Look each target up in its position's support.
+    """Look each target up among its position's exact entries.
 
     Returns:
-        (P,) whether the position has a target; (P,) whether the target is in the support; (P,) float32 its logprob there,
+        (P,) whether the position has a target; (P,) whether the target is an exact entry; (P,) float32 its logprob there,
         NaN where it is not.
     """
     rows_E = np.repeat(np.arange(distributions.num_positions), distributions.num_entries_P)
     hits_E = distributions.token_ids_E == target_ids_P[rows_E]
     has_target_P = target_ids_P != NO_TARGET
     hits_E &= has_target_P[rows_E]
+    if distributions.num_exact_P is not None:
+        hits_E &= distributions.is_exact_E
     inside_P = np.zeros(distributions.num_positions, bool)
     inside_P[rows_E[hits_E]] = True
     logprobs_P = np.full(distributions.num_positions, np.nan, np.float32)
@@ -236,7 +257,9 @@ def check_distributions(distributions: Distributions, *, vocab_size: int) -> Non
         rows_E, (d.token_ids_E < 0) | (d.token_ids_E >= vocab_size), f"a token id is outside the vocabulary of {vocab_size}"
     )
     _refuse(rows_E, ~(d.logprobs_E <= 0), "a logprob is above 0 or NaN")
-    same_row_E = rows_E[1:] == rows_E[:-1]
+    _check_scalars(d)
+    exact_E = d.is_exact_E
+    same_row_E = (rows_E[1:] == rows_E[:-1]) & (exact_E[1:] == exact_E[:-1])
     _refuse(rows_E[1:], same_row_E & (d.logprobs_E[1:] > d.logprobs_E[:-1]), "logprobs are not in falling order")
     order = np.lexsort((d.token_ids_E, rows_E))
     ids, rows = d.token_ids_E[order], rows_E[order]
@@ -244,6 +267,23 @@ def check_distributions(distributions: Distributions, *, vocab_size: int) -> Non
     _refuse(np.arange(d.num_positions), ~((d.tail_mass_P >= 0) & (d.tail_mass_P <= 1)), "tail_mass is outside [0, 1]")
     if not (d.outside_target_logprobs_M <= 0).all():
         raise FormatError("a target's logprob is above 0 or NaN")
+
+
+def _check_scalars(d: Distributions) -> None:
+    rows_P = np.arange(d.num_positions)
+    if d.num_exact_P is not None:
+        if len(d.num_exact_P) != d.num_positions:
+            raise FormatError(f"num_exact has {len(d.num_exact_P)} values for {d.num_positions} positions")
+        _refuse(rows_P, (d.num_exact_P < 0) | (d.num_exact_P > d.num_entries_P), "more entries are exact than there are")
+    if d.log_z_PT is not None:
+        if d.log_z_PT.ndim != 2 or len(d.log_z_PT) != d.num_positions:
+            raise FormatError(f"log_z has the shape {d.log_z_PT.shape} at {d.num_positions} positions")
+        rows_PT = np.repeat(rows_P, d.log_z_PT.shape[1])
+        _refuse(rows_PT, ~np.isfinite(d.log_z_PT).reshape(-1), "log_z is not finite")
+    if d.entropy_P is not None:
+        if len(d.entropy_P) != d.num_positions:
+            raise FormatError(f"entropy has {len(d.entropy_P)} values for {d.num_positions} positions")
+        _refuse(rows_P, ~(d.entropy_P >= 0) | np.isinf(d.entropy_P), "the entropy is below 0 or not finite")
 
 
 def _refuse(rows: NDArray[np.int64], bad: NDArray[np.bool_], sentence: str) -> None:

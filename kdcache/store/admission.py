@@ -108,6 +108,10 @@ def _entries_problem(d: Distributions, fixed_entries: int | None, vocab_size: in
         return f"a position has {most} entries, but the selection keeps {fixed_entries}"
     if most > MAX_ENTRIES and not (fixed_entries is not None and (counts_P == fixed_entries).all()):
         return f"a position has {most} entries, at most {MAX_ENTRIES} fit where their number varies"
+    if d.num_exact_P is not None and (len(d.num_exact_P) != d.num_positions or (d.num_exact_P > counts_P).any()):
+        return "numbers of exact entries that do not fit the entries"
+    if any(scalars is not None and len(scalars) != d.num_positions for scalars in (d.log_z_PT, d.entropy_P)):
+        return f"log_z or entropy of another number of positions than {d.num_positions}"
     if not ids_fit(d.token_ids_E, vocab_size):
         return f"a token id of a support is outside the teacher's vocabulary of {vocab_size}"
     return None

@@ -221,14 +221,15 @@ def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, 
 
 def _codec_of(manifest: Manifest, root: Path) -> Codec:
     try:
-        return get_codec(manifest.identity.codec.codec_id, manifest.identity.codec.params)
+        identity = manifest.identity
+        return get_codec(identity.codec.codec_id, identity.codec.params, identity.selection)
     except UnsupportedVersionError as error:
         raise UnsupportedVersionError(f"{root / paths.manifest_name(manifest.number)}: {error}") from error
 
 
 def expected_schema(codec: CodecInfo, metadata: ShardMetadata) -> pa.Schema:
     """The schema that a shard with this metadata has in this format version."""
-    fields = get_codec(codec.codec_id, codec.params).fields()
+    fields = get_codec(codec.codec_id, codec.params, metadata.selection).fields()
     return shard_schema(
         fields, unit=metadata.unit, vocab_size=metadata.vocab_size, selection=metadata.selection, codec=metadata.codec,
         has_finish=FINISH_FIELD.name in metadata.digest_columns,

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.codec.base import MAX_VOCAB_SIZE, Codec, ids_fit, list_array
+from kdcache.codec.base import Codec, ids_fit, list_array
 from kdcache.errors import CorruptCacheError, FormatError, KdcacheError
-from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import FINISHES, ROLES, Distributions, SequenceRecord, TokenSequence
 from kdcache.format.schema import DIGEST, FINISH_FIELD, SEQUENCE_FIELDS, ShardMetadata, row_digest
+from kdcache.format.selection import fixed_entries
 
 
 def encode_records(
@@ -124,20 +124,6 @@ class BatchReader:
         num_positions = int(sequence.supervised_N.sum())
         offsets_P1 = _entry_offsets(values["num_entries"], num_positions, self._fixed)
         return self._codec.decode({name: values[name] for name in self._codec_names}, offsets_P1)
-
-
-def fixed_entries(selection: SelectionInfo) -> int | None:
-    """Entries that every position has, and none may exceed, by the selection: k of `top_k`; None where it varies.
-
-    Raises:
-        FormatError: `top_k` without such a k.
-    """
-    if selection.kind != "top_k":
-        return None
-    k = selection.params.get("k")
-    if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= MAX_VOCAB_SIZE:
-        raise FormatError(f"selection 'top_k' has k = {k!r}, expected an integer from 0 to 2^31")
-    return k
 
 
 def _refuse_nulls(batch: pa.RecordBatch) -> None:

@@ -65,19 +65,24 @@ class ShardStatistics:
 
 
 def entropy_bounds(distributions: Distributions, vocab_size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Least and greatest entropy, in nats, that a distribution with this support and tail mass r can have.
+    """Least and greatest entropy, in nats, that a distribution with these exact entries and tail mass r can have.
 
-    H = -sum_S p log p - r log r + r H(tail), and H(tail) lies between 0 and log(V - K).
+    H = -sum_S p log p - r log r + r H(tail), and H(tail) lies between 0 and log(V - K). Both are the teacher's own where it is
+    stored.
 
     Returns:
         (P,) and (P,) float64.
     """
+    if distributions.entropy_P is not None:
+        entropy_P = distributions.entropy_P.astype(np.float64)
+        return entropy_P, entropy_P
     logprobs_E = distributions.logprobs_E.astype(np.float64)
-    probabilities_E = np.exp(logprobs_E)
+    probabilities_E = np.where(distributions.is_exact_E, np.exp(logprobs_E), 0.0)
     terms_E = -np.where(probabilities_E > 0, logprobs_E, 0.0) * probabilities_E
     sums = np.concatenate([[0.0], np.cumsum(terms_E)])
     support_P = sums[distributions.offsets_P1[1:]] - sums[distributions.offsets_P1[:-1]]
     tail_P = distributions.tail_mass_P.astype(np.float64)
     floor_P = support_P - tail_P * np.log(np.where(tail_P > 0, tail_P, 1.0))
-    num_outside_P = np.maximum(vocab_size - distributions.num_entries_P, 1)
+    num_exact_P = distributions.num_entries_P if distributions.num_exact_P is None else distributions.num_exact_P
+    num_outside_P = np.maximum(vocab_size - num_exact_P, 1)
     return floor_P, floor_P + tail_P * np.log(num_outside_P)

@@ -116,7 +116,8 @@ def _verify_shard(reader: CacheReader, shard: ShardInfo, first: int, report: Ver
         raise CorruptCacheError(f"{path}: the shard is missing")
     if fs.sha256_of(path) != shard.sha256:
         report.problems.append(f"{path}: its SHA-256 is not the one in the manifest; the shard is damaged")
-    codec = get_codec(report.manifest.identity.codec.codec_id, report.manifest.identity.codec.params)
+    identity = report.manifest.identity
+    codec = get_codec(identity.codec.codec_id, identity.codec.params, identity.selection)
     num_impossible = 0
     counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
     finished: Counter[str] = Counter()

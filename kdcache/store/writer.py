@@ -22,11 +22,12 @@ from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, UnitAccount, shard_to_json
 from kdcache.format.record import SequenceRecord
 from kdcache.format.schema import shard_schema
+from kdcache.format.selection import fixed_entries
 from kdcache.store import chain, fs
 from kdcache.store.admission import check_record, refuse_foreign_directory, refuse_other_capture
 from kdcache.store.chain import read_journal_record
 from kdcache.store.index import publish_index
-from kdcache.store.rows import encode_records, fixed_entries
+from kdcache.store.rows import encode_records
 from kdcache.store.statistics import ShardStatistics
 
 _log = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ class CacheWriter:
     def __init__(self, root: Path, manifest: Manifest, record_batch_bytes: int) -> None:
         self.root, self._first = root, manifest
         self._record_batch_bytes = min(record_batch_bytes, MAX_RECORD_BATCH_BYTES)
-        self._codec = get_codec(manifest.identity.codec.codec_id, manifest.identity.codec.params)
-        self._fixed = fixed_entries(manifest.identity.selection)
+        identity = manifest.identity
+        self._codec = get_codec(identity.codec.codec_id, identity.codec.params, identity.selection)
+        self._fixed = fixed_entries(identity.selection)
 
     @classmethod
     def open(cls, path: str | Path, manifest: Manifest, *, record_batch_bytes: int = DEFAULT_RECORD_BATCH_BYTES) -> CacheWriter:

@@ -20,6 +20,11 @@ def test_a_codec_keeps_its_contract(codec_id, check):
 
 
 @pytest.mark.parametrize("codec_id", CODECS)
+def test_what_a_selection_keeps_beside_the_entries_comes_back(codec_id):
+    contract.check_selections(codec_id)
+
+
+@pytest.mark.parametrize("codec_id", CODECS)
 def test_unfit_parameters_are_refused(codec_id):
     contract.check_unfit_parameters(codec_id)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from kdcache.codec import get_codec
 from kdcache.codec.base import Codec
 from kdcache.errors import CorruptCacheError, FormatError
+from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
 from kdcache.store.rows import column_view
 
@@ -115,6 +117,45 @@ def check_round_trip(codec: Codec, sequences: Sequence[Distributions]) -> None:
     """Decode of encode gives the same back (for property tests)."""
     for found, expected in zip(round_trip(codec, sequences), sequences, strict=True):
         check_equal_within_bound(codec, found, expected)
+
+
+SELECTIONS = [
+    (SelectionInfo(kind="top_p_k", params={"p": 0.9, "k": 3}, temperatures=(2.0, 0.5)), None),
+    (SelectionInfo(kind="sampled", params={"num_draws": 9, "seed": 0}, entropy=True), [0, 0, 0]),
+    (SelectionInfo(kind="threshold", params={"tau": 0.25, "seed": 0}, temperatures=(2.0,), entropy=True), [1, 0, 2]),
+    (SelectionInfo(kind="top_k_sampled", params={"k": 1, "num_draws": 5, "seed": 0}), [1, 0, 1]),
+]
+"""With the numbers of exact entries of the positions of `_of_selection`."""
+
+
+def _of_selection(selection: SelectionInfo, num_exact: list[int] | None) -> Distributions:
+    """Three positions with 2, 0 and 3 entries, whose numbers are what the selection could have made of some teacher."""
+    half, quarter, third = float(np.log(0.5)), float(np.log(0.25)), float(np.log(1 / 3))
+    values = {"sampled": (third, third), "top_k_sampled": (half, float(np.log(0.5 / 5)))}.get(selection.kind, (half, quarter))
+    plain = make([[(7, values[0]), (3, values[1])], [], [(5, values[0]), (1, values[1]), (2, values[1])]], [0.5, 1.0, 0.5])
+    log_z_PT = np.linspace(0, 9, 3 * len(selection.temperatures), dtype=np.float32).reshape(3, -1)
+    return dataclasses.replace(
+        plain,
+        tail_mass_P=np.ones(3, np.float32) if selection.kind == "sampled" else plain.tail_mass_P,
+        num_exact_P=None if num_exact is None else np.array(num_exact, np.int64),
+        log_z_PT=log_z_PT if selection.temperatures else None,
+        entropy_P=np.array([0.0, 2.5, 11.0], np.float32) if selection.entropy else None,
+    )
+
+
+def check_selections(codec_id: str) -> None:
+    """What a selection keeps beside the entries comes back, and what it does not keep is refused."""
+    for selection, num_exact in SELECTIONS:
+        codec, expected = get_codec(codec_id, {"vocab_size": 97}, selection), _of_selection(selection, num_exact)
+        for found in round_trip(codec, [expected, expected]):
+            check_equal_within_bound(codec, found, expected)
+            for name in ("num_exact_P", "log_z_PT", "entropy_P"):
+                ours, theirs = getattr(found, name), getattr(expected, name)
+                assert (ours is None) == (theirs is None), (selection.kind, name)
+                if theirs is not None:
+                    assert (_distance(ours, theirs) <= codec.max_error_nats(theirs)).all(), (selection.kind, name)
+        with pytest.raises(FormatError):
+            get_codec(codec_id, {"vocab_size": 97}).encode([expected])
 
 
 def check_params_through_json(make_codec: MakeCodec) -> None:

@@ -65,7 +65,7 @@ def test_a_wrong_number_of_outside_targets_is_refused():
     record = make_record(1)
     d = record.distributions
     more = replaced(d, outside_target_logprobs_M=np.append(d.outside_target_logprobs_M, np.float32(-1)))
-    with pytest.raises(FormatError, match="targets are outside"):
+    with pytest.raises(FormatError, match="targets are none"):
         more.target_logprobs(record.sequence.target_ids_P)
 
 

@@ -165,7 +165,7 @@ def test_the_largest_number_of_entries_does_not_overflow():
 def test_a_selection_that_fixes_nothing_needs_counts():
     batch = encode([make_record(1, k=6)])
     with pytest.raises(CorruptCacheError, match="num_entries is null"):
-        reader_of(batch, selection=SelectionInfo(kind="top_p_k", params={"k": 6})).record(0)
+        reader_of(batch, selection=SelectionInfo(kind="top_p_k", params={"k": 6, "p": 0.9})).record(0)
 
 
 def test_a_wrong_digest_is_refused_unless_the_caller_asked_not_to_look():

@@ -333,7 +333,7 @@ UNFIT = {
     "an unknown role": (lambda s, d: (changed(s, roles_N=s.roles_N + np.uint8(9)), d), "role"),
     "an outside target too many": (
         lambda s, d: (s, changed(d, outside_target_logprobs_M=np.append(d.outside_target_logprobs_M, np.float32(-1)))),
-        "targets are outside",
+        "targets are none",
     ),
     "logprobs of another length": (lambda s, d: (s, changed(d, logprobs_E=d.logprobs_E[1:])), "55 ids, 54 logprobs"),
     "offsets that end early": (lambda s, d: (s, changed(d, offsets_P1=np.minimum(d.offsets_P1, 54))), "54 entries .* 55"),
@@ -375,12 +375,14 @@ def wide_record(num_entries: int) -> SequenceRecord:
     ("kind", "num_entries", "sentence"),
     [
         ("top_k", 6, "6 entries, but the selection keeps 5"),
-        ("any", 65536, "at most 65535"),
-        ("any", 2**31, "at most 1073741824"),
+        ("top_p_k", 65536, "at most 65535"),
+        ("top_p_k", 2**31, "at most 1073741824"),
     ],
 )
 def test_more_entries_than_the_format_counts_are_refused(tmp_path, kind, num_entries, sentence):
-    identity = msgspec.structs.replace(make_identity(), selection=SelectionInfo(kind=kind, params={"k": 5}))
+    identity = msgspec.structs.replace(
+        make_identity(), selection=SelectionInfo(kind=kind, params={"k": 5} if kind == "top_k" else {"k": 5, "p": 0.9})
+    )
     one = CacheWriter.open(tmp_path, make_manifest(1, identity))
     with pytest.raises(CaptureError, match=sentence):
         one.write_unit(0, [wide_record(num_entries)])
@@ -481,7 +483,10 @@ def test_a_cache_of_a_newer_minor_version_is_not_gone_on_with(tmp_path):
     start(tmp_path)
     newer = msgspec.structs.replace(make_manifest(3), format_version=(FORMAT_VERSION[0], FORMAT_VERSION[1] + 1))
     (tmp_path / "manifests/000000.json").write_bytes(manifest_to_json(newer))
-    with pytest.raises(UnsupportedVersionError, match=r"has format version 1\.1, this kdcache writes 1\.0"):
+    with pytest.raises(
+        UnsupportedVersionError,
+        match=rf"has format version 1\.{FORMAT_VERSION[1] + 1}, this kdcache writes 1\.{FORMAT_VERSION[1]}",
+    ):
         start(tmp_path)
     with open_cache(tmp_path) as reader:
         assert len(reader) == 0

@@ -1,0 +1,107 @@
+"""The columns that a selection asks for beside the entries: numbers of exact entries, normalisers at further temperatures,
+entropy. Every codec has them under the same names, in its own float type.
+
+Shape letters: P positions, T further temperatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kdcache.codec.base import ColumnValues, checked_column, list_array
+from kdcache.errors import CorruptCacheError, FormatError
+from kdcache.format.manifest import SelectionInfo
+from kdcache.format.record import Distributions
+from kdcache.format.selection import fixed_exact, stores_num_exact
+
+EXACT_TOP_K = SelectionInfo(kind="top_k", params={"k": 0})
+"""Stands for every selection of exact entries without further columns."""
+
+_KEPT: dict[str, Callable[[SelectionInfo], bool]] = {
+    "num_exact": stores_num_exact,
+    "log_z": lambda selection: bool(selection.temperatures),
+    "entropy": lambda selection: selection.entropy,
+}
+"""Column -> whether a selection asks for it, in the columns' order."""
+
+Narrow = Callable[[NDArray[np.float32]], NDArray[Any]]
+"""float32 to the codec's float type."""
+
+
+def scalar_fields(selection: SelectionInfo, float_type: pa.DataType) -> list[pa.Field]:
+    """The columns, in order; none for exact entries alone."""
+    names = [name for name, kept in _KEPT.items() if kept(selection)]
+    return [pa.field(n, pa.list_(pa.uint16() if n == "num_exact" else float_type), nullable=False) for n in names]
+
+
+def encode_scalars(
+    sequences: Sequence[Distributions], selection: SelectionInfo, float_type: pa.DataType, narrow: Narrow
+) -> list[pa.Array]:
+    """One array per field, one value per sequence; log_z position by position.
+
+    Raises:
+        FormatError: distributions without what the selection keeps, or with what it does not.
+    """
+    names = [name for name, kept in _KEPT.items() if kept(selection)]
+    columns: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
+    for distributions in sequences:
+        values = _values(distributions, selection)
+        for name in names:
+            columns[name].append(values[name])
+    return [
+        list_array([v.astype(np.uint16) for v in columns[name]], pa.uint16())
+        if name == "num_exact"
+        else list_array([narrow(v.reshape(-1)) for v in columns[name]], float_type)
+        for name in names
+    ]
+
+
+def decode_scalars(
+    columns: ColumnValues, selection: SelectionInfo, offsets_P1: NDArray[np.int64], float_type: Any
+) -> dict[str, NDArray[Any] | None]:
+    """The optional fields of one sequence's `Distributions`, by name.
+
+    Raises:
+        CorruptCacheError: lengths that do not fit, or more exact entries than there are.
+    """
+    num_positions, num_temperatures = len(offsets_P1) - 1, len(selection.temperatures)
+    found: dict[str, NDArray[Any] | None] = {"num_exact_P": _num_exact(columns, selection, offsets_P1)}
+    if num_temperatures:
+        log_z = checked_column(columns, "log_z", float_type, num_positions * num_temperatures)
+        found["log_z_PT"] = log_z.astype(np.float32, copy=False).reshape(num_positions, num_temperatures)
+    if selection.entropy:
+        found["entropy_P"] = checked_column(columns, "entropy", float_type, num_positions).astype(np.float32, copy=False)
+    return found
+
+
+def _num_exact(columns: ColumnValues, selection: SelectionInfo, offsets_P1: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    counts_P = np.diff(offsets_P1)
+    if stores_num_exact(selection):
+        num_exact_P = checked_column(columns, "num_exact", np.uint16, len(counts_P)).astype(np.int64)
+        if (num_exact_P > counts_P).any():
+            raise CorruptCacheError("a position has more exact entries than entries")
+        return num_exact_P
+    fixed = fixed_exact(selection)
+    return None if fixed is None else np.minimum(fixed, counts_P)
+
+
+def _values(d: Distributions, selection: SelectionInfo) -> dict[str, NDArray[Any]]:
+    """What the columns are to hold, if that is what the selection keeps."""
+    fixed = fixed_exact(selection)
+    if (d.num_exact_P is not None) != (fixed is not None or stores_num_exact(selection)):
+        raise FormatError(f"selection {selection.kind!r}: estimates are marked by num_exact, and only where there may be some")
+    if fixed is not None and not np.array_equal(np.minimum(fixed, d.num_entries_P), np.asarray(d.num_exact_P)):
+        raise FormatError(f"selection {selection.kind!r} makes {fixed} entries of a position exact; the record says otherwise")
+    num_temperatures = 0 if d.log_z_PT is None else d.log_z_PT.shape[1]
+    if num_temperatures != len(selection.temperatures):
+        raise FormatError(f"log_z at {num_temperatures} temperatures, but the selection keeps {len(selection.temperatures)}")
+    if (d.entropy_P is not None) != selection.entropy:
+        found = "no" if d.entropy_P is None else "an"
+        raise FormatError(f"selection.entropy is {selection.entropy}, but the record has {found} entropy")
+    columns = {"num_exact": d.num_exact_P, "log_z": d.log_z_PT, "entropy": d.entropy_P}
+    return {name: values for name, values in columns.items() if values is not None}
