@@ -203,6 +203,52 @@ class SelectionConfig(Config, frozen=True, kw_only=True):
     entropy: bool = False
 
 
+class GenerateConfig(Config, frozen=True, kw_only=True):
+    """How the teacher answers prompts, where it writes the texts itself. The input's items are the prompts: texts, chats up to
+    the assistant's turn, or ids. As it is, it draws from its whole distribution.
+
+    Only the answers are recorded: the positions that predict their tokens, the token that ends them included. A stop string's
+    tokens belong to the answer. The distributions are the teacher's own, before temperature and filters.
+
+    Attributes:
+        temperature: of the draws; 0 takes the most probable token each time.
+        top_k: draw among so many most probable tokens; 0 for all.
+        top_p: draw among the most probable tokens that reach this mass together.
+        min_p: draw among tokens of at least this share of the most probable one's probability.
+        n: answers to each prompt.
+        max_tokens: most tokens of an answer. With its prompt it must fit into input.window.size.
+        stop: texts after which an answer ends.
+        stop_token_ids: tokens after which an answer ends, beside the model's and the tokenizer's end tokens.
+        ignore_eos: do not end at the model's and the tokenizer's end tokens.
+        seed: of the draws; each answer's is a function of it, the prompt's tokens and the answer's number.
+        long_prompts: a prompt that does not leave room for max_tokens in input.window.size: `error` names it and stops, `skip`
+            leaves it out and counts it.
+        last_answer: a chat that ends with the assistant's words: `error` names it and stops, `drop` leaves these words out, counts
+            them, and has the teacher answer anew.
+        capture_filtered: record the distributions that were drawn from, after temperature and filters, in place of the teacher's.
+    """
+
+    temperature: Annotated[float, Meta(ge=0)] = 1.0
+    top_k: NonNegative = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    n: Positive = 1
+    max_tokens: Positive = 256
+    stop: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
+    stop_token_ids: tuple[NonNegative, ...] = ()
+    ignore_eos: bool = False
+    seed: NonNegative = 0
+    long_prompts: Literal["error", "skip"] = "error"
+    last_answer: Literal["error", "drop"] = "error"
+    capture_filtered: bool = False
+
+    def __post_init__(self) -> None:
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(f"n is {self.n}, but at temperature 0 all answers to a prompt are the same; set n to 1")
+        if self.temperature == 0 and self.capture_filtered:
+            raise ValueError("capture_filtered needs a temperature above 0: at 0 nothing is drawn, so there is no distribution")
+
+
 class CodecConfig(Config, frozen=True, kw_only=True):
     """How the kept entries become bytes.
 
@@ -273,11 +319,30 @@ class RunConfig(Config, frozen=True, kw_only=True):
 
 
 class CaptureConfig(Config, frozen=True, kw_only=True):
-    """A whole capture: input -> teacher -> selection -> codec -> output."""
+    """A whole capture: input -> teacher -> selection -> codec -> output.
+
+    Attributes:
+        generate: null: the teacher reads the input. A section: it answers it.
+    """
 
     input: InputConfig
     teacher: TeacherConfig
+    generate: GenerateConfig | None = None
     selection: SelectionConfig = SelectionConfig()
     codec: CodecConfig = CodecConfig()
     output: OutputConfig
     run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        if self.generate is None:
+            return
+        if self.generate.max_tokens >= self.input.window.size:
+            raise ValueError(
+                f"generate.max_tokens is {self.generate.max_tokens} and input.window.size, for prompt and answer together, "
+                f"{self.input.window.size}; raise the window, up to the teacher's context, or make max_tokens smaller"
+            )
+        if self.input.window.policy == "truncate" or self.input.window.overlap or self.input.supervise != "all":
+            raise ValueError(
+                "with `generate`, prompts are not cut and the answers are what is recorded: leave out input.window.policy, "
+                "input.window.overlap and input.supervise; generate.long_prompts says what becomes of long prompts"
+            )

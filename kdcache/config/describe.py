@@ -42,7 +42,7 @@ def describe_fields(config_type: type[msgspec.Struct], prefix: str = "") -> list
     for field in msgspec.structs.fields(config_type):
         path, hint = f"{prefix}{field.name}", hints[field.name]
         if section_fields(hint) is not None:
-            described += describe_fields(hint, f"{path}.")
+            described += describe_fields(_struct_of(hint), f"{path}.")
         else:
             described.append(FieldDescription(path, _type_in_words(hint), _default(field), texts.get(field.name, "")))
     return described
@@ -60,8 +60,14 @@ def field_docs(config_type: type[msgspec.Struct]) -> dict[str, str]:
 
 
 def section_fields(kind: Any) -> dict[str, Any] | None:
-    """Field -> type for a struct; None for anything else."""
-    return get_type_hints(kind) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else None
+    """Field -> type for a struct, or for the struct inside an optional one; None for anything else."""
+    struct = _struct_of(kind)
+    return None if struct is None else get_type_hints(struct)
+
+
+def _struct_of(kind: Any) -> Any:
+    structs = [part for part in _union_parts(kind) if isinstance(part, type) and issubclass(part, msgspec.Struct)]
+    return structs[0] if structs else None
 
 
 def type_at(config_type: Any, path: Sequence[str]) -> Any:
