@@ -223,9 +223,10 @@ class GenerateConfig(Config, frozen=True, kw_only=True):
         seed: of the draws; each answer's is a function of it, the prompt's tokens and the answer's number.
         long_prompts: a prompt that does not leave room for max_tokens in input.window.size: `error` names it and stops, `skip`
             leaves it out and counts it.
-        last_answer: a chat that ends with the assistant's words: `error` names it and stops, `drop` leaves these words out, counts
-            them, and has the teacher answer anew.
-        capture_filtered: record the distributions that were drawn from, after temperature and filters, in place of the teacher's.
+        last_answer: a chat that ends with the assistant's words: `error` names it and stops, `drop` leaves these words out,
+            counts them, and has the teacher answer anew.
+        capture_filtered: record the distributions that were drawn from, after temperature and filters, in place of the
+            teacher's own.
     """
 
     temperature: Annotated[float, Meta(ge=0)] = 1.0
