@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
+from kdcache.codec.features import feature_fields
 from kdcache.codec.base import Codec
 from kdcache.errors import CorruptCacheError, MismatchError, UnsupportedVersionError
 from kdcache.format import paths
@@ -24,7 +25,7 @@ from kdcache.format.schema import FINISH_FIELD, ShardMetadata, shard_metadata, s
 from kdcache.store import chain
 from kdcache.store.arrow_file import open_arrow_file
 from kdcache.store.index import open_index
-from kdcache.store.rows import BatchReader
+from kdcache.store.rows import BatchReader, EncodedRecord
 
 OPEN_BATCHES = 256
 """Record batches kept open per reader: views of memory maps and one byte per token, about 16 KiB each."""
@@ -91,6 +92,10 @@ class CacheReader:
         Raises:
             IndexError: out of range. CorruptCacheError: the shard is missing or damaged; names the file, batch and row.
         """
+        return self.encoded(number).decode()
+
+    def encoded(self, number: int) -> EncodedRecord:
+        """The same with its entries not decoded yet; raises as `reader[number]` does."""
         if not -len(self) <= number < len(self):
             raise IndexError(f"sequence {number} of a cache of {len(self)}")
         unit, batch, row = self.place(number)
@@ -98,7 +103,7 @@ class CacheReader:
         where = f"{self.root / self._shards[unit].name}: record batch {batch}"
         if row >= reader.num_rows:
             raise CorruptCacheError(f"{where} has {reader.num_rows} rows, the index names row {row}")
-        record = reader.record(row, verify=self._verify)
+        record = reader.encoded(row, verify=self._verify)
         self.check_sequence(number, record, f"{where}, row {row}")
         return record
 
@@ -106,13 +111,14 @@ class CacheReader:
         """Unit, record batch and row of sequence `number`, from the index."""
         return int(self._unit_S[number]), int(self._batch_S[number]), int(self._row_S[number])
 
-    def check_sequence(self, number: int, record: SequenceRecord, where: str) -> None:
+    def check_sequence(self, number: int, record: SequenceRecord | EncodedRecord, where: str) -> None:
         """Raise CorruptCacheError unless a record from the place of sequence `number` is the one that the index means.
 
         A row's digest says that its bytes are whole, not that they are this sequence's: damage in Arrow's own framing can put
         another sound row in its place.
         """
-        found = record.sequence.key, record.sequence.num_tokens, record.distributions.num_positions
+        num_positions = record.num_positions if isinstance(record, EncodedRecord) else record.distributions.num_positions
+        found = record.sequence.key, record.sequence.num_tokens, num_positions
         expected = self._keys[number].as_py(), int(self.num_tokens_S[number]), int(self.num_positions_S[number])
         if found != expected:
             raise CorruptCacheError(f"{where}: holds {_show(found)}, the index says {_show(expected)}")
@@ -202,8 +208,8 @@ def open_shard(root: Path, shard: ShardInfo, manifest: Manifest) -> tuple[pa.Rec
 
 def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, manifest: Manifest, where: str) -> None:
     identity = manifest.identity
-    ours = (shard.unit, identity.teacher.vocab_size, identity.selection, identity.codec)
-    theirs = (metadata.unit, metadata.vocab_size, metadata.selection, metadata.codec)
+    ours = (shard.unit, identity.teacher.vocab_size, identity.selection, identity.codec, identity.features)
+    theirs = (metadata.unit, metadata.vocab_size, metadata.selection, metadata.codec, metadata.features)
     if ours != theirs:
         raise CorruptCacheError(f"{where}: says it is {theirs}, the manifest says {ours}")
     if identity.codec.params.get("vocab_size", metadata.vocab_size) != metadata.vocab_size:
@@ -229,10 +235,10 @@ def _codec_of(manifest: Manifest, root: Path) -> Codec:
 
 def expected_schema(codec: CodecInfo, metadata: ShardMetadata) -> pa.Schema:
     """The schema that a shard with this metadata has in this format version."""
-    fields = get_codec(codec.codec_id, codec.params, metadata.selection).fields()
+    fields = [*get_codec(codec.codec_id, codec.params, metadata.selection).fields(), *feature_fields(metadata.features)]
     return shard_schema(
         fields, unit=metadata.unit, vocab_size=metadata.vocab_size, selection=metadata.selection, codec=metadata.codec,
-        has_finish=FINISH_FIELD.name in metadata.digest_columns,
+        has_finish=FINISH_FIELD.name in metadata.digest_columns, features=metadata.features,
     )  # fmt: skip
 
 

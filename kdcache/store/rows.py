@@ -6,16 +6,20 @@ Shape letters: S sequences of a record batch, N tokens, P supervised positions, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.codec.base import Codec, ids_fit, list_array
+from kdcache.codec.base import Codec, ColumnValues, ids_fit, list_array
+from kdcache.codec.features import decode_features, encode_features, feature_fields
+from kdcache.codec.into import EntryArrays, decode_into
 from kdcache.errors import CorruptCacheError, FormatError, KdcacheError
-from kdcache.format.record import FINISHES, ROLES, Distributions, SequenceRecord, TokenSequence
-from kdcache.format.schema import DIGEST, FINISH_FIELD, SEQUENCE_FIELDS, ShardMetadata, row_digest
+from kdcache.format.manifest import FeatureInfo
+from kdcache.format.record import FINISHES, ROLES, SequenceRecord, TokenSequence
+from kdcache.format.schema import DIGEST, FINISH_FIELD, SEQUENCE_FIELDS, ShardMetadata, row_digest, shard_metadata
 from kdcache.format.selection import fixed_entries
 
 
@@ -36,6 +40,7 @@ def encode_records(
     elif any(s.finish for s in sequences):
         raise FormatError("a sequence says how it ended, in a cache whose identity has no generation")
     columns += codec.encode([r.distributions for r in records])
+    columns += encode_features([r.distributions.features for r in records], shard_metadata(schema, where="shard").features)
     names = schema.names[: len(columns)]
     views = {name: column_view(column) for name, column in zip(names, columns, strict=True)}
     digests = [row_digest({n: view[i] for n, view in views.items()}, names) for i in range(len(sequences))]
@@ -83,6 +88,50 @@ def column_view(column: pa.Array) -> ColumnView:
     return ColumnView(np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8), offsets_S1, valid_S)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedRecord:
+    """A row whose bytes are whole, with its entries as the codec wrote them: views of the shard, to be decoded where they go.
+
+    Attributes:
+        sequence: decoded and checked.
+        offsets_P1: (P+1,) int64, as in Distributions.
+        columns: the row's values of the codec's columns and the features'.
+        codec: that wrote them.
+        where: the place in the cache, for messages.
+        features: that the cache keeps beside the entries.
+    """
+
+    sequence: TokenSequence
+    offsets_P1: NDArray[np.int64]
+    columns: ColumnValues
+    codec: Codec
+    where: str
+    features: tuple[FeatureInfo, ...] = ()
+
+    @property
+    def num_positions(self) -> int:
+        """P."""
+        return len(self.offsets_P1) - 1
+
+    def decode(self) -> SequenceRecord:
+        """The record; raises CorruptCacheError where the columns do not fit together."""
+        try:
+            distributions = self.codec.decode(self.columns, self.offsets_P1)
+            if self.features:
+                features = decode_features(self.columns, self.features, self.num_positions)
+                distributions = replace(distributions, features=features)
+            return SequenceRecord(self.sequence, distributions)
+        except KdcacheError as error:
+            raise CorruptCacheError(f"{self.where}: {error}") from error
+
+    def decode_into(self, out: EntryArrays, keep_P: NDArray[np.bool_] | None = None) -> None:
+        """Write the kept positions where they belong, see `kdcache.codec.into`; raises CorruptCacheError as `decode` does."""
+        try:
+            decode_into(self.codec, self.columns, self.offsets_P1, out, keep_P)
+        except KdcacheError as error:
+            raise CorruptCacheError(f"{self.where}: {error}") from error
+
+
 class BatchReader:
     """One record batch, decoded a row at a time; each row's digest is checked on every read.
 
@@ -99,31 +148,40 @@ class BatchReader:
             self._views = {name: column_view(batch.column(name)) for name in metadata.digest_columns}
         except (pa.ArrowException, FormatError) as error:
             raise CorruptCacheError(f"{where}: {error}") from error
-        self._codec_names = [field.name for field in codec.fields()]
+        self._codec_names = [field.name for field in (*codec.fields(), *feature_fields(metadata.features))]
         self._digests_S = batch.column(DIGEST).to_numpy()
         self.num_rows = batch.num_rows
 
     def record(self, row: int, *, verify: bool = True) -> SequenceRecord:
-        """The record in this row.
+        """The record in this row; raises CorruptCacheError where the digest does not match or parts do not fit together."""
+        return self.encoded(row, verify=verify).decode()
+
+    def encoded(self, row: int, *, verify: bool = True) -> EncodedRecord:
+        """The record in this row, its entries not decoded yet.
 
         Raises:
             CorruptCacheError: the digest does not match, or the parts do not fit together.
         """
-        values = {name: view[row] for name, view in self._views.items()}
+        values: dict[str, Any] = {name: view[row] for name, view in self._views.items()}
         if verify and row_digest(values, self._metadata.digest_columns) != int(self._digests_S[row]):
             raise CorruptCacheError(
                 f"{self._where}, row {row}: the row's digest does not match its bytes; the shard is damaged"
             )
+        where = f"{self._where}, row {row}"
         try:
             sequence = _sequence(values, self._metadata.vocab_size)
-            return SequenceRecord(sequence, self._distributions(values, sequence))
+            num_positions = int(np.count_nonzero(sequence.supervised_N))
+            offsets_P1 = _entry_offsets(values["num_entries"], num_positions, self._fixed)
         except KdcacheError as error:
-            raise CorruptCacheError(f"{self._where}, row {row}: {error}") from error
-
-    def _distributions(self, values: dict[str, Any], sequence: TokenSequence) -> Distributions:
-        num_positions = int(sequence.supervised_N.sum())
-        offsets_P1 = _entry_offsets(values["num_entries"], num_positions, self._fixed)
-        return self._codec.decode({name: values[name] for name in self._codec_names}, offsets_P1)
+            raise CorruptCacheError(f"{where}: {error}") from error
+        return EncodedRecord(
+            sequence,
+            offsets_P1,
+            {name: values[name] for name in self._codec_names},
+            self._codec,
+            where,
+            self._metadata.features,
+        )
 
 
 def _refuse_nulls(batch: pa.RecordBatch) -> None:
