@@ -87,6 +87,46 @@ class HfTokenizer:
             if tagged_N is None:
                 raise
             spans = ChatSpans(turn_starts=[0])
+        roles_N, mask_N = self._who_wrote(spans, text, ids_N, offsets_N2)
+        if tagged_N is not None:
+            mask_N = tagged_N
+            roles_N[tagged_N] = ROLE_CODES["assistant"]
+        return ChatTokens(ids_N, roles_N, _first_tokens(offsets_N2, spans.turn_starts), mask_N)
+
+    def encode_prompt(self, messages: Sequence[Message]) -> ChatTokens:
+        """See `Tokenizer`. Where the template does not show who wrote what, no roles are told, and all is one turn."""
+        checked = check_messages(messages)
+        text = self._render_or_raise(checked, generation_prompt=True)
+        ids_N, offsets_N2 = self._encode_with_offsets(text)
+        if len(ids_N) == 0:
+            raise InputError("the chat template gives an empty prompt for these messages")
+        # Some templates have no generation prompt; some write what stands before it in another way.
+        given = self._render(checked, False)
+        given = given if given is not None and text.startswith(given) else text
+        try:
+            spans = find_spans(checked, given, self._render)
+        except InputError:
+            spans = ChatSpans(turn_starts=[0])
+        roles_N, mask_N = self._who_wrote(spans, given, ids_N, offsets_N2)
+        header = int(np.argmax(offsets_N2[:, 1] > len(given))) if len(text) > len(given) else len(ids_N)
+        starts = np.append(_first_tokens(offsets_N2, spans.turn_starts), header)
+        return ChatTokens(ids_N, roles_N, np.unique(starts).astype(np.int32), mask_N)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """See `Tokenizer`."""
+        end = self._tokenizer.eos_token_id
+        return () if end is None else (int(end),)
+
+    @property
+    def underlying(self) -> Any:
+        """The tokenizer of `transformers`, for an engine that takes one."""
+        return self._tokenizer
+
+    def _who_wrote(
+        self, spans: ChatSpans, text: str, ids_N: NDArray[np.int32], offsets_N2: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """(N,) roles; (N,) whether a token is the assistant's, its end of turn included."""
         roles_N = np.zeros(len(ids_N), np.uint8)
         mask_N = np.zeros(len(ids_N), np.bool_)
         for role, start, end in spans.contents:
@@ -95,18 +135,15 @@ class HfTokenizer:
                 inside_N = self._up_to_end_of_turn(inside_N, ids_N, offsets_N2, text[:end])
                 mask_N |= inside_N
             roles_N[inside_N] = ROLE_CODES[role]
-        if tagged_N is not None:
-            mask_N = tagged_N
-            roles_N[tagged_N] = ROLE_CODES["assistant"]
-        return ChatTokens(ids_N, roles_N, _first_tokens(offsets_N2, spans.turn_starts), mask_N)
+        return roles_N, mask_N
 
-    def _render_or_raise(self, messages: Sequence[Message]) -> str:
+    def _render_or_raise(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
         if not self._template:
             raise InputError(
                 f"the tokenizer {self._identity.name!r} has no chat template; set input.chat_template to a Jinja file"
             )
         try:
-            return self._tokenizer.apply_chat_template(list(messages), tokenize=False)
+            return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
         except Exception as error:  # a template is a program: it may raise anything
             raise InputError(f"the chat template refuses these messages: {first_line(error)}") from error
 

@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.config.capture import TeacherConfig
+from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import SelectionInfo, TeacherIdentity, TokenizerIdentity
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.teacher.base import answer, check_sequences, no_positions, top_k_of
-from kdcache.teacher.tokenizer import ROLE_CODES, ChatTokens, Message, check_messages
+from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, draw_from, end_tokens
+from kdcache.teacher.tokenizer import ROLE_CODES, ChatTokens, Message, Tokenizer, check_messages
 
 FAKE_VERSION = "1"
 """Part of the identity: raise it when the distributions or the chat rendering change."""
@@ -73,9 +74,30 @@ class FakeTeacher:
         ids_V = np.broadcast_to(np.arange(self._identity.vocab_size), (len(hashes_N), self._identity.vocab_size))
         return self._logprobs_of_ids(hashes_N, ids_V)
 
+    def generate(
+        self, prompts: Sequence[Prompt], config: GenerateConfig, tokenizer: Tokenizer, observe: Observe = lambda _: None
+    ) -> Iterator[Generated]:
+        """See `GeneratingTeacher`: one token after another, from `dense_logprobs`."""
+        if self._is_closed:
+            raise TeacherError(f"the teacher {self._identity.model!r} is closed")
+        check_prompts(prompts, config, self._identity)
+        ending = Ending(config, tokenizer, end_tokens(config, tokenizer.end_ids))
+        return (self._answer(prompt, config, ending, observe) for prompt in prompts)
+
     def close(self) -> None:
         """See `Teacher`."""
         self._is_closed = True
+
+    def _answer(self, prompt: Prompt, config: GenerateConfig, ending: Ending, observe: Observe) -> Generated:
+        random = np.random.default_rng(prompt.seed)
+        ids_V = np.arange(self._identity.vocab_size)[None]
+        token_ids, finish = prompt.sequence.input_ids_N.tolist(), ""
+        while not finish:
+            hash_1 = prefix_hashes(np.array(token_ids, np.int32), self._seed)[-1:]
+            token_ids.append(draw_from(self._logprobs_of_ids(hash_1, ids_V)[0], config, random.random()))
+            finish = ending.finish(token_ids[prompt.sequence.num_tokens :])
+        observe(len(token_ids) - prompt.sequence.num_tokens)
+        return Generated(np.array(token_ids[prompt.sequence.num_tokens :], np.int32), finish)
 
     def _score(self, sequence: TokenSequence, k: int) -> Distributions:
         if not sequence.supervised_N.any():
@@ -180,6 +202,21 @@ class FakeTokenizer:
         return ChatTokens(
             np.array(ids, np.int32), np.array(roles, np.uint8), np.array(starts, np.int32), np.array(mask, np.bool_)
         )
+
+    def encode_prompt(self, messages: Sequence[Message]) -> ChatTokens:
+        """See `Tokenizer`: the assistant's header is its role's token."""
+        chat = self.encode_chat(messages)
+        return ChatTokens(
+            np.append(chat.input_ids, np.int32(END_ID + ROLE_CODES["assistant"])),
+            np.append(chat.roles, np.uint8(0)),
+            np.append(chat.turn_starts, np.int32(len(chat.input_ids))),
+            np.append(chat.assistant_mask, False),
+        )
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """See `Tokenizer`."""
+        return (END_ID,)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`.

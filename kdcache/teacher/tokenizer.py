@@ -66,6 +66,22 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def encode_prompt(self, messages: Sequence[Message]) -> ChatTokens:
+        """Token ids of a chat up to where the assistant's answer starts, through the chat template's generation prompt.
+
+        The last turn is the assistant's, with its header, if it has one: its start may be the number of tokens. Nothing is
+        in the assistant mask but the assistant's turns before.
+
+        Raises:
+            InputError: as `encode_chat`.
+        """
+        ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text or an answer; none where the tokenizer names none."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens included."""
         ...

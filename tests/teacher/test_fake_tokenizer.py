@@ -58,3 +58,13 @@ def test_malformed_messages_are_refused_in_words(messages: object, sentence: str
 def test_fingerprints_are_the_same_each_time():
     assert load_tokenizer("fake").identity == load_tokenizer("fake").identity
     assert np.array_equal(load_tokenizer("fake").encode_chat(CHAT).roles, load_tokenizer("fake").encode_chat(CHAT).roles)
+
+
+def test_a_prompt_is_a_chat_and_the_assistants_header():
+    tokenizer = load_tokenizer("fake")
+    messages = [{"role": "user", "content": "hi"}]
+    chat, prompt = tokenizer.encode_chat(messages), tokenizer.encode_prompt(messages)
+    assert prompt.input_ids.tolist() == [*chat.input_ids.tolist(), 260]
+    assert prompt.turn_starts.tolist() == [0, len(chat.input_ids)]
+    answered = tokenizer.encode_chat([*messages, {"role": "assistant", "content": "ho"}])
+    assert answered.input_ids.tolist() == [*prompt.input_ids.tolist(), *b"ho", *tokenizer.end_ids]

@@ -154,3 +154,28 @@ def test_a_tokenizer_that_does_not_load_is_one_sentence(tiny_model_dir: Path, tm
     with pytest.raises(TeacherError, match=r"the tokenizer .* does not load with transformers") as caught:
         load_tokenizer(str(broken))
     assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_ends_with_the_assistants_header_which_starts_its_turn(folder: str):
+    tokenizer = load_tokenizer(folder)
+    prompt = tokenizer.encode_prompt(CHAT[:4])
+    text = tokenizer.decode(prompt.input_ids.tolist())
+    assert text.endswith("<|user|>\nmore<|end|>\n<|assistant|>\n")
+    headers = [tokenizer.decode([int(prompt.input_ids[start])]) for start in prompt.turn_starts]
+    assert headers == ["<s>", "<|user|>", "<|assistant|>", "<|user|>", "<|assistant|>"]
+    said = {role: decoded(tokenizer, prompt, prompt.roles == code) for code, role in enumerate(ROLES)}
+    assert (said["user"], said["assistant"]) == ("caf\u00e9 \U0001f600?more", "ok sure<|end|>")
+    # What a whole chat would be begins with it.
+    whole = tokenizer.encode_chat(CHAT)
+    assert whole.input_ids[: len(prompt.input_ids)].tolist() == prompt.input_ids.tolist()
+
+
+def test_a_template_without_a_generation_prompt_has_the_answer_start_at_the_end(folder: str):
+    template = CHAT_TEMPLATE.partition("{% if add_generation_prompt")[0]
+    prompt = load_tokenizer(folder, chat_template=template).encode_prompt(CHAT[:2])
+    assert prompt.turn_starts[-1] == len(prompt.input_ids)
+
+
+def test_end_ids_are_the_tokenizers_own(folder: str):
+    tokenizer = load_tokenizer(folder)
+    assert [tokenizer.decode([i]) for i in tokenizer.end_ids] == ["</s>"]

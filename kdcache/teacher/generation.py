@@ -1,0 +1,182 @@
+"""Answers that a teacher writes itself: what it is asked, what it gives, where an answer ends. Arrays and text; no model.
+
+Contract of `generate` (tests/contracts/generation.py runs it for every backend that has it):
+
+- One `Generated` per prompt, in the order given; at least one token each, at most `max_tokens`.
+- An answer's tokens are as they were drawn, the one that ended it included: an end token, or the token that completed a stop
+  string. `finish` is `stop` then, and `length` where the answer has `max_tokens` without either.
+- Each draw comes from the prompt's own seed, so that an answer does not depend on what else is asked, up to the engine's
+  numerics: in half precision a batch of another shape may round a near tie to the other side, and the answer goes on from
+  there.
+- At temperature 0 each token is the most probable one.
+- What can be refused is refused before anything is computed, by `generate` itself and not by the first `next`.
+
+Shape letters: N tokens of a prompt, A tokens of an answer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.config.capture import GenerateConfig
+from kdcache.errors import ConfigError, InputError
+from kdcache.format.manifest import TeacherIdentity
+from kdcache.format.record import TokenSequence
+from kdcache.teacher.base import Teacher, check_sequences
+from kdcache.teacher.tokenizer import Tokenizer
+
+Observe = Callable[[int], None]
+"""Told, now and then while a teacher is at work, how many tokens have come since the last time."""
+
+EXTRA_TOKENS = 8
+"""Decoded before those that could hold the end of a stop string: a tokenizer may swallow the first one's space, or need several
+tokens for one character."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """What is asked: a sequence in which nothing is supervised, and the seed of its answer, in [0, 2^63)."""
+
+    sequence: TokenSequence
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generated:
+    """An answer: (A,) int32 token ids, A >= 1, and `stop` or `length`."""
+
+    token_ids_A: NDArray[np.int32]
+    finish: str
+
+
+@runtime_checkable
+class GeneratingTeacher(Teacher, Protocol):
+    """A teacher that can write."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], config: GenerateConfig, tokenizer: Tokenizer, observe: Observe = ...
+    ) -> Iterator[Generated]:
+        """Answer the prompts.
+
+        Args:
+            prompts: each at least max_tokens shorter than identity.context_length; the backend forms its own batches.
+            config: sampling and ends; `n` has been seen to, each answer has a prompt of its own.
+            tokenizer: the one that the prompts came from: its end tokens, and the text of answers for stop strings.
+            observe: see Observe. The answers themselves may come all at the end.
+
+        Raises:
+            ConfigError: an id in stop_token_ids that the teacher does not have.
+            InputError: a prompt that is too long, or an id outside the vocabulary.
+            TeacherError: the engine failed, or the teacher is closed.
+        """
+        ...
+
+
+def answer_seed(seed: int, key: bytes, number: int) -> int:
+    """The seed of answer `number` to the prompt with this key, in [0, 2^63): equal prompts have equal answers, wherever they
+    stand in the input."""
+    text = b"kdcache.generate.v1\0" + seed.to_bytes(16, "little") + key + number.to_bytes(8, "little")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+def check_prompts(prompts: Sequence[Prompt], config: GenerateConfig, identity: TeacherIdentity) -> None:
+    """Refuse what a teacher cannot answer, before it does anything; raises as `GeneratingTeacher.generate`."""
+    outside = [token_id for token_id in config.stop_token_ids if token_id >= identity.vocab_size]
+    if outside:
+        raise ConfigError(
+            f"generate.stop_token_ids: {outside[0]} is outside the vocabulary of {identity.vocab_size} of the teacher "
+            f"{identity.model!r}"
+        )
+    check_sequences([prompt.sequence for prompt in prompts], identity)
+    for prompt in prompts:
+        num_tokens = prompt.sequence.num_tokens + config.max_tokens
+        if num_tokens > identity.context_length:
+            raise InputError(
+                f"{prompt.sequence.source}: {prompt.sequence.num_tokens} tokens of prompt and {config.max_tokens} of answer "
+                f"are more than the {identity.context_length} that the teacher {identity.model!r} reads; make "
+                "generate.max_tokens or input.window.size smaller"
+            )
+
+
+def end_tokens(config: GenerateConfig, *ends: int | Sequence[int] | None) -> frozenset[int]:
+    """Ids that end an answer: those that were asked for and, unless they are to be ignored, the ends (an id, several, None)."""
+    own: set[int] = set()
+    for end in ends if not config.ignore_eos else ():
+        own |= {end} if isinstance(end, int) else set(end or ())
+    return frozenset(own | set(config.stop_token_ids))
+
+
+class Ending:
+    """Says where answers end; one for all answers of a call."""
+
+    def __init__(self, config: GenerateConfig, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
+        self.end_ids, self.max_tokens, self.stop = end_ids, config.max_tokens, config.stop
+        self._tokenizer = tokenizer
+        self._vocab_size = tokenizer.identity.vocab_size
+        # A token that shows has a character at least, so that a stop string has no more tokens than characters.
+        self._num_tail = max(map(len, config.stop), default=0) + EXTRA_TOKENS
+
+    def finish(self, token_ids: Sequence[int]) -> str:
+        """How an answer has ended with its last token: `stop`, `length`, or "" where it has not."""
+        if token_ids[-1] in self.end_ids or self._completes_stop(token_ids):
+            return "stop"
+        return "length" if len(token_ids) >= self.max_tokens else ""
+
+    def cut(self, token_ids: Sequence[int]) -> Generated:
+        """An answer that an engine may have gone on with after its end, up to its end."""
+        for length in range(1, len(token_ids) + 1):
+            finish = self.finish(token_ids[:length])
+            if finish:
+                return Generated(np.array(token_ids[:length], np.int32), finish)
+        return Generated(np.array(token_ids, np.int32), "length")
+
+    def _completes_stop(self, token_ids: Sequence[int]) -> bool:
+        if not self.stop:
+            return False
+        tail = token_ids[-self._num_tail :]
+        before, after = self._text(tail[:-1]), self._text(tail)
+        return any(after.count(stop) > before.count(stop) for stop in self.stop)
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        # A model may have ids beyond its tokenizer's; they mean no text.
+        return self._tokenizer.decode([token_id for token_id in token_ids if token_id < self._vocab_size])
+
+
+def draw_from(logprobs_V: NDArray[np.float64], config: GenerateConfig, uniform: float) -> int:
+    """One token: the definition that backends draw by, up to the source of their random numbers.
+
+    Temperature first, then of what it gives the tokens that pass min_p, then top_k of these, then top_p of these, each on the
+    probabilities of what the one before has left; the order of vLLM's sampler. Ties at a border stay.
+
+    Args:
+        logprobs_V: (V,) nats, or logits.
+        config: sampling.
+        uniform: in [0, 1).
+    """
+    if config.temperature == 0:
+        return int(np.argmax(logprobs_V))
+    probabilities_V = filtered_probabilities(logprobs_V, config)
+    sums_V = np.cumsum(probabilities_V)
+    return int(np.searchsorted(sums_V, uniform * sums_V[-1], side="right"))
+
+
+def filtered_probabilities(logprobs_V: NDArray[np.float64], config: GenerateConfig) -> NDArray[np.float64]:
+    """(V,) what is drawn from at a temperature above 0; see `draw_from`."""
+    logits_V = np.asarray(logprobs_V, np.float64) / config.temperature
+    probabilities_V = np.exp(logits_V - logits_V.max())
+    probabilities_V[probabilities_V < config.min_p] = 0.0
+    if 0 < config.top_k < len(probabilities_V):
+        probabilities_V[probabilities_V < np.sort(probabilities_V)[-config.top_k]] = 0.0
+    probabilities_V /= probabilities_V.sum()
+    if config.top_p < 1:
+        falling_V = np.sort(probabilities_V)[::-1]
+        # The least probable token that is still needed to reach the mass.
+        last = min(int(np.searchsorted(np.cumsum(falling_V), config.top_p)), len(falling_V) - 1)
+        probabilities_V[probabilities_V < falling_V[last]] = 0.0
+    return probabilities_V / probabilities_V.sum()
