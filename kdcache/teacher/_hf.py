@@ -22,13 +22,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kdcache.config.capture import TeacherConfig
+from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import SelectionInfo, TeacherIdentity
 from kdcache.format.record import NO_TARGET, Distributions, TokenSequence
+from kdcache.teacher._hf_generate import own_end_ids, write_answers
 from kdcache.teacher.base import answer, check_sequences, first_line, no_positions, top_k_of
 from kdcache.teacher.batches import batches_by_length, groups_of_tokens
 from kdcache.teacher.checkpoint import check_model_name, short_name, weights_digest
+from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
+from kdcache.teacher.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,16 @@ class HfTeacher:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_sequences(sequences, self._identity)
         return self._score_all(self._model, sequences, k)
+
+    def generate(
+        self, prompts: Sequence[Prompt], config: GenerateConfig, tokenizer: Tokenizer, observe: Observe = lambda _: None
+    ) -> Iterator[Generated]:
+        """See `GeneratingTeacher`."""
+        if self._model is None:
+            raise TeacherError(f"the teacher {self._identity.model!r} is closed")
+        check_prompts(prompts, config, self._identity)
+        ending = Ending(config, tokenizer, end_tokens(config, tokenizer.end_ids, own_end_ids(self._model)))
+        return write_answers(self._model, prompts, ending, self._config.batch_tokens, observe)
 
     def close(self) -> None:
         """See `Teacher`."""

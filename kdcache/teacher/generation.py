@@ -116,7 +116,7 @@ class Ending:
     """Says where answers end; one for all answers of a call."""
 
     def __init__(self, config: GenerateConfig, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
-        self.end_ids, self.max_tokens, self.stop = end_ids, config.max_tokens, config.stop
+        self.config, self.end_ids = config, end_ids
         self._tokenizer = tokenizer
         self._vocab_size = tokenizer.identity.vocab_size
         # A token that shows has a character at least, so that a stop string has no more tokens than characters.
@@ -126,7 +126,7 @@ class Ending:
         """How an answer has ended with its last token: `stop`, `length`, or "" where it has not."""
         if token_ids[-1] in self.end_ids or self._completes_stop(token_ids):
             return "stop"
-        return "length" if len(token_ids) >= self.max_tokens else ""
+        return "length" if len(token_ids) >= self.config.max_tokens else ""
 
     def cut(self, token_ids: Sequence[int]) -> Generated:
         """An answer that an engine may have gone on with after its end, up to its end."""
@@ -137,11 +137,11 @@ class Ending:
         return Generated(np.array(token_ids, np.int32), "length")
 
     def _completes_stop(self, token_ids: Sequence[int]) -> bool:
-        if not self.stop:
+        if not self.config.stop:
             return False
         tail = token_ids[-self._num_tail :]
         before, after = self._text(tail[:-1]), self._text(tail)
-        return any(after.count(stop) > before.count(stop) for stop in self.stop)
+        return any(after.count(stop) > before.count(stop) for stop in self.config.stop)
 
     def _text(self, token_ids: Sequence[int]) -> str:
         # A model may have ids beyond its tokenizer's; they mean no text.

@@ -1,0 +1,141 @@
+"""Answers by `transformers`: prompts of like length at once, padded on the left, one token per step with a key-value cache.
+
+Not by the library's own `generate`: it draws a batch's tokens from one generator, so that an answer would hang on its
+neighbours, and takes sampling settings from the checkpoint (a repetition penalty, say) that nobody asked for here.
+
+Shape letters: B prompts of a batch, T their longest, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdcache.config.capture import GenerateConfig
+from kdcache.errors import TeacherError
+from kdcache.teacher.batches import batches_by_length
+from kdcache.teacher.generation import Ending, Generated, Observe, Prompt
+
+
+def own_end_ids(model: PreTrainedModel) -> int | list[int] | None:
+    """The ids after which the checkpoint's makers end an answer; a chat model may have several."""
+    generation = getattr(model, "generation_config", None)
+    end = None if generation is None else generation.eos_token_id
+    return getattr(model.config.get_text_config(), "eos_token_id", None) if end is None else end
+
+
+def write_answers(
+    model: PreTrainedModel, prompts: Sequence[Prompt], ending: Ending, batch_tokens: int, observe: Observe
+) -> Iterator[Generated]:
+    """The answers, in order, all at the end.
+
+    Args:
+        model: with a key-value cache.
+        prompts: checked.
+        ending: where answers end, and how tokens are drawn.
+        batch_tokens: most tokens, of prompts and answers, whose keys and values exist at once.
+        observe: told of each step.
+
+    Raises:
+        TeacherError: the model keeps no cache, gives NaN, or memory runs out.
+    """
+    answers: dict[int, Generated] = {}
+    lengths = [prompt.sequence.num_tokens + ending.config.max_tokens for prompt in prompts]
+    for batch in batches_by_length(lengths, batch_tokens):
+        try:
+            answers |= zip(batch, _write_batch(model, [prompts[index] for index in batch], ending, observe), strict=True)
+        except torch.OutOfMemoryError as error:
+            raise TeacherError(
+                f"the teacher ran out of memory while it wrote; make teacher.batch_tokens ({batch_tokens}) smaller"
+            ) from error
+    yield from (answers[index] for index in range(len(prompts)))
+
+
+@torch.inference_mode()
+def _write_batch(model: PreTrainedModel, prompts: Sequence[Prompt], ending: Ending, observe: Observe) -> list[Generated]:
+    ids_BT, mask_BT = _padded_on_the_left(prompts, model.device)
+    generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    cache: Any = None
+    while open_rows:
+        logits_BV, cache = _step(model, ids_BT, mask_BT, cache)
+        uniform_B = torch.stack([torch.rand((), dtype=torch.float64, generator=generator) for generator in generators])
+        drawn_B = draw_rows(logits_BV, ending.config, uniform_B.to(logits_BV.device))
+        for row, token_id in enumerate(drawn_B.tolist()):
+            if row in open_rows:
+                answers[row].append(token_id)
+        observe(len(open_rows))
+        open_rows = {row for row in open_rows if not ending.finish(answers[row])}
+        # A row that has ended goes on with what is drawn, unseen, until the batch's last one has.
+        ids_BT = drawn_B[:, None]
+        mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], dim=1)
+    return [ending.cut(answer) for answer in answers]
+
+
+def _step(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """(B, V) logits after the last token, and the cache that now holds all of them."""
+    known = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT, "past_key_values": cache, "use_cache": True}
+    if "position_ids" in known:
+        arguments["position_ids"] = (mask_BT.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+    if "logits_to_keep" in known:
+        arguments["logits_to_keep"] = 1
+    output = model(**arguments)
+    if getattr(output, "past_key_values", None) is None:
+        raise TeacherError(f"{type(model).__name__} keeps no key-value cache to write with; use teacher.backend vllm")
+    return output.logits[:, -1], output.past_key_values
+
+
+def draw_rows(logits_BV: Tensor, config: GenerateConfig, uniform_B: Tensor) -> Tensor:
+    """(B,) int64: `kdcache.teacher.generation.draw_from` for each row, which is the definition.
+
+    Args:
+        logits_BV: of any float type.
+        config: sampling.
+        uniform_B: (B,) float64 in [0, 1).
+
+    Raises:
+        TeacherError: a logit is NaN.
+    """
+    logits_BV = logits_BV.double()
+    if logits_BV.isnan().any():
+        raise TeacherError(
+            "the teacher gave NaN while it wrote; float16 overflows in many models: set teacher.dtype to bfloat16"
+        )
+    if config.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    logits_BV = logits_BV / config.temperature
+    probabilities_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).exp()
+    probabilities_BV = _drop_below(probabilities_BV, torch.tensor(config.min_p, dtype=torch.float64))
+    if 0 < config.top_k < probabilities_BV.shape[-1]:
+        probabilities_BV = _drop_below(probabilities_BV, probabilities_BV.topk(config.top_k).values[:, -1:])
+    probabilities_BV = probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
+    if config.top_p < 1:
+        falling_BV = probabilities_BV.sort(descending=True).values
+        asked_B1 = torch.full_like(falling_BV[:, :1], config.top_p)
+        last_B1 = torch.searchsorted(falling_BV.cumsum(dim=-1), asked_B1).clamp(max=falling_BV.shape[-1] - 1)
+        probabilities_BV = _drop_below(probabilities_BV, falling_BV.gather(-1, last_B1))
+    sums_BV = probabilities_BV.cumsum(dim=-1)
+    return torch.searchsorted(sums_BV, uniform_B[:, None] * sums_BV[:, -1:], right=True)[:, 0]
+
+
+def _drop_below(probabilities_BV: Tensor, least: Tensor) -> Tensor:
+    return torch.where(probabilities_BV < least.to(probabilities_BV.device), 0.0, probabilities_BV)
+
+
+def _padded_on_the_left(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, T) int64 ids and (B, T) int64 mask, 1 where there is a token."""
+    longest = max(prompt.sequence.num_tokens for prompt in prompts)
+    ids_BT = torch.zeros((len(prompts), longest), dtype=torch.int64)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        start = longest - prompt.sequence.num_tokens
+        ids_BT[row, start:] = torch.from_numpy(prompt.sequence.input_ids_N.astype("int64"))
+        mask_BT[row, start:] = 1
+    return ids_BT.to(device), mask_BT.to(device)
