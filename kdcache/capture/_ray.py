@@ -215,7 +215,7 @@ def _connect(run: RunConfig) -> bool:
 def _actor_maker(job: Job) -> Any:
     """What makes one more actor. It asks for as many GPUs as its teacher needs, on a cluster that has any."""
     teacher = job.config.teacher
-    has_gpus = teacher.backend != "fake" and ray.cluster_resources().get("GPU", 0) > 0
+    has_gpus = teacher.backend not in ("fake", "served") and ray.cluster_resources().get("GPU", 0) > 0
     options = {"num_cpus": 1, "num_gpus": teacher.tensor_parallel_size if has_gpus else 0}
     kind: Any = ray.remote(CaptureWorker)
     plan = ray.put(job.plan)  # once per machine, however many actors there are

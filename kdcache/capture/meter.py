@@ -12,7 +12,7 @@ from kdcache.format.manifest import SkippedSequence, UnitAccount
 
 def gpus_held(teacher: TeacherConfig) -> int:
     """GPUs that the teacher's engine holds here; 0 where none can be read."""
-    return 0 if teacher.backend == "fake" else min(teacher.tensor_parallel_size, _nvml.num_gpus())
+    return 0 if teacher.backend in ("fake", "served") else min(teacher.tensor_parallel_size, _nvml.num_gpus())
 
 
 def start_meter(num_gpus: int) -> Callable[[Sequence[SkippedSequence]], UnitAccount]:

@@ -23,12 +23,13 @@ _TEACHERS = {
     "fake": "kdcache.teacher.fake:FakeTeacher",
     "transformers": "kdcache.teacher._hf:HfTeacher",
     "vllm": "kdcache.teacher._vllm:VllmTeacher",
+    "served": "kdcache.teacher._served:ServedTeacher",
 }
 _TOKENIZERS = {
     "fake": "kdcache.teacher.fake:FakeTokenizer",
     "transformers": "kdcache.teacher._hf_tokenizer:HfTokenizer",
 }
-_PACKAGES = {"fake": (), "transformers": ("torch", "transformers"), "vllm": ("vllm",)}
+_PACKAGES = {"fake": (), "transformers": ("torch", "transformers"), "vllm": ("vllm",), "served": ("httpx2",)}
 """What each backend needs; the extra that brings it has the backend's name."""
 
 

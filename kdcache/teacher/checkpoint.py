@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from kdcache.errors import TeacherError
+from kdcache.teacher.hub_cache import cached_commit, snapshot_folder
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+TRAINING_FILES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+"""How the names of files begin that a trainer leaves beside the weights, with the same endings."""
+
+MEANING_FILES = frozenset(
+    {"config.json", "params.json", "adapter_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"}
+)
+"""Files that say what the weights are to be taken for: shapes, rope, quantisation, an adapter's scale."""
+
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
 
 
 def check_model_name(model: str) -> None:
@@ -34,17 +46,66 @@ def short_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else model
 
 
-def weights_digest(model: str) -> str | None:
-    """SHA-256 over the names and SHA-256 of a local folder's weight files and config.json; None for a hub id.
+def config_fields(model: str, revision: str | None = None) -> dict[str, Any]:
+    """The config.json of a local folder, or of a hub id that has been downloaded; empty where there is none to be read."""
+    folder = Path(model) if Path(model).is_dir() else snapshot_folder(model, revision)
+    try:
+        fields = json.loads((folder / CONFIG_FILE).read_text("utf-8")) if folder is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
-    Reads every byte of the weights: seconds per ten gigabytes.
+
+def resolved_revision(model: str, revision: str | None, loaded: str | None = None) -> str | None:
+    """Which commit of a hub id is meant; None for a local folder.
+
+    Args:
+        model: hub id or folder.
+        revision: what the user asked for: branch, tag, commit, or None for the default branch.
+        loaded: the commit that the library which loaded the model names, where it does.
+
+    Returns:
+        The commit where it can be told, else what was asked for.
+    """
+    if Path(model).is_dir():
+        return None
+    return loaded or cached_commit(model, revision) or revision
+
+
+def weights_digest(model: str) -> str | None:
+    """SHA-256 over the names and SHA-256 of a local folder's files that decide what the model computes; None for a hub id.
+
+    These are: weights of all formats, shards and adapters, the files that say what they mean, and code of the model's own. Of
+    an adapter also the model that it is based upon. Reads every byte of the weights: seconds per ten gigabytes.
     """
     folder = Path(model)
     if not folder.is_dir():
         return None
-    files = [path for path in folder.iterdir() if path.name == CONFIG_FILE or path.suffix in WEIGHT_SUFFIXES]
-    hasher = hashlib.sha256(b"kdcache.weights.v1\0")
-    for path in sorted(files, key=lambda path: path.name):
+    digest, base = _folder_digest(folder), _adapted_model(folder)
+    if base is None:
+        return digest
+    of_base = _folder_digest(Path(base)) if Path(base).is_dir() else cached_commit(base)
+    return hashlib.sha256(f"kdcache.adapter.v1\0{digest}\0{of_base}".encode()).hexdigest()
+
+
+def _folder_digest(folder: Path) -> str:
+    hasher = hashlib.sha256(b"kdcache.weights.v2\0")
+    for path in sorted(filter(_is_part_of_model, folder.iterdir()), key=lambda path: path.name):
         with path.open("rb") as file:
             hasher.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return hasher.hexdigest()
+
+
+def _is_part_of_model(path: Path) -> bool:
+    if not path.is_file() or path.name.startswith(TRAINING_FILES):
+        return False
+    return path.name in MEANING_FILES or path.suffix in (*WEIGHT_SUFFIXES, ".py")
+
+
+def _adapted_model(folder: Path) -> str | None:
+    """Hub id or folder of the model that an adapter in the folder belongs to; None where there is no adapter."""
+    try:
+        named = json.loads((folder / ADAPTER_FILE).read_text("utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return named if isinstance(named, str) and named else None

@@ -1,0 +1,105 @@
+"""What the config says of a served teacher, checked; and what has to come from config, model folder or server. No sockets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from kdcache.config.capture import ServerConfig, TeacherConfig
+from kdcache.errors import ConfigError
+
+ENGINE_SETTINGS = ("engine_options", "tensor_parallel_size", "route", "num_threads")
+"""Settings of an engine that we start."""
+
+
+def refuse_settings(config: TeacherConfig) -> None:
+    """Raise ConfigError for an address that is none or tells a secret, and for settings of an engine that is not ours."""
+    address = str(config.server.url)
+    try:
+        url = urlsplit(address)
+        is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError as error:
+        raise ConfigError(f"teacher.server.url is {address!r}: {error}; expected one such as http://host:8000/v1") from error
+    if not is_address:
+        raise ConfigError(f"teacher.server.url is {address!r}, expected one such as http://host:8000/v1")
+    if url.username or url.password or url.query or url.fragment:
+        raise ConfigError(
+            "teacher.server.url holds a user name, a password or parameters, which the cache's manifest would show; a key goes "
+            "into an environment variable, named by teacher.server.api_key_env"
+        )
+    ours = TeacherConfig(model=config.model)
+    for name in ENGINE_SETTINGS:
+        value = getattr(config, name)
+        if value != getattr(ours, name):
+            raise ConfigError(f"teacher.{name} is {value!r}, but a server's engine is not ours to set; leave it out")
+
+
+def api_key(server: ServerConfig) -> str | None:
+    """The key for the server; raises ConfigError where it is named but not there."""
+    if server.api_key_env is None:
+        return None
+    key = os.environ.get(server.api_key_env, "").strip()
+    if not key:
+        raise ConfigError(f"teacher.server.api_key_env: the environment variable {server.api_key_env!r} is not set or is empty")
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(f"teacher.server.api_key_env: the variable {server.api_key_env!r} holds what no HTTP header can")
+    return key
+
+
+def choose_card(listed: Any, server: ServerConfig) -> dict[str, Any]:
+    """The entry of /v1/models that is the teacher.
+
+    Raises:
+        ConfigError: it is not there, or there are several and none is named.
+    """
+    data = listed.get("data") if isinstance(listed, Mapping) else None
+    cards = [card for card in data or [] if isinstance(card, dict) and isinstance(card.get("id"), str)]
+    names = ", ".join(repr(card["id"]) for card in cards) or "no model"
+    found = [card for card in cards if server.model in (None, card["id"])]
+    if not found:
+        wanted = "" if server.model is None else f".model is {server.model!r}, but the server"
+        raise ConfigError(f"teacher.server{wanted} {server.url} serves {names}")
+    if len(found) > 1:
+        raise ConfigError(f"teacher.server.model is not given, and the server {server.url} serves {names}; name the teacher")
+    return found[0]
+
+
+def name_for_identity(served: str) -> str:
+    """A model's name on its server. Of a path, which is the machine's affair, the last part."""
+    return served.rstrip("/").rpartition("/")[2] if served.startswith("/") else served
+
+
+def vocab_size_of(config: TeacherConfig, model_fields: Mapping[str, Any]) -> int:
+    """Ids that the server's distributions range over; raises ConfigError where nobody says.
+
+    Args:
+        config: may state it.
+        model_fields: the model's config.json.
+    """
+    stated = config.server.vocab_size or (model_fields.get("text_config") or model_fields).get("vocab_size")
+    if not isinstance(stated, int):
+        raise ConfigError(
+            f"teacher.server.vocab_size is not given, and no config.json of {config.model!r} is at hand that says it; "
+            "set it to the number of ids that the served model gives logits for"
+        )
+    return stated
+
+
+def context_length_of(server: ServerConfig, card: Mapping[str, Any]) -> int:
+    """Most tokens of a sequence; raises ConfigError where nobody says.
+
+    Args:
+        server: may state it.
+        card: the server's entry for the model. vLLM gives `max_model_len`, in which a generated token needs a place.
+    """
+    if server.context_length is not None:
+        return server.context_length
+    stated = card.get("max_model_len")
+    if not isinstance(stated, int) or stated < 2:
+        raise ConfigError(
+            f"teacher.server.context_length is not given, and the server {server.url} does not say it; "
+            "set it to the most tokens of a sequence that it reads"
+        )
+    return stated - 1
