@@ -104,6 +104,30 @@ class GenerationInfo(msgspec.Struct, frozen=True, kw_only=True):
     last_answer: str
 
 
+class FeatureInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Hidden states of one layer, kept beside the distributions.
+
+    Attributes:
+        name: of the feature, unique in the cache: letters, digits and underscores.
+        layer: 0 for what the embeddings give, i for what layer i gives, counted from 1; of the last one after the final norm,
+            where the output projection takes it.
+        size: H, numbers per row.
+        dtype: `float16`, or `int8` with a scale per row.
+        pooling: `none`, a row for each supervised position; `mean` over them, or `last`, the state at the last of them: one row
+            for the sequence, zeros where none is supervised.
+    """
+
+    name: str
+    layer: int
+    size: int
+    dtype: str = "float16"
+    pooling: str = "none"
+
+    def num_rows(self, num_positions: int) -> int:
+        """R, rows of a sequence with so many supervised positions."""
+        return num_positions if self.pooling == "none" else 1
+
+
 class CodecInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The codec's id and its parameters, as `get_codec` takes them."""
 
@@ -126,6 +150,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     codec: CodecInfo
     input_fingerprint: str
     seeds: dict[str, int] = {}
+    features: tuple[FeatureInfo, ...] = ()
     generation: GenerationInfo | None = None
 
     def differences(self, other: Identity) -> list[str]:

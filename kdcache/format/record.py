@@ -9,7 +9,8 @@ Position t is the place where the model has read tokens 0..t; its distribution i
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +88,8 @@ class Distributions:
         log_z_PT: (P, T) float32, nats, for each of the T further temperatures of the selection the log of the sum over the
             vocabulary of p^(1/temperature), so that p^(1/temperature) / exp(log_z) is the distribution there; None for no T.
         entropy_P: (P,) float32, nats, of the whole distribution; None where it is not kept.
+        features: name -> (P, H) float32, the teacher's hidden states at the positions, or (1, H) where they are pooled; see
+            `FeatureInfo`. Empty, as a rule.
     """
 
     token_ids_E: NDArray[np.int32]
@@ -97,6 +100,7 @@ class Distributions:
     num_exact_P: NDArray[np.int64] | None = None
     log_z_PT: NDArray[np.float32] | None = None
     entropy_P: NDArray[np.float32] | None = None
+    features: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def num_positions(self) -> int:

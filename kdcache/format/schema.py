@@ -14,7 +14,7 @@ import pyarrow as pa
 import xxhash
 
 from kdcache.errors import CorruptCacheError, UnsupportedVersionError
-from kdcache.format.manifest import FORMAT_NAME, FORMAT_VERSION, CodecInfo, SelectionInfo
+from kdcache.format.manifest import FORMAT_NAME, FORMAT_VERSION, CodecInfo, FeatureInfo, SelectionInfo
 from kdcache.format.record import KEY_BYTES
 
 METADATA_KEY = b"kdcache"
@@ -68,6 +68,7 @@ class ShardMetadata(msgspec.Struct, frozen=True, kw_only=True):
     digest_columns: tuple[str, ...]
     alignment: str = "position t has read tokens 0..t and predicts token t+1"
     digest: str = DIGEST_KIND
+    features: tuple[FeatureInfo, ...] = ()
 
 
 def shard_schema(
@@ -78,12 +79,15 @@ def shard_schema(
     selection: SelectionInfo,
     codec: CodecInfo,
     has_finish: bool = False,
+    features: tuple[FeatureInfo, ...] = (),
 ) -> pa.Schema:
-    """The schema of a shard written with this codec, its metadata included."""
+    """The schema of a shard written with this codec, its metadata included; `codec_fields` with the features' behind them."""
     columns = [*SEQUENCE_FIELDS, *[FINISH_FIELD] * has_finish, *codec_fields]
     fields = [*columns, pa.field(DIGEST, pa.uint64(), nullable=False)]
     names = tuple(field.name for field in columns)
-    metadata = ShardMetadata(unit=unit, vocab_size=vocab_size, selection=selection, codec=codec, digest_columns=names)
+    metadata = ShardMetadata(
+        unit=unit, vocab_size=vocab_size, selection=selection, codec=codec, digest_columns=names, features=features
+    )
     return pa.schema(fields, metadata={METADATA_KEY: msgspec.json.encode(metadata, order="sorted")})
 
 

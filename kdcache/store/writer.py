@@ -17,7 +17,8 @@ import msgspec
 import pyarrow as pa
 
 from kdcache.codec import get_codec
-from kdcache.errors import CaptureError, CorruptCacheError, KdcacheError
+from kdcache.codec.features import check_features, feature_fields
+from kdcache.errors import CaptureError, CorruptCacheError, FormatError, KdcacheError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, UnitAccount, shard_to_json
 from kdcache.format.record import SequenceRecord
@@ -171,10 +172,10 @@ class CacheWriter:
     def _write_shard(self, temp: Path, unit: int, records: Iterable[SequenceRecord]) -> ShardStatistics:
         identity = self._first.identity
         vocab_size = identity.teacher.vocab_size
-        fields = self._codec.fields()
+        fields = [*self._codec.fields(), *feature_fields(identity.features)]
         schema = shard_schema(
             fields, unit=unit, vocab_size=vocab_size, selection=identity.selection, codec=identity.codec,
-            has_finish=identity.generation is not None,
+            has_finish=identity.generation is not None, features=identity.features,
         )  # fmt: skip
         statistics = ShardStatistics(vocab_size)
         with pa.OSFile(str(temp), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -185,15 +186,24 @@ class CacheWriter:
                 writer.write_batch(batch)
         return statistics
 
+    def _check_features(self, record: SequenceRecord) -> None:
+        distributions = record.distributions
+        try:
+            check_features(distributions.features, self._first.identity.features, distributions.num_positions)
+        except FormatError as error:
+            raise CaptureError(f"{record.sequence.source}: {error}; the record cannot be stored") from error
+
     def _groups(self, records: Iterable[SequenceRecord], statistics: ShardStatistics) -> Iterator[list[SequenceRecord]]:
         group: list[SequenceRecord] = []
         num_bytes = 0
         for record in records:
             check_record(record, vocab_size=statistics.vocab_size, fixed_entries=self._fixed)
+            self._check_features(record)
             statistics.add(record)
             if not statistics.is_finite:
                 raise CaptureError(f"{record.sequence.source}: a logprob or tail mass is NaN; the record cannot be stored")
             group.append(record)
+            num_bytes += sum(4 * values.size for values in record.distributions.features.values())
             num_bytes += 6 * record.distributions.num_entries + 8 * record.sequence.num_tokens
             if num_bytes >= self._record_batch_bytes:
                 yield group
