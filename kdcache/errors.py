@@ -15,6 +15,7 @@
     +-- LossError          (ValueError)     a loss that would be wrong for this record
     +-- TeacherError       (RuntimeError)   a model that does not load or answers wrongly
     +-- CaptureError       (RuntimeError)   a capture that could not finish; the cause is chained
+    +-- StorageError       (RuntimeError)   an object store that refuses access or does not answer
 
 A message is one sentence or two: what, which value, what was expected, what to do. The command line prints it and exits
 with status 2; anything that is not a KdcacheError is a bug of ours and is shown with its traceback.
@@ -74,3 +75,7 @@ class TeacherError(KdcacheError, RuntimeError):
 
 class CaptureError(KdcacheError, RuntimeError):
     """A capture could not finish; what is published stays published."""
+
+
+class StorageError(KdcacheError, RuntimeError):
+    """An object store refuses access, or gave no good answer by the deadline. Says nothing of the cache; try again later."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdcache.codec.base import ids_fit
-from kdcache.errors import CaptureError, FormatError, MismatchError, UnsupportedVersionError
+from kdcache.errors import CaptureError, ConfigError, FormatError, MismatchError, UnsupportedVersionError
 from kdcache.format import paths
 from kdcache.format.manifest import FORMAT_VERSION, Manifest
 from kdcache.format.record import FINISHES, ROLES, Distributions, SequenceRecord
 from kdcache.store import chain, fs
+from kdcache.store.location import Location
 
 MAX_ENTRIES = 2**16 - 1
 """Entries at one position, where the selection does not fix their number."""
@@ -18,8 +19,17 @@ MAX_SEQUENCE_ENTRIES = 2**30
 """Entries of one sequence: lists in a record batch have 31-bit offsets."""
 
 
-def refuse_foreign_directory(root: Path) -> None:
-    """Raise MismatchError unless a cache is there or may be made there: a capture asks before it loads a model."""
+def refuse_foreign_directory(root: Location) -> None:
+    """Raise MismatchError unless a cache is there or may be made there: a capture asks before it loads a model.
+
+    Raises:
+        ConfigError: a store in which no cache can be written.
+    """
+    if not isinstance(root, Path) and not root.can_create:
+        raise ConfigError(
+            f"{root}: a cache can be read from such a store but not written into it, as it cannot put an object "
+            "only where there is none; write to a disk, s3:// or gs://, and copy the cache there when it is complete"
+        )
     if root.exists() and not root.is_dir():
         raise MismatchError(f"output {str(root)!r} is a file; expected a directory for the cache")
     if not root.is_dir() or chain.manifest_numbers(root):
@@ -33,7 +43,7 @@ def refuse_foreign_directory(root: Path) -> None:
         )
 
 
-def refuse_other_capture(root: Path, theirs: Manifest, ours: Manifest) -> None:
+def refuse_other_capture(root: Location, theirs: Manifest, ours: Manifest) -> None:
     """Raise MismatchError, naming what differs, unless the cache that is there is the one that is to be written."""
     if theirs.format_version > FORMAT_VERSION:
         raise UnsupportedVersionError(
@@ -68,14 +78,14 @@ def check_record(record: SequenceRecord, *, vocab_size: int, fixed_entries: int 
         raise CaptureError(f"{record.sequence.source}: {problem}; the record cannot be stored")
 
 
-def _foreign_files(root: Path) -> list[str]:
+def _foreign_files(root: Location) -> list[str]:
     """Files where a cache's would be, with no manifest: a fold would sweep them as left over."""
     found = [path for name in paths.DIRECTORIES if (root / name).exists() for path in _listing(root / name)]
     foreign = [path for path in found if path.parent.name != paths.TMP or not fs.is_temp_name(path.name)]
-    return sorted(str(path.relative_to(root)) for path in foreign)
+    return sorted(str(path).removeprefix(f"{root}/") for path in foreign)
 
 
-def _listing(directory: Path) -> list[Path]:
+def _listing(directory: Location) -> list[Location]:
     return list(directory.iterdir()) if directory.is_dir() else [directory]
 
 

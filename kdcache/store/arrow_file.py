@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -17,6 +18,21 @@ from kdcache.errors import CorruptCacheError
 _FOOTER_DICTIONARIES, _FOOTER_RECORD_BATCHES = 2, 3
 _MESSAGE_HEADER, _RECORD_BATCH_COMPRESSION = 2, 3
 _BLOCK_BYTES = 24
+TRAILER_BYTES = 10
+"""Behind the footer: its length and the magic word."""
+
+
+class RecordBatchPlace(NamedTuple):
+    """Where a record batch's message starts in its file, and the bytes of its metadata and of its buffers."""
+
+    offset: int
+    metadata_bytes: int
+    body_bytes: int
+
+    @property
+    def stop(self) -> int:
+        """Where it ends."""
+        return self.offset + self.metadata_bytes + self.body_bytes
 
 
 def open_arrow_file(path: Path) -> pa.RecordBatchFileReader:
@@ -28,38 +44,64 @@ def open_arrow_file(path: Path) -> pa.RecordBatchFileReader:
     try:
         with pa.memory_map(str(path)) as file:
             data = file.read_buffer()
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptCacheError(f"{path}: cannot be read as an Arrow file: {error}") from error
+    return open_arrow_buffer(data, where=str(path))
+
+
+def open_arrow_buffer(data: pa.Buffer, *, where: str) -> pa.RecordBatchFileReader:
+    """The same for a file that is in memory."""
+    try:
         reader = pa.ipc.open_file(data)  # verifies the footer
         if _has_compression_or_dictionaries(memoryview(data)):
-            raise CorruptCacheError(f"{path}: has compressed buffers or dictionaries, which no file of a cache has")
+            raise CorruptCacheError(f"{where}: has compressed buffers or dictionaries, which no file of a cache has")
     except (pa.ArrowException, OSError, struct.error) as error:
-        raise CorruptCacheError(f"{path}: cannot be read as an Arrow file: {error}") from error
+        raise CorruptCacheError(f"{where}: cannot be read as an Arrow file: {error}") from error
     return reader
 
 
-def _has_compression_or_dictionaries(data: memoryview) -> bool:
-    (footer_bytes,) = struct.unpack_from("<i", data, len(data) - 10)
-    footer = data[len(data) - 10 - footer_bytes : len(data) - 10]
+def footer_bytes(data: memoryview) -> int:
+    """Bytes of the footer of the file that ends with these bytes; raises struct.error where there cannot be one."""
+    (num_bytes,) = struct.unpack_from("<i", data, len(data) - TRAILER_BYTES)
+    if num_bytes < 0:
+        raise struct.error("a footer of less than nothing")
+    return num_bytes
+
+
+def record_batch_places(data: memoryview) -> list[RecordBatchPlace] | None:
+    """From a file's last bytes, the footer among them: where its record batches are; None where there are dictionaries.
+
+    Raises:
+        struct.error: no Arrow footer.
+    """
+    footer = data[len(data) - TRAILER_BYTES - footer_bytes(data) : len(data) - TRAILER_BYTES]
     root = _follow(footer, 0)
     if _blocks(footer, _field(footer, root, _FOOTER_DICTIONARIES)):
-        return True
-    return any(_is_compressed(data[offset:]) for offset in _blocks(footer, _field(footer, root, _FOOTER_RECORD_BATCHES)))
+        return None
+    return _blocks(footer, _field(footer, root, _FOOTER_RECORD_BATCHES))
 
 
-def _blocks(footer: memoryview, field: int | None) -> list[int]:
-    """Where the messages of a vector of blocks start."""
+def _has_compression_or_dictionaries(data: memoryview) -> bool:
+    places = record_batch_places(data)
+    return places is None or any(is_compressed(data[place.offset :]) for place in places)
+
+
+def _blocks(footer: memoryview, field: int | None) -> list[RecordBatchPlace]:
+    """Where the messages of a vector of blocks are."""
     if field is None:
         return []
     vector = _follow(footer, field)
     (count,) = struct.unpack_from("<I", footer, vector)
     if count * _BLOCK_BYTES > len(footer):
         raise struct.error("more record batches than the footer has room for")
-    offsets = [struct.unpack_from("<q", footer, vector + 4 + i * _BLOCK_BYTES)[0] for i in range(count)]
-    if any(offset < 0 for offset in offsets):
-        raise struct.error("a record batch in front of the file")
-    return offsets
+    places = [RecordBatchPlace(*struct.unpack_from("<qi4xq", footer, vector + 4 + i * _BLOCK_BYTES)) for i in range(count)]
+    if any(min(place) < 0 for place in places):
+        raise struct.error("a record batch in front of the file, or of less than nothing")
+    return places
 
 
-def _is_compressed(message: memoryview) -> bool:
+def is_compressed(message: memoryview) -> bool:
+    """Whether a record batch's message says that its buffers are compressed."""
     (marker,) = struct.unpack_from("<I", message, 0)
     metadata = message[8 if marker == 0xFFFFFFFF else 4 :]
     header = _field(metadata, _follow(metadata, 0), _MESSAGE_HEADER)

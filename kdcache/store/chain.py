@@ -8,9 +8,10 @@ from kdcache.errors import CacheNotFoundError, CorruptCacheError, FormatError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, manifest_from_json, manifest_to_json, shard_from_json
 from kdcache.store import fs
+from kdcache.store.location import Location
 
 
-def manifest_numbers(root: Path) -> list[int]:
+def manifest_numbers(root: Location) -> list[int]:
     """Numbers of the manifests there are, ascending; empty where there is no cache."""
     directory = root / paths.MANIFESTS
     if not directory.is_dir():
@@ -18,20 +19,25 @@ def manifest_numbers(root: Path) -> list[int]:
     return sorted(n for n in (paths.parse_manifest_name(path.name) for path in directory.iterdir()) if n is not None)
 
 
-def read_manifest(root: Path, number: int) -> Manifest:
+def read_manifest(root: Location, number: int) -> Manifest:
     """One manifest, checked against its own digest.
 
     Raises:
         CorruptCacheError, UnsupportedVersionError: see `manifest_from_json`.
     """
     path = root / paths.manifest_name(number)
-    manifest = manifest_from_json(_read(path), where=str(path))
+    try:
+        manifest = manifest_from_json(_read(path), where=str(path))
+    except CorruptCacheError:
+        if isinstance(path, Path):
+            raise
+        manifest = manifest_from_json(_read(path), where=str(path))  # it may have been changed on its way here
     if manifest.number != number:
         raise CorruptCacheError(f"{path}: says it is manifest {manifest.number}")
     return manifest
 
 
-def newest_manifest(root: Path) -> Manifest:
+def newest_manifest(root: Location) -> Manifest:
     """The manifest with the highest number.
 
     Raises:
@@ -40,18 +46,18 @@ def newest_manifest(root: Path) -> Manifest:
     numbers = manifest_numbers(root)
     if not numbers:
         what = "there is no such directory" if not root.is_dir() else "it holds no manifests/"
-        raise CacheNotFoundError(f"no cache at {str(root)!r}: {what}; expected a directory that `kdcache capture` wrote")
+        raise CacheNotFoundError(f"no cache at {str(root)!r}: {what}; expected what `kdcache capture` wrote")
     return read_manifest(root, numbers[-1])
 
 
-def add_manifest(root: Path, manifest: Manifest) -> bool:
+def add_manifest(root: Location, manifest: Manifest) -> bool:
     """Publish a manifest; False if another writer has published one of that number first."""
     added = fs.publish_new(root, manifest_to_json(manifest), paths.manifest_name(manifest.number))
     fs.reached("manifest published")
     return added
 
 
-def read_journal_record(path: Path) -> ShardInfo:
+def read_journal_record(path: Location) -> ShardInfo:
     """One journal record, checked against its own digest and its name.
 
     Raises:
@@ -63,7 +69,7 @@ def read_journal_record(path: Path) -> ShardInfo:
     return shard
 
 
-def check_journal(root: Path) -> list[str]:
+def check_journal(root: Location) -> list[str]:
     """What is wrong with the journal, a sentence for each damaged record. A cache can do without its journal."""
     problems: list[str] = []
     directory = root / paths.JOURNAL
@@ -78,7 +84,7 @@ def check_journal(root: Path) -> list[str]:
     return problems
 
 
-def check_chain(root: Path) -> list[str]:
+def check_chain(root: Location) -> list[str]:
     """What is wrong with the chain, a sentence each; empty when every manifest is whole and names its parent."""
     problems: list[str] = []
     parent: str | None = None
@@ -95,7 +101,7 @@ def check_chain(root: Path) -> list[str]:
     return problems
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Location) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

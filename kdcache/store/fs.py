@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all. The only module that writes to a cache's directory.
+"""Files that appear whole or not at all, on a disk or in an object store. The only module that writes to a cache.
 
 Every step of publishing calls `reached(name)`; the crash tests kill the process there.
 """
@@ -12,11 +12,13 @@ import os
 import re
 import secrets
 import socket
+import tempfile
 import time
 from pathlib import Path
 
 from kdcache.errors import CaptureError
 from kdcache.format import paths
+from kdcache.store.location import Location
 
 ABANDONED_SECONDS = 24 * 3600
 """A temp file of a writer elsewhere (another machine or container) is swept when nothing was written to it for so long."""
@@ -41,13 +43,31 @@ FAULT_POINTS = (
 )
 """The names that `reached` is called with, in about the order a capture meets them."""
 
+REMOTE_FAULT_POINTS = (
+    "temp file written",
+    "object uploaded",
+    "shard published",
+    "object put",
+    "journal published",
+    "index published",
+    "object created",
+    "manifest published",
+    "swept one",
+)
+"""Those of a capture into an object store."""
+
+BLOCK_FAULT_POINTS = ("block written", "block evicted")
+"""Those of the block cache."""
+
 
 def reached(point: str) -> None:
     """Called at each fault point; does nothing. Crash tests put something deadly in its place."""
 
 
-def make_directories(root: Path) -> None:
+def make_directories(root: Location) -> None:
     """The cache's directories, made where they are missing."""
+    if not isinstance(root, Path):
+        return
     missing = [path for path in (root, *root.parents) if not path.exists()]
     try:
         for name in paths.DIRECTORIES:
@@ -59,15 +79,31 @@ def make_directories(root: Path) -> None:
     reached("directories made")
 
 
-def temp_path(root: Path) -> Path:
-    """A private name in tmp/ of the same file system; carries host and pid, so that a dead writer's files can be told."""
+def make_directory(root: Location, name: str) -> None:
+    """One more directory of a cache; object stores need none."""
+    if isinstance(root, Path):
+        (root / name).mkdir(exist_ok=True)
+        sync_directory(root)
+
+
+def temp_path(root: Location) -> Path:
+    """A private name in tmp/ of the same file system, or, for an object store, in a local folder."""
+    return _temp_folder(root) / temp_name()
+
+
+def temp_name() -> str:
+    """A name that nobody had before; carries host and pid, so that a dead writer's files can be told."""
     # The token: in a restarted container host and pid come back, and a name used again could be a dead writer's file that is
     # still hard-linked to a published manifest; writing into that one would write into the manifest.
-    return root / paths.TMP / f"{_host()}-{os.getpid()}-{_process_token}.{next(_temp_numbers)}"
+    return f"{_host()}-{os.getpid()}-{_process_token}.{next(_temp_numbers)}"
 
 
-def publish_file(root: Path, temp: Path, name: str) -> None:
+def publish_file(root: Location, temp: Path, name: str) -> None:
     """Give a written temp file its final, content-derived name. An equal file of that name is replaced by its equal."""
+    if not isinstance(root, Path):
+        (root / name).upload(temp)
+        reached("object uploaded")
+        return
     sync_file(temp)
     reached("temp file synced")
     os.replace(temp, root / name)
@@ -76,8 +112,12 @@ def publish_file(root: Path, temp: Path, name: str) -> None:
     reached("renamed and synced")
 
 
-def publish_bytes(root: Path, data: bytes, name: str) -> None:
+def publish_bytes(root: Location, data: bytes, name: str) -> None:
     """Write bytes under a final name, whole or not at all; replaces."""
+    if not isinstance(root, Path):
+        (root / name).write_bytes(data)
+        reached("object put")
+        return
     temp = temp_path(root)
     try:
         _write_temp(temp, data)
@@ -86,12 +126,16 @@ def publish_bytes(root: Path, data: bytes, name: str) -> None:
         temp.unlink(missing_ok=True)
 
 
-def publish_new(root: Path, data: bytes, name: str) -> bool:
+def publish_new(root: Location, data: bytes, name: str) -> bool:
     """Write bytes under a final name unless a file of that name exists; whole or not at all.
 
     Returns:
-        False if the name is taken; that file is left as it is.
+        False if the name is taken; that file is left as it is. (In an object store: taken by other bytes.)
     """
+    if not isinstance(root, Path):
+        created = (root / name).create(data)
+        reached("object created")
+        return created
     temp = temp_path(root)
     try:
         _write_temp(temp, data)
@@ -132,11 +176,11 @@ def sync_directory(path: Path) -> None:
     sync_file(path)
 
 
-def sweep_temp_files(root: Path) -> int:
+def sweep_temp_files(root: Location) -> int:
     """Delete temp files whose writer is gone. Returns how many."""
     swept = 0
-    for path in (root / paths.TMP).iterdir():
-        if _is_abandoned(path):
+    for path in _temp_folder(root).iterdir():
+        if is_abandoned(path):
             path.unlink(missing_ok=True)
             swept += 1
             reached("swept one")
@@ -148,7 +192,8 @@ def is_temp_name(base_name: str) -> bool:
     return _TEMP.fullmatch(base_name) is not None
 
 
-def _is_abandoned(path: Path) -> bool:
+def is_abandoned(path: Path) -> bool:
+    """Whether this is a temp file of a writer that is gone."""
     match = _TEMP.fullmatch(path.name)
     if match is None:
         return False
@@ -159,6 +204,16 @@ def _is_abandoned(path: Path) -> bool:
         except FileNotFoundError:
             return False
     return token != _process_token if pid == os.getpid() else not _is_running(pid)
+
+
+def _temp_folder(root: Location) -> Path:
+    if isinstance(root, Path):
+        return root / paths.TMP
+    spool = root.config.spool_dir
+    # By user: where several share a machine, the first one's folder would be closed to the others.
+    folder = Path(spool) if spool is not None else Path(tempfile.gettempdir()) / f"kdcache-spool-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 def _host() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +18,27 @@ from kdcache.format import paths
 from kdcache.format.manifest import IndexInfo, Manifest, ShardInfo
 from kdcache.format.schema import INDEX_SCHEMA
 from kdcache.store import fs
-from kdcache.store.arrow_file import open_arrow_file
+from kdcache.store.arrow_file import open_arrow_buffer, open_arrow_file
+from kdcache.store.location import Location, each
+from kdcache.store.remote_file import open_columns
+from kdcache.store.remote_read import read_content
 
 _log = logging.getLogger(__name__)
+
+_SOURCES = ("key", "input_ids", "supervised")
+"""The columns of a shard that its rows in the index are made of."""
 
 ROWS_PER_RECORD_BATCH = 2**20
 """The index's own record batches: as many as its length makes necessary, however many shards there are."""
 
 
-def publish_index(root: Path, manifest: Manifest, new: Sequence[ShardInfo]) -> IndexInfo:
+def publish_index(root: Location, manifest: Manifest, new: Sequence[ShardInfo]) -> IndexInfo:
     """Publish the index of a snapshot and some shards that it does not have yet. Equal to one made from all shards anew.
 
     Raises:
         CorruptCacheError: a shard is missing or no Arrow file any more.
     """
-    table = _sorted_by_unit([_known_rows(root, manifest), *(_shard_rows(root, shard) for shard in new)])
+    table = _sorted_by_unit([_known_rows(root, manifest), *each(partial(_shard_rows, root), new, root)])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
         for batch in table.to_batches(max_chunksize=ROWS_PER_RECORD_BATCH):
@@ -43,17 +50,17 @@ def publish_index(root: Path, manifest: Manifest, new: Sequence[ShardInfo]) -> I
     return IndexInfo(name=paths.index_name(sha256), sha256=sha256)
 
 
-def index_of_shards(root: Path, shards: Iterable[ShardInfo]) -> pa.Table:
+def index_of_shards(root: Location, shards: Iterable[ShardInfo]) -> pa.Table:
     """The index of some shards, read from their small columns alone: what `publish_index` must come to.
 
     Raises:
         CorruptCacheError: a shard is missing or no Arrow file any more.
     """
-    return _sorted_by_unit([_shard_rows(root, shard) for shard in shards])
+    return _sorted_by_unit(list(each(partial(_shard_rows, root), shards, root)))
 
 
-def open_index(root: Path, info: IndexInfo | None) -> pa.Table:
-    """The index, memory-mapped; an empty table where the manifest has none.
+def open_index(root: Location, info: IndexInfo | None) -> pa.Table:
+    """The index, memory-mapped where it is on a disk or kept in a folder for blocks; an empty table where there is none.
 
     Raises:
         CorruptCacheError: missing, damaged, or not of the schema.
@@ -62,10 +69,7 @@ def open_index(root: Path, info: IndexInfo | None) -> pa.Table:
         return INDEX_SCHEMA.empty_table()
     path = root / info.name
     try:
-        # The whole file is hashed at each opening: 36 bytes per sequence, and every place in the data hangs on it.
-        if fs.sha256_of(path) != info.sha256:
-            raise CorruptCacheError(f"{path}: its SHA-256 is not the one in the manifest; the index is damaged")
-        table = open_arrow_file(path).read_all()
+        table = _index_file(path, info.sha256).read_all()
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise CorruptCacheError(f"{path}: cannot be read: {error}") from error
@@ -76,7 +80,16 @@ def open_index(root: Path, info: IndexInfo | None) -> pa.Table:
     return table
 
 
-def _known_rows(root: Path, manifest: Manifest) -> pa.Table:
+def _index_file(path: Location, sha256: str) -> pa.RecordBatchFileReader:
+    if not isinstance(path, Path):
+        return open_arrow_buffer(read_content(path, sha256), where=str(path))
+    # The whole file is hashed at each opening: 36 bytes per sequence, and every place in the data hangs on it.
+    if fs.sha256_of(path) != sha256:
+        raise CorruptCacheError(f"{path}: its SHA-256 is not the one in the manifest; the index is damaged")
+    return open_arrow_file(path)
+
+
+def _known_rows(root: Location, manifest: Manifest) -> pa.Table:
     """The rows of a snapshot's own index; read from its shards where the index is damaged."""
     try:
         table = open_index(root, manifest.index)
@@ -95,9 +108,11 @@ def _sorted_by_unit(tables: list[pa.Table]) -> pa.Table:
     return table.take(pa.array(order)).combine_chunks()
 
 
-def _shard_rows(root: Path, shard: ShardInfo) -> pa.Table:
+def _shard_rows(root: Location, shard: ShardInfo) -> pa.Table:
+    path = root / shard.name
     try:
-        return pa.Table.from_batches(_file_rows(open_arrow_file(root / shard.name), shard.unit), INDEX_SCHEMA)
+        file = open_arrow_file(path) if isinstance(path, Path) else open_columns(path, shard.num_bytes, _SOURCES)
+        return pa.Table.from_batches(_file_rows(file, shard.unit), INDEX_SCHEMA)
     except (pa.ArrowException, OSError, KeyError, IndexError) as error:
         raise CorruptCacheError(f"{root / shard.name}: cannot be read: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Reading a cache: any sequence by number, memory-mapped, its digest checked on every read."""
+"""Reading a cache: any sequence by number, memory-mapped or by byte ranges, its digest checked on every read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,8 +16,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
-from kdcache.codec.features import feature_fields
 from kdcache.codec.base import Codec
+from kdcache.codec.features import feature_fields
+from kdcache.config.remote import RemoteConfig
 from kdcache.errors import CorruptCacheError, MismatchError, UnsupportedVersionError
 from kdcache.format import paths
 from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
@@ -25,6 +27,9 @@ from kdcache.format.schema import FINISH_FIELD, ShardMetadata, shard_metadata, s
 from kdcache.store import chain
 from kdcache.store.arrow_file import open_arrow_file
 from kdcache.store.index import open_index
+from kdcache.store.location import Location, locate
+from kdcache.store.look_ahead import LookAhead
+from kdcache.store.remote_read import RemoteFile
 from kdcache.store.rows import BatchReader, EncodedRecord
 
 OPEN_BATCHES = 256
@@ -34,18 +39,20 @@ OPEN_BATCHES = 256
 _readers: weakref.WeakSet[CacheReader] = weakref.WeakSet()
 
 
-def open_cache(path: str | Path, *, verify: bool = True) -> CacheReader:
+def open_cache(path: str | Path, *, verify: bool = True, remote: RemoteConfig | None = None) -> CacheReader:
     """Open the newest snapshot of a cache.
 
     Args:
-        path: the cache's directory.
+        path: the cache's directory, or its URI: `file://`, `s3://`, `gs://`, `hf://` or `memory://`.
         verify: check each row's digest on every read. Costs a tenth of the reading speed; turn it off only to measure that.
+        remote: how an object store is reached, and where what is read from it is kept.
 
     Raises:
         CacheNotFoundError: there is no cache at the path.
         CorruptCacheError, UnsupportedVersionError: the manifest or the index cannot be read.
+        StorageError: the store is out of reach. ConfigError: an unknown scheme, or a folder for blocks that cannot be used.
     """
-    root = Path(path)
+    root = locate(path, remote)
     return CacheReader(root, chain.newest_manifest(root), verify=verify)
 
 
@@ -60,7 +67,7 @@ class CacheReader:
         num_positions_S: (S,) uint32, supervised positions of each sequence, from the index.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, *, verify: bool = True) -> None:
+    def __init__(self, root: Location, manifest: Manifest, *, verify: bool = True) -> None:
         self.root, self.manifest, self._verify = root, manifest, verify
         self._codec = _codec_of(manifest, root)
         table = open_index(root, manifest.index)
@@ -73,8 +80,9 @@ class CacheReader:
                 f"{root}: the index has {len(table)} sequences, the manifest {manifest.total('num_sequences')}"
             )
         self._shards = {shard.unit: shard for shard in manifest.shards}
-        self._files: dict[int, tuple[pa.RecordBatchFileReader, ShardMetadata]] = {}
+        self._files: dict[int, tuple[pa.RecordBatchFileReader | RemoteFile, ShardMetadata]] = {}
         self._batches: OrderedDict[tuple[int, int], BatchReader] = OrderedDict()
+        self._ahead = None if isinstance(root, Path) else LookAhead(root, self._shards, table)
         self._lock = threading.Lock()
         _readers.add(self)
 
@@ -98,6 +106,16 @@ class CacheReader:
         """The same with its entries not decoded yet; raises as `reader[number]` does."""
         if not -len(self) <= number < len(self):
             raise IndexError(f"sequence {number} of a cache of {len(self)}")
+        if self._ahead is None:
+            return self._encoded(number)
+        try:
+            return self._encoded(number)
+        except CorruptCacheError:
+            # The bytes may have been changed on their way here: the store itself is asked once more.
+            self._forget(number)
+            return self._encoded(number)
+
+    def _encoded(self, number: int) -> EncodedRecord:
         unit, batch, row = self.place(number)
         reader = self.record_batch(unit, batch)
         where = f"{self.root / self._shards[unit].name}: record batch {batch}"
@@ -132,19 +150,44 @@ class CacheReader:
         reader = self._open_batch(unit, number)
         with self._lock:
             self._batches[unit, number] = reader
-            while len(self._batches) > OPEN_BATCHES:
+            most = OPEN_BATCHES if self._ahead is None else self._ahead.most_open
+            while len(self._batches) > most:
                 self._batches.popitem(last=False)
         return reader
+
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        """Say which sequences are read next, in which order: their record batches are fetched by threads, as far as there is
+        room for them, and kept until they are read. Each call replaces the one before. Returns at once, and does nothing for a
+        cache on a disk."""
+        if self._ahead is not None:
+            self._ahead.prefetch(numbers)
+
+    def window_bytes(self, numbers: Iterable[int]) -> int:
+        """About how many bytes `prefetch(numbers)` has to keep, computed from the index; 0 for a cache on a disk."""
+        return 0 if self._ahead is None else self._ahead.window_bytes(numbers)
+
+    def largest_shards_bytes(self, num_shards: int) -> int:
+        """At most how many bytes the record batches of so many shards have; 0 for a cache on a disk."""
+        return (
+            0 if self._ahead is None else sum(sorted((s.num_bytes for s in self._shards.values()), reverse=True)[:num_shards])
+        )
+
+    def reserve(self, num_bytes: int) -> None:
+        """Raise ConfigError, with the size needed, unless so many bytes of record batches can be kept."""
+        if self._ahead is not None:
+            self._ahead.reserve(num_bytes)
 
     def num_record_batches(self, unit: int) -> int:
         """How many record batches a unit's shard has."""
         return self._file(unit)[0].num_record_batches
 
     def close(self) -> None:
-        """Let go of the maps; the reader can still be used and maps again."""
+        """Let go of the maps and threads; the reader can still be used and maps again."""
         with self._lock:
             self._batches.clear()
             self._files.clear()
+        if self._ahead is not None:
+            self._ahead.shards.close()
 
     def __enter__(self) -> CacheReader:
         return self
@@ -176,13 +219,43 @@ class CacheReader:
             raise CorruptCacheError(f"{self.root / where}: {error}") from error
         return BatchReader(batch, metadata, self._codec, str(self.root / where))
 
-    def _file(self, unit: int) -> tuple[pa.RecordBatchFileReader, ShardMetadata]:
+    def _forget(self, number: int) -> None:
+        """Drop what is kept of a sequence's record batch and shard."""
+        unit, batch, _ = self.place(number)
         with self._lock:
-            if unit not in self._files:
-                if unit not in self._shards:
-                    raise CorruptCacheError(f"{self.root}: the index names unit {unit}, which the manifest does not have")
-                self._files[unit] = open_shard(self.root, self._shards[unit], self.manifest)
-            return self._files[unit]
+            self._batches.pop((unit, batch), None)
+            self._files.pop(unit, None)
+        if self._ahead is not None and unit in self._shards:
+            self._ahead.shards.forget(unit, batch)
+
+    def _file(self, unit: int) -> tuple[pa.RecordBatchFileReader | RemoteFile, ShardMetadata]:
+        with self._lock:
+            opened = self._files.get(unit)
+        if opened is None:
+            if unit not in self._shards:
+                raise CorruptCacheError(f"{self.root}: the index names unit {unit}, which the manifest does not have")
+            opened = self._open_shard(self._shards[unit])  # without the lock: in an object store it takes a request
+            with self._lock:
+                self._files[unit] = opened
+        return opened
+
+    def _open_shard(self, shard: ShardInfo) -> tuple[pa.RecordBatchFileReader | RemoteFile, ShardMetadata]:
+        if self._ahead is None:
+            assert isinstance(self.root, Path)
+            return open_shard(self.root, shard, self.manifest)
+        file = self._ahead.shards.open(shard.unit)
+        return file, check_shard(file.schema, shard, self.manifest, str(self.root / shard.name))
+
+    def read_from(self, copy: Path | None, shard: ShardInfo) -> None:
+        """From now on read a shard from a local copy of it; None: from where it is again."""
+        opened = None if copy is None else open_arrow_file(copy)
+        with self._lock:
+            self._files.pop(shard.unit, None)
+            for place in [place for place in self._batches if place[0] == shard.unit]:
+                del self._batches[place]
+            if opened is not None:
+                metadata = check_shard(opened.schema, shard, self.manifest, str(self.root / shard.name))
+                self._files[shard.unit] = opened, metadata
 
 
 def open_shard(root: Path, shard: ShardInfo, manifest: Manifest) -> tuple[pa.RecordBatchFileReader, ShardMetadata]:
@@ -201,9 +274,14 @@ def open_shard(root: Path, shard: ShardInfo, manifest: Manifest) -> tuple[pa.Rec
     except OSError as error:
         raise CorruptCacheError(f"{path}: cannot be read: {error.strerror}") from error
     file = open_arrow_file(path)
-    metadata = shard_metadata(file.schema, where=str(path))
-    _check_schema(file.schema, metadata, shard, manifest, str(path))
-    return file, metadata
+    return file, check_shard(file.schema, shard, manifest, str(path))
+
+
+def check_shard(schema: pa.Schema, shard: ShardInfo, manifest: Manifest, where: str) -> ShardMetadata:
+    """A shard's metadata; raises CorruptCacheError unless it is of the schema, unit, selection and codec that are meant."""
+    metadata = shard_metadata(schema, where=where)
+    _check_schema(schema, metadata, shard, manifest, where)
+    return metadata
 
 
 def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, manifest: Manifest, where: str) -> None:
@@ -225,7 +303,7 @@ def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, 
         raise CorruptCacheError(f"{where}: the digest covers {list(metadata.digest_columns)}, expected {expected.names[:-1]}")
 
 
-def _codec_of(manifest: Manifest, root: Path) -> Codec:
+def _codec_of(manifest: Manifest, root: Location) -> Codec:
     try:
         identity = manifest.identity
         return get_codec(identity.codec.codec_id, identity.codec.params, identity.selection)
@@ -250,6 +328,8 @@ def _renew_locks() -> None:
     # A fork copies a lock as it is; one that another thread held would stay locked in the child for ever.
     for reader in _readers:
         reader._lock = threading.Lock()
+        if reader._ahead is not None:
+            reader._ahead.shards.renew_after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -11,13 +11,13 @@ import logging
 import socket
 import time
 from collections.abc import Collection
-from pathlib import Path
 
 import msgspec
 
 from kdcache.errors import CaptureError
 from kdcache.format import paths
 from kdcache.store import fs
+from kdcache.store.location import Location
 
 _log = logging.getLogger(__name__)
 
@@ -48,21 +48,20 @@ class FailedUnit(msgspec.Struct, frozen=True, kw_only=True):
         return paths.failed_name(self.unit, hashlib.sha256(meaning.encode("utf-8", "backslashreplace")).hexdigest())
 
 
-def record_failure(root: Path, failed: FailedUnit) -> None:
+def record_failure(root: Location, failed: FailedUnit) -> None:
     """Write a failure down, unless the same one is there.
 
     Raises:
         CaptureError: the disk refuses.
     """
     try:
-        (root / paths.FAILED).mkdir(exist_ok=True)
-        fs.sync_directory(root)
+        fs.make_directory(root, paths.FAILED)
         fs.publish_new(root, msgspec.json.format(msgspec.json.encode(failed), indent=1) + b"\n", failed.name)
     except OSError as error:
         raise CaptureError(f"the failure of unit {failed.unit} could not be recorded in {str(root)!r}: {error}") from error
 
 
-def read_failures(root: Path, *, published: Collection[int]) -> list[FailedUnit]:
+def read_failures(root: Location, *, published: Collection[int]) -> list[FailedUnit]:
     """The last failure of each unit that is not published, ordered by unit. Reads one small file for each of them."""
     last: dict[int, FailedUnit] = {}
     directory = root / paths.FAILED
@@ -76,7 +75,7 @@ def read_failures(root: Path, *, published: Collection[int]) -> list[FailedUnit]
     return [last[unit] for unit in sorted(last)]
 
 
-def _read(path: Path) -> FailedUnit | None:
+def _read(path: Location) -> FailedUnit | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=FailedUnit)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:

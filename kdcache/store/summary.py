@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kdcache.format.manifest import Manifest, SkippedSequence, UnitAccount
 from kdcache.store import chain
+from kdcache.store.location import locate
 from kdcache.store.set_aside import FailedUnit, read_failures
 
 
@@ -68,7 +69,7 @@ def summarize_cache(path: str | Path) -> CacheSummary:
     Raises:
         CacheNotFoundError, CorruptCacheError, UnsupportedVersionError: see `newest_manifest`.
     """
-    root = Path(path)
+    root = locate(path)
     manifest = chain.newest_manifest(root)
     accounts = [shard.account for shard in manifest.shards if isinstance(shard.account, UnitAccount)]
     positions = manifest.total("num_positions")

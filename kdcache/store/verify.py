@@ -17,6 +17,7 @@ from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import Manifest, ShardInfo
 from kdcache.format.record import NO_TARGET, SequenceRecord, check_distributions
 from kdcache.store import chain, fs
+from kdcache.store.location import locate
 from kdcache.store.reader import CacheReader
 
 _COUNTS = ("num_sequences", "num_tokens", "num_positions", "num_entries", "num_targets")
@@ -88,7 +89,7 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
     Raises:
         CacheNotFoundError: there is no cache. CorruptCacheError: the newest manifest itself cannot be read.
     """
-    root = Path(path)
+    root = locate(path)
     report = VerifyReport(chain.newest_manifest(root), problems=[*chain.check_chain(root), *chain.check_journal(root)])
     try:
         reader = CacheReader(root, report.manifest)
@@ -99,7 +100,7 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
     first = 0
     for shard in report.manifest.shards:
         try:
-            _verify_shard(reader, shard, first, report, nll)
+            _verify_copy(reader, shard, first, report, nll)
         except (FormatError, OSError) as error:
             report.problems.append(str(error))
         first += shard.num_sequences
@@ -110,11 +111,31 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
     return report
 
 
-def _verify_shard(reader: CacheReader, shard: ShardInfo, first: int, report: VerifyReport, nll: _Nll) -> None:
+def _verify_copy(reader: CacheReader, shard: ShardInfo, first: int, report: VerifyReport, nll: _Nll) -> None:
+    """`_verify_shard`, on a copy where the shard is not on a disk: its bytes are then hashed and read, but fetched once."""
     path = reader.root / shard.name
-    if not path.exists():
+    if isinstance(path, Path):
+        _verify_shard(reader, shard, first, report, nll)
+        return
+    copy = fs.temp_path(reader.root)
+    try:
+        path.download(copy)
+        reader.read_from(copy, shard)
+        _verify_shard(reader, shard, first, report, nll, copy)
+    except FileNotFoundError as error:
+        raise CorruptCacheError(f"{path}: the shard is missing") from error
+    finally:
+        reader.read_from(None, shard)
+        copy.unlink(missing_ok=True)
+
+
+def _verify_shard(
+    reader: CacheReader, shard: ShardInfo, first: int, report: VerifyReport, nll: _Nll, copy: Path | None = None
+) -> None:
+    path = reader.root / shard.name
+    if copy is None and not path.exists():
         raise CorruptCacheError(f"{path}: the shard is missing")
-    if fs.sha256_of(path) != shard.sha256:
+    if fs.sha256_of(copy or Path(str(path))) != shard.sha256:
         report.problems.append(f"{path}: its SHA-256 is not the one in the manifest; the shard is damaged")
     identity = report.manifest.identity
     codec = get_codec(identity.codec.codec_id, identity.codec.params, identity.selection)

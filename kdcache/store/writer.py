@@ -8,7 +8,6 @@ next run sweeps or publishes again under the same content-derived name.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,8 @@ import pyarrow as pa
 
 from kdcache.codec import get_codec
 from kdcache.codec.features import check_features, feature_fields
-from kdcache.errors import CaptureError, CorruptCacheError, FormatError, KdcacheError
+from kdcache.config.remote import RemoteConfig
+from kdcache.errors import CaptureError, CorruptCacheError, FormatError, KdcacheError, StorageError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, UnitAccount, shard_to_json
 from kdcache.format.record import SequenceRecord
@@ -28,6 +28,7 @@ from kdcache.store import chain, fs
 from kdcache.store.admission import check_record, refuse_foreign_directory, refuse_other_capture
 from kdcache.store.chain import read_journal_record
 from kdcache.store.index import publish_index
+from kdcache.store.location import Location, each, locate
 from kdcache.store.rows import encode_records
 from kdcache.store.statistics import ShardStatistics
 
@@ -48,7 +49,7 @@ class CacheWriter:
     Make one with `CacheWriter.open`.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, record_batch_bytes: int) -> None:
+    def __init__(self, root: Location, manifest: Manifest, record_batch_bytes: int) -> None:
         self.root, self._first = root, manifest
         self._record_batch_bytes = min(record_batch_bytes, MAX_RECORD_BATCH_BYTES)
         identity = manifest.identity
@@ -56,20 +57,28 @@ class CacheWriter:
         self._fixed = fixed_entries(identity.selection)
 
     @classmethod
-    def open(cls, path: str | Path, manifest: Manifest, *, record_batch_bytes: int = DEFAULT_RECORD_BATCH_BYTES) -> CacheWriter:
+    def open(
+        cls,
+        path: str | Location,
+        manifest: Manifest,
+        *,
+        record_batch_bytes: int = DEFAULT_RECORD_BATCH_BYTES,
+        remote: RemoteConfig | None = None,
+    ) -> CacheWriter:
         """Start a cache, or go on with the one that is there.
 
         Args:
-            path: the cache's directory; made if missing.
+            path: the cache's directory, made if missing; or its URI in an object store.
             manifest: number 0, without shards: identity, plan, versions, config.
             record_batch_bytes: about this many bytes of rows per Arrow record batch.
+            remote: how an object store is reached.
 
         Raises:
             MismatchError: the directory holds another capture, or files that are no cache.
             UnsupportedVersionError: it holds a cache of a newer format.
             CaptureError: the directory cannot be made or written.
         """
-        root = Path(path)
+        root = locate(path, remote)
         refuse_foreign_directory(root)
         fs.make_directories(root)
         with _disk_errors(f"the cache at {str(root)!r} cannot be started"):
@@ -157,17 +166,24 @@ class CacheWriter:
         Records of folded units are not opened: the journal keeps them, so reading them all at each fold would make a long
         capture quadratic.
         """
-        units = {name: paths.parse_journal_name(name) for name in os.listdir(self.root / paths.JOURNAL)}
-        for name in sorted((n for n, unit in units.items() if unit is not None and unit not in folded), reverse=True):
-            path = self.root / paths.JOURNAL / name
-            try:
-                shard = read_journal_record(path)
-                if shard.unit < self._first.plan.num_units and (self.root / shard.name).stat().st_size == shard.num_bytes:
-                    yield shard
-            except FileNotFoundError:
-                continue  # swept since, or its shard was
-            except CorruptCacheError as error:
-                _log.warning("%s; its unit is done again", error)
+        units = {name: paths.parse_journal_name(name) for name in self.journal_names()}
+        names = sorted((n for n, unit in units.items() if unit is not None and unit not in folded), reverse=True)
+        return (shard for shard in each(self._journalled, names, self.root) if shard is not None)
+
+    def journal_names(self) -> list[str]:
+        """Base names of what is in the journal."""
+        return [path.name for path in (self.root / paths.JOURNAL).iterdir()]
+
+    def _journalled(self, name: str) -> ShardInfo | None:
+        try:
+            shard = read_journal_record(self.root / paths.JOURNAL / name)
+            if shard.unit < self._first.plan.num_units and (self.root / shard.name).stat().st_size == shard.num_bytes:
+                return shard
+        except FileNotFoundError:
+            return None  # swept since, or its shard was
+        except CorruptCacheError as error:
+            _log.warning("%s; its unit is done again", error)
+        return None
 
     def _write_shard(self, temp: Path, unit: int, records: Iterable[SequenceRecord]) -> ShardStatistics:
         identity = self._first.identity
@@ -242,6 +258,8 @@ class CacheWriter:
 def _disk_errors(what: str) -> Iterator[None]:
     try:
         yield
+    except StorageError as error:
+        raise CaptureError(f"{what}: {error}; nothing published is lost") from error
     except KdcacheError:
         raise  # some of ours are OSErrors too
     except OSError as error:

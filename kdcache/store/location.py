@@ -1,0 +1,256 @@
+"""Where a cache is: a folder on a disk (a `Path`) or a prefix in an object store (a `RemotePath`), asked in the same words."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from urllib.parse import unquote
+
+from kdcache.config.remote import RemoteConfig
+from kdcache.errors import ConfigError, CorruptCacheError, MissingDependencyError
+from kdcache.store.retry import RetryPolicy, retried
+
+if TYPE_CHECKING:
+    from kdcache.store._fsspec import Entry, ObjectStore
+
+Answer = TypeVar("Answer")
+Item = TypeVar("Item")
+
+SCHEMES = ("s3", "gs", "hf", "memory")
+_CREATING = ("s3://", "gs://", "memory://")
+READ_BYTES = 16 * 2**20
+"""Of one request, where more is read in sequence."""
+
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
+
+
+def locate(place: str | os.PathLike[str] | RemotePath, remote: RemoteConfig | None = None) -> Location:
+    """The location that a plain path, a `file://` URI, or a URI of an object store means. A location is given back as it is.
+
+    Args:
+        remote: how an object store is reached; the defaults for None.
+
+    Raises:
+        ConfigError: an unknown scheme, or a `file://` URI of another machine.
+    """
+    if isinstance(place, RemotePath):
+        return place
+    match = _URI.fullmatch(place) if isinstance(place, str) else None
+    if match is None:
+        return Path(place)
+    scheme, rest = match[1].lower(), match[2]
+    if scheme == "file":
+        if not rest.startswith("/"):
+            raise ConfigError(f"{place!r}: expected file:///absolute/path, of this machine")
+        return Path(unquote(rest))
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{name}://" for name in ("file", *SCHEMES))
+        raise ConfigError(f"{place!r}: unknown scheme {scheme!r}; expected a path or one of {known}")
+    if not rest.strip("/"):
+        raise ConfigError(f"{place!r}: names no place in the store; expected {scheme}://BUCKET/PREFIX")
+    return RemotePath(f"{scheme}://{rest.rstrip('/')}", remote or RemoteConfig())
+
+
+@dataclass(frozen=True)
+class RemoteStat:
+    """As far as a store knows what `os.stat` gives: bytes, and seconds since 1970 of the last change."""
+
+    st_size: int
+    st_mtime: float
+
+
+class RemotePath:
+    """A name in an object store, with those of `pathlib.Path`'s methods that a cache needs.
+
+    Every request is tried again until its deadline, see `retried`; a missing object is a FileNotFoundError, a store out of
+    reach a StorageError. Can be pickled.
+    """
+
+    def __init__(self, uri: str, config: RemoteConfig) -> None:
+        self.uri, self.config = uri, config
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(f"{self.uri}/{name}", self.config)
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __repr__(self) -> str:
+        return f"RemotePath({self.uri!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and other.uri == self.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)
+
+    def __lt__(self, other: RemotePath) -> bool:
+        return self.uri < other.uri
+
+    @property
+    def can_create(self) -> bool:
+        """Whether the store puts an object only where there is none, as one step: a cache is not written without."""
+        return self.uri.startswith(_CREATING)
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.uri.rpartition("/")[2]
+
+    @property
+    def parent(self) -> RemotePath:
+        """Without the last part."""
+        return RemotePath(self.uri.rpartition("/")[0], self.config)
+
+    def absolute(self) -> RemotePath:
+        """Itself: a URI does not depend on where a process stands."""
+        return self
+
+    def relative_to(self, other: RemotePath) -> str:
+        """The part behind a prefix."""
+        return self.uri.removeprefix(f"{other.uri}/")
+
+    def stat(self) -> RemoteStat:
+        """Size and time. Raises FileNotFoundError."""
+        entry = self._retried("asking for", lambda seconds: self._store.entry(self.uri, seconds))
+        return RemoteStat(entry.num_bytes, entry.modified_at)
+
+    def exists(self) -> bool:
+        """Whether there is an object of this name, or any below it."""
+        try:
+            self.stat()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_dir(self) -> bool:
+        """Whether there is any object below this name."""
+        return bool(self._entries())
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        """What is right below; nothing where there is nothing: an object store has no empty folders."""
+        return (self / entry.name for entry in self._entries())
+
+    def read_bytes(self) -> bytes:
+        """The whole object; its size is asked first, as an answer that was cut short could not be told otherwise."""
+        num_bytes = self.stat().st_size
+        return b"".join(self.read_range(at, min(at + READ_BYTES, num_bytes)) for at in range(0, num_bytes, READ_BYTES))
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Bytes start..stop-1, all of them.
+
+        Raises:
+            CorruptCacheError: the object ends before `stop`. Answers that are short for another reason are tried again.
+        """
+        return self._retried(f"reading bytes {start}:{stop} of", lambda s: self._read_range(start, stop, s), stop - start)
+
+    def download(self, local: Path) -> None:
+        """The whole object into a file."""
+        num_bytes = self.stat().st_size
+        with local.open("xb") as file:
+            for at in range(0, num_bytes, READ_BYTES):
+                file.write(self.read_range(at, min(at + READ_BYTES, num_bytes)))
+
+    def write_bytes(self, data: bytes) -> None:
+        """Put the object, whole or not at all; replaces."""
+        self._retried("writing", lambda seconds: self._store.put(self.uri, data, seconds), len(data))
+
+    def create(self, data: bytes) -> bool:
+        """Put the object if there is none. True where, in the end, it holds these bytes: an answer may be lost on its way, and
+        the next attempt then finds what the one before it has put."""
+        try:
+            self._retried("creating", lambda seconds: self._store.create(self.uri, data, seconds), len(data))
+        except FileExistsError:
+            return self.read_bytes() == data
+        return True
+
+    def upload(self, local: Path) -> None:
+        """Put a file; the object appears with its last byte."""
+        self._retried("uploading", lambda seconds: self._store.upload(local, self.uri, seconds), local.stat().st_size)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Delete the object."""
+        try:
+            self._retried("deleting", lambda seconds: self._store.delete(self.uri, seconds))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    @property
+    def _store(self) -> ObjectStore:
+        return _store_of(self.uri.partition("://")[0], _key_of(self.config))
+
+    def _entries(self) -> list[Entry]:
+        return self._retried("listing", lambda seconds: self._store.list(self.uri, seconds))
+
+    def _read_range(self, start: int, stop: int, seconds: float) -> bytes:
+        data = self._store.read(self.uri, start, stop, seconds)
+        if len(data) == stop - start:
+            return data
+        num_bytes = self._store.entry(self.uri, seconds).num_bytes
+        if num_bytes < stop:
+            raise CorruptCacheError(f"{self.uri}: has {num_bytes} bytes, expected {stop} or more; it is truncated or damaged")
+        raise OSError(f"{len(data)} bytes of {stop - start} came")
+
+    def _retried(self, doing: str, attempt: Callable[[float], Answer], num_bytes: int = 0) -> Answer:
+        policy = RetryPolicy(self.config.deadline_seconds, self.config.timeout_seconds)
+        return retried(attempt, policy, what=f"{doing} {self.uri}", num_bytes=num_bytes)
+
+
+Location: TypeAlias = Path | RemotePath
+"""Of a cache, or of a file in it."""
+
+
+def each(function: Callable[[Item], Answer], items: Iterable[Item], root: Location) -> Iterator[Answer]:
+    """`map(function, items)`; by threads where `root` is in an object store, so that their requests run side by side."""
+    if isinstance(root, Path):
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(root.config.num_threads) as pool:
+        yield from pool.map(function, items)
+
+
+class _ConfigKey:
+    """A config by value: its `options` are a dict, which has no hash."""
+
+    def __init__(self, config: RemoteConfig) -> None:
+        self.config = config
+
+    def __hash__(self) -> int:
+        return hash((self.config.timeout_seconds, self.config.num_threads, *sorted(self.config.options)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ConfigKey) and other.config == self.config
+
+
+def _key_of(config: RemoteConfig) -> _ConfigKey:
+    return _ConfigKey(config)
+
+
+@lru_cache(maxsize=64)
+def _store_of(scheme: str, key: _ConfigKey) -> ObjectStore:
+    try:
+        from kdcache.store import _fsspec
+    except ImportError as error:
+        raise MissingDependencyError("fsspec", extra="remote", purpose=f"{scheme}://") from error
+    store = _fsspec.ObjectStore(scheme, key.config)
+    _stores.append(store)
+    return store
+
+
+_stores: list[ObjectStore] = []
+
+
+def _renew_after_fork() -> None:
+    for store in _stores:
+        store.renew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_after_fork)
