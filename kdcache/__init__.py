@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from kdcache.format.record import SequenceRecord as SequenceRecord
     from kdcache.format.record import TokenSequence as TokenSequence
     from kdcache.loader._torch import TorchLoader as TorchLoader
+    from kdcache.loader.cache import Cache as Cache
+    from kdcache.loader.cache import open_dataset as open  # noqa: F401
     from kdcache.loader.loader import Loader as Loader
     from kdcache.loss.fused import fused_sparse_kd_loss as fused_sparse_kd_loss
     from kdcache.loss.sparse_kd import sparse_kd_loss as sparse_kd_loss
     from kdcache.store.reader import CacheReader as CacheReader
-    from kdcache.store.reader import open_cache as open  # noqa: F401
     from kdcache.store.writer import CacheWriter as CacheWriter
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Cache": "kdcache.loader.cache:Cache",
     "CacheReader": "kdcache.store.reader:CacheReader",
     "CacheWriter": "kdcache.store.writer:CacheWriter",
     "Distributions": "kdcache.format.record:Distributions",
@@ -37,7 +39,7 @@ _EXPORTS = {
     "TokenSequence": "kdcache.format.record:TokenSequence",
     "TorchLoader": "kdcache.loader._torch:TorchLoader",
     "fused_sparse_kd_loss": "kdcache.loss.fused:fused_sparse_kd_loss",
-    "open": "kdcache.store.reader:open_cache",
+    "open": "kdcache.loader.cache:open_dataset",
     "sparse_kd_loss": "kdcache.loss.sparse_kd:sparse_kd_loss",
 }
 

@@ -6,7 +6,7 @@ Shape letters: B rows, T positions per row, P supervised positions, K entries pe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.errors import StateError
-from kdcache.loader.batch import Batch
+from kdcache.loader.batch import ARRAYS, NUMBERS, OPTIONAL_ARRAYS, Batch
 from kdcache.loader.loader import Loader
 
 
@@ -30,13 +30,19 @@ class TorchBatch:
     input_ids_BT: Tensor
     position_ids_BT: Tensor
     segment_ids_BT: Tensor
+    cu_seqlens_G1: Tensor
     labels_BT: Tensor
     rows_P: Tensor
     token_ids_PK: Tensor
     logprobs_PK: Tensor
     tail_mass_P: Tensor
     weights_P: Tensor
+    num_exact_P: Tensor | None
+    log_z_PC: Tensor | None
+    entropy_P: Tensor | None
+    max_seqlen: int
     num_sequences: int
+    num_masked: int
     state: dict[str, Any] | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TorchBatch:
@@ -48,17 +54,18 @@ class TorchBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TorchBatch:
-        tensors = {name: function(getattr(self, name)) for name in _TENSORS}
-        return TorchBatch(**tensors, num_sequences=self.num_sequences, state=self.state)
-
-
-_TENSORS = tuple(field.name for field in fields(Batch) if field.name != "num_sequences")
+        return replace(self, **_tensors(self, function))
 
 
 def to_torch(batch: Batch, state: dict[str, Any] | None = None) -> TorchBatch:
     """The batch as tensors that share its arrays' memory."""
-    tensors = {name: torch.from_numpy(getattr(batch, name)) for name in _TENSORS}
-    return TorchBatch(**tensors, num_sequences=batch.num_sequences, state=state)
+    numbers = {name: getattr(batch, name) for name in NUMBERS}
+    return TorchBatch(**_tensors(batch, torch.from_numpy), **numbers, state=state)
+
+
+def _tensors(batch: Batch | TorchBatch, function: Callable[[Any], Tensor]) -> dict[str, Any]:
+    values = {name: getattr(batch, name) for name in (*ARRAYS, *OPTIONAL_ARRAYS)}
+    return {name: None if value is None else function(value) for name, value in values.items()}
 
 
 class TorchLoader(IterableDataset[TorchBatch]):

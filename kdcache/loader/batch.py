@@ -1,6 +1,7 @@
-"""What the loader hands to a trainer, and how records become it.
+"""What the loader hands to a trainer.
 
-Shape letters: B rows, T positions per row, P supervised positions of the batch flattened, K entries per position (padded).
+Shape letters: B rows, T positions per row, P supervised positions of the batch flattened, K entries per position (padded),
+G segments of the batch, C further temperatures.
 
 Alignment: the logits that a student gives at (b, t) predict token t+1 of the SAME sequence. `labels_BT[b, t]` is that token,
 and `rows_P` counts b * T + t: nothing is to be shifted again.
@@ -9,13 +10,13 @@ and `rows_P` counts b * T + t: nothing is to be shifted again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.errors import CorruptCacheError
-from kdcache.format.record import PADDING_ID, Distributions, SequenceRecord
+from kdcache.format.record import PADDING_ID
 
 IGNORED_LABEL = -100
 """What torch's cross entropy leaves out by default."""
@@ -29,171 +30,86 @@ class Batch:
         input_ids_BT: (B, T) int32; 0 at padding.
         position_ids_BT: (B, T) int32; 0.. within each sequence, 0 at padding.
         segment_ids_BT: (B, T) int32; 1.. for the sequences of the row, 0 at padding: attend only where it is equal.
+        cu_seqlens_G1: (G+1,) int32, from 0 to B*T: where each segment of the flattened rows starts. Each sequence is a segment,
+            and so is the padding behind a row's last one, so that every place is in one.
+        max_seqlen: length of the longest segment.
         labels_BT: (B, T) int32; the token after position t in the same sequence, IGNORED_LABEL where there is none, where the
-            position is not supervised, and at padding.
-        rows_P: (P,) int64, ascending; index into B*T of each position with a teacher's distribution. A supervised last position
-            of a sequence is among them although it has no label. P may be 0.
+            position is not supervised or masked out, and at padding.
+        rows_P: (P,) int64, ascending; index into B*T of each position with a teacher's distribution that the mask keeps. A
+            supervised last position of a sequence is among them although it has no label. P may be 0.
         token_ids_PK: (P, K) int32; PADDING_ID where a position has fewer entries. K is the same in all batches of a `top_k`
             cache.
         logprobs_PK: (P, K) float32, nats, normalised over the whole vocabulary; -inf at padding.
         tail_mass_P: (P,) float32 in [0, 1].
-        weights_P: (P,) float32, 1 at each position: empty rows and padding have no position, hence no weight.
+        weights_P: (P,) float32, 1 at each position, or by the mask: empty rows and padding have no position, hence no weight.
+        num_exact_P: (P,) int64, how many of a position's entries are exact, the others being estimates; None where all are.
+        log_z_PC: (P, C) float32, nats, as `Distributions.log_z_PT`; None where the cache keeps none.
+        entropy_P: (P,) float32, nats, of the teacher's whole distribution; None where the cache keeps none.
         num_sequences: in the batch; 0 for a rank that has only the empty rows of the last batch.
+        num_masked: supervised positions of its sequences that the mask left out.
     """
 
     input_ids_BT: NDArray[np.int32]
     position_ids_BT: NDArray[np.int32]
     segment_ids_BT: NDArray[np.int32]
+    cu_seqlens_G1: NDArray[np.int32]
+    max_seqlen: int
     labels_BT: NDArray[np.int32]
     rows_P: NDArray[np.int64]
     token_ids_PK: NDArray[np.int32]
     logprobs_PK: NDArray[np.float32]
     tail_mass_P: NDArray[np.float32]
     weights_P: NDArray[np.float32]
+    num_exact_P: NDArray[np.int64] | None
+    log_z_PC: NDArray[np.float32] | None
+    entropy_P: NDArray[np.float32] | None
     num_sequences: int
+    num_masked: int
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all sequences, without padding."""
         return int(np.count_nonzero(self.segment_ids_BT))
 
-
-@dataclass(frozen=True, slots=True)
-class BatchLayout:
-    """Where the records of a batch go.
-
-    Attributes:
-        sequences_per_row: for each of the B rows, how many records it takes, one behind the other; 0 for an empty row.
-        seq_len: T.
-        num_columns: K; None for the largest support of the batch.
-    """
-
-    sequences_per_row: tuple[int, ...]
-    seq_len: int
-    num_columns: int | None
+    @property
+    def num_positions(self) -> int:
+        """P."""
+        return len(self.rows_P)
 
 
-def assemble(records: Sequence[SequenceRecord], layout: BatchLayout) -> Batch:
-    """The batch of these records, row after row.
-
-    Raises:
-        CorruptCacheError: a record that does not fit the row, its own mask or K.
-    """
-    batch = _blank(records, layout)
-    remaining, position = iter(records), 0
-    for b, num_sequences in enumerate(layout.sequences_per_row):
-        column = 0
-        for segment in range(1, num_sequences + 1):
-            record = next(remaining)
-            _check(record, layout, column)
-            _place_tokens(batch, record, (b, column), segment)
-            position = _place_distributions(batch, record, b * layout.seq_len + column, position)
-            column += record.sequence.num_tokens
-    return batch
-
-
-def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -> Batch:
-    """The same, token by token: the definition that `assemble` is compared with."""
-    batch = _blank(records, layout)
-    batch.token_ids_PK[:], batch.logprobs_PK[:] = PADDING_ID, -np.inf
-    remaining, p = iter(records), 0
-    for b, num_sequences in enumerate(layout.sequences_per_row):
-        column = 0
-        for segment in range(1, num_sequences + 1):
-            record = next(remaining)
-            sequence, d = record.sequence, record.distributions
-            record_p = 0
-            for t in range(sequence.num_tokens):
-                batch.input_ids_BT[b, column] = sequence.input_ids_N[t]
-                batch.position_ids_BT[b, column] = t
-                batch.segment_ids_BT[b, column] = segment
-                if sequence.supervised_N[t] and t + 1 < sequence.num_tokens:
-                    batch.labels_BT[b, column] = sequence.input_ids_N[t + 1]
-                if sequence.supervised_N[t]:
-                    batch.rows_P[p] = b * layout.seq_len + column
-                    for k, entry in enumerate(range(d.offsets_P1[record_p], d.offsets_P1[record_p + 1])):
-                        batch.token_ids_PK[p, k] = d.token_ids_E[entry]
-                        batch.logprobs_PK[p, k] = d.logprobs_E[entry]
-                    batch.tail_mass_P[p] = d.tail_mass_P[record_p]
-                    record_p, p = record_p + 1, p + 1
-                column += 1
-    return batch
+ARRAYS = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "cu_seqlens_G1", "labels_BT", "rows_P", "token_ids_PK",
+          "logprobs_PK", "tail_mass_P", "weights_P")  # fmt: skip
+OPTIONAL_ARRAYS = ("num_exact_P", "log_z_PC", "entropy_P")
+NUMBERS = ("max_seqlen", "num_sequences", "num_masked")
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:
     """One batch of the rows of several, in their order: rows of a PackedView, or all ranks' shares of a global batch.
 
     Args:
-        batches: at least one, all with the same T and K.
+        batches: at least one, all with the same T and of the same caches; smaller supports are padded to the largest K.
     """
-    joined = {f.name: np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(Batch) if f.name != "num_sequences"}
-    sizes = [batch.input_ids_BT.size for batch in batches]
-    offsets = np.cumsum([0, *sizes[:-1]])
-    joined["rows_P"] = np.concatenate([batch.rows_P + offset for batch, offset in zip(batches, offsets, strict=True)])
-    return Batch(**joined, num_sequences=sum(batch.num_sequences for batch in batches))
-
-
-def _blank(records: Sequence[SequenceRecord], layout: BatchLayout) -> Batch:
-    """Padding everywhere; the entries, most of the bytes, are left unwritten, as each of them is written anyway."""
-    shape_BT = (len(layout.sequences_per_row), layout.seq_len)
-    num_positions = sum(record.distributions.num_positions for record in records)
-    num_columns = layout.num_columns
-    if num_columns is None:
-        num_columns = max((int(r.distributions.num_entries_P.max(initial=0)) for r in records), default=0)
+    num_columns = max(batch.token_ids_PK.shape[1] for batch in batches)
+    fields: dict[str, Any] = {
+        name: np.concatenate([getattr(b, name) for b in batches]) for name in ARRAYS if not name.endswith("K")
+    }
+    for name in OPTIONAL_ARRAYS:
+        parts = [getattr(batch, name) for batch in batches]
+        fields[name] = None if parts[0] is None else np.concatenate(parts)
+    fields["token_ids_PK"] = np.concatenate([_widened(b.token_ids_PK, num_columns, PADDING_ID) for b in batches])
+    fields["logprobs_PK"] = np.concatenate([_widened(b.logprobs_PK, num_columns, -np.inf) for b in batches])
+    offsets = np.cumsum([0, *(batch.input_ids_BT.size for batch in batches)])
+    fields["rows_P"] = np.concatenate([batch.rows_P + offset for batch, offset in zip(batches, offsets, strict=False)])
+    starts = [b.cu_seqlens_G1[:-1] + offset for b, offset in zip(batches, offsets, strict=False)]
+    fields["cu_seqlens_G1"] = np.concatenate([*starts, offsets[-1:]]).astype(np.int32)
     return Batch(
-        input_ids_BT=np.zeros(shape_BT, np.int32),
-        position_ids_BT=np.zeros(shape_BT, np.int32),
-        segment_ids_BT=np.zeros(shape_BT, np.int32),
-        labels_BT=np.full(shape_BT, IGNORED_LABEL, np.int32),
-        rows_P=np.zeros(num_positions, np.int64),
-        token_ids_PK=np.empty((num_positions, num_columns), np.int32),
-        logprobs_PK=np.empty((num_positions, num_columns), np.float32),
-        tail_mass_P=np.zeros(num_positions, np.float32),
-        weights_P=np.ones(num_positions, np.float32),
-        num_sequences=len(records),
+        **fields,
+        max_seqlen=max(batch.max_seqlen for batch in batches),
+        num_sequences=sum(batch.num_sequences for batch in batches),
+        num_masked=sum(batch.num_masked for batch in batches),
     )
 
 
-def _place_tokens(batch: Batch, record: SequenceRecord, place: tuple[int, int], segment: int) -> None:
-    ids_N, supervised_N = record.sequence.input_ids_N, record.sequence.supervised_N
-    b, start = place
-    stop = start + len(ids_N)
-    batch.input_ids_BT[b, start:stop] = ids_N
-    batch.position_ids_BT[b, start:stop] = np.arange(len(ids_N))
-    batch.segment_ids_BT[b, start:stop] = segment
-    # The last position is left out: the token behind it is another sequence's.
-    batch.labels_BT[b, start : stop - 1] = np.where(supervised_N[:-1], ids_N[1:], IGNORED_LABEL)
-
-
-def _place_distributions(batch: Batch, record: SequenceRecord, first_row: int, position: int) -> int:
-    """Write the record's positions behind the `position` ones that are there; returns how many there are now."""
-    d = record.distributions
-    end = position + d.num_positions
-    batch.rows_P[position:end] = first_row + record.sequence.positions_P
-    _place_entries(d, batch.token_ids_PK[position:end], batch.logprobs_PK[position:end])
-    batch.tail_mass_P[position:end] = d.tail_mass_P
-    return end
-
-
-def _place_entries(d: Distributions, token_ids_PK: NDArray[np.int32], logprobs_PK: NDArray[np.float32]) -> None:
-    if d.num_entries == token_ids_PK.size:  # no support is larger than K, so each of them has K entries: one straight copy
-        token_ids_PK[:] = d.token_ids_E.reshape(token_ids_PK.shape)
-        logprobs_PK[:] = d.logprobs_E.reshape(logprobs_PK.shape)
-        return
-    token_ids_PK[:], logprobs_PK[:] = d.padded(token_ids_PK.shape[1])
-
-
-def _check(record: SequenceRecord, layout: BatchLayout, column: int) -> None:
-    sequence, d = record.sequence, record.distributions
-    if column + sequence.num_tokens > layout.seq_len:
-        raise CorruptCacheError(
-            f"{sequence.source}: {sequence.num_tokens} tokens at column {column} pass seq_len {layout.seq_len}"
-        )
-    num_supervised = int(np.count_nonzero(sequence.supervised_N))
-    if d.num_positions != num_supervised:
-        raise CorruptCacheError(f"{sequence.source}: {d.num_positions} distributions for {num_supervised} supervised positions")
-    widest = int(d.num_entries_P.max(initial=0))
-    if layout.num_columns is not None and widest > layout.num_columns:
-        raise CorruptCacheError(
-            f"{sequence.source}: a position has {widest} entries, but the cache's selection {layout.num_columns}"
-        )
+def _widened(values_PK: NDArray[np.generic], num_columns: int, padding: float) -> NDArray[np.generic]:
+    missing = num_columns - values_PK.shape[1]
+    return values_PK if not missing else np.pad(values_PK, ((0, 0), (0, missing)), constant_values=padding)

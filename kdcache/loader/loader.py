@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from types import TracebackType
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.config.loader import LoaderConfig
-from kdcache.errors import ConfigError, StateError
+from kdcache.errors import StateError
 from kdcache.loader.base import Reader
 from kdcache.loader.batch import Batch
-from kdcache.loader.plan import EpochCounts, EpochPlan, check_options, check_ranks
+from kdcache.loader.buffers import BufferPool
+from kdcache.loader.caches import CacheLike, CacheSet
+from kdcache.loader.checks import check_epoch, check_options, check_ranks
+from kdcache.loader.plan import EpochCounts, EpochPlan
 from kdcache.loader.prefetch import prefetch
 from kdcache.loader.read import read_rows
-from kdcache.loader.state import LoaderState, parse_state, stream_options
+from kdcache.loader.report import EpochReport
+from kdcache.loader.state import LoaderState, as_json, parse_state, stream_options
 
 _log = logging.getLogger(__name__)
 
 
 class Loader:
-    """Iterates over one rank's share of the global batches.
+    """Iterates over one rank's share of the global batches of a cache, or of a mixture of several.
 
     `for batch in loader` reads from the place where the loader stands to the end of the epoch; a second loop reads the next
     epoch, and one after a `break` goes on behind the last batch it gave. `state_dict` counts batches that were given, not those
-    that threads have read ahead, and is the same on all ranks. The reader stays the caller's, to be closed after the loader.
+    that threads have read ahead, and is the same on all ranks.
 
     Args:
-        reader: of the cache; see `kdcache.loader.base.Reader`.
+        caches: an address, an open cache (`kdcache.open`, or a selection of it), or a list of them; how a list is mixed is said
+            in `options.mix`. What is opened here is closed by `close`; open caches stay the caller's, to be closed after the
+            loader.
         options: what a batch holds, and in which order.
         rank, world_size: this loader takes the rank-th of world_size equal parts of each global batch, contiguous rows. Ranks
             that share a copy of the model (tensor or context parallel) take the same rank here.
@@ -41,24 +46,44 @@ class Loader:
 
     Raises:
         ConfigError: options out of range, a sequence longer than a row, ranks that cannot share a batch, an empty cache.
+        MismatchError: caches of different tokenizers, vocabularies or selections.
+        CacheNotFoundError, CorruptCacheError: an address that is no cache.
     """
 
-    def __init__(self, reader: Reader, options: LoaderConfig, *, rank: int = 0, world_size: int = 1, epoch: int = 0) -> None:
-        check_options(options, reader.num_tokens_S)
+    def __init__(
+        self,
+        caches: CacheLike | Sequence[CacheLike],
+        options: LoaderConfig = LoaderConfig(),  # noqa: B008 - frozen
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+    ) -> None:
+        check_epoch(epoch)
         check_ranks(options, rank, world_size)
-        if epoch < 0:
-            raise ConfigError(f"epoch is {epoch}, expected 0 or more")
-        self.reader = reader
         self.options = options
         self.rank = rank
         self.world_size = world_size
-        self._plan = EpochPlan(reader.num_tokens_S, options, epoch)
+        self._caches = CacheSet(caches)
         self._epoch = epoch
         self._next_batch = 0
-        self._snapshot = reader.snapshot
         self._closed = False
         self._ahead: Generator[_Read, None, None] | None = None
         self._num_moves = 0
+        self._report = EpochReport(epoch)
+        self._make_transients()
+
+    def _make_transients(self) -> None:
+        """What is made anew from the caches and options rather than pickled."""
+        self._tables = self._caches.tables()
+        check_options(self.options, self._tables)
+        self._plan = EpochPlan(self._tables, self.options, self._epoch)
+        self.use_buffers(BufferPool(self._num_buffers))
+
+    @property
+    def readers(self) -> Sequence[Reader]:
+        """The caches, in their order."""
+        return self._caches.readers
 
     @property
     def epoch(self) -> int:
@@ -70,9 +95,18 @@ class Loader:
         """Which sequences each batch of `epoch` holds."""
         return self._plan
 
+    def plan_of(self, epoch: int) -> EpochPlan:
+        """Which sequences each batch of another epoch holds."""
+        return self._plan if epoch == self._epoch else EpochPlan(self._tables, self.options, epoch)
+
     def counts(self) -> EpochCounts:
         """What `epoch` holds, all ranks together."""
         return self._plan.counts()
+
+    def report(self) -> EpochReport:
+        """What this rank was given of the epoch that is being read; behind its loop, of the one that ended, which was
+        checked."""
+        return self._report
 
     def __len__(self) -> int:
         """Batches of the whole epoch, those before a resumed place included; differs a little between packed epochs."""
@@ -92,17 +126,19 @@ class Loader:
         if not self._plan.has_batch(self._next_batch):  # a loop was left after the epoch's last batch
             self._enter(self._epoch + 1)
         start, plan = self._next_batch + first, self._plan
+        if start == first or self._report.epoch != self._epoch:
+            self._report = EpochReport(self._epoch, self._next_batch)
         self._ahead = prefetch(
             lambda number: self._read(plan, number),
             takewhile(plan.has_batch, count(start, step)),
             num_threads=self.options.num_threads,
             look_ahead=self.options.prefetch_batches,
         )
-        return self._iterate(self._ahead, self._num_moves, is_whole=start == 0 and step == 1)
+        return self._iterate(self._ahead, self._num_moves, _Check() if start == 0 and step == 1 else None)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON: all that a loader on the same cache with the same options needs to go on behind the last batch given."""
-        return msgspec.to_builtins(self._state())
+        return as_json(self._state())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where a state says. Ranks, world size and threads may differ from those it was saved under.
@@ -111,7 +147,7 @@ class Loader:
             StateError: not a state, or one of another cache, of other options or of another version.
         """
         saved = parse_state(state, here=self._state())
-        plan = EpochPlan(self.reader.num_tokens_S, self.options, saved.epoch)
+        plan = self.plan_of(saved.epoch)
         if not plan.has_batch(saved.next_batch):
             raise StateError(
                 f"the loader state names batch {saved.next_batch} of epoch {saved.epoch}, which has {plan.num_batches}"
@@ -121,17 +157,21 @@ class Loader:
 
     def set_epoch(self, epoch: int) -> None:
         """Stand at the start of an epoch; in the epoch that is being read, stay, so that a resumed loop may call this too."""
-        if epoch < 0:
-            raise ConfigError(f"epoch is {epoch}, expected 0 or more")
+        check_epoch(epoch)
         if epoch != self._epoch:
             self._move()
             self._enter(epoch)
 
     def close(self) -> None:
-        """End a running loop and its threads. May be called twice."""
+        """End a running loop and its threads, and close the caches that were opened here. May be called twice."""
         if not self._closed:
             self._move()
             self._closed = True
+            self._caches.close()
+
+    def use_buffers(self, pool: BufferPool) -> None:
+        """Take the large arrays' memory of further batches from this pool, as of pinned memory; by default from a plain one."""
+        self._pool = pool
 
     def __enter__(self) -> Loader:
         return self
@@ -140,34 +180,50 @@ class Loader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_ahead": None}
+        transient = {"_ahead", "_tables", "_plan", "_pool"}
+        return {name: value for name, value in self.__dict__.items() if name not in transient}
 
-    def _iterate(self, ahead: Generator[_Read, None, None], move: int, *, is_whole: bool) -> Generator[Batch, None, None]:
-        num_given = sum_given = 0
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ahead = None
+        self._make_transients()
+
+    @property
+    def _num_buffers(self) -> int:
+        """Buffers that are in use while the consumer holds two batches, two arrays each, and one more batch."""
+        return 2 * (self.options.prefetch_batches * (self.options.num_threads > 0) + self.options.num_threads + 3)
+
+    def _iterate(self, ahead: Generator[_Read, None, None], move: int, check: _Check | None) -> Generator[Batch, None, None]:
         try:
             self._check_not_moved(move)
             for read in ahead:
-                num_given, sum_given = num_given + len(read.sequences), sum_given + int(read.sequences.sum())
+                if check is not None:
+                    check.add(read.sequences)
                 self._next_batch = read.number + 1
+                self._report = self._report.plus(read.batch, read.num_tokens)
                 yield read.batch
+                del read  # so that the pool has its memory before the next batch is waited for
                 self._check_not_moved(move)
         finally:
-            # Not left to the garbage collector: the reader may be closed right after this.
+            # Not left to the garbage collector: the caches may be closed right after this.
             ahead.close()
-        if is_whole:
-            self._check_all_given(num_given, sum_given)
+        if check is not None:
+            check.raise_unless_all(self._plan)
+        self._report = replace(self._report, is_complete=True)
+        _log.info("%s", self._report)
         self._enter(self._epoch + 1)
 
     def _read(self, plan: EpochPlan, number: int) -> _Read:
-        rows = plan.batch(number)
-        share = self.options.batch_rows // self.world_size
-        mine = rows[self.rank * share : (self.rank + 1) * share]
-        return _Read(number, np.concatenate(rows), read_rows(self.reader, mine, seq_len=self.options.seq_len))
+        batch = plan.batch(number)
+        share = len(batch.rows) // self.world_size
+        mine = batch.rows[self.rank * share : (self.rank + 1) * share]
+        read = read_rows(self._caches, mine, batch.seq_len, self.options.mask, self._pool)
+        return _Read(number, np.concatenate(batch.rows), read, read.num_tokens)
 
     def _state(self) -> LoaderState:
         at_end = self._next_batch > 0 and not self._plan.has_batch(self._next_batch)
         return LoaderState(
-            snapshot=self._snapshot,
+            snapshots=tuple(self._caches.snapshots),
             options=stream_options(self.options),
             seed=self.options.seed,
             epoch=self._epoch + 1 if at_end else self._epoch,
@@ -175,7 +231,7 @@ class Loader:
         )
 
     def _enter(self, epoch: int) -> None:
-        self._plan = EpochPlan(self.reader.num_tokens_S, self.options, epoch)
+        self._plan = self.plan_of(epoch)
         self._epoch, self._next_batch = epoch, 0
 
     def _move(self) -> None:
@@ -193,13 +249,6 @@ class Loader:
                 "the loader was closed, moved or iterated over anew while this loop over it ran: use one at a time"
             )
 
-    def _check_all_given(self, num_given: int, sum_given: int) -> None:
-        """That all ranks together were given each sequence once, as far as a count and the sum of their numbers can tell."""
-        expected = len(self.reader)
-        if (num_given, sum_given) != (expected, expected * (expected - 1) // 2):
-            raise RuntimeError(f"epoch {self._epoch} gave {num_given} sequences, the cache has {expected}: a bug of kdcache")
-        _log.info("epoch %d: %s", self._epoch, self.counts())
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Read:
@@ -208,3 +257,20 @@ class _Read:
     number: int
     sequences: NDArray[np.int64]
     batch: Batch
+    num_tokens: int
+
+
+class _Check:
+    """That all ranks together were given each sequence as often as planned, as far as count and sum of their numbers can
+    tell."""
+
+    def __init__(self) -> None:
+        self._count = self._sum = 0
+
+    def add(self, sequences: NDArray[np.int64]) -> None:
+        self._count, self._sum = self._count + len(sequences), self._sum + int(sequences.sum())
+
+    def raise_unless_all(self, plan: EpochPlan) -> None:
+        expected, expected_sum = plan.order.num_places, plan.order.expected_sum()
+        if self._count != expected or expected_sum not in (None, self._sum):
+            raise RuntimeError(f"an epoch of {expected} sequences gave {self._count}, or others: a bug of kdcache")

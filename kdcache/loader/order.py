@@ -77,6 +77,14 @@ def sequence_at_reference(order: Order, place: int) -> int:
             return number
 
 
+def derived_seed(seed: int, purpose: int, index: int = 0) -> int:
+    """A seed of its own for each purpose and index, in [0, 2**63)."""
+    state = _mix((ORDER_VERSION + _GOLDEN) & _MASK)
+    for value in (seed, purpose, index):
+        state = _mix(state ^ _mix((value + _GOLDEN) & _MASK))
+    return state >> 1
+
+
 def _encipher(numbers: NDArray[np.uint64], keys: list[int], num_bits: int) -> NDArray[np.uint64]:
     high_bits, low_bits = (num_bits + 1) // 2, num_bits // 2
     high_mask, low_mask = np.uint64((1 << high_bits) - 1), np.uint64((1 << low_bits) - 1)

@@ -1,10 +1,11 @@
-"""Packing: which sequences share a row, from their lengths alone. Pure functions; no record is read.
+"""Packing: which sequences share a row and which rows a batch, from their lengths alone. Pure functions; no record is read.
 
-Each window of `pack_window` sequences of the epoch's order is packed by itself, first fit: a sequence goes into the first row
-of its window that has room for it, or opens a new one. `BLOCK_WINDOWS` windows are packed at once, because NumPy's cost is per
-call: the i-th sequences of all windows of a block are placed together.
+Each window of `pack_window` sequences of the epoch's order is treated by itself. `first_fit`: a sequence goes into the first
+row of its window that has room for it, or opens a new one. `BLOCK_WINDOWS` windows are packed at once, because NumPy's cost is
+per
+call: the i-th sequences of all windows of a block are placed together. One sequence per row: `batching.py`.
 
-Shape letters: S sequences of the cache, M sequences of a block in the order's places, C windows, W places of a window, R rows.
+Shape letters: M sequences of a block in the order's places, C windows, W places of a window, R rows, N batches.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.loader.order import Order, sequences_at
+from kdcache.config.loader import LoaderConfig
 
 PACKING_VERSION = 1
-"""Goes up with any change of what `pack_block` returns; part of a loader's state."""
+"""Goes up with any change of what `pack_block` and `batch_block` return; part of a loader's state."""
 
 BLOCK_WINDOWS = 16
 
@@ -30,6 +31,14 @@ class Packing:
     kind: Literal["first_fit", "none"]
     seq_len: int
     window: int
+
+    @classmethod
+    def of(cls, options: LoaderConfig) -> Packing:
+        """As the options say; where batches are cut within windows, a window is whole batches."""
+        window = options.pack_window
+        if cuts_batches(options):
+            window = -(-window // options.batch_rows) * options.batch_rows
+        return cls(options.packing, options.seq_len, window)
 
     @property
     def block_places(self) -> int:
@@ -44,10 +53,13 @@ class Rows:
     Attributes:
         sequences_M: (M,) int64, the sequences, row after row.
         starts_R1: (R+1,) int64; row r holds sequences_M[starts_R1[r]:starts_R1[r + 1]].
+        batches_N1: (N+1,) int64; batch n is rows batches_N1[n]:batches_N1[n + 1]. None where batches are cut from the stream of
+            all rows, `batch_rows` at a time, and may begin in one block and end in the next.
     """
 
     sequences_M: NDArray[np.int64]
     starts_R1: NDArray[np.int64]
+    batches_N1: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.starts_R1) - 1
@@ -56,20 +68,22 @@ class Rows:
         return self.sequences_M[self.starts_R1[row] : self.starts_R1[row + 1]]
 
 
-def pack_block(lengths_S: NDArray[np.unsignedinteger], order: Order, block: int, packing: Packing) -> Rows:
+def cuts_batches(options: LoaderConfig) -> bool:
+    """Whether batches are cut within windows, by the lengths of their sequences."""
+    return options.group_by_length or options.batch_tokens is not None or options.pad_to == "longest"
+
+
+def pack_block(sequences_M: NDArray[np.int64], lengths_M: NDArray[np.int64], packing: Packing) -> Rows:
     """The rows of one block of the epoch.
 
     Args:
-        lengths_S: (S,) tokens of every sequence of the cache, each in [1, seq_len].
-        order: the epoch's.
-        block: covers places [block * block_places, (block + 1) * block_places) of the order.
+        sequences_M: (M,) the sequences at the block's places of the order.
+        lengths_M: (M,) their tokens, each in [1, seq_len].
         packing: how rows are filled.
     """
-    start = block * packing.block_places
-    sequences_M = sequences_at(order, start, min(start + packing.block_places, order.num_sequences))
     if packing.kind == "none":
         return Rows(sequences_M, np.arange(len(sequences_M) + 1))
-    rows_M = _first_fit_windows(lengths_S[sequences_M].astype(np.int64), packing)
+    rows_M = _first_fit_windows(lengths_M, packing)
     by_row_M = np.argsort(rows_M, kind="stable")
     starts_R1 = np.append(0, np.cumsum(np.bincount(rows_M)))
     return Rows(sequences_M[by_row_M], starts_R1)

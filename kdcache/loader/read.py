@@ -7,32 +7,31 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.config.loader import MaskConfig
 from kdcache.errors import CorruptCacheError
-from kdcache.format.record import SequenceRecord
-from kdcache.loader.base import Reader
-from kdcache.loader.batch import Batch, BatchLayout, assemble
+from kdcache.loader.assemble import BatchLayout, Record, assemble
+from kdcache.loader.batch import Batch
+from kdcache.loader.buffers import BufferPool
+from kdcache.loader.caches import CacheSet
 
 
-def read_rows(reader: Reader, rows: Sequence[NDArray[np.int64]], *, seq_len: int) -> Batch:
+def read_rows(
+    caches: CacheSet, rows: Sequence[NDArray[np.int64]], seq_len: int, mask: MaskConfig, pool: BufferPool | None = None
+) -> Batch:
     """The batch of these rows of sequences.
 
     Raises:
         CorruptCacheError: a damaged record, or one that is not as long as the index says.
     """
-    records = [_read(reader, int(i)) for row in rows for i in row]
-    layout = BatchLayout(tuple(len(row) for row in rows), seq_len, _num_columns(reader))
-    return assemble(records, layout)
+    records = [_read(caches, int(i)) for row in rows for i in row]
+    layout = BatchLayout(tuple(len(row) for row in rows), seq_len, caches.columns, mask)
+    return assemble(records, layout, pool)
 
 
-def _read(reader: Reader, index: int) -> SequenceRecord:
-    record = reader[index]
-    found, expected = record.sequence.num_tokens, reader.num_tokens_S[index]
+def _read(caches: CacheSet, number: int) -> Record:
+    record = caches.record(number)
+    reader, place = caches.locate(number)
+    found, expected = record.sequence.num_tokens, reader.num_tokens_S[place]
     if found != expected:
-        raise CorruptCacheError(f"sequence {index}: its record holds {found} tokens, the index says {expected}")
+        raise CorruptCacheError(f"sequence {place}: its record holds {found} tokens, the index says {expected}")
     return record
-
-
-def _num_columns(reader: Reader) -> int | None:
-    """K where the selection fixes it, so that all batches of a cache have the same; else None."""
-    selection = reader.manifest.identity.selection
-    return int(selection.params["k"]) if selection.kind == "top_k" else None

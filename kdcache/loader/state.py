@@ -11,7 +11,7 @@ from kdcache.errors import StateError
 from kdcache.loader.order import ORDER_VERSION
 from kdcache.loader.packing import PACKING_VERSION
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 _NOT_OF_THE_STREAM = {"num_threads", "prefetch_batches", "seed"}
 
@@ -22,7 +22,7 @@ class LoaderState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     Attributes:
         version: of this struct.
         order_version, packing_version: of the algorithms that made the stream.
-        snapshot: digest of the cache's manifest.
+        snapshots: of each cache, in their order: the digest of its manifest, and of what is selected from it.
         options: the fields of LoaderConfig that decide the stream, but for the seed.
         seed, epoch: of the order.
         next_batch: number in the epoch of the global batch that comes next; 0 of the next epoch behind the last.
@@ -31,7 +31,7 @@ class LoaderState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     version: int = STATE_VERSION
     order_version: int = ORDER_VERSION
     packing_version: int = PACKING_VERSION
-    snapshot: str
+    snapshots: tuple[str, ...]
     options: dict[str, Any]
     seed: int
     epoch: int
@@ -40,7 +40,12 @@ class LoaderState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 def stream_options(options: LoaderConfig) -> dict[str, Any]:
     """The options that decide the stream, as JSON values; the seed has its own place in a state."""
-    return {name: value for name, value in msgspec.to_builtins(options).items() if name not in _NOT_OF_THE_STREAM}
+    return {name: value for name, value in as_json(options).items() if name not in _NOT_OF_THE_STREAM}
+
+
+def as_json(struct: msgspec.Struct) -> dict[str, Any]:
+    """What JSON makes of a struct: lists for tuples too, so that it equals what comes back from a file."""
+    return msgspec.json.decode(msgspec.json.encode(struct))
 
 
 def parse_state(fields: Any, *, here: LoaderState) -> LoaderState:
@@ -72,9 +77,20 @@ def parse_state(fields: Any, *, here: LoaderState) -> LoaderState:
 
 def _leaves(state: LoaderState) -> dict[str, Any]:
     """What two states must agree in."""
-    fields = msgspec.to_builtins(state)
-    options = fields.pop("options")
-    return {name: fields[name] for name in ("order_version", "packing_version", "snapshot", "seed")} | options
+    fields = as_json(state)
+    versions = {name: fields[name] for name in ("order_version", "packing_version", "seed")}
+    snapshots = fields["snapshots"]
+    named = {"snapshot": snapshots[0]} if len(snapshots) == 1 else {f"snapshot {i}": name for i, name in enumerate(snapshots)}
+    return versions | named | _opened(fields["options"])
+
+
+def _opened(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections opened, so that a difference names the field: `mask.roles`."""
+    leaves: dict[str, Any] = {}
+    for name, value in options.items():
+        # A mapping with free keys (role_weights) opens as well: an absent key differs from every number.
+        leaves |= _opened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
 
 
 def _differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import index
+from typing import Any
 
 from kdcache.config.loader import LoaderConfig
-from kdcache.errors import ConfigError
-from kdcache.loader.base import Reader
 from kdcache.loader.batch import Batch
-from kdcache.loader.plan import EpochPlan, check_options
+from kdcache.loader.caches import CacheLike, CacheSet
+from kdcache.loader.checks import check_epoch, check_options
+from kdcache.loader.plan import EpochPlan
 from kdcache.loader.read import read_rows
 
 
 class PackedView:
     """The rows of one epoch, in the order in which a Loader with these options gives them; reads nothing until asked.
 
-    `view[i]` is a Batch of one row; `stack_batches([view[i], ...])` joins several. Can be pickled if the reader can.
+    `view[i]` is a Batch of one row of seq_len; `stack_batches([view[i], ...])` joins several. Can be pickled if the readers
+    can.
 
     Args:
-        reader: of the cache.
-        options: as for a Loader; `batch_rows`, `num_threads` and `prefetch_batches` do not matter.
+        caches: as for a Loader.
+        options: as for a Loader; `pad_to`, `num_threads` and `prefetch_batches` do not matter, and `batch_rows` and
+            `batch_tokens` only for the order of rows with `group_by_length`.
         epoch: whose order.
 
     Raises:
-        ConfigError: options out of range, a sequence longer than a row, an empty cache.
+        ConfigError: options out of range, a sequence longer than a row, an empty cache. MismatchError: see Loader.
     """
 
-    def __init__(self, reader: Reader, options: LoaderConfig, epoch: int = 0) -> None:
-        check_options(options, reader.num_tokens_S)
-        if epoch < 0:
-            raise ConfigError(f"epoch is {epoch}, expected 0 or more")
-        self.reader = reader
-        self.options = options
-        self.plan = EpochPlan(reader.num_tokens_S, options, epoch)
+    def __init__(self, caches: CacheLike | Sequence[CacheLike], options: LoaderConfig, epoch: int = 0) -> None:
+        check_epoch(epoch)
+        self._caches = CacheSet(caches)
+        self.options, self.epoch = options, epoch
+        self._make_plan()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "plan"}  # the plan holds the whole index
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_plan()
 
     def __len__(self) -> int:
         return self.plan.num_rows
@@ -46,4 +54,13 @@ class PackedView:
         number = index(row)
         if number < 0:
             number += len(self)
-        return read_rows(self.reader, [self.plan.row(number)], seq_len=self.options.seq_len)
+        return read_rows(self._caches, [self.plan.row(number)], self.options.seq_len, self.options.mask)
+
+    def close(self) -> None:
+        """Close the caches that were opened here."""
+        self._caches.close()
+
+    def _make_plan(self) -> None:
+        tables = self._caches.tables()
+        check_options(self.options, tables)
+        self.plan = EpochPlan(tables, self.options, self.epoch)

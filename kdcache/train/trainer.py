@@ -19,7 +19,6 @@ from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError, InputError
 from kdcache.loader._torch import TorchBatch, to_torch
 from kdcache.loader.loader import Loader
-from kdcache.loader.plan import EpochPlan
 from kdcache.store.reader import CacheReader, open_cache
 from kdcache.teacher import load_tokenizer
 from kdcache.train.checkpoint import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -173,8 +172,7 @@ class Trainer:
 
 def num_batches(loader: Loader, num_epochs: int) -> int:
     """Batches of the first epochs; packed epochs differ a little."""
-    lengths_S = loader.reader.num_tokens_S
-    return sum(EpochPlan(lengths_S, loader.options, epoch).num_batches for epoch in range(num_epochs))
+    return sum(loader.plan_of(epoch).num_batches for epoch in range(num_epochs))
 
 
 def _check_cache(config: TrainConfig, reader: CacheReader) -> None:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
+import msgspec
 import numpy as np
 
-from kdcache.format.manifest import CodecInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity, TokenizerIdentity
-from kdcache.format.record import NO_TARGET, Distributions, SequenceRecord, TokenSequence, sequence_key
+from kdcache.format.manifest import (
+    CodecInfo,
+    Identity,
+    Manifest,
+    PlanInfo,
+    SelectionInfo,
+    ShardInfo,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from kdcache.format.record import NO_TARGET, ROLES, Distributions, SequenceRecord, TokenSequence, sequence_key
 from kdcache.loader.batch import Batch
 
 STRIDE = 1000
@@ -19,17 +30,23 @@ def token_id(sequence: int, t: int) -> int:
     return sequence * STRIDE + t + 1
 
 
-def make_record(number: int, length: int, *, k: int, supervised: str = "random", ragged: bool = False) -> SequenceRecord:
-    """Deterministic; `supervised` is `all`, `none` or `random`, `ragged` gives supports of 0..k entries."""
+def make_record(
+    number: int, length: int, *, k: int, supervised: str = "random", ragged: bool = False, chat: bool = False
+) -> SequenceRecord:
+    """Deterministic; `supervised` is `all`, `none` or `random`, `ragged` gives 0..k entries, `chat` roles and turns."""
     rng = np.random.default_rng([number, length])
     ids_N = np.array([token_id(number, t) for t in range(length)], np.int32)
     masks = {"all": np.ones(length, bool), "none": np.zeros(length, bool), "random": rng.random(length) < 0.7}
     supervised_N = masks[supervised]
+    turn_starts = np.flatnonzero(rng.random(length) < 0.4) if chat else np.zeros(1)
+    roles_N = np.zeros(length, np.uint8)
+    for start in turn_starts.astype(int) if chat else ():
+        roles_N[start:] = rng.integers(0, len(ROLES))
     sequence = TokenSequence(
         input_ids_N=ids_N,
         supervised_N=supervised_N,
-        roles_N=np.zeros(length, np.uint8),
-        turn_starts=np.zeros(1, np.int32),
+        roles_N=roles_N,
+        turn_starts=turn_starts.astype(np.int32),
         source=f"memory#{number}",
         key=sequence_key(ids_N, supervised_N, ""),
     )
@@ -51,11 +68,28 @@ def _distributions(sequence: TokenSequence, k: int, ragged: bool, rng: np.random
     )
 
 
-def make_manifest(num_sequences: int, *, k: int, kind: str = "top_k") -> Manifest:
+def make_shards(sizes: Sequence[int]) -> tuple[ShardInfo, ...]:
+    """Shards that only their numbers of sequences are looked at."""
+    names = [
+        f.name for f in msgspec.structs.fields(ShardInfo) if f.required and f.name.startswith(("num_", "entropy_", "tail_"))
+    ]
+    zeros: dict[str, Any] = {"target_logprob_sum": 0.0, "column_bytes": {}} | dict.fromkeys(names, 0)
+    return tuple(ShardInfo(**zeros | {"unit": u, "name": "", "sha256": "", "num_sequences": n}) for u, n in enumerate(sizes))
+
+
+def make_manifest(
+    num_sequences: int,
+    *,
+    k: int,
+    kind: str = "top_k",
+    shards: Sequence[int] = (),
+    tokenizer: str = "0",
+    vocab_size: int = 2**20,
+) -> Manifest:
     teacher = TeacherIdentity(
         model="memory",
         architecture="None",
-        vocab_size=2**20,
+        vocab_size=vocab_size,
         dtype="float32",
         engine="fake",
         engine_version="0",
@@ -63,21 +97,31 @@ def make_manifest(num_sequences: int, *, k: int, kind: str = "top_k") -> Manifes
     )
     identity = Identity(
         teacher=teacher,
-        tokenizer=TokenizerIdentity(name="memory", fingerprint="0", vocab_size=2**20),
-        selection=SelectionInfo(kind=kind, params={"k": k}),
+        tokenizer=TokenizerIdentity(name="memory", fingerprint=tokenizer, vocab_size=vocab_size),
+        selection=SelectionInfo(kind=kind, params={"k": k} if kind == "top_k" else {"p": 1.0, "k": k}),
         codec=CodecInfo(codec_id="raw", params={"vocab_size": 2**20}),
         input_fingerprint=str(num_sequences),
     )
-    return Manifest(number=0, parent=None, identity=identity, plan=PlanInfo(fingerprint="0", num_units=1))
+    plan = PlanInfo(fingerprint="0", num_units=1)
+    return Manifest(number=0, parent=None, identity=identity, plan=plan, shards=make_shards(shards))
 
 
 class MemoryReader:
     """Obeys `kdcache.loader.base.Reader`; can be pickled. `reads` lists the sequences that were asked for."""
 
-    def __init__(self, lengths: Sequence[int], *, k: int = 3, kind: str = "top_k", **record_options: object) -> None:
-        self.manifest = make_manifest(len(lengths), k=k, kind=kind)
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        k: int = 3,
+        first: int = 0,
+        identity: dict[str, Any] | None = None,
+        **record_options: Any,
+    ) -> None:
+        """`first` is what the first sequence's ids are made of, so that those of several caches differ."""
+        self.manifest = make_manifest(len(lengths), k=k, **(identity or {}))
         self.snapshot = self.manifest.digest
-        self.records = [make_record(i, n, k=k, **record_options) for i, n in enumerate(lengths)]  # pyright: ignore[reportArgumentType]
+        self.records = [make_record(first + i, n, k=k, **record_options) for i, n in enumerate(lengths)]
         self.num_tokens_S = np.array(lengths, np.uint32)
         self.num_positions_S = np.array([r.distributions.num_positions for r in self.records], np.uint32)
         self.reads: list[int] = []

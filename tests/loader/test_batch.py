@@ -6,7 +6,8 @@ from memory_reader import STRIDE, assert_same, make_record
 
 from kdcache.errors import CorruptCacheError
 from kdcache.format.record import PADDING_ID, SequenceRecord
-from kdcache.loader.batch import IGNORED_LABEL, Batch, BatchLayout, assemble, assemble_reference, stack_batches
+from kdcache.loader.assemble import BatchLayout, EntryColumns, assemble, assemble_reference
+from kdcache.loader.batch import IGNORED_LABEL, Batch, stack_batches
 
 ROWS = st.lists(st.lists(st.integers(1, 6), max_size=4), min_size=1, max_size=4)
 MASKS = st.sampled_from(["all", "none", "random"])
@@ -18,12 +19,12 @@ def make_records(rows: list[list[int]], **options: object) -> list[SequenceRecor
 
 
 def make_layout(rows: list[list[int]], num_columns: int | None = 3) -> BatchLayout:
-    return BatchLayout(tuple(len(row) for row in rows), seq_len=24, num_columns=num_columns)
+    return BatchLayout(tuple(len(row) for row in rows), seq_len=24, columns=EntryColumns(num_columns))
 
 
 def test_two_sequences_in_a_row_by_hand() -> None:
     first, second = make_record(0, 3, k=2, supervised="all"), make_record(1, 2, k=2, supervised="all")
-    batch = assemble([first, second], BatchLayout((2, 0), seq_len=7, num_columns=2))
+    batch = assemble([first, second], BatchLayout((2, 0), seq_len=7, columns=EntryColumns(2)))
     assert batch.input_ids_BT.tolist() == [[1, 2, 3, 1001, 1002, 0, 0], [0] * 7]
     assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1, 0, 0], [0] * 7]
     assert batch.segment_ids_BT.tolist() == [[1, 1, 1, 2, 2, 0, 0], [0] * 7]
@@ -85,7 +86,7 @@ def test_a_label_never_is_a_token_of_another_sequence() -> None:
 
 
 def test_a_batch_without_positions_has_arrays_of_none() -> None:
-    batch = assemble([], BatchLayout((0, 0), seq_len=8, num_columns=3))
+    batch = assemble([], BatchLayout((0, 0), seq_len=8, columns=EntryColumns(3)))
     assert batch.rows_P.shape == (0,)
     assert batch.token_ids_PK.shape == batch.logprobs_PK.shape == (0, 3)
     assert (batch.num_sequences, batch.num_tokens) == (0, 0)
@@ -102,8 +103,8 @@ def test_stacked_batches_equal_the_batch_assembled_at_once() -> None:
 def test_records_that_do_not_fit_are_refused_naming_their_source() -> None:
     record, masked = make_record(0, 5, k=3, supervised="all"), make_record(0, 5, k=3, supervised="none")
     with pytest.raises(CorruptCacheError, match="memory#0: 5 tokens at column 0 pass seq_len 4"):
-        assemble([record], BatchLayout((1,), seq_len=4, num_columns=3))
+        assemble([record], BatchLayout((1,), seq_len=4, columns=EntryColumns(3)))
     with pytest.raises(CorruptCacheError, match="memory#0: a position has 3 entries"):
-        assemble([record], BatchLayout((1,), seq_len=8, num_columns=2))
+        assemble([record], BatchLayout((1,), seq_len=8, columns=EntryColumns(2)))
     with pytest.raises(CorruptCacheError, match="memory#0: 0 distributions for 5 supervised"):
-        assemble([SequenceRecord(record.sequence, masked.distributions)], BatchLayout((1,), seq_len=8, num_columns=3))
+        assemble([SequenceRecord(record.sequence, masked.distributions)], BatchLayout((1,), seq_len=8, columns=EntryColumns(3)))

@@ -6,40 +6,42 @@ import pytest
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError
-from kdcache.loader.plan import EpochPlan, check_options, check_ranks
+from kdcache.loader.checks import check_options, check_ranks
+from kdcache.loader.mix import CacheTable
+from kdcache.loader.plan import EpochPlan
 
 
 def make_plan(num_sequences: int = 300, **options: object) -> EpochPlan:
     lengths = np.random.default_rng(0).integers(1, 17, num_sequences).astype(np.uint32)
     fields = {"seq_len": 16, "batch_rows": 4, "pack_window": 5} | options
-    return EpochPlan(lengths, LoaderConfig(**fields), epoch=3)  # pyright: ignore[reportArgumentType]
+    return EpochPlan([CacheTable.of_lengths(lengths)], LoaderConfig(**fields), epoch=3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("packing", ["first_fit", "none"])
 def test_the_batches_of_an_epoch_hold_every_sequence_once(packing: str) -> None:
     plan = make_plan(packing=packing)
     batches = [plan.batch(b) for b in range(plan.num_batches)]
-    assert sorted(int(s) for batch in batches for row in batch for s in row) == list(range(300))
-    assert all(len(batch) == 4 for batch in batches)
+    assert sorted(int(s) for batch in batches for row in batch.rows for s in row) == list(range(300))
+    assert all(len(batch.rows) == 4 for batch in batches)
 
 
 def test_any_batch_can_be_asked_for_first() -> None:
     in_order = make_plan()
-    expected = [[row.tolist() for row in in_order.batch(b)] for b in range(in_order.num_batches)]
+    expected = [[row.tolist() for row in in_order.batch(b).rows] for b in range(in_order.num_batches)]
     for b in (in_order.num_batches - 1, 0, 17):
-        assert [row.tolist() for row in make_plan().batch(b)] == expected[b]
+        assert [row.tolist() for row in make_plan().batch(b).rows] == expected[b]
 
 
 def test_asking_for_the_first_batch_does_not_compute_the_whole_epoch() -> None:
     plan = make_plan(10_000)
     plan.batch(0)
-    assert len(plan._first_rows) == 2
+    assert len(plan._before) == 2
 
 
 def test_a_plan_keeps_few_blocks_whatever_the_cache_s_size() -> None:
     plan = make_plan(10_000)
     assert plan.num_rows > 1000
-    assert len(plan._first_rows) > 100
+    assert len(plan._before) > 100
     assert len(plan._blocks) <= 8
 
 
@@ -55,7 +57,7 @@ def test_rows_and_batches_outside_are_refused() -> None:
 
 def test_only_the_last_batch_has_empty_rows_and_they_are_counted() -> None:
     plan = make_plan()
-    empty = [sum(len(row) == 0 for row in plan.batch(b)) for b in range(plan.num_batches)]
+    empty = [sum(len(row) == 0 for row in plan.batch(b).rows) for b in range(plan.num_batches)]
     counts = plan.counts()
     assert set(empty[:-1]) == {0}
     assert empty[-1] == counts.num_empty_rows == -counts.num_rows % 4
@@ -69,21 +71,21 @@ def test_threads_and_pickles_see_the_same_plan() -> None:
     with ThreadPoolExecutor(4) as pool:
         batches = list(pool.map(plan.batch, range(plan.num_batches)))
     for b, batch in enumerate(batches):
-        assert [row.tolist() for row in batch] == [row.tolist() for row in other.batch(b)]
+        assert [row.tolist() for row in batch.rows] == [row.tolist() for row in other.batch(b).rows]
 
 
 def test_a_sequence_longer_than_a_row_is_refused_with_both_ways_out() -> None:
     lengths = np.array([10, 20, 30], np.uint32)
-    check_options(LoaderConfig(seq_len=30), lengths)
+    check_options(LoaderConfig(seq_len=30), [CacheTable.of_lengths(lengths)])
     with pytest.raises(
         ConfigError, match=r"seq_len is 16.*2 of 3.*sequence 1 with 20.*raise seq_len to 30.*window\.size <= 16"
     ):
-        check_options(LoaderConfig(seq_len=16), lengths)
+        check_options(LoaderConfig(seq_len=16), [CacheTable.of_lengths(lengths)])
 
 
 def test_an_empty_cache_is_refused() -> None:
     with pytest.raises(ConfigError, match="no sequence"):
-        check_options(LoaderConfig(), np.zeros(0, np.uint32))
+        check_options(LoaderConfig(), [CacheTable.of_lengths(np.zeros(0, np.uint32))])
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_an_empty_cache_is_refused() -> None:
 )
 def test_options_made_in_python_are_checked_as_those_from_a_file(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
-        check_options(LoaderConfig(**options), np.ones(3, np.uint32))  # pyright: ignore[reportArgumentType]
+        check_options(LoaderConfig(**options), [CacheTable.of_lengths(np.ones(3, np.uint32))])  # pyright: ignore[reportArgumentType]
 
 
 def test_ranks_must_share_a_batch_equally() -> None:

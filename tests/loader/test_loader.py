@@ -41,7 +41,7 @@ def stream(loader: Loader, num_epochs: int) -> list[Batch]:
 
 def test_an_epoch_gives_every_sequence_once_in_the_order_of_its_plan(reader: MemoryReader) -> None:
     loader = Loader(reader, make_options())
-    expected = [int(s) for b in range(len(loader)) for row in loader.plan.batch(b) for s in row]
+    expected = [int(s) for b in range(len(loader)) for row in loader.plan.batch(b).rows for s in row]
     counts = loader.counts()
     batches = list(loader)
     assert [s for batch in batches for s in sequences_of(batch)] == expected
@@ -73,7 +73,7 @@ def test_k_is_the_same_in_all_batches_of_a_top_k_cache() -> None:
 
 
 def test_k_of_another_selection_is_the_batch_s_largest_support() -> None:
-    ragged = MemoryReader([3] * 20, k=5, kind="threshold", ragged=True)
+    ragged = MemoryReader([3] * 20, k=5, identity={"kind": "top_p_k"}, ragged=True)
     for batch in Loader(ragged, make_options(batch_rows=1)):
         assert batch.token_ids_PK.shape[1] == (batch.token_ids_PK >= 0).sum(axis=1).max(initial=0)
 
@@ -181,8 +181,8 @@ def state_with(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (state_with(snapshot="0" * 64), r"snapshot '0000.*here '"),
-        (state_with(version=2), "version 2, this kdcache reads version 1"),
+        (state_with(snapshots=["0" * 64]), r"snapshot '0000.*here '"),
+        (state_with(version=1), "version 1, this kdcache reads version 2"),
         (state_with(order_version=7), "order_version 7, here 1"),
         (state_with(packing_version=7), "packing_version 7, here 1"),
         (state_with(seed=5), "seed 5, here 0"),
@@ -230,7 +230,7 @@ class DamagedReader(MemoryReader):
 def test_a_damaged_record_surfaces_at_its_batch_and_the_state_still_names_it(num_threads: int) -> None:
     reader, given = DamagedReader(LENGTHS), []
     loader = Loader(reader, make_options(num_threads=num_threads))
-    reader.bad = int(loader.plan.batch(2)[3][0])
+    reader.bad = int(loader.plan.batch(2).rows[3][0])
     for _ in range(2):
         with pytest.raises(CorruptCacheError, match="digest does not match"):
             given.extend(loader)  # keeps what came before the error

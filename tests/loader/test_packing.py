@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.loader.order import Order, sequences_at
-from kdcache.loader.packing import BLOCK_WINDOWS, PACKING_VERSION, Packing, first_fit, first_fit_reference, pack_block
+from kdcache.loader.packing import BLOCK_WINDOWS, PACKING_VERSION, Packing, Rows, first_fit, first_fit_reference, pack_block
 
 WINDOWS = st.integers(1, 20).flatmap(
     lambda n: st.lists(st.lists(st.integers(0, 9), min_size=n, max_size=n), min_size=1, max_size=5)
@@ -24,6 +24,12 @@ def test_windows_side_by_side_equal_the_reference_one_by_one(windows: list[list[
         assert [r < 0 for r in rows] == [n == 0 for n in window]
 
 
+def block_of(lengths: np.ndarray, order: Order, block: int, packing: Packing) -> Rows:
+    start = block * packing.block_places
+    sequences = sequences_at(order, start, min(start + packing.block_places, order.num_sequences))
+    return pack_block(sequences, lengths[sequences].astype(np.int64), packing)
+
+
 def pack_epoch_reference(lengths: list[int], order: Order, packing: Packing) -> list[list[int]]:
     """The whole epoch's rows, window by window, with the plain first fit."""
     sequences = sequences_at(order, 0, len(lengths)).tolist()
@@ -41,14 +47,14 @@ def test_blocks_one_after_another_equal_windows_packed_one_by_one(num_sequences:
     lengths = np.random.default_rng(window).integers(1, 33, num_sequences).astype(np.uint32)
     order, packing = Order(num_sequences, 1, 2), Packing("first_fit", 32, window)
     num_blocks = -(-num_sequences // (BLOCK_WINDOWS * window))
-    blocks = [pack_block(lengths, order, b, packing) for b in range(num_blocks)]
+    blocks = [block_of(lengths, order, b, packing) for b in range(num_blocks)]
     rows = [block[r].tolist() for block in blocks for r in range(len(block))]
     assert rows == pack_epoch_reference(lengths.tolist(), order, packing)
 
 
 def test_without_packing_each_row_is_one_sequence_in_the_order() -> None:
     order = Order(40, 1, 0)
-    rows = pack_block(np.full(40, 3, np.uint32), order, 0, Packing("none", 32, 100))
+    rows = block_of(np.full(40, 3, np.uint32), order, 0, Packing("none", 32, 100))
     assert [rows[r].tolist() for r in range(len(rows))] == [[s] for s in sequences_at(order, 0, 40).tolist()]
 
 
@@ -56,5 +62,5 @@ def test_packing_of_version_1_is_pinned() -> None:
     """States name the version: if these rows change, PACKING_VERSION must too."""
     assert PACKING_VERSION == 1
     lengths = np.array([7, 2, 9, 4, 4, 1, 6, 3, 8, 5], np.uint32)
-    rows = pack_block(lengths, Order(10, 0, 0), 0, Packing("first_fit", 10, 5))
+    rows = block_of(lengths, Order(10, 0, 0), 0, Packing("first_fit", 10, 5))
     assert [rows[r].tolist() for r in range(len(rows))] == [[3, 6], [8, 1], [4], [7, 0], [2, 5], [9]]

@@ -1,4 +1,5 @@
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,11 @@ def reader() -> MemoryReader:
 
 
 def to_numpy(batches: Iterable[TorchBatch]) -> list[Batch]:
-    names = [name for name in Batch.__slots__ if name != "num_sequences"]
-    return [Batch(**{n: getattr(b, n).numpy() for n in names}, num_sequences=b.num_sequences) for b in batches]
+    return [Batch(**{name: as_numpy(getattr(b, name)) for name in Batch.__slots__}) for b in batches]
+
+
+def as_numpy(value: object) -> Any:
+    return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
 def in_workers(loader: TorchLoader, num_workers: int, **options: object) -> DataLoader[TorchBatch]:

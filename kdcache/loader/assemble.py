@@ -1,0 +1,237 @@
+"""How records become a batch. `assemble_reference` defines it, token by token; `assemble` is compared with it.
+
+Shape letters: as in batch.py; N tokens of a sequence, Q positions of a sequence that the mask keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.codec.into import EntryArrays, place
+from kdcache.config.loader import MaskConfig
+from kdcache.errors import CorruptCacheError
+from kdcache.format.manifest import SelectionInfo
+from kdcache.format.record import PADDING_ID, SequenceRecord
+from kdcache.format.selection import fixed_entries, fixed_exact, stores_num_exact
+from kdcache.loader.batch import IGNORED_LABEL, Batch
+from kdcache.loader.buffers import BufferPool
+from kdcache.loader.mask import Choice, choose, choose_reference
+from kdcache.store.rows import EncodedRecord
+
+Record = SequenceRecord | EncodedRecord
+
+
+@dataclass(frozen=True, slots=True)
+class EntryColumns:
+    """What a batch holds of each position, by the caches' selections: the same for all batches, the empty ones too.
+
+    Attributes:
+        num_columns: K; None for the largest support of the batch.
+        has_exact, has_entropy: whether num_exact_P and entropy_P are there.
+        num_temperatures: C.
+    """
+
+    num_columns: int | None
+    has_exact: bool = False
+    has_entropy: bool = False
+    num_temperatures: int = 0
+
+    @classmethod
+    def of(cls, selections: Sequence[SelectionInfo]) -> EntryColumns:
+        """For caches with these selections: K is fixed where each of them fixes it."""
+        widths = [fixed_entries(selection) for selection in selections]
+        first = selections[0]
+        return cls(
+            num_columns=None if None in widths else max(width or 0 for width in widths),
+            has_exact=fixed_exact(first) is not None or stores_num_exact(first),
+            has_entropy=first.entropy,
+            num_temperatures=len(first.temperatures),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """Where the records of a batch go.
+
+    Attributes:
+        sequences_per_row: for each of the B rows, how many records it takes, one behind the other; 0 for an empty row.
+        seq_len: T.
+        columns: of the entries.
+        mask: which positions are learned from.
+    """
+
+    sequences_per_row: tuple[int, ...]
+    seq_len: int
+    columns: EntryColumns
+    mask: MaskConfig = field(default_factory=MaskConfig)
+
+
+def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | None = None) -> Batch:
+    """The batch of these records, row after row.
+
+    Args:
+        records: as many as the layout's rows take.
+        layout: where they go.
+        pool: gives the memory of the two large arrays; None for fresh ones.
+
+    Raises:
+        CorruptCacheError: a record that does not fit the row, its own mask or K.
+    """
+    for record in records:
+        _check_positions(record)
+    choices = [choose(record.sequence, layout.mask) for record in records]
+    batch = _blank(records, choices, layout, pool or BufferPool(0))
+    remaining, position = iter(zip(records, choices, strict=True)), 0
+    for b, num_sequences in enumerate(layout.sequences_per_row):
+        column = 0
+        for segment in range(1, num_sequences + 1):
+            record, choice = next(remaining)
+            _check_fits(record, layout, column)
+            kept = _kept_positions(record, choice)
+            _place_tokens(batch, record, kept, (b, column, segment))
+            end = position + len(kept)
+            batch.rows_P[position:end] = b * layout.seq_len + column + kept
+            if choice.weights_Q is not None:
+                batch.weights_P[position:end] = choice.weights_Q
+            _place_entries(batch, record, choice, slice(position, end))
+            position, column = end, column + record.sequence.num_tokens
+    return batch
+
+
+def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -> Batch:
+    """The same, token by token: the definition that `assemble` is compared with."""
+    choices = [choose(record.sequence, layout.mask) for record in records]
+    batch = _blank(records, choices, layout, BufferPool(0))
+    batch.token_ids_PK[:], batch.logprobs_PK[:] = PADDING_ID, -np.inf
+    remaining, p = iter(records), 0
+    for b, num_sequences in enumerate(layout.sequences_per_row):
+        column = 0
+        for segment in range(1, num_sequences + 1):
+            record = next(remaining)
+            sequence, d = record.sequence, record.distributions
+            weights, record_p = choose_reference(sequence, layout.mask), 0
+            for t in range(sequence.num_tokens):
+                batch.input_ids_BT[b, column] = sequence.input_ids_N[t]
+                batch.position_ids_BT[b, column] = t
+                batch.segment_ids_BT[b, column] = segment
+                is_kept = bool(sequence.supervised_N[t]) and weights[record_p] > 0
+                if is_kept and t + 1 < sequence.num_tokens:
+                    batch.labels_BT[b, column] = sequence.input_ids_N[t + 1]
+                if is_kept:
+                    batch.rows_P[p] = b * layout.seq_len + column
+                    batch.weights_P[p] = weights[record_p]
+                    for k, entry in enumerate(range(d.offsets_P1[record_p], d.offsets_P1[record_p + 1])):
+                        batch.token_ids_PK[p, k] = d.token_ids_E[entry]
+                        batch.logprobs_PK[p, k] = d.logprobs_E[entry]
+                    batch.tail_mass_P[p] = d.tail_mass_P[record_p]
+                    for name, values in (("num_exact_P", d.num_exact_P), ("log_z_PC", d.log_z_PT), ("entropy_P", d.entropy_P)):
+                        if getattr(batch, name) is not None and values is not None:
+                            getattr(batch, name)[p] = values[record_p]
+                    p += 1
+                record_p += bool(sequence.supervised_N[t])
+                column += 1
+    return batch
+
+
+def _blank(records: Sequence[Record], choices: Sequence[Choice], layout: BatchLayout, pool: BufferPool) -> Batch:
+    """Padding everywhere; the entries, most of the bytes, are left unwritten, as each of them is written anyway."""
+    shape_BT = (len(layout.sequences_per_row), layout.seq_len)
+    stored = [_num_entries(record) for record in records]
+    num_stored = sum(len(counts_P) for counts_P in stored)
+    num_masked = sum(int(np.count_nonzero(~c.keep_P)) for c in choices if c.keep_P is not None)
+    num_positions, columns = num_stored - num_masked, layout.columns
+    num_columns = columns.num_columns
+    if num_columns is None:
+        num_columns = max((int(counts_P.max(initial=0)) for counts_P in stored), default=0)
+    cu_seqlens_G1 = _segment_starts([record.sequence.num_tokens for record in records], layout)
+    return Batch(
+        input_ids_BT=np.zeros(shape_BT, np.int32),
+        position_ids_BT=np.zeros(shape_BT, np.int32),
+        segment_ids_BT=np.zeros(shape_BT, np.int32),
+        cu_seqlens_G1=cu_seqlens_G1,
+        max_seqlen=int(np.diff(cu_seqlens_G1).max(initial=0)),
+        labels_BT=np.full(shape_BT, IGNORED_LABEL, np.int32),
+        rows_P=np.zeros(num_positions, np.int64),
+        token_ids_PK=pool.take((num_positions, num_columns), np.int32),
+        logprobs_PK=pool.take((num_positions, num_columns), np.float32),
+        tail_mass_P=np.zeros(num_positions, np.float32),
+        weights_P=np.ones(num_positions, np.float32),
+        num_exact_P=np.zeros(num_positions, np.int64) if columns.has_exact else None,
+        log_z_PC=np.zeros((num_positions, columns.num_temperatures), np.float32) if columns.num_temperatures else None,
+        entropy_P=np.zeros(num_positions, np.float32) if columns.has_entropy else None,
+        num_sequences=len(records),
+        num_masked=num_masked,
+    )
+
+
+def _segment_starts(lengths: Sequence[int], layout: BatchLayout) -> NDArray[np.int32]:
+    """(G+1,) int32; the padding at a row's end is a segment, and there is none of no length."""
+    starts, remaining = [0], iter(lengths)
+    for b, num_sequences in enumerate(layout.sequences_per_row):
+        for _ in range(num_sequences):
+            starts.append(starts[-1] + next(remaining))
+        end = (b + 1) * layout.seq_len
+        if starts[-1] < end:
+            starts.append(end)
+    return np.array(starts, np.int32)
+
+
+def _kept_positions(record: Record, choice: Choice) -> NDArray[np.int64]:
+    """(Q,) the positions t of the sequence that are learned from."""
+    positions_P = record.sequence.positions_P
+    return positions_P if choice.keep_P is None else positions_P[choice.keep_P]
+
+
+def _place_tokens(batch: Batch, record: Record, kept: NDArray[np.int64], place_at: tuple[int, int, int]) -> None:
+    ids_N = record.sequence.input_ids_N
+    b, start, segment = place_at
+    stop = start + len(ids_N)
+    batch.input_ids_BT[b, start:stop] = ids_N
+    batch.position_ids_BT[b, start:stop] = np.arange(len(ids_N))
+    batch.segment_ids_BT[b, start:stop] = segment
+    # The last position is left out: the token behind it is another sequence's.
+    with_target = kept[:-1] if len(kept) and kept[-1] == len(ids_N) - 1 else kept
+    batch.labels_BT[b, start + with_target] = ids_N[with_target + 1]
+
+
+def _place_entries(batch: Batch, record: Record, choice: Choice, where: slice) -> None:
+    out = EntryArrays(
+        token_ids_QK=batch.token_ids_PK[where],
+        logprobs_QK=batch.logprobs_PK[where],
+        tail_mass_Q=batch.tail_mass_P[where],
+        num_exact_Q=None if batch.num_exact_P is None else batch.num_exact_P[where],
+        log_z_QT=None if batch.log_z_PC is None else batch.log_z_PC[where],
+        entropy_Q=None if batch.entropy_P is None else batch.entropy_P[where],
+    )
+    if isinstance(record, EncodedRecord):
+        record.decode_into(out, choice.keep_P)
+        return
+    try:
+        place(record.distributions, out, choice.keep_P)
+    except CorruptCacheError as error:
+        raise CorruptCacheError(f"{record.sequence.source}: {error}") from error
+
+
+def _num_entries(record: Record) -> NDArray[np.int64]:
+    """(P,) entries at each stored position."""
+    return np.diff(record.offsets_P1 if isinstance(record, EncodedRecord) else record.distributions.offsets_P1)
+
+
+def _check_positions(record: Record) -> None:
+    num_supervised = int(np.count_nonzero(record.sequence.supervised_N))
+    num_positions = len(_num_entries(record))
+    if num_positions != num_supervised:
+        raise CorruptCacheError(
+            f"{record.sequence.source}: {num_positions} distributions for {num_supervised} supervised positions"
+        )
+
+
+def _check_fits(record: Record, layout: BatchLayout, column: int) -> None:
+    num_tokens = record.sequence.num_tokens
+    if column + num_tokens > layout.seq_len:
+        where = f"{record.sequence.source}: {num_tokens} tokens at column {column}"
+        raise CorruptCacheError(f"{where} pass seq_len {layout.seq_len}")

@@ -1,0 +1,73 @@
+"""Memory of batches that is used again once nobody holds the batch.
+
+A batch's two large arrays take most of its bytes; fresh pages for them cost the kernel about as much as decoding. An array that
+`BufferPool.take` gives keeps a lease on its memory. When the last array, view or tensor on it is gone, the lease is collected
+and the memory goes back to the pool: a batch is valid as long as somebody refers to it, with nothing to release and no rule to
+keep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+Allocate = Callable[[int], NDArray[np.uint8]]
+"""Number of bytes -> an uninitialised C-contiguous array of at least so many."""
+
+
+def _plain(num_bytes: int) -> NDArray[np.uint8]:
+    return np.empty(num_bytes, np.uint8)
+
+
+class BufferPool:
+    """Hands out arrays, and hands their memory out again when they are gone. Safe to use from several threads.
+
+    Args:
+        most_free: buffers kept while unused; what comes back beyond them is freed.
+        allocate: makes a buffer; another one for pinned memory.
+    """
+
+    def __init__(self, most_free: int, allocate: Allocate = _plain) -> None:
+        self._allocate = allocate
+        # A deque and no lock: a lease may end in the middle of `take`, in the same thread, when garbage is collected there.
+        self._free: deque[NDArray[np.uint8]] = deque(maxlen=most_free)
+        self.num_allocated = 0
+
+    def take(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """An uninitialised C-contiguous array."""
+        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        lease = _Lease(self._buffer(num_bytes), self._free)
+        return np.asarray(lease)[:num_bytes].view(dtype).reshape(shape)
+
+    def _buffer(self, num_bytes: int) -> NDArray[np.uint8]:
+        for _ in range(len(self._free)):
+            try:
+                buffer = self._free.popleft()
+            except IndexError:  # another thread took it
+                break
+            if num_bytes <= len(buffer):
+                return buffer
+            # Too small once, too small again: batches differ little. Left to go, so that the pool's sizes grow to the largest.
+        self.num_allocated += 1
+        return self._allocate(num_bytes + num_bytes // 8)
+
+
+class _Lease:
+    """Lends a buffer to the arrays made of it; gives it back when it is collected, after the last of them."""
+
+    __slots__ = ("_buffer", "_free")
+
+    def __init__(self, buffer: NDArray[np.uint8], free: deque[NDArray[np.uint8]]) -> None:
+        self._buffer, self._free = buffer, free
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return self._buffer.__array_interface__
+
+    def __del__(self) -> None:
+        self._free.append(self._buffer)

@@ -1,0 +1,111 @@
+"""The caches that a loader reads, as one: their sequences are numbered together, those of each behind those of the one before.
+
+Shape letters: S sequences of a cache, C shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike, fspath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.errors import ConfigError, MismatchError
+from kdcache.format.manifest import Manifest
+from kdcache.loader.assemble import EntryColumns, Record
+from kdcache.loader.base import Reader
+from kdcache.loader.cache import Cache, open_dataset
+from kdcache.loader.mix import CacheTable
+
+CacheLike = str | PathLike[str] | Reader
+"""A cache's address, or one that is open: `kdcache.open(...)`, a selection of it, a CacheReader."""
+
+
+class CacheSet:
+    """One cache or several. Can be pickled if the readers can.
+
+    Args:
+        caches: addresses are opened here, and closed by `close`; open ones stay the caller's.
+
+    Raises:
+        ConfigError: none. MismatchError: several that do not fit together. Whatever opening raises.
+    """
+
+    def __init__(self, caches: CacheLike | Sequence[CacheLike]) -> None:
+        self._own: list[Cache] = []
+        several: Sequence[Any] = caches if isinstance(caches, (list, tuple)) else [caches]
+        if not several:
+            raise ConfigError("no cache was given; give an address, an open cache, or a list of them")
+        try:
+            self.readers = [self._opened(cache) for cache in several]
+            check_together([reader.manifest for reader in self.readers])
+        except BaseException:
+            self.close()
+            raise
+        self._bases = np.cumsum([0, *(len(reader) for reader in self.readers)])
+        self.columns = EntryColumns.of([reader.manifest.identity.selection for reader in self.readers])
+
+    def __len__(self) -> int:
+        return int(self._bases[-1])
+
+    @property
+    def snapshots(self) -> list[str]:
+        """What each of them holds, by name."""
+        return [reader.snapshot for reader in self.readers]
+
+    def tables(self) -> list[CacheTable]:
+        """What order and packing know of each."""
+        return [CacheTable(reader.num_tokens_S, _shard_sizes(reader)) for reader in self.readers]
+
+    def locate(self, number: int) -> tuple[Reader, int]:
+        """The cache of a sequence, and its number there."""
+        cache = int(np.searchsorted(self._bases, number, "right")) - 1
+        return self.readers[cache], int(number - self._bases[cache])
+
+    def record(self, number: int) -> Record:
+        """A sequence's record, its entries not decoded yet where the cache can give it so."""
+        reader, place = self.locate(number)
+        encoded = getattr(reader, "encoded", None)
+        return reader[place] if encoded is None else encoded(place)
+
+    def close(self) -> None:
+        """Close what was opened here."""
+        for cache in self._own:
+            cache.close()
+
+    def _opened(self, cache: CacheLike) -> Reader:
+        if isinstance(cache, (str, PathLike)):
+            self._own.append(open_dataset(fspath(cache)))
+            return self._own[-1]
+        return cache
+
+
+def check_together(manifests: Sequence[Manifest]) -> None:
+    """Raise MismatchError unless caches can share a batch: equal token ids, and entries that mean the same."""
+    first = manifests[0].identity
+    for number, manifest in enumerate(manifests[1:], 1):
+        other = manifest.identity
+        pairs = {
+            "tokenizer fingerprint": (first.tokenizer.fingerprint, other.tokenizer.fingerprint),
+            "tokenizer vocabulary": (first.tokenizer.vocab_size, other.tokenizer.vocab_size),
+            "teacher's vocabulary": (first.teacher.vocab_size, other.teacher.vocab_size),
+            "selection": (first.selection.kind, other.selection.kind),
+            "further temperatures": (first.selection.temperatures, other.selection.temperatures),
+            "entropy": (first.selection.entropy, other.selection.entropy),
+        }
+        differences = [f"{name} {left!r} and {right!r}" for name, (left, right) in pairs.items() if left != right]
+        if differences:
+            raise MismatchError(
+                f"cache 0 ({first.tokenizer.name}) and cache {number} ({other.tokenizer.name}) cannot be mixed: "
+                f"{'; '.join(differences)}; a batch needs one tokenizer, one vocabulary and one kind of selection"
+            )
+
+
+def _shard_sizes(reader: Reader) -> NDArray[np.int64]:
+    """(C,) as `Cache.shard_sizes_C`; a reader whose manifest names no shards is one."""
+    if isinstance(reader, Cache):
+        return reader.shard_sizes_C
+    sizes_C = np.array([shard.num_sequences for shard in reader.manifest.shards], np.int64)
+    return sizes_C if int(sizes_C.sum()) == len(reader) else np.array([len(reader)], np.int64)

@@ -1,0 +1,57 @@
+"""What an epoch gave: counted as batches are handed out, checked when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kdcache.loader.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class EpochReport:
+    """What one rank was given of an epoch, since its start or since it was resumed in the middle.
+
+    Attributes:
+        epoch: its number.
+        first_batch: where it began; 0 but after a resume.
+        is_complete: whether its last batch was given.
+        num_batches: that this rank was given; the others are of its share of them.
+        num_sequences, num_tokens: real ones.
+        num_positions: with a teacher's distribution, the mask's choice.
+        num_masked: positions that the mask left out.
+        num_places: rows x row length, empty rows included.
+    """
+
+    epoch: int
+    first_batch: int = 0
+    is_complete: bool = False
+    num_batches: int = 0
+    num_sequences: int = 0
+    num_tokens: int = 0
+    num_positions: int = 0
+    num_masked: int = 0
+    num_places: int = 0
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the places that hold no token, in [0, 1]."""
+        return 1 - self.num_tokens / self.num_places if self.num_places else 0.0
+
+    def plus(self, batch: Batch, num_tokens: int) -> EpochReport:
+        """With one batch more."""
+        return replace(
+            self,
+            num_batches=self.num_batches + 1,
+            num_sequences=self.num_sequences + batch.num_sequences,
+            num_tokens=self.num_tokens + num_tokens,
+            num_positions=self.num_positions + batch.num_positions,
+            num_masked=self.num_masked + batch.num_masked,
+            num_places=self.num_places + batch.input_ids_BT.size,
+        )
+
+    def __str__(self) -> str:
+        masked = f", {self.num_masked:,} more masked out" if self.num_masked else ""
+        return (
+            f"epoch {self.epoch}: {self.num_sequences:,} sequences, {self.num_tokens:,} tokens, {self.num_positions:,} "
+            f"positions{masked}, in {self.num_batches:,} batches with {self.padding_share:.1%} padding"
+        )
