@@ -82,6 +82,14 @@ def list_array(arrays: Sequence[NDArray[Any]], value_type: pa.DataType) -> pa.Ar
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, value_type))
 
 
+def binary_array(streams: Sequence[NDArray[np.uint8]]) -> pa.Array:
+    """An Arrow column of bytes with one value per stream."""
+    offsets = np.zeros(len(streams) + 1, np.int64)
+    np.cumsum([len(s) for s in streams], out=offsets[1:])
+    data = np.concatenate([*streams, np.zeros(0, np.uint8)])
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(streams), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+
+
 def checked_column(columns: ColumnValues, name: str, dtype: Any, length: int) -> NDArray[Any]:
     """A column's values, if they are of this type and number.
 

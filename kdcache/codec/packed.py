@@ -2,7 +2,8 @@
 
 Ids are a little-endian bit stream: entry e of a sequence is bits [e*w, (e+1)*w) of its `token_ids_packed`, least significant
 bit first, w = bits needed for vocab_size - 1 (at least 1); the stream is padded with zero bits to a multiple of 8 bytes.
-Logprobs, tail (as its logarithm) and outside targets are float16 nats.
+Logprobs, tail (as its logarithm) and outside targets are float16 nats. What a random selection implies is not stored: estimates
+are counts of draws, or all at tau (see `estimates.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.codec.base import ColumnValues, check_ids_to_encode, check_vocab_size, checked_column, ids_fit, list_array
+from kdcache.codec import estimates
+from kdcache.codec.base import (
+    ColumnValues,
+    binary_array,
+    check_ids_to_encode,
+    check_vocab_size,
+    checked_column,
+    ids_fit,
+    list_array,
+)
 from kdcache.codec.bit_stream import packed_size
 from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, scalar_fields
 from kdcache.errors import CorruptCacheError
@@ -52,48 +62,87 @@ class PackedCodec:
     def fields(self) -> list[pa.Field]:
         return [
             pa.field("token_ids_packed", pa.large_binary(), nullable=False),
-            pa.field("logprobs", pa.list_(pa.float16()), nullable=False),
-            pa.field("tail_logprobs", pa.list_(pa.float16()), nullable=False),
-            pa.field("outside_target_logprobs", pa.list_(pa.float16()), nullable=False),
+            *[pa.field(name, pa.list_(value_type), nullable=False) for name, value_type in self._number_types().items()],
             *scalar_fields(self.selection, pa.float16()),
         ]
+
+    def _number_types(self) -> dict[str, pa.DataType]:
+        half, selection = pa.float16(), self.selection
+        return {
+            **({"logprobs": half} if estimates.stores_logprobs(selection) else {}),
+            **({"estimate_counts": estimates.count_type(selection)} if estimates.stores_counts(selection) else {}),
+            **({"tail_logprobs": half} if estimates.stores_tail(selection) else {}),
+            "outside_target_logprobs": half,
+        }
 
     def encode(self, sequences: Sequence[Distributions]) -> list[pa.Array]:
         # Imported on use: numba takes 0.4 s, and reading a raw cache does not need it.
         from kdcache.codec._numba import pack_bits
 
         check_ids_to_encode(sequences, self.vocab_size)
-        streams = [pack_bits(d.token_ids_E, self.id_bits) for d in sequences]
-        with np.errstate(divide="ignore"):
-            tails = [np.log(d.tail_mass_P) for d in sequences]
+        scalars = encode_scalars(sequences, self.selection, pa.float16(), _half)
+        numbers = [self._numbers(d) for d in sequences]
         return [
-            _binary_array(streams),
-            list_array([_half(d.logprobs_E) for d in sequences], pa.float16()),
-            list_array([_half(tail) for tail in tails], pa.float16()),
-            list_array([_half(d.outside_target_logprobs_M) for d in sequences], pa.float16()),
-            *encode_scalars(sequences, self.selection, pa.float16(), _half),
+            binary_array([pack_bits(d.token_ids_E, self.id_bits) for d in sequences]),
+            *[list_array([n[name] for n in numbers], value_type) for name, value_type in self._number_types().items()],
+            *scalars,
         ]
+
+    def _numbers(self, d: Distributions) -> dict[str, NDArray[Any]]:
+        with np.errstate(divide="ignore"):
+            tail_logprobs_P = np.log(d.tail_mass_P)
+        values = {
+            "logprobs": _half(estimates.exact_logprobs(d, self.selection)),
+            "tail_logprobs": _half(tail_logprobs_P),
+            "outside_target_logprobs": _half(d.outside_target_logprobs_M),
+        }
+        if estimates.stores_counts(self.selection):
+            dtype = estimates.count_type(self.selection).to_pandas_dtype()
+            values["estimate_counts"] = estimates.draw_counts(d, self.selection).astype(dtype)
+        return values
 
     def decode(self, columns: ColumnValues, offsets_P1: NDArray[np.int64]) -> Distributions:
         from kdcache.codec._numba import unpack_bits
 
-        num_entries, num_positions = int(offsets_P1[-1]), len(offsets_P1) - 1
+        num_entries = int(offsets_P1[-1])
         stream = checked_column(columns, "token_ids_packed", np.uint8, packed_size(num_entries, self.id_bits))
         token_ids_E = unpack_bits(stream, num_entries, self.id_bits)
         if not ids_fit(token_ids_E, self.vocab_size):
             raise CorruptCacheError(f"a token id is outside the vocabulary of {self.vocab_size}")
         outside = columns["outside_target_logprobs"]
-        tail_logprobs_P = _single(checked_column(columns, "tail_logprobs", np.float16, num_positions))
-        with np.errstate(over="ignore"):  # a hostile logarithm above 88; verify reports it as a tail mass above 1
-            tail_mass_P = np.exp(tail_logprobs_P)
+        scalars = decode_scalars(columns, self.selection, offsets_P1, np.float16)
+        tail_mass_P = self._tail_mass(columns, len(offsets_P1) - 1)
         return Distributions(
             token_ids_E=token_ids_E,
-            logprobs_E=_single(checked_column(columns, "logprobs", np.float16, num_entries)),
+            logprobs_E=self._logprobs(columns, offsets_P1, scalars["num_exact_P"], tail_mass_P),
             offsets_P1=offsets_P1,
             tail_mass_P=tail_mass_P,
             outside_target_logprobs_M=_single(checked_column(columns, "outside_target_logprobs", np.float16, len(outside))),
-            **decode_scalars(columns, self.selection, offsets_P1, np.float16),
+            **scalars,
         )
+
+    def _tail_mass(self, columns: ColumnValues, num_positions: int) -> NDArray[np.float32]:
+        if not estimates.stores_tail(self.selection):
+            return np.ones(num_positions, np.float32)
+        with np.errstate(over="ignore"):  # a hostile logarithm above 88; verify reports it as a tail mass above 1
+            return np.exp(_single(checked_column(columns, "tail_logprobs", np.float16, num_positions)))
+
+    def _logprobs(
+        self,
+        columns: ColumnValues,
+        offsets_P1: NDArray[np.int64],
+        num_exact_P: NDArray[np.int64] | None,
+        tail_mass_P: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        num_entries = int(offsets_P1[-1])
+        num_exact = num_entries if num_exact_P is None else int(num_exact_P.sum())
+        exact_X, counts_D = np.zeros(0, np.float32), None
+        if estimates.stores_logprobs(self.selection):
+            exact_X = _single(checked_column(columns, "logprobs", np.float16, num_exact))
+        if estimates.stores_counts(self.selection):
+            dtype = estimates.count_type(self.selection).to_pandas_dtype()
+            counts_D = checked_column(columns, "estimate_counts", dtype, num_entries - num_exact)
+        return estimates.all_logprobs(exact_X, counts_D, (offsets_P1, num_exact_P, tail_mass_P), self.selection)
 
     def max_error_nats(self, logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
         size = np.abs(np.asarray(logprobs, np.float64))
@@ -108,10 +157,3 @@ def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
 
 def _single(values: NDArray[np.float16]) -> NDArray[np.float32]:
     return values.astype(np.float32)
-
-
-def _binary_array(streams: Sequence[NDArray[np.uint8]]) -> pa.Array:
-    offsets = np.zeros(len(streams) + 1, np.int64)
-    np.cumsum([len(s) for s in streams], out=offsets[1:])
-    data = np.concatenate([*streams, np.zeros(0, np.uint8)])
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(streams), [None, pa.py_buffer(offsets), pa.py_buffer(data)])

@@ -17,7 +17,7 @@ from kdcache.codec.base import ColumnValues, checked_column, list_array
 from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
-from kdcache.format.selection import fixed_exact, stores_num_exact
+from kdcache.format.selection import fixed_exact, most_entries, stores_num_exact
 
 EXACT_TOP_K = SelectionInfo(kind="top_k", params={"k": 0})
 """Stands for every selection of exact entries without further columns."""
@@ -33,10 +33,16 @@ Narrow = Callable[[NDArray[np.float32]], NDArray[Any]]
 """float32 to the codec's float type."""
 
 
+def num_exact_type(selection: SelectionInfo) -> pa.DataType:
+    """The smallest integers that hold a number of exact entries, where it is stored."""
+    return pa.uint8() if most_entries(selection, 2**31) <= 255 else pa.uint16()
+
+
 def scalar_fields(selection: SelectionInfo, float_type: pa.DataType) -> list[pa.Field]:
     """The columns, in order; none for exact entries alone."""
     names = [name for name, kept in _KEPT.items() if kept(selection)]
-    return [pa.field(n, pa.list_(pa.uint16() if n == "num_exact" else float_type), nullable=False) for n in names]
+    types = {name: num_exact_type(selection) if name == "num_exact" else float_type for name in names}
+    return [pa.field(name, pa.list_(value_type), nullable=False) for name, value_type in types.items()]
 
 
 def encode_scalars(
@@ -54,23 +60,30 @@ def encode_scalars(
         for name in names:
             columns[name].append(values[name])
     return [
-        list_array([v.astype(np.uint16) for v in columns[name]], pa.uint16())
+        list_array([_narrow_counts(v, selection) for v in columns[name]], num_exact_type(selection))
         if name == "num_exact"
         else list_array([narrow(v.reshape(-1)) for v in columns[name]], float_type)
         for name in names
     ]
 
 
+def _narrow_counts(num_exact_P: NDArray[np.int64], selection: SelectionInfo) -> NDArray[Any]:
+    dtype = num_exact_type(selection).to_pandas_dtype()
+    if num_exact_P.max(initial=0) > np.iinfo(dtype).max:
+        raise FormatError(f"a position has {num_exact_P.max()} exact entries, more than selection {selection.kind!r} can give")
+    return num_exact_P.astype(dtype)
+
+
 def decode_scalars(
     columns: ColumnValues, selection: SelectionInfo, offsets_P1: NDArray[np.int64], float_type: Any
-) -> dict[str, NDArray[Any] | None]:
+) -> dict[str, Any]:
     """The optional fields of one sequence's `Distributions`, by name.
 
     Raises:
         CorruptCacheError: lengths that do not fit, or more exact entries than there are.
     """
     num_positions, num_temperatures = len(offsets_P1) - 1, len(selection.temperatures)
-    found: dict[str, NDArray[Any] | None] = {"num_exact_P": _num_exact(columns, selection, offsets_P1)}
+    found: dict[str, Any] = {"num_exact_P": _num_exact(columns, selection, offsets_P1)}
     if num_temperatures:
         log_z = checked_column(columns, "log_z", float_type, num_positions * num_temperatures)
         found["log_z_PT"] = log_z.astype(np.float32, copy=False).reshape(num_positions, num_temperatures)
@@ -82,7 +95,8 @@ def decode_scalars(
 def _num_exact(columns: ColumnValues, selection: SelectionInfo, offsets_P1: NDArray[np.int64]) -> NDArray[np.int64] | None:
     counts_P = np.diff(offsets_P1)
     if stores_num_exact(selection):
-        num_exact_P = checked_column(columns, "num_exact", np.uint16, len(counts_P)).astype(np.int64)
+        dtype = num_exact_type(selection).to_pandas_dtype()
+        num_exact_P = checked_column(columns, "num_exact", dtype, len(counts_P)).astype(np.int64)
         if (num_exact_P > counts_P).any():
             raise CorruptCacheError("a position has more exact entries than entries")
         return num_exact_P
