@@ -14,21 +14,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.config.capture import TeacherConfig
+from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import TeacherError
 from kdcache.format.manifest import SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence, sequence_key
 from kdcache.teacher import _vllm_engine as engine  # first: it quietens vLLM before that is imported
+from kdcache.teacher._vllm_generate import check_read_whole, write_answers
 from kdcache.teacher._vllm_worker import CaptureExtension, find_internals
 from kdcache.teacher.base import answer, check_sequences, no_positions, top_k_of
 from kdcache.teacher.batches import groups_of_tokens
 from kdcache.teacher.checkpoint import check_model_name
+from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
+from kdcache.teacher.tokenizer import Tokenizer
 from kdcache.teacher.vllm_options import engine_options, positions_per_chunk
 from kdcache.teacher.vllm_packed import Buffer, pack_requests, read_buffer
 
@@ -94,6 +97,16 @@ class VllmTeacher:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_sequences(sequences, self._identity)
         return self._score_all(sequences, k)
+
+    def generate(
+        self, prompts: Sequence[Prompt], config: GenerateConfig, tokenizer: Tokenizer, observe: Observe = lambda _: None
+    ) -> Iterator[Generated]:
+        """See `GeneratingTeacher`."""
+        if self._llm is None:
+            raise TeacherError(f"the teacher {self._identity.model!r} is closed")
+        check_prompts(prompts, config, self._identity)
+        check_read_whole(self._llm, prompts, config)
+        return self._write(prompts, Ending(config, tokenizer, end_tokens(config, tokenizer.end_ids)), tokenizer, observe)
 
     def close(self) -> None:
         """See `Teacher`."""
@@ -194,10 +207,17 @@ class VllmTeacher:
         if not sequences:
             return []
         requests: list[Any] = [{"prompt_token_ids": sequence.input_ids_N.tolist()} for sequence in sequences]
-        # One helper of vLLM's sampler is compiled on first use, which costs up to twenty seconds and saves microseconds.
-        stance = torch.compiler.set_stance("force_eager") if self._eager_python else nullcontext()
-        with self._translated_errors(), stance:
+        with self._translated_errors(), self._python_as_it_is():
             return self._engine.generate(requests, params, use_tqdm=False)
+
+    def _write(self, prompts: Sequence[Prompt], ending: Ending, tokenizer: Tokenizer, observe: Observe) -> Iterator[Generated]:
+        with self._translated_errors(), self._python_as_it_is():
+            answers = list(write_answers(self._engine, prompts, ending, tokenizer, observe))
+        yield from answers
+
+    def _python_as_it_is(self) -> AbstractContextManager[Any]:
+        # One helper of vLLM's sampler is compiled on first use, which costs up to twenty seconds and saves microseconds.
+        return torch.compiler.set_stance("force_eager") if self._eager_python else nullcontext()
 
     def _call_workers(self, method: str, *args: Any) -> list[Any]:
         with self._translated_errors():

@@ -104,6 +104,16 @@ def _without_adapters(wrappers: list[Any]) -> Iterator[None]:
             del wrapper._get_logits
 
 
+def give_tokenizer(llm_engine: Any, tokenizer: Any) -> bool:
+    """Have an `LLMEngine` that was started without a tokenizer turn the tokens of further requests into text with this one of
+    `transformers`, where a request asks for it. Gives whether the engine is as expected; nothing is changed otherwise."""
+    processor: Any = getattr(llm_engine, "output_processor", None)
+    if not hasattr(processor, "tokenizer"):
+        return False
+    processor.tokenizer = tokenizer
+    return True
+
+
 def _install_v1(runner: Any, on_step: OnStep) -> str | None:
     problem = _check(runner, _V1_HOOK, _V1_PARAMETERS)
     missing = [name for name in ("requests", "query_start_loc", "input_batch") if not hasattr(runner, name)]
