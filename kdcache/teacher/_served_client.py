@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -78,9 +79,11 @@ class ServerClient:
         self._config, self._key = config, key
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="kdcache-server-client", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._loop.run_forever, name="kdcache-server-client", daemon=True)
+        thread.start()
         self._http, self._slots = self._in_loop(self._open()).result()
+        # Also when nobody closes it, and at the end of the interpreter.
+        self._finish = weakref.finalize(self, _shut_down, self._loop, thread, self._http)
 
     def ask(self, request: Request[T]) -> T:
         """The answer to one request.
@@ -115,13 +118,7 @@ class ServerClient:
 
     def close(self) -> None:
         """Give up what is in flight and close the connections; calling it twice is fine."""
-        if self._loop.is_closed():
-            return
-        with suppress(Exception):
-            self._in_loop(self._close()).result(CONNECT_SECONDS)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._finish()
 
     def _in_loop(self, coroutine: Any) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -135,13 +132,6 @@ class ServerClient:
             limits=httpx2.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency),
         )
         return http, asyncio.Semaphore(config.concurrency)
-
-    async def _close(self) -> None:
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._http.aclose()
 
     async def _ask(self, request: Request[T], key: str) -> T:
         async with self._slots:
@@ -198,6 +188,25 @@ class ServerClient:
     def _clean(self, sentence: str) -> str:
         """Without the key: some servers repeat it."""
         return sentence.replace(self._key, "***") if self._key else sentence
+
+
+def _shut_down(loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: httpx2.AsyncClient) -> None:
+    if thread is threading.current_thread():  # collected while the loop runs: it cannot wait for itself
+        loop.stop()
+        return
+    with suppress(Exception):
+        asyncio.run_coroutine_threadsafe(_hang_up(http), loop).result(CONNECT_SECONDS)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+async def _hang_up(http: httpx2.AsyncClient) -> None:
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await http.aclose()
 
 
 def _result(future: Future[T]) -> T:
