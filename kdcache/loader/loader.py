@@ -126,7 +126,7 @@ class Loader:
         if not self._plan.has_batch(self._next_batch):  # a loop was left after the epoch's last batch
             self._enter(self._epoch + 1)
         start, plan = self._next_batch + first, self._plan
-        if start == first or self._report.epoch != self._epoch:
+        if step > 1 or not self._report.ends_at(self._epoch, self._next_batch):
             self._report = EpochReport(self._epoch, self._next_batch)
         self._ahead = prefetch(
             lambda number: self._read(plan, number),

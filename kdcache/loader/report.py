@@ -37,6 +37,10 @@ class EpochReport:
         """Share of the places that hold no token, in [0, 1]."""
         return 1 - self.num_tokens / self.num_places if self.num_places else 0.0
 
+    def ends_at(self, epoch: int, batch: int) -> bool:
+        """Whether the next batch to be counted is this one."""
+        return (self.epoch, self.first_batch + self.num_batches, self.is_complete) == (epoch, batch, False)
+
     def plus(self, batch: Batch, num_tokens: int) -> EpochReport:
         """With one batch more."""
         return replace(

@@ -85,6 +85,7 @@ def make_manifest(
     shards: Sequence[int] = (),
     tokenizer: str = "0",
     vocab_size: int = 2**20,
+    num_units: int = 1,
 ) -> Manifest:
     teacher = TeacherIdentity(
         model="memory",
@@ -102,7 +103,7 @@ def make_manifest(
         codec=CodecInfo(codec_id="raw", params={"vocab_size": 2**20}),
         input_fingerprint=str(num_sequences),
     )
-    plan = PlanInfo(fingerprint="0", num_units=1)
+    plan = PlanInfo(fingerprint="0", num_units=num_units)
     return Manifest(number=0, parent=None, identity=identity, plan=plan, shards=make_shards(shards))
 
 
