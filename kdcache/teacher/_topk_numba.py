@@ -174,7 +174,7 @@ def _collect(bits_V, shift, maxima_G, num_lanes, bound, out):
 
 
 @_kernel()
-def _select_rows(bits_CV, shift, targets_C, num_lanes, ids_CK, logprobs_CK, target_logprobs_C):
+def _select_rows(bits_CV, shift, targets_C, num_lanes, ids_CK, logprobs_CK, target_logprobs_C, log_z_C):
     """See `select_top_k`; every row on its own."""
     k, num_tokens = ids_CK.shape[1], bits_CV.shape[1]
     bits, powers, keys = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
@@ -186,6 +186,7 @@ def _select_rows(bits_CV, shift, targets_C, num_lanes, ids_CK, logprobs_CK, targ
     for row in range(len(bits_CV)):
         bits_V = bits_CV[row]
         log_z = _read_row(bits_V, shift, maxima_G, num_lanes, scratch)
+        log_z_C[row] = log_z
         count = _collect(bits_V, shift, maxima_G, num_lanes, _bound(maxima_G, k), candidates)
         chosen = candidates[:count]
         if count > 2 * k:
@@ -204,8 +205,8 @@ _pool: ThreadPoolExecutor | None = None
 
 def select_top_k(
     bits_CV: NDArray[Any], targets_C: NDArray[np.int64], k: int, *, num_threads: int = 1
-) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-    """Ids, logprobs and target logprobs, as `_topk_torch.Selected`.
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]:
+    """Ids, logprobs and target logprobs, as `_topk_torch.Selected`; and the log of the sum of exp of each row.
 
     Args:
         bits_CV: bfloat16 logits as uint16, or float32 logits as int32. NaNs of any sign.
@@ -219,19 +220,30 @@ def select_top_k(
     num_rows, num_tokens = bits_CV.shape
     if not 1 <= k <= num_tokens or targets_C.max(initial=0) >= num_tokens:
         raise ValueError(f"k = {k} or target {targets_C.max(initial=0)} is outside a row of {num_tokens} logits")
-    found = (np.empty((num_rows, k), np.int32), np.empty((num_rows, k), np.float32), np.empty(num_rows, np.float32))
-    shift, num_lanes = 16 if bits_CV.dtype.itemsize == 2 else 0, BLOCK // group_width(num_tokens, k)
-    size = max(1, -(-num_rows // num_threads))
+    ids_CK, logprobs_CK = np.empty((num_rows, k), np.int32), np.empty((num_rows, k), np.float32)
+    found = (ids_CK, logprobs_CK, np.empty(num_rows, np.float32), np.empty(num_rows, np.float64))
+    shift, num_lanes = shift_of(bits_CV), BLOCK // group_width(num_tokens, k)
 
-    def work(start: int) -> None:
-        rows = slice(start, start + size)
+    def work(rows: slice) -> None:
         _select_rows(bits_CV[rows], shift, targets_C[rows], num_lanes, *(array[rows] for array in found))
 
-    if num_threads > 1 and num_rows > 1:
-        list(_get_pool(num_threads).map(work, range(0, num_rows, size)))
-    else:
-        work(0)
+    in_parts(work, num_rows, num_threads)
     return found
+
+
+def shift_of(bits_CV: NDArray[Any]) -> int:
+    """By how much bits are shifted to be float32's: 16 for bfloat16."""
+    return 16 if bits_CV.dtype.itemsize == 2 else 0
+
+
+def in_parts(work: Callable[[slice], None], num_rows: int, num_threads: int) -> None:
+    """Call work for slices that together are all rows, in threads of a pool where there are several of both."""
+    size = max(1, -(-num_rows // num_threads))
+    parts = [slice(start, start + size) for start in range(0, num_rows, size)]
+    if num_threads > 1 and num_rows > 1:
+        list(_get_pool(num_threads).map(work, parts))
+    else:
+        list(map(work, parts))
 
 
 def group_width(num_tokens: int, k: int) -> int:

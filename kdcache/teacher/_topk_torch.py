@@ -7,9 +7,10 @@ Shape letters: C positions of a chunk, V vocabulary, K entries per position.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.teacher import _topk_numba
@@ -61,9 +62,13 @@ def select_top_k_reference(logits_CV: Tensor, targets_C: Tensor, k: int) -> Sele
 
 def _select_on_cpu(logits_CV: Tensor, targets_C: Tensor, k: int) -> Selected:
     """A tenth to a fifth of what `torch.topk` and `logsumexp` cost (benchmarks/capture.py)."""
+    found = _topk_numba.select_top_k(bits_of(logits_CV), targets_C.numpy(), k, num_threads=torch.get_num_threads())
+    return Selected(*map(torch.from_numpy, found[:3]))
+
+
+def bits_of(logits_CV: Tensor) -> NDArray[Any]:
+    """bfloat16 logits as uint16, others as the int32 of a float32; a view where that can be."""
     if logits_CV.dtype not in (torch.bfloat16, torch.float32):
         logits_CV = logits_CV.float()
     bits_dtype = torch.uint16 if logits_CV.dtype == torch.bfloat16 else torch.int32
-    bits_CV = logits_CV.detach().contiguous().view(bits_dtype).numpy()
-    found = _topk_numba.select_top_k(bits_CV, targets_C.numpy(), k, num_threads=torch.get_num_threads())
-    return Selected(*map(torch.from_numpy, found))
+    return logits_CV.detach().contiguous().view(bits_dtype).numpy()

@@ -5,7 +5,8 @@ Contract (tests/contracts/teacher.py runs it for every backend):
 - `score` yields one `Distributions` per sequence, in the order given, with one position per supervised position of the
   sequence: the record at position t is the distribution after reading tokens 0..t. The last position may be supervised.
 - Logprobs are normalised over the whole vocabulary (`identity.vocab_size` ids) at temperature 1, whatever the selection keeps.
-- The support is the k most probable tokens; of tokens that tie for the last place, the engine chooses.
+- The support is what `kdcache.teacher.select_reference` says of the same distribution; of tokens that tie for the last of k
+  places, the engine chooses. The random kinds take their draws from `kdcache.teacher.uniforms`: a re-run gives the same.
 - `check_distributions` holds for every answer.
 - The same sequence gives the same support and logprobs (up to the engine's numerics) alone or beside others.
 - What can be refused is refused before anything is computed, by `score` itself and not by the first `next`.
@@ -20,9 +21,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.errors import ConfigError, InputError, TeacherError
+from kdcache.errors import ConfigError, FormatError, InputError, TeacherError
 from kdcache.format.manifest import SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence, distributions_from_dense
+from kdcache.format.selection import check_selection, has_estimates
 
 
 class Teacher(Protocol):
@@ -41,7 +43,7 @@ class Teacher(Protocol):
             selection: which entries to keep; see `kdcache.format.manifest.SelectionInfo`.
 
         Raises:
-            ConfigError: a selection this backend cannot make, or k larger than the vocabulary.
+            ConfigError: a selection this backend cannot make, or k larger than the vocabulary. `score([], selection)` asks.
             InputError: a sequence longer than the context, or an id outside the vocabulary.
             TeacherError: the engine failed, or the teacher is closed.
         """
@@ -52,18 +54,44 @@ class Teacher(Protocol):
         ...
 
 
-def top_k_of(selection: SelectionInfo, *, vocab_size: int, backend: str) -> int:
-    """k of a `top_k` selection.
-
-    Raises:
-        ConfigError: another kind of selection, or a k outside [1, vocab_size].
-    """
-    if selection.kind != "top_k":
-        raise ConfigError(f"selection.kind: the {backend} teacher makes 'top_k', not {selection.kind!r}")
-    k = int(selection.params["k"])
+def check_selectable(selection: SelectionInfo, *, vocab_size: int) -> None:
+    """Raise ConfigError, with the field's name, unless the selection can be made of distributions over this vocabulary."""
+    try:
+        check_selection(selection)
+    except FormatError as error:
+        raise ConfigError(f"selection: {error}") from error
+    k = selection.params.get("k", 1)
     if not 1 <= k <= vocab_size:
         raise ConfigError(f"selection.k is {k}, but must be from 1 to the teacher's vocabulary of {vocab_size}")
-    return k
+
+
+def top_k_of(
+    selection: SelectionInfo, *, vocab_size: int, backend: str, kinds: tuple[str, ...] = ("top_k",), reason: str = ""
+) -> int:
+    """k, for a backend whose engine gives the k most probable tokens and no more.
+
+    Args:
+        selection: what is asked for.
+        vocab_size: of the teacher.
+        backend: its name, for the error.
+        kinds: those that it makes of the k most probable tokens.
+        reason: a clause about why it has no more, for the error.
+
+    Raises:
+        ConfigError: a selection that needs the whole distribution, or a k outside [1, vocab_size].
+    """
+    check_selectable(selection, vocab_size=vocab_size)
+    needs = [f"selection.kind {selection.kind!r}"] * (selection.kind not in kinds)
+    needs += ["selection.temperatures"] * bool(selection.temperatures) + ["selection.entropy"] * selection.entropy
+    needs += ["capturing after a sampler's filters"] * bool(selection.filters)
+    if needs:
+        raise ConfigError(
+            f"{needs[0]} needs the whole distribution, but the {backend} teacher gives the k most probable tokens "
+            f"only{reason}; "
+            f"use selection.kind {' or '.join(map(repr, kinds))} without temperatures and entropy, or the transformers "
+            "teacher, or vllm on its worker route"
+        )
+    return int(selection.params["k"])
 
 
 def check_sequences(sequences: Sequence[TokenSequence], identity: TeacherIdentity) -> None:
@@ -107,17 +135,27 @@ def answer(
         TeacherError: a logprob is NaN: the model overflowed.
     """
     if np.isnan(logprobs_PK).any():
-        position = int(sequence.positions_P[np.argmax(np.isnan(logprobs_PK).any(axis=-1))])
-        raise TeacherError(
-            f"{sequence.source}: the teacher gave NaN at position {position}; "
-            "float16 overflows in many models: set teacher.dtype to bfloat16 or float32"
-        )
+        raise nan_error(sequence, int(np.isnan(logprobs_PK).any(axis=-1).argmax()))
     return distributions_from_dense(token_ids_PK, logprobs_PK, sequence.target_ids_P, target_logprobs_P)
 
 
-def no_positions() -> Distributions:
-    """The answer to a sequence in which nothing is supervised."""
+def nan_error(sequence: TokenSequence, index: int) -> TeacherError:
+    """What to say of a sequence that has NaN at one of its supervised positions, the one with this index among them."""
+    position = int(sequence.positions_P[index])
+    return TeacherError(
+        f"{sequence.source}: the teacher gave NaN at position {position}; "
+        "float16 overflows in many models: set teacher.dtype to bfloat16 or float32"
+    )
+
+
+def no_positions(selection: SelectionInfo | None = None) -> Distributions:
+    """The answer to a sequence in which nothing is supervised; without a selection, one of exact entries and nothing beside."""
+    has_random = selection is not None and has_estimates(selection)
+    temperatures = selection.temperatures if selection is not None else ()
     return Distributions(
+        num_exact_P=np.empty(0, np.int64) if has_random else None,
+        log_z_PT=np.empty((0, len(temperatures)), np.float32) if temperatures else None,
+        entropy_P=np.empty(0, np.float32) if selection is not None and selection.entropy else None,
         token_ids_E=np.empty(0, np.int32),
         logprobs_E=np.empty(0, np.float32),
         offsets_P1=np.zeros(1, np.int64),

@@ -1,0 +1,169 @@
+"""What a selection finds, on its way from the logits to the record: padded where it is made, ragged once it is on the host.
+
+The numbers beside the entries are columns of one float32 array, `scalars`: the tail mass (but of `top_k`, where it is what the
+entries leave), the entropy, the normalisers, in this order, those that the selection asks for.
+
+Shape letters: P positions, K entries per position (padded), E entries of all positions, S scalars, T further temperatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.format.manifest import SelectionInfo
+from kdcache.format.record import Distributions, TokenSequence, find_targets
+from kdcache.format.selection import has_estimates, most_entries
+from kdcache.teacher.base import answer, nan_error
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is found at one position.
+
+    Attributes:
+        num_columns: most entries.
+        is_ragged: whether the number of entries is another at each position; then it is stored, with that of the exact ones.
+        num_scalars: S.
+    """
+
+    num_columns: int
+    is_ragged: bool
+    num_scalars: int
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Padded, with the target's logprob and a mark."""
+        return 8 * self.num_columns + 8 * self.is_ragged + 4 * self.num_scalars + 5
+
+
+def layout_of(selection: SelectionInfo, vocab_size: int) -> Layout:
+    """The layout of a selection over a vocabulary."""
+    is_ragged = selection.kind != "top_k"
+    num_scalars = is_ragged + selection.entropy + len(selection.temperatures)
+    return Layout(most_entries(selection, vocab_size), is_ragged, num_scalars)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """What was found at P positions, as NumPy arrays.
+
+    Attributes:
+        token_ids_E, logprobs_E: int32, float32 nats; exact entries of a position before estimates.
+        offsets_P1: int64, as in `Distributions`.
+        num_exact_P: int64.
+        target_logprobs_P: float32, nats; means nothing where there is no target.
+        scalars_PS: float32; see the module's docstring.
+    """
+
+    token_ids_E: NDArray[np.int32]
+    logprobs_E: NDArray[np.float32]
+    offsets_P1: NDArray[np.int64]
+    num_exact_P: NDArray[np.int64]
+    target_logprobs_P: NDArray[np.float32]
+    scalars_PS: NDArray[np.float32]
+
+    @classmethod
+    def from_padded(cls, arrays: Sequence[NDArray[Any]]) -> Found:
+        """Of token ids and logprobs (P, K), target logprobs (P,), numbers of exact and of all entries (P, 2), or (P, 0) where
+        all K are exact, and scalars (P, S)."""
+        ids_PK, logprobs_PK, targets_P, counts_P2, scalars_PS = arrays
+        num_positions, k = ids_PK.shape
+        if not counts_P2.shape[1]:
+            counts_P2 = np.full((num_positions, 2), k, np.int32)
+            return cls(ids_PK.reshape(-1), logprobs_PK.reshape(-1), *_offsets(counts_P2), targets_P, scalars_PS)
+        filled_PK = np.arange(k) < counts_P2[:, 1:]
+        return cls(ids_PK[filled_PK], logprobs_PK[filled_PK], *_offsets(counts_P2), targets_P, scalars_PS)
+
+    def rows(self, start: int, end: int) -> Found:
+        """Positions start..end-1; views."""
+        first, last = self.offsets_P1[start], self.offsets_P1[end]
+        return Found(
+            token_ids_E=self.token_ids_E[first:last],
+            logprobs_E=self.logprobs_E[first:last],
+            offsets_P1=self.offsets_P1[start : end + 1] - first,
+            num_exact_P=self.num_exact_P[start:end],
+            target_logprobs_P=self.target_logprobs_P[start:end],
+            scalars_PS=self.scalars_PS[start:end],
+        )
+
+
+def record_of(sequence: TokenSequence, selection: SelectionInfo, found: Found) -> Distributions:
+    """What was found at the sequence's supervised positions, as a record.
+
+    Raises:
+        TeacherError: a number is NaN: the model overflowed.
+    """
+    scalars_PS = found.scalars_PS
+    if np.isnan(scalars_PS).any():
+        raise nan_error(sequence, int(np.isnan(scalars_PS).any(axis=-1).argmax()))
+    if selection.kind == "top_k":
+        shape = (len(found.offsets_P1) - 1, -1)
+        entries = (found.token_ids_E.reshape(shape), found.logprobs_E.reshape(shape))
+        distributions = answer(sequence, *entries, found.target_logprobs_P)
+    else:
+        distributions = _ragged(sequence, selection, found)
+        scalars_PS = scalars_PS[:, 1:]
+    if selection.entropy:
+        distributions = replace(distributions, entropy_P=np.maximum(scalars_PS[:, 0], 0.0))
+        scalars_PS = scalars_PS[:, 1:]
+    return replace(distributions, log_z_PT=np.ascontiguousarray(scalars_PS)) if selection.temperatures else distributions
+
+
+def cut_at_mass(found: Found, p: float) -> Found:
+    """Of the most probable tokens of each position, those until whose mass is p: `top_k` made `top_p_k`, exactly.
+
+    Every position of `found` has the same number of entries, by falling logprob. Gives the tail mass as the one scalar.
+    """
+    num_positions = len(found.num_exact_P)
+    logprobs_PK = found.logprobs_E.reshape(num_positions, -1)
+    mass_PK = np.cumsum(np.exp(logprobs_PK.astype(np.float64)), axis=-1)
+    counts_P = np.minimum(1 + (mass_PK < p).sum(axis=-1), logprobs_PK.shape[1])
+    kept_P = np.take_along_axis(mass_PK, counts_P[:, None] - 1, axis=-1)
+    arrays = (found.token_ids_E.reshape(num_positions, -1), logprobs_PK, found.target_logprobs_P)
+    tail_mass_P1 = np.clip(1.0 - kept_P, 0.0, 1.0).astype(np.float32)
+    return Found.from_padded((*arrays, np.stack([counts_P, counts_P], axis=-1), tail_mass_P1))
+
+
+def _offsets(counts_P2: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    offsets_P1 = np.zeros(len(counts_P2) + 1, np.int64)
+    np.cumsum(counts_P2[:, 1], out=offsets_P1[1:])
+    return offsets_P1, counts_P2[:, 0].astype(np.int64)
+
+
+def _ragged(sequence: TokenSequence, selection: SelectionInfo, found: Found) -> Distributions:
+    rows_E = np.repeat(np.arange(len(found.num_exact_P)), np.diff(found.offsets_P1))
+    nan_E = np.isnan(found.logprobs_E)
+    if nan_E.any():
+        raise nan_error(sequence, int(rows_E[nan_E.argmax()]))
+    order_E = _order(found, rows_E)
+    distributions = Distributions(
+        token_ids_E=found.token_ids_E[order_E],
+        logprobs_E=np.minimum(found.logprobs_E[order_E], 0.0),
+        offsets_P1=found.offsets_P1,
+        tail_mass_P=np.clip(found.scalars_PS[:, 0], 0.0, 1.0),
+        outside_target_logprobs_M=np.empty(0, np.float32),
+        num_exact_P=found.num_exact_P if has_estimates(selection) else None,
+    )
+    targets_P = sequence.target_ids_P
+    has_target_P, inside_P, _ = find_targets(distributions, targets_P)
+    outside_M = np.minimum(found.target_logprobs_P[has_target_P & ~inside_P], 0.0)
+    if np.isnan(outside_M).any():
+        raise nan_error(sequence, int((has_target_P & np.isnan(found.target_logprobs_P)).argmax()))
+    return replace(distributions, outside_target_logprobs_M=outside_M)
+
+
+def _order(found: Found, rows_E: NDArray[np.int64]) -> NDArray[np.int64] | slice:
+    """The record's order: position, exact before estimates, falling logprob, rising id. Sorts only what is in another."""
+    places_E = np.arange(len(rows_E)) - found.offsets_P1[rows_E]
+    is_estimate_E = places_E >= found.num_exact_P[rows_E]
+    ids_E, logprobs_E = found.token_ids_E, found.logprobs_E
+    same_E = (rows_E[1:] == rows_E[:-1]) & (is_estimate_E[1:] == is_estimate_E[:-1])
+    falls_E = (logprobs_E[:-1] > logprobs_E[1:]) | ((logprobs_E[:-1] == logprobs_E[1:]) & (ids_E[:-1] < ids_E[1:]))
+    if (falls_E | ~same_E).all():
+        return slice(None)
+    return np.lexsort((ids_E, -logprobs_E, is_estimate_E, rows_E))
