@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fault_proxy import FaultProxy
 
 # Before any test imports a library that reads them: no hub is asked, no forked tokenizer warns, no usage report is sent.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@pytest.fixture(scope="session")
+def s3_proxy() -> Iterator[FaultProxy]:
+    """A proxy in front of an S3-compatible server over HTTP that is of this test run alone; its objects are in memory."""
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    proxy = FaultProxy(server.get_host_and_port())
+    yield proxy
+    proxy.close()
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
+    """The proxy, doing no harm yet; `s3.bucket` is a new bucket, and the standard variables that every S3 client reads lead
+    there, also in processes that a test starts."""
+    for name, value in s3_proxy.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_proxy.renew()
+    return s3_proxy
 
 
 @pytest.fixture(scope="session")

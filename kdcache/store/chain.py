@@ -8,15 +8,13 @@ from kdcache.errors import CacheNotFoundError, CorruptCacheError, FormatError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, manifest_from_json, manifest_to_json, shard_from_json
 from kdcache.store import fs
-from kdcache.store.location import Location
+from kdcache.store.location import Location, children
 
 
 def manifest_numbers(root: Location) -> list[int]:
     """Numbers of the manifests there are, ascending; empty where there is no cache."""
-    directory = root / paths.MANIFESTS
-    if not directory.is_dir():
-        return []
-    return sorted(n for n in (paths.parse_manifest_name(path.name) for path in directory.iterdir()) if n is not None)
+    names = (path.name for path in children(root / paths.MANIFESTS))
+    return sorted(n for n in map(paths.parse_manifest_name, names) if n is not None)
 
 
 def read_manifest(root: Location, number: int) -> Manifest:
@@ -72,8 +70,7 @@ def read_journal_record(path: Location) -> ShardInfo:
 def check_journal(root: Location) -> list[str]:
     """What is wrong with the journal, a sentence for each damaged record. A cache can do without its journal."""
     problems: list[str] = []
-    directory = root / paths.JOURNAL
-    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+    for path in sorted(children(root / paths.JOURNAL), key=str):
         try:
             if paths.parse_journal_name(path.name) is not None:
                 read_journal_record(path)

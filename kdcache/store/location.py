@@ -90,9 +90,6 @@ class RemotePath:
     def __hash__(self) -> int:
         return hash(self.uri)
 
-    def __lt__(self, other: RemotePath) -> bool:
-        return self.uri < other.uri
-
     @property
     def can_create(self) -> bool:
         """Whether the store puts an object only where there is none, as one step: a cache is not written without."""
@@ -205,6 +202,11 @@ class RemotePath:
 
 Location: TypeAlias = Path | RemotePath
 """Of a cache, or of a file in it."""
+
+
+def children(directory: Location) -> list[Location]:
+    """What is right below; nothing where there is no such directory."""
+    return list(directory.iterdir()) if not isinstance(directory, Path) or directory.is_dir() else []
 
 
 def each(function: Callable[[Item], Answer], items: Iterable[Item], root: Location) -> Iterator[Answer]:

@@ -99,6 +99,7 @@ class RemoteShards:
 
     def _renew(self) -> None:
         self._lock = threading.Lock()
+        self._opening: dict[int, threading.Lock] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._under_way: dict[Wanted, Future[dict[Wanted, pa.Buffer]]] = {}
 
@@ -133,7 +134,11 @@ class RemoteShards:
 
     def _layout(self, unit: int) -> Layout:
         layout = self._layouts.get(unit)
-        if layout is None:
+        if layout is not None:
+            return layout
+        with self._opening.setdefault(unit, threading.Lock()):  # else each of a shard's first requests would bring its footer
+            if unit in self._layouts:
+                return self._layouts[unit]
             shard, path, key = self._shards[unit], self._path(unit), self._footer_key(unit)
             try:
                 tail = self.blocks.get(key) or self.blocks.put(key, read_tail(path.read_range, shard.num_bytes))

@@ -17,7 +17,7 @@ import msgspec
 from kdcache.errors import CaptureError
 from kdcache.format import paths
 from kdcache.store import fs
-from kdcache.store.location import Location
+from kdcache.store.location import Location, children
 
 _log = logging.getLogger(__name__)
 
@@ -64,8 +64,7 @@ def record_failure(root: Location, failed: FailedUnit) -> None:
 def read_failures(root: Location, *, published: Collection[int]) -> list[FailedUnit]:
     """The last failure of each unit that is not published, ordered by unit. Reads one small file for each of them."""
     last: dict[int, FailedUnit] = {}
-    directory = root / paths.FAILED
-    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+    for path in sorted(children(root / paths.FAILED), key=str):
         unit = paths.parse_failed_name(path.name)
         if unit is None or unit in published:
             continue
