@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdcache.kernels import _numba_divergences, _numba_rows
 from kdcache.kernels._numba_compile import compiled
-from kdcache.kernels.base import TAIL_POLICIES, Objective, Targets, make_targets
+from kdcache.kernels.base import TAIL_POLICIES, Objective, Targets, exact_counts, make_targets
 from kdcache.kernels.threads import for_row_blocks
 
 # Below this many logits per block, handing a block to another thread (50 to 100 microseconds) costs more than it saves.
@@ -31,7 +31,8 @@ _ROWS = {
 def _compiled_rows(dtype: np.dtype[Any]) -> Callable[..., Any]:
     """The kernel for logits of a dtype, compiled with one fixed signature: the divergence is an argument, not a part of it."""
     element, function = _ROWS[dtype]
-    targets = (types.int32[:, ::1], types.float32[:, ::1], types.float32[::1], types.int32[::1], types.float64[::1])
+    counts, entries = types.int32[::1], (types.int32[:, ::1], types.float32[:, ::1])
+    targets = (*entries, counts, types.float32[::1], types.int32[::1], types.float64[::1])
     divergence = (types.FunctionType(_numba_divergences.SIGNATURE), types.float64[::1])
     objective = (types.int64, types.float64, types.float64, *divergence)
     rows = (types.boolean, types.int64, types.int64, types.float64[::1])
@@ -70,7 +71,8 @@ def _run(
 ) -> None:
     _check_arrays(logits_PV, targets, losses_P)
     kernel, divergence = _compiled_rows(logits_PV.dtype), objective.divergence
-    fixed = (targets.token_ids_PK, targets.logprobs_PK, targets.tail_mass_P, targets.labels_P, targets.weights_P)
+    entries = (targets.token_ids_PK, targets.logprobs_PK, exact_counts(targets, divergence))
+    fixed = (*entries, targets.tail_mass_P, targets.labels_P, targets.weights_P)
     meaning = (
         TAIL_POLICIES.index(objective.tail),
         float(objective.alpha),

@@ -2,8 +2,9 @@
 
 Shape letters: B = K + 1 buckets of one row: the entries, and the tail last.
 
-A function reads five rows of B float64, log P, P, log Q, Q and, to be written, h = dL / dlog Q, and the divergence's options as
-numbers; it returns L. A bucket that does not exist has P = Q = 0 and both logs -inf. NaN in Q must come out: comparisons are
+A function gets six rows of B float64, log P, P, log Q, Q, to be written h = dL / dlog Q, and 1 for an entry that is an estimate
+and 0 for all else; and the divergence's options as numbers. It returns L. A bucket that does not exist has P = Q = 0 and both
+logs -inf. NaN in Q must come out: comparisons are
 written so that NaN does not take the side of 0.
 
 Each is compiled when first asked for. The row kernels get it as an argument, so that they are compiled once for all.
@@ -22,7 +23,7 @@ from numba import types
 from kdcache.kernels import divergences as d
 from kdcache.kernels._numba_compile import compiled
 
-LOG_P, P, LOG_Q, Q, H = range(5)
+LOG_P, P, LOG_Q, Q, H, ESTIMATE = range(6)
 SIGNATURE = types.float64(types.float64[:, ::1], types.float64[::1])
 
 
@@ -32,30 +33,30 @@ def get_compiled(kind: type[d.Divergence]) -> Callable[..., Any]:
     return compiled(_FUNCTIONS[kind], SIGNATURE)
 
 
-def _forward_kl(x_5B, _):
+def _forward_kl(x_6B, _):
     loss = 0.0
-    for b in range(x_5B.shape[1]):
-        p = x_5B[P, b]
-        x_5B[H, b] = -p
+    for b in range(x_6B.shape[1]):
+        p = x_6B[P, b]
+        x_6B[H, b] = -p
         if p > 0:
-            loss += p * (x_5B[LOG_P, b] - x_5B[LOG_Q, b])
+            loss += p * (x_6B[LOG_P, b] - x_6B[LOG_Q, b])
     return loss
 
 
 @compiled
-def _reverse_kl_with_floor(x_5B, floor):
+def _reverse_kl_with_floor(x_6B, floor):
     loss, log_floor = 0.0, math.log(floor)
-    for b in range(x_5B.shape[1]):
+    for b in range(x_6B.shape[1]):
         h = 0.0
-        if x_5B[Q, b] != 0:
-            h = x_5B[Q, b] * (x_5B[LOG_Q, b] - max(x_5B[LOG_P, b], log_floor))
-        x_5B[H, b] = h
+        if x_6B[Q, b] != 0:
+            h = x_6B[Q, b] * (x_6B[LOG_Q, b] - max(x_6B[LOG_P, b], log_floor))
+        x_6B[H, b] = h
         loss += h
     return loss
 
 
-def _reverse_kl(x_5B, options):
-    return _reverse_kl_with_floor(x_5B, options[0])
+def _reverse_kl(x_6B, options):
+    return _reverse_kl_with_floor(x_6B, options[0])
 
 
 @compiled
@@ -67,108 +68,108 @@ def _log_mix(log_share, log_p, log_rest, log_q):
 
 
 @compiled
-def _interior_jensen_shannon(x_5B, beta):
+def _interior_jensen_shannon(x_6B, beta):
     loss, log_beta, log_rest = 0.0, math.log(beta), math.log1p(-beta)
-    for b in range(x_5B.shape[1]):
-        log_m = _log_mix(log_beta, x_5B[LOG_P, b], log_rest, x_5B[LOG_Q, b])
+    for b in range(x_6B.shape[1]):
+        log_m = _log_mix(log_beta, x_6B[LOG_P, b], log_rest, x_6B[LOG_Q, b])
         h = 0.0
-        if x_5B[Q, b] != 0:
-            h = x_5B[Q, b] * (x_5B[LOG_Q, b] - log_m) / beta
-        x_5B[H, b] = h
+        if x_6B[Q, b] != 0:
+            h = x_6B[Q, b] * (x_6B[LOG_Q, b] - log_m) / beta
+        x_6B[H, b] = h
         loss += h
-        if x_5B[P, b] > 0:
-            loss += x_5B[P, b] * (x_5B[LOG_P, b] - log_m) / (1 - beta)
+        if x_6B[P, b] > 0:
+            loss += x_6B[P, b] * (x_6B[LOG_P, b] - log_m) / (1 - beta)
     return loss
 
 
-def _jensen_shannon(x_5B, options):
+def _jensen_shannon(x_6B, options):
     if options[0] == 1:
-        return _reverse_kl_with_floor(x_5B, options[1])
+        return _reverse_kl_with_floor(x_6B, options[1])
     if options[0] > 0:
-        return _interior_jensen_shannon(x_5B, options[0])
+        return _interior_jensen_shannon(x_6B, options[0])
     loss = 0.0
-    for b in range(x_5B.shape[1]):
-        x_5B[H, b] = -x_5B[P, b]
-        if x_5B[P, b] > 0:
-            loss += x_5B[P, b] * (x_5B[LOG_P, b] - x_5B[LOG_Q, b])
+    for b in range(x_6B.shape[1]):
+        x_6B[H, b] = -x_6B[P, b]
+        if x_6B[P, b] > 0:
+            loss += x_6B[P, b] * (x_6B[LOG_P, b] - x_6B[LOG_Q, b])
     return loss
 
 
-def _skew_kl(x_5B, options):
+def _skew_kl(x_6B, options):
     skew, loss = options[0], 0.0
     log_skew, log_rest = math.log(skew), math.log1p(-skew)
-    for b in range(x_5B.shape[1]):
-        x_5B[H, b] = 0.0
-        if x_5B[P, b] > 0:
-            log_m = _log_mix(log_skew, x_5B[LOG_P, b], log_rest, x_5B[LOG_Q, b])
-            loss += x_5B[P, b] * (x_5B[LOG_P, b] - log_m)
+    for b in range(x_6B.shape[1]):
+        x_6B[H, b] = 0.0
+        if x_6B[P, b] > 0:
+            log_m = _log_mix(log_skew, x_6B[LOG_P, b], log_rest, x_6B[LOG_Q, b])
+            loss += x_6B[P, b] * (x_6B[LOG_P, b] - log_m)
             # Where both are beyond float64, as Q = M = 0, Q / M is 1 / (1 - skew).
-            ratio = math.exp(x_5B[LOG_Q, b] - log_m) if log_m > -np.inf else 1 / (1 - skew)
-            x_5B[H, b] = -(1 - skew) * x_5B[P, b] * ratio
+            ratio = math.exp(x_6B[LOG_Q, b] - log_m) if log_m > -np.inf else 1 / (1 - skew)
+            x_6B[H, b] = -(1 - skew) * x_6B[P, b] * ratio
     return loss
 
 
-def _skew_reverse_kl(x_5B, options):
+def _skew_reverse_kl(x_6B, options):
     skew, loss = options[0], 0.0
     log_skew, log_rest = math.log(skew), math.log1p(-skew)
-    for b in range(x_5B.shape[1]):
-        x_5B[H, b] = 0.0
-        if x_5B[Q, b] != 0:
-            log_m = _log_mix(log_rest, x_5B[LOG_P, b], log_skew, x_5B[LOG_Q, b])
-            part = x_5B[Q, b] * (x_5B[LOG_Q, b] - log_m)
+    for b in range(x_6B.shape[1]):
+        x_6B[H, b] = 0.0
+        if x_6B[Q, b] != 0:
+            log_m = _log_mix(log_rest, x_6B[LOG_P, b], log_skew, x_6B[LOG_Q, b])
+            part = x_6B[Q, b] * (x_6B[LOG_Q, b] - log_m)
             loss += part
-            x_5B[H, b] = part - skew * x_5B[Q, b] * math.exp(x_5B[LOG_Q, b] - log_m)
+            x_6B[H, b] = part - skew * x_6B[Q, b] * math.exp(x_6B[LOG_Q, b] - log_m)
     return loss
 
 
-def _adaptive_kl(x_5B, options):
-    tail = x_5B.shape[1] - 1
-    gap, head_gap, running = abs(x_5B[P, tail] - x_5B[Q, tail]), 0.0, 0.0
-    order_K = np.argsort(-x_5B[P, :tail], kind="mergesort")
+def _adaptive_kl(x_6B, options):
+    tail = x_6B.shape[1] - 1
+    gap, head_gap, running = abs(x_6B[P, tail] - x_6B[Q, tail]), 0.0, 0.0
+    order_K = np.argsort(-x_6B[P, :tail], kind="mergesort")
     for place in range(tail):
         b = order_K[place]
-        running += x_5B[P, b]
-        difference = abs(x_5B[P, b] - x_5B[Q, b])
+        running += x_6B[P, b]
+        difference = abs(x_6B[P, b] - x_6B[Q, b])
         gap += difference
         if place == 0 or running <= options[0]:
             head_gap += difference
     share = 0.5 if gap == 0 else head_gap / gap
-    reverse, forward = _reverse_kl_with_floor(x_5B, options[1]), 0.0
+    reverse, forward = _reverse_kl_with_floor(x_6B, options[1]), 0.0
     for b in range(tail + 1):
-        x_5B[H, b] = (1 - share) * x_5B[H, b] - share * x_5B[P, b]
-        if x_5B[P, b] > 0:
-            forward += x_5B[P, b] * (x_5B[LOG_P, b] - x_5B[LOG_Q, b])
+        x_6B[H, b] = (1 - share) * x_6B[H, b] - share * x_6B[P, b]
+        if x_6B[P, b] > 0:
+            forward += x_6B[P, b] * (x_6B[LOG_P, b] - x_6B[LOG_Q, b])
     # A share of 0 must not turn an infinite forward KL into NaN, but NaN must come through.
     return (1 - share) * reverse + (0.0 if share == 0 else share * forward)
 
 
-def _total_variation(x_5B, _):
+def _total_variation(x_6B, _):
     loss = 0.0
-    for b in range(x_5B.shape[1]):
-        gap = x_5B[Q, b] - x_5B[P, b]
+    for b in range(x_6B.shape[1]):
+        gap = x_6B[Q, b] - x_6B[P, b]
         sign = 1.0 if gap > 0 else (-1.0 if gap < 0 else gap)
         loss += abs(gap) / 2
-        x_5B[H, b] = x_5B[Q, b] * sign / 2
+        x_6B[H, b] = x_6B[Q, b] * sign / 2
     return loss
 
 
-def _hellinger(x_5B, _):
+def _hellinger(x_6B, _):
     loss = 0.0
-    for b in range(x_5B.shape[1]):
-        root = math.exp(x_5B[LOG_Q, b] / 2)
-        gap = root - math.exp(x_5B[LOG_P, b] / 2)
+    for b in range(x_6B.shape[1]):
+        root = math.exp(x_6B[LOG_Q, b] / 2)
+        gap = root - math.exp(x_6B[LOG_P, b] / 2)
         loss += gap * gap / 2
-        x_5B[H, b] = root * gap / 2
+        x_6B[H, b] = root * gap / 2
     return loss
 
 
-def _alpha_beta(x_5B, options):
+def _alpha_beta(x_6B, options):
     a, b, loss = options[0], options[1], 0.0
-    for i in range(x_5B.shape[1]):
-        p_a, q_b = math.exp(a * x_5B[LOG_P, i]), math.exp(b * x_5B[LOG_Q, i])
-        p_ab, q_ab = math.exp((a + b) * x_5B[LOG_P, i]), math.exp((a + b) * x_5B[LOG_Q, i])
+    for i in range(x_6B.shape[1]):
+        p_a, q_b = math.exp(a * x_6B[LOG_P, i]), math.exp(b * x_6B[LOG_Q, i])
+        p_ab, q_ab = math.exp((a + b) * x_6B[LOG_P, i]), math.exp((a + b) * x_6B[LOG_Q, i])
         loss += (a * p_ab + b * q_ab) / (a + b) - p_a * q_b
-        x_5B[H, i] = (q_ab - p_a * q_b) / a
+        x_6B[H, i] = (q_ab - p_a * q_b) / a
     return loss / (a * b)
 
 
@@ -187,74 +188,110 @@ def _logsumexp(values_K, temperature):
     return top / temperature + math.log(total)
 
 
-def _decoupled_top_k(x_5B, options):
-    t, tail = options[0], x_5B.shape[1] - 1
-    m, r = 0.0, x_5B[P, tail]
+def _decoupled_top_k(x_6B, options):
+    t, tail = options[0], x_6B.shape[1] - 1
+    m, r = 0.0, x_6B[P, tail]
     for b in range(tail):
-        m += x_5B[P, b]
-    x_5B[H, tail] = -r
-    loss = r * (x_5B[LOG_P, tail] - x_5B[LOG_Q, tail]) if r > 0 else 0.0
+        m += x_6B[P, b]
+    x_6B[H, tail] = -r
+    loss = r * (x_6B[LOG_P, tail] - x_6B[LOG_Q, tail]) if r > 0 else 0.0
     if m == 0:
-        x_5B[H, :tail] = 0.0
+        x_6B[H, :tail] = 0.0
         return loss
-    log_q_S = _logsumexp(x_5B[LOG_Q, :tail], 1.0)
-    norm_p, norm_q = _logsumexp(x_5B[LOG_P, :tail], t), _logsumexp(x_5B[LOG_Q, :tail], t)
+    log_q_S = _logsumexp(x_6B[LOG_Q, :tail], 1.0)
+    norm_p, norm_q = _logsumexp(x_6B[LOG_P, :tail], t), _logsumexp(x_6B[LOG_Q, :tail], t)
     loss += m * (math.log(m) - log_q_S)
     for b in range(tail):
-        log_p_t, log_q_t = x_5B[LOG_P, b] / t - norm_p, x_5B[LOG_Q, b] / t - norm_q
+        log_p_t, log_q_t = x_6B[LOG_P, b] / t - norm_p, x_6B[LOG_Q, b] / t - norm_q
         p_t = math.exp(log_p_t)
         if p_t > 0:
             loss += m * t * t * p_t * (log_p_t - log_q_t)
-        x_5B[H, b] = m * (t * (math.exp(log_q_t) - p_t) - math.exp(x_5B[LOG_Q, b] - log_q_S))
+        x_6B[H, b] = m * (t * (math.exp(log_q_t) - p_t) - math.exp(x_6B[LOG_Q, b] - log_q_S))
     return loss
 
 
-def _centered_mse(x_5B, _):
+def _tail_aware_kl(x_6B, options):
+    weight, last, top = options[0], x_6B.shape[1] - 1, x_6B[LOG_Q, x_6B.shape[1] - 1]
+    r, s, loss = x_6B[P, last], 0.0, 0.0
+    for b in range(last):
+        if x_6B[ESTIMATE, b] == 0:
+            x_6B[H, b] = -x_6B[P, b]
+            if x_6B[P, b] > 0:
+                loss += x_6B[P, b] * (x_6B[LOG_P, b] - x_6B[LOG_Q, b])
+        else:
+            s += x_6B[P, b]
+            if not x_6B[LOG_Q, b] <= top:
+                top = x_6B[LOG_Q, b]
+    if top == -np.inf:
+        # A tail that the student cannot give is, as in the forward KL, one bucket of mass 0.
+        for b in range(last):
+            if x_6B[ESTIMATE, b] != 0:
+                x_6B[H, b] = -weight * x_6B[P, b]
+        x_6B[H, last] = weight * s - r
+        return loss if r == 0 and s == 0 else np.inf
+    total = math.exp(x_6B[LOG_Q, last] - top)
+    for b in range(last):
+        if x_6B[ESTIMATE, b] != 0:
+            total += math.exp(x_6B[LOG_Q, b] - top)
+    log_tail = top + math.log(total)
+    if r > 0:
+        loss += r * (x_6B[LOG_P, last] - log_tail)
+    within = -s * math.log(s) if s > 0 else 0.0
+    x_6B[H, last] = (weight * s - r) * math.exp(x_6B[LOG_Q, last] - log_tail)
+    for b in range(last):
+        if x_6B[ESTIMATE, b] != 0:
+            x_6B[H, b] = (weight * s - r) * math.exp(x_6B[LOG_Q, b] - log_tail) - weight * x_6B[P, b]
+            if x_6B[P, b] > 0:
+                within += x_6B[P, b] * (x_6B[LOG_P, b] - x_6B[LOG_Q, b] + log_tail)
+    return loss + weight * within
+
+
+def _centered_mse(x_6B, _):
     count, mean, loss = 0, 0.0, 0.0
-    x_5B[H] = 0.0
-    for b in range(x_5B.shape[1] - 1):
-        if x_5B[LOG_P, b] > -np.inf:
+    x_6B[H] = 0.0
+    for b in range(x_6B.shape[1] - 1):
+        if x_6B[LOG_P, b] > -np.inf:
             count += 1
-            mean += x_5B[LOG_Q, b] - x_5B[LOG_P, b]
-    for b in range(x_5B.shape[1] - 1):
-        if x_5B[LOG_P, b] > -np.inf:
-            gap = x_5B[LOG_Q, b] - x_5B[LOG_P, b] - mean / count
+            mean += x_6B[LOG_Q, b] - x_6B[LOG_P, b]
+    for b in range(x_6B.shape[1] - 1):
+        if x_6B[LOG_P, b] > -np.inf:
+            gap = x_6B[LOG_Q, b] - x_6B[LOG_P, b] - mean / count
             loss += gap * gap / count
-            x_5B[H, b] = 2 * gap / count
+            x_6B[H, b] = 2 * gap / count
     return loss
 
 
-def _hinge_ranking(x_5B, options):
-    num_pairs, loss, tail = 0, 0.0, x_5B.shape[1] - 1
-    x_5B[H] = 0.0
+def _hinge_ranking(x_6B, options):
+    num_pairs, loss, tail = 0, 0.0, x_6B.shape[1] - 1
+    x_6B[H] = 0.0
     for i in range(tail):
         for j in range(tail):
-            if x_5B[LOG_P, i] > x_5B[LOG_P, j] > -np.inf:
+            if x_6B[LOG_P, i] > x_6B[LOG_P, j] > -np.inf:
                 num_pairs += 1
-                short = options[0] - (x_5B[LOG_Q, i] - x_5B[LOG_Q, j])
+                short = options[0] - (x_6B[LOG_Q, i] - x_6B[LOG_Q, j])
                 if not short <= 0:
                     loss += short
                     step = 1.0 if short > 0 else short
-                    x_5B[H, i] -= step
-                    x_5B[H, j] += step
-    x_5B[H] /= max(num_pairs, 1)
+                    x_6B[H, i] -= step
+                    x_6B[H, j] += step
+    x_6B[H] /= max(num_pairs, 1)
     return loss / max(num_pairs, 1)
 
 
-def _logistic_ranking(x_5B, _):
-    num_pairs, loss, tail = 0, 0.0, x_5B.shape[1] - 1
-    x_5B[H] = 0.0
+def _logistic_ranking(x_6B, _):
+    num_pairs, loss, tail = 0, 0.0, x_6B.shape[1] - 1
+    x_6B[H] = 0.0
     for i in range(tail):
         for j in range(tail):
-            if x_5B[LOG_P, i] > x_5B[LOG_P, j] > -np.inf:
+            if x_6B[LOG_P, i] > x_6B[LOG_P, j] > -np.inf:
                 num_pairs += 1
-                gap = x_5B[LOG_Q, i] - x_5B[LOG_Q, j]
+                gap = x_6B[LOG_Q, i] - x_6B[LOG_Q, j]
                 small = math.exp(-abs(gap))
                 loss += math.log1p(small) - min(gap, 0.0)
                 step = (small if gap > 0 else 1.0) / (1 + small)
-                x_5B[H, i] -= step
-                x_5B[H, j] += step
-    x_5B[H] /= max(num_pairs, 1)
+                x_6B[H, i] -= step
+                x_6B[H, j] += step
+    x_6B[H] /= max(num_pairs, 1)
     return loss / max(num_pairs, 1)
 
 
@@ -287,12 +324,12 @@ def _soft_ranks(values_K, strength, ranks_K, pool_K):
     return differ
 
 
-def _soft_spearman(x_5B, options):
-    strength, tail, num = options[0], x_5B.shape[1] - 1, 0
-    x_5B[H] = 0.0
+def _soft_spearman(x_6B, options):
+    strength, tail, num = options[0], x_6B.shape[1] - 1, 0
+    x_6B[H] = 0.0
     inside_K = np.empty(tail, np.int64)
     for b in range(tail):
-        if x_5B[LOG_P, b] > -np.inf:
+        if x_6B[LOG_P, b] > -np.inf:
             inside_K[num] = b
             num += 1
     inside_K = inside_K[:num]
@@ -301,7 +338,7 @@ def _soft_spearman(x_5B, options):
     p_K, q_K, teacher_K, ranks_K = np.empty(num), np.empty(num), np.empty(num), np.empty(num)
     pool_K, slope_K, pool_sums_K, pool_counts_K = np.empty(num, np.int64), np.empty(num), np.zeros(num), np.zeros(num)
     for k in range(num):
-        p_K[k], q_K[k] = x_5B[LOG_P, inside_K[k]], x_5B[LOG_Q, inside_K[k]]
+        p_K[k], q_K[k] = x_6B[LOG_P, inside_K[k]], x_6B[LOG_Q, inside_K[k]]
     if not _soft_ranks(p_K, strength, teacher_K, pool_K):
         return 0.0 * q_K.sum()
     if not _soft_ranks(q_K, strength, ranks_K, pool_K):
@@ -313,7 +350,7 @@ def _soft_spearman(x_5B, options):
         pool_sums_K[pool_K[k]] += slope_K[k]
         pool_counts_K[pool_K[k]] += 1
     for k in range(num):
-        x_5B[H, inside_K[k]] = (slope_K[k] - pool_sums_K[pool_K[k]] / pool_counts_K[pool_K[k]]) / strength
+        x_6B[H, inside_K[k]] = (slope_K[k] - pool_sums_K[pool_K[k]] / pool_counts_K[pool_K[k]]) / strength
     return 1 - correlation
 
 
@@ -328,6 +365,7 @@ _FUNCTIONS: dict[type[d.Divergence], Callable[..., Any]] = {
     d.Hellinger: _hellinger,
     d.AlphaBeta: _alpha_beta,
     d.DecoupledTopK: _decoupled_top_k,
+    d.TailAwareKL: _tail_aware_kl,
     d.CenteredMSE: _centered_mse,
     d.HingeRanking: _hinge_ranking,
     d.LogisticRanking: _logistic_ranking,

@@ -30,7 +30,7 @@ from kdcache.kernels._numba_compile import compiled as _kernel
 from kdcache.kernels.divergences import TAIL_POLICIES
 
 _DROP, _RENORMALIZE, _BUCKET, _UNIFORM = range(len(TAIL_POLICIES))
-_LOG_P, _P, _LOG_Q, _Q, _H = range(5)
+_LOG_P, _P, _LOG_Q, _Q, _H, _ESTIMATE = range(6)
 
 # Float32 sums are closed after so many terms and added up in float64: the error does not grow with the vocabulary.
 _SUM_BLOCK = 4096
@@ -188,29 +188,40 @@ def _with_support(z_K, tail_lse):
 
 
 @_kernel
-def _fill_student(z_K, tail_lse, lse, x_5B):
+def _fill_student(z_K, tail_lse, lse, x_6B):
     for k in range(len(z_K)):
-        x_5B[_LOG_Q, k] = z_K[k] - lse
-        x_5B[_Q, k] = math.exp(z_K[k] - lse)
-    x_5B[_LOG_Q, len(z_K)] = tail_lse - lse
-    x_5B[_Q, len(z_K)] = math.exp(tail_lse - lse)
+        x_6B[_LOG_Q, k] = z_K[k] - lse
+        x_6B[_Q, k] = math.exp(z_K[k] - lse)
+    x_6B[_LOG_Q, len(z_K)] = tail_lse - lse
+    x_6B[_Q, len(z_K)] = math.exp(tail_lse - lse)
 
 
 @_kernel
-def _fill_teacher(ids_K, logprobs_K, tail, tail_mass, x_5B):
+def _count_exact(ids_K, num_exact):
+    count = 0
+    for k in range(min(num_exact, len(ids_K))):
+        count += ids_K[k] >= 0
+    return count
+
+
+@_kernel
+def _fill_teacher(ids_K, logprobs_K, num_exact, tail, tail_mass, x_6B):
     """The teacher's masses and their logs; `tail_mass` is that of the bucket."""
     total, num_entries = 0.0, len(ids_K)
+    x_6B[_ESTIMATE] = 0.0
     for k in range(num_entries):
-        x_5B[_LOG_P, k], x_5B[_P, k] = -np.inf, 0.0
+        x_6B[_LOG_P, k], x_6B[_P, k] = -np.inf, 0.0
+        if k >= num_exact and ids_K[k] >= 0:
+            x_6B[_ESTIMATE, k] = 1.0
         if ids_K[k] >= 0:
-            x_5B[_LOG_P, k], x_5B[_P, k] = logprobs_K[k], _exp(logprobs_K[k])
-        total += x_5B[_P, k]
-    x_5B[_LOG_P, num_entries], x_5B[_P, num_entries] = math.log(tail_mass), tail_mass
+            x_6B[_LOG_P, k], x_6B[_P, k] = logprobs_K[k], _exp(logprobs_K[k])
+        total += x_6B[_P, k]
+    x_6B[_LOG_P, num_entries], x_6B[_P, num_entries] = math.log(tail_mass), tail_mass
     if tail == _RENORMALIZE and total > 0:
         log_total = math.log(total)
         for k in range(num_entries):
-            x_5B[_LOG_P, k] -= log_total
-            x_5B[_P, k] /= total
+            x_6B[_LOG_P, k] -= log_total
+            x_6B[_P, k] /= total
 
 
 @_kernel
@@ -227,8 +238,8 @@ def _tail_in_place(row_V):
 
 @_kernel
 def _do_row(
-    row_V, ids_K, logprobs_K, tail_mass, label, weight,
-    tail, alpha, temperature, divergence, options, z_K, x_5B, label_V, want_gradient,
+    row_V, ids_K, logprobs_K, num_exact, tail_mass, label, weight,
+    tail, alpha, temperature, divergence, options, z_K, x_6B, label_V, want_gradient,
 ):  # fmt: skip
     """One row's loss; the row becomes weight * gradient, or is left in disorder where no gradient is wanted."""
     label_share = 1.0 - alpha if label >= 0 else 0.0
@@ -242,7 +253,9 @@ def _do_row(
 
     # 0 is left where the tail's logits are to be added up.
     num_outside = len(row_V) - _lift_support(row_V, ids_K, z_K, np.float32(0.0 if tail == _UNIFORM else -np.inf))
-    bucket = tail_mass if tail == _BUCKET and num_outside > 0 else 0.0
+    # The tail is what is no exact entry: estimates, where there are any, are within it.
+    has_tail = len(row_V) > _count_exact(ids_K, num_exact)
+    bucket = tail_mass if tail == _BUCKET and has_tail else 0.0
     spread = tail_mass if tail == _UNIFORM and num_outside > 0 else 0.0
     outside_z = 0.0
     if tail == _UNIFORM:
@@ -250,16 +263,16 @@ def _do_row(
         _write_support(row_V, ids_K, np.float32(-np.inf))
     tail_lse, tail_sum = _tail_in_place(row_V)
     lse = _with_support(z_K, tail_lse)
-    _fill_student(z_K, tail_lse, lse, x_5B)
+    _fill_student(z_K, tail_lse, lse, x_6B)
 
     loss, total = 0.0, share_here
-    x_5B[_H] = 0.0
+    x_6B[_H] = 0.0
     if alpha > 0:
-        _fill_teacher(ids_K, logprobs_K, tail, bucket, x_5B)
-        loss = divergence(x_5B, options)
-        for b in range(x_5B.shape[1]):
-            x_5B[_H, b] *= alpha * temperature
-            total -= x_5B[_H, b]
+        _fill_teacher(ids_K, logprobs_K, num_exact, tail, bucket, x_6B)
+        loss = divergence(x_6B, options)
+        for b in range(x_6B.shape[1]):
+            x_6B[_H, b] *= alpha * temperature
+            total -= x_6B[_H, b]
         if spread > 0:
             loss += spread * (math.log(spread) - math.log(num_outside) - outside_z + lse)
             total += alpha * temperature * spread
@@ -269,12 +282,12 @@ def _do_row(
     if not want_gradient:
         return loss if share_here == label_share else loss + label_share * (_tail_in_place(label_V)[0] - label_z)
 
-    dense = (total * x_5B[_Q, len(ids_K)] + x_5B[_H, len(ids_K)]) / tail_sum
+    dense = (total * x_6B[_Q, len(ids_K)] + x_6B[_H, len(ids_K)]) / tail_sum
     _scale(row_V, np.float32(weight * dense), np.float32(-weight * alpha * temperature * spread / max(num_outside, 1)))
     for k in range(len(ids_K)):
         if ids_K[k] >= 0:
             # Added in float64 and rounded once: near convergence q - p is a small difference of large numbers.
-            row_V[ids_K[k]] = weight * (total * x_5B[_Q, k] + x_5B[_H, k])
+            row_V[ids_K[k]] = weight * (total * x_6B[_Q, k] + x_6B[_H, k])
     if share_here != label_share:
         label_lse, label_sum = _tail_in_place(label_V)
         loss += label_share * (label_lse - label_z)
@@ -285,11 +298,11 @@ def _do_row(
 
 
 def float32_rows(
-    logits_PV, ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P,
+    logits_PV, ids_PK, logprobs_PK, num_exact_P, tail_mass_P, labels_P, weights_P,
     tail, alpha, temperature, divergence, options, want_gradient, start, stop, losses_P,
 ):  # fmt: skip
     num_entries, vocab_size = ids_PK.shape[1], logits_PV.shape[1]
-    z_K, x_5B = np.empty(num_entries, np.float32), np.empty((5, num_entries + 1))
+    z_K, x_6B = np.empty(num_entries, np.float32), np.empty((6, num_entries + 1))
     copy_V = np.empty(0 if want_gradient else vocab_size, np.float32)
     label_V = np.empty(vocab_size if alpha < 1 and temperature != 1 else 0, np.float32)
     for i in range(start, stop):
@@ -303,18 +316,18 @@ def float32_rows(
             copy_V[:] = row_V
             row_V = copy_V
         losses_P[i] = _do_row(
-            row_V, ids_PK[i], logprobs_PK[i], tail_mass_P[i], labels_P[i], weights_P[i],
-            tail, alpha, temperature, divergence, options, z_K, x_5B, label_V, want_gradient,
+            row_V, ids_PK[i], logprobs_PK[i], num_exact_P[i], tail_mass_P[i], labels_P[i], weights_P[i],
+            tail, alpha, temperature, divergence, options, z_K, x_6B, label_V, want_gradient,
         )  # fmt: skip
 
 
 def bfloat16_rows(
-    logits_PV, ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P,
+    logits_PV, ids_PK, logprobs_PK, num_exact_P, tail_mass_P, labels_P, weights_P,
     tail, alpha, temperature, divergence, options, want_gradient, start, stop, losses_P,
 ):  # fmt: skip
     """As float32_rows, for the bits of bfloat16: through one float32 row, which stays in the core's cache."""
     num_entries, vocab_size = ids_PK.shape[1], logits_PV.shape[1]
-    z_K, x_5B = np.empty(num_entries, np.float32), np.empty((5, num_entries + 1))
+    z_K, x_6B = np.empty(num_entries, np.float32), np.empty((6, num_entries + 1))
     bits_V = np.empty(vocab_size, np.uint32)
     row_V = bits_V.view(np.float32)
     label_V = np.empty(vocab_size if alpha < 1 and temperature != 1 else 0, np.float32)
@@ -327,8 +340,8 @@ def bfloat16_rows(
         for j in range(len(bits_V)):
             bits_V[j] = np.uint32(logits_PV[i, j]) << np.uint32(16)
         losses_P[i] = _do_row(
-            row_V, ids_PK[i], logprobs_PK[i], tail_mass_P[i], labels_P[i], weights_P[i],
-            tail, alpha, temperature, divergence, options, z_K, x_5B, label_V, want_gradient,
+            row_V, ids_PK[i], logprobs_PK[i], num_exact_P[i], tail_mass_P[i], labels_P[i], weights_P[i],
+            tail, alpha, temperature, divergence, options, z_K, x_6B, label_V, want_gradient,
         )  # fmt: skip
         if want_gradient:
             _narrow(bits_V, logits_PV[i])

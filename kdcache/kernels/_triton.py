@@ -8,7 +8,7 @@ Shape letters: P positions (rows), L lifted ids per row (the support and the lab
 4. `write_gradient`: row = factor * exp(z - maximum) + offset, in place, one read and one write; `put` writes the lifted ids.
 
 Every gradient is written once, from float32, so that bfloat16 rounds it once. Launched with torch tensors by
-`kdcache.loss.triton_rows`; torch itself is not imported here.
+`kdcache.loss.triton_passes`; torch itself is not imported here.
 """
 
 from __future__ import annotations

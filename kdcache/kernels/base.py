@@ -34,7 +34,7 @@ class Objective:
 
     Raises:
         LossError: an unknown tail policy or one that is wrong for the divergence; an alpha outside [0, 1]; a temperature that
-            is impossible, or other than 1 for a divergence without one; a divergence for which the record is not enough.
+            is impossible, or other than 1 for a divergence without one.
     """
 
     tail: str = "bucket"
@@ -50,8 +50,6 @@ class Objective:
             raise LossError(f"alpha is {self.alpha!r}, but must be from 0 (labels only) to 1 (teacher only)")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise LossError(f"temperature is {self.temperature!r}, but must be finite and above 0")
-        if needs.tail_sample:
-            raise LossError(f"{name} needs a sample of the teacher's tail, which this record does not hold: {needs.because}")
         if self.tail not in needs.tails:
             raise LossError(
                 f"{name} with tail {self.tail!r} would be wrong: {needs.because}; use {' or '.join(map(repr, needs.tails))}"
@@ -69,11 +67,14 @@ class Targets:
     Attributes:
         token_ids_PK: (P, K) int32, in [0, vocab_size), distinct within a row; PADDING_ID where there is no entry.
         logprobs_PK: (P, K) float32, nats, normalised over the whole vocabulary; -inf is probability 0; ignored at padding.
-        tail_mass_P: (P,) float32 in [0, 1], the teacher's mass outside the support.
+        tail_mass_P: (P,) float32 in [0, 1], the teacher's mass outside the support; outside its exact entries, where there are
+            others.
         labels_P: (P,) int32, in [0, vocab_size), or NO_LABEL.
         weights_P: (P,) float64, >= 0: the factor of each row in the sum whose gradient is wanted. A row of weight 0 is not
             read: its loss and its gradient are 0 whatever its logits are, NaN included.
         vocab_size: V.
+        num_exact_P: (P,) int32 in [0, K]: entries in the columns before it are exact, those from it on unbiased estimates. Read
+            by divergences that need a tail sample; for all others every entry is what it is.
     """
 
     token_ids_PK: NDArray[np.int32]
@@ -82,6 +83,7 @@ class Targets:
     labels_P: NDArray[np.int32]
     weights_P: NDArray[np.float64]
     vocab_size: int
+    num_exact_P: NDArray[np.int32]
 
     def rows(self, start: int, stop: int) -> Targets:
         """Views of rows start..stop."""
@@ -93,7 +95,15 @@ class Targets:
             self.labels_P[part],
             self.weights_P[part],
             self.vocab_size,
+            self.num_exact_P[part],
         )
+
+
+def exact_counts(targets: Targets, divergence: Divergence) -> NDArray[np.int32]:
+    """(P,) `num_exact_P` where the divergence reads it, else K."""
+    if divergence.requirements.tail_sample:
+        return targets.num_exact_P
+    return np.full(len(targets.token_ids_PK), targets.token_ids_PK.shape[1], np.int32)
 
 
 class KernelBackend(Protocol):
@@ -137,27 +147,33 @@ def make_targets(
     vocab_size: int,
     labels_P: ArrayLike | None = None,
     weights_P: ArrayLike | None = None,
+    num_exact_P: ArrayLike | None = None,
 ) -> Targets:
-    """Targets with the right dtypes and layout, checked. No labels means NO_LABEL everywhere, no weights 1 everywhere.
+    """Targets with the right dtypes and layout, checked. No labels means NO_LABEL everywhere, no weights 1, no num_exact K.
 
     Raises:
         LossError: shapes that do not fit together; an id or label outside the student's vocabulary; an id twice in a row; a
-            logprob above 0; a tail mass outside [0, 1]; a negative or NaN weight. The message names the row.
+            logprob above 0; a tail mass outside [0, 1]; a negative or NaN weight; a number of exact entries outside [0, K]. The
+            message names the row.
     """
     ids_PK = np.asarray(token_ids_PK)
     if ids_PK.ndim != 2:
         raise LossError(f"token_ids must have the shape (positions, entries), but has {ids_PK.shape}")
-    num_rows = len(ids_PK)
+    num_rows, num_entries = ids_PK.shape
     labels_P = np.full(num_rows, NO_LABEL, np.int32) if labels_P is None else np.asarray(labels_P)
     weights_P = np.ones(num_rows) if weights_P is None else np.asarray(weights_P)
+    num_exact_P = np.full(num_rows, num_entries, np.int32) if num_exact_P is None else np.asarray(num_exact_P)
     logprobs_PK, tail_mass_P = np.asarray(logprobs_PK), np.asarray(tail_mass_P)
     _check_shape("logprobs", logprobs_PK, ids_PK.shape)
-    for name, array_P in (("tail_mass", tail_mass_P), ("labels", labels_P), ("weights", weights_P)):
+    given_P = {"tail_mass": tail_mass_P, "labels": labels_P, "weights": weights_P, "num_exact": num_exact_P}
+    for name, array_P in given_P.items():
         _check_shape(name, array_P, (num_rows,))
     # Ranges before the cast: an int64 id of 2**32 would become 0.
     _check_ids(ids_PK, vocab_size)
     _check_values(ids_PK, logprobs_PK, tail_mass_P, weights_P)
     _refuse((labels_P != NO_LABEL) & ((labels_P < 0) | (labels_P >= vocab_size)), labels_P, "label", _outside(vocab_size))
+    too_many_P = (num_exact_P < 0) | (num_exact_P > num_entries)
+    _refuse(too_many_P, num_exact_P, "number of exact entries", f"but there are {num_entries} columns")
     return Targets(
         np.require(ids_PK, np.int32, ["C", "W"]),
         np.require(logprobs_PK, np.float32, ["C", "W"]),
@@ -165,6 +181,7 @@ def make_targets(
         np.require(labels_P, np.int32, ["C", "W"]),
         np.require(weights_P, np.float64, ["C", "W"]),
         vocab_size,
+        np.require(num_exact_P, np.int32, ["C", "W"]),
     )
 
 

@@ -26,7 +26,7 @@ class Requirements:
         unbiased: may be given unbiased targets (sampled and threshold records), because it is linear in the teacher's masses;
             the others would be biased, and take exact entries with the exact mass of the tail.
         temperature: another temperature than 1 is possible, with the record's logsumexp(logprobs / T).
-        tail_sample: needs a sample of the ids outside the exact entries.
+        tail_sample: needs exact entries and unbiased estimates of others, and is told which are which.
         because: the reason for what is not possible, as the end of a sentence.
     """
 
@@ -225,10 +225,15 @@ class DecoupledTopK(Divergence):
 
 @dataclass(frozen=True, slots=True)
 class TailAwareKL(Divergence):
-    """Forward KL with a tail bucket, plus a KL within the tail.
+    """Forward KL with a tail bucket, plus the mass of the tail times the KL within it, from a sample of the tail.
+
+    For exact entries beside unbiased estimates of others (threshold and top_k_sampled records; `num_exact_P`). The gradient is
+    unbiased: it is linear in the tail's masses, as the head and the tail's mass are exact. The value is not: the estimates'
+    own entropy is not linear, and adds a number on which the student has no influence; to compare values use `forward_kl`.
 
     Attributes:
-        tail_weight: of the KL within the tail; at least 0.
+        tail_weight: of the KL within the tail; at least 0, and at 1 the gradient is that of the forward KL over the whole
+            vocabulary. The paper has 2 over the mean mass of the tail within the sequence.
     """
 
     name = "tail_aware_kl"
@@ -238,7 +243,8 @@ class TailAwareKL(Divergence):
         unbiased=False,
         temperature=False,
         tail_sample=True,
-        because="the shape of the tail is not in a record of top entries and a tail mass",
+        because="the shape of the tail is not in a record of top entries and a tail mass, and a sample of it is one at "
+        "temperature 1 beside an exact head",
     )
 
     def __post_init__(self) -> None:
@@ -326,7 +332,7 @@ def requirements_table() -> str:
     for name, kind in DIVERGENCES.items():
         needs, made = kind.requirements, kind()
         options = ", ".join(f"{field.name} = {getattr(made, field.name):.3g}" for field in fields(kind))
-        tails = "needs a tail sample" if needs.tail_sample else ", ".join(needs.tails)
-        answers = ("yes" if needs.unbiased else "no", "yes" if needs.temperature else "no")
+        unbiased = "beside an exact head" if needs.tail_sample else "yes" if needs.unbiased else "no"
+        tails, answers = ", ".join(needs.tails), (unbiased, "yes" if needs.temperature else "no")
         lines.append(f"| `{name}` | {options} | {tails} | {' | '.join(answers)} |")
     return "\n".join(lines) + "\n"

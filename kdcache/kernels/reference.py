@@ -50,7 +50,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.kernels import reference_divergences
-from kdcache.kernels.base import NO_LABEL, PADDING_ID, Objective, Targets
+from kdcache.kernels.base import NO_LABEL, PADDING_ID, Objective, Targets, exact_counts
 from kdcache.kernels.reference_divergences import Floats, logsumexp
 
 
@@ -105,17 +105,27 @@ def row_losses_and_gradients(
     logits_PV[:] = _narrow(gradients_PV) if logits_PV.dtype == np.uint16 else gradients_PV
 
 
-def teacher_buckets(targets: Targets, tail: str, dtype: type[np.floating[Any]] = np.float64) -> Floats:
+def teacher_buckets(targets: Targets, objective: Objective, dtype: type[np.floating[Any]] = np.float64) -> Floats:
     """(P, B) log masses of the teacher under a tail policy, the tail last; see the module's docstring."""
-    stored_PK = targets.token_ids_PK != PADDING_ID
+    stored_PK, tail = targets.token_ids_PK != PADDING_ID, objective.tail
     log_p_PK = np.where(stored_PK, targets.logprobs_PK, -np.inf).astype(dtype)
     log_tail_P = np.full(len(log_p_PK), -np.inf, dtype)
     if tail == "renormalize":
         log_m_P1 = logsumexp(log_p_PK)[:, None]
         log_p_PK = np.where(log_m_P1 > -np.inf, log_p_PK - log_m_P1, -np.inf)
     if tail == "bucket":
-        log_tail_P = np.where(num_outside(targets) > 0, np.log(targets.tail_mass_P.astype(dtype)), -np.inf)
+        has_tail_P = (stored_PK & ~estimates(targets, objective)[:, :-1]).sum(axis=1) < targets.vocab_size
+        log_tail_P = np.where(has_tail_P, np.log(targets.tail_mass_P.astype(dtype)), -np.inf)
     return np.concatenate([log_p_PK, log_tail_P[:, None]], axis=1)
+
+
+def estimates(targets: Targets, objective: Objective) -> NDArray[np.bool_]:
+    """(P, B) which buckets are entries that are estimates, for divergences that distinguish them."""
+    columns_B = np.arange(targets.token_ids_PK.shape[1] + 1)
+    estimates_PB = columns_B >= exact_counts(targets, objective.divergence)[:, None]
+    estimates_PB[:, :-1] &= targets.token_ids_PK != PADDING_ID
+    estimates_PB[:, -1] = False
+    return estimates_PB
 
 
 def num_outside(targets: Targets) -> NDArray[np.int64]:
@@ -134,8 +144,8 @@ def _teacher_term(logits_PV: Floats, targets: Targets, objective: Objective) -> 
     log_q_PB = np.full((len(z_PV), targets.token_ids_PK.shape[1] + 1), -np.inf, z_PV.dtype)
     log_q_PB[rows, columns] = z_PV[rows, ids] - lse_P[rows]
     log_q_PB[:, -1] = tail_lse_P - lse_P
-    log_p_PB = teacher_buckets(targets, objective.tail, z_PV.dtype.type)
-    losses_P, h_PB = reference_divergences.compute(objective.divergence, log_p_PB, log_q_PB)
+    log_p_PB = teacher_buckets(targets, objective, z_PV.dtype.type)
+    losses_P, h_PB = reference_divergences.compute(objective.divergence, log_p_PB, log_q_PB, estimates(targets, objective))
     # q_j/Q_tail; where every id outside the support has logit -inf it would be 0/0, and is 0 here.
     within_tail_PV = np.where(in_support_PV | np.isneginf(z_PV), 0, np.exp(z_PV - tail_lse_P[:, None]))
     q_PV = np.exp(z_PV - lse_P[:, None])

@@ -25,8 +25,13 @@ Terms = tuple[Floats, Floats]
 """(P,) losses in nats (or as the docstring says), and (P, B) h."""
 
 
-def compute(divergence: d.Divergence, log_p_PB: Floats, log_q_PB: Floats) -> Terms:
-    """L and h of a divergence, in the dtype of the masses."""
+def compute(
+    divergence: d.Divergence, log_p_PB: Floats, log_q_PB: Floats, estimates_PB: NDArray[np.bool_] | None = None
+) -> Terms:
+    """L and h of a divergence, in the dtype of the masses; `estimates_PB`: which entries are estimates, None for none."""
+    if isinstance(divergence, d.TailAwareKL):
+        estimates_PB = np.zeros(log_p_PB.shape, bool) if estimates_PB is None else estimates_PB
+        return tail_aware_kl(divergence, log_p_PB, log_q_PB, estimates_PB)
     return _FORMULAS[type(divergence)](divergence, log_p_PB, log_q_PB)
 
 
@@ -134,6 +139,36 @@ def decoupled_top_k(options: d.DecoupledTopK, log_p_PB: Floats, log_q_PB: Floats
     losses_P = _times(m_P, np.log(m_P) - logsumexp(w_PK)) + _times(r_P, log_p_PB[:, -1] - log_q_PB[:, -1])
     h_PK = _times(m_P[:, None], temperature * (np.exp(log_q_T_PK) - p_T_PK) - np.exp(inside_PK))
     return losses_P + m_P * temperature**2 * inner_P, np.concatenate([h_PK, -r_P[:, None]], axis=1)
+
+
+def tail_aware_kl(options: d.TailAwareKL, log_p_PB: Floats, log_q_PB: Floats, estimates_PB: NDArray[np.bool_]) -> Terms:
+    """L = KL of the head's entries and one tail bucket + w r KL(p within the tail || q within the tail).
+
+    Exact entries are the head; the tail is all else, its student mass Q_T includes the estimates' ids, and r is its exact mass.
+    With the whole tail at hand the second term is sum over the tail of p_j log(p_j / r) - p_j log(q_j / Q_T), which for given r
+    and head depends on the student only through sum p_j log(q_j / Q_T): linear in the p_j. Estimates t_j with E[t_j] = p_j put
+    in their place therefore give its derivative by every logit, w (s q_j / Q_T - t_j) with s = sum t, the right expectation,
+    E[s] = r. Its value here is w (sum t_j log(t_j / s) - t_j log(q_j / Q_T)) >= 0: the first part is not linear in the p_j, and
+    the value so too high by a number that the student does not change. h = -p_j on the head; (w s - r) q_j / Q_T - w t_j for
+    estimates; (w s - r) times its share of Q_T for the rest of the tail.
+
+    Tail-aware KD, arXiv 2602.20816, from a dense teacher; there w is 2 over the mean of r in the sequence. From samples by the
+    argument above.
+    """
+    w, p_PB = log_p_PB.dtype.type(options.tail_weight), np.exp(log_p_PB)
+    in_tail_PB = estimates_PB.copy()
+    in_tail_PB[:, -1] = True
+    head_PB, t_PB = np.where(in_tail_PB, 0, p_PB), np.where(estimates_PB, p_PB, 0)
+    r_P1, s_P1 = p_PB[:, -1:], t_PB.sum(axis=1, keepdims=True)
+    log_tail_P1 = logsumexp(np.where(in_tail_PB, log_q_PB, -np.inf))[:, None]
+    losses_P = _times(head_PB, log_p_PB - log_q_PB).sum(axis=1) + _times(r_P1, log_p_PB[:, -1:] - log_tail_P1)[:, 0]
+    log_within_PB = np.where(np.isneginf(log_q_PB), -np.inf, log_q_PB - log_tail_P1)
+    within_P = _times(t_PB, log_p_PB - log_within_PB).sum(axis=1) - _times(s_P1, np.log(s_P1))[:, 0]
+    share_PB = np.where(in_tail_PB, np.exp(log_q_PB - log_tail_P1), 0)
+    # A tail that the student cannot give is, as in the forward KL, one bucket of mass 0.
+    share_PB = np.where(np.isneginf(log_tail_P1), np.arange(share_PB.shape[1]) == share_PB.shape[1] - 1, share_PB)
+    h_PB = (w * s_P1 - r_P1) * share_PB - head_PB - w * t_PB
+    return losses_P + np.where(s_P1[:, 0] == 0, 0, w * within_P), h_PB
 
 
 def centered_mse(_: d.Divergence, log_p_PB: Floats, log_q_PB: Floats) -> Terms:

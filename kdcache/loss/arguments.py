@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import LossError
-from kdcache.kernels.base import Objective, Targets, make_targets
+from kdcache.kernels.base import PADDING_ID, Objective, Targets, make_targets
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "numba", "triton", "torch")
@@ -33,6 +33,7 @@ class TargetTensors:
         tail_mass_P: (P,) in [0, 1].
         labels_P: (P,) integers, -100 where there is none; None for none at all.
         weights_P: (P,) >= 0; None for 1 everywhere.
+        num_exact_P: (P,) integers: the columns before it hold exact entries, the others estimates; None where all are alike.
     """
 
     token_ids_PK: Tensor
@@ -40,6 +41,7 @@ class TargetTensors:
     tail_mass_P: Tensor
     labels_P: Tensor | None = None
     weights_P: Tensor | None = None
+    num_exact_P: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> TargetTensors:
         """Views of rows start..stop."""
@@ -50,6 +52,7 @@ class TargetTensors:
             self.tail_mass_P[part],
             None if self.labels_P is None else self.labels_P[part],
             None if self.weights_P is None else self.weights_P[part],
+            None if self.num_exact_P is None else self.num_exact_P[part],
         )
 
 
@@ -77,16 +80,29 @@ def check_options(options: Options, targets: TargetTensors) -> None:
         raise LossError(
             f"alpha is {objective.alpha!r}, which mixes in the labels, but labels_P is not given; pass it, or alpha=1.0"
         )
-    if options.targets == "unbiased":
+    if objective.divergence.requirements.tail_sample:
+        _check_tail_sample(options, targets)
+    elif options.targets == "unbiased":
         _check_unbiased(objective)
+
+
+def _check_tail_sample(options: Options, targets: TargetTensors) -> None:
+    name, needs = options.objective.divergence.name, options.objective.divergence.requirements
+    if targets.num_exact_P is None:
+        raise LossError(
+            f"{name} needs a sample of the teacher's tail beside exact entries, and num_exact_P, which tells them apart: "
+            f"{needs.because}; capture with the selection 'threshold' or 'top_k_sampled'"
+        )
+    if options.targets != "unbiased":
+        raise LossError(f"targets is {options.targets!r}, but {name} reads the estimates too; use 'unbiased'")
 
 
 def _check_unbiased(objective: Objective) -> None:
     name, needs = objective.divergence.name, objective.divergence.requirements
     if not needs.unbiased:
         raise LossError(
-            f"{name} cannot be computed from unbiased targets: {needs.because}; pass the exact entries alone, with their own "
-            "tail mass, or use 'forward_kl'"
+            f"{name} cannot be computed from unbiased targets: {needs.because}; use targets='exact' with num_exact_P, which "
+            "leaves the estimates out, or 'forward_kl'"
         )
     if objective.tail != "drop":
         raise LossError(
@@ -98,6 +114,21 @@ def _check_unbiased(objective: Objective) -> None:
             f"temperature is {objective.temperature!r}, but unbiased targets were sampled at 1 and stand for no other; capture "
             "exact entries"
         )
+
+
+def used_entries(targets: TargetTensors, options: Options) -> TargetTensors:
+    """What of the entries the loss may look at: with targets `exact`, the estimates become padding.
+
+    Divergences that need a tail sample keep both kinds, and the number that tells them apart; no other needs it then.
+    """
+    if targets.num_exact_P is None or options.objective.divergence.requirements.tail_sample:
+        return targets
+    columns_K = torch.arange(targets.token_ids_PK.shape[1], device=targets.token_ids_PK.device)
+    is_exact_PK = columns_K < targets.num_exact_P[:, None]
+    ids_PK = targets.token_ids_PK
+    if options.targets == "exact":
+        ids_PK = ids_PK.masked_fill(~is_exact_PK, PADDING_ID)
+    return replace(targets, token_ids_PK=ids_PK, num_exact_P=None)
 
 
 def at_temperature(targets: TargetTensors, log_z_P: Tensor | None, objective: Objective) -> TargetTensors:
@@ -144,7 +175,7 @@ def check_tensors(student: Tensor, targets: TargetTensors, log_z_P: Tensor | Non
         "logprobs_PK": ids_shape,
         "tail_mass_P": (num_rows,),
     }
-    expected |= {"labels_P": (num_rows,), "weights_P": (num_rows,)}
+    expected |= {"labels_P": (num_rows,), "weights_P": (num_rows,), "num_exact_P": (num_rows,)}
     given = {name: getattr(targets, name) for name in expected} | {"log_z_P": log_z_P}
     for name, shape in (expected | {"log_z_P": (num_rows,)}).items():
         tensor = given[name]
@@ -154,7 +185,7 @@ def check_tensors(student: Tensor, targets: TargetTensors, log_z_P: Tensor | Non
             raise LossError(f"{name} has the shape {tuple(tensor.shape)}, but must have {shape}")
         if tensor.device != student.device:
             raise LossError(f"{name} is on {tensor.device}, but the student is on {student.device}; move it there")
-        if name in ("token_ids_PK", "labels_P") and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        if name in ("token_ids_PK", "labels_P", "num_exact_P") and (tensor.is_floating_point() or tensor.dtype == torch.bool):
             raise LossError(f"{name} has the dtype {tensor.dtype}, but must hold integers")
 
 
@@ -210,6 +241,7 @@ def _to_checked(targets: TargetTensors, vocab_size: int) -> Targets:
         vocab_size=vocab_size,
         labels_P=None if targets.labels_P is None else _to_numpy(targets.labels_P),
         weights_P=None if targets.weights_P is None else _to_numpy(targets.weights_P),
+        num_exact_P=None if targets.num_exact_P is None else _to_numpy(targets.num_exact_P),
     )
 
 

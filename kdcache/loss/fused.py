@@ -42,6 +42,7 @@ def fused_sparse_kd_loss(
     log_z_P: Tensor | None = None,
     weights_P: Tensor | None = None,
     targets: str = "exact",
+    num_exact_P: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     chunk_size: int | None = None,
@@ -70,8 +71,10 @@ def fused_sparse_kd_loss(
     """
     objective = Objective(tail, alpha, get_divergence(divergence), float(temperature))
     _check_projection(hidden_PH, weight_VH, bias)
-    teacher = _gather_targets(hidden_PH, (token_ids_PK, logprobs_PK, tail_mass_P), labels_P, weights_P, alpha)
-    arguments.check_options(Options(objective, reduction, backend, targets), teacher)
+    per_row = (labels_P, weights_P, num_exact_P)
+    teacher = _gather_targets(hidden_PH, (token_ids_PK, logprobs_PK, tail_mass_P), per_row, alpha)
+    options = Options(objective, reduction, backend, targets)
+    arguments.check_options(options, teacher)
     if reduction == "none":
         raise LossError(
             "reduction='none' is not possible in the fused loss, whose gradients are summed over rows; use weights_P"
@@ -83,21 +86,15 @@ def fused_sparse_kd_loss(
     arguments.check_tensors(hidden_PH, teacher, log_z_P)
     if head.vocab_size is not None:
         weight_VH, bias = _without_padding(weight_VH, bias, head.vocab_size)
-    teacher = arguments.at_temperature(teacher, log_z_P, objective)
+    teacher = arguments.at_temperature(arguments.used_entries(teacher, options), log_z_P, objective)
     scales_P = arguments.row_scales(teacher, reduction)
     chosen = arguments.choose_backend(backend, hidden_PH)
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden_PH, weight_VH, bias))
-    if torch.compiler.is_compiling() and chosen == "numba":
+    if torch.compiler.is_compiling():
         projection = Projection(hidden_PH, weight_VH, bias, head)
         return operators.fused(projection, teacher, scales_P, objective, (chosen, chunk_size, wanted))
     step = make_step(chosen, teacher, scales_P, objective, len(weight_VH))
     work = _Work(step, head, wanted, chunk_size)
-    return _run_eagerly(hidden_PH, weight_VH, bias, work)  # pyright: ignore[reportCallIssue]
-
-
-@torch.compiler.disable
-def _run_eagerly(hidden_PH: Tensor, weight_VH: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
-    """A break in the graph: the torch and triton steps ask autograd for gradients, which has no meaning within an operator."""
     loss = _FusedRows.apply(hidden_PH, weight_VH, bias, work)
     assert isinstance(loss, Tensor)
     return loss
@@ -166,13 +163,13 @@ def _check_projection(hidden_PH: Tensor, weight_VH: Tensor, bias: Tensor | None)
 def _gather_targets(
     hidden_PH: Tensor,
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None],
-    labels_P: Tensor | None,
-    weights_P: Tensor | None,
+    per_row: tuple[Tensor | None, Tensor | None, Tensor | None],
     alpha: float,
 ) -> TargetTensors:
+    """`per_row` are labels, weights and num_exact."""
     token_ids_PK, logprobs_PK, tail_mass_P = teacher
     if token_ids_PK is not None and logprobs_PK is not None and tail_mass_P is not None:
-        return TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P)
+        return TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, *per_row)
     if alpha > 0 or any(part is not None for part in teacher):
         raise LossError("token_ids_PK, logprobs_PK and tail_mass_P must be given together; without a teacher alpha must be 0")
-    return TargetTensors(*arguments.empty_teacher(hidden_PH), labels_P, weights_P)
+    return TargetTensors(*arguments.empty_teacher(hidden_PH), *per_row[:2])

@@ -43,8 +43,9 @@ def fused(
     return _fused(*student, *_tensors(targets), scales_P, f"{words} {backend}", numbers, chunk_size, list(wanted))[0]
 
 
-def _tensors(targets: TargetTensors) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    return targets.token_ids_PK, targets.logprobs_PK, targets.tail_mass_P, targets.labels_P, targets.weights_P
+def _tensors(targets: TargetTensors) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    teacher = targets.token_ids_PK, targets.logprobs_PK, targets.tail_mass_P
+    return *teacher, targets.labels_P, targets.weights_P, targets.num_exact_P
 
 
 def _encode(objective: Objective) -> tuple[str, list[float]]:
@@ -68,13 +69,14 @@ def _rows(
     tail_mass_P: Tensor,
     labels_P: Tensor | None,
     weights_P: Tensor | None,
+    num_exact_P: Tensor | None,
     scales_P: Tensor,
     words: str,
     numbers: list[float],
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """The losses, and the gradient of their sum by the logits: empty where not wanted."""
-    targets = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P)
+    targets = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P, num_exact_P)
     objective, backend = _decode(words, numbers)
     step = make_step(backend, targets, scales_P, objective, logits_PV.shape[1])
     losses_P, gradient_PV = step(logits_PV.detach().clone(memory_format=torch.contiguous_format), 0, want_gradient)
@@ -110,6 +112,7 @@ def _fused(
     tail_mass_P: Tensor,
     labels_P: Tensor | None,
     weights_P: Tensor | None,
+    num_exact_P: Tensor | None,
     scales_P: Tensor,
     words: str,
     numbers: list[float],
@@ -117,7 +120,7 @@ def _fused(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and its gradients by hidden, weight and bias: empty where not wanted."""
-    targets = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P)
+    targets = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P, num_exact_P)
     objective, backend = _decode(words, numbers[3:])
     step = make_step(backend, targets, scales_P, objective, len(weight_VH))
     projection = Projection(hidden_PH, weight_VH, bias_V, Head(numbers[0], numbers[1] or None, bool(numbers[2])))

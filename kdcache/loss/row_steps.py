@@ -14,9 +14,11 @@ from torch import Tensor
 
 from kdcache.kernels import get_backend
 from kdcache.kernels.base import Objective
-from kdcache.loss import arguments, torch_rows
+from kdcache.loss import arguments
 from kdcache.loss.arguments import TargetTensors
-from kdcache.loss.triton_rows import TritonStep
+from kdcache.loss.bucket_rows import BucketStep
+from kdcache.loss.torch_passes import TorchPasses
+from kdcache.loss.triton_passes import TritonPasses
 
 
 class RowStep(Protocol):
@@ -36,9 +38,7 @@ def make_step(backend: str, targets: TargetTensors, scales_P: Tensor, objective:
     if backend == "numba":
         return _NumbaStep(arguments.to_kernel_targets(targets, vocab_size, scales_P), objective)
     arguments.check_values(targets, vocab_size)
-    if backend == "triton":
-        return TritonStep(targets, objective, scales_P)
-    return _TorchStep(targets, objective, scales_P)
+    return BucketStep(TritonPasses if backend == "triton" else TorchPasses, targets, objective, scales_P)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,22 +52,6 @@ class _NumbaStep:
         run = kernels.row_losses_and_gradients if want_gradient else kernels.row_losses
         run(kernel_view(logits_CV), part, self.objective, losses_C, torch.get_num_threads())
         return torch.from_numpy(losses_C * part.weights_P), logits_CV
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _TorchStep:
-    targets: TargetTensors
-    objective: Objective
-    scales_P: Tensor
-
-    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
-        part, scales_C = self.targets.rows(start, start + len(logits_CV)), self.scales_P[start : start + len(logits_CV)]
-        with torch.set_grad_enabled(want_gradient):
-            logits_CV = logits_CV.detach().requires_grad_(want_gradient)
-            losses_C = torch_rows.row_losses(logits_CV, part, self.objective)
-            scaled_C = losses_C * scales_C.to(losses_C.dtype)
-            gradient_CV = torch.autograd.grad(scaled_C.sum(), logits_CV)[0] if want_gradient else logits_CV
-        return scaled_C.detach().double(), gradient_CV
 
 
 def kernel_view(logits_PV: Tensor) -> np.ndarray:

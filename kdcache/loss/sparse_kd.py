@@ -34,6 +34,7 @@ def sparse_kd_loss(
     log_z_P: Tensor | None = None,
     weights_P: Tensor | None = None,
     targets: str = "exact",
+    num_exact_P: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -57,7 +58,13 @@ def sparse_kd_loss(
             Then exp(l_i / T - log_z) is its probability at T. Not used at T = 1.
         weights_P: (P,) finite, >= 0. Rows of weight 0 are not read: loss and gradient are 0, NaN logits included.
         targets: `exact`: each logprob is the token's own; or `unbiased`: exp(logprob) is an unbiased estimate of its
-            probability, as in sampled and threshold records, which only the forward KL with tail `drop` may be given.
+            probability, as in sampled and threshold records, which only the forward KL with tail `drop` and `tail_aware_kl` may
+            be given. Gradients are then unbiased. Values are not: sum p log p is not linear in p, so that they are above those
+            of the whole distribution by a number that does not depend on the student.
+        num_exact_P: (P,) integers in [0, K]: a row's entries in the columns before it are exact, the others estimates, as in
+            threshold and top_k_sampled records. With targets `exact` the estimates are then left out, and tail_mass_P must be
+            the mass of all that is no exact entry; with `unbiased` all entries are used. `tail_aware_kl` needs it, and takes
+            tail_mass_P in this sense too.
         reduction: `mean` is sum(weight * loss) / sum(weight), 0 where all weights are 0; `sum` is sum(weight * loss);
             `none` gives (P,) weight * loss. A row without label counts in the mean: give it weight 0 to leave it out.
         backend: `numba` (CPU, float32 and bfloat16; the gradient is computed in the forward pass, once differentiable),
@@ -71,15 +78,16 @@ def sparse_kd_loss(
         LossError: an argument is impossible, or does not fit the others.
     """
     objective = Objective(tail, alpha, get_divergence(divergence), float(temperature))
-    teacher = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P)
-    arguments.check_options(Options(objective, reduction, backend, targets), teacher)
+    teacher = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P, num_exact_P)
+    options = Options(objective, reduction, backend, targets)
+    arguments.check_options(options, teacher)
     if student_logits_PV.ndim != 2 or not student_logits_PV.is_floating_point():
         raise LossError(
             f"student_logits_PV must be floating point of the shape (positions, vocabulary), but is {student_logits_PV.dtype} "
             f"of the shape {tuple(student_logits_PV.shape)}"
         )
     arguments.check_tensors(student_logits_PV, teacher, log_z_P)
-    teacher = arguments.at_temperature(teacher, log_z_P, objective)
+    teacher = arguments.at_temperature(arguments.used_entries(teacher, options), log_z_P, objective)
     scales_P = arguments.row_scales(teacher, reduction)
     chosen = arguments.choose_backend(backend, student_logits_PV)
     if chosen == "torch":
@@ -88,7 +96,7 @@ def sparse_kd_loss(
         scaled_P = losses_P * scales_P.to(losses_P.dtype)
         return scaled_P if reduction == "none" else scaled_P.sum()
     want_gradient = torch.is_grad_enabled() and student_logits_PV.requires_grad
-    if torch.compiler.is_compiling() and chosen == "numba":
+    if torch.compiler.is_compiling():
         scaled_P = operators.rows(student_logits_PV, teacher, scales_P, objective, chosen, want_gradient)
         return scaled_P if reduction == "none" else scaled_P.sum()
     step = row_steps.make_step(chosen, teacher, scales_P, objective, student_logits_PV.shape[1])

@@ -36,25 +36,42 @@ def _teacher_term(z_PV: Tensor, targets: TargetTensors, objective: Objective) ->
     lse_P = torch.logsumexp(z_PV, dim=1)
     # Without a tail bucket nothing looks at the student's mass there, and a pass over the row is spared.
     log_q_PB = log_student(z_PV, lse_P, targets.token_ids_PK, with_tail=objective.tail == "bucket")
-    log_p_PB = log_teacher(targets, objective.tail, z_PV.shape[1])
+    both = masses(targets, objective.tail, z_PV.shape[1], log_q_PB)
     # In float64, all of it a few numbers per row: near convergence these are small differences of large numbers.
-    losses_P = torch_divergences.compute(objective.divergence, Masses.of(log_p_PB, log_q_PB)).to(z_PV.dtype)
+    losses_P = torch_divergences.compute(objective.divergence, both).to(z_PV.dtype)
     if objective.tail == "uniform":
         losses_P = losses_P + _uniform_tail(z_PV, lse_P, targets)
     return losses_P * objective.temperature**2
 
 
+def masses(targets: TargetTensors, tail: str, vocab_size: int, log_q_PB: Tensor) -> Masses:
+    """The teacher's buckets under a tail policy beside the student's."""
+    is_exact_PK, is_estimate_PB = exact_entries(targets), None
+    if targets.num_exact_P is not None:
+        is_estimate_PB = torch.nn.functional.pad((targets.token_ids_PK >= 0) & ~is_exact_PK, (0, 1))
+    return Masses.of(log_teacher(targets, tail, vocab_size), log_q_PB, is_estimate_PB)
+
+
+def exact_entries(targets: TargetTensors) -> Tensor:
+    """(P, K) which columns hold an entry that is exact."""
+    is_entry_PK = targets.token_ids_PK >= 0
+    if targets.num_exact_P is None:
+        return is_entry_PK
+    columns_K = torch.arange(is_entry_PK.shape[1], device=is_entry_PK.device)
+    return is_entry_PK & (columns_K < targets.num_exact_P[:, None])
+
+
 def log_teacher(targets: TargetTensors, tail: str, vocab_size: int) -> Tensor:
     """(P, B) log masses under a tail policy, -inf for 0, the tail last; constants."""
     stored_PK = targets.token_ids_PK >= 0
-    log_p_PK = _widened(targets.logprobs_PK.detach()).masked_fill(~stored_PK, -torch.inf)
+    log_p_PK = widened(targets.logprobs_PK.detach()).masked_fill(~stored_PK, -torch.inf)
     log_tail_P = log_p_PK.new_full((len(log_p_PK),), -torch.inf)
     if tail == "renormalize":
         mass_P1 = log_p_PK.exp().sum(dim=1, keepdim=True)
         log_p_PK = log_p_PK - torch.where(mass_P1 > 0, mass_P1, 1.0).log()
     if tail == "bucket":
-        has_tail_P = stored_PK.sum(dim=1) < vocab_size
-        log_tail_P = torch.where(has_tail_P, _widened(targets.tail_mass_P.detach()), 0.0).log()
+        has_tail_P = exact_entries(targets).sum(dim=1) < vocab_size
+        log_tail_P = torch.where(has_tail_P, widened(targets.tail_mass_P.detach()), 0.0).log()
     return torch.cat([log_p_PK, log_tail_P[:, None]], dim=1)
 
 
@@ -62,10 +79,11 @@ def log_student(z_PV: Tensor, lse_P: Tensor, token_ids_PK: Tensor, *, with_tail:
     """(P, B) log masses, -inf for 0, the tail last."""
     z_PK = z_PV.gather(1, token_ids_PK.long().clamp_min(0)).masked_fill(token_ids_PK < 0, -torch.inf)
     tail_lse_P = _tail_logsumexp(z_PV, token_ids_PK) if with_tail else torch.full_like(lse_P, -torch.inf)
-    return _widened(torch.cat([z_PK, tail_lse_P[:, None]], dim=1)) - _widened(lse_P)[:, None]
+    return widened(torch.cat([z_PK, tail_lse_P[:, None]], dim=1)) - widened(lse_P)[:, None]
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
+    """In float64 where the device has it."""
     # Apple's GPUs have no float64.
     return tensor.float() if tensor.device.type == "mps" else tensor.double()
 

@@ -2,13 +2,14 @@
 
 Shape letters: P positions (rows), K entries per position (padded), B = K + 1 buckets, V the vocabulary, W this rank's part.
 
-A rank holds the logits of ids first_id .. first_id + W. Exchanged per row are three logsumexps, K logits and one label's: the
-buckets are then known everywhere, every rank computes the same loss, and its own part of the gradient without the others.
+A rank holds the logits of ids first_id .. first_id + W. Exchanged per row are a logsumexp (a maximum and a sum) for the
+teacher's part and one for the labels', K logits and one label's: the buckets are then known everywhere, every rank computes the
+same loss, and its own part of the gradient without the others.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from kdcache.kernels.base import Objective
 from kdcache.kernels.divergences import Divergence, get_divergence
 from kdcache.loss import arguments, torch_rows
 from kdcache.loss.arguments import Options, TargetTensors
+from kdcache.loss.bucket_rows import bucket_terms
 from kdcache.loss.gradients import refuse_second_derivative, scale_gradient
-from kdcache.loss.triton_rows import bucket_terms
 
 
 def vocab_parallel_sparse_kd_loss(
@@ -37,7 +38,11 @@ def vocab_parallel_sparse_kd_loss(
     labels_P: Tensor | None = None,
     tail: str = "bucket",
     alpha: float = 1.0,
+    temperature: float = 1.0,
+    log_z_P: Tensor | None = None,
     weights_P: Tensor | None = None,
+    targets: str = "exact",
+    num_exact_P: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """`sparse_kd_loss` of the logits that all ranks hold together, the same number on every rank.
@@ -53,17 +58,21 @@ def vocab_parallel_sparse_kd_loss(
         group: of torch.distributed; None for the default one.
         tail: `bucket`, `drop` or `renormalize`.
 
+    The other arguments are those of `sparse_kd_loss`, and the same on every rank.
+
     Raises:
         LossError: an argument is impossible, or does not fit the others.
     """
-    objective = Objective(tail, alpha, get_divergence(divergence))
+    objective = Objective(tail, alpha, get_divergence(divergence), float(temperature))
     if tail == "uniform":
         raise LossError("tail 'uniform' is not possible over a split vocabulary; use 'bucket'")
     if not 0 <= first_id <= vocab_size - logits_PW.shape[1]:
         raise LossError(f"first_id is {first_id}, but {logits_PW.shape[1]} logits from there must end within {vocab_size}")
-    teacher = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P)
-    arguments.check_options(Options(objective, reduction, "torch", "exact"), teacher)
-    arguments.check_tensors(logits_PW, teacher)
+    teacher = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P, num_exact_P)
+    options = Options(objective, reduction, "torch", targets)
+    arguments.check_options(options, teacher)
+    arguments.check_tensors(logits_PW, teacher, log_z_P)
+    teacher = arguments.at_temperature(arguments.used_entries(teacher, options), log_z_P, objective)
     arguments.check_values(teacher, vocab_size)
     scales_P = arguments.row_scales(teacher, reduction)
     loss = _SplitRows.apply(logits_PW, teacher, objective, scales_P, (first_id, vocab_size, group))
@@ -84,36 +93,59 @@ class _SplitRows(torch.autograd.Function):
         split: tuple[int, int, Any],
     ) -> Tensor:
         first_id, vocab_size, group = split
-        is_read_P1 = (scales_P > 0)[:, None]
-        z_PW = logits_PW.detach().to(_work_dtype(logits_PW)).masked_fill(~is_read_P1, 0.0)
-        own = _own_targets(targets, first_id, z_PW.shape[1])
-        outside_PW = torch_rows.outside(z_PW, own.token_ids_PK, -torch.inf)[:, :-1]
-        tail_lse_P = _logsumexp_over_ranks(outside_PW.logsumexp(dim=1).double(), group)
-        z_PK = _from_owner(z_PW, own.token_ids_PK, group)
-        lse_P = torch.cat([z_PK, tail_lse_P[:, None]], dim=1).logsumexp(dim=1)
-        q_PW = (z_PW - lse_P[:, None]).exp()
-        losses_P, gradient_PW = torch.zeros_like(lse_P), torch.zeros_like(q_PW)
+        is_read_P = scales_P > 0
+        z_PW = logits_PW.detach().to(_work_dtype(logits_PW)).masked_fill(~is_read_P[:, None], 0.0)
+        part = _Part(z_PW, _own_targets(targets, first_id, z_PW.shape[1]), group)
+        terms = []
         if objective.alpha > 0:
-            log_q_PB = torch.cat([z_PK, tail_lse_P[:, None]], dim=1) - lse_P[:, None]
-            losses_P, h_PB = bucket_terms(objective, torch_rows.log_teacher(targets, objective.tail, vocab_size), log_q_PB)
-            within_PW = torch.where(torch.isneginf(outside_PW), 0.0, (outside_PW - tail_lse_P[:, None]).exp())
-            gradient_PW = h_PB[:, -1:] * within_PW - h_PB.sum(dim=1, keepdim=True) * q_PW
-            gradient_PW = _add_at(gradient_PW, own.token_ids_PK, h_PB[:, :-1]) * objective.alpha
-            losses_P = losses_P * objective.alpha
-        if objective.alpha < 1 and own.labels_P is not None and targets.labels_P is not None:
-            share_P = (targets.labels_P >= 0).double() * (1 - objective.alpha)
-            label_z_P = _from_owner(z_PW, own.labels_P[:, None], group)[:, 0]
-            losses_P = losses_P + torch.where(share_P > 0, share_P * (lse_P - label_z_P), 0.0)
-            gradient_PW = gradient_PW + share_P[:, None] * q_PW
-            gradient_PW = _add_at(gradient_PW, own.labels_P[:, None], -share_P[:, None])
-        gradient_PW = torch.where(is_read_P1, gradient_PW * scales_P[:, None], 0.0)
+            terms.append(_teacher_term(part, targets, objective, vocab_size))
+        if objective.alpha < 1 and targets.labels_P is not None:
+            terms.append(_label_term(part, targets.labels_P, 1 - objective.alpha))
+        losses_P, gradient_PW = (sum(columns) for columns in zip(*terms, strict=True))
+        gradient_PW = torch.where(is_read_P[:, None], gradient_PW * scales_P[:, None], 0.0)
         ctx.save_for_backward(gradient_PW.to(logits_PW.dtype))
-        return torch.where(is_read_P1[:, 0], losses_P * scales_P, 0.0).to(_work_dtype(logits_PW))
+        return torch.where(is_read_P, losses_P * scales_P, 0.0).to(_work_dtype(logits_PW))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("gather the logits and use sparse_kd_loss with backend='torch'")
         return scale_gradient(ctx.saved_tensors[0], upstream[0]), None, None, None, None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """This rank's logits, the targets as its columns, and the group."""
+
+    z_PW: Tensor
+    own: TargetTensors
+    group: Any
+
+
+def _teacher_term(part: _Part, targets: TargetTensors, objective: Objective, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(P,) alpha T^2 L and (P, W) its gradient by this rank's logits."""
+    t, ids_PK = objective.temperature, part.own.token_ids_PK
+    z_PW = part.z_PW / t
+    outside_PW = torch_rows.outside(z_PW, ids_PK, -torch.inf)[:, :-1]
+    tail_lse_P = _logsumexp_over_ranks(outside_PW.logsumexp(dim=1).double(), part.group)
+    z_PB = torch.cat([_from_owner(z_PW, ids_PK, part.group), tail_lse_P[:, None]], dim=1)
+    lse_P = z_PB.logsumexp(dim=1)
+    masses = torch_rows.masses(targets, objective.tail, vocab_size, z_PB - lse_P[:, None])
+    losses_P, h_PB = bucket_terms(objective, masses)
+    within_PW = torch.where(torch.isneginf(outside_PW), 0.0, (outside_PW - tail_lse_P[:, None]).exp())
+    gradient_PW = h_PB[:, -1:] * within_PW - h_PB.sum(dim=1, keepdim=True) * (z_PW - lse_P[:, None]).exp()
+    gradient_PW = _add_at(gradient_PW, ids_PK, h_PB[:, :-1])
+    return objective.alpha * t * t * losses_P, objective.alpha * t * gradient_PW
+
+
+def _label_term(part: _Part, labels_P: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """(P,) share * CE, 0 where there is no label, and (P, W) its gradient; at temperature 1."""
+    assert part.own.labels_P is not None
+    share_P = (labels_P >= 0).double() * share
+    lse_P = _logsumexp_over_ranks(part.z_PW.logsumexp(dim=1).double(), part.group)
+    label_z_P = _from_owner(part.z_PW, part.own.labels_P[:, None], part.group)[:, 0]
+    gradient_PW = share_P[:, None] * (part.z_PW - lse_P[:, None]).exp()
+    gradient_PW = _add_at(gradient_PW, part.own.labels_P[:, None], -share_P[:, None])
+    return torch.where(share_P > 0, share_P * (lse_P - label_z_P), 0.0), gradient_PW
 
 
 def _work_dtype(logits_PW: Tensor) -> torch.dtype:

@@ -38,6 +38,7 @@ DIVERGENCES = [
     d.AlphaBeta(),
     d.AlphaBeta(1.0, 1.0),
     d.DecoupledTopK(),
+    d.TailAwareKL(),
     d.CenteredMSE(),
     d.HingeRanking(0.7),
     d.LogisticRanking(),
@@ -47,6 +48,7 @@ OTHERS = [Objective(tail, 1.0, divergence) for divergence in DIVERGENCES for tai
 MIXED = [
     Objective("bucket", 0.6, d.JensenShannon()),
     *[Objective(tail, alpha, temperature=2.0) for tail in TAIL_POLICIES for alpha in (1.0, 0.4)],
+    Objective("bucket", 0.7, d.TailAwareKL(0.5)),
     *[Objective("bucket", 0.5, kind, 0.5) for kind in (d.ReverseKL(), d.SkewKL(), d.Hellinger(), d.AdaptiveKL())],
 ]
 OBJECTIVES = FORWARD_KL + OTHERS + MIXED
@@ -66,7 +68,10 @@ class Problem:
 
 
 def make_problem(num_rows: int, vocab_size: int, num_entries: int, *, seed: int = 0, noise: float = 3.0) -> Problem:
-    """A random teacher's top entries in shuffled order, weights and labels; the student is the teacher plus noise."""
+    """A random teacher's top entries in shuffled order, weights and labels; the student is the teacher plus noise.
+
+    Some of each row's entries count as estimates for divergences that distinguish them.
+    """
     rng = np.random.default_rng((seed, num_rows, vocab_size, num_entries))
     teacher_PV = log_softmax(rng.standard_normal((num_rows, vocab_size)) * 3)
     ids_PK = rng.permuted(np.argsort(-teacher_PV, axis=1)[:, :num_entries], axis=1)
@@ -78,6 +83,7 @@ def make_problem(num_rows: int, vocab_size: int, num_entries: int, *, seed: int 
         vocab_size=vocab_size,
         labels_P=np.where(rng.random(num_rows) < 0.3, NO_LABEL, rng.integers(0, vocab_size, num_rows)),
         weights_P=rng.random(num_rows) + 0.1,
+        num_exact_P=np.arange(num_rows) % (num_entries + 1),
     )
     student_PV = teacher_PV + noise * rng.standard_normal((num_rows, vocab_size)) + 5
     return Problem(student_PV.astype(np.float32), targets)
@@ -118,7 +124,8 @@ def check_padding_may_be_anywhere(compute: Compute) -> None:
     ids_PK = np.full((4, 6), -1)
     logprobs_PK = np.full((4, 6), np.nan, np.float32)
     ids_PK[:3, [1, 2, 5]], logprobs_PK[:3, [1, 2, 5]] = full.targets.token_ids_PK[:3], full.targets.logprobs_PK[:3]
-    wide = make_targets(ids_PK, logprobs_PK, full.targets.tail_mass_P, vocab_size=50)
+    num_exact_P = np.array([[0, 2, 3, 6][count] for count in full.targets.num_exact_P])
+    wide = make_targets(ids_PK, logprobs_PK, full.targets.tail_mass_P, vocab_size=50, num_exact_P=num_exact_P)
     narrow = replace(full.targets, labels_P=wide.labels_P, weights_P=wide.weights_P)
     for objective in OBJECTIVES:
         wide_P, wide_PV = compute(full.logits_PV, wide, objective)

@@ -43,7 +43,9 @@ def test_a_row_by_hand():
     np.testing.assert_allclose(losses["renormalize"][1], [[0.25 - 1 / 3, 0.25, 0.25 - 2 / 3, 0.25]], atol=1e-7)
 
 
-def textbook(divergence: d.Divergence, p: torch.Tensor, q: torch.Tensor, is_entry: torch.Tensor) -> torch.Tensor:
+def textbook(
+    divergence: d.Divergence, p: torch.Tensor, q: torch.Tensor, is_entry: torch.Tensor, is_estimate: torch.Tensor | None = None
+) -> torch.Tensor:
     """One row's loss from bucket masses, as papers write it: no stable forms. `is_entry` is not the tail."""
 
     def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -84,6 +86,12 @@ def textbook(divergence: d.Divergence, p: torch.Tensor, q: torch.Tensor, is_entr
             inner_p, inner_q = ((x.log() / t).softmax(dim=0) for x in (entry_p, entry_q))
             outer = kl(torch.stack([m, p[~is_entry].sum()]), torch.stack([mass_q, q[~is_entry].sum()]))
             return outer + m * t**2 * kl(inner_p, inner_q)
+        case d.TailAwareKL(tail_weight=w):
+            assert is_estimate is not None
+            in_tail = is_estimate | ~is_entry
+            outer = kl(torch.cat([p[~in_tail], p[~is_entry]]), torch.cat([q[~in_tail], q[in_tail].sum()[None]]))
+            t = p[is_estimate]
+            return outer + w * t.sum() * kl(t / t.sum(), q[is_estimate] / q[in_tail].sum()) if len(t) else outer
         case d.CenteredMSE():
             return ((entry_q.log() - entry_q.log().mean()) - (entry_p.log() - entry_p.log().mean())).square().mean()
         case d.HingeRanking(margin=margin):
@@ -92,7 +100,7 @@ def textbook(divergence: d.Divergence, p: torch.Tensor, q: torch.Tensor, is_entr
             return (1 + (-gaps).exp()).log().mean()
         case d.SoftSpearman():
             inside = torch.ones(1, len(entry_p), dtype=torch.bool)
-            ranks = torch.cat([torch_divergences.soft_ranks(x.log()[None], inside) for x in (entry_p, entry_q)])
+            ranks = torch.cat([torch_divergences.soft_ranks(x.log()[None], inside)[0] for x in (entry_p, entry_q)])
             return 1 - torch.corrcoef(ranks)[0, 1]
     raise AssertionError(divergence)
 
@@ -117,8 +125,9 @@ def dense_loss(z_PV: torch.Tensor, targets, objective: Objective) -> torch.Tenso
             p = p_K
         if objective.tail == "uniform":
             p, q = torch.cat([p_K, (r / outside_V.sum()).expand(int(outside_V.sum()))]), torch.cat([q_V[ids_K], q_V[outside_V]])
+        is_estimate = (is_entry >= int(targets.num_exact_P[row])) & (is_entry < len(p_K))
         losses.append(
-            textbook(objective.divergence, p, q[: len(p)], is_entry[: len(p)] < len(p_K))
+            textbook(objective.divergence, p, q[: len(p)], is_entry[: len(p)] < len(p_K), is_estimate[: len(p)])
             if objective.tail != "uniform"
             else textbook(objective.divergence, p, q, torch.ones(len(p), dtype=torch.bool))
         )

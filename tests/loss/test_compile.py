@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_head import V, make
+from test_head import P, V, make
 
 from kdcache.kernels import divergences as d
 from kdcache.loss import operators
@@ -13,30 +13,33 @@ from kdcache.loss.fused import fused_sparse_kd_loss
 from kdcache.loss.sparse_kd import sparse_kd_loss
 
 
-def compiled(function, *, fullgraph=True):
+def compiled(function):
     torch.compiler.reset()
-    return torch.compile(function, fullgraph=fullgraph, backend="aot_eager")
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def options_of(divergence: d.Divergence) -> dict:
+    """`num_exact_P` where the divergence asks for it."""
+    if not divergence.requirements.tail_sample:
+        return {"divergence": divergence}
+    return {"divergence": divergence, "targets": "unbiased", "num_exact_P": torch.arange(P) % 5}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "divergence", [kind() for kind in d.DIVERGENCES.values() if not kind.requirements.tail_sample], ids=str
-)
+@pytest.mark.parametrize("divergence", [kind() for kind in d.DIVERGENCES.values()], ids=str)
 def test_the_torch_path_of_every_divergence_compiles_without_a_graph_break(divergence):
     (hidden_PH, weight_VH, _), targets = make()
-    options = {"divergence": divergence, "alpha": 0.5, "backend": "torch"}
+    options = options_of(divergence) | {"alpha": 0.5, "backend": "torch"}
     z_PV = (hidden_PH @ weight_VH.T).detach().requires_grad_()
     loss, expected = (f(lambda z: sparse_kd_loss(z, **targets, **options))(z_PV) for f in (compiled, lambda f: f))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, z_PV)[0], torch.autograd.grad(expected, z_PV)[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_numba_path_is_one_operator_in_the_graph(reduction):
+def assert_rows_compile_whole(backend: str, reduction: str = "none") -> None:
     (hidden_PH, weight_VH, _), targets = make()
     z_PV = (hidden_PH @ weight_VH.T).detach().requires_grad_()
-    options = {"divergence": d.SkewKL(0.2), "alpha": 0.5, "backend": "numba", "reduction": reduction}
+    options = {"divergence": d.SkewKL(0.2), "alpha": 0.5, "backend": backend, "reduction": reduction}
     loss, expected = (
         f(lambda z: sparse_kd_loss(z, **targets, **options).square().sum())(z_PV) for f in (compiled, lambda f: f)
     )
@@ -45,21 +48,43 @@ def test_the_numba_path_is_one_operator_in_the_graph(reduction):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's, at the break
-@pytest.mark.parametrize("backend", ["numba", "torch"])
-def test_the_fused_loss_compiles_within_a_model(backend):
-    """The torch backend, which has its gradient from autograd, breaks the graph."""
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_numba_path_is_one_operator_in_the_graph(reduction):
+    assert_rows_compile_whole("numba", reduction)
+
+
+def assert_fused_compiles_whole(backend: str, **options) -> None:
+    """One graph, the numbers of the eager loss, gradients through what is before and after it."""
     leaves, targets = make()
-    options = {"alpha": 0.5, "chunk_size": 8, "backend": backend, "head": Head(softcap=5.0, vocab_size=V)}
+    options = {"alpha": 0.5, "chunk_size": 8, "backend": backend, "head": Head(softcap=5.0, vocab_size=V), **options}
 
     def step(hidden_PH, weight_VH, bias_V):
         return fused_sparse_kd_loss(hidden_PH.tanh(), weight_VH, bias=bias_V, **targets, **options) * 2
 
-    loss, expected = compiled(step, fullgraph=backend == "numba")(*leaves), step(*leaves)
+    loss, expected = compiled(step)(*leaves), step(*leaves)
     torch.testing.assert_close(loss, expected)
     wanted = torch.autograd.grad(expected, leaves)
     for gradient, want in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):
         torch.testing.assert_close(gradient, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("options", [{}, options_of(d.TailAwareKL()), {"targets": "unbiased", "tail": "drop"}], ids=len)
+def test_the_fused_loss_is_one_operator_in_a_models_graph(backend, options):
+    assert_fused_compiles_whole(backend, **options)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_with_a_frozen_head_gets_no_gradient_for_it():
+    (hidden_PH, weight_VH, _), targets = make()
+    weight_VH.requires_grad_(False)
+
+    def step(hidden_PH):
+        return fused_sparse_kd_loss(hidden_PH.tanh(), weight_VH, **targets, backend="torch", chunk_size=8)
+
+    gradients = [torch.autograd.grad(f(hidden_PH), hidden_PH)[0] for f in (compiled(step), step)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_operators_keep_their_promises_to_torch():
@@ -70,12 +95,13 @@ def test_the_operators_keep_their_promises_to_torch():
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     logits_PV = (hidden_PH @ weight_VH.T).detach().requires_grad_()
     words, numbers = "bucket forward_kl numba", [0.5, 1.0]
-    torch.library.opcheck(operators._rows, (logits_PV, *teacher, None, scales_P, words, numbers, True), test_utils=tests)
+    torch.library.opcheck(operators._rows, (logits_PV, *teacher, None, None, scales_P, words, numbers, True), test_utils=tests)
     arguments = (
         hidden_PH,
         weight_VH,
         bias_V,
         *teacher,
+        None,
         None,
         scales_P,
         words,

@@ -11,7 +11,9 @@ import torch.multiprocessing as multiprocessing
 from contracts import kernels as contract
 from contracts.kernels import make_problem
 from test_head import P, Tied, V, make
+from test_sparse_kd import with_estimates
 
+from kdcache.kernels.base import Objective
 from kdcache.loss.fused import fused_sparse_kd_loss
 from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.loss.vocab_parallel import vocab_parallel_sparse_kd_loss
@@ -46,9 +48,12 @@ def check_ddp(rank: int) -> None:
         torch.testing.assert_close(parameter.grad, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_ddp_averages_the_fused_losses_gradients(tmp_path):
-    in_ranks(check_ddp, tmp_path)
+def log_z_P(problem: contract.Problem, temperature: float) -> torch.Tensor:
+    """Of a teacher that has the problem's entries, and its tail's mass on as many ids again, evenly."""
+    log_p_PK = torch.tensor(problem.targets.logprobs_PK).double()
+    num_entries = max(log_p_PK.shape[1], 1)
+    even_PK = (torch.tensor(problem.targets.tail_mass_P).double() / num_entries).log()[:, None].expand(-1, num_entries)
+    return (torch.cat([log_p_PK, even_PK], dim=1) / temperature).logsumexp(dim=1).float()
 
 
 def check_split_vocabulary(rank: int) -> None:
@@ -58,12 +63,15 @@ def check_split_vocabulary(rank: int) -> None:
         part = slice(bounds[rank], bounds[rank + 1])
         problem.targets.weights_P[0] = 0
         problem.logits_PV[0] = float("nan")
-        names = ("token_ids_PK", "logprobs_PK", "tail_mass_P", "labels_P", "weights_P")
-        targets = {name: torch.tensor(getattr(problem.targets, name)) for name in names}
-        for objective in contract.OBJECTIVES:
-            if objective.tail == "uniform" or objective.temperature != 1:
+        for objective in [*contract.OBJECTIVES, Objective("drop", 0.3), Objective("bucket", 0.3, temperature=4.0)]:
+            if objective.tail == "uniform":
                 continue
+            targets = with_estimates(problem, objective)
             options = {"tail": objective.tail, "alpha": objective.alpha, "divergence": objective.divergence}
+            if objective.temperature != 1:
+                options |= {"temperature": objective.temperature, "log_z_P": log_z_P(problem, objective.temperature)}
+            is_unbiased = objective.divergence.requirements.tail_sample or objective == Objective("drop", 0.3)
+            options["targets"] = "unbiased" if is_unbiased else "exact"
             z_PV = torch.tensor(problem.logits_PV, dtype=torch.float64, requires_grad=True)
             expected = sparse_kd_loss(z_PV, **targets, **options, backend="torch")
             (want_PV,) = torch.autograd.grad(expected, z_PV)
@@ -72,11 +80,6 @@ def check_split_vocabulary(rank: int) -> None:
             torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-11)
             (gradient_PW,) = torch.autograd.grad(loss, own_PW)
             torch.testing.assert_close(gradient_PW, want_PV[:, part], rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.slow
-def test_a_vocabulary_split_between_ranks_gives_the_whole_loss_and_each_rank_its_gradient(tmp_path):
-    in_ranks(check_split_vocabulary, tmp_path)
 
 
 def check_split_projection(rank: int) -> None:
@@ -93,6 +96,13 @@ def check_split_projection(rank: int) -> None:
     torch.testing.assert_close(own_gradient_WH, want_VH[part], rtol=1e-5, atol=1e-5)
 
 
+def check_all(rank: int) -> None:
+    check_ddp(rank)
+    check_split_vocabulary(rank)
+    check_split_projection(rank)
+
+
 @pytest.mark.slow
-def test_a_split_projection_gets_the_gradients_of_the_whole_one(tmp_path):
-    in_ranks(check_split_projection, tmp_path)
+def test_ddp_and_a_vocabulary_split_between_ranks_give_the_gradients_of_one_process(tmp_path):
+    """One start of two ranks for all."""
+    in_ranks(check_all, tmp_path)

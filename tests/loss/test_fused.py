@@ -13,7 +13,7 @@ from contracts import kernels as contract
 from contracts.kernels import make_problem
 
 from kdcache.errors import LossError
-from kdcache.kernels.base import NO_LABEL
+from kdcache.kernels.base import NO_LABEL, Objective
 from kdcache.loss.fused import fused_sparse_kd_loss
 from kdcache.loss.sparse_kd import sparse_kd_loss
 
@@ -34,10 +34,18 @@ class Case:
             "labels_P": torch.tensor(problem.targets.labels_P),
             "weights_P": torch.tensor(problem.targets.weights_P),
         }
+        self.num_exact_P = torch.tensor(problem.targets.num_exact_P)
 
     @property
     def leaves(self) -> tuple[torch.Tensor, ...]:
         return self.hidden_PH, self.weight_VH, self.bias_V
+
+    def options(self, objective: Objective, **more) -> dict:
+        """Those of an objective at temperature 1; `num_exact_P` where its divergence asks for it."""
+        options = {"tail": objective.tail, "alpha": objective.alpha, "divergence": objective.divergence, **more}
+        if objective.divergence.requirements.tail_sample:
+            options |= {"targets": "unbiased", "num_exact_P": self.num_exact_P}
+        return options
 
     def unfused(self, **options) -> torch.Tensor:
         return sparse_kd_loss(self.hidden_PH @ self.weight_VH.T + self.bias_V, **self.targets, **options)
@@ -59,8 +67,7 @@ def test_fused_equals_unfused(dtype, backend, chunk_size):
     # The products of two paths differ by roundings, which decide at the jumps of those that are not smooth.
     objectives = [objective for objective in contract.SMOOTH if objective.temperature == 1]
     for objective, reduction in zip(objectives, itertools.cycle(["mean", "sum"]), strict=False):
-        options = {"tail": objective.tail, "alpha": objective.alpha, "divergence": objective.divergence}
-        options["reduction"] = reduction
+        options = case.options(objective, reduction=reduction)
         expected = case.unfused(**options, backend="torch")
         loss = case.fused(**options, backend=backend, chunk_size=chunk_size)
         assert loss.dtype == expected.dtype
@@ -69,7 +76,9 @@ def test_fused_equals_unfused(dtype, backend, chunk_size):
         for gradient, want in zip(torch.autograd.grad(loss, case.leaves), expected_gradients, strict=True):
             assert gradient.dtype == dtype
             error = (gradient - want).abs().max() / want.abs().max()
-            assert error.item() < TOLERANCE[dtype], options
+            # Autograd subtracts what the closed forms leave out; Jensen-Shannon's over beta.
+            beta = getattr(objective.divergence, "beta", 1.0) or 1.0 if dtype == torch.float64 else 1.0
+            assert error.item() < TOLERANCE[dtype] / beta, options
 
 
 def test_many_bfloat16_chunks_are_summed_in_float32():

@@ -34,7 +34,28 @@ REFUSED = [
         {"divergence": "reverse_kl", "targets": "unbiased"},
         "reverse_kl cannot be computed from unbiased targets: it is not linear",
     ),
-    ({"divergence": "tail_aware_kl"}, "tail_aware_kl needs a sample of the teacher's tail, which this record does not hold"),
+    (
+        {"divergence": "tail_aware_kl"},
+        "tail_aware_kl needs a sample of the teacher's tail beside exact entries, and num_exact_P",
+    ),
+    (
+        {"divergence": "tail_aware_kl", "num_exact_P": torch.tensor([1, 1])},
+        "targets is 'exact', but tail_aware_kl reads the estimates too; use 'unbiased'",
+    ),
+    (
+        {"divergence": "reverse_kl", "targets": "unbiased", "num_exact_P": torch.tensor([1, 1])},
+        "use targets='exact' with num_exact_P, which leaves the estimates out",
+    ),
+    ({"num_exact_P": torch.tensor([1])}, r"num_exact_P has the shape \(1,\)"),
+    ({"num_exact_P": torch.tensor([1.0, 2.0])}, "num_exact_P has the dtype torch.float32"),
+    (
+        {"divergence": "tail_aware_kl", "targets": "unbiased", "num_exact_P": torch.tensor([1, 3])},
+        "row 1 has the number of exact entries 3, but there are 2 columns",
+    ),
+    (
+        {"divergence": "tail_aware_kl", "targets": "unbiased", "num_exact_P": torch.tensor([1, 1]), "temperature": 2.0},
+        "tail_aware_kl at temperature 2.0 has no meaning",
+    ),
     ({"divergence": "centered_mse", "temperature": 2.0}, "centered_mse at temperature 2.0 has no meaning"),
     ({"divergence": "soft_spearman", "tail": "renormalize"}, "soft_spearman with tail 'renormalize' would be wrong"),
     ({"targets": "unbiased"}, "tail is 'bucket', but unbiased targets hold the tail in their entries"),

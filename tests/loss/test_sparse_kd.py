@@ -12,7 +12,7 @@ from contracts.kernels import Problem, make_problem
 
 import kdcache
 from kdcache.errors import LossError
-from kdcache.kernels.base import TAIL_POLICIES
+from kdcache.kernels.base import TAIL_POLICIES, Objective
 from kdcache.kernels.reference import loss_and_gradient
 from kdcache.loss import arguments, row_steps, torch_rows
 from kdcache.loss.sparse_kd import _Rows, sparse_kd_loss
@@ -29,8 +29,17 @@ def tensors(problem: Problem) -> dict[str, torch.Tensor]:
     }
 
 
+def with_estimates(problem: Problem, objective: Objective) -> dict[str, torch.Tensor]:
+    """`tensors`, and the number of exact entries where the divergence asks for it."""
+    keywords = tensors(problem)
+    if objective.divergence.requirements.tail_sample:
+        keywords["num_exact_P"] = torch.tensor(problem.targets.num_exact_P)
+    return keywords
+
+
 def at_temperature_1(z_PV, keywords, *, objective, backend, reduction):
     options = {"tail": objective.tail, "alpha": objective.alpha, "divergence": objective.divergence}
+    options["targets"] = "unbiased" if objective.divergence.requirements.tail_sample else "exact"
     return sparse_kd_loss(z_PV, **keywords, **options, reduction=reduction, backend=backend)
 
 
@@ -49,7 +58,7 @@ def computed_by(backend: str):
 
     def compute(logits_PV, targets, objective):
         z_PV = torch.tensor(logits_PV, requires_grad=True)
-        keywords = tensors(Problem(logits_PV, targets))
+        keywords = with_estimates(Problem(logits_PV, targets), objective)
         loss = partial(at_temperature_1 if objective.temperature == 1 else at_another, objective=objective, backend=backend)
         losses_P = loss(z_PV, {**keywords, "weights_P": None}, reduction="none")
         total = loss(z_PV, keywords, reduction="sum")
@@ -73,7 +82,7 @@ def test_torch_in_float64_equals_the_reference_to_1e_12(objective):
         problem = make_problem(*shape)
         z_PV = torch.tensor(problem.logits_PV, dtype=torch.float64, requires_grad=True)
         run = at_temperature_1 if objective.temperature == 1 else at_another
-        loss = run(z_PV, tensors(problem), objective=objective, backend="torch", reduction="sum")
+        loss = run(z_PV, with_estimates(problem, objective), objective=objective, backend="torch", reduction="sum")
         (gradient_PV,) = torch.autograd.grad(loss, z_PV)
         exact_P, exact_PV = loss_and_gradient(problem.logits_PV, problem.targets, objective)
         assert loss.dtype == torch.float64

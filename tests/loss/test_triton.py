@@ -29,7 +29,14 @@ getattr(triton_promises, NAME)()
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["keep_the_contract", "round_bfloat16_once", "equal_the_fused_loss_of_torch", "leave_logits_alone"]
+    "name",
+    [
+        "keep_the_contract",
+        "round_bfloat16_once",
+        "equal_the_fused_loss_of_torch",
+        "leave_logits_alone",
+        "compile_into_one_graph",
+    ],
 )
 def test_triton_kernels(name):
     pytest.importorskip("triton")

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from contracts import kernels as contract
 from contracts.kernels import make_problem
+from test_bucket_rows import compute_by_step, run_step
+from test_compile import assert_fused_compiles_whole, assert_rows_compile_whole
 from test_head import make
-from test_sparse_kd import tensors
+from test_sparse_kd import with_estimates
 
 from kdcache.kernels import divergences as d
+from kdcache.kernels.base import Objective
 from kdcache.kernels.reference import loss_and_gradient
-from kdcache.loss.arguments import TargetTensors
 from kdcache.loss.chunks import Head
 from kdcache.loss.fused import fused_sparse_kd_loss
-from kdcache.loss.row_steps import make_step
 from kdcache.loss.sparse_kd import sparse_kd_loss
 
-
-def run(logits_PV: torch.Tensor, problem: contract.Problem, objective, *, want_gradient: bool = True):
-    teacher = TargetTensors(**tensors(problem))
-    assert teacher.weights_P is not None
-    step = make_step("triton", teacher, teacher.weights_P, objective, logits_PV.shape[1])
-    return step(logits_PV, 0, want_gradient)
-
-
-def compute(logits_PV, targets, objective):
-    weights_P = torch.tensor(targets.weights_P)
-    scaled_P, gradient_PV = run(torch.tensor(logits_PV), contract.Problem(logits_PV, targets), objective)
-    losses_P = torch.where(weights_P > 0, scaled_P / weights_P, 0.0)
-    return losses_P.numpy(), gradient_PV.numpy()
+run, compute = partial(run_step, "triton"), partial(compute_by_step, "triton")
 
 
 def keep_the_contract() -> None:
-    """The interpreter takes milliseconds per launch: shapes and objectives are fewer here, promises are not."""
+    """The interpreter takes milliseconds per launch: shapes and objectives are fewer here, promises are not.
+
+    The O(K) part is torch's, and is held to the whole contract in test_bucket_rows.py.
+    """
     contract.SHAPES = [(0, 5, 2), (1, 1, 0), (3, 1, 1), (4, 2, 1), (5, 17, 0), (3, 16, 16), (3, 71, 5)]
-    contract.OBJECTIVES = [o for o in contract.OBJECTIVES if o.alpha > 0 and (o.tail != "drop" or o in contract.FORWARD_KL)]
-    contract.SMOOTH = [o for o in contract.OBJECTIVES if isinstance(o.divergence, d.ForwardKL | d.ReverseKL | d.JensenShannon)]
+    temperatures = [Objective(tail, 0.4, temperature=2.0) for tail in ("bucket", "uniform")]
+    others = [Objective(divergence=kind()) for kind in (d.ReverseKL, d.TailAwareKL)]
+    contract.OBJECTIVES = [o for o in contract.FORWARD_KL if o.alpha > 0] + temperatures + others
+    contract.SMOOTH = contract.OBJECTIVES
     with np.errstate(all="ignore"):
         for check in contract.CHECKS:
             check(compute)
@@ -65,6 +61,12 @@ def equal_the_fused_loss_of_torch() -> None:
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def compile_into_one_graph() -> None:
+    assert_fused_compiles_whole("triton")
+    assert_fused_compiles_whole("triton", divergence="reverse_kl", head=Head())
+    assert_rows_compile_whole("triton")
+
+
 def leave_logits_alone() -> None:
     problem = make_problem(4, 71, 5)
     for objective in contract.OBJECTIVES:
@@ -72,8 +74,14 @@ def leave_logits_alone() -> None:
             continue
         z_PV, options = torch.tensor(problem.logits_PV), {"tail": objective.tail, "alpha": objective.alpha}
         before_PV = z_PV.clone()
+        options["targets"] = "unbiased" if objective.divergence.requirements.tail_sample else "exact"
         losses_P = sparse_kd_loss(
-            z_PV, **tensors(problem), **options, divergence=objective.divergence, reduction="none", backend="triton"
+            z_PV,
+            **with_estimates(problem, objective),
+            **options,
+            divergence=objective.divergence,
+            reduction="none",
+            backend="triton",
         )
         torch.testing.assert_close(z_PV, before_PV, rtol=0, atol=0)
         exact_P = loss_and_gradient(problem.logits_PV, problem.targets, objective)[0] * problem.targets.weights_P

@@ -1,48 +1,80 @@
-"""The row losses and gradients on a GPU: two Triton passes over the logits, and the O(K) part in torch between them.
+"""Row losses and gradients from a few passes over the logits, and an O(K) part between them: the way of the devices.
 
 Shape letters: C rows, K entries per position (padded), B = K + 1 buckets, L = K + 1 lifted ids (the support and the label),
 V the student's vocabulary. The formulas are those of `kdcache.kernels.reference`.
+
+Only the passes over the rows differ between backends (`Passes`: those of `triton_passes` and `torch_passes`). Nothing here asks
+autograd, which does not work within an operator: h is that of `torch_slopes`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kdcache.kernels.base import Objective
-from kdcache.loss import torch_divergences, torch_rows
+from kdcache.loss import torch_divergences, torch_rows, torch_slopes
 from kdcache.loss.arguments import TargetTensors
 from kdcache.loss.torch_divergences import Masses
+from kdcache.loss.torch_rows import widened
+
+
+class Passes(Protocol):
+    """Some rows of logits, changed in place, and the ids that are taken out of them."""
+
+    @property
+    def logits_CV(self) -> Tensor: ...
+
+    @property
+    def ids_CL(self) -> Tensor: ...
+
+    def lift(self, left: float) -> Tensor:
+        """(C, L) float32 or float64: the logits of the lifted ids, -inf where the id is -1; `left` is left in their place."""
+        ...
+
+    def put(self, values_CL: Tensor) -> None:
+        """Write values at the lifted ids."""
+        ...
+
+    def statistics(self, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(C,) float64 maximum, log of the sum of exp, and sum, of what is in the rows over T."""
+        ...
+
+    def write(self, temperature: float, per_row: list[Tensor], *, with_labels: bool) -> None:
+        """Rows become factor * exp(z / T - top) + offset, plus label factor * exp(z - label top); 0 where they are not read.
+
+        `per_row`: tops, factors, offsets, label tops, label factors, and whether the row is read; (C,) each.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TritonStep:
-    """See `kdcache.loss.row_steps.RowStep`."""
+class BucketStep:
+    """See `kdcache.loss.row_steps.RowStep`; `make_passes` is a backend's."""
 
+    make_passes: Callable[[Tensor, Tensor], Passes]
     targets: TargetTensors
     objective: Objective
     scales_P: Tensor
 
     def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
         part, scales_C = self.targets.rows(start, start + len(logits_CV)), self.scales_P[start : start + len(logits_CV)]
-        rows = _Rows(logits_CV, _lifted_ids(part, self.objective.alpha))
-        if len(logits_CV):
-            losses_C = _run(rows, part, scales_C, self.objective, want_gradient)
-        else:
-            losses_C = scales_C
-        return losses_C, logits_CV
+        scales_C = scales_C.to(widened(scales_C).dtype)
+        if len(logits_CV) == 0:
+            return scales_C, logits_CV
+        with torch.no_grad():
+            rows = self.make_passes(logits_CV.detach(), _lifted_ids(part, self.objective.alpha))
+            return _run(rows, part, scales_C, self.objective, want_gradient), rows.logits_CV
 
 
-def bucket_terms(objective: Objective, log_p_PB: Tensor, log_q_PB: Tensor) -> tuple[Tensor, Tensor]:
-    """(P,) losses of a divergence and (P, B) h = dL / dlog Q, by autograd on these few numbers."""
-    with torch.enable_grad():
-        log_q_PB = log_q_PB.detach().requires_grad_()
-        losses_P = torch_divergences.compute(objective.divergence, Masses.of(log_p_PB, log_q_PB))
-        (h_PB,) = torch.autograd.grad(losses_P.sum(), log_q_PB)
-    return losses_P.detach(), h_PB
+def bucket_terms(objective: Objective, masses: Masses) -> tuple[Tensor, Tensor]:
+    """(P,) losses of a divergence and (P, B) h = dL / dlog Q."""
+    losses_P = torch_divergences.compute(objective.divergence, masses)
+    return losses_P, torch_slopes.compute(objective.divergence, masses)
 
 
 def _lifted_ids(targets: TargetTensors, alpha: float) -> Tensor:
@@ -53,57 +85,6 @@ def _lifted_ids(targets: TargetTensors, alpha: float) -> Tensor:
         inside_C = (ids_CK == targets.labels_P[:, None]).any(dim=1)
         label_C = torch.where(inside_C | (targets.labels_P < 0), -1, targets.labels_P).to(torch.int32)
     return torch.cat([ids_CK, label_C[:, None]], dim=1).contiguous()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """The kernels on some rows of logits."""
-
-    logits_CV: Tensor
-    ids_CL: Tensor
-
-    def lift(self, left: float) -> Tensor:
-        """(C, L) float32: the logits of the lifted ids, -inf where the id is -1."""
-        kernels = _kernels()
-        lifted_CL = torch.empty(self.ids_CL.shape, dtype=torch.float32, device=self.ids_CL.device)
-        kernels.lift[(len(lifted_CL),)](self.logits_CV, self.logits_CV.stride(0), self.ids_CL, lifted_CL, left, **self._sizes())
-        return lifted_CL
-
-    def put(self, values_CL: Tensor) -> None:
-        _kernels().put[(len(values_CL),)](
-            self.logits_CV, self.logits_CV.stride(0), self.ids_CL, values_CL.float().contiguous(), **self._sizes()
-        )
-
-    def statistics(self, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(C,) float64 maximum, log of the sum of exp, and sum, of what is in the rows over T."""
-        kernels, num_rows = _kernels(), len(self.logits_CV)
-        outputs = [torch.empty(num_rows, dtype=torch.float32, device=self.ids_CL.device) for _ in range(3)]
-        kernels.tail_statistics[(num_rows,)](
-            self.logits_CV, self.logits_CV.stride(0), 1 / temperature, *outputs, self.logits_CV.shape[1], **self._block()
-        )
-        top_C, sum_C, total_C = (output.double() for output in outputs)
-        return top_C, top_C + sum_C.log(), total_C
-
-    def write(self, temperature: float, per_row: list[Tensor], *, with_labels: bool) -> None:
-        """`per_row`: tops, factors, offsets, label tops, label factors, and whether the row is read."""
-        kernels = _kernels()
-        kernels.write_gradient[(len(self.logits_CV),)](
-            self.logits_CV,
-            self.logits_CV.stride(0),
-            1 / temperature,
-            *[column.float().contiguous() for column in per_row],
-            self.logits_CV.shape[1],
-            WITH_LABELS=with_labels,
-            **self._block(),
-        )
-
-    def _sizes(self) -> dict[str, Any]:
-        num_ids = self.ids_CL.shape[1]
-        return {"NUM_IDS": num_ids, "BLOCK_IDS": 1 << (num_ids - 1).bit_length()}
-
-    def _block(self) -> dict[str, Any]:
-        kernels = _kernels()
-        return {"BLOCK": kernels.BLOCK_SIZE, "num_warps": kernels.NUM_WARPS}
 
 
 @dataclass(slots=True, eq=False)
@@ -117,18 +98,17 @@ class _Read:
     outside_z_C: Tensor
 
     @classmethod
-    def of(cls, rows: _Rows, objective: Objective) -> _Read:
+    def of(cls, rows: Passes, objective: Objective) -> _Read:
         t = objective.temperature
-        lifted_CL = rows.lift(0.0 if objective.tail == "uniform" else -torch.inf)
+        lifted_CL = widened(rows.lift(0.0 if objective.tail == "uniform" else -torch.inf))
         outside_z_C = lifted_CL.new_zeros(len(lifted_CL))
         if objective.tail == "uniform":
             outside_z_C = rows.statistics(t)[2] + lifted_CL[:, -1].masked_fill(rows.ids_CL[:, -1] < 0, 0.0) / t
             rows.put(torch.full_like(lifted_CL, -torch.inf))
-        z_CL = lifted_CL.double()
         top_C, rest_C, _ = rows.statistics(t)
-        tail_lse_C = torch.logaddexp(rest_C, z_CL[:, -1] / t)
-        lse_C = torch.cat([z_CL[:, :-1] / t, tail_lse_C[:, None]], dim=1).logsumexp(dim=1)
-        return cls(z_CL, top_C, tail_lse_C, lse_C, outside_z_C)
+        tail_lse_C = torch.logaddexp(rest_C, lifted_CL[:, -1] / t)
+        lse_C = torch.cat([lifted_CL[:, :-1] / t, tail_lse_C[:, None]], dim=1).logsumexp(dim=1)
+        return cls(lifted_CL, top_C, tail_lse_C, lse_C, outside_z_C)
 
 
 @dataclass(slots=True, eq=False)
@@ -147,12 +127,11 @@ class _Teacher:
         if alpha == 0:
             zeros_C = torch.zeros_like(read.lse_C)
             return cls(zeros_C, torch.zeros_like(log_q_CB), zeros_C, zeros_C)
-        log_p_CB = torch_rows.log_teacher(targets, objective.tail, vocab_size)
-        losses_C, h_CB = bucket_terms(objective, log_p_CB, log_q_CB)
+        losses_C, h_CB = bucket_terms(objective, torch_rows.masses(targets, objective.tail, vocab_size, log_q_CB))
         total_C, offset_C = -h_CB.sum(dim=1), torch.zeros_like(losses_C)
         if objective.tail == "uniform":
             n_C = vocab_size - (targets.token_ids_PK >= 0).sum(dim=1)
-            r_C = torch.where(n_C > 0, targets.tail_mass_P.double(), 0.0)
+            r_C = torch.where(n_C > 0, widened(targets.tail_mass_P), 0.0)
             log_ratio_C = (r_C / n_C).log() - read.outside_z_C / n_C + read.lse_C
             losses_C = losses_C + torch.where(r_C > 0, r_C * log_ratio_C, 0.0)
             total_C, offset_C = total_C + r_C, -r_C / n_C.clamp_min(1)
@@ -170,7 +149,7 @@ class _Label:
     is_label_CL: Tensor
 
     @classmethod
-    def of(cls, read: _Read, rows: _Rows, targets: TargetTensors, objective: Objective) -> _Label:
+    def of(cls, read: _Read, rows: Passes, targets: TargetTensors, objective: Objective) -> _Label:
         zeros_C = torch.zeros_like(read.lse_C)
         if objective.alpha == 1 or targets.labels_P is None:
             return cls(zeros_C, zeros_C, read.top_C, read.lse_C, torch.zeros_like(read.z_CL, dtype=torch.bool))
@@ -178,13 +157,13 @@ class _Label:
         if objective.temperature != 1:
             top_C, rest_C, _ = rows.statistics(1.0)
             lse_C = torch.cat([read.z_CL, rest_C[:, None]], dim=1).logsumexp(dim=1)
-        share_C = (targets.labels_P >= 0).double() * (1 - objective.alpha)
+        share_C = (targets.labels_P >= 0).to(lse_C.dtype) * (1 - objective.alpha)
         is_label_CL = (rows.ids_CL == targets.labels_P[:, None]) & (rows.ids_CL >= 0)
         label_z_C = read.z_CL.masked_fill(~is_label_CL, 0.0).sum(dim=1)
         return cls(torch.where(share_C > 0, share_C * (lse_C - label_z_C), 0.0), share_C, top_C, lse_C, is_label_CL)
 
 
-def _run(rows: _Rows, targets: TargetTensors, scales_C: Tensor, objective: Objective, want_gradient: bool) -> Tensor:
+def _run(rows: Passes, targets: TargetTensors, scales_C: Tensor, objective: Objective, want_gradient: bool) -> Tensor:
     """(C,) float64 losses times their scales; the logits become the gradient, or what they were."""
     read = _Read.of(rows, objective)
     teacher = _Teacher.of(read, targets, objective, rows.logits_CV.shape[1])
@@ -196,7 +175,7 @@ def _run(rows: _Rows, targets: TargetTensors, scales_C: Tensor, objective: Objec
     return torch.where(scales_C > 0, (teacher.losses_C + label.losses_C) * scales_C, 0.0)
 
 
-def _write(rows: _Rows, parts: tuple[_Read, _Teacher, _Label], scales_C: Tensor, t: float) -> None:
+def _write(rows: Passes, parts: tuple[_Read, _Teacher, _Label], scales_C: Tensor, t: float) -> None:
     read, teacher, label = parts
     h_tail_C, is_read_C = teacher.h_CB[:, -1], scales_C > 0
     # Where nothing is left in a row, or h is 0, the factor beside it may be infinite.
@@ -211,16 +190,11 @@ def _write(rows: _Rows, parts: tuple[_Read, _Teacher, _Label], scales_C: Tensor,
     gradient_CL[:, :-1] += teacher.h_CB[:, :-1]
     part_C = h_tail_C * (read.z_CL[:, -1] / t - read.tail_lse_C).exp()
     gradient_CL[:, -1] += torch.where(h_tail_C == 0, 0.0, part_C) + teacher.offset_C
-    gradient_CL += label.share_C[:, None] * ((read.z_CL - label.lse_C[:, None]).exp() - label.is_label_CL.double())
+    is_label_CL = label.is_label_CL.to(gradient_CL.dtype)
+    gradient_CL += label.share_C[:, None] * ((read.z_CL - label.lse_C[:, None]).exp() - is_label_CL)
     gradient_CL = torch.where(is_read_C[:, None], scales_C[:, None] * gradient_CL, 0.0)
     if t == 1:
         factor_C = factor_C + label_factor_C
     columns = [read.top_C, scales_C * factor_C, scales_C * teacher.offset_C, label.top_C, scales_C * label_factor_C, is_read_C]
     rows.write(t, columns, with_labels=t != 1)
     rows.put(gradient_CL)
-
-
-def _kernels() -> Any:
-    from kdcache.kernels import _triton
-
-    return _triton

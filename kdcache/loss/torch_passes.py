@@ -1,0 +1,80 @@
+"""The passes over a chunk of logits in plain torch, in place; what they are for: `kdcache.loss.bucket_rows`.
+
+Shape letters: C rows, L lifted ids per row, V the student's vocabulary.
+
+float64 logits are worked on in float64, everything else in float32: half precision has its gradient rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdcache.loss.torch_rows import widened
+
+# Logits that are worked on at a time on a CPU: temporaries of this size stay in its cache, those of a chunk do not.
+_LOGITS_PER_BLOCK = 1 << 18
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TorchPasses:
+    """See `kdcache.loss.bucket_rows.Passes`."""
+
+    logits_CV: Tensor
+    ids_CL: Tensor
+
+    def lift(self, left: float) -> Tensor:
+        lifted_CL = self.logits_CV.gather(1, self.ids_CL.long().clamp_min(0))
+        self.put(torch.full_like(lifted_CL, left))
+        return self._working(lifted_CL).masked_fill(self.ids_CL < 0, -torch.inf)
+
+    def put(self, values_CL: Tensor) -> None:
+        """Where an id is -1, the row's first id gets its own value once more, or column 0 what it has: no copy of the row."""
+        is_id_CL = self.ids_CL >= 0
+        first_C1 = is_id_CL.int().argmax(dim=1, keepdim=True)
+        place_CL = torch.where(is_id_CL, self.ids_CL, self.ids_CL.gather(1, first_C1).clamp_min(0)).long()
+        values_CL = values_CL.to(self.logits_CV.dtype)
+        spare_C1 = torch.where(is_id_CL.any(dim=1, keepdim=True), values_CL.gather(1, first_C1), self.logits_CV[:, :1])
+        self.logits_CV.scatter_(1, place_CL, torch.where(is_id_CL, values_CL, spare_C1))
+
+    def statistics(self, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        parts = []
+        for block_BV in self._blocks():
+            z_BV = self._working(block_BV)
+            top_B = z_BV.amax(dim=1)
+            shift_B = torch.where(top_B == -torch.inf, 0.0, top_B)
+            sum_B = ((z_BV - shift_B[:, None]) / temperature).exp_().sum(dim=1)
+            parts.append((top_B / temperature, torch.where(top_B == -torch.inf, 1.0, sum_B), z_BV.sum(dim=1) / temperature))
+        top_C, sum_C, total_C = (widened(torch.cat(column)) for column in zip(*parts, strict=True))
+        return top_C, top_C + sum_C.log(), total_C
+
+    def write(self, temperature: float, per_row: list[Tensor], *, with_labels: bool) -> None:
+        columns, start = [column[:, None] for column in per_row], 0
+        for block_BV in self._blocks():
+            part = slice(start, start + len(block_BV))
+            start += len(block_BV)
+            top_B1, factor_B1, offset_B1, label_top_B1, label_factor_B1, is_read_B1 = (column[part] for column in columns)
+            z_BV = self._working(block_BV)
+            gradient_BV = _scaled_exp(z_BV / temperature, top_B1, factor_B1).add_(offset_B1.to(z_BV.dtype))
+            if with_labels:
+                gradient_BV += _scaled_exp(z_BV, label_top_B1, label_factor_B1)
+            block_BV.copy_(gradient_BV.masked_fill_(~is_read_B1, 0.0))
+
+    def _blocks(self) -> Iterator[Tensor]:
+        rows = len(self.logits_CV)
+        if self.logits_CV.device.type == "cpu":
+            rows = max(1, _LOGITS_PER_BLOCK // self.logits_CV.shape[1])
+        return iter(self.logits_CV.split(rows))
+
+    @staticmethod
+    def _working(values: Tensor) -> Tensor:
+        return values if values.dtype == torch.float64 else values.float()
+
+
+def _scaled_exp(z_BV: Tensor, top_B1: Tensor, factor_B1: Tensor) -> Tensor:
+    """factor * exp(z - top), a new tensor."""
+    shift_B1 = torch.where(top_B1 == -torch.inf, 0.0, top_B1).to(z_BV.dtype)
+    return (z_BV - shift_B1).exp_().mul_(factor_B1.to(z_BV.dtype))

@@ -1,0 +1,66 @@
+"""The passes over a chunk of logits as Triton kernels; what they are for: `kdcache.loss.bucket_rows`.
+
+Shape letters: C rows, L lifted ids per row, V the student's vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TritonPasses:
+    """See `kdcache.loss.bucket_rows.Passes`; logits in float32, bfloat16 or float16, C-contiguous rows."""
+
+    logits_CV: Tensor
+    ids_CL: Tensor
+
+    def lift(self, left: float) -> Tensor:
+        kernels = _kernels()
+        lifted_CL = torch.empty(self.ids_CL.shape, dtype=torch.float32, device=self.ids_CL.device)
+        kernels.lift[(len(lifted_CL),)](self.logits_CV, self.logits_CV.stride(0), self.ids_CL, lifted_CL, left, **self._sizes())
+        return lifted_CL
+
+    def put(self, values_CL: Tensor) -> None:
+        _kernels().put[(len(values_CL),)](
+            self.logits_CV, self.logits_CV.stride(0), self.ids_CL, values_CL.float().contiguous(), **self._sizes()
+        )
+
+    def statistics(self, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        kernels, num_rows = _kernels(), len(self.logits_CV)
+        outputs = [torch.empty(num_rows, dtype=torch.float32, device=self.ids_CL.device) for _ in range(3)]
+        kernels.tail_statistics[(num_rows,)](
+            self.logits_CV, self.logits_CV.stride(0), 1 / temperature, *outputs, self.logits_CV.shape[1], **self._block()
+        )
+        top_C, sum_C, total_C = (output.double() for output in outputs)
+        return top_C, top_C + sum_C.log(), total_C
+
+    def write(self, temperature: float, per_row: list[Tensor], *, with_labels: bool) -> None:
+        kernels = _kernels()
+        kernels.write_gradient[(len(self.logits_CV),)](
+            self.logits_CV,
+            self.logits_CV.stride(0),
+            1 / temperature,
+            *[column.float().contiguous() for column in per_row],
+            self.logits_CV.shape[1],
+            WITH_LABELS=with_labels,
+            **self._block(),
+        )
+
+    def _sizes(self) -> dict[str, Any]:
+        num_ids = self.ids_CL.shape[1]
+        return {"NUM_IDS": num_ids, "BLOCK_IDS": 1 << (num_ids - 1).bit_length()}
+
+    def _block(self) -> dict[str, Any]:
+        kernels = _kernels()
+        return {"BLOCK": kernels.BLOCK_SIZE, "num_warps": kernels.NUM_WARPS}
+
+
+def _kernels() -> Any:
+    from kdcache.kernels import _triton
+
+    return _triton

@@ -1,0 +1,85 @@
+"""Row losses from passes over the logits and closed-form slopes, with torch's passes; Triton's are in test_triton.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from contracts import kernels as contract
+from contracts.kernels import Problem, make_problem
+from test_sparse_kd import with_estimates
+
+from kdcache.kernels import divergences as d
+from kdcache.kernels.base import Objective
+from kdcache.kernels.reference import loss_and_gradient
+from kdcache.loss import torch_divergences, torch_rows, torch_slopes
+from kdcache.loss.arguments import TargetTensors
+from kdcache.loss.row_steps import make_step
+
+
+def run_step(backend: str, logits_PV: torch.Tensor, problem: Problem, objective: Objective, *, want_gradient: bool = True):
+    teacher = TargetTensors(**with_estimates(problem, objective))
+    assert teacher.weights_P is not None
+    step = make_step(backend, teacher, teacher.weights_P, objective, logits_PV.shape[1])
+    return step(logits_PV, 0, want_gradient)
+
+
+def compute_by_step(backend: str, logits_PV, targets, objective):
+    """The contract's Compute, below autograd."""
+    weights_P = torch.tensor(targets.weights_P)
+    scaled_P, gradient_PV = run_step(backend, torch.tensor(logits_PV), Problem(logits_PV, targets), objective)
+    losses_P = torch.where(weights_P > 0, scaled_P / weights_P, 0.0)
+    return losses_P.numpy(), gradient_PV.numpy()
+
+
+@pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
+def test_torch_passes_keep_the_kernels_contract(check):
+    check(lambda *problem: compute_by_step("torch", *problem))
+
+
+def test_in_float64_they_equal_the_reference_to_1e_12():
+    for shape in contract.SHAPES:
+        problem = make_problem(*shape)
+        for objective in contract.OBJECTIVES:
+            logits_PV = torch.tensor(problem.logits_PV, dtype=torch.float64)
+            scaled_P, gradient_PV = run_step("torch", logits_PV, problem, objective)
+            exact_P, exact_PV = loss_and_gradient(problem.logits_PV, problem.targets, objective)
+            beta = getattr(objective.divergence, "beta", 1.0) or 1.0
+            bound = {"rtol": 1e-12, "atol": 1e-12 / beta}
+            np.testing.assert_allclose(scaled_P, exact_P * problem.targets.weights_P, **bound, err_msg=str(objective))
+            np.testing.assert_allclose(gradient_PV, exact_PV, **bound, err_msg=str(objective))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_gradients_are_the_float32_ones_rounded_once(dtype):
+    problem = make_problem(4, 71, 5)
+    for objective in contract.OBJECTIVES:
+        half_PV = torch.tensor(problem.logits_PV).to(dtype)
+        losses_P, gradient_PV = run_step("torch", half_PV.clone(), problem, objective)
+        exact_P, exact_PV = run_step("torch", half_PV.float(), problem, objective)
+        torch.testing.assert_close(losses_P, exact_P, rtol=0, atol=0)
+        torch.testing.assert_close(gradient_PV, exact_PV.to(dtype), rtol=0, atol=0)
+
+
+def test_without_a_gradient_the_logits_come_back():
+    problem = make_problem(4, 71, 5)
+    for objective in contract.OBJECTIVES:
+        logits_PV = torch.tensor(problem.logits_PV)
+        scaled_P, _ = run_step("torch", logits_PV, problem, objective, want_gradient=False)
+        np.testing.assert_array_equal(logits_PV, problem.logits_PV)
+        exact_P = loss_and_gradient(problem.logits_PV, problem.targets, objective)[0] * problem.targets.weights_P
+        np.testing.assert_allclose(scaled_P, exact_P, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("divergence", [kind() for kind in d.DIVERGENCES.values()], ids=str)
+def test_slopes_are_what_autograd_makes_of_the_values(divergence):
+    """But for multiples of Q, which change no gradient by the logits."""
+    problem, objective = make_problem(6, 40, 7), Objective("bucket", divergence=divergence)
+    targets = TargetTensors(**with_estimates(problem, objective))
+    generator = torch.Generator().manual_seed(0)
+    log_q_PB = torch.randn(6, 8, generator=generator, dtype=torch.float64).log_softmax(dim=1).requires_grad_()
+    masses = torch_rows.masses(targets, "bucket", 40, log_q_PB)
+    (wanted_PB,) = torch.autograd.grad(torch_divergences.compute(divergence, masses).sum(), log_q_PB)
+    h_PB = torch_slopes.compute(divergence, masses)
+    by_logits = [h - h.sum(dim=1, keepdim=True) * log_q_PB.exp() for h in (h_PB, wanted_PB)]
+    torch.testing.assert_close(*by_logits, rtol=1e-12, atol=1e-13)
