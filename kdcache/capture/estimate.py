@@ -12,7 +12,7 @@ from statistics import median
 import numpy as np
 
 from kdcache.capture.content import Item
-from kdcache.capture.job import Job, check_fits, codec_info, prepare, selection_info
+from kdcache.capture.job import Job, check_fits, codec_info, output_location, prepare, selection_info
 from kdcache.capture.plan import Plan
 from kdcache.capture.progress import CaptureProgress
 from kdcache.capture.sequences import make_sequences
@@ -77,7 +77,7 @@ def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = N
         As `run_capture` does before it starts.
     """
     progress = progress or CaptureProgress()
-    refuse_foreign_directory(Path(config.output.path))
+    refuse_foreign_directory(output_location(config))
     with closing(prepare(config, progress)) as job:
         items = _sample(job)
         vocab_size = job.tokenizer.identity.vocab_size
@@ -164,8 +164,9 @@ def _probe_speed(config: CaptureConfig, sequences: list[TokenSequence]) -> float
 
 
 def _past_speed(job: Job) -> float | None:
-    """Tokens per second from the times at which an earlier run's shards appeared; None with fewer than two of them."""
-    if not chain.manifest_numbers(job.path):
+    """Tokens per second from the times at which an earlier run's shards appeared; None with fewer than two of them, and for an
+    object store, where each time would be a request."""
+    if not isinstance(job.path, Path) or not chain.manifest_numbers(job.path):
         return None
     shards = chain.newest_manifest(job.path).shards
     present = [(job.path / shard.name, shard.num_tokens) for shard in shards]

@@ -19,6 +19,7 @@ from kdcache.config.load import config_to_builtins
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import CodecInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.selection import selection_params
+from kdcache.store.location import Location, locate
 from kdcache.teacher import load_tokenizer
 from kdcache.teacher.base import top_k_of
 from kdcache.teacher.tokenizer import Tokenizer
@@ -36,13 +37,18 @@ class Job:
     plan: Plan
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """Where the cache is or will be."""
-        return Path(self.config.output.path)
+        return output_location(self.config)
 
     def close(self) -> None:
         """Let go of the input."""
         self.reader.close()
+
+
+def output_location(config: CaptureConfig) -> Location:
+    """Where a capture's cache is or will be: on a disk or in an object store."""
+    return locate(config.output.path, config.run.remote)
 
 
 def prepare(config: CaptureConfig, progress: CaptureProgress) -> Job:

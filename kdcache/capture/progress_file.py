@@ -22,6 +22,7 @@ from kdcache.capture import _nvml
 from kdcache.capture.plan import Unit
 from kdcache.capture.progress import CaptureProgress, TokensToCome
 from kdcache.config.capture import CaptureConfig
+from kdcache.store.location import locate
 
 if TYPE_CHECKING:
     from kdcache.format.manifest import ShardInfo
@@ -34,12 +35,14 @@ SPEED_WINDOW_SECONDS = 60.0
 
 
 def progress_path(config: CaptureConfig) -> Path:
-    """Where the file goes: `run.progress_path`, or beside the cache."""
+    """Where the file goes: `run.progress_path`, or beside the cache; of one in an object store, into the working directory."""
     run = config.run
     if run.progress_path is not None:
         return Path(run.progress_path)
     rank = f".rank-{run.rank}" if run.world_size > 1 else ""
-    cache = Path(config.output.path)
+    cache = locate(config.output.path)
+    if not isinstance(cache, Path):
+        return Path(f"{cache.name}{rank}.progress.json")
     return cache.with_name(f"{cache.name}{rank}.progress.json")
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
 
-from kdcache.capture.job import Job, check_fits, first_manifest, prepare
+from kdcache.capture.job import Job, check_fits, first_manifest, output_location, prepare
 from kdcache.capture.progress import CaptureProgress, SeveralProgress
 from kdcache.capture.progress_file import ProgressFile, progress_path
 from kdcache.capture.signals import StopRequest
@@ -41,7 +40,7 @@ def run_capture(
     stop = stop or StopRequest()
     to_file = ProgressFile(progress_path(config), config)
     progress = SeveralProgress(progress, to_file) if progress is not None else to_file
-    refuse_foreign_directory(Path(config.output.path))
+    refuse_foreign_directory(output_location(config))
     with closing(prepare(config, progress)) as job, closing(progress):
         existing = _existing_writer(job)
         if existing is not None and _is_finished(job, existing):

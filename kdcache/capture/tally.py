@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -172,5 +171,4 @@ def how_to_go_on(job: Job, writer: CacheWriter) -> str:
 
 def _is_every_unit_journalled(job: Job, writer: CacheWriter) -> bool:
     # By name alone: a record that turns out damaged is a matter of the fold.
-    names = os.listdir(writer.root / paths.JOURNAL)
-    return len({paths.parse_journal_name(name) for name in names} - {None}) >= len(job.plan.units)
+    return len({paths.parse_journal_name(name) for name in writer.journal_names()} - {None}) >= len(job.plan.units)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from kdcache.cli.wording import count
 
@@ -15,15 +14,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and at its end; this is for the ranks of a job array that were ended before they came to that, or to look at a cache\n"
         "in the middle of a capture. Safe at any time, beside any number of captures."
     )
-    parser.add_argument("cache", metavar="CACHE", help="the cache's directory")
+    parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
 
 
 def run(args: argparse.Namespace) -> int:
     """Fold, and say what there is now."""
     from kdcache.store import chain
+    from kdcache.store.location import locate
     from kdcache.store.writer import CacheWriter
 
-    root = Path(args.cache)
+    root = locate(args.cache)
     before = chain.newest_manifest(root)
     manifest = CacheWriter.open(root, chain.read_manifest(root, 0)).fold()
     num_new = len(manifest.shards) - len(before.shards)

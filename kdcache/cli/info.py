@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = "Say what a cache holds: who spoke, over how much text, and what it costs. Reads the manifest alone."
-    parser.add_argument("cache", metavar="CACHE", help="the cache's directory")
+    parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     parser.add_argument("--skipped", action="store_true", help="list the sequences that were left out, with the reason")
 

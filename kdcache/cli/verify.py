@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "digest, each record, and that the teacher's NLL of the text, recomputed from the cache, is the teacher's own.\n"
         "Exit status 1 when anything is wrong."
     )
-    parser.add_argument("cache", metavar="CACHE", help="the cache's directory")
+    parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from kdcache.config.remote import RemoteConfig
+
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 
@@ -264,7 +266,8 @@ class OutputConfig(Config, frozen=True, kw_only=True):
     """Where the cache goes and how it is cut.
 
     Attributes:
-        path: directory of the cache; made if it is not there. One capture per directory.
+        path: directory of the cache, made if it is not there; or a URI, `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`. One
+            capture per directory.
         unit_chars: characters of text (ids: tokens) per unit of work, which makes one shard. A unit is what a crash can lose.
         unit_items: most items per unit; with `streaming`, the exact number.
         record_batch_bytes: about this many bytes of rows in each Arrow record batch.
@@ -283,7 +286,7 @@ class RunConfig(Config, frozen=True, kw_only=True):
     Attributes:
         executor: `local`, this process; or `ray`, which spreads the units over `replicas` actors of a Ray cluster.
         rank: `local` only: this process does the units u with u % world_size == rank. Start one process for each rank, in any
-            order, at any time, on machines that share the input and output.path.
+            order, at any time, on machines that share the input and output.path (a network disk or an object store).
         world_size: `local` only: ranks that share the units.
         replicas: `ray` only: actors, each with a teacher of its own and, where the cluster has GPUs, with
             teacher.tensor_parallel_size of them.
@@ -296,7 +299,9 @@ class RunConfig(Config, frozen=True, kw_only=True):
         stall_seconds: when the teacher has answered nothing for so long, say so, print every thread's stack and stop; null to
             wait for ever.
         progress_path: file that holds the state of the run as JSON, rewritten every few seconds; null for
-            `<output.path>.progress.json`, with the rank in its name where there are several.
+            `<output.path>.progress.json`, with the rank in its name where there are several. Of a cache in an object store the
+            file is in the working directory.
+        remote: how an object store is reached.
     """
 
     executor: Literal["local", "ray"] = "local"
@@ -309,6 +314,7 @@ class RunConfig(Config, frozen=True, kw_only=True):
     skip_poison: bool = False
     stall_seconds: Annotated[float, Meta(gt=0)] | None = 1800.0
     progress_path: str | None = None
+    remote: RemoteConfig = RemoteConfig()
 
     def __post_init__(self) -> None:
         if self.rank >= self.world_size:

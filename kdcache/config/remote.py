@@ -7,12 +7,11 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from kdcache.config.capture import Config, Positive
-
+Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 
 
-class RemoteConfig(Config, frozen=True, kw_only=True):
+class RemoteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a cache under `s3://`, `gs://`, `hf://` or `memory://` is read and written; without effect for one on a disk.
 
     Attributes:

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from kdcache.config.capture import Config, NonNegative, Positive
 from kdcache.config.loader import LoaderConfig
+from kdcache.config.remote import RemoteConfig
 
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
@@ -103,7 +104,8 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     """A whole training run: cache -> loader -> student -> loss -> optimiser, with checkpoints.
 
     Attributes:
-        cache: directory of the cache.
+        cache: directory of the cache, or its URI: `file://`, `s3://`, `gs://` or `hf://`.
+        remote: how a cache in an object store is read, and where what was read is kept.
         accept_incomplete_cache: train although the capture has not finished: on what it has published so far.
         out: directory of the run: `run.json`, `metrics.jsonl`, `checkpoints/`, and at the end `model/` in the Hugging Face
             layout. The same command on the same directory goes on where it stopped.
@@ -118,6 +120,7 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     """
 
     cache: str
+    remote: RemoteConfig = RemoteConfig()
     accept_incomplete_cache: bool = False
     out: str
     student: StudentConfig

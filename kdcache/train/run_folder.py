@@ -117,10 +117,14 @@ def _refuse_other_run(path: Path, ours: dict[str, Any]) -> None:
         before["cache's snapshot"], now["cache's snapshot"] = theirs["snapshot"], ours["snapshot"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not the config of a training run ({error}); name another `out` directory") from error
-    names = [name for name in before | now if before.get(name) != now.get(name) and name not in _MAY_CHANGE]
+    names = [name for name in before | now if before.get(name) != now.get(name) and not _may_change(name)]
     if names:
         shown = "; ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in names)
         raise MismatchError(f"{path.parent} holds a run with other settings ({shown}); name another `out` directory")
+
+
+def _may_change(name: str) -> bool:
+    return name in _MAY_CHANGE or name.startswith("remote.")
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:

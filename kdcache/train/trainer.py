@@ -67,7 +67,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    with open_cache(config.cache) as reader:
+    with open_cache(config.cache, remote=config.remote) as reader:
         _check_cache(config, reader)
         heldout = _heldout(config)
         model = _student(config, reader)
