@@ -12,16 +12,18 @@ from statistics import median
 import numpy as np
 
 from kdcache.capture.content import Item
+from kdcache.capture.generate import write_sequences
 from kdcache.capture.job import Job, check_fits, codec_info, output_location, prepare, selection_info
 from kdcache.capture.plan import Plan
 from kdcache.capture.progress import CaptureProgress
-from kdcache.capture.sequences import make_sequences
+from kdcache.capture.unit import Work, make_work, most_tokens
 from kdcache.codec import get_codec
 from kdcache.config.capture import CaptureConfig
 from kdcache.format.record import TokenSequence, distributions_from_dense
 from kdcache.store import chain
 from kdcache.store.writer import refuse_foreign_directory
 from kdcache.teacher import load_teacher
+from kdcache.teacher.generation import Prompt
 
 SAMPLE_UNITS = 16
 SAMPLE_ITEMS_PER_UNIT = 8
@@ -35,7 +37,8 @@ SHARD_BYTES = 5000
 
 @dataclass(frozen=True)
 class CaptureEstimate:
-    """A dry run's findings. Tokens, positions, bytes and seconds are estimates for the whole plan.
+    """A dry run's findings. Tokens, positions, bytes and seconds are estimates for the whole plan; where the teacher answers,
+    of the most that it may come to, with a sequence for each answer.
 
     Attributes:
         num_files: 0 for a dataset.
@@ -81,9 +84,9 @@ def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = N
     with closing(prepare(config, progress)) as job:
         items = _sample(job)
         vocab_size = job.tokenizer.identity.vocab_size
-        sequences, _ = make_sequences(items, tokenizer=job.tokenizer, config=config.input, vocab_size=2**31)
-        speed = _probe_speed(config, sequences) if probe else _past_speed(job)
-        return _scale(job, items, sequences, _bytes_per_position(config, vocab_size), speed)
+        work, _ = make_work(items, job.tokenizer, config, vocab_size=2**31)
+        speed = _probe_speed(job, work) if probe else _past_speed(job)
+        return _scale(job, items, work, _bytes_per_position(config, vocab_size), speed)
 
 
 def _sample(job: Job) -> list[Item]:
@@ -100,22 +103,20 @@ def _sample(job: Job) -> list[Item]:
 
 
 def _clip(item: Item, config: CaptureConfig) -> Item:
-    # A chat cannot be clipped without breaking its template, nor a text that is refused or truncated as a whole.
-    if isinstance(item.content, list) or config.input.window.policy != "split":
+    # A chat cannot be clipped without breaking its template, nor a text that is refused, truncated or answered as a whole.
+    if isinstance(item.content, list) or config.input.window.policy != "split" or config.generate is not None:
         return item
     return replace(item, content=item.content[:SAMPLE_CHARS_PER_ITEM])
 
 
-def _scale(
-    job: Job, items: list[Item], sequences: list[TokenSequence], bytes_per_position: float, speed: float | None
-) -> CaptureEstimate:
+def _scale(job: Job, items: list[Item], work: list[Work], bytes_per_position: float, speed: float | None) -> CaptureEstimate:
     plan = job.plan
-    by_items = plan.is_stream or job.config.input.window.policy == "truncate"
+    by_items = plan.is_stream or job.config.input.window.policy == "truncate" or job.config.generate is not None
     sampled = len(items) if by_items else sum(item.num_chars for item in items)
     factor = (plan.num_items if by_items else plan.num_chars) / max(1, sampled)
-    tokens = round(factor * sum(sequence.num_tokens for sequence in sequences))
-    positions = round(factor * sum(int(sequence.supervised_N.sum()) for sequence in sequences))
-    num_sequences = round(factor * len(sequences))
+    tokens = round(factor * most_tokens(work, job.config))
+    positions = round(factor * _most_positions(work, job.config))
+    num_sequences = round(factor * len(work))
     manifests = chain.manifest_numbers(job.path)
     return CaptureEstimate(
         plan=plan,
@@ -136,6 +137,12 @@ def _scale(
     )
 
 
+def _most_positions(work: list[Work], config: CaptureConfig) -> int:
+    if config.generate is not None:
+        return len(work) * config.generate.max_tokens
+    return sum(int(sequence.supervised_N.sum()) for sequence in work if isinstance(sequence, TokenSequence))
+
+
 def _bytes_per_position(config: CaptureConfig, vocab_size: int) -> float:
     """What the codec makes of made-up distributions of the selection's size; every fourth target lies outside the support."""
     num_positions, k = 64, min(config.selection.k, vocab_size)
@@ -149,11 +156,15 @@ def _bytes_per_position(config: CaptureConfig, vocab_size: int) -> float:
     return sum(column.nbytes for column in columns) / num_positions
 
 
-def _probe_speed(config: CaptureConfig, sequences: list[TokenSequence]) -> float | None:
+def _probe_speed(job: Job, work: list[Work]) -> float | None:
     """Tokens per second of the real teacher on a few thousand tokens, after a first sequence that warms it up."""
-    if not sequences:
+    prompts = [asked for asked in work if isinstance(asked, Prompt)]
+    if prompts:
+        return _probe_writing_speed(job, prompts)
+    config = job.config
+    longest_first = sorted((s for s in work if isinstance(s, TokenSequence)), key=lambda sequence: -sequence.num_tokens)
+    if not longest_first:
         return None
-    longest_first = sorted(sequences, key=lambda sequence: -sequence.num_tokens)
     with closing(load_teacher(config.teacher)) as teacher:
         check_fits(config, teacher.identity)
         list(teacher.score(longest_first[:1], selection_info(config)))
@@ -161,6 +172,20 @@ def _probe_speed(config: CaptureConfig, sequences: list[TokenSequence]) -> float
         started = time.perf_counter()
         list(teacher.score(chosen, selection_info(config)))
         return sum(sequence.num_tokens for sequence in chosen) / (time.perf_counter() - started)
+
+
+def _probe_writing_speed(job: Job, prompts: list[Prompt]) -> float:
+    """The same of a teacher that writes: tokens of prompts and answers in the time for writing and reading back."""
+    config, tokenizer = job.config, job.tokenizer
+    assert config.generate is not None
+    with closing(load_teacher(config.teacher)) as teacher:
+        check_fits(config, teacher.identity)
+        list(write_sequences(prompts[:1], teacher, config, tokenizer, lambda _: None))
+        chosen = prompts[: max(1, PROBE_TOKENS // config.generate.max_tokens)]
+        started = time.perf_counter()
+        sequences = list(write_sequences(chosen, teacher, config, tokenizer, lambda _: None))
+        list(teacher.score(sequences, selection_info(config)))
+        return sum(sequence.num_tokens for sequence in sequences) / (time.perf_counter() - started)
 
 
 def _past_speed(job: Job) -> float | None:

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import kdcache
+from kdcache.capture.generate import captured_filters, generation_info, generation_seeds
 from kdcache.capture.inputs import InputReader
 from kdcache.capture.plan import Plan
 from kdcache.capture.progress import CaptureProgress
@@ -84,6 +85,8 @@ def first_manifest(job: Job, teacher: TeacherIdentity) -> Manifest:
             selection=selection_info(job.config),
             codec=codec_info(job.config, teacher.vocab_size),
             input_fingerprint=plan.input_fingerprint,
+            seeds=generation_seeds(job.config),
+            generation=generation_info(job.config),
         ),
         plan=PlanInfo(fingerprint=plan.fingerprint, num_units=len(plan.units)),
         versions=_versions(),
@@ -105,7 +108,13 @@ def selection_info(config: CaptureConfig) -> SelectionInfo:
     """The selection as the record states it."""
     asked = config.selection
     params = {name: getattr(asked, name) for name in selection_params(asked.kind)}
-    return SelectionInfo(kind=asked.kind, params=params, temperatures=asked.temperatures, entropy=asked.entropy)
+    return SelectionInfo(
+        kind=asked.kind,
+        params=params,
+        temperatures=asked.temperatures,
+        entropy=asked.entropy,
+        filters=captured_filters(config),
+    )
 
 
 def codec_info(config: CaptureConfig, vocab_size: int) -> CodecInfo:

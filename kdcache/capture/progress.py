@@ -35,7 +35,8 @@ class CaptureProgress:
         """These units, not published yet, are about to be captured."""
 
     def start_unit(self, unit: Unit, num_tokens: int) -> None:
-        """A unit has been read and is this many tokens long. Called again when it is tried again."""
+        """A unit has been read and is this many tokens long, or, before its answers are written, may become. Called again when
+        it is tried again, and when its answers' lengths are known."""
 
     def advance(self, num_tokens: int) -> None:
         """The teacher has answered for one more sequence; or, where negative, answers are void because their unit failed."""
@@ -110,16 +111,15 @@ class TokensToCome:
     def __init__(self, units: Sequence[Unit]) -> None:
         self._chars_left = sum(unit.num_chars for unit in units)
         self._chars_read = self._tokens_read = 0
-        self._seen: set[int] = set()
+        self._seen: dict[int, int] = {}
 
     def read(self, unit: Unit, num_tokens: int) -> None:
-        """A unit turned out to hold so many."""
-        if unit.number in self._seen:
-            return
-        self._seen.add(unit.number)
-        self._chars_left -= unit.num_chars
-        self._chars_read += unit.num_chars
-        self._tokens_read += num_tokens
+        """A unit turned out to hold so many; what is said last counts, as answers are longer or shorter than they may be."""
+        if unit.number not in self._seen:
+            self._chars_left -= unit.num_chars
+            self._chars_read += unit.num_chars
+        self._tokens_read += num_tokens - self._seen.get(unit.number, 0)
+        self._seen[unit.number] = num_tokens
 
     @property
     def total(self) -> int | None:

@@ -27,6 +27,8 @@ class CutCounts:
             the assistant says nothing.
         num_truncated_items, num_truncated_tokens: under policy `truncate`.
         num_skipped: items and sequences left out because they make their unit fail, under `run.skip_poison`.
+        num_long_prompts: prompts skipped because they leave no room for an answer, under `generate.long_prompts`.
+        num_dropped_answers: chats whose last words, the assistant's, were left out, under `generate.last_answer`.
     """
 
     num_sequences: int = 0
@@ -35,6 +37,8 @@ class CutCounts:
     num_truncated_items: int = 0
     num_truncated_tokens: int = 0
     num_skipped: int = 0
+    num_long_prompts: int = 0
+    num_dropped_answers: int = 0
 
     def add(self, other: CutCounts) -> None:
         """Add another account to this one."""
@@ -65,7 +69,7 @@ def make_sequences(
         if tokens is None or len(tokens.input_ids_N) == 0:
             counts.num_empty_items += 1
             continue
-        _check_ids(tokens, config, tokenizer, vocab_size)
+        check_ids(tokens.input_ids_N, tokens.source, config, tokenizer, vocab_size)
         sequences = cut_windows(tokens, config.window, template)
         supervised = [sequence for sequence in sequences if sequence.supervised_N.any()]
         made += supervised
@@ -77,15 +81,17 @@ def make_sequences(
 def _tokenize(item: Item, tokenizer: Tokenizer, config: InputConfig) -> TokenizedItem:
     if isinstance(item.content, list):
         return _tokenize_chat(item.content, item.source, tokenizer, config)
-    if isinstance(item.content, str):
-        ids = tokenizer.encode(item.content, config.add_special_tokens)
-        return _plain(np.asarray(ids, np.int64), item.source)
-    return _plain(item.content, item.source)
+    ids_N = tokenize_plain(item.content, tokenizer, config)
+    num_tokens = len(ids_N)
+    all_N, none_N = np.ones(num_tokens, np.bool_), np.zeros(num_tokens, np.uint8)
+    return TokenizedItem(ids_N, all_N, none_N, np.zeros(1, np.int32), item.source)
 
 
-def _plain(ids: NDArray[np.int64], source: str) -> TokenizedItem:
-    num_tokens = len(ids)
-    return TokenizedItem(ids, np.ones(num_tokens, np.bool_), np.zeros(num_tokens, np.uint8), np.zeros(1, np.int32), source)
+def tokenize_plain(content: str | NDArray[np.int64], tokenizer: Tokenizer, config: InputConfig) -> NDArray[np.int64]:
+    """(N,) the ids of a text, or the ids themselves; not yet checked."""
+    if isinstance(content, str):
+        return np.asarray(tokenizer.encode(content, config.add_special_tokens), np.int64)
+    return content
 
 
 def _tokenize_chat(messages: list[Message], source: str, tokenizer: Tokenizer, config: InputConfig) -> TokenizedItem:
@@ -102,15 +108,16 @@ def _tokenize_chat(messages: list[Message], source: str, tokenizer: Tokenizer, c
     return TokenizedItem(np.asarray(chat.input_ids, np.int64), supervised_N, roles_N, starts, source)
 
 
-def _check_ids(tokens: TokenizedItem, config: InputConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
-    outside_N = (tokens.input_ids_N < 0) | (tokens.input_ids_N >= vocab_size)
+def check_ids(input_ids_N: NDArray[np.int64], source: str, config: InputConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise InputError (the user's ids) or MismatchError (the tokenizer's) where an id is outside the teacher's vocabulary."""
+    outside_N = (input_ids_N < 0) | (input_ids_N >= vocab_size)
     if not outside_N.any():
         return
     index = int(np.argmax(outside_N))
-    token_id = int(tokens.input_ids_N[index])
+    token_id = int(input_ids_N[index])
     if config.content == "ids":
-        raise InputError(f"{tokens.source}: id {index} is {token_id}, outside the teacher's vocabulary of {vocab_size}")
+        raise InputError(f"{source}: id {index} is {token_id}, outside the teacher's vocabulary of {vocab_size}")
     raise MismatchError(
-        f"{tokens.source}: tokenizer {tokenizer.identity.name!r} gives the id {token_id}, outside the teacher's vocabulary of "
+        f"{source}: tokenizer {tokenizer.identity.name!r} gives the id {token_id}, outside the teacher's vocabulary of "
         f"{vocab_size}; set teacher.tokenizer to the one that belongs to the model"
     )

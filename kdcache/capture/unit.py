@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kdcache.capture.content import Item
+from kdcache.capture.generate import make_prompts, write_sequences, writer_of
 from kdcache.capture.heartbeat import Heartbeat
 from kdcache.capture.job import Job, selection_info
 from kdcache.capture.meter import gpus_held, start_meter
@@ -34,8 +35,13 @@ from kdcache.store.set_aside import FailedUnit
 from kdcache.store.writer import CacheWriter
 from kdcache.teacher import load_teacher
 from kdcache.teacher.base import Teacher
+from kdcache.teacher.generation import Prompt
+from kdcache.teacher.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+Work = TokenSequence | Prompt
+"""What the teacher is given: a text to read, or a prompt to answer."""
 
 
 class TeacherLostError(CaptureError):
@@ -81,6 +87,12 @@ class TeacherSlot:
         """Load the teacher; raises as `load_teacher`."""
         self._config = config
         self.teacher: Teacher = load_teacher(config.teacher)
+        if config.generate is not None:
+            try:
+                writer_of(self.teacher)
+            except ConfigError:
+                self.teacher.close()
+                raise
 
     def mend(self) -> None:
         """After a failure: load the teacher again, unless it still takes requests.
@@ -148,49 +160,49 @@ class UnitWorker:
 
     def _capture(self, unit: Unit) -> UnitDone:
         account = start_meter(self._num_gpus)
-        sequences, counts = self._sequences(self._job.reader.read(unit))
-        self._progress.start_unit(unit, _num_tokens(sequences))
-        records = self._records(sequences, f"capturing unit {unit.number}")
+        work, counts = self._work(self._job.reader.read(unit))
+        self._progress.start_unit(unit, most_tokens(work, self._job.config))
+        records = self._records(work, f"capturing unit {unit.number}")
         shard = self._writer.write_unit(unit.number, records, account=lambda: account(()))
-        return UnitDone(shard, counts, _num_tokens(sequences))
+        self._progress.start_unit(unit, shard.num_tokens)
+        return UnitDone(shard, counts, shard.num_tokens)
 
     def _capture_without_poison(self, unit: Unit) -> UnitDone:
         """Item by item into tokens, then half by half to the teacher; what fails alone is left out and named."""
         account = start_meter(self._num_gpus)
-        sequences, counts, skipped = self._readable(self._job.reader.read(unit))
-        poison = find_poison(len(sequences), lambda start, stop: self._attempt(sequences[start:stop]))
-        skipped += [SkippedSequence(source=sequences[i].source, reason=reason_of(poison[i])) for i in sorted(poison)]
+        work, counts, skipped = self._readable(self._job.reader.read(unit))
+        poison = find_poison(len(work), lambda start, stop: self._attempt(work[start:stop]))
+        skipped += [SkippedSequence(source=work[i].source, reason=reason_of(poison[i])) for i in sorted(poison)]
         for sequence in skipped:
             log.warning("unit %d: %s is left out: %s", unit.number, sequence.source, sequence.reason)
-        sound = [sequence for index, sequence in enumerate(sequences) if index not in poison]
+        sound = [asked for index, asked in enumerate(work) if index not in poison]
         counts.num_sequences -= len(poison)
         counts.num_skipped = len(skipped)
         records = self._records(sound, f"capturing unit {unit.number} without its poison")
         shard = self._writer.write_unit(unit.number, records, account=lambda: account(skipped))
-        return UnitDone(shard, counts, _num_tokens(sound), tuple(skipped))
+        return UnitDone(shard, counts, shard.num_tokens, tuple(skipped))
 
-    def _sequences(self, items: Sequence[Item]) -> tuple[list[TokenSequence], CutCounts]:
-        vocab_size = self._slot.teacher.identity.vocab_size
-        return make_sequences(items, tokenizer=self._job.tokenizer, config=self._job.config.input, vocab_size=vocab_size)
+    def _work(self, items: Sequence[Item]) -> tuple[list[Work], CutCounts]:
+        return make_work(items, self._job.tokenizer, self._job.config, self._slot.teacher.identity.vocab_size)
 
-    def _readable(self, items: Sequence[Item]) -> tuple[list[TokenSequence], CutCounts, list[SkippedSequence]]:
-        made: list[TokenSequence] = []
+    def _readable(self, items: Sequence[Item]) -> tuple[list[Work], CutCounts, list[SkippedSequence]]:
+        made: list[Work] = []
         counts, skipped = CutCounts(), []
         for item in items:
             try:
-                sequences, of_item = self._sequences([item])
+                work, of_item = self._work([item])
             except InputError as error:
                 skipped.append(SkippedSequence(source=item.source, reason=reason_of(error)))
                 continue
-            made += sequences
+            made += work
             counts.add(of_item)
         return made, counts, skipped
 
-    def _attempt(self, sequences: Sequence[TokenSequence]) -> Exception | None:
+    def _attempt(self, work: Sequence[Work]) -> Exception | None:
         """What goes wrong when these are asked together; their answers are not kept."""
         identity, fixed = self._slot.teacher.identity, fixed_entries(selection_info(self._job.config))
         try:
-            for record in self._records(sequences, "looking for the sequences that make a unit fail"):
+            for record in self._records(work, "looking for the sequences that make a unit fail"):
                 check_record(record, vocab_size=identity.vocab_size, fixed_entries=fixed)
         except Exception as error:
             if is_fatal(error):
@@ -201,16 +213,35 @@ class UnitWorker:
             self._take_back()
         return None
 
-    def _records(self, sequences: Sequence[TokenSequence], doing: str) -> Iterator[SequenceRecord]:
+    def _records(self, work: Sequence[Work], doing: str) -> Iterator[SequenceRecord]:
         """The teacher's answers; each one beats the heart and moves the bar."""
         self._answered = 0
         self._heart.beat(doing)
+        sequences, written = self._sequences(work, doing), self._answered
         for record in score_records(sequences, self._slot.teacher, self._job.config):
             self._heart.beat()
             yield record
-            self._answered += record.sequence.num_tokens
-            self._progress.advance(record.sequence.num_tokens)
+            # Of what the teacher wrote itself only the prompt is new.
+            self._advance(record.sequence.num_tokens - (record.distributions.num_positions if written else 0))
         self._heart.beat(f"{doing}: writing")
+
+    def _sequences(self, work: Sequence[Work], doing: str) -> list[TokenSequence]:
+        """What is to be scored: the work itself, or the prompts with the answers that the teacher now writes."""
+        prompts = [asked for asked in work if isinstance(asked, Prompt)]
+        if not prompts:
+            return [asked for asked in work if isinstance(asked, TokenSequence)]
+        self._heart.beat(f"{doing}: writing answers")
+        job = self._job
+        sequences = list(write_sequences(prompts, self._slot.teacher, job.config, job.tokenizer, self._advance))
+        # An answer that was cut at a stop string has lost tokens that were counted.
+        self._advance(sum(int(sequence.supervised_N.sum()) for sequence in sequences) - self._answered)
+        self._heart.beat(doing)
+        return sequences
+
+    def _advance(self, num_tokens: int) -> None:
+        self._heart.beat()
+        self._answered += num_tokens
+        self._progress.advance(num_tokens)
 
     def _after_failure(self, unit: Unit, attempt: int, error: Exception) -> None:
         self._take_back()
@@ -257,8 +288,21 @@ def reason_of(error: BaseException) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _num_tokens(sequences: Sequence[TokenSequence]) -> int:
-    return sum(sequence.num_tokens for sequence in sequences)
+def make_work(
+    items: Sequence[Item], tokenizer: Tokenizer, config: CaptureConfig, vocab_size: int
+) -> tuple[list[Work], CutCounts]:
+    """What the teacher is given for some items; raises as `make_sequences` and `make_prompts`."""
+    if config.generate is not None:
+        prompts, counts = make_prompts(items, tokenizer=tokenizer, config=config, vocab_size=vocab_size)
+        return list(prompts), counts
+    sequences, counts = make_sequences(items, tokenizer=tokenizer, config=config.input, vocab_size=vocab_size)
+    return list(sequences), counts
+
+
+def most_tokens(work: Sequence[Work], config: CaptureConfig) -> int:
+    """Tokens of some work; of prompts, with the longest answers that they may have."""
+    answer = 0 if config.generate is None else config.generate.max_tokens
+    return sum((asked.sequence if isinstance(asked, Prompt) else asked).num_tokens + answer for asked in work)
 
 
 def _check_answer(record: SequenceRecord, teacher: TeacherIdentity) -> None:

@@ -95,6 +95,8 @@ def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:
     left_out = [
         (counts.num_empty_items, "empty item", "skipped"),
         (counts.num_unsupervised, "sequence", "without a supervised position skipped"),
+        (counts.num_long_prompts, "prompt", "without room for an answer skipped"),
+        (counts.num_dropped_answers, "chat", "answered anew, its last words dropped"),
         (counts.num_skipped, "sequence", f"that made units fail ({_names(summary)})"),
         (counts.num_truncated_tokens, "token", f"cut off {count(counts.num_truncated_items, 'item')} by policy 'truncate'"),
     ]
@@ -138,15 +140,26 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
         when = "unknown before the teacher runs; --probe loads it and measures"
     else:
         when = f"about {duration(seconds)} at {estimate.tokens_per_second:,.0f} tokens/s, as measured"
+    at_most = "about" if config.generate is None else "at most"
     return rows(
         {
             "input": read,
             "plan": f"{count(len(plan.units), 'unit')}, {estimate.num_units_before:,} of them published already",
-            "tokens": f"about {estimate.num_tokens:,} in {count(estimate.num_sequences, 'sequence')} "
-            f"(from {count(estimate.num_sampled_items, 'sampled item')})",
-            "positions": f"about {estimate.num_positions:,}, at {estimate.bytes_per_position:.1f} bytes each "
+            **_tokens_row(config, estimate),
+            "positions": f"{at_most} {estimate.num_positions:,}, at {estimate.bytes_per_position:.1f} bytes each "
             f"({config.codec.id}, {config.selection.kind} {config.selection.k})",
-            "cache": f"about {size(estimate.num_bytes)} at {config.output.path}",
+            "cache": f"{at_most} {size(estimate.num_bytes)} at {config.output.path}",
             "time": when,
         }
     )
+
+
+def _tokens_row(config: CaptureConfig, estimate: CaptureEstimate) -> dict[str, str]:
+    sampled = f"(from {count(estimate.num_sampled_items, 'sampled item')})"
+    if config.generate is None:
+        return {"tokens": f"about {estimate.num_tokens:,} in {count(estimate.num_sequences, 'sequence')} {sampled}"}
+    prompts = estimate.num_tokens - estimate.num_positions
+    return {
+        "tokens": f"about {prompts:,} of prompts {sampled}, at most {estimate.num_positions:,} to be written, "
+        f"in {count(estimate.num_sequences, 'answer')} ({config.generate.n} to each prompt)"
+    }

@@ -54,6 +54,9 @@ def _as_text(path: str, summary: CacheSummary) -> str:
         "entropy": f"{_number(summary.entropy_floor, 4)} to {_number(summary.entropy_ceiling, 4)} nats per position",
         "NLL": f"{_number(summary.teacher_nll, 4)} nats per target, the text under the teacher",
     }
+    if summary.num_finished:
+        ways = [f"{number:,} ended by {way}" for way, number in summary.num_finished.items()]
+        shown["answers"] = f"{', '.join(ways)}; {_number(summary.num_positions / summary.num_sequences)} tokens each"
     shown |= _account_rows(path, summary)
     columns = {f"  {name}": _number(value) for name, value in summary.column_bytes_per_position.items()}
     return f"{rows(shown)}\nbytes per position by column\n{rows(columns)}"
@@ -80,10 +83,22 @@ def _identity_rows(path: str, manifest: Manifest) -> dict[str, str]:
         "cache": f"{path} (snapshot {manifest.number}, {manifest.digest[:12]})",
         "teacher": _teacher(identity),
         "tokenizer": f"{identity.tokenizer.name}, {identity.tokenizer.vocab_size:,} ids, {identity.tokenizer.fingerprint[:12]}",
+        **_generation(identity),
         "selection": f"{identity.selection.kind} {_params(identity.selection.params)}",
         "codec": f"{identity.codec.codec_id} {_params(identity.codec.params)}".rstrip(),
         "plan": f"{count(num_units, 'unit')}, {state}",
     }
+
+
+def _generation(identity: Identity) -> dict[str, str]:
+    """How answers were made, as far as it is not by default; nothing where none were."""
+    if identity.generation is None:
+        return {}
+    given = {name: getattr(identity.generation, name) for name in identity.generation.__struct_fields__}
+    given |= {"seed": identity.seeds.get("generate", 0)}
+    filters = identity.selection.filters
+    how = f"; what is recorded was drawn from, after {_params(filters)}" if filters else ""
+    return {"generation": _params({name: value for name, value in given.items() if value not in ((), False, "error")}) + how}
 
 
 def _teacher(identity: Identity) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class CacheSummary:
         entropy_floor, entropy_ceiling: nats; the teacher's mean entropy lies between them.
         teacher_nll: nats per target, of the text under the teacher, without the impossible targets.
         num_impossible_targets: targets that the teacher gives probability 0.
+        num_finished: of answers that the teacher wrote, how many ended in which way; empty where it wrote none.
         set_aside: units that failed and are not published.
         skipped: sequences left out of published units because they made them fail.
         cost: what the units took that say so.
@@ -43,6 +45,7 @@ class CacheSummary:
     entropy_ceiling: float
     teacher_nll: float
     num_impossible_targets: int
+    num_finished: dict[str, int]
     set_aside: tuple[FailedUnit, ...]
     skipped: tuple[SkippedSequence, ...]
     cost: CaptureCost
@@ -95,10 +98,18 @@ def summarize_cache(path: str | Path) -> CacheSummary:
         entropy_ceiling=per_position(manifest.total("entropy_ceiling_sum")),
         teacher_nll=-manifest.total("target_logprob_sum") / num_possible if num_possible else math.nan,
         num_impossible_targets=num_impossible,
+        num_finished=_num_finished(manifest),
         set_aside=tuple(read_failures(root, published={shard.unit for shard in manifest.shards})),
         skipped=tuple(sequence for account in accounts for sequence in account.skipped),
         cost=_cost(accounts),
     )
+
+
+def _num_finished(manifest: Manifest) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for shard in manifest.shards:
+        total.update(shard.num_finished if isinstance(shard.num_finished, dict) else {})
+    return dict(sorted(total.items()))
 
 
 def _cost(accounts: list[UnitAccount]) -> CaptureCost:

@@ -46,6 +46,11 @@ class Prompt:
     sequence: TokenSequence
     seed: int
 
+    @property
+    def source(self) -> str:
+        """Where it came from, for people."""
+        return self.sequence.source
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generated:

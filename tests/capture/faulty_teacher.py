@@ -8,6 +8,8 @@ running this file as if it were the command `kdcache`.
     slow     takes a fifth of a second
     hang     never comes back; Ctrl-C ends it
     deaf     never comes back, and nothing but the end of the process ends it
+    mute     fails when it is to be answered, every time
+    writes   takes a fifth of a second to be answered
 """
 
 import os
@@ -26,8 +28,19 @@ class FaultyTeacher(FakeTeacher):
     def score(self, sequences, selection):
         return map(self._faulty, sequences, super().score(sequences, selection))
 
+    def generate(self, prompts, config, tokenizer, observe=lambda _: None):
+        return map(self._faulty_answer, prompts, super().generate(prompts, config, tokenizer, observe))
+
+    def _faulty_answer(self, prompt, answer):
+        text = text_of(prompt.sequence)
+        if "mute" in text:
+            raise TeacherError(f"{prompt.source}: the teacher has nothing to say")
+        if "writes" in text:
+            time.sleep(0.2)
+        return answer
+
     def _faulty(self, sequence, distributions):
-        text = bytes(int(i) for i in sequence.input_ids_N if i < 256).decode("utf-8", "replace")
+        text = text_of(sequence)
         if "poison" in text or ("flaky" in text and text not in met):
             met.add(text)
             raise TeacherError(f"{sequence.source}: the teacher choked")
@@ -46,6 +59,10 @@ class FaultyTeacher(FakeTeacher):
                 if "hang" in text:
                     raise
         return distributions
+
+
+def text_of(sequence):
+    return bytes(int(i) for i in sequence.input_ids_N if i < 256).decode("utf-8", "replace")
 
 
 def install(table=teachers._TEACHERS, setitem=dict.__setitem__):
