@@ -106,6 +106,13 @@ def make_sequences(case: Case) -> list[Any]:
     return sequences
 
 
+def top_k(k: int) -> Any:
+    """The selection."""
+    from kdcache.format.manifest import SelectionInfo
+
+    return SelectionInfo(kind="top_k", params={"k": k})
+
+
 class Variants:
     """The things that are timed, over one engine and one transformers model."""
 
@@ -125,14 +132,12 @@ class Variants:
         for k in self._case.entries:
             yield f"worker {k}", lambda k=k: self._score(self._vllm, k)
         for k in self._case.slow_entries:
-            yield f"flat {k}", lambda k=k: [None for _ in self._vllm._score_publicly(self._sequences, k)]
+            yield f"flat {k}", lambda k=k: [None for _ in self._vllm._score_publicly(self._sequences, top_k(k))]
             yield f"dict {k}", lambda k=k: self._generate(prompt_logprobs=k, logprobs=k)
             yield f"transformers {k}", lambda k=k: self._score(self._hf, k)
 
     def _score(self, teacher: Any, k: int) -> None:
-        from kdcache.format.manifest import SelectionInfo
-
-        for _ in teacher.score(self._sequences, SelectionInfo(kind="top_k", params={"k": k})):
+        for _ in teacher.score(self._sequences, top_k(k)):
             pass
 
     def _prefill(self) -> None:
@@ -141,7 +146,7 @@ class Variants:
     def _limit(self) -> None:
         from kdcache.teacher.vllm_packed import pack_requests
 
-        self._vllm._call_workers("kdcache_begin", self._case.tokens, 0, self._vllm._chunk)
+        self._vllm._call_workers("kdcache_begin", self._case.tokens, self._vllm._chunk, None, 0)
         self._generate([{"extra_args": extra_args} for extra_args in pack_requests(self._sequences)])
         self._vllm._call_workers("kdcache_end")
 

@@ -1,10 +1,10 @@
 """The `transformers` teacher: batched by length, logits a chunk at a time.
 
-The model's body runs over a batch of similar lengths; the output projection, top-k, logsumexp and the target's logit run over
-`positions_per_chunk` supervised positions at a time, so [tokens, vocab] never exists.
+The model's body runs over a batch of similar lengths; the output projection and the selection run over `positions_per_chunk`
+supervised positions at a time, so [tokens, vocab] never exists.
 
 Shape letters: B sequences of a batch, T their longest, P supervised positions of the batch, C positions of a chunk, H hidden,
-K entries per position, V vocabulary.
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +25,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import SelectionInfo, TeacherIdentity
-from kdcache.format.record import NO_TARGET, Distributions, TokenSequence
+from kdcache.format.record import Distributions, TokenSequence
 from kdcache.teacher._hf_generate import own_end_ids, write_answers
-from kdcache.teacher.base import answer, check_sequences, first_line, no_positions, top_k_of
+from kdcache.teacher._select_torch import Selector
+from kdcache.teacher.base import check_selectable, check_sequences, first_line, no_positions
 from kdcache.teacher.batches import batches_by_length, groups_of_tokens
 from kdcache.teacher.checkpoint import check_model_name, short_name, weights_digest
+from kdcache.teacher.found import Found, record_of
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
 from kdcache.teacher.tokenizer import Tokenizer
+from kdcache.teacher.uniforms import position_states
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +73,11 @@ class HfTeacher:
 
     def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
         """See `Teacher`."""
-        k = top_k_of(selection, vocab_size=self._identity.vocab_size, backend="transformers")
+        check_selectable(selection, vocab_size=self._identity.vocab_size)
         if self._model is None:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_sequences(sequences, self._identity)
-        return self._score_all(self._model, sequences, k)
+        return self._score_all(self._model, sequences, Selector(selection, self._identity.vocab_size))
 
     def generate(
         self, prompts: Sequence[Prompt], config: GenerateConfig, tokenizer: Tokenizer, observe: Observe = lambda _: None
@@ -93,53 +96,46 @@ class HfTeacher:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _score_all(self, model: PreTrainedModel, sequences: Sequence[TokenSequence], k: int) -> Iterator[Distributions]:
+    def _score_all(
+        self, model: PreTrainedModel, sequences: Sequence[TokenSequence], selector: Selector
+    ) -> Iterator[Distributions]:
         group_tokens = BATCHES_PER_GROUP * self._config.batch_tokens
         for group in groups_of_tokens(sequences, group_tokens):
             answers: dict[int, Distributions] = {}
             for batch in batches_by_length([sequence.num_tokens for sequence in group], self._config.batch_tokens):
                 members = [group[index] for index in batch]
-                answers |= zip(batch, self._score_batch(model, members, k), strict=True)
+                answers |= zip(batch, self._score_batch(model, members, selector), strict=True)
             yield from (answers[index] for index in range(len(group)))
 
-    def _score_batch(self, model: PreTrainedModel, batch: Sequence[TokenSequence], k: int) -> Iterator[Distributions]:
+    def _score_batch(
+        self, model: PreTrainedModel, batch: Sequence[TokenSequence], selector: Selector
+    ) -> Iterator[Distributions]:
         supervised = [sequence for sequence in batch if sequence.supervised_N.any()]
         try:
-            scores = iter(self._scores(model, supervised, k))
-            return iter([next(scores) if s.supervised_N.any() else no_positions() for s in batch])
+            scores = iter(self._scores(model, supervised, selector))
+            return iter([next(scores) if s.supervised_N.any() else no_positions(selector.selection) for s in batch])
         except torch.OutOfMemoryError as error:
             raise TeacherError(
                 f"the teacher {self._identity.model!r} ran out of memory; make teacher.batch_tokens "
                 f"({self._config.batch_tokens}) or teacher.positions_per_chunk ({self._config.positions_per_chunk}) smaller"
             ) from error
 
-    def _scores(self, model: PreTrainedModel, batch: Sequence[TokenSequence], k: int) -> Iterator[Distributions]:
+    def _scores(self, model: PreTrainedModel, batch: Sequence[TokenSequence], selector: Selector) -> Iterator[Distributions]:
+        chunk, selection = self._config.positions_per_chunk, selector.selection
         if not self._is_separable:
             for sequence in batch:
-                yield answer(sequence, *_score_chunked_prefill(model, sequence, k, self._config.positions_per_chunk))
+                yield record_of(sequence, selection, _score_chunked_prefill(model, sequence, selector, chunk))
         elif batch:
-            columns = _score_separable(model, batch, k, self._config.positions_per_chunk)
+            found = _score_separable(model, batch, selector, chunk)
             start = 0
             for sequence in batch:
                 end = start + len(sequence.positions_P)
-                yield answer(sequence, *columns.rows(start, end))
+                yield record_of(sequence, selection, found.rows(start, end))
                 start = end
 
 
-class Columns(NamedTuple):
-    """What was found at P positions; logprobs in nats, `target_logprobs_P` means nothing where there is no target."""
-
-    token_ids_PK: NDArray[np.int32]
-    logprobs_PK: NDArray[np.float32]
-    target_logprobs_P: NDArray[np.float32]
-
-    def rows(self, start: int, end: int) -> Columns:
-        """Positions start..end-1."""
-        return Columns(self.token_ids_PK[start:end], self.logprobs_PK[start:end], self.target_logprobs_P[start:end])
-
-
 @torch.inference_mode()
-def _score_separable(model: PreTrainedModel, batch: Sequence[TokenSequence], k: int, chunk: int) -> Columns:
+def _score_separable(model: PreTrainedModel, batch: Sequence[TokenSequence], selector: Selector, chunk: int) -> Found:
     """All supervised positions of a batch: body once, head in chunks."""
     longest = max(sequence.num_tokens for sequence in batch)
     ids_BT = np.zeros((len(batch), longest), np.int64)
@@ -150,51 +146,55 @@ def _score_separable(model: PreTrainedModel, batch: Sequence[TokenSequence], k: 
     hidden_BTH = _hidden(model, torch.from_numpy(ids_BT).to(model.device))
     rows_P = torch.from_numpy(np.flatnonzero(supervised_BT)).to(hidden_BTH.device)
     targets_P = np.concatenate([sequence.target_ids_P for sequence in batch])
+    states_P = np.concatenate([_states(sequence, selector) for sequence in batch])
     hidden_XH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])
     parts = [
-        _top_k(_logits(model, hidden_XH[rows_C]), targets_P[start : start + chunk], k)
+        _select(selector, _logits(model, hidden_XH[rows_C]), targets_P[start : start + chunk], states_P[start : start + chunk])
         for start, rows_C in zip(range(0, len(rows_P), chunk), rows_P.split(chunk), strict=True)
     ]
     return _concatenate(parts)
 
 
 @torch.inference_mode()
-def _score_chunked_prefill(model: PreTrainedModel, sequence: TokenSequence, k: int, chunk: int) -> Columns:
+def _score_chunked_prefill(model: PreTrainedModel, sequence: TokenSequence, selector: Selector, chunk: int) -> Found:
     """All supervised positions of one sequence, fed in chunks with a key-value cache.
 
     For a model whose logits are more than a projection of its last state (soft-capped, scaled): its own forward must make them.
     """
-    following_N = np.append(sequence.input_ids_N[1:], np.int32(NO_TARGET))
+    targets_P, states_P = sequence.target_ids_P, _states(sequence, selector)
     ids_1N = torch.from_numpy(sequence.input_ids_N.astype(np.int64))[None].to(model.device)
-    parts: list[Columns] = []
+    parts: list[list[NDArray[Any]]] = []
     cache: Any = None
+    done = 0
     for start in range(0, sequence.num_tokens, chunk):
         here = slice(start, start + chunk)
         output = model(input_ids=ids_1N[:, here], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         rows_C = np.flatnonzero(sequence.supervised_N[here])
         if len(rows_C):
-            parts.append(
-                _top_k(output.logits[0, torch.from_numpy(rows_C).to(output.logits.device)], following_N[here][rows_C], k)
-            )
+            these = slice(done, done + len(rows_C))
+            logits_CV = output.logits[0, torch.from_numpy(rows_C).to(output.logits.device)]
+            parts.append(_select(selector, logits_CV, targets_P[these], states_P[these]))
+            done = these.stop
     return _concatenate(parts)
 
 
-def _top_k(logits_CV: Tensor, targets_C: NDArray[np.int32], k: int) -> Columns:
-    logits_CV = logits_CV.float()
-    log_z_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
-    top_CK = logits_CV.topk(k, dim=-1)
-    targets_C1 = torch.from_numpy(np.maximum(targets_C, 0).astype(np.int64))[:, None].to(logits_CV.device)
-    target_logits_C1 = logits_CV.gather(-1, targets_C1)
-    return Columns(
-        top_CK.indices.to(torch.int32).cpu().numpy(),
-        (top_CK.values - log_z_C1).cpu().numpy(),
-        (target_logits_C1 - log_z_C1)[:, 0].cpu().numpy(),
-    )
+def _states(sequence: TokenSequence, selector: Selector) -> NDArray[np.int64]:
+    """(P,) where the draws at the sequence's positions start; 0 without any."""
+    if selector.seed is None:
+        return np.zeros(len(sequence.positions_P), np.int64)
+    return position_states(selector.seed, sequence.key, sequence.positions_P).view(np.int64)
 
 
-def _concatenate(parts: Sequence[Columns]) -> Columns:
-    return Columns(*map(np.concatenate, zip(*parts, strict=True)))
+def _select(
+    selector: Selector, logits_CV: Tensor, targets_C: NDArray[np.int32], states_C: NDArray[np.int64]
+) -> list[NDArray[Any]]:
+    given = (torch.from_numpy(array).to(logits_CV.device) for array in (targets_C.astype(np.int64), states_C))
+    return [tensor.cpu().numpy() for tensor in selector.select(logits_CV, *given)]
+
+
+def _concatenate(parts: Sequence[Sequence[NDArray[Any]]]) -> Found:
+    return Found.from_padded([np.concatenate(arrays) for arrays in zip(*parts, strict=True)])
 
 
 def _hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:

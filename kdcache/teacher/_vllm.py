@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,13 +28,14 @@ from kdcache.format.record import Distributions, TokenSequence, sequence_key
 from kdcache.teacher import _vllm_engine as engine  # first: it quietens vLLM before that is imported
 from kdcache.teacher._vllm_generate import check_read_whole, write_answers
 from kdcache.teacher._vllm_worker import CaptureExtension, find_internals
-from kdcache.teacher.base import answer, check_sequences, no_positions, top_k_of
+from kdcache.teacher.base import check_selectable, check_sequences, no_positions, top_k_of
 from kdcache.teacher.batches import groups_of_tokens
 from kdcache.teacher.checkpoint import check_model_name
+from kdcache.teacher.found import layout_of, record_of_most_probable
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
 from kdcache.teacher.tokenizer import Tokenizer
 from kdcache.teacher.vllm_options import engine_options, positions_per_chunk
-from kdcache.teacher.vllm_packed import Buffer, pack_requests, read_buffer
+from kdcache.teacher.vllm_packed import pack_requests, read_buffer
 
 # isort: split
 import torch
@@ -52,6 +54,9 @@ WORKER_STEPS_PER_GROUP = 32
 """The last step of a group is seldom full, so larger groups waste less. A row of the buffer takes 8 bytes per entry."""
 
 WORKER_GROUP_BYTES = 256 * 2**20
+
+PUBLIC_KINDS = ("top_k", "top_p_k")
+"""What can be made of the k most probable tokens alone."""
 
 EXTENSION = f"{CaptureExtension.__module__}.{CaptureExtension.__qualname__}"
 
@@ -76,6 +81,7 @@ class VllmTeacher:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._llm: LLM | None = None
+        self._problem = ""
         self._is_in_worker = config.route != "public" and self._start_with_worker()
         if self._llm is None:
             self._start(None)
@@ -92,11 +98,16 @@ class VllmTeacher:
 
     def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
         """See `Teacher`."""
-        k = top_k_of(selection, vocab_size=self._identity.vocab_size, backend="vllm")
+        vocab_size = self._identity.vocab_size
+        if self._is_in_worker:
+            check_selectable(selection, vocab_size=vocab_size)
+        else:
+            backend, reason = "vllm (public route)", f" (no worker route: {self._problem})" if self._problem else ""
+            top_k_of(selection, vocab_size=vocab_size, backend=backend, kinds=PUBLIC_KINDS, reason=reason)
         if self._llm is None:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_sequences(sequences, self._identity)
-        return self._score_all(sequences, k)
+        return self._score_all(sequences, selection)
 
     def generate(
         self, prompts: Sequence[Prompt], config: GenerateConfig, tokenizer: Tokenizer, observe: Observe = lambda _: None
@@ -137,6 +148,7 @@ class VllmTeacher:
         if self._config.route == "worker" or self._config.strict:
             raise TeacherError(f"{sentence}; set teacher.route to public, which gives the same numbers, slower")
         log.warning("%s; using vLLM's own prompt logprobs, which are slower", sentence)
+        self._problem = problem
         return False
 
     def _try_worker(self) -> str | None:
@@ -160,7 +172,8 @@ class VllmTeacher:
         ids_N = (np.arange(min(PROBE_TOKENS, self._identity.context_length)) * 7919 + 11) % vocab_size
         probe, allowed = [_plain_sequence(ids_N.astype(np.int32))], self._engine.llm_engine.model_config.max_logprobs
         k = min(PROBE_K, vocab_size, allowed if allowed > 0 else vocab_size)
-        (ours,), (theirs,) = self._score_in_worker(probe, k), self._score_publicly(probe, k)
+        selection = SelectionInfo(kind="top_k", params={"k": k})
+        (ours,), (theirs,) = self._score_in_worker(probe, selection), self._score_publicly(probe, selection)
         targets_P = probe[0].target_ids_P
         pairs = ((ours.logprobs_E, theirs.logprobs_E), (ours.target_logprobs(targets_P), theirs.target_logprobs(targets_P)))
         error = max(float(np.nanmax(np.abs(a - b), initial=0.0)) for a, b in pairs)
@@ -168,19 +181,21 @@ class VllmTeacher:
             return None
         return f"on a probe of {len(ids_N)} tokens its logprobs are {error:.3g} nats away from vLLM's own"
 
-    def _score_all(self, sequences: Sequence[TokenSequence], k: int) -> Iterator[Distributions]:
-        steps = PUBLIC_STEPS_PER_GROUP
+    def _score_all(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
+        steps, score = PUBLIC_STEPS_PER_GROUP, self._score_publicly
         if self._is_in_worker:
-            steps = max(1, min(WORKER_STEPS_PER_GROUP, WORKER_GROUP_BYTES // (8 * k * self._config.batch_tokens)))
+            step_bytes = layout_of(selection, self._identity.vocab_size).bytes_per_position * self._config.batch_tokens
+            steps, score = max(1, min(WORKER_STEPS_PER_GROUP, WORKER_GROUP_BYTES // step_bytes)), self._score_in_worker
         for group in groups_of_tokens(sequences, steps * self._config.batch_tokens):
-            yield from self._score_in_worker(group, k) if self._is_in_worker else self._score_publicly(group, k)
+            yield from score(group, selection)
 
-    def _score_in_worker(self, group: Sequence[TokenSequence], k: int) -> Iterator[Distributions]:
+    def _score_in_worker(self, group: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
         asked = [sequence for sequence in group if sequence.supervised_N.any()]
         if not asked:
-            return iter([no_positions() for _ in group])
+            return iter([no_positions(selection) for _ in group])
         num_rows = sum(len(sequence.positions_P) for sequence in asked)
-        self._call_workers("kdcache_begin", num_rows, k, self._chunk)
+        plain = msgspec.to_builtins(selection)
+        self._call_workers("kdcache_begin", num_rows, self._chunk, plain, self._identity.vocab_size)
         self._generate(asked, [_worker_params(extra_args) for extra_args in pack_requests(asked)])
         packed = [packed for packed in self._call_workers("kdcache_end") if packed is not None]
         if len(packed) != 1:
@@ -193,15 +208,16 @@ class VllmTeacher:
                 f"the selection in vLLM's worker failed on the teacher {self._identity.model!r}: {problem}; where memory ran "
                 f"out, make teacher.positions_per_chunk ({self._config.positions_per_chunk}) smaller"
             )
-        return read_buffer(group, Buffer.unpack(buffer))
+        return read_buffer(group, selection, buffer)
 
-    def _score_publicly(self, group: Sequence[TokenSequence], k: int) -> Iterator[Distributions]:
+    def _score_publicly(self, group: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
+        k = selection.params["k"]
         asked = [sequence for sequence in group if sequence.supervised_N.any()]
         outputs = self._generate(asked, [_public_params(k)] * len(asked))
         outputs.reverse()
         for sequence in group:
             # Popped, so that a group's containers are freed as they are read.
-            yield read_output(outputs.pop(), sequence, k) if sequence.supervised_N.any() else no_positions()
+            yield read_output(outputs.pop(), sequence, selection) if sequence.supervised_N.any() else no_positions(selection)
 
     def _generate(self, sequences: Sequence[TokenSequence], params: list[SamplingParams]) -> list[RequestOutput]:
         if not sequences:
@@ -241,12 +257,13 @@ class VllmTeacher:
             raise TeacherError(f"vLLM failed on the teacher {model!r}: {engine.reason_of(error)}") from error
 
 
-def read_output(output: RequestOutput, sequence: TokenSequence, k: int) -> Distributions:
+def read_output(output: RequestOutput, sequence: TokenSequence, selection: SelectionInfo) -> Distributions:
     """One finished request as a record: the shift by one and the extra column are undone here and nowhere else.
 
     Raises:
         TeacherError: the engine's rows are not those of the sequence's tokens.
     """
+    k = selection.params["k"]
     ids_NK, logprobs_NK = _rows(output.prompt_logprobs, k)
     last_ids_1K, last_logprobs_1K = _rows(output.outputs[0].logprobs, k)
     if not np.array_equal(ids_NK[:, 0], sequence.input_ids_N[1:]) or len(last_ids_1K) != 1:
@@ -256,7 +273,7 @@ def read_output(output: RequestOutput, sequence: TokenSequence, k: int) -> Distr
         )
     ids_NK = np.concatenate([ids_NK, last_ids_1K])[sequence.supervised_N]
     logprobs_NK = np.concatenate([logprobs_NK, last_logprobs_1K])[sequence.supervised_N]
-    return answer(sequence, ids_NK[:, 1:], logprobs_NK[:, 1:], logprobs_NK[:, 0])
+    return record_of_most_probable(sequence, selection, (ids_NK[:, 1:], logprobs_NK[:, 1:], logprobs_NK[:, 0]))
 
 
 def _rows(flat: Any, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

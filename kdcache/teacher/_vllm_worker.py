@@ -1,7 +1,7 @@
 """Selection inside the engine's worker: vLLM adds `CaptureExtension` to its worker's bases, in whatever process that runs.
 
 In every step, straight after the hidden states: the rows of supervised positions are projected a chunk at a time, and of each
-chunk's logits the top k, their normaliser and the target's logprob are kept. Scheduling, batching and chunked prefill are the
+chunk's logits what the selection wants and the target's logprob are kept. Scheduling, batching and chunked prefill are the
 engine's own. Rows go into a buffer of the whole group by their place, so a position that is computed twice (preemption) is
 written twice, and one that never was leaves its mark unset.
 
@@ -13,15 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.errors import TeacherError
+from kdcache.format.manifest import SelectionInfo
 from kdcache.teacher import _vllm_internals_v024
-from kdcache.teacher._topk_torch import select_top_k
+from kdcache.teacher._select_torch import Selector
 from kdcache.teacher.base import first_line
+from kdcache.teacher.found import Layout
+from kdcache.teacher.uniforms import position_states
 from kdcache.teacher.vllm_packed import NOT_SUPERVISED, TARGETS, Buffer, unpack_request
 
 INTERNALS = (_vllm_internals_v024,)
@@ -60,10 +64,11 @@ class CaptureExtension:
             self.kdcache_capture = capture
         return problem
 
-    def kdcache_begin(self, num_rows: int, k: int, chunk: int) -> None:
-        """Expect the requests of a group; see `Capture.begin`."""
+    def kdcache_begin(self, num_rows: int, chunk: int, selection: dict[str, Any] | None, vocab_size: int) -> None:
+        """Expect the requests of a group; see `Capture.begin`. The selection comes as plain values: it crosses processes."""
         if self.kdcache_capture is not None:
-            self.kdcache_capture.begin(num_rows, k, chunk)
+            selector = None if selection is None else Selector(msgspec.convert(selection, SelectionInfo), vocab_size)
+            self.kdcache_capture.begin(num_rows, chunk, selector)
 
     def kdcache_end(self) -> list[Any] | None:
         """What came of the group: an error's text or None, and `Buffer.pack`. None on workers whose answer does not count."""
@@ -90,19 +95,21 @@ class Capture:
         self._project = project
         self._keeps = keeps
         self._buffer: Buffer | None = None
-        self._k = self._chunk = 0
+        self._selector: Selector | None = None
+        self._chunk = 0
         self._pending: list[_Pending] = []
         self._error: str | None = None
 
-    def begin(self, num_rows: int, k: int, chunk: int) -> None:
+    def begin(self, num_rows: int, chunk: int, selector: Selector | None) -> None:
         """Drop what was begun before, and make room.
 
         Args:
             num_rows: supervised positions of all requests to come.
-            k: entries per position. 0: project only, which is the limit that `benchmarks/capture.py` measures against.
             chunk: most positions whose logits exist at once.
+            selector: what to keep. None: project only, which is the limit that `benchmarks/capture.py` measures against.
         """
-        self._buffer, self._k, self._chunk = Buffer.empty(num_rows, k), k, chunk
+        layout = Layout(0, False, 0) if selector is None else selector.layout
+        self._buffer, self._selector, self._chunk = Buffer.empty(num_rows, layout), selector, chunk
         self._pending, self._error = [], None
 
     def end(self) -> list[Any] | None:
@@ -127,47 +134,58 @@ class Capture:
             self._error = self._error or f"{type(error).__name__}: {first_line(error)}"
 
     def _select(self, hidden_XH: Tensor, spans: Iterable[Any]) -> None:
-        places_P, rows_P, targets_P = wanted_rows(spans)
-        if len(places_P) == 0:
+        wanted = wanted_rows(spans, None if self._selector is None else self._selector.seed)
+        num_rows = len(wanted.places_P)
+        if num_rows == 0:
             return
         # Chunks of equal size: a last one of a few rows would cost the projection as much as a whole one.
-        for here_C in np.array_split(np.arange(len(places_P)), -(-len(places_P) // self._chunk)):
-            here = slice(int(here_C[0]), int(here_C[-1]) + 1)
-            logits_CV = self._project(_rows_of(hidden_XH, places_P[here]))
-            if self._keeps and self._k and logits_CV is not None and self._error is None:
-                self._keep(logits_CV, rows_P[here], targets_P[here])
+        for here_C in np.array_split(np.arange(num_rows), -(-num_rows // self._chunk)):
+            chunk = WantedRows(*(array_P[here_C[0] : here_C[-1] + 1] for array_P in wanted))
+            logits_CV = self._project(_rows_of(hidden_XH, chunk.places_P))
+            if self._keeps and self._selector is not None and logits_CV is not None and self._error is None:
+                self._keep(self._selector, logits_CV, chunk)
 
-    def _keep(self, logits_CV: Tensor, rows_C: NDArray[np.int64], targets_C: NDArray[np.int64]) -> None:
+    def _keep(self, selector: Selector, logits_CV: Tensor, chunk: WantedRows) -> None:
         try:
-            found = select_top_k(logits_CV, torch.from_numpy(targets_C).to(logits_CV.device, non_blocking=True), self._k)
+            given = (torch.from_numpy(x).to(logits_CV.device, non_blocking=True) for x in (chunk.targets_P, chunk.states_P))
+            found = selector.select(logits_CV, *given)
         except Exception as error:
             # Not raised: the other ranks go on to the next chunk's projection, and would wait for this one for ever.
             self._error = f"{type(error).__name__}: {first_line(error)}"
             return
         # From a device: into pinned memory, without waiting for it, so that the next step can be prepared meanwhile.
-        pending = _Pending(rows_C, tuple(tensor.to("cpu", non_blocking=True) for tensor in found))
+        pending = _Pending(chunk.rows_P, tuple(tensor.to("cpu", non_blocking=True) for tensor in found))
         if logits_CV.device.type == "cpu" and self._buffer is not None:
             _write(self._buffer, [pending])
         else:
             self._pending.append(pending)
 
 
-def wanted_rows(spans: Iterable[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(P,) places in the step's hidden states, ascending; (P,) rows of the group's buffer; (P,) targets."""
-    parts = [_wanted_of(span) for span in sorted(spans, key=lambda span: span.row) if TARGETS in span.extra_args]
-    if not parts:
-        none = np.empty(0, np.int64)
-        return none, none, none
-    wanted_3P = np.concatenate(parts, axis=1, dtype=np.int64)
-    return wanted_3P[0], wanted_3P[1], wanted_3P[2]
+class WantedRows(NamedTuple):
+    """(P,) int64 each: places in the step's hidden states, ascending; rows of the group's buffer; targets; the bits of
+    `position_states`, 0 without draws."""
+
+    places_P: NDArray[np.int64]
+    rows_P: NDArray[np.int64]
+    targets_P: NDArray[np.int64]
+    states_P: NDArray[np.int64]
 
 
-def _wanted_of(span: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def wanted_rows(spans: Iterable[Any], seed: int | None = None) -> WantedRows:
+    """What a step holds of the group, in the order of its hidden states; with the selection's seed, where it draws."""
+    parts = [_wanted_of(span, seed) for span in sorted(spans, key=lambda span: span.row) if TARGETS in span.extra_args]
+    return WantedRows(*np.concatenate(parts, axis=1, dtype=np.int64)) if parts else WantedRows(*np.empty((4, 0), np.int64))
+
+
+def _wanted_of(span: Any, seed: int | None) -> WantedRows:
     wanted = unpack_request(span.extra_args)
     here = slice(span.position, span.position + span.length)
-    supervised = wanted.targets_N[here] != NOT_SUPERVISED
-    places = span.row + np.flatnonzero(supervised)
-    return places, wanted.rows_N[here][supervised], wanted.targets_N[here][supervised]
+    supervised = np.flatnonzero(wanted.targets_N[here] != NOT_SUPERVISED)
+    states_P = np.zeros(len(supervised), np.int64)
+    if seed is not None:
+        states_P = position_states(seed, wanted.key, span.position + supervised).view(np.int64)
+    targets_P = wanted.targets_N[here][supervised].astype(np.int64)
+    return WantedRows(span.row + supervised, wanted.rows_N[here][supervised], targets_P, states_P)
 
 
 def _rows_of(hidden_XH: Tensor, places_C: NDArray[np.int64]) -> Tensor:

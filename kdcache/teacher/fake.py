@@ -2,7 +2,7 @@
 
 The distribution at position t is a function of (seed, tokens 0..t): a Zipf law over ranks, p(r) = (r+1)^-s / Z, whose exponent
 s and assignment of ids to ranks, id = (a*r + b) mod V, are drawn from a hash of the prefix. Every number has a closed form,
-so logprobs, tail mass and targets agree exactly, at any vocabulary, without a [tokens, vocab] array.
+so logprobs, tail mass and targets agree exactly, at any vocabulary, and `top_k` needs no [tokens, vocab] array.
 
 Shape letters: N tokens, P supervised positions, K entries per position, V vocabulary.
 """
@@ -20,9 +20,12 @@ from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import SelectionInfo, TeacherIdentity, TokenizerIdentity
 from kdcache.format.record import Distributions, TokenSequence
-from kdcache.teacher.base import answer, check_sequences, no_positions, top_k_of
+from kdcache.teacher.base import answer, check_selectable, check_sequences, no_positions
+from kdcache.teacher.found import concatenate
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, draw_from, end_tokens
+from kdcache.teacher.select_reference import select_reference
 from kdcache.teacher.tokenizer import ROLE_CODES, ChatTokens, Message, Tokenizer, check_messages
+from kdcache.teacher.uniforms import GOLDEN, mix64, position_states
 
 FAKE_VERSION = "1"
 """Part of the identity: raise it when the distributions or the chat rendering change."""
@@ -30,7 +33,8 @@ FAKE_VERSION = "1"
 EXPONENTS = np.linspace(1.05, 2.5, 16)
 NUM_MULTIPLIERS = 64
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+DENSE_ELEMENTS = 2**20
+"""Logprobs of whole rows that exist at once, where the selection is not the plain `top_k`, which needs none."""
 
 
 class FakeTeacher:
@@ -62,11 +66,11 @@ class FakeTeacher:
 
     def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
         """See `Teacher`."""
-        k = top_k_of(selection, vocab_size=self._identity.vocab_size, backend="fake")
+        check_selectable(selection, vocab_size=self._identity.vocab_size)
         if self._is_closed:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_sequences(sequences, self._identity)
-        return (self._score(sequence, k) for sequence in sequences)
+        return (self._score(sequence, selection) for sequence in sequences)
 
     def dense_logprobs(self, sequence: TokenSequence) -> NDArray[np.float64]:
         """(N, V) the whole distribution at every position: the definition that `score` is compared with."""
@@ -99,17 +103,31 @@ class FakeTeacher:
         observe(len(token_ids) - prompt.sequence.num_tokens)
         return Generated(np.array(token_ids[prompt.sequence.num_tokens :], np.int32), finish)
 
-    def _score(self, sequence: TokenSequence, k: int) -> Distributions:
+    def _score(self, sequence: TokenSequence, selection: SelectionInfo) -> Distributions:
         if not sequence.supervised_N.any():
-            return no_positions()
+            return no_positions(selection)
         hashes_P = prefix_hashes(sequence.input_ids_N, self._seed)[sequence.supervised_N]
+        if selection.kind != "top_k" or selection.temperatures or selection.entropy or selection.filters:
+            return self._select(sequence, selection, hashes_P)
         exponents_P, multipliers_P, shifts_P, _ = self._draw(hashes_P)
-        ranks_K = np.arange(k)
+        ranks_K = np.arange(selection.params["k"])
         ids_PK = (multipliers_P[:, None] * ranks_K + shifts_P[:, None]) % self._identity.vocab_size
         logprobs_PK = self._logprobs_of_ranks(exponents_P[:, None], ranks_K[None, :])
         targets_P = sequence.target_ids_P.astype(np.int64)
         targets_P = np.maximum(targets_P, 0)
         return answer(sequence, ids_PK, logprobs_PK, self._logprobs_of_ids(hashes_P, targets_P[:, None])[:, 0])
+
+    def _select(self, sequence: TokenSequence, selection: SelectionInfo, hashes_P: NDArray[np.uint64]) -> Distributions:
+        """By the definition, over whole rows, a few positions at a time."""
+        states_P = position_states(selection.params.get("seed", 0), sequence.key, sequence.positions_P)
+        targets_P, ids_V = sequence.target_ids_P, np.arange(self._identity.vocab_size)
+        size = max(1, DENSE_ELEMENTS // len(ids_V))
+        parts = []
+        for start in range(0, len(hashes_P), size):
+            here = slice(start, start + size)
+            dense_PV = self._logprobs_of_ids(hashes_P[here], np.broadcast_to(ids_V, (len(hashes_P[here]), len(ids_V))))
+            parts.append(select_reference(dense_PV, targets_P[here], selection, states_P[here]))
+        return concatenate(parts)
 
     def _draw(self, hashes_P: NDArray[np.uint64]) -> tuple[NDArray[np.int64], ...]:
         """(P,) each: the exponent's number, a, b, and a's inverse modulo V. Each takes other bits of the hash."""
@@ -134,17 +152,9 @@ def prefix_hashes(input_ids_N: NDArray[np.int32], seed: int) -> NDArray[np.uint6
     A sum over the prefix of mixed (token, place) pairs, so that it is one cumulative sum and not a loop; then mixed again.
     """
     places_N = np.arange(1, len(input_ids_N) + 1, dtype=np.uint64)
-    pairs_N = _mix(input_ids_N.astype(np.uint64) * _GOLDEN + _mix(places_N))
+    pairs_N = mix64(input_ids_N.astype(np.uint64) * np.uint64(GOLDEN) + mix64(places_N))
     with np.errstate(over="ignore"):
-        return _mix(np.cumsum(pairs_N, dtype=np.uint64) + _mix(np.array([seed & (2**64 - 1)], np.uint64)))
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014, Figure 17), a bijection of 64 bits."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        return mix64(np.cumsum(pairs_N, dtype=np.uint64) + mix64(np.array([seed & (2**64 - 1)], np.uint64)))
 
 
 def _units_modulo(vocab_size: int, count: int) -> NDArray[np.int64]:

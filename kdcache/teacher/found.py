@@ -9,8 +9,8 @@ Shape letters: P positions, K entries per position (padded), E entries of all po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +48,7 @@ def layout_of(selection: SelectionInfo, vocab_size: int) -> Layout:
     return Layout(most_entries(selection, vocab_size), is_ragged, num_scalars)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Found:
+class Found(NamedTuple):
     """What was found at P positions, as NumPy arrays.
 
     Attributes:
@@ -114,19 +113,42 @@ def record_of(sequence: TokenSequence, selection: SelectionInfo, found: Found) -
     return replace(distributions, log_z_PT=np.ascontiguousarray(scalars_PS)) if selection.temperatures else distributions
 
 
-def cut_at_mass(found: Found, p: float) -> Found:
-    """Of the most probable tokens of each position, those until whose mass is p: `top_k` made `top_p_k`, exactly.
+def record_of_most_probable(
+    sequence: TokenSequence,
+    selection: SelectionInfo,
+    found: tuple[NDArray[np.integer], NDArray[np.floating], NDArray[np.floating]],
+) -> Distributions:
+    """The record of `top_k` or `top_p_k`, from an engine that gives the k most probable tokens and their logprobs.
 
-    Every position of `found` has the same number of entries, by falling logprob. Gives the tail mass as the one scalar.
+    Args:
+        sequence, selection: what was asked.
+        found: token ids (P, K), by falling logprob; logprobs (P, K); target logprobs (P,).
+
+    Raises:
+        TeacherError: a logprob is NaN.
     """
-    num_positions = len(found.num_exact_P)
-    logprobs_PK = found.logprobs_E.reshape(num_positions, -1)
+    if selection.kind == "top_k":
+        return answer(sequence, *found)
+    ids_PK, logprobs_PK, targets_P = found
     mass_PK = np.cumsum(np.exp(logprobs_PK.astype(np.float64)), axis=-1)
-    counts_P = np.minimum(1 + (mass_PK < p).sum(axis=-1), logprobs_PK.shape[1])
-    kept_P = np.take_along_axis(mass_PK, counts_P[:, None] - 1, axis=-1)
-    arrays = (found.token_ids_E.reshape(num_positions, -1), logprobs_PK, found.target_logprobs_P)
-    tail_mass_P1 = np.clip(1.0 - kept_P, 0.0, 1.0).astype(np.float32)
-    return Found.from_padded((*arrays, np.stack([counts_P, counts_P], axis=-1), tail_mass_P1))
+    counts_P = np.minimum(1 + (mass_PK < selection.params["p"]).sum(axis=-1), ids_PK.shape[1])
+    tail_P1 = np.clip(1.0 - np.take_along_axis(mass_PK, counts_P[:, None] - 1, axis=-1), 0.0, 1.0)
+    entries = (ids_PK.astype(np.int32), logprobs_PK.astype(np.float32), targets_P.astype(np.float32))
+    counts_P2 = np.stack([counts_P, counts_P], axis=-1)
+    return record_of(sequence, selection, Found.from_padded((*entries, counts_P2, tail_P1.astype(np.float32))))
+
+
+def concatenate(parts: Sequence[Distributions]) -> Distributions:
+    """Distributions of one selection one after another, as one."""
+    shifts = np.cumsum([0, *(part.num_entries for part in parts)])
+    offsets = [part.offsets_P1[1:] + shift for part, shift in zip(parts, shifts[:-1], strict=True)]
+
+    def joined(name: str) -> Any:
+        arrays = [getattr(part, name) for part in parts]
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    names = [field.name for field in fields(Distributions) if field.name != "offsets_P1"]
+    return Distributions(**{name: joined(name) for name in names}, offsets_P1=np.concatenate([[0], *offsets]).astype(np.int64))
 
 
 def _offsets(counts_P2: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -66,17 +66,17 @@ class PublicCase:
 def public(tiny_model_dir: Path, worker_answers: list[Distributions]) -> Iterator[PublicCase]:
     from kdcache.teacher import _vllm, _vllm_worker
 
-    select = _vllm_worker.select_top_k
+    select = _vllm_worker.Selector.select
 
-    def select_the_row_before(logits_CV: Any, targets_C: Any, k: int) -> Any:
-        return select(logits_CV.roll(1, 0), targets_C, k)
+    def select_the_row_before(selector: Any, logits_CV: Any, targets_C: Any, states_C: Any) -> Any:
+        return select(selector, logits_CV.roll(1, 0), targets_C, states_C)
 
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
     _vllm.log.addHandler(handler)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_vllm_worker, "select_top_k", select_the_row_before)
+        patch.setattr(_vllm_worker.Selector, "select", select_the_row_before)
         teacher: Any = load_teacher(config(tiny_model_dir))
     _vllm.log.removeHandler(handler)
     assert teacher.route == "public"
@@ -185,7 +185,7 @@ class TestWithAPrefixCache:
 
         sequences = random_sequences(case, [70, 3], seed=6)
         with monkeypatch.context() as patch:
-            patch.setattr(_vllm_worker, "select_top_k", fail)
+            patch.setattr(_vllm_worker.Selector, "select", fail)
             with pytest.raises(TeacherError, match=r"MemoryError: no room for the logits; .*positions_per_chunk \(24\)"):
                 score(case, sequences)
         assert [answer.num_positions for answer in score(case, sequences)] == [70, 3]

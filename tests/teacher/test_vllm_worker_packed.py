@@ -13,15 +13,24 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from contracts.teacher import make_sequence  # noqa: E402
+from contracts.teacher import make_sequence, top_k  # noqa: E402
 
 from kdcache.config.capture import TeacherConfig  # noqa: E402
 from kdcache.errors import TeacherError  # noqa: E402
 from kdcache.format.record import NO_TARGET  # noqa: E402
 from kdcache.teacher import _vllm_internals_v024 as internals  # noqa: E402
+from kdcache.teacher._select_torch import Selector  # noqa: E402
 from kdcache.teacher._vllm_worker import Capture, find_internals, wanted_rows  # noqa: E402
+from kdcache.teacher.found import Layout  # noqa: E402
 from kdcache.teacher.vllm_options import engine_options, positions_per_chunk  # noqa: E402
-from kdcache.teacher.vllm_packed import NOT_SUPERVISED, Buffer, pack_requests, read_buffer, unpack_request  # noqa: E402
+from kdcache.teacher.vllm_packed import (  # noqa: E402
+    NOT_SUPERVISED,
+    Buffer,
+    pack_requests,
+    read_buffer,
+    unpack_buffer,
+    unpack_request,
+)
 
 V, H = 50, 4
 WEIGHT_HV = torch.randn(H, V, generator=torch.Generator().manual_seed(0))
@@ -41,13 +50,28 @@ def test_a_request_says_where_its_rows_start_and_what_each_is_about():
 
 
 def test_a_buffer_comes_back_as_it_was_sent():
-    buffer = Buffer.empty(3, 2)
-    buffer.write(np.array([2, 0]), (np.array([[1, 2], [3, 4]]), np.array([[-1, -2], [-3, -4]]), np.array([-5, -6])))
-    again = Buffer.unpack(buffer.pack())
-    assert again.filled_P.tolist() == [True, False, True]
-    assert again.token_ids_PK[[0, 2]].tolist() == [[3, 4], [1, 2]]
-    assert again.logprobs_PK[[0, 2]].tolist() == [[-3, -4], [-1, -2]]
-    assert again.target_logprobs_P[[0, 2]].tolist() == [-6, -5]
+    buffer, none = Buffer.empty(3, Layout(2, False, 0)), np.empty((2, 0))
+    entries = (np.array([[1, 2], [3, 4]]), np.array([[-1, -2], [-3, -4]]))
+    buffer.write(np.array([2, 0]), (*entries, np.array([-5, -6]), none, none))
+    found, filled_P = unpack_buffer(buffer.pack())
+    assert filled_P.tolist() == [True, False, True]
+    assert found.token_ids_E.reshape(3, 2)[[0, 2]].tolist() == [[3, 4], [1, 2]]
+    assert found.logprobs_E.reshape(3, 2)[[0, 2]].tolist() == [[-3, -4], [-1, -2]]
+    assert found.target_logprobs_P[[0, 2]].tolist() == [-6, -5]
+
+
+def test_of_ragged_rows_the_entries_alone_are_sent():
+    buffer = Buffer.empty(3, Layout(3, True, 2))
+    entries = (np.array([[1, 2, 9], [3, 9, 9]]), np.array([[-1, -2, 9], [-3, 9, 9]]))
+    counts_C2, scalars_CS = np.array([[1, 2], [0, 1]]), np.array([[0.5, 7], [1, 8]])
+    buffer.write(np.array([2, 0]), (*entries, np.array([-5, -6]), counts_C2, scalars_CS))
+    found, filled_P = unpack_buffer(buffer.pack())
+    assert filled_P.tolist() == [True, False, True]
+    assert found.token_ids_E.tolist() == [3, 1, 2]
+    assert found.logprobs_E.tolist() == [-3, -1, -2]
+    assert found.offsets_P1.tolist() == [0, 1, 1, 3]
+    assert found.num_exact_P.tolist() == [0, 0, 1]
+    assert found.scalars_PS[[0, 2]].tolist() == [[1, 8], [0.5, 7]]
 
 
 def spans_of(extra_args: list[dict], cuts: list[tuple[int, int, int, int]]) -> list[internals.Span]:
@@ -59,10 +83,15 @@ def test_the_rows_of_a_step_are_found_in_the_order_of_its_hidden_states():
     extra_args = pack_requests([make_sequence([5, 6, 7]), make_sequence([8, 9, 1, 2], [False, True, False, True])])
     # The second request comes first in the batch, its first token was in an earlier step; one request is not ours.
     spans = [*spans_of(extra_args, [(0, 3, 0, 3), (1, 0, 1, 3)]), internals.Span({"other": 1}, 6, 0, 4)]
-    places_P, rows_P, targets_P = wanted_rows(spans)
+    places_P, rows_P, targets_P, states_P = wanted_rows(spans)
     assert places_P.tolist() == [0, 2, 3, 4, 5]
     assert rows_P.tolist() == [3, 4, 0, 1, 2]
     assert targets_P.tolist() == [1, NO_TARGET, 6, 7, NO_TARGET]
+    assert not states_P.any()
+    # With a seed, where the draws of a position start: as if the whole sequence had come in one step.
+    later, whole = (wanted_rows(cut, seed=3).states_P for cut in (spans, spans_of(extra_args, [(1, 0, 0, 4)])))
+    assert later[:2].tolist() == whole.tolist()
+    assert len(set(later.tolist())) == 5
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 100])
@@ -71,12 +100,12 @@ def test_a_group_cut_into_any_steps_and_chunks_gives_the_same_records(chunk: int
     hidden = [torch.randn(3, H), torch.randn(4, H)]
     extra_args = pack_requests(sequences)
     capture = Capture(project, keeps=True)
-    capture.begin(5, 3, chunk)
+    capture.begin(5, chunk, Selector(top_k(3), V))
     capture.on_step(torch.cat([hidden[0], hidden[1][:1]]), lambda: iter(spans_of(extra_args, [(0, 0, 0, 3), (1, 3, 0, 1)])))
     capture.on_step(hidden[1][1:], lambda: iter(spans_of(extra_args, [(1, 0, 1, 3)])))
     error, *packed = capture.end()
     assert error is None
-    for sequence, hidden_NH, answer in zip(sequences, hidden, read_buffer(sequences, Buffer.unpack(packed)), strict=True):
+    for sequence, hidden_NH, answer in zip(sequences, hidden, read_buffer(sequences, top_k(3), packed), strict=True):
         dense_PV = project(hidden_NH).log_softmax(dim=-1)[torch.from_numpy(sequence.supervised_N)]
         ids_PK, logprobs_PK = answer.padded()
         np.testing.assert_array_equal(ids_PK, dense_PV.topk(3).indices.numpy())
@@ -89,11 +118,11 @@ def test_a_group_cut_into_any_steps_and_chunks_gives_the_same_records(chunk: int
 def test_a_position_that_no_step_computed_is_an_error_and_named():
     (sequence,) = sequences = [make_sequence([5, 6, 7, 8])]
     capture = Capture(project, keeps=True)
-    capture.begin(4, 2, 10)
+    capture.begin(4, 10, Selector(top_k(2), V))
     capture.on_step(torch.randn(2, H), lambda: iter(spans_of(pack_requests(sequences), [(0, 0, 2, 2)])))
     _, *packed = capture.end()
     with pytest.raises(TeacherError, match=rf"{sequence.source}: .* never computed 2 of 4 positions, the first of them 0"):
-        list(read_buffer(sequences, Buffer.unpack(packed)))
+        list(read_buffer(sequences, top_k(2), packed))
 
 
 def test_a_failure_in_a_step_is_told_at_the_end_and_leaves_no_trace_in_the_next_group():
@@ -106,23 +135,23 @@ def test_a_failure_in_a_step_is_told_at_the_end_and_leaves_no_trace_in_the_next_
         return project(hidden_CH) if len(calls) > 4 else project(hidden_CH)[:, :1]  # too few columns for k
 
     capture = Capture(project_badly, keeps=True)
-    capture.begin(4, 2, 1)
+    capture.begin(4, 1, Selector(top_k(2), V))
     capture.on_step(torch.randn(4, H), lambda: iter(spans))
     # The other chunks are projected all the same: other ranks do, and wait for this one.
     assert capture.end()[0] is not None
     assert calls == [1] * 4
-    capture.begin(4, 2, 1)
+    capture.begin(4, 1, Selector(top_k(2), V))
     capture.on_step(torch.randn(4, H), lambda: iter(spans))
     error, *packed = capture.end()
     assert error is None
-    assert len(list(read_buffer(sequences, Buffer.unpack(packed)))) == 1
+    assert len(list(read_buffer(sequences, top_k(2), packed))) == 1
 
 
 def test_a_rank_whose_answer_does_not_count_projects_and_says_nothing():
     spans = spans_of(pack_requests([make_sequence([5, 6, 7])]), [(0, 0, 0, 3)])
     calls: list[int] = []
     capture = Capture(lambda hidden_CH: calls.append(len(hidden_CH)), keeps=False)
-    capture.begin(3, 2, 2)
+    capture.begin(3, 2, Selector(top_k(2), V))
     capture.on_step(torch.randn(3, H), lambda: iter(spans))
     assert capture.end() is None
     assert sum(calls) == 3
