@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -19,7 +21,9 @@ from kdcache.capture.progress import CaptureProgress
 from kdcache.capture.unit import Work, make_work, most_tokens
 from kdcache.codec import get_codec
 from kdcache.config.capture import CaptureConfig
-from kdcache.format.record import TokenSequence, distributions_from_dense
+from kdcache.format.manifest import SelectionInfo
+from kdcache.format.record import Distributions, TokenSequence, distributions_from_dense
+from kdcache.format.selection import fixed_entries, fixed_exact, has_estimates, most_entries
 from kdcache.store import chain
 from kdcache.store.writer import refuse_foreign_directory
 from kdcache.teacher import load_teacher
@@ -44,7 +48,9 @@ class CaptureEstimate:
         num_files: 0 for a dataset.
         num_units_before: units already published in output.path.
         num_sampled_items: what the estimates rest on.
-        bytes_per_position: of the codec's columns alone.
+        bytes_per_position: of the codec's columns, and of the number of entries where that varies.
+        bytes_are: `expected`; `most`, where the number of entries follows from the teacher, which has not been asked; or
+            `measured`, by the probe.
         tokens_per_second: measured, by a probe or by the units already published; None where nothing has been measured.
     """
 
@@ -56,6 +62,7 @@ class CaptureEstimate:
     num_positions: int
     num_sequences: int
     bytes_per_position: float
+    bytes_are: Literal["expected", "most", "measured"]
     num_bytes: int
     tokens_per_second: float | None
 
@@ -68,13 +75,21 @@ class CaptureEstimate:
         return self.num_tokens * share / self.tokens_per_second
 
 
+class _Probed(NamedTuple):
+    """Speed and size, known or expected."""
+
+    tokens_per_second: float | None
+    bytes_per_position: float
+    is_measured: bool = False
+
+
 def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = None, *, probe: bool = False) -> CaptureEstimate:
     """Plan a capture, tokenise a sample of its input, and say what it would come to. Writes nothing.
 
     Args:
         config: of the capture.
         progress: sees the scan of the input.
-        probe: also load the teacher and time it on a few sequences.
+        probe: also load the teacher, time it on a few sequences, and measure what its answers take.
 
     Raises:
         As `run_capture` does before it starts.
@@ -85,8 +100,8 @@ def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = N
         items = _sample(job)
         vocab_size = job.tokenizer.identity.vocab_size
         work, _ = make_work(items, job.tokenizer, config, vocab_size=2**31)
-        speed = _probe_speed(job, work) if probe else _past_speed(job)
-        return _scale(job, items, work, _bytes_per_position(config, vocab_size), speed)
+        probed = _probe(job, work) if probe else None
+        return _scale(job, items, work, probed or _Probed(_past_speed(job), _expected_bytes(config, vocab_size)))
 
 
 def _sample(job: Job) -> list[Item]:
@@ -109,8 +124,8 @@ def _clip(item: Item, config: CaptureConfig) -> Item:
     return replace(item, content=item.content[:SAMPLE_CHARS_PER_ITEM])
 
 
-def _scale(job: Job, items: list[Item], work: list[Work], bytes_per_position: float, speed: float | None) -> CaptureEstimate:
-    plan = job.plan
+def _scale(job: Job, items: list[Item], work: list[Work], probed: _Probed) -> CaptureEstimate:
+    plan, bytes_per_position = job.plan, probed.bytes_per_position
     by_items = plan.is_stream or job.config.input.window.policy == "truncate" or job.config.generate is not None
     sampled = len(items) if by_items else sum(item.num_chars for item in items)
     factor = (plan.num_items if by_items else plan.num_chars) / max(1, sampled)
@@ -127,13 +142,14 @@ def _scale(job: Job, items: list[Item], work: list[Work], bytes_per_position: fl
         num_positions=positions,
         num_sequences=num_sequences,
         bytes_per_position=bytes_per_position,
+        bytes_are=_bytes_are(job.config, probed),
         num_bytes=round(
             positions * bytes_per_position
             + tokens * (4 + 1 / 8)
             + num_sequences * SEQUENCE_BYTES
             + len(plan.units) * SHARD_BYTES
         ),
-        tokens_per_second=speed,
+        tokens_per_second=probed.tokens_per_second,
     )
 
 
@@ -143,49 +159,76 @@ def _most_positions(work: list[Work], config: CaptureConfig) -> int:
     return sum(int(sequence.supervised_N.sum()) for sequence in work if isinstance(sequence, TokenSequence))
 
 
-def _bytes_per_position(config: CaptureConfig, vocab_size: int) -> float:
-    """What the codec makes of made-up distributions of the selection's size; every fourth target lies outside the support."""
-    num_positions, k = 64, min(config.selection.k, vocab_size)
-    token_ids_PK = np.tile(np.arange(k), (num_positions, 1))
-    logprobs_PK = np.full((num_positions, k), -np.log(2.0 * k))
-    inside = np.arange(num_positions) % 4 > 0
-    target_ids_P = np.where(inside, 0, vocab_size).astype(np.int32)
-    made_up = distributions_from_dense(token_ids_PK, logprobs_PK, target_ids_P, np.full(num_positions, -9.0))
-    info = codec_info(config, vocab_size)
-    columns = get_codec(info.codec_id, info.params, selection_info(config)).encode([made_up])
-    return sum(column.nbytes for column in columns) / num_positions
+def _bytes_are(config: CaptureConfig, probed: _Probed) -> Literal["expected", "most", "measured"]:
+    if probed.is_measured:
+        return "measured"
+    return "expected" if fixed_entries(selection_info(config)) is not None else "most"
 
 
-def _probe_speed(job: Job, work: list[Work]) -> float | None:
-    """Tokens per second of the real teacher on a few thousand tokens, after a first sequence that warms it up."""
+def _expected_bytes(config: CaptureConfig, vocab_size: int) -> float:
+    """What the codec makes of made-up distributions with the most entries that the selection can have."""
+    selection = selection_info(config)
+    return _encoded_bytes(config, vocab_size, [_made_up(selection, min(vocab_size, most_entries(selection, vocab_size)))])
+
+
+def _made_up(selection: SelectionInfo, k: int) -> Distributions:
+    """64 positions of k entries; every fourth target lies outside the support."""
+    num_positions, num_exact = 64, fixed_exact(selection)
+    exact = min(k, k // 2 if num_exact is None else num_exact)
+    made_up = distributions_from_dense(
+        np.tile(np.arange(k), (num_positions, 1)),
+        np.full((num_positions, k), -np.log(2.0 * max(k, 1))),
+        np.where(np.arange(num_positions) % 4 > 0, 0, k).astype(np.int32),
+        np.full(num_positions, -9.0),
+    )
+    return replace(
+        made_up,
+        num_exact_P=np.full(num_positions, exact) if has_estimates(selection) else None,
+        log_z_PT=np.ones((num_positions, len(selection.temperatures)), np.float32) if selection.temperatures else None,
+        entropy_P=np.ones(num_positions, np.float32) if selection.entropy else None,
+    )
+
+
+def _encoded_bytes(config: CaptureConfig, vocab_size: int, answers: Sequence[Distributions]) -> float:
+    """Bytes per position of the codec's columns, and of the number of entries where it is stored."""
+    info, selection = codec_info(config, vocab_size), selection_info(config)
+    columns = get_codec(info.codec_id, info.params, selection).encode(answers)
+    num_positions = max(1, sum(distributions.num_positions for distributions in answers))
+    return sum(column.nbytes for column in columns) / num_positions + 2 * (fixed_entries(selection) is None)
+
+
+def _probe(job: Job, work: list[Work]) -> _Probed | None:
+    """The real teacher on a few thousand tokens, after a first sequence that warms it up."""
     prompts = [asked for asked in work if isinstance(asked, Prompt)]
     if prompts:
-        return _probe_writing_speed(job, prompts)
+        return _probe_writing(job, prompts)
     config = job.config
     longest_first = sorted((s for s in work if isinstance(s, TokenSequence)), key=lambda sequence: -sequence.num_tokens)
     if not longest_first:
         return None
     with closing(load_teacher(config.teacher)) as teacher:
-        check_fits(config, teacher.identity)
+        check_fits(config, teacher)
         list(teacher.score(longest_first[:1], selection_info(config)))
         chosen = longest_first[: max(1, PROBE_TOKENS // longest_first[0].num_tokens)]
         started = time.perf_counter()
-        list(teacher.score(chosen, selection_info(config)))
-        return sum(sequence.num_tokens for sequence in chosen) / (time.perf_counter() - started)
+        answers = list(teacher.score(chosen, selection_info(config)))
+        speed = sum(sequence.num_tokens for sequence in chosen) / (time.perf_counter() - started)
+        return _Probed(speed, _encoded_bytes(config, teacher.identity.vocab_size, answers), is_measured=True)
 
 
-def _probe_writing_speed(job: Job, prompts: list[Prompt]) -> float:
+def _probe_writing(job: Job, prompts: list[Prompt]) -> _Probed:
     """The same of a teacher that writes: tokens of prompts and answers in the time for writing and reading back."""
     config, tokenizer = job.config, job.tokenizer
     assert config.generate is not None
     with closing(load_teacher(config.teacher)) as teacher:
-        check_fits(config, teacher.identity)
+        check_fits(config, teacher)
         list(write_sequences(prompts[:1], teacher, config, tokenizer, lambda _: None))
         chosen = prompts[: max(1, PROBE_TOKENS // config.generate.max_tokens)]
         started = time.perf_counter()
         sequences = list(write_sequences(chosen, teacher, config, tokenizer, lambda _: None))
-        list(teacher.score(sequences, selection_info(config)))
-        return sum(sequence.num_tokens for sequence in sequences) / (time.perf_counter() - started)
+        answers = list(teacher.score(sequences, selection_info(config)))
+        speed = sum(sequence.num_tokens for sequence in sequences) / (time.perf_counter() - started)
+        return _Probed(speed, _encoded_bytes(config, teacher.identity.vocab_size, answers), is_measured=True)
 
 
 def _past_speed(job: Job) -> float | None:

@@ -39,7 +39,7 @@ def capture_here(job: Job, progress: CaptureProgress, stop: StopRequest) -> Capt
 
 def open_writer(job: Job, slot: TeacherSlot) -> CacheWriter:
     """A writer of the job's cache, which is started if it is not there; raises MismatchError where it is another capture's."""
-    check_fits(job.config, slot.teacher.identity)
+    check_fits(job.config, slot.teacher)
     manifest = first_manifest(job, slot.teacher.identity)
     return CacheWriter.open(job.path, manifest, record_batch_bytes=job.config.output.record_batch_bytes)
 

@@ -22,7 +22,7 @@ from kdcache.format.manifest import CodecInfo, Identity, Manifest, PlanInfo, Sel
 from kdcache.format.selection import selection_params
 from kdcache.store.location import Location, locate
 from kdcache.teacher import load_tokenizer
-from kdcache.teacher.base import top_k_of
+from kdcache.teacher.base import Teacher
 from kdcache.teacher.tokenizer import Tokenizer
 
 _VERSIONED = ("numpy", "pyarrow", "torch", "transformers", "tokenizers", "vllm", "datasets")
@@ -94,13 +94,15 @@ def first_manifest(job: Job, teacher: TeacherIdentity) -> Manifest:
     )
 
 
-def check_fits(config: CaptureConfig, teacher: TeacherIdentity) -> None:
-    """Raise ConfigError where a window may be longer than the teacher can read, or k is more than it has tokens."""
-    top_k_of(selection_info(config), vocab_size=teacher.vocab_size, backend=teacher.engine)
-    if config.input.window.size > teacher.context_length:
+def check_fits(config: CaptureConfig, teacher: Teacher) -> None:
+    """Raise ConfigError where a window may be longer than the teacher can read, or it cannot make the selection."""
+    # It refuses before it computes, and of nothing there is nothing to compute.
+    teacher.score([], selection_info(config))
+    identity = teacher.identity
+    if config.input.window.size > identity.context_length:
         raise ConfigError(
-            f"input.window.size is {config.input.window.size}, but the teacher {teacher.model!r} reads at most "
-            f"{teacher.context_length} tokens; set input.window.size to {teacher.context_length} or less"
+            f"input.window.size is {config.input.window.size}, but the teacher {identity.model!r} reads at most "
+            f"{identity.context_length} tokens; set input.window.size to {identity.context_length} or less"
         )
 
 

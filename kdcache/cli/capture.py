@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kdcache.cli.config_arguments import add_config_arguments, read_config
 from kdcache.cli.wording import count, duration, rows, size
 from kdcache.config.capture import CaptureConfig
+from kdcache.format.selection import selection_params
 
 if TYPE_CHECKING:
     from kdcache.capture.estimate import CaptureEstimate
@@ -140,15 +141,18 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
         when = "unknown before the teacher runs; --probe loads it and measures"
     else:
         when = f"about {duration(seconds)} at {estimate.tokens_per_second:,.0f} tokens/s, as measured"
+    # In place of what it will be, where that follows from the teacher: --probe measures it.
+    most = {"most": "at most ", "expected": "", "measured": "measured: "}[estimate.bytes_are]
+    params = ", ".join(f"{name} {getattr(config.selection, name)}" for name in selection_params(config.selection.kind))
     at_most = "about" if config.generate is None else "at most"
     return rows(
         {
             "input": read,
             "plan": f"{count(len(plan.units), 'unit')}, {estimate.num_units_before:,} of them published already",
             **_tokens_row(config, estimate),
-            "positions": f"{at_most} {estimate.num_positions:,}, at {estimate.bytes_per_position:.1f} bytes each "
-            f"({config.codec.id}, {config.selection.kind} {config.selection.k})",
-            "cache": f"{at_most} {size(estimate.num_bytes)} at {config.output.path}",
+            "positions": f"{at_most} {estimate.num_positions:,}, {most}{estimate.bytes_per_position:.1f} bytes each "
+            f"({config.codec.id}, {config.selection.kind}: {params})",
+            "cache": f"{'at most' if most.startswith('at') else at_most} {size(estimate.num_bytes)} at {config.output.path}",
             "time": when,
         }
     )
