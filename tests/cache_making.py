@@ -110,6 +110,8 @@ def make_unit(unit: int, *, num_sequences: int = 3, vocab_size: int = VOCAB_SIZE
 
 def make_identity(codec_id: str = "raw", *, vocab_size: int = VOCAB_SIZE, k: int = K, model: str = "made-up") -> Identity:
     """An identity as a capture by the fake teacher would give."""
+    from kdcache.codec import get_codec
+
     teacher = TeacherIdentity(
         model=model,
         architecture="Made",
@@ -123,7 +125,7 @@ def make_identity(codec_id: str = "raw", *, vocab_size: int = VOCAB_SIZE, k: int
         teacher=teacher,
         tokenizer=TokenizerIdentity(name="made", fingerprint="f" * 64, vocab_size=vocab_size),
         selection=SelectionInfo(kind="top_k", params={"k": k}),
-        codec=CodecInfo(codec_id=codec_id, params={"vocab_size": vocab_size}),
+        codec=CodecInfo(codec_id=codec_id, params=get_codec(codec_id, {"vocab_size": vocab_size}).params()),
         input_fingerprint="0" * 64,
     )
 

@@ -121,7 +121,8 @@ def selection_info(config: CaptureConfig) -> SelectionInfo:
 
 def codec_info(config: CaptureConfig, vocab_size: int) -> CodecInfo:
     """The codec and its parameters, for a vocabulary."""
-    codec = get_codec(config.codec.id, {"vocab_size": vocab_size}, selection_info(config))
+    bits = {} if config.codec.bits is None else {"bits": config.codec.bits}
+    codec = get_codec(config.codec.id, {"vocab_size": vocab_size, **bits}, selection_info(config))
     return CodecInfo(codec_id=codec.codec_id, params=codec.params())
 
 

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from kdcache.codec.base import Codec
     from kdcache.format.manifest import SelectionInfo
 
-CODECS = {"raw": "kdcache.codec.raw:RawCodec", "packed": "kdcache.codec.packed:PackedCodec"}
+CODECS = {
+    "raw": "kdcache.codec.raw:RawCodec",
+    "packed": "kdcache.codec.packed:PackedCodec",
+    "quantized": "kdcache.codec.quantized:QuantizedCodec",
+}
 """codec id -> "module:Class", imported on use."""
 
 

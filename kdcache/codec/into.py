@@ -9,7 +9,7 @@ Shape letters: P positions, Q positions that are kept, K entries per position (p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,6 @@ class EntryArrays:
     entropy_Q: NDArray[np.float32] | None = None
 
 
-@runtime_checkable
 class DecodesInto(Protocol):
     """A codec that does not need arrays in between."""
 
@@ -68,10 +67,12 @@ def decode_into(
     Raises:
         CorruptCacheError: as `Codec.decode`, or a position with more than K entries. `out` may be half written then.
     """
-    if isinstance(codec, DecodesInto):
-        codec.decode_into(columns, offsets_P1, out, keep_P)
-    else:
+    # Not isinstance: asking whether an object fits a protocol takes longer than decoding a short sequence.
+    direct: DecodesInto | None = getattr(codec, "decode_into", None) and cast("DecodesInto", codec)
+    if direct is None:
         place(codec.decode(columns, offsets_P1), out, keep_P)
+    else:
+        direct.decode_into(columns, offsets_P1, out, keep_P)
 
 
 def place(d: Distributions, out: EntryArrays, keep_P: NDArray[np.bool_] | None = None) -> None:

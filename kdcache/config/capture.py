@@ -256,10 +256,17 @@ class CodecConfig(Config, frozen=True, kw_only=True):
     """How the kept entries become bytes.
 
     Attributes:
-        id: `packed` (fixed-width ids, float16 logprobs) or `raw` (int32, float32: nothing lost).
+        id: `packed` (fixed-width ids, float16 logprobs), `quantized` (fixed-width ids, logprobs of a few bits, sums kept within
+            1) or `raw` (int32, float32: nothing lost).
+        bits: `quantized`: of a logprob, 4 to 8; null for 8.
     """
 
-    id: Literal["packed", "raw"] = "packed"
+    id: Literal["packed", "quantized", "raw"] = "packed"
+    bits: Annotated[int, Meta(ge=4, le=8)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.id != "quantized":
+            raise ValueError(f"bits is for codec 'quantized' alone; leave it out for {self.id!r}")
 
 
 class OutputConfig(Config, frozen=True, kw_only=True):
