@@ -1,0 +1,101 @@
+"""Real teachers answer chats: what is captured is what they drew, token for token, and resuming adds nothing else."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import kdcache
+from kdcache.capture.progress import CaptureProgress
+from kdcache.capture.run import run_capture
+from kdcache.capture.signals import StopRequest
+from kdcache.config.capture import CaptureConfig
+from kdcache.config.load import convert_config
+from kdcache.store.verify import verify_cache
+from kdcache.teacher import load_tokenizer
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+
+BACKENDS = ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)]
+WORDS = ("list", "string", "index", "value", "return", "class")
+
+
+@pytest.fixture(params=BACKENDS)
+def ask(request, tmp_path, tiny_model_dir):
+    """A config of chats for the tiny model, with changes."""
+    if request.param == "vllm":
+        pytest.importorskip("vllm")
+    chats = [[{"role": "user", "content": f"What is a {word}?"}] for word in WORDS]
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+
+    def config(**generate):
+        fields = {
+            "input": {
+                "format": "jsonl", "paths": [str(tmp_path / "c.jsonl")], "content": "messages", "window": {"size": 100},
+            },
+            "teacher": {"model": str(tiny_model_dir), "backend": request.param, "num_threads": 1, "batch_tokens": 512},
+            "generate": {"max_tokens": 40} | generate,
+            "selection": {"k": 8},
+            "codec": {"id": "raw"},
+            "output": {"path": str(tmp_path / "cache"), "unit_items": 2},
+        }  # fmt: skip
+        return convert_config(fields, CaptureConfig)
+
+    return config
+
+
+class StopAfterOneUnit(CaptureProgress):
+    def __init__(self, stop):
+        self.stop = stop
+
+    def published(self, shard):
+        self.stop.request()
+
+
+def records_of(config):
+    with kdcache.open(config.output.path) as reader:
+        return [reader[n] for n in range(len(reader))]
+
+
+def test_greedy_answers_are_the_top_of_what_is_captured(ask, tiny_model_dir):
+    config = ask(temperature=0)
+    run_capture(config)
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    for record in records_of(config):
+        sequence, found = record.sequence, record.distributions
+        # A tie of the engine's numerics may fall either way; there is none among these.
+        assert found.token_ids_E[::8].tolist() == sequence.target_ids_P.tolist()
+        asked = tokenizer.decode(sequence.input_ids_N[: sequence.positions_P[0] + 1].tolist())
+        assert asked.startswith("<s><|user|>\nWhat is a ")
+        assert asked.endswith("?<|end|>\n<|assistant|>\n")
+        assert sequence.input_ids_N[sequence.turn_starts[-1]] == tokenizer.encode("<|assistant|>", False)[0]
+    assert verify_cache(config.output.path).problems == []
+
+
+@pytest.mark.parametrize("ask", ["transformers"], indirect=True)  # vLLM's: tests/teacher/test_vllm_generation.py
+def test_stop_strings_lengths_and_several_answers_and_a_resume_that_gives_the_same(ask, tmp_path):
+    config = ask(n=3, stop=["e"], seed=5)
+
+    stop = StopRequest()
+    assert run_capture(config, StopAfterOneUnit(stop), stop).num_units_captured == 1
+    assert run_capture(config).num_units_captured == 2
+    resumed = records_of(config)
+    shutil.rmtree(config.output.path)
+    run_capture(config)
+    undisturbed = records_of(config)
+    assert [r.sequence.key for r in resumed] == [r.sequence.key for r in undisturbed]
+    for ours, theirs in zip(resumed, undisturbed, strict=True):
+        np.testing.assert_array_equal(ours.distributions.logprobs_E, theirs.distributions.logprobs_E)
+    tokenizer = load_tokenizer(config.teacher.model)
+    for record in undisturbed:
+        known = [i for i in record.sequence.target_ids_P.tolist() if i < tokenizer.identity.vocab_size]
+        ended = record.sequence.target_ids_P[-1] in tokenizer.end_ids
+        assert record.sequence.finish == ("stop" if "e" in tokenizer.decode(known) or ended else "length")
+        assert record.sequence.finish == "stop" or len(record.distributions.tail_mass_P) == 40
+        assert "e" not in tokenizer.decode(known[:-1])
+    assert {r.sequence.finish for r in undisturbed} >= {"stop"}
+    answers = {tuple(r.sequence.target_ids_P.tolist()) for r in undisturbed}
+    assert len(undisturbed) == 18
+    assert len(answers) > 12
