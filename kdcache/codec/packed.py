@@ -31,7 +31,7 @@ from kdcache.codec.into import EntryArrays, check_width, place, place_scalars
 from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, scalar_fields
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
-from kdcache.format.record import PADDING_ID, Distributions
+from kdcache.format.record import Distributions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,28 +127,26 @@ class PackedCodec:
     ) -> None:
         """Without arrays in between where all entries are exact: see `kdcache.codec.into`."""
         selection = self.selection
-        if estimates.stores_counts(selection) or not (
-            estimates.stores_logprobs(selection) and estimates.stores_tail(selection)
-        ):
+        if has_estimates(selection):
             place(self.decode(columns, offsets_P1), out, keep_P)
             return
-        from kdcache.codec._numba_into import unpack_into
+        from kdcache.codec._numba_into import TOO_WIDE, unpack_into
 
-        check_width(offsets_P1, out)
         num_entries, num_positions = int(offsets_P1[-1]), len(offsets_P1) - 1
         stream = checked_column(columns, "token_ids_packed", np.uint8, packed_size(num_entries, self.id_bits))
         halves_E = checked_column(columns, "logprobs", np.float16, num_entries)
         kept_Q = np.arange(num_positions) if keep_P is None else np.flatnonzero(keep_P)
         rows, arrays = (offsets_P1, kept_Q), (out.token_ids_QK, out.logprobs_QK)
-        if num_entries and unpack_into(stream, self.id_bits, halves_E, rows, arrays) >= self.vocab_size:
+        largest = unpack_into(stream, self.id_bits, halves_E, rows, arrays)
+        if largest == TOO_WIDE:
+            check_width(offsets_P1, out)
+        if largest >= self.vocab_size:
             raise CorruptCacheError(f"a token id is outside the vocabulary of {self.vocab_size}")
-        if not num_entries:
-            out.token_ids_QK.fill(PADDING_ID)
-            out.logprobs_QK.fill(-np.inf)
         tail_mass_P = self._tail_mass(columns, num_positions)
         out.tail_mass_Q[:] = tail_mass_P if keep_P is None else tail_mass_P[keep_P]
-        scalars = decode_scalars(columns, selection, offsets_P1, np.float16)
-        place_scalars(scalars.get("num_exact_P"), scalars.get("log_z_PT"), scalars.get("entropy_P"), out, keep_P)
+        if not (out.num_exact_Q is None and out.log_z_QT is None and out.entropy_Q is None):
+            scalars = decode_scalars(columns, selection, offsets_P1, np.float16)
+            place_scalars(scalars.get("num_exact_P"), scalars.get("log_z_PT"), scalars.get("entropy_P"), out, keep_P)
 
     def _tail_mass(self, columns: ColumnValues, num_positions: int) -> NDArray[np.float32]:
         if not estimates.stores_tail(self.selection):
