@@ -49,7 +49,7 @@ class FaultProxy:
     """Forwards to `upstream`, a (host, port); `choose(request)` names the fault of a request, or None. Close it."""
 
     def __init__(self, upstream: tuple[str, int], choose: Callable[[Request], str | None] = lambda request: None) -> None:
-        self.choose, self._upstream = choose, upstream
+        self.choose, self.upstream = choose, upstream
         self.bucket = ""
         self.requests: list[Request] = []
         self.faults: list[str] = []
@@ -79,7 +79,7 @@ class FaultProxy:
         self.choose = lambda request: None
         self.requests, self.faults = [], []
         self.bucket = f"bucket-{next(_buckets)}"
-        connection = http.client.HTTPConnection(*self._upstream, timeout=60)
+        connection = http.client.HTTPConnection(*self.upstream, timeout=60)
         connection.request("PUT", f"/{self.bucket}")
         assert connection.getresponse().status == 200
         connection.close()

@@ -1,8 +1,8 @@
 """Run by test_crash.py in a process of its own: writes a small cache in forks of itself, each really killed at one fault point.
 
-Standard input: JSON with `folder` (an empty one) and `every` (true: at each occurrence of each point; false: the first, the
-middle and the last). Standard output: JSON with `occurrences` (point -> how often an undisturbed run reaches it) and `failures`
-(sentences).
+Standard input: JSON with `folder` (an empty one), `store` (null: the caches are in the folder; a URI: in that store), and
+`occurrences` (of each point: `every`, `some`, the first, the middle and the last, or `one`, the middle). Standard output: JSON
+with `occurrences` (point -> how often an undisturbed run reaches it) and `failures` (sentences).
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cache_making import Content, content_of, make_manifest, make_unit
 
+from kdcache.config.remote import RemoteConfig
+from kdcache.format import paths
 from kdcache.store import chain, fs
+from kdcache.store.location import Location, RemotePath, locate
 from kdcache.store.reader import open_cache
 from kdcache.store.verify import verify_cache
 from kdcache.store.writer import CacheWriter
 
-NUM_UNITS = 3
+NUM_UNITS = 3  # one less in a store, where everything takes requests
 WRITTEN_TWICE = 1
 
 # The first writer's shard is the one that a fold takes (its name sorts first): whether the second came to its end or not must
@@ -33,7 +36,7 @@ WRITTEN_TWICE = 1
 FIRST_BYTES, SECOND_BYTES = 10**6, 1
 
 
-def write_cache(root: Path) -> None:
+def write_cache(root: Location) -> None:
     """What a capture does, and beside it a second writer that did one unit again: other bytes, to be swept at the end."""
     first = CacheWriter.open(root, make_manifest(NUM_UNITS), record_batch_bytes=FIRST_BYTES)
     second = CacheWriter.open(root, make_manifest(NUM_UNITS), record_batch_bytes=SECOND_BYTES)
@@ -48,7 +51,7 @@ def write_cache(root: Path) -> None:
     first.fold()
 
 
-def in_a_fork(root: Path, reached: Callable[[str], None]) -> int | None:
+def in_a_fork(root: Location, reached: Callable[[str], None]) -> int | None:
     """Write the cache in a child; the signal that killed it, or None when it came to its end."""
     pid = os.fork()
     if pid == 0:
@@ -65,7 +68,7 @@ def in_a_fork(root: Path, reached: Callable[[str], None]) -> int | None:
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
 
 
-def count_occurrences(root: Path) -> Counter[str]:
+def count_occurrences(root: Location) -> Counter[str]:
     """How often an undisturbed run reaches each point; run here, as a child could not tell."""
     occurrences: Counter[str] = Counter()
     harmless, fs.reached = fs.reached, lambda point: occurrences.update([point])
@@ -86,8 +89,8 @@ def deadly(point: str, occurrence: int) -> Callable[[str], None]:
     return reached
 
 
-def problems_after_a_kill(root: Path, point: str, occurrence: int, expected: Content) -> list[str]:
-    if in_a_fork(root, deadly(point, occurrence)) != signal.SIGKILL:
+def problems_after_a_kill(root: Location, copy: Path, kill: tuple[str, int], expected: Content) -> list[str]:
+    if in_a_fork(root, deadly(*kill)) != signal.SIGKILL:
         return ["the child was not killed"]
     problems = []
     if chain.manifest_numbers(root):
@@ -95,8 +98,30 @@ def problems_after_a_kill(root: Path, point: str, occurrence: int, expected: Con
     if in_a_fork(root, lambda name: None) is not None:
         return [*problems, "the rerun was killed"]
     problems += [f"after the rerun: {problem}" for problem in verify_cache(root).problems]
-    problems += [f"left over: {path.name}" for path in (root / "tmp").iterdir()]
-    return problems + differences(content_of(root), expected) + unneeded(root, expected)
+    fetch(root, copy)
+    problems += [f"left over: {path.name}" for path in left_over(root)]
+    return problems + differences(content_of(copy), expected) + unneeded(copy, expected)
+
+
+def fetch(root: Location, copy: Path) -> None:
+    """A cache in a store, copied to a folder; one in a folder is there already."""
+    if isinstance(root, RemotePath):
+        for directory in paths.DIRECTORIES:
+            (copy / directory).mkdir(parents=True)
+            for path in (root / directory).iterdir():
+                path.download(copy / directory / path.name)
+
+
+def left_over(root: Location) -> list[Path]:
+    temp = root / "tmp" if isinstance(root, Path) else Path(str(root.config.spool_dir))
+    return list(temp.iterdir())
+
+
+def places(folder: Path, store: str | None, name: str) -> tuple[Location, Path]:
+    """Where a cache is to be made, and the folder in which it is looked at afterwards."""
+    if store is None:
+        return folder / name, folder / name
+    return locate(f"{store}/{name}", RemoteConfig(spool_dir=str(folder / "spool"))), folder / name
 
 
 def differences(found: Content, expected: Content) -> list[str]:
@@ -122,20 +147,32 @@ def let_the_first_writer_win(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+def chosen(count: int, which: str) -> list[int]:
+    """Which of so many occurrences, counted from 1."""
+    if which == "every":
+        return list(range(1, count + 1))
+    middle = count // 2 + 1
+    return sorted(({min(1, count), middle, count} if which == "some" else {min(middle, count)}) - {0})
+
+
 def main() -> None:
+    global NUM_UNITS
     task = json.load(sys.stdin)
-    folder = Path(task["folder"])
+    folder, store = Path(task["folder"]), task["store"]
+    NUM_UNITS -= store is not None
     let_the_first_writer_win(folder / "trial")
-    occurrences = count_occurrences(folder / "undisturbed")
-    expected = content_of(folder / "undisturbed")
+    root, copy = places(folder, store, "undisturbed")
+    occurrences = count_occurrences(root)
+    fetch(root, copy)
+    expected = content_of(copy)
     failures = []
-    for point in fs.FAULT_POINTS:
+    for point in fs.FAULT_POINTS if store is None else fs.REMOTE_FAULT_POINTS:
         count = occurrences[point]
-        for occurrence in range(1, count + 1) if task["every"] else sorted({min(1, count), count // 2 + 1, count} - {0}):
-            root = folder / "killed"
-            problems = problems_after_a_kill(root, point, occurrence, expected)
+        for occurrence in chosen(count, task["occurrences"]):
+            root, copy = places(folder, store, f"killed at {point} {occurrence}")
+            problems = problems_after_a_kill(root, copy, (point, occurrence), expected)
             failures += [f"{point!r}, occurrence {occurrence} of {count}: {problem}" for problem in problems]
-            shutil.rmtree(root)
+            shutil.rmtree(copy)
     json.dump({"occurrences": occurrences, "failures": failures}, sys.stdout)
 
 
