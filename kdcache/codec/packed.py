@@ -32,6 +32,7 @@ from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, s
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
+from kdcache.format.selection import has_estimates
 
 
 @dataclass(frozen=True, kw_only=True)
