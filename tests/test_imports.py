@@ -40,6 +40,8 @@ def help_of(*command):
         help_of("capture"),
         help_of("fold"),
         help_of("verify"),
+        help_of("doctor"),
+        help_of("convert"),
         help_of("info"),
         help_of("train"),
         help_of("evaluate"),
@@ -58,6 +60,7 @@ def test_looking_loads_nothing_heavy(code):
         "import kdcache; kdcache.Loader",
         "import kdcache.capture.run, kdcache.capture.estimate",
         "import kdcache.store.verify, kdcache.store.summary",
+        "import kdcache.foreign.doctor, kdcache.foreign.convert, kdcache.foreign.deep, kdcache.foreign.own",
         "import kdcache.teacher, kdcache.teacher.base, kdcache.teacher.tokenizer",
     ],
 )

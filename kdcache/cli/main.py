@@ -23,6 +23,8 @@ COMMANDS = {
     "info": ("kdcache.cli.info", "say what a cache holds"),
     "fold": ("kdcache.cli.fold", "make what is published so far visible to readers"),
     "verify": ("kdcache.cli.verify", "re-read a whole cache and check every promise it makes"),
+    "doctor": ("kdcache.cli.doctor", "say what any cache is, ours or another tool's, and what is wrong with it"),
+    "convert": ("kdcache.cli.convert", "write another tool's cache as one of ours"),
     "train": ("kdcache.cli.train", "train a student from a cache"),
     "evaluate": ("kdcache.cli.evaluate", "compare students with their teacher on held-out text"),
 }

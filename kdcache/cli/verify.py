@@ -1,4 +1,4 @@
-"""`kdcache verify CACHE`: re-read a whole cache; exit status 1 when anything is wrong with it."""
+"""`kdcache verify CACHE`: re-read a whole cache, with --deep ask its teacher again; exit status 1 when anything is wrong."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
+from kdcache.cli.teacher_arguments import add_teacher_arguments, at_least, loaded, teacher_config
 from kdcache.cli.wording import count, rows, size
+from kdcache.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kdcache.foreign.deep import DeepReport
     from kdcache.store.verify import VerifyReport
 
 
@@ -18,13 +21,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Re-read a whole cache and check every promise it makes: the chain of manifests, each shard's SHA-256, each row's\n"
         "digest, each record, and that the teacher's NLL of the text, recomputed from the cache, is the teacher's own.\n"
-        "Exit status 1 when anything is wrong."
+        "Exit status 1 when anything is wrong.\n\n"
+        "With --deep the teacher is asked again about a random sample: KL of live and cached distributions beside that of the\n"
+        "live teacher with itself in another batch, shifts of the rows by -1, 0 and +1, the NLL, and what the tail that is\n"
+        "not stored can cost."
     )
     parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
+    parser.add_argument("--deep", action="store_true", help="ask the teacher again about a random sample of the sequences")
+    add_teacher_arguments(parser, what="--deep: hub id or folder of the teacher (default: what the capture's config names)")
+    parser.add_argument(
+        "--sample", type=at_least(1), default=16, metavar="N", help="--deep: sequences to ask about (default: 16)"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="--deep: of the sample (default: 0)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="NATS",
+        help="--deep: mean KL allowed (default: what control, codec and engine explain)",
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Verify with a progress bar; damage goes to stderr, a sentence each."""
+    _check_flags(args)
     from tqdm import tqdm
 
     from kdcache.store.verify import verify_cache
@@ -38,8 +58,61 @@ def run(args: argparse.Namespace) -> int:
         report = verify_cache(args.cache, progress)
     for problem in report.problems:
         print(f"damaged: {problem}", file=sys.stderr)
-    print(_report_text(args.cache, report))
-    return 0 if report.is_sound else 1
+    deep = _ask_teacher(args) if args.deep and report.is_sound else None
+    for problem in deep.problems if deep is not None else ():
+        print(f"wrong: {problem}", file=sys.stderr)
+    print(_as_json(report, deep) if args.json else _as_text(args.cache, report, deep))
+    return 0 if report.is_sound and (deep is None or deep.is_sound) else 1
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    for_deep = [name for name in ("teacher", "backend", "dtype", "tolerance") if getattr(args, name) is not None]
+    if for_deep and not args.deep:
+        raise ConfigError(f"--{for_deep[0]} is for --deep: without it no teacher is asked")
+    if args.tolerance is not None and not args.tolerance >= 0:
+        raise ConfigError(f"--tolerance is {args.tolerance}, expected nats, 0 or more")
+
+
+def _ask_teacher(args: argparse.Namespace) -> DeepReport:
+    from kdcache.foreign.deep import DeepOptions, verify_deep
+    from kdcache.store.reader import open_cache
+
+    options = DeepOptions(num_sequences=args.sample, seed=args.seed, tolerance_nats=args.tolerance)
+    with open_cache(args.cache) as reader, loaded(teacher_config(args, reader.manifest.config.get("teacher"))) as teacher:
+        assert teacher is not None
+        return verify_deep(reader, teacher, options)
+
+
+def _as_json(report: VerifyReport, deep: DeepReport | None) -> str:
+    import msgspec
+
+    fields = {name: value for name, value in vars(report).items() if name != "manifest"} | {"sound": report.is_sound}
+    fields |= {"snapshot": report.manifest.digest, "deep": None if deep is None else deep.to_builtins()}
+    return msgspec.json.format(msgspec.json.encode(fields), indent=2).decode()  # NaN becomes null
+
+
+def _as_text(path: str, report: VerifyReport, deep: DeepReport | None) -> str:
+    text = _report_text(path, report)
+    return text if deep is None else f"{text}\n{_deep_text(deep)}"
+
+
+def _deep_text(deep: DeepReport) -> str:
+    shifts = ", ".join(f"{shift:+d}: {kl:.3g}" for shift, kl in zip((-1, 0, 1), deep.shift_kl, strict=True))
+    asked = f"{count(len(deep.sequences), 'sequence')}, {count(deep.num_positions, 'position')}"
+    lines = {
+        "teacher": f"{'agrees' if deep.is_sound else 'does not agree'}: asked again about {asked}",
+        "  KL(live || cached)": f"{_spread(deep.kl_mean, deep.kl_p99, deep.kl_max)} (allowed: mean {deep.allowed:.3g})",
+        "  KL(live || live)": f"{_spread(deep.control_mean, deep.control_p99, deep.control_max)}, in another batch",
+        "  rows shifted": f"{shifts} nats",
+        "  logprobs": f"at most {deep.max_difference:.3g} nats apart; cached = {deep.slope:.4f} x live",
+        "  NLL": f"cached {deep.cached_nll:.6f}, live {deep.live_nll:.6f} nats, at most {deep.nll_difference:.3g} apart",
+        "  kept mass": f"{deep.kept_mass:.5f}; taking the support for the whole costs {deep.renormalisation_cost:.4f} nats",
+    }
+    return rows(lines)
+
+
+def _spread(mean: float, high: float, most: float) -> str:
+    return f"mean {mean:.3g}, 99% {high:.3g}, max {most:.3g} nats"
 
 
 def _report_text(path: str, report: VerifyReport) -> str:

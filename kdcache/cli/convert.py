@@ -1,0 +1,95 @@
+"""`kdcache convert SRC DST`: another tool's cache as one of ours."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from kdcache.cli.foreign_arguments import (
+    add_reading_arguments,
+    examine_options,
+    finding_lines,
+    progress_bar,
+    tokenizer_identity,
+)
+from kdcache.cli.teacher_arguments import loaded, teacher_config
+from kdcache.cli.wording import count, rows
+from kdcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kdcache.foreign.convert import Conversion, ConvertOptions
+
+REPAIRS = ("k+1", "duplicates", "tails")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = (
+        "Write another tool's cache as one of ours. It is examined first, from end to end, as `kdcache doctor` does: what is "
+        "sound is\n"
+        "converted, what can be mended without a teacher is mended where you ask for it, and everything else is refused."
+    )
+    parser.add_argument("source", metavar="SRC", help="a file or folder; see `kdcache doctor`")
+    parser.add_argument("target", metavar="DST", help="directory of the new cache; made if it is not there")
+    parser.add_argument("--shift", type=int, choices=(-1, 0, 1), default=0, help="move every row by so many positions")
+    parser.add_argument(
+        "--repair", dest="repairs", action="append", default=[], choices=REPAIRS,
+        help="k+1: the text's token beside the top k becomes the target's logprob; duplicates: keep an id's greater value; "
+        "tails: leave out entries that are fitted; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--accept", action="append", default=[], metavar="FINDING",
+        help="take on trust what the doctor calls unclear, as in --accept alignment_unclear; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--codec", choices=("packed", "raw"), default="packed", help="of the new cache (default: packed)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="the teacher's name, for the new cache's manifest (default: that of --teacher)"
+    )
+    add_reading_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and say what was written and what was not."""
+    from kdcache.foreign.convert import convert
+
+    options = _options(args)
+    with loaded(teacher_config(args) if args.teacher else None) as teacher, progress_bar("examining") as progress:
+        conversion = convert(args.source, args.target, options, teacher=teacher, progress=progress)
+    print(_as_text(args, conversion))
+    return 0
+
+
+def _options(args: argparse.Namespace) -> ConvertOptions:
+    from kdcache.foreign.convert import ConvertOptions
+
+    tokenizer = tokenizer_identity(args)
+    if tokenizer is None:
+        raise ConfigError("--tokenizer NAME is needed: without it nobody can tell later what the ids mean")
+    return ConvertOptions(
+        tokenizer=tokenizer,
+        model=args.model or args.teacher or "unknown",
+        codec=args.codec,
+        shift=args.shift,
+        repairs=frozenset(args.repairs),
+        accept=frozenset(args.accept),
+        examine=examine_options(args, tokenizer),
+    )
+
+
+def _as_text(args: argparse.Namespace, conversion: Conversion) -> str:
+    account, manifest = conversion.account, conversion.manifest
+    shown = {
+        "converted": f"{args.source}: {conversion.examination.title}",
+        "cache": f"{args.target}: {count(manifest.total('num_sequences'), 'sequence')}, "
+        f"{count(manifest.total('num_positions'), 'position')}, snapshot {manifest.number}",
+        "left out": ", ".join(f"{number:,} {reason}" for reason, number in account.left_out.items() if number),
+        "mended": ", ".join(f"{number:,} by {what}" for what, number in account.repaired.items() if number),
+    }
+    if account.num_unknown_targets:
+        shown["targets"] = (
+            f"{account.num_unknown_targets:,} are outside their support and have no logprob in the source: they count as "
+            "impossible "
+            "and are in no NLL"
+        )
+    lines = finding_lines(conversion.examination)
+    return "\n".join([rows({name: text for name, text in shown.items() if text}), *lines])

@@ -1,0 +1,102 @@
+"""What `doctor` and `convert` share: what a user says of a foreign cache that its files do not."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from kdcache.cli.teacher_arguments import add_teacher_arguments, at_least
+from kdcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kdcache.foreign.base import ReadOptions
+    from kdcache.foreign.doctor import Examination, ExamineOptions, Progress
+    from kdcache.format.manifest import TokenizerIdentity
+
+FORMATS = """
+formats: DistillKit (Parquet, or Arrow after its packing pass; needs its compression_config.yaml), Axolotl v2 logprob columns,
+NeMo-Aligner top-k JSON lines, plain columns of ids and values (Parquet, Arrow, `datasets` folders, JSON lines), Megatron-LM
+tars (looked at, not converted: they hold no tokens). Pickles are not opened.
+"""
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how to read the files, and whom to ask."""
+    parser.epilog = FORMATS.strip()
+    parser.add_argument(
+        "--column", dest="columns", action="append", default=[], metavar="OURS=NAME",
+        help="which column is which, as in --column values=lps; OURS is tokens, ids, values, log_z, labels or loss_mask",
+    )  # fmt: skip
+    parser.add_argument(
+        "--values", choices=("logprobs", "logits", "probs"), help="what the values are, whatever they are called"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="DistillKit's compression_config.yaml, or a training config that repeats it"
+    )
+    parser.add_argument(
+        "--first-position", type=at_least(0), metavar="P",
+        help="position of the first row (plain and Axolotl columns; position t has read tokens 0..t)",
+    )  # fmt: skip
+    parser.add_argument("--vocab-size", type=at_least(1), metavar="V", help="width of the teacher's output, padding included")
+    parser.add_argument("--tokenizer", metavar="NAME", help="of the token ids: a hub id or a folder")
+    add_teacher_arguments(parser, what="ask this model again about a random sample: what is a hint from the text becomes exact")
+    parser.add_argument("--sample", type=at_least(1), default=16, metavar="N", help="sequences to ask it about (default: 16)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the sample (default: 0)")
+
+
+def read_options(args: argparse.Namespace) -> ReadOptions:
+    """What the flags say of the files; raises ConfigError for a --column that is no OURS=NAME."""
+    from kdcache.foreign.base import ReadOptions
+
+    columns = {}
+    for argument in args.columns:
+        ours, equals, theirs = argument.partition("=")
+        if not (ours and equals and theirs):
+            raise ConfigError(f"--column {argument!r}: expected OURS=NAME, as in tokens=input_ids")
+        columns[ours] = theirs
+    return ReadOptions(columns=columns, values=args.values, config=args.config, first_position=args.first_position)
+
+
+def examine_options(args: argparse.Namespace, tokenizer: TokenizerIdentity | None) -> ExamineOptions:
+    """How closely to look."""
+    from kdcache.foreign.doctor import ExamineOptions
+
+    return ExamineOptions(
+        read=read_options(args),
+        vocab_size=args.vocab_size,
+        tokenizer_size=None if tokenizer is None else tokenizer.vocab_size,
+        sample=args.sample,
+        seed=args.seed,
+    )
+
+
+def tokenizer_identity(args: argparse.Namespace) -> TokenizerIdentity | None:
+    """The tokenizer that --tokenizer names; None for none."""
+    if args.tokenizer is None:
+        return None
+    from kdcache.teacher import load_tokenizer
+
+    return load_tokenizer(args.tokenizer).identity
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Progress]:
+    """A bar on stderr that counts rows."""
+    from tqdm import tqdm
+
+    with tqdm(desc=text, unit="row", unit_scale=True, delay=1.0, file=sys.stderr) as bar:
+        yield bar.update
+
+
+def finding_lines(examination: Examination) -> list[str]:
+    """A line for each finding, the worst first."""
+    order = ("fatal", "repairable", "undecided", "note")
+    labels = {"fatal": "wrong", "repairable": "wrong", "undecided": "unclear", "note": "note"}
+    lines = []
+    for finding in sorted(examination.findings, key=lambda finding: order.index(finding.severity)):
+        mended = f" [kdcache convert {finding.repair}]" if finding.repair else ""
+        lines.append(f"{labels[finding.severity]}: {finding.name}: {finding.sentence}{mended}")
+    return lines

@@ -1,0 +1,166 @@
+"""What a reader of a foreign format gives, whatever the format: sequences with ragged rows of (id, value), and what is claimed
+of them.
+
+Shape letters: N tokens of a sequence, R rows of it (one per distribution), E entries of all rows (ragged), K entries per row.
+
+A row claims a position of ours: the distribution after reading tokens 0..t. What it is in truth is for the probes to find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.errors import InputError
+
+ValueKind = Literal["logprobs", "logits", "probs"]
+Severity = Literal["fatal", "repairable", "undecided", "note"]
+
+MAX_ENTRIES_PER_ROW = 2**20
+MAX_ENTRIES_PER_SEQUENCE = 2**28
+"""What a reader refuses to hold: 2 GiB of ids. A real row is at most a vocabulary, a real sequence some 10^5 rows of 10^2."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForeignSequence:
+    """One item of a foreign file.
+
+    Attributes:
+        source: where it is, for people.
+        input_ids_N: (N,) int64; None where the file holds no tokens.
+        positions_R: (R,) int64, the position that each row claims; rising.
+        counts_R: (R,) int64, entries of each row; 0 for a row that is missing or null.
+        token_ids_E: (E,) int64, as stored.
+        values_E: (E,) float64, as stored (decompressed where compressed): see `ForeignCache.values`.
+        log_z_R: (R,) float64, the normaliser that belongs to logits: logprob = value - log_z; None where there is none.
+        learnt_N: (N,) bool, tokens that a student is to learn by the file's own mask, so that position t is supervised where
+            learnt_N[t+1] is; None where it has no mask.
+    """
+
+    source: str
+    input_ids_N: NDArray[np.int64] | None
+    positions_R: NDArray[np.int64]
+    counts_R: NDArray[np.int64]
+    token_ids_E: NDArray[np.int64]
+    values_E: NDArray[np.float64]
+    log_z_R: NDArray[np.float64] | None = None
+    learnt_N: NDArray[np.bool_] | None = None
+
+    @property
+    def offsets_R1(self) -> NDArray[np.int64]:
+        """(R+1,) where each row's entries start."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts_R)])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is to be said of a cache.
+
+    Attributes:
+        name: for machines, as `shifted_rows`.
+        severity: `fatal` (nothing but another capture helps), `repairable` (`repair` names what to ask `convert` for),
+            `undecided` (cannot be told from the file; `--accept NAME` takes it on trust), `note` (no defect).
+        sentence: for people.
+        repair: the flag of `kdcache convert` that mends it.
+    """
+
+    name: str
+    severity: Severity
+    sentence: str
+    repair: str | None = None
+
+
+@dataclass(frozen=True)
+class ForeignCache:
+    """An opened foreign cache.
+
+    Attributes:
+        format: `distillkit`, `axolotl`, `nemo-aligner`, `columns`, `megatron`.
+        title: the same for people.
+        path: as the user named it.
+        values: what the values are claimed to be.
+        read: gives the sequences from the first on; may be called again.
+        facts: what the files say of themselves, for people.
+        vocab_size: ids that a distribution ranges over, where the files say so.
+        approximate_from: rank from which on values are a fitted curve; None where all are stored.
+        findings: what is known from the layout alone.
+    """
+
+    format: str
+    title: str
+    path: str
+    values: ValueKind
+    read: Callable[[], Iterator[ForeignSequence]]
+    facts: Mapping[str, str] = field(default_factory=dict)
+    vocab_size: int | None = None
+    approximate_from: int | None = None
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What a user may say of a foreign cache that its files do not.
+
+    Attributes:
+        columns: our name (a key of `columns.KNOWN`) -> the column's name in the files.
+        values: what the values are; None to take the format's word.
+        config: path of DistillKit's `compression_config.yaml`, or of a training config that holds it.
+        first_position: position of row 0 for plain columns; None for the format's own rule.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    values: ValueKind | None = None
+    config: str | None = None
+    first_position: int | None = None
+
+
+def ragged(
+    source: str, ids: tuple[Any, Any], values: tuple[Any, Any]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Counts, ids and values of rows that a file holds as two nested lists.
+
+    Args:
+        source: for messages.
+        ids, values: (flat array, lengths of the inner lists) of each; see `tables.nested`.
+
+    Raises:
+        InputError: the two nested lists do not have the same shape, or are larger than anything real.
+    """
+    (flat_ids, counts_R), (flat_values, value_counts_R) = ids, values
+    if len(counts_R) != len(value_counts_R) or (counts_R != value_counts_R).any():
+        raise InputError(
+            f"{source}: {_shape(counts_R)} ids, but {_shape(value_counts_R)} values; they belong together one by one"
+        )
+    check_size(source, counts_R)
+    return counts_R.astype(np.int64), to_ids(source, flat_ids), np.asarray(flat_values, np.float64)
+
+
+def check_size(source: str, counts_R: NDArray[np.integer]) -> None:
+    """Raise InputError for rows or sequences larger than anything real: they are not to be allocated."""
+    if len(counts_R) and int(counts_R.max()) > MAX_ENTRIES_PER_ROW:
+        raise InputError(f"{source}: a row has {int(counts_R.max()):,} entries; at most {MAX_ENTRIES_PER_ROW:,} are read")
+    if int(counts_R.sum()) > MAX_ENTRIES_PER_SEQUENCE:
+        raise InputError(f"{source}: {int(counts_R.sum()):,} entries; at most {MAX_ENTRIES_PER_SEQUENCE:,} are read")
+
+
+def to_ids(source: str, ids: Any) -> NDArray[np.int64]:
+    """Ids as int64; raises InputError where they are no whole numbers."""
+    array = np.asarray(ids)
+    if array.size == 0:
+        return np.zeros(0, np.int64)
+    if array.dtype.kind == "f" and np.isfinite(array).all() and (array == np.trunc(array)).all() and (abs(array) < 2**53).all():
+        return array.astype(np.int64)
+    if array.dtype.kind not in "iu" or (array.dtype == np.uint64 and int(array.max()) >= 2**63):
+        raise InputError(f"{source}: token ids must be whole numbers, found {array.dtype}")
+    return array.astype(np.int64)
+
+
+def _shape(counts_R: NDArray[np.integer]) -> str:
+    if not len(counts_R):
+        return "no rows of"
+    low, high = int(counts_R.min()), int(counts_R.max())
+    return f"{len(counts_R)} rows of {low if low == high else f'{low} to {high}'}"

@@ -1,0 +1,61 @@
+"""What lies at a path: one of the formats that are known, opened; or a sentence that says what was looked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdcache.errors import InputError
+from kdcache.foreign.axolotl import open_axolotl
+from kdcache.foreign.base import ForeignCache, ReadOptions
+from kdcache.foreign.columns import open_columns
+from kdcache.foreign.distillkit import open_distillkit
+from kdcache.foreign.megatron import open_megatron
+from kdcache.foreign.nemo_aligner import open_nemo_aligner
+from kdcache.foreign.tables import open_table
+from kdcache.format import paths
+
+PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".npy", ".npz")
+
+
+def is_own_cache(path: str | Path) -> bool:
+    """Whether a directory is a cache of ours; a URI can be nothing else."""
+    return "://" in str(path) or (Path(path) / paths.MANIFESTS).is_dir()
+
+
+def open_foreign(path: str | Path, options: ReadOptions) -> ForeignCache:
+    """Open what is at the path with the reader of its format.
+
+    Raises:
+        InputError: nothing is there, or it is of no known format.
+    """
+    named = Path(path)
+    if not named.exists():
+        raise InputError(f"{named}: no such file or folder (working directory {Path.cwd()})")
+    cache = open_megatron(str(path), options)
+    if cache is not None:
+        return cache
+    table = open_table(named)
+    if table is None:
+        raise InputError(_nothing(named))
+    # Plain columns last: their names are the loosest. Columns that the user names say that it is that.
+    readers = (open_columns,) if {"ids", "values"} & set(options.columns) else (
+        open_distillkit, open_nemo_aligner, open_axolotl, open_columns,
+    )  # fmt: skip
+    for reader in readers:
+        cache = reader(str(path), table, options)
+        if cache is not None:
+            return cache
+    raise InputError(
+        f"{named}: none of the columns {', '.join(map(repr, table.columns)) or '(none)'} is known to hold ids and values of a "
+        "teacher; name them with --column ids=NAME --column values=NAME --column tokens=NAME"
+    )
+
+
+def _nothing(path: Path) -> str:
+    if path.suffix.lower() in PICKLES:
+        return f"{path}: {path.suffix} files may be pickles, which run any code when opened; write Parquet, Arrow or JSON lines"
+    return (
+        f"{path}: neither a cache of kdcache, nor Parquet, Arrow or JSON-lines files, nor tars that Megatron-LM's logits "
+        "saver names "
+        "(cp0_dp0__100.tar)"
+    )

@@ -1,0 +1,261 @@
+"""DistillKit's compressed rows in NumPy: exact values, a fitted curve, quantised residuals, packed ids.
+
+Written from what arcee-ai/DistillKit at a61c2e7 does (distillkit/compression/): a row of `compressed_logprobs` holds, one after
+another, `exact_k` values, one coefficient per polynomial term, and for each residual bin a scale and packed integers. The curve
+over ranks exact_k..k-1 is sum_i c_i t^i for whole i, and c sqrt(t), c exp(t) for the special ones, with t = 0, 1, .. or, with
+`normalize_t`, evenly from 0 to 1. Ids are bits, most significant first. `delta_encoding` stores differences.
+
+Shape letters: R rows, K entries per row, C terms, Q bytes per row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.errors import InputError
+
+FloatName = Literal["float16", "bfloat16", "float32", "float64"]
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+MAX_CONDITION = 2.0**24
+"""DistillKit solves the least squares by a singular value decomposition in float32 with an absolute cut-off of 1e-5: beyond
+this the least singular values are rounding noise, and are divided by all the same."""
+
+MAX_K = 2**20
+
+
+class Bin(msgspec.Struct, frozen=True, kw_only=True):
+    """Residuals of the next `num_elements` ranks, `element_bits` wide, times a scale."""
+
+    scale_dtype: FloatName
+    element_bits: int
+    num_elements: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the scale and the packed elements."""
+        return _BYTES[self.scale_dtype] + (self.num_elements * self.element_bits + 7) // 8
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """`compression_config.yaml`; the names are DistillKit's: d is the vocabulary, k the entries."""
+
+    d: int
+    k: int
+    exact_k: int
+    exact_dtype: FloatName = "float32"
+    polynomial_terms: list[int | str] | None = None
+    term_dtype: FloatName = "float32"
+    residual_bins: list[Bin] = []
+    delta_encoding: bool = True
+    error_diffusion: bool = False
+    normalize_t: bool = False
+
+    def __post_init__(self) -> None:
+        ranks = f"d {self.d}, k {self.k}, exact_k {self.exact_k}"
+        if not (1 <= self.k <= min(self.d, MAX_K) and 0 <= self.exact_k <= self.k and self.d <= 2**31):
+            raise ValueError(f"expected 0 <= exact_k <= k <= d, got {ranks}")
+        if any(isinstance(term, str) and term not in ("sqrt", "exp") for term in self.polynomial_terms or []):
+            raise ValueError(f"polynomial_terms are whole numbers, sqrt and exp, got {self.polynomial_terms}")
+        if any(not 1 <= b.element_bits <= 32 or not 1 <= b.num_elements <= self.k for b in self.residual_bins):
+            raise ValueError("residual_bins: expected 1 to 32 bits and 1 to k elements in each")
+        if sum(b.num_elements for b in self.residual_bins) > self.num_fitted:
+            raise ValueError("residual_bins hold more elements than there are fitted ranks")
+
+    @property
+    def num_fitted(self) -> int:
+        """Ranks that are not stored exactly."""
+        return self.k - self.exact_k
+
+    @property
+    def id_bits(self) -> int:
+        """Width of an id. DistillKit takes the logarithm in float32."""
+        return max(1, math.ceil(np.log2(np.float32(self.d))))
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a row of `compressed_logprobs`."""
+        terms = len(self.polynomial_terms or []) * _BYTES[self.term_dtype]
+        return self.exact_k * _BYTES[self.exact_dtype] + terms + sum(b.num_bytes for b in self.residual_bins)
+
+    @property
+    def id_bytes(self) -> int:
+        """Bytes of a row of `bytepacked_indices`."""
+        return (self.k * self.id_bits + 7) // 8
+
+
+class LegacyConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The older layout: `packed_indices`, `exact_values`, `coeffs`."""
+
+    k: int
+    exact_k: int
+    polynomial_degree: int
+    vocab_size: int
+    invert_polynomial: bool = True
+    with_sqrt_term: bool = False
+    term_dtype: FloatName = "float32"
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.k <= min(self.vocab_size, MAX_K) and 0 <= self.exact_k <= self.k and self.vocab_size <= 2**31):
+            raise ValueError(f"expected 0 <= exact_k <= k <= vocab_size, got {self.exact_k}, {self.k}, {self.vocab_size}")
+        if not 0 <= self.polynomial_degree <= 64:
+            raise ValueError(f"polynomial_degree is {self.polynomial_degree}, expected 0 to 64")
+
+    @property
+    def id_bits(self) -> int:
+        """Width of an id; 64 // id_bits of them are in each integer, the first in the lowest bits."""
+        return max(1, math.ceil(np.log2(np.float32(self.vocab_size))))
+
+
+def parse_config(fields: Any, where: str) -> Config | LegacyConfig:
+    """The config that some YAML means; a training config's `logprob_compressor` section is found in it.
+
+    Raises:
+        InputError: it is none, or asks for something impossible.
+    """
+    for name in ("teacher", "logprob_compressor", "legacy_logit_compression"):
+        if isinstance(fields, dict) and isinstance(fields.get(name), dict):
+            fields = fields[name]
+    kind = LegacyConfig if isinstance(fields, dict) and "polynomial_degree" in fields else Config
+    try:
+        return msgspec.convert(fields, kind)
+    except (msgspec.ValidationError, ValueError, TypeError) as error:
+        raise InputError(f"{where}: not a compression config of DistillKit: {error}") from error
+
+
+def decode_values(rows_RQ: NDArray[np.uint8], config: Config) -> NDArray[np.float64]:
+    """(R, K) logprobs, in float32 arithmetic as DistillKit's own decoder.
+
+    Raises:
+        InputError: rows of another length than the config's.
+    """
+    if rows_RQ.shape[1] != config.value_bytes:
+        raise InputError(
+            f"rows of compressed_logprobs are {rows_RQ.shape[1]} bytes, but the config says {config.value_bytes}: it is not "
+            "the "
+            "config that made them"
+        )
+    cut = config.exact_k * _BYTES[config.exact_dtype]
+    exact_RK = _floats(rows_RQ[:, :cut], config.exact_dtype)
+    terms = config.polynomial_terms or []
+    end = cut + len(terms) * _BYTES[config.term_dtype]
+    fitted_RK = _residuals(rows_RQ[:, end:], config)
+    if terms:
+        basis_KC = polynomial_basis(terms, config.num_fitted, normalize_t=config.normalize_t).astype(np.float32)
+        coefficients_RC = _floats(rows_RQ[:, cut:end], config.term_dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            fitted_RK = fitted_RK + (basis_KC * coefficients_RC[:, None, :]).sum(axis=-1, dtype=np.float32)
+    values_RK = np.concatenate([exact_RK, fitted_RK], axis=1, dtype=np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (np.cumsum(values_RK, axis=1, dtype=np.float32) if config.delta_encoding else values_RK).astype(np.float64)
+
+
+def decode_ids(rows_RQ: NDArray[np.uint8], config: Config) -> NDArray[np.int64]:
+    """(R, K) ids; raises InputError for rows of another length than the config's."""
+    if rows_RQ.shape[1] != config.id_bytes:
+        raise InputError(
+            f"rows of bytepacked_indices are {rows_RQ.shape[1]} bytes, but {config.k} ids of a vocabulary of {config.d} take "
+            f"{config.id_bytes}: the config's d or k is not the one that made them"
+        )
+    return _unpack(rows_RQ, config.id_bits, config.k)
+
+
+def decode_legacy(
+    packed_RX: NDArray[np.uint64], exact_RK: NDArray[np.floating], coefficients_RC: NDArray[np.floating], config: LegacyConfig
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(R, K) ids and values of the older layout; X integers per row.
+
+    Raises:
+        InputError: rows of another length than the config's.
+    """
+    per_integer = 64 // config.id_bits
+    num_terms = config.polynomial_degree + 1 + config.with_sqrt_term if config.exact_k < config.k else 0
+    expected = (-(-config.k // per_integer), config.exact_k, num_terms)
+    found = (packed_RX.shape[1], exact_RK.shape[1], coefficients_RC.shape[1])
+    if found != expected:
+        raise InputError(
+            f"rows hold {found[0]} packed integers, {found[1]} exact values and {found[2]} coefficients, but the config says "
+            f"{expected[0]}, {expected[1]} and {expected[2]}"
+        )
+    shifts = np.arange(per_integer, dtype=np.uint64) * np.uint64(config.id_bits)
+    ids_RK = (packed_RX[:, :, None] >> shifts) & np.uint64(2**config.id_bits - 1)
+    t_K = np.arange(1, config.k - config.exact_k + 1, dtype=np.float64)
+    sign = -1 if config.invert_polynomial else 1
+    with np.errstate(over="ignore", invalid="ignore"):
+        columns = [t_K ** (sign * power) for power in range(config.polynomial_degree + 1)]
+        basis_KC = np.stack([*columns, np.sqrt(t_K)][: max(num_terms, 1)], axis=-1)[:, :num_terms]
+        fitted_RK = coefficients_RC.astype(np.float64) @ basis_KC.T
+    values_RK = np.concatenate([exact_RK.astype(np.float64), fitted_RK], axis=1)
+    return ids_RK.reshape(len(packed_RX), -1)[:, : config.k].astype(np.int64), values_RK
+
+
+def polynomial_basis(terms: list[int | str], num_ranks: int, *, normalize_t: bool) -> NDArray[np.float64]:
+    """(K, C) the terms at every fitted rank."""
+    t_K = np.linspace(0, 1, num_ranks) if normalize_t else np.arange(num_ranks, dtype=np.float64)
+    special = {"sqrt": np.sqrt, "exp": np.exp}
+    with np.errstate(over="ignore", divide="ignore"):
+        return np.stack([special[term](t_K) if isinstance(term, str) else t_K**term for term in terms], axis=-1)
+
+
+@dataclass(frozen=True)
+class FitQuality:
+    """What a config can do at best, and whether DistillKit's arithmetic can do it.
+
+    Attributes:
+        mean_error_nats, max_error_nats: over the fitted ranks of p(r) ~ (r+1)^-1.65, fitted in float64.
+        condition: of the design matrix: its greatest by its least singular value.
+    """
+
+    mean_error_nats: float
+    max_error_nats: float
+    condition: float
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether float32 cannot fit it: rounding of the greatest singular value is as large as the least one."""
+        return not self.condition < MAX_CONDITION
+
+
+def fit_quality(config: Config) -> FitQuality | None:
+    """Judge the terms of a config; None where nothing is fitted."""
+    terms = config.polynomial_terms
+    if not terms or not config.num_fitted:
+        return None
+    basis_KC = polynomial_basis(terms, config.num_fitted, normalize_t=config.normalize_t)
+    true_K = -1.65 * np.log(np.arange(config.exact_k, config.k) + 1.0) - math.log(2.3)
+    if not np.isfinite(basis_KC).all():
+        return FitQuality(math.inf, math.inf, math.inf)
+    errors_K = np.abs(basis_KC @ np.linalg.lstsq(basis_KC, true_K, rcond=None)[0] - true_K)
+    return FitQuality(float(errors_K.mean()), float(errors_K.max()), float(np.linalg.cond(basis_KC)))
+
+
+def _residuals(rows_RQ: NDArray[np.uint8], config: Config) -> NDArray[np.float32]:
+    residual_RK = np.zeros((len(rows_RQ), config.num_fitted), np.float32)
+    byte = rank = 0
+    for group in config.residual_bins:
+        start = byte + _BYTES[group.scale_dtype]
+        scale_R1 = _floats(rows_RQ[:, byte:start], group.scale_dtype)
+        steps_RK = _unpack(rows_RQ[:, start : byte + group.num_bytes], group.element_bits, group.num_elements)
+        signed_RK = steps_RK * 2 - 1 if group.element_bits == 1 else steps_RK - (1 << (group.element_bits - 1))
+        residual_RK[:, rank : rank + group.num_elements] = signed_RK.astype(np.float32) * scale_R1
+        byte, rank = byte + group.num_bytes, rank + group.num_elements
+    return residual_RK
+
+
+def _unpack(rows_RQ: NDArray[np.uint8], width: int, number: int) -> NDArray[np.int64]:
+    bits = np.unpackbits(rows_RQ, axis=1, count=number * width, bitorder="big").reshape(len(rows_RQ), number, width)
+    return bits.astype(np.int64) @ (np.int64(1) << np.arange(width - 1, -1, -1, dtype=np.int64))
+
+
+def _floats(rows_RQ: NDArray[np.uint8], name: FloatName) -> NDArray[np.float32]:
+    data_RQ = np.ascontiguousarray(rows_RQ)
+    if name == "bfloat16":  # the upper half of a float32
+        return (data_RQ.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    with np.errstate(over="ignore"):
+        return data_RQ.view({"float16": "<f2", "float32": "<f4", "float64": "<f8"}[name]).astype(np.float32)

@@ -1,0 +1,215 @@
+"""Megatron-LM's offline distillation tars (d98e8a6): `_meta.json`, then one zstd-compressed `torch.save` blob per iteration.
+
+A blob is a zip file: a pickle that says which tensors there are, and each tensor's bytes as a member of its own. The pickle is
+not opened here, ever: a pickle runs what it likes. The writer's order is fixed (all values, then all low halves of the ids,
+then all 17th bits), and its k is in `_meta.json`, so without top-p the bytes alone tell the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from kdcache.errors import InputError
+from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence, ReadOptions, check_size
+from kdcache.foreign.blocks import SENTINEL
+
+TAR_NAME = re.compile(r"cp(\d+)_dp(\d+)__(\d+)\.tar")
+META = "_meta.json"
+PAYLOAD = re.compile(r"(\d+)\.pt\.zst")
+STORAGE = re.compile(r"[^/]+/data/(\d+)")
+DTYPES = {"fp16": "<f2", "fp32": "<f4", "bf16": "<u2"}
+MAX_META_BYTES = 2**20
+MAX_PAYLOAD_BYTES = 2**31
+VOCAB_LIMIT = 2**17
+
+
+@dataclass(frozen=True)
+class Saver:
+    """What the metadata say of the rows."""
+
+    k: int
+    p: float | None
+    dtype: str
+
+
+def open_megatron(path: str, options: ReadOptions) -> ForeignCache | None:
+    """The tars behind a path that is one or a folder of them; None where there are none.
+
+    Raises:
+        InputError: a tar without metadata, or whose metadata make no sense.
+    """
+    named = Path(path)
+    files = [named] if TAR_NAME.fullmatch(named.name) and named.is_file() else []
+    if named.is_dir():
+        files = sorted((f for f in named.iterdir() if TAR_NAME.fullmatch(f.name)), key=lambda f: [*map(int, _numbers(f))])
+    if not files:
+        return None
+    meta = _read_meta(files[0])
+    saver = _saver(meta, files[0])
+    return ForeignCache(
+        format="megatron",
+        title="Megatron-LM offline logprobs (tar)",
+        path=path,
+        values=options.values or "logprobs",
+        read=partial(_sequences, files, saver),
+        facts={
+            "files": f"{len(files)}, of {len({_numbers(f)[:2] for f in files})} context and data ranks",
+            "entries": f"top {saver.k}{f' within top-p {saver.p}' if saver.p else ''}, {saver.dtype}",
+            "data": json.dumps(meta.get("identifiers"))[:500],
+        },
+        findings=tuple(_findings(meta, saver)),
+    )
+
+
+def _findings(meta: dict[str, Any], saver: Saver) -> Iterator[Finding]:
+    yield Finding(
+        "no_tokens", "fatal",
+        "the tars hold no token ids: a Megatron student must replay the same data order (the seed, length, samples and blend "
+        "in "
+        "the metadata), so alignment cannot be checked here and nothing can be converted; capture again with kdcache",
+    )  # fmt: skip
+    yield Finding(
+        "no_identity", "note", "neither the teacher nor its tokenizer is named; the metadata's hash is of the data alone"
+    )
+    if saver.p is not None:
+        yield Finding(
+            "needs_unpickling", "fatal",
+            f"with top-p {saver.p} the width of a row is only in the pickled part of each blob, and pickles are not opened: "
+            "they "
+            "can run any code; the values were not looked at",
+        )  # fmt: skip
+    identifiers = meta.get("identifiers")
+    text = json.dumps(identifiers, sort_keys=False, separators=(",", ":"))
+    if hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() != meta.get("hash"):
+        yield Finding(
+            "wrong_hash", "fatal", "the metadata's hash is not that of its own identifiers: they were edited or damaged"
+        )
+
+
+def _sequences(files: list[Path], saver: Saver) -> Iterator[ForeignSequence]:
+    if saver.p is not None:
+        return
+    for path in files:
+        for name, data in _members(path):
+            if PAYLOAD.fullmatch(name):
+                yield from _microbatches(data, saver, f"{path}:{name}")
+
+
+def _microbatches(data: bytes, saver: Saver, where: str) -> Iterator[ForeignSequence]:
+    storages = _storages(_decompressed(data, where), where)
+    number = len(storages) // 3
+    if not number or len(storages) != 3 * number:
+        raise InputError(f"{where}: {len(storages)} tensors, expected three for each microbatch")
+    groups = zip(storages[:number], storages[number : 2 * number], storages[2 * number :], strict=True)
+    for index, (values, low, high) in enumerate(groups):
+        dtype = np.dtype(DTYPES[saver.dtype])
+        sizes = len(values) // dtype.itemsize, len(low) // 2, len(high)
+        if len(set(sizes)) != 1 or sizes[0] % saver.k or len(values) % dtype.itemsize or len(low) % 2:
+            raise InputError(
+                f"{where}: microbatch {index} has {sizes[0]} values, {sizes[1]} ids and {sizes[2]} bits for rows of {saver.k}"
+            )
+        values_E = np.frombuffer(values, dtype)
+        if saver.dtype == "bf16":
+            values_E = (values_E.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        ids_E = np.frombuffer(low, "<u2").astype(np.int64) | (np.frombuffer(high, np.uint8) != 0).astype(np.int64) << 16
+        counts_R = np.full(sizes[0] // saver.k, saver.k, np.int64)
+        check_size(where, counts_R)
+        yield _without_sentinels(f"{where}[{index}]", counts_R, ids_E, values_E.astype(np.float64))
+
+
+def _without_sentinels(where: str, counts_R: np.ndarray, ids_E: np.ndarray, values_E: np.ndarray) -> ForeignSequence:
+    kept_E = values_E > SENTINEL
+    rows_E = np.repeat(np.arange(len(counts_R)), counts_R)
+    return ForeignSequence(
+        source=where,
+        input_ids_N=None,
+        positions_R=np.arange(len(counts_R)),
+        counts_R=np.bincount(rows_E[kept_E], minlength=len(counts_R)).astype(np.int64),
+        token_ids_E=ids_E[kept_E],
+        values_E=values_E[kept_E],
+    )
+
+
+def _storages(blob: bytes, where: str) -> list[bytes]:
+    """The bytes of every tensor, in the order in which they were saved."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(blob)) as archive:
+            found = {int(match[1]): info for info in archive.infolist() if (match := STORAGE.fullmatch(info.filename))}
+            if sorted(found) != list(range(len(found))):
+                raise InputError(f"{where}: not what torch.save writes: tensors {sorted(found)[:4]}...")
+            # torch stores, and does not deflate: what is larger than the blob would be a bomb.
+            if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > len(blob) for info in found.values()):
+                raise InputError(f"{where}: not what torch.save writes: a tensor is compressed")
+            return [archive.read(found[key]) for key in range(len(found))]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: not what torch.save writes: {error}") from error
+
+
+def _decompressed(data: bytes, where: str) -> bytes:
+    try:
+        with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
+            blob = stream.read(MAX_PAYLOAD_BYTES + 1)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{where}: not zstd: {error}") from error
+    if len(blob) > MAX_PAYLOAD_BYTES:
+        raise InputError(f"{where}: more than {MAX_PAYLOAD_BYTES:,} bytes when decompressed")
+    return blob
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    name, data = next(_members(path), ("", b""))
+    if name != META:
+        raise InputError(f"{path}: the first member is {name!r}, expected {META!r}: not a tar of Megatron's logits saver")
+    try:
+        meta = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: {META}: not JSON: {error}") from error
+    if not isinstance(meta, dict):
+        raise InputError(f"{path}: {META}: expected a JSON object")
+    return meta
+
+
+def _saver(meta: dict[str, Any], path: Path) -> Saver:
+    fields: Any = meta.get("saver")
+    k, p, dtype = (fields.get(name) for name in ("k", "p", "save_dtype")) if isinstance(fields, dict) else (None,) * 3
+    if type(k) is not int or not 1 <= k <= VOCAB_LIMIT or dtype not in DTYPES or not (p is None or isinstance(p, float | int)):
+        raise InputError(f"{path}: {META}: saver is {fields!r}, expected k, p and save_dtype")
+    return Saver(k, p, dtype)
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of every plain file in a tar, in order; nothing is unpacked onto the disk."""
+    try:
+        with tarfile.open(path, mode="r|") as archive:
+            for member in archive:
+                if not member.isreg():
+                    continue
+                limit = MAX_META_BYTES if member.name == META else MAX_PAYLOAD_BYTES
+                if member.size > limit:
+                    raise InputError(f"{path}: member {member.name!r} has {member.size:,} bytes, at most {limit:,} are read")
+                stream = archive.extractfile(member)
+                yield member.name, b"" if stream is None else stream.read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise InputError(f"{path}: not a readable tar: {error}") from error
+
+
+def _numbers(path: Path) -> tuple[str, str, str]:
+    match = TAR_NAME.fullmatch(path.name)
+    assert match is not None
+    return match[1], match[2], match[3]

@@ -1,0 +1,256 @@
+"""Rows of Parquet, Arrow and JSON-lines files, a few at a time, whatever is in them.
+
+A row is a mapping of column -> cell. `flat` and `nested` make arrays of a cell, be it Arrow's or JSON's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kdcache.errors import InputError
+
+ENDINGS = {
+    ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow", ".jsonl": "jsonl", ".ndjson": "jsonl",
+    ".json": "jsonl",
+}  # fmt: skip
+ROWS_PER_READ = 8
+MAX_LINE_BYTES = 2**30
+MAX_VALUES_PER_ROW = 2**29
+"""Values of one column in one Parquet row, by the file's own account; a row of 10^5 positions of 350 packed bytes has 2^25."""
+_ARROW_FILE_MAGIC = b"ARROW1"
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Files of one kind with the same columns.
+
+    Attributes:
+        kind: `parquet`, `arrow` or `jsonl`.
+        files: in the order of their names.
+        columns: of the first file; for JSON lines the keys of the first line.
+    """
+
+    kind: str
+    files: tuple[Path, ...]
+    columns: tuple[str, ...]
+
+    def rows(self, columns: list[str]) -> Iterator[tuple[str, Row]]:
+        """(where it is, the named columns) of each row; columns that are not there are left out.
+
+        Raises:
+            InputError: a file that cannot be read.
+        """
+        for path in self.files:
+            yield from _READERS[self.kind](path, columns)
+
+
+def open_table(path: str | Path) -> Table | None:
+    """The files behind a path that is one of them or a folder of them; None where there are none.
+
+    Raises:
+        InputError: the first file cannot be read, or a folder holds several kinds.
+    """
+    files = _files(Path(path))
+    kinds = {ENDINGS[file.suffix.lower()] for file in files}
+    if not files:
+        return None
+    if len(kinds) > 1:
+        raise InputError(f"{path}: holds {' and '.join(sorted(kinds))} files; name one of them, or a folder with one kind")
+    (kind,) = kinds
+    return Table(kind, tuple(files), _columns(kind, files[0]))
+
+
+def flat(cell: Any, where: str) -> NDArray[Any] | None:
+    """A list of numbers as an array; None for null.
+
+    Raises:
+        InputError: it is something else, or holds nulls.
+    """
+    if isinstance(cell, pa.Scalar):
+        if not cell.is_valid:
+            return None
+        values: Any = getattr(cell, "values", None)
+        if not isinstance(values, pa.Array) or not _is_number(values.type) or values.null_count:
+            raise InputError(
+                f"{where}: expected a list of numbers, found {cell.type}{' with nulls' if values is not None else ''}"
+            )
+        return values.to_numpy(zero_copy_only=False)
+    if cell is None:
+        return None
+    return _numbers(cell, where)
+
+
+def nested(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64]] | None:
+    """A list of lists of numbers as (all numbers, the length of each list); a null list is empty. None for null.
+
+    Raises:
+        InputError: it is something else, or holds nulls among the numbers.
+    """
+    if isinstance(cell, pa.Scalar):
+        return _nested_arrow(cell, where) if cell.is_valid else None
+    if cell is None:
+        return None
+    if not isinstance(cell, list) or not all(row is None or isinstance(row, list) for row in cell):
+        raise InputError(f"{where}: expected a list of lists of numbers, found {_kind(cell)}")
+    rows = [_numbers(row or [], where) for row in cell]
+    return _joined(rows), np.array([len(row) for row in rows], np.int64)
+
+
+def _nested_arrow(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    rows: Any = getattr(cell, "values", None)
+    if isinstance(rows, pa.Array) and pa.types.is_null(rows.type):
+        return np.zeros(0), np.zeros(len(rows), np.int64)
+    if not isinstance(rows, pa.Array) or not _is_list(rows.type):
+        raise InputError(f"{where}: expected a list of lists of numbers, found {cell.type}")
+    values = rows.flatten()
+    if not _is_number(values.type) or values.null_count:
+        raise InputError(
+            f"{where}: expected a list of lists of numbers, found {cell.type}{' with nulls' * bool(values.null_count)}"
+        )
+    counts = pc.call_function("list_value_length", [rows]).fill_null(0)
+    return values.to_numpy(zero_copy_only=False), counts.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _numbers(cell: Any, where: str) -> NDArray[Any]:
+    if not isinstance(cell, list) or not all(type(value) in (int, float) for value in cell):
+        raise InputError(f"{where}: expected a list of numbers, found {_kind(cell)}")
+    try:
+        return np.array(cell) if cell else np.zeros(0)
+    except OverflowError as error:
+        raise InputError(f"{where}: a number is too large: {error}") from error
+
+
+def _joined(rows: list[NDArray[Any]]) -> NDArray[Any]:
+    kept = [row for row in rows if len(row)]
+    return np.concatenate(kept) if kept else np.zeros(0)
+
+
+def _kind(cell: Any) -> str:
+    if isinstance(cell, list) and cell:
+        odd = next((value for value in cell if type(value) not in (int, float)), None)
+        return f"a list with a {type(odd).__name__}"
+    return f"a {type(cell).__name__}"
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path] if path.suffix.lower() in ENDINGS else []
+    if not path.is_dir():
+        return []
+    # `datasets` writes dataset_info.json and state.json beside its Arrow files: descriptions, not rows.
+    found = [file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.suffix != ".json" and file.is_file()]
+    return sorted(file for file in found if not file.name.startswith((".", "cache-")))
+
+
+def _columns(kind: str, path: Path) -> tuple[str, ...]:
+    if kind == "jsonl":
+        return tuple(next((row for _, row in _jsonl_rows(path, None)), {}))
+    with _translated(path):
+        if kind == "parquet":
+            return tuple(pq.read_schema(path).names)
+        with pa.memory_map(str(path)) as source:
+            return tuple(_open_arrow(source)[0].names)
+
+
+def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[str, Row]]:
+    with _translated(path), pq.ParquetFile(path) as table:
+        names = [name for name in table.schema_arrow.names if columns is None or name in columns]
+        _refuse_bombs(table.metadata, path)
+        number = 0
+        for batch in table.iter_batches(batch_size=ROWS_PER_READ, columns=names):
+            yield from _batch_rows(batch, path, number)
+            number += batch.num_rows
+
+
+def _arrow_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[str, Row]]:
+    with _translated(path), pa.memory_map(str(path)) as source:
+        schema, batches = _open_arrow(source)
+        names = [name for name in schema.names if columns is None or name in columns]
+        number = 0
+        for batch in batches:
+            batch.validate(full=True)  # offsets in bounds: no view below may leave its buffer
+            yield from _batch_rows(batch.select(names), path, number)
+            number += batch.num_rows
+
+
+def _jsonl_rows(path: Path, _columns: list[str] | None) -> Iterator[tuple[str, Row]]:
+    decoder = msgspec.json.Decoder()
+    with _translated(path), path.open("rb") as stream:
+        number = 0
+        while line := stream.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise InputError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; one JSON object per line was expected")
+            if line.strip():
+                yield where, _json_object(decoder, line, where)
+
+
+_READERS: dict[str, Callable[[Path, list[str] | None], Iterator[tuple[str, Row]]]] = {
+    "parquet": _parquet_rows, "arrow": _arrow_rows, "jsonl": _jsonl_rows,
+}  # fmt: skip
+
+
+def _json_object(decoder: msgspec.json.Decoder[Any], line: bytes, where: str) -> Row:
+    # NaN and Infinity are what Python's json writes for them; they are not JSON, and say that values are missing.
+    try:
+        row = decoder.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        hint = "; it holds NaN or Infinity" if b"NaN" in line or b"Infinity" in line else ""
+        raise InputError(f"{where}: not a JSON object on one line: {error}{hint}") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: holds a {type(row).__name__}, but a JSON object was expected")
+    return row
+
+
+def _batch_rows(batch: pa.RecordBatch, path: Path, first: int) -> Iterator[tuple[str, Row]]:
+    for index in range(batch.num_rows):
+        cells = {name: batch.column(column)[index] for column, name in enumerate(batch.schema.names)}
+        yield f"{path}#{first + index}", cells
+
+
+def _open_arrow(source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    is_file = source.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
+    source.seek(0)
+    reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+    return reader.schema, map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
+
+
+def _refuse_bombs(metadata: Any, path: Path) -> None:
+    """Parquet's run lengths let a few bytes stand for 2^31 values: the file says beforehand how many there are."""
+    for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
+        for column in (group.column(number) for number in range(group.num_columns)):
+            if column.num_values > MAX_VALUES_PER_ROW * max(group.num_rows, 1):
+                raise InputError(
+                    f"{path}: column {column.path_in_schema!r} holds {column.num_values:,} values in {group.num_rows} rows"
+                )
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be read: {reason}") from error
