@@ -139,7 +139,7 @@ def record_of_most_probable(
 
 
 def concatenate(parts: Sequence[Distributions]) -> Distributions:
-    """Distributions of one selection one after another, as one."""
+    """Distributions of one selection one after another, as one; without features, which no selection makes."""
     shifts = np.cumsum([0, *(part.num_entries for part in parts)])
     offsets = [part.offsets_P1[1:] + shift for part, shift in zip(parts, shifts[:-1], strict=True)]
 
@@ -147,7 +147,7 @@ def concatenate(parts: Sequence[Distributions]) -> Distributions:
         arrays = [getattr(part, name) for part in parts]
         return None if arrays[0] is None else np.concatenate(arrays)
 
-    names = [field.name for field in fields(Distributions) if field.name != "offsets_P1"]
+    names = [field.name for field in fields(Distributions) if field.name not in ("offsets_P1", "features")]
     return Distributions(**{name: joined(name) for name in names}, offsets_P1=np.concatenate([[0], *offsets]).astype(np.int64))
 
 

@@ -25,6 +25,7 @@ from kdcache.format.record import ROLES
 from kdcache.store.summary import summarize_cache
 from kdcache.store.verify import verify_cache
 from kdcache.teacher.fake import BOS_ID, END_ID, FakeTeacher, FakeTokenizer
+from kdcache.teacher.generation import filtered_probabilities
 
 TOKENIZER = FakeTokenizer()
 GENERATE = {"max_tokens": 12, "stop_token_ids": list(range(0, 300, 9))}
@@ -161,6 +162,24 @@ def test_a_loader_trains_on_the_answers_alone_and_its_labels_are_their_tokens(tm
             following = np.roll(batch.input_ids_BT, -1, axis=1).reshape(-1)
             assert np.array_equal(following[batch.rows_P], flat[batch.rows_P])
     assert sorted(labels) == sorted(t for record in records for t in record.sequence.target_ids_P.tolist())
+
+
+def test_what_was_drawn_from_can_be_recorded_in_place_of_the_teachers_own(tmp_path):
+    asked = config(tmp_path, generate=GENERATE | {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "capture_filtered": True})
+    run_capture(asked)
+    with kdcache.open(tmp_path / "cache") as reader:
+        assert reader.manifest.identity.selection.filters == {"temperature": 0.7, "top_p": 0.9, "top_k": 40}
+    teacher = FakeTeacher(asked.teacher)
+    for record in records_of(tmp_path / "cache"):
+        found, positions_P = record.distributions, record.sequence.positions_P
+        dense_PV = teacher.dense_logprobs(record.sequence)[positions_P]
+        expected_PV = np.array([filtered_probabilities(dense_V, asked.generate) for dense_V in dense_PV])
+        kept_PK = np.take_along_axis(expected_PV, found.token_ids_E.reshape(-1, 4), axis=-1)
+        np.testing.assert_allclose(np.exp(found.logprobs_E.reshape(-1, 4)), kept_PK, atol=1e-6)
+        np.testing.assert_allclose(found.tail_mass_P, 1 - kept_PK.sum(axis=-1), atol=1e-6)
+        # Every token of the answer was drawn from among what the filters left.
+        assert np.isfinite(found.target_logprobs(record.sequence.target_ids_P)).all()
+    assert verify_cache(tmp_path / "cache").problems == []
 
 
 def test_several_answers_to_a_prompt_differ_and_the_same_capture_gives_the_same(tmp_path):
