@@ -6,14 +6,14 @@ import hashlib
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
 
 from kdcache.config.remote import RemoteConfig
-from kdcache.errors import CorruptCacheError, KdcacheError
+from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import ShardInfo
 from kdcache.store.block_cache import Blocks, DiskBlocks, MemoryBlocks
 from kdcache.store.location import RemotePath
@@ -53,13 +53,7 @@ class RemoteShards:
         Raises:
             CorruptCacheError, StorageError, FileNotFoundError: the shard is damaged, out of reach, missing.
         """
-        with self._lock:
-            fetch = self._under_way.get((unit, number))
-        block = _result(fetch, (unit, number)) if fetch is not None else None
-        if block is None:
-            block = self.blocks.get(self._key(unit, number))
-        if block is None:
-            block = self._fetch([(unit, number)])[unit, number]
+        block = self._awaited((unit, number)) or self.blocks.get(self._key(unit, number)) or self._fetched((unit, number))
         return parse_record_batch(block, self._layout(unit).schema)
 
     def prefetch(self, wanted: Sequence[Wanted]) -> None:
@@ -102,6 +96,30 @@ class RemoteShards:
         self._opening: dict[int, threading.Lock] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._under_way: dict[Wanted, Future[dict[Wanted, pa.Buffer]]] = {}
+
+    def _awaited(self, place: Wanted) -> pa.Buffer | None:
+        """From a request that is under way; None where there is none or it fails."""
+        with self._lock:
+            fetch = self._under_way.get(place)
+        return None if fetch is None else _result(fetch, place)
+
+    def _fetched(self, place: Wanted) -> pa.Buffer:
+        """From the store, now; of several threads that want it at once, one asks."""
+        mine: Future[dict[Wanted, pa.Buffer]] = Future()
+        mine.set_running_or_notify_cancel()
+        with self._lock:
+            fetch = self._under_way.setdefault(place, mine)
+        if fetch is not mine:
+            return _result(fetch, place) or self._fetch([place])[place]
+        try:
+            found = self._fetch([place])
+            mine.set_result(found)
+            return found[place]
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            self._over([place], mine)
 
     def _start(self, group: Sequence[Wanted]) -> None:
         with self._lock:
@@ -224,7 +242,7 @@ def _disk_blocks(folder: str, capacity: int, pid: int) -> DiskBlocks:  # noqa: A
 def _result(fetch: Future[dict[Wanted, pa.Buffer]], place: Wanted) -> pa.Buffer | None:
     try:
         return fetch.result()[place]
-    except (CancelledError, KdcacheError, OSError):
+    except Exception:
         return None  # tried again where it is needed, and told there
 
 

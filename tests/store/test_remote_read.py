@@ -85,6 +85,22 @@ def test_what_is_read_ahead_is_not_asked_for_again_and_neighbours_come_in_one_re
         assert len(ranges(s3)) == NUM_UNITS * 3
 
 
+def test_threads_that_want_the_same_record_batch_at_once_ask_for_it_once(cache, s3):
+    with open_cache(cache, remote=QUICK) as reader:
+        start = threading.Barrier(6)
+
+        def read() -> None:
+            start.wait()
+            assert_same_record(reader[7], EXPECTED[7])
+
+        threads = [threading.Thread(target=read) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(ranges(s3)) == 2  # the footer and the record batch
+
+
 def test_blocks_in_a_folder_are_read_by_the_next_reader_without_a_request_for_data(cache, s3, tmp_path):
     config = RemoteConfig(block_dir=str(tmp_path / "blocks"), block_bytes=2**20)
     with open_cache(cache, remote=config) as reader:
