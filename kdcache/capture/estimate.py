@@ -22,7 +22,7 @@ from kdcache.capture.unit import Work, make_work, most_tokens
 from kdcache.codec import get_codec
 from kdcache.config.capture import CaptureConfig
 from kdcache.format.manifest import SelectionInfo
-from kdcache.format.record import Distributions, TokenSequence, distributions_from_dense
+from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import fixed_entries, fixed_exact, has_estimates, most_entries
 from kdcache.store import chain
 from kdcache.store.writer import refuse_foreign_directory
@@ -172,18 +172,20 @@ def _expected_bytes(config: CaptureConfig, vocab_size: int) -> float:
 
 
 def _made_up(selection: SelectionInfo, k: int) -> Distributions:
-    """64 positions of k entries; every fourth target lies outside the support."""
-    num_positions, num_exact = 64, fixed_exact(selection)
-    exact = min(k, k // 2 if num_exact is None else num_exact)
-    made_up = distributions_from_dense(
-        np.tile(np.arange(k), (num_positions, 1)),
-        np.full((num_positions, k), -np.log(2.0 * max(k, 1))),
-        np.where(np.arange(num_positions) % 4 > 0, 0, k).astype(np.int32),
-        np.full(num_positions, -9.0),
-    )
-    return replace(
-        made_up,
-        num_exact_P=np.full(num_positions, exact) if has_estimates(selection) else None,
+    """64 positions of k entries; every fourth target is no exact entry, of `sampled` every one. Of `threshold` all entries are
+    exact: those take the most bytes."""
+    num_positions, fixed = 64, fixed_exact(selection)
+    num_exact = min(k, k if fixed is None else fixed)
+    tail = 1.0 if num_exact == 0 else 0.5
+    estimate = selection.params.get("tau") or tail / selection.params.get("num_draws", 1)
+    logprobs_K = np.log(np.repeat([0.5 / max(num_exact, 1), estimate], [num_exact, k - num_exact]))
+    return Distributions(
+        token_ids_E=np.tile(np.arange(k, dtype=np.int32), num_positions),
+        logprobs_E=np.tile(logprobs_K.astype(np.float32), num_positions),
+        offsets_P1=np.arange(num_positions + 1, dtype=np.int64) * k,
+        tail_mass_P=np.full(num_positions, tail, np.float32),
+        outside_target_logprobs_M=np.full(num_positions // 4 if num_exact else num_positions, -9.0, np.float32),
+        num_exact_P=np.full(num_positions, num_exact) if has_estimates(selection) else None,
         log_z_PT=np.ones((num_positions, len(selection.temperatures)), np.float32) if selection.temperatures else None,
         entropy_P=np.ones(num_positions, np.float32) if selection.entropy else None,
     )

@@ -152,15 +152,18 @@ def _find(bits_V, shift, top, heads_H, points_L, sums_G, scratch, ids_L):
 
 
 @_kernel()
-def _write_estimates(ids_L, log_unit, ids_K, logprobs_K, num_exact):
-    """Distinct ids with log_unit + log(count) after the exact entries, by falling count, then rising id; how many."""
+def _write_estimates(ids_L, log_unit, are_counts, ids_K, logprobs_K, num_exact):
+    """Distinct ids after the exact entries, by falling count, then rising id; how many.
+
+    With log_unit + log(count), or log_unit alone where a token has one point (two, by rounding, where p is nearly tau).
+    """
     keys = np.empty(len(ids_L), np.int64)
     count, i = 0, 0
     while i < len(ids_L):
         end = i + 1
         while end < len(ids_L) and ids_L[end] == ids_L[i]:
             end += 1
-        keys[count] = (np.int64(i - end) << 32) | np.int64(ids_L[i])
+        keys[count] = ((np.int64(i - end) if are_counts else np.int64(-1)) << 32) | np.int64(ids_L[i])
         count, i = count + 1, end
     keys = np.sort(keys[:count])
     for j in range(count):
@@ -232,5 +235,6 @@ def draw_rows(logits, known, options, found):
             num_points = _find(bits_CV[row], shift, tops_C[row], heads_H, room[:num_points], sums_G, scratch, ids_L)
             mass = total * math.exp(above) if shares_rest else 1.0
             log_unit = math.log(tau) if tau > 0 else math.log(mass / num_draws)
-            num_estimates = _write_estimates(ids_L[:num_points], log_unit, ids_CK[row], logprobs_CK[row], num_exact)
+            drawn_L, row_K = ids_L[:num_points], (ids_CK[row], logprobs_CK[row])
+            num_estimates = _write_estimates(drawn_L, log_unit, tau == 0.0, row_K[0], row_K[1], num_exact)
             counts_C2[row, 1] = num_exact + num_estimates

@@ -128,7 +128,9 @@ def draw(cumulative: Cumulative, selection: SelectionInfo, states_C: Tensor, num
     ids_CL = cumulative.find(points_CL)
     # A parallel sum may put an edge before a token of weight 0.
     is_drawn_CL = (points_CL < totals_C1) & (cumulative.weights_CV.gather(-1, ids_CL) > 0)
-    return _counted(ids_CL, is_drawn_CL, log_unit_C1, cumulative.weights_CV.shape[1])
+    entries = _counted(ids_CL, is_drawn_CL, log_unit_C1, cumulative.weights_CV.shape[1])
+    # One point each, or two by rounding where p is nearly tau.
+    return entries._replace(logprobs_CK=log_unit_C1.expand_as(ids_CL).float()) if selection.kind == "threshold" else entries
 
 
 def _counted(ids_CL: Tensor, is_drawn_CL: Tensor, log_unit_C1: Tensor, vocab_size: int) -> Entries:

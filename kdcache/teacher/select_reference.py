@@ -94,6 +94,8 @@ def _select(logprobs_V: NDArray[np.float64], selection: SelectionInfo, state: np
     else:
         drawn, log_unit = np.empty(0, np.int64), 0.0
     ids, counts = np.unique(drawn, return_counts=True)
+    if kind == "threshold":
+        counts = np.ones_like(ids)  # two by rounding, where p is nearly tau
     by_count = np.argsort(-counts, kind="stable")
     return _Row(
         token_ids=np.concatenate([exact, ids[by_count]]),
