@@ -1,7 +1,7 @@
 """Packed entries decoded straight into a batch's rows, in compiled loops with the GIL released.
 
-`kdcache.codec.into.place` of what the codec decodes is the definition; tests compare. Nothing is checked here but the ids: the
-caller has checked that the stream holds all entries and that no position has more than K.
+`kdcache.codec.into.place` of what the codec decodes is the definition; tests compare. Nothing else is checked: the
+caller has checked that the stream and the logprobs hold all entries.
 
 Shape letters: P positions, Q positions that are kept, K entries per position (padded), E entries.
 """
@@ -20,6 +20,9 @@ _WORDS, _HALVES = numba.types.Array(numba.uint32, 1, **_IN), numba.types.Array(n
 _OFFSETS = numba.types.Array(numba.int64, 1, **_IN)
 
 
+TOO_WIDE = -2
+
+
 def unpack_into(
     stream: NDArray[np.uint8],
     id_bits: int,
@@ -27,7 +30,8 @@ def unpack_into(
     rows: tuple[NDArray[np.int64], NDArray[np.int64]],
     out: tuple[NDArray[np.int32], NDArray[np.float32]],
 ) -> int:
-    """Write ids and logprobs of the kept positions, padding behind them; returns the largest id, -1 where there is none.
+    """Write ids and logprobs of the kept positions, padding behind them; returns the largest id, -1 where there is none,
+    TOO_WIDE where a position has more than K entries.
 
     Args:
         stream: bytes of the packed ids, whole 8-byte words, at any alignment.
@@ -105,6 +109,8 @@ def _unpack_into(words, width, halves, offsets, kept, ids, bits, logprobs):
     for q in range(kept.shape[0]):
         start, stop = offsets[kept[q]], offsets[kept[q] + 1]
         count = stop - start
+        if count > ids.shape[1]:
+            return TOO_WIDE
         if count > 0:
             if stop <= num_safe:
                 found = _unpack_row(words, width, start, ids[q, :count])

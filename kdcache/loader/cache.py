@@ -13,6 +13,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kdcache.config.remote import RemoteConfig
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import Manifest
 from kdcache.format.record import SequenceRecord
@@ -22,18 +23,19 @@ from kdcache.store.rows import EncodedRecord
 Columns = Mapping[str, NDArray[np.generic]]
 
 
-def open_dataset(uri: str, *, verify: bool = True) -> Cache:
+def open_dataset(uri: str, *, verify: bool = True, remote: RemoteConfig | None = None) -> Cache:
     """Open the newest snapshot of a cache: `kdcache.open`.
 
     Args:
-        uri: the cache's directory or address.
+        uri: the cache's directory or address: `file://`, `s3://`, `gs://`, `hf://` or `memory://`.
         verify: check each row's digest on every read. Costs a tenth of the reading speed; turn it off only to measure that.
+        remote: how an object store is reached, and where what is read from it is kept.
 
     Raises:
-        CacheNotFoundError: there is no cache there.
+        CacheNotFoundError: there is no cache there. StorageError: the store is out of reach.
         CorruptCacheError, UnsupportedVersionError: the manifest or the index cannot be read.
     """
-    return Cache(open_cache(uri, verify=verify))
+    return Cache(open_cache(uri, verify=verify, remote=remote))
 
 
 class Cache:
@@ -120,6 +122,36 @@ class Cache:
             raise IndexError(f"sequence {place} of {len(self)}")
         place %= len(self)
         return place if self._numbers_S is None else int(self._numbers_S[place])
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is in an object store, so that it is of use to say what is read next."""
+        return self.reader.is_remote
+
+    @property
+    def block_dir(self) -> str | None:
+        """The folder in which what was read is kept, where there is one."""
+        return self.reader.block_dir
+
+    def prefetch(self, numbers: ArrayLike) -> None:
+        """Say which sequences are read next, in which order; see `CacheReader.prefetch`."""
+        self.reader.prefetch(self._in_snapshot(numbers))
+
+    def window_bytes(self, numbers: ArrayLike) -> int:
+        """About how many bytes `prefetch(numbers)` has to keep."""
+        return self.reader.window_bytes(self._in_snapshot(numbers))
+
+    def largest_shards_bytes(self, num_shards: int) -> int:
+        """At most how many bytes the record batches of so many shards have."""
+        return self.reader.largest_shards_bytes(num_shards)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Raise ConfigError, with the size needed, unless so many bytes of record batches can be kept."""
+        self.reader.reserve(num_bytes)
+
+    def _in_snapshot(self, numbers: ArrayLike) -> NDArray[np.int64]:
+        places = np.asarray(numbers, np.int64)
+        return places if self._numbers_S is None else self._numbers_S[places]
 
     def select(self, numbers: ArrayLike) -> Cache:
         """The cache of these sequences alone, in this order; some may come twice.

@@ -19,7 +19,8 @@ from kdcache.loader.batch import Batch
 from kdcache.loader.buffers import BufferPool
 from kdcache.loader.caches import CacheLike, CacheSet
 from kdcache.loader.checks import check_epoch, check_options, check_ranks
-from kdcache.loader.plan import EpochCounts, EpochPlan
+from kdcache.loader.fetch import Fetcher
+from kdcache.loader.plan import BatchRows, EpochCounts, EpochPlan
 from kdcache.loader.prefetch import prefetch
 from kdcache.loader.read import read_rows
 from kdcache.loader.report import EpochReport
@@ -130,7 +131,9 @@ class Loader:
             self._report = EpochReport(self._epoch, self._next_batch)
         self._ahead = prefetch(
             lambda number: self._read(plan, number),
-            takewhile(plan.has_batch, count(start, step)),
+            Fetcher(self.readers, self.options).telling(
+                takewhile(plan.has_batch, count(start, step)), lambda number: self._sequences(plan, number)
+            ),
             num_threads=self.options.num_threads,
             look_ahead=self.options.prefetch_batches,
         )
@@ -213,11 +216,17 @@ class Loader:
         _log.info("%s", self._report)
         self._enter(self._epoch + 1)
 
+    def _sequences(self, plan: EpochPlan, number: int) -> NDArray[np.int64]:
+        """What this rank reads for a batch."""
+        return np.concatenate(self._share(plan.batch(number)))
+
+    def _share(self, batch: BatchRows) -> list[NDArray[np.int64]]:
+        share = len(batch.rows) // self.world_size
+        return batch.rows[self.rank * share : (self.rank + 1) * share]
+
     def _read(self, plan: EpochPlan, number: int) -> _Read:
         batch = plan.batch(number)
-        share = len(batch.rows) // self.world_size
-        mine = batch.rows[self.rank * share : (self.rank + 1) * share]
-        read = read_rows(self._caches, mine, batch.seq_len, self.options.mask, self._pool)
+        read = read_rows(self._caches, self._share(batch), batch.seq_len, self.options.mask, self._pool)
         return _Read(number, np.concatenate(batch.rows), read, read.num_tokens)
 
     def _state(self) -> LoaderState:

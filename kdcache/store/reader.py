@@ -22,7 +22,7 @@ from kdcache.config.remote import RemoteConfig
 from kdcache.errors import CorruptCacheError, MismatchError, UnsupportedVersionError
 from kdcache.format import paths
 from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
-from kdcache.format.record import SequenceRecord
+from kdcache.format.record import KEY_BYTES, SequenceRecord
 from kdcache.format.schema import FINISH_FIELD, ShardMetadata, shard_metadata, shard_schema
 from kdcache.store import chain
 from kdcache.store.arrow_file import open_arrow_file
@@ -30,7 +30,7 @@ from kdcache.store.index import open_index
 from kdcache.store.location import Location, locate
 from kdcache.store.look_ahead import LookAhead
 from kdcache.store.remote_read import RemoteFile
-from kdcache.store.rows import BatchReader, EncodedRecord
+from kdcache.store.rows import BatchReader, EncodedRecord, column_view
 
 OPEN_BATCHES = 256
 """Record batches kept open per reader: views of memory maps and one byte per token, about 16 KiB each."""
@@ -74,7 +74,8 @@ class CacheReader:
         self.num_tokens_S: NDArray[np.uint32] = table.column("num_tokens").to_numpy()
         self.num_positions_S: NDArray[np.uint32] = table.column("num_positions").to_numpy()
         self._unit_S, self._batch_S, self._row_S = (table.column(n).to_numpy() for n in ("unit", "record_batch", "row"))
-        self._keys = table.column("key").combine_chunks()
+        keys = column_view(table.column("key").combine_chunks())
+        self._keys_S = keys.values.reshape(-1, KEY_BYTES)
         if len(table) != manifest.total("num_sequences"):
             raise CorruptCacheError(
                 f"{root}: the index has {len(table)} sequences, the manifest {manifest.total('num_sequences')}"
@@ -118,11 +119,11 @@ class CacheReader:
     def _encoded(self, number: int) -> EncodedRecord:
         unit, batch, row = self.place(number)
         reader = self.record_batch(unit, batch)
-        where = f"{self.root / self._shards[unit].name}: record batch {batch}"
         if row >= reader.num_rows:
+            where = f"{self.root / self._shards[unit].name}: record batch {batch}"
             raise CorruptCacheError(f"{where} has {reader.num_rows} rows, the index names row {row}")
         record = reader.encoded(row, verify=self._verify)
-        self.check_sequence(number, record, f"{where}, row {row}")
+        self.check_sequence(number, record, record.where)
         return record
 
     def place(self, number: int) -> tuple[int, int, int]:
@@ -137,7 +138,7 @@ class CacheReader:
         """
         num_positions = record.num_positions if isinstance(record, EncodedRecord) else record.distributions.num_positions
         found = record.sequence.key, record.sequence.num_tokens, num_positions
-        expected = self._keys[number].as_py(), int(self.num_tokens_S[number]), int(self.num_positions_S[number])
+        expected = self._keys_S[number].tobytes(), int(self.num_tokens_S[number]), int(self.num_positions_S[number])
         if found != expected:
             raise CorruptCacheError(f"{where}: holds {_show(found)}, the index says {_show(expected)}")
 
@@ -154,6 +155,16 @@ class CacheReader:
             while len(self._batches) > most:
                 self._batches.popitem(last=False)
         return reader
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is in an object store, so that it is of use to say what is read next."""
+        return self._ahead is not None
+
+    @property
+    def block_dir(self) -> str | None:
+        """The folder in which what was read is kept, where there is one."""
+        return None if isinstance(self.root, Path) else self.root.config.block_dir
 
     def prefetch(self, numbers: Iterable[int]) -> None:
         """Say which sequences are read next, in which order: their record batches are fetched by threads, as far as there is

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from numpy.typing import NDArray
 
 from kdcache.codec.base import Codec, ColumnValues, ids_fit, list_array
@@ -19,8 +20,11 @@ from kdcache.codec.into import EntryArrays, decode_into
 from kdcache.errors import CorruptCacheError, FormatError, KdcacheError
 from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import FINISHES, ROLES, SequenceRecord, TokenSequence
-from kdcache.format.schema import DIGEST, FINISH_FIELD, SEQUENCE_FIELDS, ShardMetadata, row_digest, shard_metadata
+from kdcache.format.schema import DIGEST, FINISH_FIELD, NULL_LENGTH, SEQUENCE_FIELDS, ShardMetadata, row_digest, shard_metadata
 from kdcache.format.selection import fixed_entries
+
+_SMALL_BYTES = 4096
+"""A value of fewer bytes is copied to the ones beside it rather than hashed by itself."""
 
 
 def encode_records(
@@ -51,12 +55,22 @@ class ColumnView:
     """NumPy views of one Arrow column, sliced per sequence without copying; null gives None."""
 
     def __init__(self, values: NDArray[Any], offsets_S1: NDArray[np.integer], valid_S: NDArray[np.bool_] | None) -> None:
-        self._values, self._offsets_S1, self._valid_S = values, offsets_S1, valid_S
+        self.values, self._valid_S = values, valid_S
+        # Plain numbers and a view of bytes: a row is looked at once per epoch, and NumPy's own indexing would take longer than
+        # decoding a short one.
+        self._offsets = offsets_S1.tolist()
+        self._bytes, self._item_bytes = values.view(np.uint8).data, values.dtype.itemsize
 
     def __getitem__(self, row: int) -> NDArray[Any] | None:
         if self._valid_S is not None and not self._valid_S[row]:
             return None
-        return self._values[self._offsets_S1[row] : self._offsets_S1[row + 1]]
+        return self.values[self._offsets[row] : self._offsets[row + 1]]
+
+    def row_bytes(self, row: int) -> memoryview | None:
+        """The bytes of a row's value; None for null."""
+        if self._valid_S is not None and not self._valid_S[row]:
+            return None
+        return self._bytes[self._offsets[row] * self._item_bytes : self._offsets[row + 1] * self._item_bytes]
 
 
 def column_view(column: pa.Array) -> ColumnView:
@@ -163,7 +177,7 @@ class BatchReader:
             CorruptCacheError: the digest does not match, or the parts do not fit together.
         """
         values: dict[str, Any] = {name: view[row] for name, view in self._views.items()}
-        if verify and row_digest(values, self._metadata.digest_columns) != int(self._digests_S[row]):
+        if verify and digest_of([view.row_bytes(row) for view in self._views.values()]) != int(self._digests_S[row]):
             raise CorruptCacheError(
                 f"{self._where}, row {row}: the row's digest does not match its bytes; the shard is damaged"
             )
@@ -182,6 +196,24 @@ class BatchReader:
             where,
             self._metadata.features,
         )
+
+
+def digest_of(parts: Sequence[memoryview | None]) -> int:
+    """`kdcache.format.schema.row_digest` of a row's values as bytes, with few calls: small ones are put together first."""
+    hasher = xxhash.xxh3_64()
+    waiting: list[bytes | memoryview] = []
+    for part in parts:
+        waiting.append((NULL_LENGTH if part is None else len(part)).to_bytes(8, "little"))
+        if part is None:
+            continue
+        if len(part) < _SMALL_BYTES:
+            waiting.append(part)
+            continue
+        hasher.update(b"".join(waiting))
+        hasher.update(part)
+        waiting = []
+    hasher.update(b"".join(waiting))
+    return hasher.intdigest()
 
 
 def _refuse_nulls(batch: pa.RecordBatch) -> None:
@@ -222,12 +254,12 @@ def _sequence(values: dict[str, Any], vocab_size: int) -> TokenSequence:
         raise CorruptCacheError("input_ids, supervised and roles have lengths that do not fit together")
     if not ids_fit(input_ids_N, vocab_size):
         raise CorruptCacheError(f"a token id of the text is outside the vocabulary of {vocab_size}")
-    if roles_N.max() >= len(ROLES):
+    if values["roles"] is not None and roles_N.max() >= len(ROLES):
         raise CorruptCacheError(f"a role has the code {roles_N.max()}, known are 0 to {len(ROLES) - 1}")
-    finish = values.get(FINISH_FIELD.name, np.zeros(1, np.uint8))
-    if finish[0] >= len(FINISHES):
-        raise CorruptCacheError(f"finish has the code {finish[0]}, known are 0 to {len(FINISHES) - 1}")
-    if not ids_fit(turn_starts, num_tokens) or (np.diff(turn_starts) < 0).any():
+    finish = int(values[FINISH_FIELD.name][0]) if FINISH_FIELD.name in values else 0
+    if finish >= len(FINISHES):
+        raise CorruptCacheError(f"finish has the code {finish}, known are 0 to {len(FINISHES) - 1}")
+    if not ids_fit(turn_starts, num_tokens) or (len(turn_starts) > 1 and (np.diff(turn_starts) < 0).any()):
         raise CorruptCacheError("turn_starts fall, or leave the sequence")
     return TokenSequence(
         input_ids_N=input_ids_N,
@@ -236,7 +268,7 @@ def _sequence(values: dict[str, Any], vocab_size: int) -> TokenSequence:
         turn_starts=turn_starts,
         source=values["source"].tobytes().decode(),
         key=values["key"].tobytes(),
-        finish=FINISHES[finish[0]],
+        finish=FINISHES[finish],
     )
 
 

@@ -101,7 +101,7 @@ def test_a_flipped_code_and_an_unknown_one_are_refused(codes, is_signed, sentenc
 
 def test_a_shard_that_says_it_where_the_manifest_does_not_is_refused(tmp_path, monkeypatch):
     write(tmp_path / "cache", GENERATION, ["stop"])
-    with kdcache.open(tmp_path / "cache") as reader:
+    with kdcache.open(tmp_path / "cache").reader as reader:
         identity = msgspec.structs.replace(reader.manifest.identity, generation=None)
         reader.manifest = msgspec.structs.replace(reader.manifest, identity=identity)
         with pytest.raises(CorruptCacheError, match="says how answers ended, the manifest says otherwise"):
