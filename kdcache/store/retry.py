@@ -18,6 +18,8 @@ Answer = TypeVar("Answer")
 
 FIRST_WAIT_SECONDS = 0.1
 MAX_WAIT_SECONDS = 10.0
+PATIENCE_SECONDS = 5.0
+"""After so long a request that is still tried is told of, once."""
 SLOWEST_BYTES_PER_SECOND = 1e6
 """An attempt that is slower than this is given up: its connection has most likely died without saying so."""
 
@@ -50,7 +52,7 @@ def retried(attempt: Callable[[float], Answer], policy: RetryPolicy, *, what: st
         FileNotFoundError, FileExistsError: the store's own answer. KdcacheError: as `attempt` raises it.
         StorageError: no good answer by the deadline, or access is refused; the last error is chained.
     """
-    started, num_attempts = time.monotonic(), 0
+    started, num_attempts, has_warned = time.monotonic(), 0, False
     limit = policy.timeout_seconds + num_bytes / SLOWEST_BYTES_PER_SECOND
     deadline = max(policy.deadline_seconds, limit)
     while True:
@@ -68,7 +70,10 @@ def retried(attempt: Callable[[float], Answer], policy: RetryPolicy, *, what: st
                 raise StorageError(
                     f"{what}: no good answer within {deadline:.0f} s and {num_attempts} attempts; the last one: {_shown(error)}"
                 ) from error
-            _log.debug("%s: %s; trying again in %.2f s", what, _shown(error), wait)
+            is_first_long = taken + wait >= PATIENCE_SECONDS and not has_warned
+            has_warned |= is_first_long
+            level = logging.WARNING if is_first_long else logging.DEBUG
+            _log.log(level, "%s: %s; trying again for up to %.0f s", what, _shown(error), deadline - taken)
             time.sleep(wait)
 
 

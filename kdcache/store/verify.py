@@ -201,7 +201,7 @@ def _conclude(report: VerifyReport, nll: _Nll) -> None:
     report.teacher_nll = nll.teacher_sum / nll.num_targets
     report.cached_nll = nll.cached_sum / nll.num_targets
     # float32 logprobs were summed in float64 at both ends; what is left beside the codec's rounding is that of float32 itself.
-    report.nll_bound = nll.bound_sum / nll.num_targets + 1e-6
+    report.nll_bound = nll.bound_sum / nll.num_targets + 1e-6 + 1e-12 * abs(report.teacher_nll)
     if not report.problems and not abs(report.teacher_nll - report.cached_nll) <= report.nll_bound:
         report.problems.append(
             f"the teacher's NLL recomputed from the cache is {report.cached_nll:.6f} nats per target, the teacher's own was "
