@@ -1,109 +1,90 @@
 """How close does the fused sparse KD loss come to its three matrix products, on a CPU?
 
 Method: "three matmuls" is z = h W^T, z W, z^T h with fresh outputs and no loss at all: what any loss with gradients by hidden
-states and weight must spend at least. Every variant does forward and backward. Process CPU seconds, since wall time measures
-the machine's other jobs; variants interleaved; each ratio is the median over rounds of variant / three matmuls of the same
-round. The row kernel alone is given in ns per logit and core.
+states and weight must spend at least. Every variant (`loss_variants.py`) does forward and backward. Process CPU seconds, since
+wall time measures the machine's other jobs; variants interleaved; a ratio is the median over rounds of variant / three matmuls
+of the same round. Memory: how far the peak of a fresh process per variant rises above its inputs. The row kernel alone is given
+in ns per logit and core.
 
-    python benchmarks/loss.py [--rows 2048 --hidden 512 --vocab 32000 --entries 64 --rounds 5 --threads 1]
-        [--dtype float32|bfloat16] [--divergence forward_kl] [--memory] [--output benchmarks/results/loss-x.md]
+    python benchmarks/loss.py --list                              the parts: a case and a group of variants each
+    python benchmarks/loss.py --part 32k-2048-bfloat16 ours       one of them, at most some minutes
+    python benchmarks/loss.py --all                               one after another
+    python benchmarks/loss.py --quick --output FOLDER             all variants on toy sizes: shows that the script works
 
---memory measures in one fresh process per variant how far the peak rises above the inputs. The table goes to stdout as
-Markdown, and to --output with the machine's name and the targets; numbers quoted elsewhere come from a run of this file.
+A part is merged into results/loss.json under the processor's name; results/loss.md is made of that file. Numbers quoted
+elsewhere come from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from loss_variants import GROUPS, Inputs, Variant, make_inputs, three_matmuls
 
 from kdcache.kernels import get_backend
 from kdcache.kernels.base import Objective, make_targets
-from kdcache.kernels.divergences import get_divergence
-from kdcache.loss.fused import fused_sparse_kd_loss
-from kdcache.loss.sparse_kd import sparse_kd_loss
+from kdcache.kernels.divergences import DIVERGENCES
+
+RESULTS = Path(__file__).parent / "results"
+BOUND = "three matmuls"
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """One step's tensors; hidden_PH and weight_VH are leaves."""
+class Case:
+    """Shapes of one comparison; rows so many that the loss has chunks, rounds so few that a part stays near five minutes."""
 
-    hidden_PH: torch.Tensor
-    weight_VH: torch.Tensor
-    targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    divergence: str
+    rows: int
+    hidden: int
+    vocab: int
+    dtype: str
 
+    @property
+    def rounds(self) -> int:
+        return 3 if self.vocab * self.hidden < 1e8 else 1
 
-def make_inputs(args: argparse.Namespace) -> Inputs:
-    torch.manual_seed(0)
-    logprobs_PK = torch.randn(args.rows, args.entries).log_softmax(dim=1) - 0.05
-    # One random stride per row: distinct ids without a permutation of the vocabulary each.
-    strides_P1, offsets_P1 = (torch.randint(1, args.vocab // args.entries, (args.rows, 1)) for _ in range(2))
-    token_ids_PK = ((offsets_P1 + strides_P1 * torch.arange(args.entries)) % args.vocab).int()
-    dtype = getattr(torch, args.dtype)
-    return Inputs(
-        torch.randn(args.rows, args.hidden).to(dtype).requires_grad_(),
-        (torch.randn(args.vocab, args.hidden) / args.hidden**0.5).to(dtype).requires_grad_(),
-        (token_ids_PK, logprobs_PK, 1 - logprobs_PK.exp().sum(dim=1)),
-        args.divergence,
-    )
+    def inputs(self) -> Inputs:
+        return make_inputs(self.rows, self.hidden, self.vocab, self.dtype)
 
 
-def three_matmuls(inputs: Inputs) -> None:
-    with torch.no_grad():
-        z_PV = inputs.hidden_PH @ inputs.weight_VH.T
-        _ = z_PV @ inputs.weight_VH, z_PV.T @ inputs.hidden_PH
+CASES = {
+    f"{label}-{hidden}-{dtype}": Case(rows, hidden, vocab, dtype)
+    for label, vocab in (("32k", 32_000), ("152k", 151_936))
+    for hidden in (512, 2048)
+    for dtype, rows in (("float32", 2048 if vocab * hidden < 1e8 else 1024), ("bfloat16", 4096 if vocab < 1e5 else 2048))
+}
+QUICK = {"toy-16-float32": Case(96, 16, 500, "float32"), "toy-16-bfloat16": Case(96, 16, 500, "bfloat16")}
 
 
-def log_softmax_and_gather(inputs: Inputs) -> None:
-    """The usual form in plain torch (tail dropped), by autograd."""
-    token_ids_PK, logprobs_PK, _ = inputs.targets
-    log_q_PV = torch.log_softmax((inputs.hidden_PH @ inputs.weight_VH.T).float(), dim=1)
-    log_q_PK = log_q_PV.gather(1, token_ids_PK.long())
-    (logprobs_PK.exp() * (logprobs_PK - log_q_PK)).sum(dim=1).mean().backward()
-
-
-def dense_teacher(inputs: Inputs) -> None:
-    """Full-vocabulary distillation: a dense teacher, kl_div, autograd."""
-    token_ids_PK, logprobs_PK, _ = inputs.targets
-    p_PV = torch.zeros(len(token_ids_PK), len(inputs.weight_VH)).scatter_(1, token_ids_PK.long(), logprobs_PK.exp())
-    log_q_PV = torch.log_softmax((inputs.hidden_PH @ inputs.weight_VH.T).float(), dim=1)
-    torch.nn.functional.kl_div(log_q_PV, p_PV, reduction="batchmean").backward()
-
-
-def fused(inputs: Inputs, **options: object) -> None:
-    options = {"divergence": inputs.divergence, **options}
-    fused_sparse_kd_loss(inputs.hidden_PH, inputs.weight_VH, *inputs.targets, **options).backward()  # type: ignore[arg-type]
-
-
-def variants() -> dict[str, Callable[[Inputs], None]]:
-    return {
-        "fused, numba, chunk 512": fused,
-        "fused, numba, chunk 1024": lambda inputs: fused(inputs, chunk_size=1024),
-        "fused, numba, chunk 256": lambda inputs: fused(inputs, chunk_size=256),
-        "fused, torch, chunk 512": lambda inputs: fused(inputs, backend="torch"),
-        "whole logits, numba": lambda inputs: sparse_kd_loss(inputs.hidden_PH @ inputs.weight_VH.T, *inputs.targets).backward(),
-        "whole logits, log_softmax + gather": log_softmax_and_gather,
-        "whole logits, dense teacher": dense_teacher,
-    }
-
-
-def cpu_seconds(function: Callable[[Inputs], None], inputs: Inputs) -> float:
+def cpu_seconds(function: Variant, inputs: Inputs) -> float:
     inputs.hidden_PH.grad = inputs.weight_VH.grad = None
     start = time.process_time()
     function(inputs)
     return time.process_time() - start
+
+
+def timings(case: Case, group: str, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of every variant in every round, after a round on the first rows that compiles what is to be compiled."""
+    inputs, functions = case.inputs(), {BOUND: three_matmuls} | GROUPS[group]
+    for name, function in functions.items():
+        # torch.compile makes its code for one shape.
+        function(inputs if "torch.compile" in name else make_inputs(8, case.hidden, case.vocab, case.dtype))
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            seconds[name].append(cpu_seconds(function, inputs))
+    return seconds
 
 
 def peak_mib() -> float:
@@ -111,34 +92,36 @@ def peak_mib() -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no VmHWM line; leave --memory out")
+    raise RuntimeError("/proc/self/status has no VmHWM line; use --no-memory")
 
 
-def print_growth(args: argparse.Namespace) -> None:
+def growth_mib(case: Case, name: str) -> float:
     """In a process of its own: how far one step of a variant raises the peak above inputs and compiled code."""
-    small = argparse.Namespace(**{**vars(args), "rows": 4, "vocab": 1000})
-    function = ({"three matmuls": three_matmuls} | variants())[args.memory_of]
-    function(make_inputs(small))
-    inputs, before = make_inputs(args), peak_mib()
+    function = next(variants[name] for variants in GROUPS.values() if name in variants) if name != BOUND else three_matmuls
+    if "torch.compile" not in name:
+        function(make_inputs(8, case.hidden, 1000, case.dtype))
+    inputs, before = case.inputs(), peak_mib()
     function(inputs)
-    print(peak_mib() - before)
+    return peak_mib() - before
 
 
-def measured_growth(name: str) -> float:
-    command = [sys.executable, *sys.argv, "--memory-of", name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def measured_growth(case: Case, name: str) -> float:
+    code = f"import loss; print(loss.growth_mib(loss.Case(**{asdict(case)!r}), {name!r}))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    command = [sys.executable, "-c", f"import torch; torch.set_num_threads(1); {code}"]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
-def kernel_ns_per_logit(vocab_size: int, num_entries: int, dtype: type, divergence: str) -> float:
-    """Best of ten, 64 rows, one core."""
+def kernel_ns_per_logit(vocab_size: int, dtype: str, divergence: str, num_rows: int = 64) -> float:
+    """The row kernel with the gradient in place; best of ten, one core."""
     rng = np.random.default_rng(0)
-    logits_PV = rng.standard_normal((64, vocab_size)).astype(np.float32)
-    if dtype is np.uint16:
+    logits_PV = rng.standard_normal((num_rows, vocab_size)).astype(np.float32)
+    if dtype == "bfloat16":
         logits_PV = (logits_PV.view(np.uint32) >> 16).astype(np.uint16)
-    ids_PK = rng.permuted(np.tile(np.arange(vocab_size), (64, 1)), axis=1)[:, :num_entries]
-    logprobs_PK = np.full(ids_PK.shape, np.log(0.9 / num_entries))
-    targets, losses_P = make_targets(ids_PK, logprobs_PK, np.full(64, 0.1), vocab_size=vocab_size), np.empty(64)
-    best, objective = np.inf, Objective(divergence=get_divergence(divergence))
+    ids_PK = np.stack([rng.choice(vocab_size, 64, replace=False) for _ in range(num_rows)])
+    logprobs_PK, tail_P = np.full(ids_PK.shape, np.log(0.9 / 64)), np.full(num_rows, 0.1)
+    targets = make_targets(ids_PK, logprobs_PK, tail_P, vocab_size=vocab_size, num_exact_P=np.full(num_rows, 32))
+    best, objective, losses_P = np.inf, Objective(divergence=DIVERGENCES[divergence]()), np.empty(num_rows)
     for _ in range(10):
         buffer_PV = logits_PV.copy()
         start = time.process_time()
@@ -147,73 +130,100 @@ def kernel_ns_per_logit(vocab_size: int, num_entries: int, dtype: type, divergen
     return best / logits_PV.size * 1e9
 
 
-def timings(args: argparse.Namespace) -> dict[str, list[float]]:
-    """CPU seconds of every variant in every round but the first, which compiles and touches memory."""
-    inputs = make_inputs(args)
-    functions = {"three matmuls": three_matmuls} | variants()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in range(args.rounds + 1):
-        for name, function in functions.items():
-            spent = cpu_seconds(function, inputs)
-            if round_number > 0:
-                seconds[name].append(spent)
-    return seconds
+def measure(name: str, group: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One part, as it is kept in the results."""
+    case = (CASES | QUICK)[name]
+    load = os.getloadavg()[0]
+    rounds = args.rounds or case.rounds
+    seconds = timings(case, group, rounds)
+    variants = {}
+    for variant, spent in seconds.items():
+        ratios = [own / bound for own, bound in zip(spent, seconds[BOUND], strict=True)]
+        variants[variant] = {"cpu_s": statistics.median(spent), "ratio": statistics.median(ratios), "ratios": ratios}
+        if args.memory:
+            variants[variant]["peak_mib"] = measured_growth(case, variant)
+    part: dict[str, Any] = {"case": name, "group": group, **asdict(case), "threads": args.threads, "rounds": rounds}
+    part |= {"cpu": processor_name(), "torch": torch.__version__, "load_before": round(load, 1), "variants": variants}
+    if group == "ours":
+        part["kernel_ns"] = {d: kernel_ns_per_logit(case.vocab, case.dtype, d) for d in ("forward_kl", *args.divergences)}
+    return part
 
 
-def report(args: argparse.Namespace) -> str:
-    """The whole result as Markdown."""
-    said = {name: value for name, value in vars(args).items() if name not in ("memory_of", "output")}
-    lines = [f"{processor_name()}, {os.cpu_count()} cores (shared), torch {torch.__version__}", "", f"`{said}`", ""]
-    lines += ["| variant | CPU s | / three matmuls | peak MiB above inputs |", "|---|---|---|---|"]
-    seconds, ratio_of = timings(args), {}
-    for name, spent in seconds.items():
-        ratios = [own / floor for own, floor in zip(spent, seconds["three matmuls"], strict=True)]
-        ratio_of[name] = statistics.median(ratios)
-        spread = f"{ratio_of[name]:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        memory = f"{measured_growth(name):.0f}" if args.memory else ""
-        lines.append(f"| {name} | {statistics.median(spent):.3f} | {spread} | {memory} |")
-    kernels = []
-    for dtype, label in ((np.float32, "float32"), (np.uint16, "bfloat16")):
-        kernels.append(kernel_ns_per_logit(args.vocab, args.entries, dtype, args.divergence))
-        lines.append(f"| row kernel alone, {label} | {kernels[-1]:.2f} ns per logit | | |")
-    best = min(ratio for name, ratio in ratio_of.items() if name.startswith("fused, numba"))
-    lines += ["", f"Target: fused with numba within 1.10 of three matmuls: {best:.2f}, {'met' if best <= 1.1 else 'NOT met'}."]
-    lines += [
-        f"Target: row kernel at most 0.8 ns per logit: {max(kernels):.2f}, {'met' if max(kernels) <= 0.8 else 'NOT met'}."
+def merge(part: dict[str, Any], folder: Path) -> None:
+    """Put the part in the place of an older one of the same processor, case and group; make the table anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "loss.json"
+    parts = json.loads(path.read_text()) if path.exists() else []
+    parts = [p for p in parts if (p["cpu"], p["case"], p["group"]) != (part["cpu"], part["case"], part["group"])]
+    parts.append(part)
+    path.write_text(json.dumps(parts, indent=1) + "\n")
+    (folder / "loss.md").write_text(report(parts))
+
+
+def report(parts: list[dict[str, Any]]) -> str:
+    """Every part's table, and what became of the targets."""
+    lines = ["<!-- made by benchmarks/loss.py of loss.json -->", ""]
+    for part in sorted(parts, key=lambda p: (p["cpu"], list(CASES | QUICK).index(p["case"]), list(GROUPS).index(p["group"]))):
+        lines += [f"## {part['case']}, {part['group']}", ""]
+        shape = f"P {part['rows']}, H {part['hidden']}, V {part['vocab']}, {part['dtype']}, {part['threads']} thread(s)"
+        lines += [
+            f"{part['cpu']}, torch {part['torch']}; {shape}; {part['rounds']} rounds, load before {part['load_before']}",
+            "",
+        ]
+        lines += ["| variant | CPU s | / three matmuls | peak MiB above inputs |", "|---|---|---|---|"]
+        for name, v in part["variants"].items():
+            spread = f"{v['ratio']:.2f} ({min(v['ratios']):.2f}-{max(v['ratios']):.2f})"
+            lines.append(f"| {name} | {v['cpu_s']:.3f} | {spread} | {v['peak_mib']:.0f} |" if "peak_mib" in v else
+                         f"| {name} | {v['cpu_s']:.3f} | {spread} | |")  # fmt: skip
+        lines.append("")
+        if part["group"] == "ours":
+            lines += targets_met(part)
+    return "\n".join(lines)
+
+
+def targets_met(part: dict[str, Any]) -> list[str]:
+    ratio, slowest = part["variants"]["fused, numba"]["ratio"], max(part["kernel_ns"].values())
+    kernels = ", ".join(f"{name} {ns:.2f}" for name, ns in part["kernel_ns"].items())
+    return [
+        f"Fused at the default chunk within 1.10 of three matmuls: {ratio:.2f}, {'met' if ratio <= 1.1 else 'NOT met'}.",
+        f"Row kernel at most 0.8 ns per logit: {kernels}: {'met' if slowest <= 0.8 else 'NOT met'}.",
+        "",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def processor_name() -> str:
     """As Linux says it, else as Python does."""
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if (info.exists())
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 2048), ("hidden", 512), ("vocab", 32000), ("entries", 64), ("rounds", 5), ("threads", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--divergence", default="forward_kl")
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true")
+    what.add_argument("--part", nargs=2, metavar=("CASE", "GROUP"))
+    what.add_argument("--all", action="store_true")
+    what.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, help="3, or 1 of the largest cases")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--divergences", nargs="*", default=["reverse_kl", "jensen_shannon", "tail_aware_kl"])
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of loss.json and loss.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.memory_of:
-        print_growth(args)
-        return
-    text = report(args)
-    print(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text)
+    parts = (
+        [tuple(args.part)] if args.part else [(case, group) for case in (QUICK if args.quick else CASES) for group in GROUPS]
+    )
+    if any(case not in CASES | QUICK or group not in GROUPS for case, group in parts):
+        parser.error(f"there are the cases {', '.join(CASES)} and the groups {', '.join(GROUPS)}")
+    for case, group in parts:
+        if args.list:
+            print(case, group)
+            continue
+        part = measure(case, group, args)
+        merge(part, args.output)
+        print(report([part]))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ from kdcache.loss.row_steps import RowStep
 _HALF = (torch.bfloat16, torch.float16)
 # Rows of the weight that are widened to float32 at a time.
 _WIDENED_ROWS = 8192
+# Elements of dW that are summed at a time where the sum is in another dtype than the product.
+_SUMMED_ELEMENTS = 1 << 21
+# Rows per chunk by default. Reading and writing dW once per chunk costs a share of the products that falls with its rows.
+_CPU_BYTES_PER_ID = 2048
+_DEVICE_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,11 @@ def run_chunks(
     return loss.to(loss_dtype(hidden_PH.dtype)), gradients.finish(hidden_PH.dtype)
 
 
+def default_chunk_size(hidden_PH: Tensor) -> int:
+    """4096 rows on a device; on a CPU 512 of float32 and 1024 in half precision, the same bytes."""
+    return _DEVICE_ROWS if hidden_PH.device.type != "cpu" else max(1, _CPU_BYTES_PER_ID // hidden_PH.element_size())
+
+
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -128,12 +138,27 @@ class _Gradients:
         elif self.weight_VH is not None and gradient_CV.is_cuda:
             self.weight_VH += torch.mm(gradient_CV.T, hidden_CH, out_dtype=torch.float32)
         elif self.weight_VH is not None:
-            self.weight_VH += gradient_CV.T @ hidden_CH
+            _add_product(self.weight_VH, gradient_CV, hidden_CH)
         if self.bias_V is not None:
             self.bias_V += gradient_CV.sum(dim=0, dtype=self.bias_V.dtype)
 
     def finish(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         return tuple(None if g is None else g.to(dtype) for g in (self.hidden_PH, self.weight_VH, self.bias_V))
+
+
+def _add_product(weight_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
+    """weight += gradient^T hidden, the weight float32 and the others in half precision, of which a CPU has no mixed product.
+
+    Some rows of the weight at a time, through one block that stays in the cache: a whole half precision product, written to
+    fresh memory and read again, took as long for that as for the product.
+    """
+    num_rows = max(1, _SUMMED_ELEMENTS // max(hidden_CH.shape[1], 1))
+    block_BH = hidden_CH.new_empty((min(num_rows, len(weight_VH)), hidden_CH.shape[1]))
+    for start in range(0, len(weight_VH), num_rows):
+        part_CB = gradient_CV[:, start : start + num_rows]
+        product_BH = block_BH[: part_CB.shape[1]]
+        torch.mm(part_CB.T, hidden_CH, out=product_BH)
+        weight_VH[start : start + num_rows] += product_BH
 
 
 def _chunks_of_logits(projection: Projection, chunk_size: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:

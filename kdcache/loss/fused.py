@@ -18,7 +18,7 @@ from kdcache.kernels.base import Objective
 from kdcache.kernels.divergences import Divergence, get_divergence
 from kdcache.loss import arguments, operators
 from kdcache.loss.arguments import Options, TargetTensors
-from kdcache.loss.chunks import Head, Projection, run_chunks
+from kdcache.loss.chunks import Head, Projection, default_chunk_size, run_chunks
 from kdcache.loss.gradients import refuse_second_derivative, scale_gradient
 from kdcache.loss.row_steps import RowStep, make_step
 
@@ -60,8 +60,9 @@ def fused_sparse_kd_loss(
         bias: (V,) of the output projection, or None.
         head: what the model does with the product before the softmax: scale, softcap, padded vocabulary, float32 logits.
         reduction: `mean` or `sum`.
-        chunk_size: rows per chunk; the buffer takes chunk_size * V elements. None for 512 on a CPU and 4096 on a device, where
-            reading and writing dW once per chunk costs 420 / chunk_size of the products (H100: 10% at 4096, 330% at 128).
+        chunk_size: rows per chunk; the buffer takes chunk_size * V elements. None for 512 on a CPU, 1024 there in half
+            precision, and 4096 on a device, where reading and writing dW once per chunk costs 420 / chunk_size of the products
+            (calculated for an H100: 10% at 4096, 330% at 128).
 
     Returns:
         A scalar; float64 for float64 hidden states, else float32.
@@ -80,7 +81,7 @@ def fused_sparse_kd_loss(
             "reduction='none' is not possible in the fused loss, whose gradients are summed over rows; use weights_P"
         )
     if chunk_size is None:
-        chunk_size = 512 if hidden_PH.device.type == "cpu" else 4096
+        chunk_size = default_chunk_size(hidden_PH)
     if chunk_size < 1:
         raise LossError(f"chunk_size is {chunk_size}, but must be at least 1")
     arguments.check_tensors(hidden_PH, teacher, log_z_P)

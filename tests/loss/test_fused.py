@@ -14,6 +14,7 @@ from contracts.kernels import make_problem
 
 from kdcache.errors import LossError
 from kdcache.kernels.base import NO_LABEL, Objective
+from kdcache.loss import chunks
 from kdcache.loss.fused import fused_sparse_kd_loss
 from kdcache.loss.sparse_kd import sparse_kd_loss
 
@@ -92,6 +93,19 @@ def test_many_bfloat16_chunks_are_summed_in_float32():
         weight_VH = torch.autograd.grad(case.fused(chunk_size=chunk_size), case.leaves)[1]
         errors.append(((weight_VH - exact_weight_VH).norm() / exact_weight_VH.norm()).item())
     assert errors[1] < 1.2 * errors[0]
+
+
+@pytest.mark.parametrize("elements", [1, 16 * 7, 16 * 101])
+def test_the_weights_gradient_may_be_summed_in_any_number_of_blocks(elements, monkeypatch):
+    case = Case(torch.bfloat16)
+    whole_VH = torch.autograd.grad(case.fused(chunk_size=8), case.weight_VH)[0]
+    monkeypatch.setattr(chunks, "_SUMMED_ELEMENTS", elements)
+    torch.testing.assert_close(torch.autograd.grad(case.fused(chunk_size=8), case.weight_VH)[0], whole_VH)
+
+
+def test_chunks_of_every_dtype_take_the_same_bytes():
+    sizes = [chunks.default_chunk_size(torch.zeros(1, 1, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    assert sizes == [512, 1024]
 
 
 def test_two_backward_calls_and_two_chunks_of_a_batch_add_up():
@@ -184,6 +198,7 @@ def test_nan_in_the_hidden_states_surfaces_unless_its_row_does_not_count():
 
 MEMORY_PROGRAM = """
 import re, torch
+from kdcache.loss import chunks
 from kdcache.loss.fused import fused_sparse_kd_loss
 from kdcache.loss.sparse_kd import sparse_kd_loss
 

@@ -1,0 +1,46 @@
+"""benchmarks/loss.py runs, merges and reports; its numbers are its readers' affair."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loss.py"
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_part_is_measured_and_takes_the_place_of_an_older_one(tmp_path):
+    old = {"cpu": "another", "case": "toy-16-bfloat16", "group": "labels", "rows": 1, "hidden": 1, "vocab": 1, "dtype": "x"}
+    old |= {"threads": 1, "torch": "2", "rounds": 1, "load_before": 0.1, "variants": {}}
+    (tmp_path / "loss.json").write_text(json.dumps([old]))
+    for memory in ((), ("--no-memory",)):
+        done = run("--part", "toy-16-bfloat16", "labels", "--rounds", "1", "--output", tmp_path, *memory)
+        assert done.returncode == 0, done.stderr
+        parts = json.loads((tmp_path / "loss.json").read_text())
+        assert len(parts) == 2
+        assert all(variant["ratios"] for part in parts for variant in part["variants"].values())
+        assert ["peak_mib" in variant for variant in parts[1]["variants"].values()] == [not memory] * 2
+    assert "| three matmuls |" in (tmp_path / "loss.md").read_text()
+
+
+@pytest.mark.slow
+def test_our_group_says_whether_the_targets_are_met(tmp_path):
+    done = run("--part", "toy-16-float32", "ours", "--rounds", "1", "--no-memory", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Fused at the default chunk within 1.10 of three matmuls" in done.stdout
+    assert "tail_aware_kl" in done.stdout
+
+
+@pytest.mark.slow
+def test_an_unknown_part_is_refused_with_the_known_ones():
+    done = run("--part", "huge", "ours")
+    assert done.returncode == 2
+    assert "there are the cases 32k-512-float32" in done.stderr
