@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from operator import index
+from os import PathLike, fspath
 from types import TracebackType
 
 import numpy as np
@@ -23,7 +24,7 @@ from kdcache.store.rows import EncodedRecord
 Columns = Mapping[str, NDArray[np.generic]]
 
 
-def open_dataset(uri: str, *, verify: bool = True, remote: RemoteConfig | None = None) -> Cache:
+def open_dataset(uri: str | PathLike[str], *, verify: bool = True, remote: RemoteConfig | None = None) -> Cache:
     """Open the newest snapshot of a cache: `kdcache.open`.
 
     Args:
@@ -35,7 +36,7 @@ def open_dataset(uri: str, *, verify: bool = True, remote: RemoteConfig | None =
         CacheNotFoundError: there is no cache there. StorageError: the store is out of reach.
         CorruptCacheError, UnsupportedVersionError: the manifest or the index cannot be read.
     """
-    return Cache(open_cache(uri, verify=verify, remote=remote))
+    return Cache(open_cache(fspath(uri), verify=verify, remote=remote))
 
 
 class Cache:

@@ -28,9 +28,6 @@ _log = logging.getLogger(__name__)
 _SOURCES = ("key", "input_ids", "supervised")
 """The columns of a shard that its rows in the index are made of."""
 
-ROWS_PER_RECORD_BATCH = 2**20
-"""The index's own record batches: as many as its length makes necessary, however many shards there are."""
-
 
 def publish_index(root: Location, manifest: Manifest, new: Sequence[ShardInfo]) -> IndexInfo:
     """Publish the index of a snapshot and some shards that it does not have yet. Equal to one made from all shards anew.
@@ -41,7 +38,8 @@ def publish_index(root: Location, manifest: Manifest, new: Sequence[ShardInfo]) 
     table = _sorted_by_unit([_known_rows(root, manifest), *each(partial(_shard_rows, root), new, root)])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
-        for batch in table.to_batches(max_chunksize=ROWS_PER_RECORD_BATCH):
+        # One record batch, however long: a reader's columns are then views of the map. Of several it would have to make copies.
+        for batch in table.to_batches():
             writer.write_batch(batch)
     data = sink.getvalue().to_pybytes()
     sha256 = hashlib.sha256(data).hexdigest()

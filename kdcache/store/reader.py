@@ -30,7 +30,7 @@ from kdcache.store.index import open_index
 from kdcache.store.location import Location, locate
 from kdcache.store.look_ahead import LookAhead
 from kdcache.store.remote_read import RemoteFile
-from kdcache.store.rows import BatchReader, EncodedRecord, column_view
+from kdcache.store.rows import BatchReader, EncodedRecord
 
 OPEN_BATCHES = 256
 """Record batches kept open per reader: views of memory maps and one byte per token, about 16 KiB each."""
@@ -74,8 +74,7 @@ class CacheReader:
         self.num_tokens_S: NDArray[np.uint32] = table.column("num_tokens").to_numpy()
         self.num_positions_S: NDArray[np.uint32] = table.column("num_positions").to_numpy()
         self._unit_S, self._batch_S, self._row_S = (table.column(n).to_numpy() for n in ("unit", "record_batch", "row"))
-        keys = column_view(table.column("key").combine_chunks())
-        self._keys_S = keys.values.reshape(-1, KEY_BYTES)
+        self._keys_S = _keys(table.column("key"))
         if len(table) != manifest.total("num_sequences"):
             raise CorruptCacheError(
                 f"{root}: the index has {len(table)} sequences, the manifest {manifest.total('num_sequences')}"
@@ -329,6 +328,13 @@ def expected_schema(codec: CodecInfo, metadata: ShardMetadata) -> pa.Schema:
         fields, unit=metadata.unit, vocab_size=metadata.vocab_size, selection=metadata.selection, codec=metadata.codec,
         has_finish=FINISH_FIELD.name in metadata.digest_columns, features=metadata.features,
     )  # fmt: skip
+
+
+def _keys(column: pa.ChunkedArray) -> NDArray[np.uint8]:
+    """(S, 16) uint8, a view where the index is one record batch."""
+    keys = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies even a single one
+    first = keys.offset * KEY_BYTES
+    return np.frombuffer(keys.buffers()[1] or b"", np.uint8)[first : first + len(keys) * KEY_BYTES].reshape(-1, KEY_BYTES)
 
 
 def _show(row: tuple[bytes, int, int]) -> str:

@@ -1,0 +1,31 @@
+"""A loader's own memory does not grow with the cache: the benchmark at small sizes. An index kept in memory would be 20 MiB."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "loader_scale.py"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_memory_is_flat_in_the_number_of_sequences(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(BENCHMARK),
+        "--sequences",
+        "1000",
+        "600000",
+        "--k",
+        "2",
+        "--batches",
+        "20",
+        "--folder",
+        tmp_path,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    small, large = [[cell.strip() for cell in line.split("|")] for line in result.stdout.splitlines()[2:]]
+    assert (small[1], large[1]) == ("1,000", "600,000")
+    assert float(large[4]) - float(small[4]) <= 4
