@@ -13,7 +13,7 @@ from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import config_to_builtins
 from kdcache.store import chain
 from kdcache.store.writer import CacheWriter, refuse_foreign_directory
-from kdcache.teacher.checkpoint import weights_digest
+from kdcache.teacher.checkpoint import resolved_revision, weights_digest
 
 __all__ = ["CaptureSummary", "check_fits", "run_capture"]
 
@@ -69,6 +69,9 @@ def _is_finished(job: Job, existing: CacheWriter) -> bool:
         return False
     if existing.manifest.config.get("teacher") != config_to_builtins(job.config.teacher):
         return False
-    # Without this a teacher that was trained further in the same folder would pass for the one that was captured.
-    digest = existing.manifest.identity.teacher.weights_digest
-    return digest is None or digest == weights_digest(job.config.teacher.model)
+    # Without this a teacher that was trained further in the same folder, or whose branch on the hub has moved, would pass for
+    # the one that was captured.
+    teacher, config = existing.manifest.identity.teacher, job.config.teacher
+    if teacher.revision is not None and teacher.revision != resolved_revision(config.model, config.revision):
+        return False
+    return teacher.weights_digest is None or teacher.weights_digest == weights_digest(config.model)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -144,7 +144,8 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
         strict: stop instead of warning where `auto` would take second best (`public`, or transformers for a broken vLLM), and
             where a server's tokenizer cannot be compared with ours.
         quantization: vLLM's name of a method, or null for what the checkpoint says.
-        engine_options: further keyword arguments of `vllm.LLM` or `from_pretrained`, recorded in the manifest.
+        engine_options: further keyword arguments of `vllm.LLM` or `from_pretrained`. Those that can move the teacher's numbers are
+            part of its identity.
         vocab_size: `fake` only.
         context_length: `fake` only.
         seed: `fake` only.
@@ -164,7 +165,7 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
     route: Literal["auto", "worker", "public"] = "auto"
     strict: bool = False
     quantization: str | None = None
-    engine_options: dict[str, str | int | float | bool | None] = {}
+    engine_options: dict[str, str | int | float | bool | None | dict[str, Any]] = {}
     vocab_size: Positive = 1000
     context_length: Positive = 4096
     seed: int = 0

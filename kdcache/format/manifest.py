@@ -22,6 +22,10 @@ FORMAT_VERSION = (1, 1)
 """(major, minor). Another major is refused; unknown fields and columns of a newer minor are ignored."""
 
 
+NOT_COMPARED = frozenset({"tokenizer.name", "teacher.context_length"})
+"""Leaves of an identity that may differ: a name for people; how long a sequence may be, which changes none of a shorter one."""
+
+
 class TeacherIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """Which model spoke, and through what.
 
@@ -154,9 +158,9 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     generation: GenerationInfo | None = None
 
     def differences(self, other: Identity) -> list[str]:
-        """`field: mine != theirs` for each leaf that differs; the tokenizer's name is for people and is left out."""
+        """`field: mine != theirs` for each leaf that differs, but for those of NOT_COMPARED."""
         mine, theirs = _leaves(msgspec.to_builtins(self)), _leaves(msgspec.to_builtins(other))
-        names = [name for name in mine | theirs if name != "tokenizer.name"]
+        names = [name for name in mine | theirs if name not in NOT_COMPARED]
         return [f"{n}: {mine.get(n)!r} != {theirs.get(n)!r}" for n in names if mine.get(n) != theirs.get(n)]
 
 

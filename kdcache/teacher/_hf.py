@@ -30,7 +30,8 @@ from kdcache.teacher._hf_generate import own_end_ids, write_answers
 from kdcache.teacher._select_torch import Selector
 from kdcache.teacher.base import check_selectable, check_sequences, first_line, no_positions
 from kdcache.teacher.batches import batches_by_length, groups_of_tokens
-from kdcache.teacher.checkpoint import check_model_name, short_name, weights_digest
+from kdcache.teacher.checkpoint import check_model_name, resolved_revision, short_name, weights_digest
+from kdcache.teacher.engine_identity import transformers_options
 from kdcache.teacher.found import Found, record_of
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
 from kdcache.teacher.tokenizer import Tokenizer
@@ -291,21 +292,17 @@ def _identity(config: TeacherConfig, model: PreTrainedModel, vocab_size: int) ->
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
     text_config = model.config.get_text_config()
-    digest = weights_digest(config.model)
+    loaded = getattr(model.config, "_commit_hash", None)
     return TeacherIdentity(
         model=short_name(config.model),
-        revision=None if digest else getattr(model.config, "_commit_hash", None) or config.revision,
-        weights_digest=digest,
+        revision=resolved_revision(config.model, config.revision, loaded),
+        weights_digest=weights_digest(config.model),
         architecture=type(model).__name__,
         vocab_size=vocab_size,
         dtype=str(model.dtype).removeprefix("torch."),
         quantization=None if quantization is None else str(quantization.get("quant_method")),
         engine="transformers",
         engine_version=transformers.__version__,
-        engine_options={
-            "attn_implementation": str(model.config._attn_implementation),
-            "device": model.device.type,
-            **config.engine_options,
-        },
+        engine_options=transformers_options(model, config.engine_options),
         context_length=getattr(text_config, "max_position_embeddings", None) or NO_LIMIT,
     )

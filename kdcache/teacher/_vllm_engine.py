@@ -15,8 +15,8 @@ from kdcache.config.capture import TeacherConfig
 from kdcache.errors import TeacherError
 from kdcache.format.manifest import TeacherIdentity
 from kdcache.teacher.base import first_line
-from kdcache.teacher.checkpoint import short_name, weights_digest
-from kdcache.teacher.vllm_options import RESOURCE_OPTIONS
+from kdcache.teacher.checkpoint import resolved_revision, short_name, weights_digest
+from kdcache.teacher.engine_identity import vllm_options
 
 # vLLM and torch read these when they are imported. At its own default vLLM prints some forty lines per engine, at WARNING still
 # twenty, none of them about the user's input; what ends a capture is raised. Some come before it sets its loggers up.
@@ -134,23 +134,19 @@ def identity_of(config: TeacherConfig, llm: LLM) -> TeacherIdentity:
     the same logits are normalised in float32.
     """
     model_config = llm.llm_engine.model_config
-    digest = weights_digest(config.model)
-    options = {name: value for name, value in config.engine_options.items() if name not in RESOURCE_OPTIONS}
+    loaded = getattr(model_config.hf_config, "_commit_hash", None)
     return TeacherIdentity(
         model=short_name(config.model),
-        revision=None if digest else getattr(model_config.hf_config, "_commit_hash", None) or config.revision,
-        weights_digest=digest,
+        revision=resolved_revision(config.model, config.revision, loaded),
+        weights_digest=weights_digest(config.model),
         architecture=str((model_config.hf_config.architectures or ["unknown"])[0]),
         vocab_size=model_config.get_vocab_size(),
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=model_config.quantization,
         engine="vllm",
         engine_version=vllm.__version__,
-        engine_options={
-            "device": "cpu" if runs_on_cpu() else "cuda",
-            "head_dtype": str(getattr(model_config, "head_dtype", model_config.dtype)).removeprefix("torch."),
-            "tensor_parallel_size": config.tensor_parallel_size,
-            **options,
-        },
+        engine_options=vllm_options(
+            llm.llm_engine.vllm_config, config.engine_options, device="cpu" if runs_on_cpu() else "cuda"
+        ),
         context_length=model_config.max_model_len - 1,
     )

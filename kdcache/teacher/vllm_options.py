@@ -22,11 +22,6 @@ CPU_CHUNK_POSITIONS = 64
 """On a CPU a chunk's logits should stay in the last-level cache, but fewer rows than this cost the projection its speed: at a
 vocabulary of 152k, chunks of 64 positions were 1.3 times as fast as chunks of 512."""
 
-RESOURCE_OPTIONS = frozenset(
-    {"gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs"}
-)
-"""Engine options that say how much, not how: no part of the identity."""
-
 
 def engine_options(
     config: TeacherConfig, model_fields: Mapping[str, Any], *, is_cpu: bool, extension: str | None = None
@@ -59,7 +54,7 @@ def engine_options(
         "enforce_eager": is_cpu,
         "seed": 0,
     }
-    max_positions = config.engine_options.get("max_model_len") or _text_fields(model_fields).get("max_position_embeddings")
+    max_positions: Any = config.engine_options.get("max_model_len") or _text_fields(model_fields).get("max_position_embeddings")
     if extension is not None:
         options["worker_extension_cls"] = extension
     elif max_positions is not None:
