@@ -151,8 +151,8 @@ class Selector:
         """`select` by torch operations, on any device: no shape depends on a value, so the host does not wait."""
         kind, num_columns = self.selection.kind, self.layout.num_columns
         heads_CH = logits_CV.topk(self._head_columns(), dim=-1).indices
-        logprobs_CV = logits_CV.float()
-        logprobs_CV = logprobs_CV - logprobs_CV.logsumexp(dim=-1, keepdim=True)
+        # Less the maximum first: a logit of 100 less its normaliser would be good to 1e-5 only.
+        logprobs_CV = logits_CV.log_softmax(dim=-1, dtype=torch.float32)
         head_logprobs_CH = logprobs_CV.gather(-1, heads_CH)
         num_exact_C = self._num_exact(head_logprobs_CH)
         scalars = _draw_torch.spread(logprobs_CV, self.selection)
