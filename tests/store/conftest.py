@@ -13,5 +13,6 @@ def tmp_path() -> Iterator[Path]:
     """As pytest's own, but in memory where the machine has such a folder: publishing syncs every file, 10 ms each on a disk."""
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="kdcache-", dir=memory if memory.is_dir() else None))
-    yield folder
+    (folder / "test").mkdir()
+    yield folder / "test"  # a folder of its own, so that what a test puts beside it goes too
     shutil.rmtree(folder, ignore_errors=True)
