@@ -209,10 +209,13 @@ def is_abandoned(path: Path) -> bool:
 def _temp_folder(root: Location) -> Path:
     if isinstance(root, Path):
         return root / paths.TMP
+    user = getattr(os, "getuid", int)()
     spool = root.config.spool_dir
     # By user: where several share a machine, the first one's folder would be closed to the others.
-    folder = Path(spool) if spool is not None else Path(tempfile.gettempdir()) / f"kdcache-spool-{os.getuid()}"
+    folder = Path(spool) if spool is not None else Path(tempfile.gettempdir()) / f"kdcache-spool-{user}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if spool is None and folder.stat().st_uid != user:
+        raise CaptureError(f"{str(folder)!r} belongs to another user, who could change what is uploaded; set remote.spool_dir")
     return folder
 
 

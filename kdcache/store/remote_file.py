@@ -18,7 +18,7 @@ from kdcache.store.location import RemotePath
 
 TAIL_BYTES = 64 * 1024
 """Read first of each file: with a record batch of 4 MiB, the footer of a file of 10 GiB."""
-READ_AHEAD_BYTES = 256 * 1024
+READ_AHEAD_BYTES = 128 * 1024
 """Around a small column: the metadata of a record batch and the columns of its text are in front of everything else."""
 
 ReadRange = Callable[[int, int], bytes]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_making import assert_same_record, make_manifest, make_unit
+from cache_making import assert_same_record, make_identity, make_manifest, make_record, make_unit
 from fault_proxy import FaultProxy, Request
 
 from kdcache.config.remote import RemoteConfig
-from kdcache.errors import CacheNotFoundError, CaptureError, ConfigError, MismatchError
+from kdcache.errors import CacheNotFoundError, CaptureError, ConfigError, MismatchError, MissingDependencyError
 from kdcache.store import chain, fs
 from kdcache.store.location import RemotePath, locate
 from kdcache.store.reader import open_cache
@@ -205,12 +206,19 @@ def test_paths_and_uris_are_told_apart():
             locate(wrong)
 
 
+@pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_a_store_whose_package_is_missing_says_which_extra_brings_it():
-    from kdcache.errors import MissingDependencyError
+    with pytest.raises(MissingDependencyError, match=r"gs:// needs the package 'gcsfs'.*kdcache\[gs\]"):
+        open_cache("gs://bucket/cache")
 
-    pytest.importorskip("fsspec")
-    try:
-        import gcsfs  # noqa: F401
-    except ImportError:
-        with pytest.raises(MissingDependencyError, match=r"gs:// needs the package 'gcsfs'.*kdcache\[gs\]"):
-            open_cache("gs://bucket/cache")
+
+def test_a_fold_reads_of_a_shard_what_its_index_rows_are_made_of(uri, s3):
+    record = make_record(0, num_tokens=400, k=60)
+    writer = CacheWriter.open(uri, make_manifest(1, make_identity(k=60)), record_batch_bytes=4 * 10**5, remote=QUICK)
+    shard = writer.write_unit(0, [record] * 32)
+    s3.requests.clear()
+    assert writer.fold().is_complete
+    spans = [r.headers["Range"].removeprefix("bytes=").split("-") for r in s3.requests if r.is_read and "/data/" in r.path]
+    assert shard.num_bytes > 6 * 10**6
+    assert sum(int(stop) - int(start) + 1 for start, stop in spans) < shard.num_bytes / 3
+    assert len(spans) == 12  # the footer, and one for each record batch
