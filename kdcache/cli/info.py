@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.wording import count, duration, rows, size
+from kdcache.config.capture import GenerateConfig
 
 if TYPE_CHECKING:
     from kdcache.format.manifest import Identity, Manifest
@@ -91,14 +92,16 @@ def _identity_rows(path: str, manifest: Manifest) -> dict[str, str]:
 
 
 def _generation(identity: Identity) -> dict[str, str]:
-    """How answers were made, as far as it is not by default; nothing where none were."""
+    """How answers were made: the numbers that matter always, the others where they are not the usual ones."""
     if identity.generation is None:
         return {}
     given = {name: getattr(identity.generation, name) for name in identity.generation.__struct_fields__}
-    given |= {"seed": identity.seeds.get("generate", 0)}
+    given = {"seed": identity.seeds.get("generate", 0), **given}
+    always, usual = ("temperature", "n", "max_tokens", "seed"), GenerateConfig()
+    shown = {name: value for name, value in given.items() if name in always or value != getattr(usual, name)}
     filters = identity.selection.filters
     how = f"; what is recorded was drawn from, after {_params(filters)}" if filters else ""
-    return {"generation": _params({name: value for name, value in given.items() if value not in ((), False, "error")}) + how}
+    return {"generation": _params(shown) + how}
 
 
 def _teacher(identity: Identity) -> str:

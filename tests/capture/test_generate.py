@@ -285,7 +285,7 @@ def test_info_says_how_answers_were_made_and_how_they_ended(tmp_path, capsys):
     out = " ".join(capsys.readouterr().out.split())
     finishes = [record.sequence.finish for record in records_of(tmp_path / "cache")]
     assert f"{finishes.count('stop')} ended by stop" in out
-    assert "temperature=0.8" in out
+    assert "generation seed=0, temperature=0.8, n=1, max_tokens=12, stop_token_ids=" in out
     assert main(["info", str(tmp_path / "cache"), "--json"]) == 0
     fields = json.loads(capsys.readouterr().out)
     assert fields["num_finished"] == {name: finishes.count(name) for name in sorted(set(finishes))}
