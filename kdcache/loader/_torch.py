@@ -5,11 +5,14 @@ Shape letters: B rows, T positions per row, P supervised positions, K entries pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -75,21 +78,40 @@ class TorchLoader(IterableDataset[TorchBatch]):
     in turns, so the order is the same. The workers read with copies of the loader while this one stays: save `batch.state`
     instead of `state_dict()`, and call `set_epoch` before each epoch (persistent workers go on by themselves). Threads
     (`num_threads`) cost less than workers: a batch does not have to pass from process to process.
+
+    torchdata's StatefulDataLoader saves and restores the place of each worker; it asks for the same number of them again, which
+    `batch.state` does not.
+
+    Args:
+        loader: it stays the caller's; `close` closes it.
+        pin_memory: give batches' large arrays pinned memory, used again batch after batch, for `to_device`. Not for workers.
     """
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, *, pin_memory: bool = False) -> None:
         super().__init__()
         self.loader = loader
         self._is_mid_epoch = False
+        self._resumed: _WorkerPlace | None = None
+        self._place: _WorkerPlace | None = None
+        if pin_memory:
+            loader.use_buffers(allocate=_pinned)
 
     def __iter__(self) -> Iterator[TorchBatch]:
         worker = get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        if worker is not None and self._is_mid_epoch:
+        if worker is None:
+            for batch in self.loader:
+                yield to_torch(batch, self.loader.state_dict())
+            return
+        if self._is_mid_epoch:
             # Workers are ahead by different numbers of batches: going on would repeat some and lose others.
             raise StateError("a loop over persistent workers was left before the epoch's end; make a new DataLoader to go on")
-        self._is_mid_epoch = worker is not None
-        for batch in self.loader.iterate(first=first, step=step):
+        self._is_mid_epoch = True
+        place = self._resumed or _WorkerPlace(self.loader.state_dict(), worker.id, worker.num_workers)
+        self._resumed = None
+        place.check_fits(worker.num_workers)
+        self._place = place
+        for batch in self.loader.iterate(first=place.first, step=worker.num_workers):
+            self._place = self._place.behind_another()
             yield to_torch(batch, self.loader.state_dict())
         self._is_mid_epoch = False
 
@@ -97,11 +119,17 @@ class TorchLoader(IterableDataset[TorchBatch]):
         return len(self.loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's state, see Loader.state_dict; not that of worker processes."""
-        return self.loader.state_dict()
+        """The loader's state, see Loader.state_dict; in a worker process, that worker's place."""
+        worker = get_worker_info()
+        if worker is None:
+            return self.loader.state_dict()
+        return asdict(self._place or _WorkerPlace(self.loader.state_dict(), worker.id, worker.num_workers))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand where a state says; before worker processes are started."""
+        """Stand where a state says; before worker processes are started, or in one, that worker's place."""
+        if set(state) == {"start", "first", "num_workers"}:
+            self._resumed = _WorkerPlace(**state)
+            state = self._resumed.start
         self.loader.load_state_dict(state)
 
     def set_epoch(self, epoch: int) -> None:
@@ -111,3 +139,66 @@ class TorchLoader(IterableDataset[TorchBatch]):
     def close(self) -> None:
         """End a running iteration and its threads."""
         self.loader.close()
+
+
+def to_device(batches: Iterable[TorchBatch], device: torch.device | str) -> Iterator[TorchBatch]:
+    """The batches on a device, each copied while the one before it is worked on.
+
+    On CUDA the copy runs on a stream of its own and is ahead by one batch, so the loader is too: save `batch.state`, not
+    `state_dict()`. Copies overlap with work only where their memory is pinned (`TorchLoader(pin_memory=True)`). On other
+    devices batches are copied one by one.
+
+    Args:
+        batches: of a TorchLoader.
+        device: where to.
+    """
+    target = torch.device(device)
+    if target.type != "cuda":
+        for batch in batches:
+            yield batch.to(target)
+        return
+    copies = torch.cuda.Stream(target)
+    # Host batches are held until their copies are over: their memory must not be written again before that.
+    held: deque[tuple[TorchBatch, TorchBatch, torch.Event]] = deque()
+    try:
+        for batch in batches:
+            with torch.cuda.stream(copies):
+                moved = batch.to(target, non_blocking=True)
+                held.append((batch, moved, copies.record_event()))
+            if len(held) > 1:
+                yield _handed_over(held[0][1], held[0][2])
+                held.popleft()[2].synchronize()
+        if held:
+            yield _handed_over(held[0][1], held[0][2])
+    finally:
+        copies.synchronize()
+
+
+def _handed_over(batch: TorchBatch, done: torch.Event) -> TorchBatch:
+    """The batch, for the current stream to use: it waits for the copy, and the memory is not given to others before its end."""
+    current = torch.cuda.current_stream(batch.input_ids_BT.device)
+    current.wait_event(done)
+    _tensors(batch, lambda tensor: tensor.record_stream(current) or tensor)
+    return batch
+
+
+def _pinned(num_bytes: int) -> NDArray[np.uint8]:
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class _WorkerPlace:
+    """Where one of several workers stands: `first` batches behind the place of a loader's state, and every num_workers-th."""
+
+    start: dict[str, Any]
+    first: int
+    num_workers: int
+
+    def behind_another(self) -> _WorkerPlace:
+        return replace(self, first=self.first + self.num_workers)
+
+    def check_fits(self, num_workers: int) -> None:
+        if num_workers != self.num_workers:
+            raise StateError(
+                f"the state is that of one of {self.num_workers} workers, here are {num_workers}; use as many, or `batch.state`"
+            )

@@ -20,7 +20,8 @@ Allocate = Callable[[int], NDArray[np.uint8]]
 """Number of bytes -> an uninitialised C-contiguous array of at least so many."""
 
 
-def _plain(num_bytes: int) -> NDArray[np.uint8]:
+def plain_memory(num_bytes: int) -> NDArray[np.uint8]:
+    """Of the process's heap."""
     return np.empty(num_bytes, np.uint8)
 
 
@@ -32,7 +33,7 @@ class BufferPool:
         allocate: makes a buffer; another one for pinned memory.
     """
 
-    def __init__(self, most_free: int, allocate: Allocate = _plain) -> None:
+    def __init__(self, most_free: int, allocate: Allocate = plain_memory) -> None:
         self._allocate = allocate
         # A deque and no lock: a lease may end in the middle of `take`, in the same thread, when garbage is collected there.
         self._free: deque[NDArray[np.uint8]] = deque(maxlen=most_free)

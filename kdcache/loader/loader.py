@@ -16,7 +16,7 @@ from kdcache.config.loader import LoaderConfig
 from kdcache.errors import StateError
 from kdcache.loader.base import Reader
 from kdcache.loader.batch import Batch
-from kdcache.loader.buffers import BufferPool
+from kdcache.loader.buffers import Allocate, BufferPool, plain_memory
 from kdcache.loader.caches import CacheLike, CacheSet
 from kdcache.loader.checks import check_epoch, check_options, check_ranks
 from kdcache.loader.fetch import Fetcher
@@ -79,7 +79,7 @@ class Loader:
         self._tables = self._caches.tables()
         check_options(self.options, self._tables)
         self._plan = EpochPlan(self._tables, self.options, self._epoch)
-        self.use_buffers(BufferPool(self._num_buffers))
+        self.use_buffers()
 
     @property
     def readers(self) -> Sequence[Reader]:
@@ -172,9 +172,13 @@ class Loader:
             self._closed = True
             self._caches.close()
 
-    def use_buffers(self, pool: BufferPool) -> None:
-        """Take the large arrays' memory of further batches from this pool, as of pinned memory; by default from a plain one."""
-        self._pool = pool
+    def use_buffers(self, *, allocate: Allocate = plain_memory) -> None:
+        """Take the memory of further batches' large arrays from `allocate`, as pinned memory; it is used again, see
+        `buffers.py`.
+
+        A pickled loader begins anew with plain memory.
+        """
+        self._pool = BufferPool(self._num_buffers, allocate)
 
     def __enter__(self) -> Loader:
         return self

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ from kdcache.loader.loader import Loader
 torch = pytest.importorskip("torch")
 from torch.utils.data import DataLoader  # noqa: E402
 
-from kdcache.loader._torch import TorchBatch, TorchLoader, to_torch  # noqa: E402
+from kdcache.loader._torch import TorchBatch, TorchLoader, to_device, to_torch  # noqa: E402
 
 LENGTHS = np.random.default_rng(0).integers(1, 13, 41).tolist()
 OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, pack_window=8, num_threads=0)
@@ -110,3 +111,54 @@ def test_the_adapter_has_the_loader_s_state_and_length(reader: MemoryReader) -> 
     loader.close()
     with pytest.raises(StateError, match="closed"):
         list(loader)
+
+
+def test_batches_on_another_device_come_in_the_same_order(reader: MemoryReader) -> None:
+    loader = TorchLoader(Loader(reader, OPTIONS))
+    moved = list(to_device(loader, "cpu"))
+    assert_same_stream(to_numpy(moved), list(Loader(reader, OPTIONS)))
+    assert moved[-1].state == loader.state_dict()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_copied_ahead_from_pinned_memory_are_the_loader_s(reader: MemoryReader) -> None:
+    loader = TorchLoader(Loader(reader, OPTIONS), pin_memory=True)
+    moved = [batch.to("cpu") for batch in to_device(loader, "cuda")]
+    assert_same_stream(to_numpy(moved), list(Loader(reader, OPTIONS)))
+
+
+def stateful(reader: MemoryReader, num_workers: int) -> Any:
+    stateful_dataloader = pytest.importorskip("torchdata.stateful_dataloader")
+    context = "fork" if num_workers else None
+    loader = TorchLoader(Loader(reader, OPTIONS))
+    return stateful_dataloader.StatefulDataLoader(
+        loader, batch_size=None, num_workers=num_workers, multiprocessing_context=context
+    )
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata, when it is imported
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stateful_data_loader_goes_on_behind_any_batch(reader: MemoryReader, num_workers: int) -> None:
+    whole = list(Loader(reader, OPTIONS))
+    for step in (1, len(whole) // 2, len(whole) - 1, len(whole)):
+        first = stateful(reader, num_workers)
+        batches = iter(first)
+        given = [next(batches) for _ in range(step)]
+        state = json.loads(json.dumps(first.state_dict()))
+        del batches
+        resumed = stateful(reader, num_workers)
+        resumed.load_state_dict(state)
+        rest = list(resumed)
+        if step == len(whole) and num_workers == 0:  # the loader itself begins no empty epoch
+            assert_same_stream(to_numpy(rest), list(Loader(reader, OPTIONS, epoch=1)))
+        else:
+            assert_same_stream(to_numpy(given + rest), whole)
+
+
+def test_a_worker_s_place_needs_as_many_workers(reader: MemoryReader) -> None:
+    place = {"start": Loader(reader, OPTIONS).state_dict(), "first": 1, "num_workers": 3}
+    loader = TorchLoader(Loader(reader, OPTIONS))
+    loader.load_state_dict(place)
+    with pytest.raises(StateError, match="one of 3 workers, here are 2"):
+        list(in_workers(loader, 2))
