@@ -122,7 +122,7 @@ class DiskBlocks:
         self.folder, self.capacity = folder, capacity
         self._pinned: frozenset[str] = frozenset()
         self._lock = threading.Lock()
-        self._unseen = 0
+        self._unseen, self._failed = 0, False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):
@@ -156,21 +156,15 @@ class DiskBlocks:
     def put(self, key: str, data: bytes) -> pa.Buffer:
         if len(data) + _CHECKSUM_BYTES > self.capacity:
             return pa.py_buffer(data)
-        temp = self.folder / fs.temp_name()
         try:
-            with temp.open("xb") as file:
-                file.write(data)
-                file.write(_checksum(key, data))
-            fs.reached("block written")
-            os.replace(temp, self._path(key))
+            self._write(key, data)
+            with self._lock:
+                self._unseen += len(data) + _CHECKSUM_BYTES
+                if self._unseen > self.capacity // SLACK:
+                    self._evict()
         except OSError as error:  # a full disk costs requests, not the run
-            _log.warning("%s: cannot keep a block: %s", self.folder, error)
-            temp.unlink(missing_ok=True)
-            return pa.py_buffer(data)
-        with self._lock:
-            self._unseen += len(data) + _CHECKSUM_BYTES
-            if self._unseen > self.capacity // SLACK:
-                self._evict()
+            level, self._failed = (logging.DEBUG if self._failed else logging.WARNING), True
+            _log.log(level, "%s: cannot keep blocks, which are fetched anew each time: %s", self.folder, error)
         return pa.py_buffer(data)
 
     def drop(self, key: str) -> None:
@@ -182,6 +176,19 @@ class DiskBlocks:
     def renew_after_fork(self) -> None:
         """In the child: another thread may have held the lock."""
         self._lock = threading.Lock()
+
+    def _write(self, key: str, data: bytes) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it to make room
+        temp = self.folder / fs.temp_name()
+        try:
+            with temp.open("xb") as file:
+                file.write(data)
+                file.write(_checksum(key, data))
+            fs.reached("block written")
+            os.replace(temp, self._path(key))
+        except OSError:
+            temp.unlink(missing_ok=True)
+            raise
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.block"

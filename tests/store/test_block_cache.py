@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,8 +133,19 @@ def test_a_full_disk_costs_the_block_and_not_the_run(tmp_path, monkeypatch, capl
 
     monkeypatch.setattr(os, "replace", full)
     assert blocks.put(key(1), block(1)).to_pybytes() == block(1)
-    assert "No space left" in caplog.text
+    assert blocks.put(key(2), block(2)).to_pybytes() == block(2)
+    assert caplog.text.count("No space left") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_deleted_under_a_reader_is_made_again(tmp_path):
+    blocks = DiskBlocks(tmp_path / "blocks", 3 * STORED + 200)
+    for number in range(9):
+        if number % 3 == 2:
+            shutil.rmtree(tmp_path / "blocks")
+        assert blocks.get(key(number)) is None
+        put(blocks, number)
+        assert blocks.get(key(number)).to_pybytes() == block(number)
 
 
 WORKER = """
