@@ -17,7 +17,7 @@ SHIFTS = (-1, 0, 1)
 SENTINEL = -900.0
 """From here down a value stands for "no entry" (Megatron writes -1000): exp of it is 0 in every float."""
 
-_CELLS_AT_ONCE = 2**21
+CELLS_AT_ONCE = 2**21
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,15 +32,15 @@ class Block:
     targets_SR: NDArray[np.int64]
 
 
-def blocks(sequence: ForeignSequence, values: ValueKind) -> Iterator[Block]:
-    """The rows that have entries, as rectangles of bounded size."""
+def blocks(sequence: ForeignSequence, values: ValueKind, cells_at_once: int = CELLS_AT_ONCE) -> Iterator[Block]:
+    """The rows that have entries, as rectangles of at most so many cells, or of one row."""
     kept = np.flatnonzero(sequence.counts_R)
     offsets_R1 = sequence.offsets_R1
     start = 0
     while start < len(kept):
         widest_R = np.maximum.accumulate(sequence.counts_R[kept[start:]])
         cells_R = widest_R * np.arange(1, len(widest_R) + 1)
-        num_rows = max(1, int(np.searchsorted(cells_R, _CELLS_AT_ONCE, side="right")))
+        num_rows = max(1, int(np.searchsorted(cells_R, cells_at_once, side="right")))
         yield _block(sequence, values, kept[start : start + num_rows], offsets_R1)
         start += num_rows
 

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 FLOOR = 1e-9
 """Probability below which a cell counts as this: a tail that was cut off has 0, and its divergence would be infinite."""
 
+MINIMISING_STEPS = 32
+TINY = 1e-300
+
 MIN_SPREAD = 1e-3
 """Nats squared: rows flatter than this say nothing of a temperature."""
 
@@ -63,39 +66,52 @@ def match(stored: Rows, live: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 
 def divergence(live: Rows, stored: Rows) -> NDArray[np.float64]:
-    """(R,) KL(live || stored) in nats, of what both say: a lower bound of the divergence over the whole vocabulary.
+    """(R,) KL(live || stored) in nats, as far as two cut rows tell: the least that distributions can have that agree with them.
 
-    Cells: each common id; the ids that only live names, of which stored says that each is at most its least entry; those that
-    only stored names, likewise; and the rest. Where both are the same distribution cut at two places, it is 0.
+    Cells: each common id; the ids A that only live names, those B that only stored names, and the rest. What stored gives to A
+    is not known, but no id of it can have more than stored's least entry; and so for live and B. The divergence is jointly
+    convex in the two unknown masses, and is minimised over them. One distribution cut at two places gives 0.
     """
     in_stored, in_live = match(stored, live)
     num_rows = live.num_rows
     rows_C = stored.rows_E[in_stored]
     p_C, q_C = np.exp(live.logprobs_E[in_live]), np.exp(stored.logprobs_E[in_stored])
     terms_C = p_C * (np.maximum(live.logprobs_E[in_live], -700) - np.maximum(stored.logprobs_E[in_stored], math.log(FLOOR)))
-    common_p, common_q = sums(rows_C, p_C, num_rows), sums(rows_C, q_C, num_rows)
-    live_p, live_q = _lone(live, in_live, stored, 1 - common_q)
-    stored_q, stored_p = _lone(stored, in_stored, live, 1 - common_p)
-    rest_p, rest_q = 1 - common_p - live_p - stored_p, 1 - common_q - live_q - stored_q
-    cells = ((live_p, live_q), (stored_p, stored_q), (rest_p, rest_q))
+    a_R, most_x_R = _lone(live, in_live, stored)
+    b_R, most_y_R = _lone(stored, in_stored, live)
+    v_R = np.clip(1 - sums(rows_C, p_C, num_rows) - a_R, 0, 1)
+    u_R = np.clip(1 - sums(rows_C, q_C, num_rows) - b_R, 0, 1)
+    x_R, y_R = _least_divergent(a_R, b_R, u_R, v_R, (np.minimum(most_x_R, u_R), np.minimum(most_y_R, v_R)))
     divergence_R = sums(rows_C, terms_C, num_rows)
-    for p_R, q_R in cells:
+    for p_R, q_R in ((a_R, x_R), (y_R, b_R), (v_R - y_R, u_R - x_R)):
         divergence_R += _cell(p_R, q_R)
-    return divergence_R
+    return np.maximum(divergence_R, 0.0)
 
 
-def _lone(
-    mine: Rows, matched: NDArray[np.int64], other: Rows, rest_R: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mass of my unmatched entries, and the most that the other can give them: each no more than its least entry."""
+def _lone(mine: Rows, matched: NDArray[np.int64], other: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mass of my unmatched entries, and the most that the other can give to so many ids that it does not name."""
     lone_E = np.ones(len(mine.rows_E), bool)
     lone_E[matched] = False
     rows_E = mine.rows_E[lone_E]
-    mass_R = sums(rows_E, np.exp(mine.logprobs_E[lone_E]), mine.num_rows)
-    least_R = np.full(other.num_rows, 0.0)
+    least_R = np.zeros(other.num_rows)
     np.minimum.at(least_R, other.rows_E, other.logprobs_E)
-    most_R = np.minimum(np.bincount(rows_E, minlength=mine.num_rows) * np.exp(least_R), np.clip(rest_R, 0, 1))
-    return mass_R, np.minimum(mass_R, most_R)
+    mass_R = sums(rows_E, np.exp(mine.logprobs_E[lone_E]), mine.num_rows)
+    return mass_R, sums(rows_E, np.exp(least_R)[rows_E], mine.num_rows)
+
+
+def _least_divergent(
+    a_R: NDArray[np.float64], b_R: NDArray[np.float64], u_R: NDArray[np.float64], v_R: NDArray[np.float64],
+    most: tuple[NDArray[np.float64], NDArray[np.float64]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
+    """x = q(A) and y = p(B) that minimise a log(a/x) + y log(y/b) + (v-y) log((v-y)/(u-x)), within 0 and the most of each.
+
+    By turns: given y the best x is u a / (a + v - y), given x the best y is v b / (b + u - x); a convex function over a box.
+    """
+    x_R, y_R = np.minimum(a_R, most[0]), np.minimum(b_R, most[1])
+    for _ in range(MINIMISING_STEPS):
+        x_R = np.minimum(most[0], u_R * a_R / np.maximum(a_R + v_R - y_R, TINY))
+        y_R = np.minimum(most[1], v_R * b_R / np.maximum(b_R + u_R - x_R, TINY))
+    return x_R, y_R
 
 
 def _cell(p_R: NDArray[np.float64], q_R: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -196,6 +196,7 @@ def _saver(meta: dict[str, Any], path: Path) -> Saver:
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of every plain file in a tar, in order; nothing is unpacked onto the disk."""
     try:
+        _refuse_cut(path)
         with tarfile.open(path, mode="r|") as archive:
             for member in archive:
                 if not member.isreg():
@@ -207,6 +208,15 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield member.name, b"" if stream is None else stream.read()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise InputError(f"{path}: not a readable tar: {error}") from error
+
+
+def _refuse_cut(path: Path) -> None:
+    """A tar ends with blocks of zeros; Python's reader takes a file that was cut between two members for a whole one."""
+    with path.open("rb") as stream:
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(max(size - tarfile.BLOCKSIZE, 0))
+        if stream.read() != bytes(tarfile.BLOCKSIZE):
+            raise InputError(f"{path}: not a whole tar: it does not end with the empty blocks that mark the end")
 
 
 def _numbers(path: Path) -> tuple[str, str, str]:

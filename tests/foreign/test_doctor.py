@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign_cases import Item, Truth, items, log_softmax, write_columns, write_rows
+from foreign_cases import Item, Truth, changed, defects, items, log_softmax, notes, with_extra_target, write_columns, write_rows
 
 from kdcache.errors import InputError
 from kdcache.foreign.base import ReadOptions
@@ -16,21 +15,6 @@ from kdcache.foreign.doctor import Examination, ExamineOptions, examine
 
 def look(path: Path, read: ReadOptions | None = None, **options: int) -> Examination:
     return examine(path, ExamineOptions(read=read or ReadOptions(), **options))
-
-
-def defects(examination: Examination) -> dict[str, str | None]:
-    """What is wrong, and the flag that mends it."""
-    return {finding.name: finding.repair for finding in examination.findings if finding.severity != "note"}
-
-
-def notes(examination: Examination) -> set[str]:
-    return {finding.name for finding in examination.findings if finding.severity == "note"}
-
-
-def changed(made: list[Item], change: Callable[[Item], None]) -> list[Item]:
-    for item in made:
-        change(item)
-    return made
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow", "jsonl"])
@@ -142,17 +126,6 @@ def test_logprobs_that_are_called_logits(truth: Truth, tmp_path: Path):
 def test_k_plus_1_rows(truth: Truth, tmp_path: Path):
     found = look(write_columns(tmp_path / "a.parquet", with_extra_target(truth)))
     assert defects(found) == {"k_plus_1_rows": "--repair k+1"}
-
-
-def with_extra_target(truth: Truth) -> list[Item]:
-    """As vLLM gives prompt logprobs: the text's own token is added where it is not among the top k."""
-    made = items(truth)
-    for item, logprobs_NV in zip(made, truth.logprobs_SNV, strict=True):
-        for t, target in enumerate(item.input_ids[1:]):
-            if target not in item.ids[t]:
-                item.ids[t].append(target)
-                item.values[t].append(float(np.float32(logprobs_NV[t, target])))
-    return made
 
 
 def test_the_extra_target_in_the_place_of_the_kth(truth: Truth, tmp_path: Path):

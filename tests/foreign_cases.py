@@ -6,14 +6,18 @@ Shape letters: S sequences, N tokens, K entries, V vocabulary.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from kdcache.foreign.doctor import Examination
 
 K = 16
 NUM_SEQUENCES, NUM_TOKENS = 8, 64
@@ -97,3 +101,31 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=3)
     return path
+
+
+def changed(made: list[Item], change: Callable[[Item], None]) -> list[Item]:
+    """The items after a change to each of them."""
+    for item in made:
+        change(item)
+    return made
+
+
+def with_extra_target(truth: Truth) -> list[Item]:
+    """As vLLM gives prompt logprobs: the text's own token is added where it is not among the top k."""
+    made = items(truth)
+    for item, logprobs_NV in zip(made, truth.logprobs_SNV, strict=True):
+        for t, target in enumerate(item.input_ids[1:]):
+            if target not in item.ids[t]:
+                item.ids[t].append(target)
+                item.values[t].append(float(np.float32(logprobs_NV[t, target])))
+    return made
+
+
+def defects(examination: Examination) -> dict[str, str | None]:
+    """What is wrong, and the flag that mends it."""
+    return {finding.name: finding.repair for finding in examination.findings if finding.severity != "note"}
+
+
+def notes(examination: Examination) -> set[str]:
+    """What is said of a cache and is no defect."""
+    return {finding.name for finding in examination.findings if finding.severity == "note"}

@@ -1,0 +1,238 @@
+"""Damaged and hostile files end in one sentence: nothing crashes, is allocated without bound, or is run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from foreign_cases import write_rows
+
+from kdcache.errors import InputError
+from kdcache.foreign import base
+from kdcache.foreign.base import ReadOptions
+from kdcache.foreign.distillkit_codec import parse_config
+from kdcache.foreign.doctor import ExamineOptions, examine
+
+DATA = Path(__file__).parent / "data"
+GOOD = {"input_ids": [1, 2, 3], "topk_ids": [[1, 2], [3, 4]], "topk_logprobs": [[-1.0, -2.0], [-1.0, -2.0]]}
+
+
+def told(path: Path, **read: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        examine(path, ExamineOptions(read=ReadOptions(**read)))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"topk_ids": [[1, 2], [3]]}, "2 rows of 1 to 2 ids, but 2 rows of 2 values"),
+        ({"topk_ids": [[1, 2]]}, "1 rows of 2 ids, but 2 rows of 2 values"),
+        ({"topk_ids": [[1.5, 2], [3, 4]]}, "token ids must be whole numbers"),
+        ({"topk_ids": [[10**400, 2], [3, 4]]}, "number is too large|not a JSON object|whole numbers"),
+        ({"topk_ids": [[2**63, 2], [3, 4]]}, "token ids must be whole numbers"),
+        ({"topk_ids": "none"}, "expected a list of lists of numbers, found a str"),
+        ({"topk_ids": [[True, False], [1, 2]]}, "found a list with a bool"),
+        ({"topk_logprobs": [["-1", "-2"], [1, 2]]}, "found a list with a str"),
+        ({"topk_logprobs": [[None, -2], [-1, -2]]}, "found a list with a NoneType"),
+        ({"input_ids": [[1]]}, "found a list with a list"),
+    ],
+)
+def test_cells_that_are_no_lists_of_numbers(tmp_path: Path, change: dict[str, Any], sentence: str):
+    import re
+
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | change) + "\n")
+    message = told(path)
+    assert re.search(sentence, message)
+    assert f"{path}:2" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"topk_ids": pa.array([[["a", "b"]]])}, "expected a list of lists of numbers"),
+        ({"topk_ids": pa.array([[1, 2]])}, "expected a list of lists of numbers"),
+        ({"topk_logprobs": pa.array([[[None, -2.0], [-1.0, -2.0]]])}, "with nulls"),
+        ({"input_ids": pa.array([["x"]])}, "expected a list of numbers"),
+    ],
+)
+def test_columns_of_other_types(tmp_path: Path, change: dict[str, pa.Array], sentence: str):
+    columns = {name: pa.array([value]) for name, value in GOOD.items()} | change
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert sentence in told(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"input_ids": NaN}', "\xff", "null", "[" * 100_000])
+def test_lines_that_are_no_json_object(tmp_path: Path, line: str):
+    (tmp_path / "a.jsonl").write_bytes(line.encode("latin-1") + b"\n")
+    assert "a.jsonl:1" in told(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_files_cut_anywhere_or_with_any_byte_turned_end_in_a_sentence_or_are_read(tmp_path: Path, name: str):
+    whole = write_rows(tmp_path / name, [GOOD] * 3).read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [whole[:end] for end in rng.integers(0, len(whole), 25)]
+    for place in rng.integers(0, len(whole), 60):
+        turned = bytearray(whole)
+        turned[place] ^= int(rng.integers(1, 256))
+        damaged.append(bytes(turned))
+    for data in damaged:
+        (tmp_path / name).write_bytes(data)
+        with contextlib.suppress(InputError):
+            examine(tmp_path / name, ExamineOptions())
+
+
+def test_rows_larger_than_anything_real_are_not_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(base, "MAX_ENTRIES_PER_ROW", 1)
+    assert "a row has 2 entries; at most 1 are read" in told(write_rows(tmp_path / "a.jsonl", [GOOD]))
+
+
+def test_a_parquet_file_whose_run_lengths_stand_for_too_many_values_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("kdcache.foreign.tables.MAX_VALUES_PER_ROW", 10_000)
+    bomb = GOOD | {"topk_ids": [[7] * 20_001]}
+    assert "holds 20,001 values in 1 rows" in told(write_rows(tmp_path / "a.parquet", [bomb]))
+
+
+class Runs:
+    """What a pickle does when it is opened."""
+
+    def __reduce__(self) -> Any:
+        return (Path.write_text, (Path("opened"), "yes"))
+
+
+@pytest.mark.parametrize("ending", [".pt", ".pkl", ".npy", ".bin"])
+def test_pickles_are_refused_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"a{ending}").write_bytes(pickle.dumps(Runs()))
+    assert "may be pickles, which run any code" in told(tmp_path / f"a{ending}")
+    assert not Path("opened").exists()
+
+
+META = {"hash": "0", "identifiers": {}, "saver": {"k": 2, "p": None, "min_k": 1, "save_dtype": "fp16"}}
+
+
+def tar(path: Path, members: dict[str, bytes], kind: bytes = tarfile.REGTYPE) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        if kind != tarfile.REGTYPE:
+            info = tarfile.TarInfo("link")
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+    return path
+
+
+def blob(storages: list[bytes], *, compression: int = zipfile.ZIP_STORED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Runs()))
+        for number, data in enumerate(storages):
+            archive.writestr(f"archive/data/{number}", data)
+    return pa.compress(stream.getvalue(), "zstd", asbytes=True)
+
+
+def test_a_megatron_tar_with_a_hostile_pickle_is_read_without_opening_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    values = np.array([-1, -2], "<f2").tobytes()
+    ids = np.array([5, 6], "<u2").tobytes()
+    members = {"_meta.json": json.dumps(META).encode(), "1.pt.zst": blob([values, ids, b"\0\1"]), "../../evil": b"x"}
+    path = tar(tmp_path / "cp0_dp0__1.tar", members, tarfile.SYMTYPE)
+    found = examine(path, ExamineOptions())
+    assert (found.tally.num_rows, found.tally.max_id) == (1, 6 + 65536)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cp0_dp0__1.tar"]
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        ({}, "the first member is ''"),
+        ({"1.pt.zst": b""}, "the first member is '1.pt.zst'"),
+        ({"_meta.json": b"{"}, "not JSON"),
+        ({"_meta.json": b"[]"}, "expected a JSON object"),
+        ({"_meta.json": b'{"saver": {"k": 0, "save_dtype": "fp16"}}'}, "expected k, p and save_dtype"),
+        ({"_meta.json": b'{"saver": {"k": 2, "save_dtype": "int4"}}'}, "expected k, p and save_dtype"),
+        ({"_meta.json": b" " * (2**20 + 1)}, "at most 1,048,576 are read"),
+        ({"_meta.json": json.dumps(META).encode(), "1.pt.zst": b"nonsense"}, "not zstd"),
+        ({"_meta.json": json.dumps(META).encode(), "1.pt.zst": pa.compress(b"x" * 99, "zstd", asbytes=True)}, "torch.save"),
+        ({"_meta.json": json.dumps(META).encode(), "1.pt.zst": blob([b"12"])}, "1 tensors, expected three"),
+        ({"_meta.json": json.dumps(META).encode(), "1.pt.zst": blob([b"1234", b"12", b"1"])}, "2 values, 1 ids and 1 bits"),
+        (
+            {"_meta.json": json.dumps(META).encode(), "1.pt.zst": blob([b"1" * 9999] * 3, compression=zipfile.ZIP_DEFLATED)},
+            "a tensor is compressed",
+        ),
+    ],
+)
+def test_tars_that_are_not_what_they_claim(tmp_path: Path, members: dict[str, bytes], sentence: str):
+    assert sentence in told(tar(tmp_path / "cp0_dp0__1.tar", members))
+
+
+def test_a_bomb_in_a_tar_stops_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("kdcache.foreign.megatron.MAX_PAYLOAD_BYTES", 10_000)
+    members = {"_meta.json": json.dumps(META).encode(), "1.pt.zst": pa.compress(b"\0" * 20_000, "zstd", asbytes=True)}
+    assert "more than 10,000 bytes when decompressed" in told(tar(tmp_path / "cp0_dp0__1.tar", members))
+
+
+def test_a_tar_cut_short(tmp_path: Path):
+    whole = (DATA / "megatron" / "top_k" / "cp0_dp0__2.tar").read_bytes()
+    for end in (100, 600, 1100, 1600, 3000):
+        (tmp_path / "cp0_dp0__2.tar").write_bytes(whole[:end])
+        assert "cp0_dp0__2.tar" in told(tmp_path / "cp0_dp0__2.tar")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        None, [], {"k": 5}, {"d": 10, "k": 20, "exact_k": 1, "polynomial_terms": [0], "residual_bins": []},
+        {"d": 10, "k": 5, "exact_k": 9, "residual_bins": []}, {"d": 2**40, "k": 5, "exact_k": 5},
+        {"d": 10, "k": 5, "exact_k": 1, "polynomial_terms": ["tan"]}, {"d": 10, "k": 5, "exact_k": 1, "exact_dtype": "int8"},
+        {"d": 10, "k": 5, "exact_k": 4, "residual_bins": [{"scale_dtype": "float16", "element_bits": 4, "num_elements": 4}]},
+        {"d": 10, "k": 5, "exact_k": 1, "residual_bins": [{"scale_dtype": "float16", "element_bits": 99, "num_elements": 1}]},
+        {"polynomial_degree": 10**9, "k": 5, "exact_k": 1, "vocab_size": 10},
+    ],
+)  # fmt: skip
+def test_configs_that_ask_for_the_impossible(fields: Any):
+    with pytest.raises(InputError, match=r"x.yaml: not a compression config of DistillKit"):
+        parse_config(fields, "x.yaml")
+
+
+def test_yaml_that_runs_code_or_grows_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(DATA / "distillkit" / "exact" / "data_0.parquet", tmp_path)
+    for text in (
+        "!!python/object/apply:os.mkdir [opened]",
+        "a: &a [1,1]\nb: [*a, *a]",
+        "d: [",
+        "\t",
+        "{" * 5000,
+        "a" * (2**20 + 1),
+    ):
+        (tmp_path / "compression_config.yaml").write_text(text)
+        assert "compression_config.yaml" in told(tmp_path)
+    assert not Path("opened").exists()
+
+
+def test_folders_that_hold_nothing_or_two_kinds(tmp_path: Path):
+    assert "no such file or folder" in told(tmp_path / "nowhere")
+    assert "neither a cache of kdcache, nor Parquet" in told(tmp_path)
+    write_rows(tmp_path / "a.parquet", [GOOD])
+    write_rows(tmp_path / "b.jsonl", [GOOD])
+    assert "holds jsonl and parquet files; name one of them" in told(tmp_path)

@@ -1,0 +1,134 @@
+"""A real teacher beside foreign rows: what the text could only hint at becomes exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from foreign_cases import Item, Truth, changed, defects, items, log_softmax, notes, write_columns
+
+from kdcache.config.capture import TeacherConfig
+from kdcache.errors import InputError
+from kdcache.foreign.base import ForeignSequence
+from kdcache.foreign.doctor import Examination, ExamineOptions, examine
+from kdcache.foreign.live import reservoir
+from kdcache.teacher import load_teacher
+from kdcache.teacher.base import Teacher
+
+
+@pytest.fixture(scope="module")
+def teacher(truth: Truth) -> Iterator[Teacher]:
+    loaded = load_teacher(TeacherConfig(model=str(truth.model), backend="transformers", dtype="float32"))
+    yield loaded
+    loaded.close()
+
+
+def look(path: Path, teacher: Teacher, sample: int = 4) -> Examination:
+    return examine(path, ExamineOptions(sample=sample), teacher=teacher)
+
+
+def test_the_teacher_agrees_with_its_own_rows(truth: Truth, tmp_path: Path, teacher: Teacher):
+    found = look(write_columns(tmp_path / "a.parquet", items(truth)), teacher)
+    assert (defects(found), notes(found)) == ({}, {"teacher_agrees"})
+    assert found.comparison is not None
+    assert found.comparison.num_sequences == 4
+    assert max(found.comparison.kl[0], found.comparison.kl[2]) > 0.5
+    assert found.comparison.kl[1] < 1e-9
+    kept = np.sort(np.exp(truth.logprobs_SNV[:, :-1]), axis=-1)[..., -16:].sum(axis=-1)
+    assert found.comparison.kept_mass == pytest.approx(kept.mean(), abs=0.05)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_shifted_rows_are_found_in_text_that_the_teacher_did_not_write(
+    truth: Truth, tmp_path: Path, teacher: Teacher, shift: int
+):
+    # The text says nothing when it is not likely; the teacher does not need it to be.
+    rng = np.random.default_rng(1)
+    made = items(truth)
+    for item in made:
+        item.input_ids = rng.integers(0, 512, len(item.input_ids)).tolist()
+    from_teacher(made, teacher)
+    for item in made:
+        item.ids, item.values = (np.roll(rows, -shift, axis=0).tolist() for rows in (item.ids, item.values))
+        wrapped = 0 if shift < 0 else -1
+        item.ids[wrapped], item.values[wrapped] = [], []
+    path = write_columns(tmp_path / "a.parquet", made)
+    assert defects(examine(path, ExamineOptions())) == {"alignment_unclear": None}
+    assert defects(look(path, teacher)) == {"shifted_rows": f"--shift {shift:+d}"}
+
+
+def from_teacher(made: list[Item], teacher: Teacher) -> None:
+    """Rows of the teacher for whatever text the items have."""
+    from kdcache.foreign.live import live_selection, token_sequence
+
+    asked = [
+        ForeignSequence(
+            "", np.array(i.input_ids), np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), np.zeros(0)
+        )
+        for i in made
+    ]  # fmt: skip
+    answers = teacher.score([token_sequence(s) for s in asked], live_selection(8, teacher.identity.vocab_size))
+    for item, answer in zip(made, answers, strict=True):
+        ids_PK, logprobs_PK = answer.padded()
+        item.ids, item.values = ids_PK[:-1, :16].tolist(), logprobs_PK[:-1, :16].astype(float).tolist()
+
+
+def with_values(truth: Truth, change: Callable[[np.ndarray], np.ndarray]) -> list[Item]:
+    made = items(truth)
+    for item, logits_NV in zip(made, truth.logits_SNV, strict=True):
+        item.values = np.take_along_axis(change(logits_NV[:-1]), np.array(item.ids), axis=1).tolist()
+    return made
+
+
+@pytest.mark.parametrize("temperature", [0.8, 1.25, 2.0])
+def test_a_temperature_is_measured(truth: Truth, tmp_path: Path, teacher: Teacher, temperature: float):
+    made = with_values(truth, lambda logits: log_softmax(logits / temperature))
+    found = look(write_columns(tmp_path / "a.parquet", made), teacher)
+    assert "temperature_applied" in defects(found)
+    assert found.comparison is not None
+    assert found.comparison.line.slope == pytest.approx(1 / temperature, rel=1e-4)
+    (finding,) = [finding for finding in found.findings if finding.name == "temperature_applied"]
+    assert f"a temperature of {temperature:.3g} was applied" in finding.sentence
+
+
+def test_renormalised_rows_lie_above_the_teacher_by_what_their_tail_held(truth: Truth, tmp_path: Path, teacher: Teacher):
+    def renormalise(item: Item) -> None:
+        item.values = log_softmax(np.array(item.values)).tolist()
+
+    found = look(write_columns(tmp_path / "a.parquet", changed(items(truth), renormalise)), teacher)
+    assert set(defects(found)) == {"renormalised"}
+    assert found.comparison is not None
+    assert found.comparison.line.offset_mean == pytest.approx(found.comparison.renormalisation_cost, rel=1e-3)
+
+
+def test_another_teacher_s_values_are_not_this_one_s(truth: Truth, tmp_path: Path, teacher: Teacher):
+    rng = np.random.default_rng(0)
+    made = with_values(truth, lambda logits: log_softmax(logits + rng.normal(0, 0.5, logits.shape)))
+    assert "teacher_disagrees" in defects(look(write_columns(tmp_path / "a.parquet", made), teacher))
+
+
+def test_text_that_the_teacher_cannot_read_is_said(truth: Truth, tmp_path: Path, teacher: Teacher):
+    made = items(truth)
+    for item in made:
+        item.input_ids[0] = 9999
+    with pytest.raises(InputError, match=r"none of the 4 sampled sequences can be read by the teacher"):
+        look(write_columns(tmp_path / "a.parquet", made), teacher)
+
+
+def test_the_sample_is_a_function_of_the_seed_and_fair():
+    def sample(seed: int) -> list[str]:
+        empty = (np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), np.zeros(0))
+        kept: list[ForeignSequence] = []
+        for _, kept in reservoir((ForeignSequence(str(n), None, *empty) for n in range(20)), 5, seed):  # noqa: B007
+            pass
+        return [sequence.source for sequence in kept]
+
+    assert sample(3) == sample(3)
+    counts = {str(n): 0 for n in range(20)}
+    for seed in range(400):
+        for name in sample(seed):
+            counts[name] += 1
+    # Each is kept by 100 of 400 draws in the mean; the standard deviation is 8.7.
+    assert all(60 < count < 140 for count in counts.values())
