@@ -50,8 +50,7 @@ def _as_text(path: str, summary: CacheSummary) -> str:
         "text": f"{count(summary.num_sequences, 'sequence')}, {count(summary.num_tokens, 'token')}, "
         f"{count(summary.num_positions, 'position')} recorded",
         "size": f"{size(summary.num_bytes)}, {_number(summary.bytes_per_position)} bytes per position",
-        "kept mass": f"{_number(summary.kept_mass, 5)} of the probability, "
-        f"in {_number(summary.entries_per_position)} entries per position",
+        **_selection_rows(summary),
         "entropy": f"{_number(summary.entropy_floor, 4)} to {_number(summary.entropy_ceiling, 4)} nats per position",
         "NLL": f"{_number(summary.teacher_nll, 4)} nats per target, the text under the teacher",
     }
@@ -61,6 +60,32 @@ def _as_text(path: str, summary: CacheSummary) -> str:
     shown |= _account_rows(path, summary)
     columns = {f"  {name}": _number(value) for name, value in summary.column_bytes_per_position.items()}
     return f"{rows(shown)}\nbytes per position by column\n{rows(columns)}"
+
+
+def _selection_rows(summary: CacheSummary) -> dict[str, str]:
+    """Which entries there are, at which temperatures students can be trained from them, and with which losses."""
+    from kdcache.format.selection import has_estimates
+    from kdcache.loss.selection_rules import allowed
+
+    selection = summary.manifest.identity.selection
+    entries = f"{_number(summary.entries_per_position)} per position"
+    if has_estimates(selection):
+        exact = summary.num_exact_entries / summary.num_positions if summary.num_positions else math.nan
+        entries += f": {_number(exact)} exact, {_number(summary.entries_per_position - exact)} unbiased estimates"
+    temperatures = ", ".join(f"{t:g}" for t in (1.0, *selection.temperatures))
+    of_exact = " (1 from the estimates)" if selection.temperatures and has_estimates(selection) else ""
+    by_use: dict[str, list[str]] = {}
+    for name, tails in allowed(selection.kind).items():
+        for use in ("unbiased", "exact"):
+            fitting = [tail for tail in tails if tails[tail] == use]
+            by_use.setdefault(use, []).extend([f"{name} ({', '.join(fitting)})"] if fitting else [])
+    meanings = {"unbiased": "from all entries: ", "exact": "from exact entries: " if has_estimates(selection) else ""}
+    return {
+        "entries": entries,
+        "kept mass": f"{_number(summary.kept_mass, 5)} of the probability in exact entries",
+        "temperature": f"{temperatures}{of_exact}; another needs its normaliser, which selection.temperatures keeps",
+        "losses": "; ".join(meaning + ", ".join(by_use[use]) for use, meaning in meanings.items() if by_use.get(use)),
+    }
 
 
 def _account_rows(path: str, summary: CacheSummary) -> dict[str, str]:

@@ -224,6 +224,7 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
         entropy_ceiling_sum: the same with each tail spread evenly: the most it can be.
         column_bytes: bytes of each column's buffers, without Arrow's framing.
         num_finished: of answers that the teacher wrote, how many ended in which way (FINISHES); absent where it wrote none.
+        num_exact_entries: how many entries are exact; absent where all are, as in every selection without draws.
         account: what it took; absent where its writer kept none.
     """
 
@@ -243,6 +244,7 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
     entropy_ceiling_sum: float
     column_bytes: dict[str, int]
     num_finished: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
+    num_exact_entries: int | msgspec.UnsetType = msgspec.UNSET
     account: UnitAccount | msgspec.UnsetType = msgspec.UNSET
 
 

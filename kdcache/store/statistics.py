@@ -29,6 +29,7 @@ class ShardStatistics:
     entropy_ceiling_sum: float = 0.0
     column_bytes: dict[str, int] = field(default_factory=dict)
     num_finished: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
+    num_exact_entries: int | msgspec.UnsetType = msgspec.UNSET
 
     def add(self, record: SequenceRecord) -> None:
         """Count one sequence."""
@@ -48,6 +49,9 @@ class ShardStatistics:
         self.tail_mass_sum += float(distributions.tail_mass_P.sum(dtype=np.float64))
         self.entropy_floor_sum += float(floor_P.sum())
         self.entropy_ceiling_sum += float(ceiling_P.sum())
+        if distributions.num_exact_P is not None:
+            before = 0 if isinstance(self.num_exact_entries, msgspec.UnsetType) else self.num_exact_entries
+            self.num_exact_entries = before + int(distributions.num_exact_P.sum())
         finish = record.sequence.finish
         if finish:
             counts = {} if isinstance(self.num_finished, msgspec.UnsetType) else self.num_finished

@@ -7,7 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcache.format.manifest import Manifest, SkippedSequence, UnitAccount
+import msgspec
+
+from kdcache.format.manifest import Manifest, ShardInfo, SkippedSequence, UnitAccount
 from kdcache.store import chain
 from kdcache.store.location import locate
 from kdcache.store.set_aside import FailedUnit, read_failures
@@ -25,6 +27,7 @@ class CacheSummary:
         entropy_floor, entropy_ceiling: nats; the teacher's mean entropy lies between them.
         teacher_nll: nats per target, of the text under the teacher, without the impossible targets.
         num_impossible_targets: targets that the teacher gives probability 0.
+        num_exact_entries: of num_entries, how many are exact and no estimates.
         num_finished: of answers that the teacher wrote, how many ended in which way; empty where it wrote none.
         set_aside: units that failed and are not published.
         skipped: sequences left out of published units because they made them fail.
@@ -36,6 +39,7 @@ class CacheSummary:
     num_tokens: int
     num_positions: int
     num_entries: int
+    num_exact_entries: int
     num_bytes: int
     bytes_per_position: float
     column_bytes_per_position: dict[str, float]
@@ -89,6 +93,7 @@ def summarize_cache(path: str | Path) -> CacheSummary:
         num_tokens=manifest.total("num_tokens"),
         num_positions=positions,
         num_entries=manifest.total("num_entries"),
+        num_exact_entries=sum(_num_exact(shard) for shard in manifest.shards),
         num_bytes=manifest.total("num_bytes"),
         bytes_per_position=per_position(manifest.total("num_bytes")),
         column_bytes_per_position={name: per_position(total) for name, total in columns.items()},
@@ -103,6 +108,10 @@ def summarize_cache(path: str | Path) -> CacheSummary:
         skipped=tuple(sequence for account in accounts for sequence in account.skipped),
         cost=_cost(accounts),
     )
+
+
+def _num_exact(shard: ShardInfo) -> int:
+    return shard.num_entries if isinstance(shard.num_exact_entries, msgspec.UnsetType) else shard.num_exact_entries
 
 
 def _num_finished(manifest: Manifest) -> dict[str, int]:
