@@ -46,20 +46,28 @@ class StudentConfig(Config, frozen=True, kw_only=True):
 
 
 class LossConfig(Config, frozen=True, kw_only=True):
-    """What a step minimises: alpha * KL(teacher || student) + (1 - alpha) * cross-entropy with the text.
+    """What a step minimises: alpha * divergence(teacher, student) + (1 - alpha) * cross-entropy with the text.
 
     Attributes:
         alpha: 1 for distillation only, 0 for labels only.
+        divergence: `forward_kl`, or another name of the table in kdcache/kernels/README.md.
+        divergence_options: by name, as in {beta: 0.3}; what is left out has the default of the table.
         tail: what becomes of the teacher's mass outside the support: `bucket` compares it with the student's as one further
-            token, `drop` leaves it out, `renormalize` scales the support to mass 1.
-        backend: `numba` or `torch`; `auto` takes the fastest that fits the device.
-        positions_per_chunk: positions whose logits exist at once; memory is this x vocabulary x 4 bytes.
+            token, `drop` leaves it out, `renormalize` scales the support to mass 1. With the forward KL and a cache of a random
+            selection, `drop` trains on all entries, without bias; the others on its exact entries alone.
+        temperature: of both sides; other than 1 must be one of the cache's selection.temperatures.
+        backend: `numba`, `torch` or `triton`; `auto` takes the fastest that fits the device and has been tested on one.
+        positions_per_chunk: positions whose logits exist at once; memory is this x vocabulary x 2 or 4 bytes. null: 512 on a
+            CPU (1024 in bfloat16), 4096 on a GPU.
     """
 
     alpha: Fraction = 1.0
+    divergence: str = "forward_kl"
+    divergence_options: dict[str, float] = msgspec.field(default_factory=dict)
     tail: Literal["bucket", "drop", "renormalize"] = "bucket"
-    backend: Literal["auto", "numba", "torch"] = "auto"
-    positions_per_chunk: Positive = 512
+    temperature: PositiveFloat = 1.0
+    backend: Literal["auto", "numba", "torch", "triton"] = "auto"
+    positions_per_chunk: Positive | None = None
 
 
 class OptimizerConfig(Config, frozen=True, kw_only=True):

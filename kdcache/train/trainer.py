@@ -22,6 +22,7 @@ from kdcache.loader.loader import Loader
 from kdcache.store.reader import CacheReader, open_cache
 from kdcache.teacher import load_tokenizer
 from kdcache.train.checkpoint import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
+from kdcache.train.entries import entry_meaning
 from kdcache.train.heldout import HeldoutSequence, read_heldout
 from kdcache.train.packed import check_architecture
 from kdcache.train.run_folder import RunFolder
@@ -64,6 +65,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
         ConfigError, MismatchError: see `build_student`, `check_against_cache`, `RunFolder`.
         CacheNotFoundError, CorruptCacheError: the cache cannot be read; what was trained up to the last checkpoint stays.
         InputError: held-out data that cannot be read, or a cache that is not complete or has no supervised position.
+        LossError: a loss that would be wrong for the cache's selection; see `entry_meaning`.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -87,6 +89,7 @@ class Trainer:
         heldout: Sequence[HeldoutSequence] = (),
     ) -> None:
         self.config, self.model, self.loader, self.folder, self.heldout = config, model, loader, folder, heldout
+        self.meaning = entry_meaning(config.loss, loader.readers[0].manifest.identity.selection)
         self.optimizer = make_optimizer(model, config.optimizer)
         self.num_steps = config.steps or num_batches(loader, config.epochs or 1)
         self.step = self.num_tokens = 0
@@ -119,7 +122,7 @@ class Trainer:
 
     def _train_on(self, batch: TorchBatch) -> float:
         rate = learning_rate(self.step, self.num_steps, self.config.optimizer)
-        loss, grad_norm = optimize(self.model, self.optimizer, batch, self.config, rate)
+        loss, grad_norm = optimize(self.model, self.optimizer, batch, self.config, rate, self.meaning)
         self.step += 1
         self.num_tokens += int((batch.segment_ids_BT > 0).sum())
         self.folder.append_metrics(step=self.step, tokens=self.num_tokens, loss=loss, lr=rate, grad_norm=grad_norm)
@@ -182,6 +185,8 @@ def _check_cache(config: TrainConfig, reader: CacheReader) -> None:
             f"{config.cache}: the capture has published {len(manifest.shards)} of {manifest.plan.num_units} units; "
             "run `kdcache capture` again to finish it, or set accept_incomplete_cache to true to train on these"
         )
+    # Before the student is built: what the cache is not enough for.
+    entry_meaning(config.loss, manifest.identity.selection)
     if not reader.num_positions_S.any():
         raise InputError(f"{config.cache}: the cache has no supervised position to train on")
 

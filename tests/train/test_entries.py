@@ -1,0 +1,112 @@
+"""What a run makes of a cache's entries: every selection, divergence and temperature, or one sentence why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from train_caches import VOCAB_SIZE, load_teacher_model, train_config
+from transformers import PreTrainedModel
+
+from kdcache.config.train import LossConfig
+from kdcache.errors import ConfigError, LossError
+from kdcache.format.manifest import SelectionInfo
+from kdcache.kernels.divergences import TailAwareKL
+from kdcache.loader._torch import TorchBatch
+from kdcache.loss.sparse_kd import sparse_kd_loss
+from kdcache.train.entries import PLAIN, entry_meaning
+from kdcache.train.step import student_loss
+
+T, K, NUM_EXACT = 12, 6, 4
+
+
+def selection(kind: str) -> SelectionInfo:
+    return SelectionInfo(kind=kind, params={}, temperatures=(0.5, 2.0))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path) -> PreTrainedModel:
+    return load_teacher_model(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def batch() -> TorchBatch:
+    """One row of one sequence; four exact entries at a position and two estimates, normalisers at 0.5 and 2."""
+    generator = torch.Generator().manual_seed(0)
+    teacher_PV = torch.randn(T, VOCAB_SIZE, generator=generator).mul(3).log_softmax(dim=1)
+    top = teacher_PV.topk(K, dim=1)
+    logprobs_PK = top.values.clone()
+    logprobs_PK[:, NUM_EXACT:] = -3.0
+    ids_1T = torch.randint(0, VOCAB_SIZE, (1, T), generator=generator)
+    return TorchBatch(
+        input_ids_BT=ids_1T,
+        position_ids_BT=torch.arange(T)[None],
+        segment_ids_BT=torch.ones(1, T, dtype=torch.int32),
+        cu_seqlens_G1=torch.tensor([0, T]),
+        labels_BT=torch.cat([ids_1T[:, 1:], torch.tensor([[-100]])], dim=1),
+        rows_P=torch.arange(T),
+        token_ids_PK=top.indices.int(),
+        logprobs_PK=logprobs_PK,
+        tail_mass_P=1 - logprobs_PK[:, :NUM_EXACT].exp().sum(dim=1),
+        weights_P=torch.ones(T),
+        num_exact_P=torch.full((T,), NUM_EXACT),
+        log_z_PC=torch.stack([(teacher_PV / t).logsumexp(dim=1) for t in (0.5, 2.0)], dim=1),
+        entropy_P=None,
+        max_seqlen=T,
+        num_sequences=1,
+        num_masked=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "expected"),
+    [
+        ({}, "threshold", {"targets": "exact"}),
+        ({"tail": "drop"}, "threshold", {"targets": "unbiased", "tail": "drop"}),
+        ({"tail": "drop", "alpha": 0.4}, "sampled", {"targets": "unbiased", "tail": "drop", "alpha": 0.4}),
+        ({"divergence": "reverse_kl", "alpha": 0.5}, "top_k_sampled", {"divergence": "reverse_kl", "alpha": 0.5}),
+        (
+            {"divergence": "tail_aware_kl", "divergence_options": {"tail_weight": 3.0}},
+            "threshold",
+            {"divergence": TailAwareKL(3.0), "targets": "unbiased"},
+        ),
+        ({"temperature": 2.0}, "top_k_sampled", {"temperature": 2.0}),
+    ],
+)
+def test_the_step_computes_what_the_configuration_and_the_selection_say(
+    loss: dict[str, Any], kind: str, expected: dict[str, Any], model: PreTrainedModel, batch: TorchBatch, tmp_path: Path
+) -> None:
+    config = train_config(tmp_path / "cache", Path("none"), tmp_path / "run", loss=loss)
+    got = student_loss(model, batch, config, entry_meaning(config.loss, selection(kind)))
+    logits_PV = model(batch.input_ids_BT).logits[0]
+    names = ("token_ids_PK", "logprobs_PK", "tail_mass_P", "num_exact_P", "weights_P")
+    assert batch.log_z_PC is not None
+    more = {"log_z_P": batch.log_z_PC[:, 1]} if "temperature" in expected else {}
+    wanted = sparse_kd_loss(
+        logits_PV, **{name: getattr(batch, name) for name in names}, labels_P=batch.labels_BT[0], **expected, **more
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "error", "sentence"),
+    [
+        ({}, "sampled", LossError, "forward_kl with tail 'bucket' cannot be computed from the selection 'sampled'"),
+        ({"divergence": "hellinger"}, "sampled", LossError, "hellinger is not; use 'forward_kl' with tail 'drop'"),
+        ({"divergence": "tail_aware_kl"}, "top_k", LossError, "which has no sample of the tail"),
+        ({"divergence": "skew_kl", "divergence_options": {"beta": 1.0}}, "top_k", LossError, "skew_kl has no option 'beta'"),
+        ({"temperature": 3.0}, "top_k", ConfigError, r"loss.temperature is 3.0, but beside 1.0 .* for 0.5, 2.0"),
+    ],
+)
+def test_what_the_cache_is_not_enough_for_is_refused_in_one_sentence(loss, kind, error, sentence) -> None:
+    with pytest.raises(error, match=sentence):
+        entry_meaning(LossConfig(**loss), selection(kind))
+
+
+def test_labels_alone_may_be_trained_from_any_selection() -> None:
+    assert entry_meaning(LossConfig(alpha=0.0), selection("sampled")) == PLAIN
