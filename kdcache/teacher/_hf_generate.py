@@ -21,6 +21,9 @@ from kdcache.errors import TeacherError
 from kdcache.teacher.batches import batches_by_length
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt
 
+CACHED_BATCHES = 4
+"""A step of decoding takes one token of each prompt, so that it is the cache that limits how many are answered at once."""
+
 
 def own_end_ids(model: PreTrainedModel) -> int | list[int] | None:
     """The ids after which the checkpoint's makers end an answer; a chat model may have several."""
@@ -38,14 +41,15 @@ def write_answers(
         model: with a key-value cache.
         prompts: checked.
         ending: where answers end, and how tokens are drawn.
-        batch_tokens: most tokens, of prompts and answers, whose keys and values exist at once.
+        batch_tokens: most tokens of prompts that are read at once. Keys and values of CACHED_BATCHES times as many, prompts and
+            answers, exist at once.
         observe: told of each step.
 
     Raises:
         TeacherError: the model keeps no cache, gives NaN, or memory runs out.
     """
     answers: dict[int, Generated] = {}
-    lengths = [prompt.sequence.num_tokens + ending.config.max_tokens for prompt in prompts]
+    lengths = [_weight(prompt.sequence.num_tokens, ending.config.max_tokens) for prompt in prompts]
     for batch in batches_by_length(lengths, batch_tokens):
         try:
             answers |= zip(batch, _write_batch(model, [prompts[index] for index in batch], ending, observe), strict=True)
@@ -54,6 +58,11 @@ def write_answers(
                 f"the teacher ran out of memory while it wrote; make teacher.batch_tokens ({batch_tokens}) smaller"
             ) from error
     yield from (answers[index] for index in range(len(prompts)))
+
+
+def _weight(num_prompt_tokens: int, max_tokens: int) -> int:
+    """What a prompt takes of a batch, in tokens that are read: itself, or its share of the cache where that is scarcer."""
+    return max(num_prompt_tokens, -(-(num_prompt_tokens + max_tokens) // CACHED_BATCHES))
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ Shape letters: N tokens of a prompt, A tokens of an answer, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -134,12 +135,24 @@ class Ending:
         return "length" if len(token_ids) >= self.config.max_tokens else ""
 
     def cut(self, token_ids: Sequence[int]) -> Generated:
-        """An answer that an engine may have gone on with after its end, up to its end."""
-        for length in range(1, len(token_ids) + 1):
-            finish = self.finish(token_ids[:length])
-            if finish:
-                return Generated(np.array(token_ids[:length], np.int32), finish)
-        return Generated(np.array(token_ids, np.int32), "length")
+        """An answer that an engine may have gone on with after its end, up to its end: the first place that `finish` names.
+
+        Found with one look at the text of an answer without a stop string, and a dozen at one with: `finish` token by token
+        would take longer than a fast engine.
+        """
+        token_ids = token_ids[: self.config.max_tokens]
+        end = next((length for length, token_id in enumerate(token_ids, 1) if token_id in self.end_ids), None)
+        token_ids = token_ids[:end]
+        if self._has_stop(token_ids):
+            lengths = range(1, len(token_ids) + 1)
+            end = lengths[bisect_left(lengths, True, key=lambda length: self._has_stop(token_ids[:length]))]
+        return Generated(np.array(token_ids[:end], np.int32), "length" if end is None else "stop")
+
+    def _has_stop(self, token_ids: Sequence[int]) -> bool:
+        if not self.config.stop:
+            return False
+        text = self._text(token_ids)
+        return any(stop in text for stop in self.config.stop)
 
     def _completes_stop(self, token_ids: Sequence[int]) -> bool:
         if not self.config.stop:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from contracts.generation import PROMISES, GenerationCase
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import TeacherError
@@ -111,3 +113,16 @@ def test_a_stop_text_that_an_answer_began_with_stops_it_once_and_ids_without_tex
 def test_a_stop_text_is_found_however_far_into_an_answer():
     text = list(b"x" * 50 + b"END")
     assert [ending(max_tokens=99, stop=("END",)).finish(text[:n]) for n in (52, 53)] == ["", "stop"]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    token_ids=st.lists(st.sampled_from([*b"aab\xc3\xa9", END_ID, 299]), min_size=1, max_size=24),
+    stop=st.lists(st.sampled_from(["a", "ab", "aba", "\u00e9", "bb\u00e9", "a<end>"]), max_size=2),
+)
+def test_cutting_a_whole_answer_finds_the_end_that_looking_at_each_token_finds(token_ids, stop):
+    rule = ending(max_tokens=20, stop=tuple(stop), stop_token_ids=(299,))
+    cut = rule.cut(token_ids)
+    first = next((length for length in range(1, len(token_ids) + 1) if rule.finish(token_ids[:length])), len(token_ids))
+    assert cut.token_ids_A.tolist() == token_ids[:first]
+    assert cut.finish == (rule.finish(token_ids[:first]) or "length")

@@ -23,8 +23,8 @@ from kdcache.teacher._hf_generate import draw_rows, own_end_ids
 
 
 def load(folder: Path, **changes: object):
-    # Room for some two prompts and their answers, so that there are several batches.
-    settings = {"model": str(folder), "backend": "transformers", "batch_tokens": 128}
+    # Room for a few prompts and their answers, so that there are several batches.
+    settings = {"model": str(folder), "backend": "transformers", "batch_tokens": 40}
     return load_teacher(TeacherConfig(**(settings | changes)))  # pyright: ignore[reportArgumentType]
 
 
