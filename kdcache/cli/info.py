@@ -64,28 +64,36 @@ def _as_text(path: str, summary: CacheSummary) -> str:
 
 def _selection_rows(summary: CacheSummary) -> dict[str, str]:
     """Which entries there are, at which temperatures students can be trained from them, and with which losses."""
-    from kdcache.format.selection import has_estimates
-    from kdcache.loss.selection_rules import allowed
+    from kdcache.format.selection import fixed_exact, has_estimates
 
     selection = summary.manifest.identity.selection
     entries = f"{_number(summary.entries_per_position)} per position"
     if has_estimates(selection):
         exact = summary.num_exact_entries / summary.num_positions if summary.num_positions else math.nan
         entries += f": {_number(exact)} exact, {_number(summary.entries_per_position - exact)} unbiased estimates"
-    temperatures = ", ".join(f"{t:g}" for t in (1.0, *selection.temperatures))
-    of_exact = " (1 from the estimates)" if selection.temperatures and has_estimates(selection) else ""
-    by_use: dict[str, list[str]] = {}
-    for name, tails in allowed(selection.kind).items():
-        for use in ("unbiased", "exact"):
-            fitting = [tail for tail in tails if tails[tail] == use]
-            by_use.setdefault(use, []).extend([f"{name} ({', '.join(fitting)})"] if fitting else [])
-    meanings = {"unbiased": "from all entries: ", "exact": "from exact entries: " if has_estimates(selection) else ""}
+    further = ", ".join(f"{t:g}" for t in selection.temperatures if fixed_exact(selection) != 0)
+    also = f" and, from the exact entries, {further}" if has_estimates(selection) else f", {further}"
     return {
         "entries": entries,
-        "kept mass": f"{_number(summary.kept_mass, 5)} of the probability in exact entries",
-        "temperature": f"{temperatures}{of_exact}; another needs its normaliser, which selection.temperatures keeps",
-        "losses": "; ".join(meaning + ", ".join(by_use[use]) for use, meaning in meanings.items() if by_use.get(use)),
+        "kept mass": f"{_number(summary.kept_mass, 5)} of the probability is in exact entries",
+        "training": f"at temperature 1{also if further else ''}; others need what selection.temperatures keeps",
+        **_loss_rows(selection.kind, has_both=has_estimates(selection) and fixed_exact(selection) != 0),
     }
+
+
+def _loss_rows(kind: str, *, has_both: bool) -> dict[str, str]:
+    """Losses by the tail policies that they may have, those that read the estimates first."""
+    from kdcache.loss.selection_rules import allowed
+
+    meanings = {"unbiased": "from all entries: " if has_both else "", "exact": "from exact entries: " if has_both else ""}
+    shown = []
+    for use, meaning in meanings.items():
+        by_tails: dict[str, list[str]] = {}
+        for name, tails in allowed(kind).items():
+            fitting = " or ".join(tail for tail in tails if tails[tail] == use)
+            by_tails.setdefault(fitting, []).append(name)
+        shown += [f"{meaning}{', '.join(names)} with tail {tails}" for tails, names in by_tails.items() if tails]
+    return {"losses" if not number else f"losses {number + 1}": text for number, text in enumerate(shown)}
 
 
 def _account_rows(path: str, summary: CacheSummary) -> dict[str, str]:
