@@ -77,23 +77,23 @@ def _selection_rows(summary: CacheSummary) -> dict[str, str]:
         "entries": entries,
         "kept mass": f"{_number(summary.kept_mass, 5)} of the probability is in exact entries",
         "training": f"at temperature 1{also if further else ''}; others need what selection.temperatures keeps",
-        **_loss_rows(selection.kind, has_both=has_estimates(selection) and fixed_exact(selection) != 0),
+        "losses": "; ".join(_losses(selection.kind, has_both=has_estimates(selection) and fixed_exact(selection) != 0)),
     }
 
 
-def _loss_rows(kind: str, *, has_both: bool) -> dict[str, str]:
-    """Losses by the tail policies that they may have, those that read the estimates first."""
+def _losses(kind: str, *, has_both: bool) -> list[str]:
+    """The losses that can be computed, by the tail policies that they may have, those that read the estimates first."""
     from kdcache.loss.selection_rules import allowed
 
     meanings = {"unbiased": "from all entries: " if has_both else "", "exact": "from exact entries: " if has_both else ""}
-    shown = []
+    shown: list[str] = []
     for use, meaning in meanings.items():
         by_tails: dict[str, list[str]] = {}
         for name, tails in allowed(kind).items():
             fitting = " or ".join(tail for tail in tails if tails[tail] == use)
             by_tails.setdefault(fitting, []).append(name)
         shown += [f"{meaning}{', '.join(names)} with tail {tails}" for tails, names in by_tails.items() if tails]
-    return {"losses" if not number else f"losses {number + 1}": text for number, text in enumerate(shown)}
+    return shown
 
 
 def _account_rows(path: str, summary: CacheSummary) -> dict[str, str]:
