@@ -140,13 +140,12 @@ def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -
 def _blank(records: Sequence[Record], choices: Sequence[Choice], layout: BatchLayout, pool: BufferPool) -> Batch:
     """Padding everywhere; the entries, most of the bytes, are left unwritten, as each of them is written anyway."""
     shape_BT = (len(layout.sequences_per_row), layout.seq_len)
-    stored = [_num_entries(record) for record in records]
-    num_stored = sum(len(counts_P) for counts_P in stored)
+    num_stored = sum(_num_positions(record) for record in records)
     num_masked = sum(int(np.count_nonzero(~c.keep_P)) for c in choices if c.keep_P is not None)
     num_positions, columns = num_stored - num_masked, layout.columns
     num_columns = columns.num_columns
     if num_columns is None:
-        num_columns = max((int(counts_P.max(initial=0)) for counts_P in stored), default=0)
+        num_columns = max((int(np.diff(_offsets(record)).max(initial=0)) for record in records), default=0)
     cu_seqlens_G1 = _segment_starts([record.sequence.num_tokens for record in records], layout)
     return Batch(
         input_ids_BT=np.zeros(shape_BT, np.int32),
@@ -216,14 +215,20 @@ def _place_entries(batch: Batch, record: Record, choice: Choice, where: slice) -
         raise CorruptCacheError(f"{record.sequence.source}: {error}") from error
 
 
-def _num_entries(record: Record) -> NDArray[np.int64]:
-    """(P,) entries at each stored position."""
-    return np.diff(record.offsets_P1 if isinstance(record, EncodedRecord) else record.distributions.offsets_P1)
+def _offsets(record: Record) -> NDArray[np.int64]:
+    return record.offsets_P1 if isinstance(record, EncodedRecord) else record.distributions.offsets_P1
+
+
+def _num_positions(record: Record) -> int:
+    """Stored positions."""
+    return len(_offsets(record)) - 1
 
 
 def _check_positions(record: Record) -> None:
+    if isinstance(record, EncodedRecord):
+        return  # its offsets are made for as many positions as are supervised
     num_supervised = int(np.count_nonzero(record.sequence.supervised_N))
-    num_positions = len(_num_entries(record))
+    num_positions = _num_positions(record)
     if num_positions != num_supervised:
         raise CorruptCacheError(
             f"{record.sequence.source}: {num_positions} distributions for {num_supervised} supervised positions"

@@ -1,11 +1,10 @@
 """Packing: which sequences share a row and which rows a batch, from their lengths alone. Pure functions; no record is read.
 
 Each window of `pack_window` sequences of the epoch's order is treated by itself. `first_fit`: a sequence goes into the first
-row of its window that has room for it, or opens a new one. `BLOCK_WINDOWS` windows are packed at once, because NumPy's cost is
-per
-call: the i-th sequences of all windows of a block are placed together. One sequence per row: `batching.py`.
+row of its window that has room for it, or opens a new one. `BLOCK_WINDOWS` windows are packed at once. One sequence per row:
+`batching.py`.
 
-Shape letters: M sequences of a block in the order's places, C windows, W places of a window, R rows, N batches.
+Shape letters: M sequences of a block in the order's places, W places of a window, R rows, N batches.
 """
 
 from __future__ import annotations
@@ -83,39 +82,17 @@ def pack_block(sequences_M: NDArray[np.int64], lengths_M: NDArray[np.int64], pac
     """
     if packing.kind == "none":
         return Rows(sequences_M, np.arange(len(sequences_M) + 1))
-    rows_M = _first_fit_windows(lengths_M, packing)
+    # Imported on use: numba takes 0.4 s, and a loader is made where nothing is packed, too.
+    from kdcache.loader._numba_packing import first_fit
+
+    rows_M = first_fit(lengths_M, packing.seq_len, packing.window)
     by_row_M = np.argsort(rows_M, kind="stable")
     starts_R1 = np.append(0, np.cumsum(np.bincount(rows_M)))
     return Rows(sequences_M[by_row_M], starts_R1)
 
 
-def first_fit(lengths_CW: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
-    """First fit of several windows at once.
-
-    Args:
-        lengths_CW: (C, W) tokens, in [0, seq_len]; 0 where a window has no sequence at that place.
-        seq_len: room in a row.
-
-    Returns:
-        (C, W) int64, the row of its own window that each sequence goes to; -1 where the length is 0.
-    """
-    num_windows, width = lengths_CW.shape
-    windows_C = np.arange(num_windows)
-    room_CR = np.full((num_windows, width), seq_len, np.int64)
-    rows_CW = np.empty((num_windows, width), np.int64)
-    num_open = 0
-    for i in range(width):
-        lengths_C = lengths_CW[:, i]
-        # The row after the open ones is empty, so that argmax finds one always.
-        rows_C = (room_CR[:, : num_open + 1] >= lengths_C[:, None]).argmax(axis=1)
-        room_CR[windows_C, rows_C] -= lengths_C
-        rows_CW[:, i] = rows_C
-        num_open = max(num_open, int(rows_C.max()) + 1)
-    return np.where(lengths_CW > 0, rows_CW, -1)
-
-
 def first_fit_reference(lengths_W: list[int], seq_len: int) -> list[int]:
-    """First fit of one window, as one would explain it: the definition that `first_fit` is compared with."""
+    """First fit of one window, as one would explain it: the definition that `_numba_packing.first_fit` is compared with."""
     filled: list[int] = []
     rows: list[int] = []
     for length in lengths_W:
@@ -125,15 +102,3 @@ def first_fit_reference(lengths_W: list[int], seq_len: int) -> list[int]:
         filled[row] += length
         rows.append(row)
     return rows
-
-
-def _first_fit_windows(lengths_M: NDArray[np.int64], packing: Packing) -> NDArray[np.int64]:
-    """(M,) the row within the block of each sequence: windows one after another, each with rows of its own."""
-    width = min(packing.window, len(lengths_M))
-    num_windows = -(-len(lengths_M) // width)
-    lengths_CW = np.zeros((num_windows, width), np.int64)
-    lengths_CW.reshape(-1)[: len(lengths_M)] = lengths_M
-    rows_CW = first_fit(lengths_CW, packing.seq_len)
-    num_rows_C = rows_CW.max(axis=1) + 1
-    first_row_C = np.cumsum(num_rows_C) - num_rows_C
-    return (rows_CW + first_row_C[:, None]).reshape(-1)[: len(lengths_M)]

@@ -3,25 +3,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdcache.loader._numba_packing import first_fit
 from kdcache.loader.order import Order, sequences_at
-from kdcache.loader.packing import BLOCK_WINDOWS, PACKING_VERSION, Packing, Rows, first_fit, first_fit_reference, pack_block
+from kdcache.loader.packing import BLOCK_WINDOWS, PACKING_VERSION, Packing, Rows, first_fit_reference, pack_block
 
-WINDOWS = st.integers(1, 20).flatmap(
-    lambda n: st.lists(st.lists(st.integers(0, 9), min_size=n, max_size=n), min_size=1, max_size=5)
-)
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=60)
 
 
 def test_first_fit_by_hand() -> None:
     assert first_fit_reference([5, 6, 4, 3, 1], 10) == [0, 1, 0, 1, 0]
-    assert first_fit(np.array([[5, 6, 4, 3, 1]]), 10).tolist() == [[0, 1, 0, 1, 0]]
+    assert first_fit(np.array([5, 6, 4, 3, 1, 9, 2]), 10, 5).tolist() == [0, 1, 0, 1, 0, 2, 3]
 
 
-@given(WINDOWS)
-def test_windows_side_by_side_equal_the_reference_one_by_one(windows: list[list[int]]) -> None:
-    rows_CW = first_fit(np.array(windows), 9)
-    for window, rows in zip(windows, rows_CW.tolist(), strict=True):
-        assert [r for r in rows if r >= 0] == first_fit_reference([n for n in window if n > 0], 9)
-        assert [r < 0 for r in rows] == [n == 0 for n in window]
+@given(LENGTHS, st.integers(1, 70))
+def test_compiled_first_fit_equals_the_reference_window_by_window(lengths: list[int], window: int) -> None:
+    expected: list[int] = []
+    for start in range(0, len(lengths), window):
+        rows = first_fit_reference(lengths[start : start + window], 9)
+        expected += _behind(expected, rows)
+    assert first_fit(np.array(lengths), 9, window).tolist() == expected
+
+
+def _behind(rows: list[int], more: list[int]) -> list[int]:
+    """Rows of the next window, numbered behind those there are."""
+    first = max(rows, default=-1) + 1
+    return [first + row for row in more]
 
 
 def block_of(lengths: np.ndarray, order: Order, block: int, packing: Packing) -> Rows:
