@@ -32,6 +32,9 @@ renormalised, or ends at a cliff."""
 TAIL_RISE_NATS = 0.1
 """A curve fitted to falling numbers may bend up a little at its end; sorted values never rise."""
 
+MAX_CALIBRATION_ROWS = 20_000
+"""The peak over inverse temperatures stands long before, and 17 exponentials per entry are half the time."""
+
 SEAM_STEPS, SEAM_FACTOR = 4, 3.0
 """The step from the last exact entry to the first fitted one, beside the greatest of this many steps before it."""
 
@@ -65,7 +68,8 @@ class Tally:
         hits: per shift, of the paired rows those whose support holds the target.
         score_sum, score_diff_sum, score_diff_squares: per shift, of the targets' conditional logprobs, and of their differences
             to the claimed alignment.
-        calibration_sum: [shift, inverse temperature] conditional log-likelihood of targets inside the support.
+        calibration_sum: [shift, inverse temperature] conditional log-likelihood of targets inside the support, of the first
+            MAX_CALIBRATION_ROWS of them.
     """
 
     vocab_size: int | None = None
@@ -211,7 +215,8 @@ class Tally:
             self.hits[shift] += int(hit_R.sum())
             self.least_is_target[shift].update(counts_R[is_least_R].tolist())
             self.first_is_displaced_target[shift] += int((is_least_R & (at_R == 0)).sum())
-            self.calibration_sum[shift] += _calibration(conditional_RK[hit_R], at_R[hit_R])
+            if self.hits[shift] < MAX_CALIBRATION_ROWS:
+                self.calibration_sum[shift] += _calibration(conditional_RK[hit_R], at_R[hit_R])
         self.num_first_smallest += int(((conditional_RK[:, 0] <= least_R) & (counts_R > 1)).sum())
         diff_SR = scores_SR - scores_SR[CLAIMED]
         self.num_paired += len(rows)
@@ -223,7 +228,7 @@ class Tally:
 def _calibration(conditional_RK: NDArray[np.float64], at_R: NDArray[np.int64]) -> NDArray[np.float64]:
     """(B,) sum over rows of the target's log-likelihood when the row is sharpened by each inverse temperature."""
     at_target_R = conditional_RK[np.arange(len(at_R)), at_R]
-    rows = np.flatnonzero(np.isfinite(at_target_R))[:4096]  # enough for the peak, and 17 exponentials per entry are slow
+    rows = np.flatnonzero(np.isfinite(at_target_R))[:4096]
     if not len(rows):
         return np.zeros(len(INVERSE_TEMPERATURES))
     sums = [beta * at_target_R[rows] - logsumexp(beta * conditional_RK[rows]) for beta in INVERSE_TEMPERATURES]

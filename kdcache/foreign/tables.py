@@ -25,7 +25,7 @@ ENDINGS = {
     ".json": "jsonl",
 }  # fmt: skip
 ROWS_PER_READ = 8
-MAX_LINE_BYTES = 2**30
+MAX_LINE_BYTES = 2**28
 MAX_VALUES_PER_ROW = 2**29
 """Values of one column in one Parquet row, by the file's own account; a row of 10^5 positions of 350 packed bytes has 2^25."""
 _ARROW_FILE_MAGIC = b"ARROW1"
@@ -120,7 +120,7 @@ def _nested_arrow(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64
         raise InputError(
             f"{where}: expected a list of lists of numbers, found {cell.type}{' with nulls' * bool(values.null_count)}"
         )
-    counts = pc.call_function("list_value_length", [rows]).fill_null(0)
+    counts = pc.call_function("coalesce", [pc.call_function("list_value_length", [rows]), pa.scalar(0, pa.int64())])
     return values.to_numpy(zero_copy_only=False), counts.to_numpy(zero_copy_only=False).astype(np.int64)
 
 

@@ -152,3 +152,12 @@ def test_megatron_s_tars_are_read_without_their_pickles():
         assert values.tolist() == expected["values"][number]
     assert wrong(look(DATA / "megatron" / "top_k")) == {"no_tokens"}
     assert wrong(look(DATA / "megatron" / "top_p")) == {"no_tokens", "needs_unpickling"}
+
+
+def test_a_folder_that_the_datasets_library_saved_is_read(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    rows = [json.loads(line) for line in (DATA / "axolotl" / "v2.jsonl").read_text().splitlines()]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    found = look(tmp_path / "saved")
+    assert (found.title, wrong(found)) == ("Axolotl v2 logprob columns (arrow)", {"shifted_rows"})
+    assert found.tally.num_rows == 48
