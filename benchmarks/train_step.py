@@ -2,9 +2,9 @@
 
 Method: a Llama-shaped student of random weights, one packed batch, steps of forward, loss, backward, clipping and AdamW. Ours
 are `kdcache.train.step.optimize`, as the trainer calls it. The baselines train on the labels alone: `F.cross_entropy` over
-whole logits, and torch's fused `F.linear_cross_entropy`. Process CPU seconds, variants interleaved; each ratio is the median over
-rounds of variant / cross-entropy over whole logits of the same round. The loss's share of a step is what it takes beyond the same
-step with next to no loss (means of the hidden states and of the weight).
+whole logits, and torch's fused `F.linear_cross_entropy`. Process CPU seconds, variants interleaved; each ratio is the median
+over rounds of variant / cross-entropy over whole logits of the same round. The loss's share of a step is what it takes beyond
+the same step with next to no loss (means of the hidden states and of the weight).
 
     python benchmarks/train_step.py --list
     python benchmarks/train_step.py --case 32k-512-float32        a minute or two
