@@ -172,13 +172,13 @@ class Loader:
             self._closed = True
             self._caches.close()
 
-    def use_buffers(self, *, allocate: Allocate = plain_memory) -> None:
+    def use_buffers(self, *, allocate: Allocate | None = None) -> None:
         """Take the memory of further batches' large arrays from `allocate`, as pinned memory; it is used again, see
         `buffers.py`.
 
         A pickled loader begins anew with plain memory.
         """
-        self._pool = BufferPool(self._num_buffers, allocate)
+        self._pool = BufferPool(self._num_buffers, allocate or plain_memory)
 
     def __enter__(self) -> Loader:
         return self
