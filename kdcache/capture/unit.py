@@ -110,7 +110,10 @@ class TeacherSlot:
         try:
             self.teacher = load_teacher(self._config.teacher)
         except KdcacheError as error:
-            raise TeacherLostError(f"the teacher failed and could not be loaded again: {error}") from error
+            raise TeacherLostError(
+                f"the teacher failed and could not be loaded again: {error}; what is published stays, "
+                "and the same command goes on from there"
+            ) from error
         if self.teacher.identity != identity:
             raise TeacherLostError(f"the teacher {identity.model!r} was loaded again after a failure and is another one now")
 
