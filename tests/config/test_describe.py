@@ -13,7 +13,7 @@ def test_every_field_is_described_with_type_default_and_text():
     assert [path for path, field in described.items() if not field.text] == []
     assert described["input.window.size"].default == "1024"
     assert described["teacher.model"].default is None
-    assert described["codec.id"].type == "packed | raw"
+    assert described["input.content"].type == "text | messages | ids"
     assert described["input.limit"].type == "whole number | null"
 
 
@@ -22,11 +22,14 @@ def test_the_nearest_name_is_found_and_a_far_one_is_not():
     assert nearest("zzz", ["window", "limit"]) is None
 
 
-@pytest.mark.parametrize(("path", "choices"), [("codec.id", ("packed", "raw")), ("input.limit", ())])
+@pytest.mark.parametrize(("path", "choices"), [("input.content", ("text", "messages", "ids")), ("input.limit", ())])
 def test_choices_of_a_field(path, choices):
     assert choices_of(type_at(CaptureConfig, path.split("."))) == choices
 
 
 def test_only_structs_are_sections():
-    assert section_fields(type_at(CaptureConfig, ["selection"])) == {"kind": Literal["top_k"], "k": int}
+    policy = Literal["split", "truncate", "error"]
+    window = section_fields(type_at(CaptureConfig, ["input", "window"]))
+    assert window == {"size": int, "policy": policy, "overlap": int}
+    assert "temperature" in (section_fields(type_at(CaptureConfig, ["generate"])) or {})  # a section that may be absent
     assert section_fields(int) is None

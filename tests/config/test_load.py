@@ -60,7 +60,7 @@ def test_overrides_are_yaml_and_make_sections(tmp_path):
         ("selection: {k: lots}", "selection.k: expected a whole number, got 'lots'"),
         ("selection: {k: 0}", "selection.k: expected a whole number >= 1, got 0"),
         ("selection: {k: 2.5}", "selection.k: expected a whole number, got 2.5"),
-        ("selection: {kind: top_q}", "selection.kind: expected one of 'top_k', got 'top_q'"),
+        ("run: {executor: slurm}", "run.executor: expected one of 'local', 'ray', got 'slurm'"),
         ("selection:", "selection: expected a section (a mapping), got null"),
         ("codec: [raw]", "codec: expected a section (a mapping), got ['raw']"),
     ],
