@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from selection_cases import BACKENDS, KINDS, check_draws, define, draw_logits, of_kind, select  # noqa: E402
+from selection_cases import BACKENDS, KINDS, check_rows, define, draw_logits, of_kind, select  # noqa: E402
 
 from kdcache.errors import TeacherError  # noqa: E402
 from kdcache.format.record import Distributions, check_distributions  # noqa: E402
@@ -36,7 +36,7 @@ def check_against_definition(logits: torch.Tensor, selection, backend: str) -> D
         assert (getattr(found, name) is None) == (getattr(expected, name) is None)
         if getattr(expected, name) is not None:
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=5e-6, atol=5e-6)
-    check_draws(found, logits, selection)
+    check_rows(found, logits, selection)
     return found
 
 
@@ -62,7 +62,7 @@ def test_logits_in_half_precision_are_read_as_they_are(backend: str, dtype: torc
     logits = draw_logits(8, 3000, dtype)
     selection = of_kind("threshold", tau=0.01)
     record = select(logits, selection, backend)
-    check_draws(record, logits, selection)
+    check_rows(record, logits, selection)
     np.testing.assert_allclose(np.sort(record.tail_mass_P), np.sort(define(logits, selection).tail_mass_P), atol=2e-6)
 
 

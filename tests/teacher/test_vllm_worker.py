@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contracts.teacher import PROMISES, TeacherCase, closing, make_sequence, random_sequences, score, top_k
+from contracts.teacher import PROMISES, SELECTIONS, TeacherCase, closing, make_sequence, random_sequences, score, top_k
 from dense_forward import dense_forward
 
 from kdcache.config.capture import TeacherConfig
-from kdcache.errors import TeacherError
-from kdcache.format.record import Distributions, TokenSequence
+from kdcache.errors import ConfigError, TeacherError
+from kdcache.format.manifest import SelectionInfo
+from kdcache.format.record import Distributions, TokenSequence, check_distributions
 from kdcache.teacher import load_teacher
+from kdcache.teacher.select_reference import select_reference
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -118,6 +120,27 @@ def test_wrong_numbers_are_noticed_at_the_start_and_said_once(public: PublicCase
     (warning,) = public.warnings
     assert "cannot be captured inside vLLM's worker: on a probe of 8 tokens its logprobs are" in warning
     assert "slower" in warning
+
+
+def test_the_public_route_refuses_what_needs_the_whole_distribution_and_says_why_it_was_taken(public: PublicCase):
+    (sequence,) = random_sequences(public.case, [5])
+    with pytest.raises(
+        ConfigError, match=r"'threshold' needs the whole .* \(public route\) .*no worker route: on a probe"
+    ):
+        public.case.teacher.score([sequence], SelectionInfo(kind="threshold", params=SELECTIONS["threshold"]))
+    with pytest.raises(ConfigError, match=r"selection\.entropy needs the whole distribution"):
+        public.case.teacher.score([sequence], SelectionInfo(kind="top_k", params={"k": 3}, entropy=True))
+
+
+def test_the_most_probable_tokens_up_to_a_mass_can_be_had_on_the_public_route(public: PublicCase):
+    selection = SelectionInfo(kind="top_p_k", params={"p": 0.3, "k": 20})
+    sequence = masked_sequences(public.case)[1]
+    (answer,) = public.case.teacher.score([sequence], selection)
+    check_distributions(answer, vocab_size=public.case.vocab_size)
+    states_P = np.zeros(sequence.num_tokens, np.uint64)
+    expected = select_reference(public.case.dense(sequence), sequence.target_ids_P, selection, states_P)
+    np.testing.assert_array_equal(answer.num_entries_P, expected.num_entries_P)
+    np.testing.assert_allclose(answer.tail_mass_P, expected.tail_mass_P, atol=5e-5)
 
 
 @pytest.mark.slow
