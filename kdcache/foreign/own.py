@@ -12,6 +12,7 @@ import numpy as np
 from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence
 from kdcache.foreign.deep import exact_rows
 from kdcache.foreign.doctor import Examination, ExamineOptions, Progress, examine_opened
+from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import SequenceRecord
 from kdcache.store.reader import open_cache
 from kdcache.store.verify import verify_cache
@@ -44,13 +45,18 @@ def examine_own(
     )  # fmt: skip
     tokenizer_size = options.tokenizer_size or manifest.identity.tokenizer.vocab_size
     found = examine_opened(cache, replace(options, tokenizer_size=tokenizer_size), teacher=teacher, progress=progress)
-    return replace(found, findings=tuple(map(_for_own, found.findings)))
+    selection = manifest.identity.selection
+    return replace(found, findings=tuple(_for_own(finding, selection) for finding in found.findings))
 
 
-def _for_own(finding: Finding) -> Finding:
-    """That the text does not tell where rows belong is no doubt here: the capture compared the NLL of both."""
+def _for_own(finding: Finding, selection: SelectionInfo) -> Finding:
+    """What is no defect of ours: the capture compared the NLL, so where rows belong is known; a selection may keep no exact
+    entry, or hold what a sampler's filters left, on purpose."""
     if finding.name == "alignment_unclear":
         return replace(finding, severity="note", sentence=f"{finding.sentence}; the NLL that was kept at capture agrees")
+    if finding.name in ("renormalised", "temperature_applied") and selection.filters:
+        why = f"the distributions are those after the sampler's filters {selection.filters}, as asked for at capture"
+        return replace(finding, severity="note", sentence=why)
     return finding if finding.name != "no_rows" else replace(finding, severity="note")
 
 

@@ -205,6 +205,19 @@ def test_filtered_distributions_and_empty_caches_are_refused_in_words(truth: Tru
         ask(tmp_path / "e", teacher)
 
 
+def test_what_a_sampler_s_filters_left_is_a_note_to_the_doctor(truth: Truth, tmp_path: Path, teacher: Teacher):
+    sequences = [made_sequence(ids_N) for ids_N in truth.ids_SN]
+    answers = teacher.score(sequences, SelectionInfo(kind="top_k", params={"k": 16}))
+    records = [SequenceRecord(s, a) for s, a in zip(sequences, answers, strict=True)]
+    filtered = [with_logprobs(r, lambda lp: lp - np.log(np.exp(lp).sum(axis=1, keepdims=True))) for r in records]
+    for filters, is_sound in (({"top_k": 16.0}, True), ({}, False)):
+        path = tmp_path / str(is_sound)
+        write(path, teacher, SelectionInfo(kind="top_k", params={"k": 16}, filters=filters), filtered)
+        found = examine_own(path, ExamineOptions())
+        assert "renormalised" in {finding.name for finding in found.findings}
+        assert found.is_sound == is_sound
+
+
 def test_the_doctor_of_our_own_cache_verifies_probes_and_asks(truth: Truth, tmp_path: Path, teacher: Teacher):
     cache = capture(tmp_path / "c", truth, teacher)
     found = examine_own(cache, ExamineOptions(), teacher=teacher)
