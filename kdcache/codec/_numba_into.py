@@ -47,7 +47,7 @@ def unpack_into(
     halves = halves_E.view(np.uint16)
     if not halves.flags.aligned:
         halves = halves.copy()
-    return int(_unpack_into(words, id_bits, halves, *rows, token_ids_QK, logprobs_QK.view(np.uint32), logprobs_QK))
+    return int(_unpack_into(words, id_bits, halves, *rows, token_ids_QK, logprobs_QK))
 
 
 @compiled()
@@ -98,12 +98,9 @@ def _widen_row(halves, start, bits, values):
         values[k] = -value if half & np.uint32(0x8000) else value
 
 
-@compiled(
-    numba.int64(
-        _WORDS, numba.int64, _HALVES, _OFFSETS, _OFFSETS, numba.int32[:, ::1], numba.uint32[:, ::1], numba.float32[:, ::1]
-    )
-)
-def _unpack_into(words, width, halves, offsets, kept, ids, bits, logprobs):
+@compiled(numba.int64(_WORDS, numba.int64, _HALVES, _OFFSETS, _OFFSETS, numba.int32[:, ::1], numba.float32[:, ::1]))
+def _unpack_into(words, width, halves, offsets, kept, ids, logprobs):
+    bits = logprobs.view(np.uint32)
     largest = np.int64(-1)
     num_safe = (words.shape[0] - 1) * 32 // width  # entries in front of the last word
     for q in range(kept.shape[0]):

@@ -21,18 +21,23 @@ EXACT = [
 
 
 def make_distributions(rng: np.random.Generator, counts: list[int], vocab_size: int, selection: SelectionInfo) -> Distributions:
-    size = sum(counts)
-    logprobs = rng.choice([0.0, -1e-7, -6e-5, -0.3, -9.5, -70000.0, -np.inf], size) * rng.random(size)
+    logprobs = [np.sort(rng.choice([-1e-7, -6e-5, -0.3, -9.5, -9e4, -np.inf], n).astype(np.float32))[::-1] for n in counts]
+    ids = [_distinct(rng, vocab_size, n) for n in counts]
+    ids = [i[np.lexsort((i, -x))] for i, x in zip(ids, logprobs, strict=True)]
     num_temperatures = len(selection.temperatures)
     return Distributions(
-        token_ids_E=rng.integers(0, vocab_size, size).astype(np.int32),
-        logprobs_E=np.where(np.isnan(logprobs), -np.inf, logprobs).astype(np.float32),
+        token_ids_E=np.concatenate([*ids, np.zeros(0)]).astype(np.int32),
+        logprobs_E=np.concatenate([*logprobs, np.zeros(0)]).astype(np.float32),
         offsets_P1=np.append(0, np.cumsum(counts)).astype(np.int64),
         tail_mass_P=rng.random(len(counts)).astype(np.float32),
         outside_target_logprobs_M=np.zeros(0, np.float32),
         log_z_PT=rng.random((len(counts), num_temperatures)).astype(np.float32) if num_temperatures else None,
         entropy_P=rng.random(len(counts)).astype(np.float32) if selection.entropy else None,
     )
+
+
+def _distinct(rng: np.random.Generator, vocab_size: int, count: int) -> np.ndarray:
+    return np.array(sorted(rng.choice(min(vocab_size, 10_000), count, replace=False) + max(0, vocab_size - 10_000)))
 
 
 def columns_of(codec: PackedCodec, distributions: Distributions) -> ColumnValues:
@@ -55,7 +60,8 @@ def assert_same(left: EntryArrays, right: EntryArrays) -> None:
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
 
 
-@pytest.mark.parametrize("codec_id", CODECS)
+# Not archive: it refuses what is no record, and these draws are none.
+@pytest.mark.parametrize("codec_id", [codec_id for codec_id in CODECS if codec_id != "archive"])
 @settings(deadline=None, max_examples=40)
 @given(
     counts=st.lists(st.integers(0, 7), max_size=12),
@@ -74,7 +80,7 @@ def test_decoding_into_arrays_is_decoding_and_placing(
     seed: int,
     keeps: int | None,
 ) -> None:
-    counts = [7] * len(counts) if is_full else counts
+    counts = [min(vocab_size, 7 if is_full else n) for n in counts]
     codec = get_codec(codec_id, {"vocab_size": vocab_size}, selection)
     columns = columns_of(codec, make_distributions(np.random.default_rng(seed), counts, vocab_size, selection))  # pyright: ignore[reportArgumentType]
     offsets_P1 = np.append(0, np.cumsum(counts)).astype(np.int64)
