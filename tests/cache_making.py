@@ -108,8 +108,15 @@ def make_unit(unit: int, *, num_sequences: int = 3, vocab_size: int = VOCAB_SIZE
     return [make_record(s, vocab_size=vocab_size, k=k, **kinds[(unit + i) % len(kinds)]) for i, s in enumerate(seeds)]
 
 
-def make_identity(codec_id: str = "raw", *, vocab_size: int = VOCAB_SIZE, k: int = K, model: str = "made-up") -> Identity:
-    """An identity as a capture by the fake teacher would give."""
+def make_identity(
+    codec_id: str = "raw",
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    k: int = K,
+    model: str = "made-up",
+    selection: SelectionInfo | None = None,
+) -> Identity:
+    """An identity as a capture by the fake teacher would give; without a selection, of top_k."""
     from kdcache.codec import get_codec
 
     teacher = TeacherIdentity(
@@ -124,7 +131,7 @@ def make_identity(codec_id: str = "raw", *, vocab_size: int = VOCAB_SIZE, k: int
     return Identity(
         teacher=teacher,
         tokenizer=TokenizerIdentity(name="made", fingerprint="f" * 64, vocab_size=vocab_size),
-        selection=SelectionInfo(kind="top_k", params={"k": k}),
+        selection=selection or SelectionInfo(kind="top_k", params={"k": k}),
         codec=CodecInfo(codec_id=codec_id, params=get_codec(codec_id, {"vocab_size": vocab_size}).params()),
         input_fingerprint="0" * 64,
     )
@@ -146,6 +153,7 @@ def make_cache(
     vocab_size: int = VOCAB_SIZE,
     k: int = K,
     record_batch_bytes: int = 1,
+    selection: SelectionInfo | None = None,
 ) -> Path:
     """Write a complete cache and give its path back.
 
@@ -158,7 +166,7 @@ def make_cache(
     if units is None:
         units = [make_unit(u, num_sequences=num_sequences, vocab_size=vocab_size, k=k) for u in range(num_units)]
     units = list(units)
-    manifest = make_manifest(len(units), make_identity(codec_id, vocab_size=vocab_size, k=k))
+    manifest = make_manifest(len(units), make_identity(codec_id, vocab_size=vocab_size, k=k, selection=selection))
     writer = CacheWriter.open(path, manifest, record_batch_bytes=record_batch_bytes)
     for unit, records in enumerate(units):
         writer.write_unit(unit, records)

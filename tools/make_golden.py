@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Make the golden cache of a codec: tests/golden/v<major>/<codec>/, read for ever after by tests/store/test_golden.py.
+"""Make a golden cache of a codec: tests/golden/v<major>/<codec>/, read for ever after by tests/store/test_golden.py.
 
-    python tools/make_golden.py <codec>
+    python tools/make_golden.py <codec> [<kind>]
 
-Run once for each codec and major version of the format. What is there is never made again: if the tests no longer read it,
-the code is wrong, not the file.
+With a kind of random selection the folder is <codec>-<kind>. Run once for each and major version of the format. What is there
+is never made again: if the tests no longer read it, the code is wrong, not the file.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from typing import Any
 import numpy as np
 
 from kdcache.codec import CODECS
-from kdcache.format.manifest import FORMAT_VERSION
-from kdcache.format.record import SequenceRecord
+from kdcache.format.manifest import FORMAT_VERSION, SelectionInfo
+from kdcache.format.record import SequenceRecord, TokenSequence
 from kdcache.store.reader import open_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {
     "sequence": ("input_ids_N", "supervised_N", "roles_N", "turn_starts"),
     "distributions": ("token_ids_E", "logprobs_E", "offsets_P1", "tail_mass_P", "outside_target_logprobs_M"),
+}
+OPTIONAL = ("num_exact_P", "log_z_PT", "entropy_P")
+SELECTIONS = {
+    "sampled": SelectionInfo(kind="sampled", params={"num_draws": 20, "seed": 0}),
+    "threshold": SelectionInfo(kind="threshold", params={"tau": 0.05, "seed": 0}, temperatures=(2.0,), entropy=True),
+    "top_k_sampled": SelectionInfo(kind="top_k_sampled", params={"k": 3, "num_draws": 300, "seed": 0}),
 }
 
 
@@ -46,9 +52,26 @@ def golden_units(cache_making: ModuleType) -> list[list[SequenceRecord]]:
     return units
 
 
+def sampled_units(units: list[list[SequenceRecord]], selection: SelectionInfo, vocab_size: int) -> list[list[SequenceRecord]]:
+    """The same sequences, with what a random selection keeps of random distributions."""
+    return [[_sampled(record.sequence, selection, vocab_size) for record in unit] for unit in units]
+
+
+def _sampled(sequence: TokenSequence, selection: SelectionInfo, vocab_size: int) -> SequenceRecord:
+    from kdcache.teacher.select_reference import select_reference
+    from kdcache.teacher.uniforms import position_states
+
+    seed = int.from_bytes(sequence.key[:4], "little")
+    logits_PV = np.random.default_rng(seed).normal(0.0, 6.0, (len(sequence.positions_P), vocab_size))
+    states_P = position_states(0, sequence.key, sequence.positions_P)
+    return SequenceRecord(sequence, select_reference(logits_PV, sequence.target_ids_P, selection, states_P))
+
+
 def decoded_values(record: SequenceRecord) -> dict[str, Any]:
     """Every value of a record; a float32 as the shortest decimal of its float64, which gives it back."""
     values = {name: getattr(getattr(record, part), name).tolist() for part, names in FIELDS.items() for name in names}
+    optional = {name: getattr(record.distributions, name) for name in OPTIONAL}
+    values |= {name: value.tolist() for name, value in optional.items() if value is not None}
     return {"source": record.sequence.source, "key": record.sequence.key.hex(), **values}
 
 
@@ -59,16 +82,19 @@ def write_expected(cache: Path, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0] not in CODECS:
-        print(f"usage: make_golden.py {{{','.join(CODECS)}}}", file=sys.stderr)
+    if not 1 <= len(arguments) <= 2 or arguments[0] not in CODECS or not set(arguments[1:]) <= set(SELECTIONS):
+        print(f"usage: make_golden.py {{{','.join(CODECS)}}} [{{{','.join(SELECTIONS)}}}]", file=sys.stderr)
         return 2
-    folder = ROOT / "tests" / "golden" / f"v{FORMAT_VERSION[0]}" / arguments[0]
+    folder = ROOT / "tests" / "golden" / f"v{FORMAT_VERSION[0]}" / "-".join(arguments)
     if folder.exists():
         print(f"{folder} is there already; golden files are never made again", file=sys.stderr)
         return 2
     sys.path.insert(0, str(ROOT / "tests"))
     cache_making = import_module("cache_making")
-    cache_making.make_cache(folder / "cache", arguments[0], units=golden_units(cache_making), record_batch_bytes=1500)
+    units, selection = golden_units(cache_making), SELECTIONS.get(arguments[-1])
+    if selection is not None:
+        units = sampled_units([unit[:1] for unit in units], selection, cache_making.VOCAB_SIZE)
+    cache_making.make_cache(folder / "cache", arguments[0], units=units, record_batch_bytes=1500, selection=selection)
     write_expected(folder / "cache", folder / "expected.jsonl")
     print(folder)
     return 0

@@ -15,6 +15,7 @@ CODECS = {
     "raw": "kdcache.codec.raw:RawCodec",
     "packed": "kdcache.codec.packed:PackedCodec",
     "quantized": "kdcache.codec.quantized:QuantizedCodec",
+    "archive": "kdcache.codec.archive:ArchiveCodec",
 }
 """codec id -> "module:Class", imported on use."""
 

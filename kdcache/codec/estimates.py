@@ -104,7 +104,7 @@ def all_logprobs(
     offsets_P1, num_exact_P, tail_mass_P = record
     if num_exact_P is None:
         return exact_X
-    is_exact_E = _is_exact(offsets_P1, num_exact_P)
+    is_exact_E = is_exact(offsets_P1, num_exact_P)
     logprobs_E = np.empty(len(is_exact_E), np.float32)
     logprobs_E[is_exact_E] = exact_X
     if counts_D is None:
@@ -120,6 +120,7 @@ def all_logprobs(
     return logprobs_E
 
 
-def _is_exact(offsets_P1: NDArray[np.int64], num_exact_P: NDArray[np.int64]) -> NDArray[np.bool_]:
+def is_exact(offsets_P1: NDArray[np.int64], num_exact_P: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(E,) whether an entry is exact: the first num_exact_P of each position are."""
     counts_P = np.diff(offsets_P1)
     return np.arange(int(offsets_P1[-1])) - np.repeat(offsets_P1[:-1], counts_P) < np.repeat(num_exact_P, counts_P)

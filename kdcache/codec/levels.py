@@ -55,6 +55,13 @@ def max_level_error(logprobs: NDArray[np.floating], bits: int) -> NDArray[np.flo
     return np.where(size > 4 * bits, np.maximum(step, size - 4 * bits), step)
 
 
+def max_half_error(logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Elementwise bound on |float16 - logprob|: half a unit in the last place, 11 bits of precision for normal numbers, steps
+    of 2^-24 below 2^-14; beyond 65504 there is none."""
+    size = np.abs(np.asarray(logprobs, np.float64))
+    return np.where(size > 65504, np.inf, np.maximum(size * 2.0**-11, 2.0**-25))
+
+
 def fit_reference(
     codes: list[int], tail_code: int, logprobs: list[float], tail_mass: float, bits: int
 ) -> tuple[list[int], int]:

@@ -38,22 +38,35 @@ def num_exact_type(selection: SelectionInfo) -> pa.DataType:
     return pa.uint8() if most_entries(selection, 2**31) <= 255 else pa.uint16()
 
 
-def scalar_fields(selection: SelectionInfo, float_type: pa.DataType) -> list[pa.Field]:
-    """The columns, in order; none for exact entries alone."""
-    names = [name for name, kept in _KEPT.items() if kept(selection)]
+def _names(selection: SelectionInfo, *, num_exact: bool) -> list[str]:
+    return [name for name, kept in _KEPT.items() if kept(selection) and (num_exact or name != "num_exact")]
+
+
+def scalar_fields(selection: SelectionInfo, float_type: pa.DataType, *, num_exact: bool = True) -> list[pa.Field]:
+    """The columns, in order; none for exact entries alone.
+
+    Args:
+        num_exact: False for a codec that stores the numbers of exact entries itself.
+    """
+    names = _names(selection, num_exact=num_exact)
     types = {name: num_exact_type(selection) if name == "num_exact" else float_type for name in names}
     return [pa.field(name, pa.list_(value_type), nullable=False) for name, value_type in types.items()]
 
 
 def encode_scalars(
-    sequences: Sequence[Distributions], selection: SelectionInfo, float_type: pa.DataType, narrow: Narrow
+    sequences: Sequence[Distributions],
+    selection: SelectionInfo,
+    float_type: pa.DataType,
+    narrow: Narrow,
+    *,
+    num_exact: bool = True,
 ) -> list[pa.Array]:
     """One array per field, one value per sequence; log_z position by position.
 
     Raises:
         FormatError: distributions without what the selection keeps, or with what it does not.
     """
-    names = [name for name, kept in _KEPT.items() if kept(selection)]
+    names = _names(selection, num_exact=num_exact)
     columns: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
     for distributions in sequences:
         values = _values(distributions, selection)
@@ -82,8 +95,20 @@ def decode_scalars(
     Raises:
         CorruptCacheError: lengths that do not fit, or more exact entries than there are.
     """
-    num_positions, num_temperatures = len(offsets_P1) - 1, len(selection.temperatures)
     found: dict[str, Any] = {"num_exact_P": _num_exact(columns, selection, offsets_P1)}
+    return found | decode_floats(columns, selection, len(offsets_P1) - 1, float_type)
+
+
+def decode_floats(
+    columns: ColumnValues, selection: SelectionInfo, num_positions: int, float_type: Any
+) -> dict[str, NDArray[np.float32]]:
+    """Those of them that are numbers of the teacher's: log_z_PT and entropy_P, where they are kept.
+
+    Raises:
+        CorruptCacheError: lengths that do not fit.
+    """
+    found: dict[str, NDArray[np.float32]] = {}
+    num_temperatures = len(selection.temperatures)
     if num_temperatures:
         log_z = checked_column(columns, "log_z", float_type, num_positions * num_temperatures)
         found["log_z_PT"] = log_z.astype(np.float32, copy=False).reshape(num_positions, num_temperatures)

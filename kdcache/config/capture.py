@@ -257,17 +257,19 @@ class CodecConfig(Config, frozen=True, kw_only=True):
     """How the kept entries become bytes.
 
     Attributes:
-        id: `packed` (fixed-width ids, float16 logprobs), `quantized` (fixed-width ids, logprobs of a few bits, sums kept within
-            1) or `raw` (int32, float32: nothing lost).
-        bits: `quantized`: of a logprob, 4 to 8; null for 8.
+        id: `packed` (fixed-width ids, float16 logprobs: read fastest), `quantized` (fixed-width ids, logprobs of a few bits,
+            sums kept within 1), `archive` (smallest, read at millions of entries a second) or `raw` (int32, float32: exact).
+        bits: of a logprob; `quantized`: 4 to 8; `archive`: 4 to 8 as there, or 16 for float16 as in `packed`; null for 8.
     """
 
-    id: Literal["packed", "quantized", "raw"] = "packed"
-    bits: Annotated[int, Meta(ge=4, le=8)] | None = None
+    id: Literal["packed", "quantized", "archive", "raw"] = "packed"
+    bits: Literal[4, 5, 6, 7, 8, 16] | None = None
 
     def __post_init__(self) -> None:
-        if self.bits is not None and self.id != "quantized":
-            raise ValueError(f"bits is for codec 'quantized' alone; leave it out for {self.id!r}")
+        if self.bits is not None and self.id not in ("quantized", "archive"):
+            raise ValueError(f"bits is for the codecs 'quantized' and 'archive'; leave it out for {self.id!r}")
+        if self.bits == 16 and self.id == "quantized":
+            raise ValueError("codec 'quantized' has 4 to 8 bits, not 16; 'packed' stores float16, and 'archive' with 16")
 
 
 class OutputConfig(Config, frozen=True, kw_only=True):
