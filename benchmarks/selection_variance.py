@@ -15,8 +15,8 @@ elsewhere); all others their entries as they are (tail `drop`).
 
     python benchmarks/selection_variance.py [--teacher FOLDER] [--positions 512] [--repeats 8] [--quick] [--out FOLDER]
 
-The teacher is what tools/train_teacher.py makes, or any causal model in the Llama layout. Without one a small random model is made,
-which proves that the script works and nothing else. Writes selection_variance.json and .md.
+The teacher is what tools/train_teacher.py makes, or any causal model in the Llama layout. Without one a small random model is
+made, which proves that the script works and nothing else. Writes selection_variance.json and .md.
 """
 
 from __future__ import annotations
