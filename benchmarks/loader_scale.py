@@ -50,14 +50,14 @@ from kdcache.store import chain
 from kdcache.store.index import open_index
 from kdcache.store.writer import CacheWriter
 
-VOCAB_SIZE, SHARD_SEQUENCES, MAX_TOKENS = 151_936, 1000, 64
+VOCAB_SIZE, SHARD_SEQUENCES, LENGTHS = 151_936, 1000, (16, 64)
 OPTIONS = LoaderConfig(seq_len=256, batch_rows=8, num_threads=1)
 
 
-def make_record(number: int, k: int) -> SequenceRecord:
-    """A short sequence of noise, supervised everywhere."""
+def make_record(number: int, k: int, lengths: tuple[int, int] = LENGTHS) -> SequenceRecord:
+    """A sequence of noise with a number of tokens between two, supervised everywhere."""
     rng = np.random.default_rng(number)
-    num_tokens = int(rng.integers(16, MAX_TOKENS + 1))
+    num_tokens = int(rng.integers(lengths[0], lengths[1] + 1))
     ids_N, supervised_N = rng.integers(0, VOCAB_SIZE // 2, num_tokens).astype(np.int32), np.ones(num_tokens, bool)
     sequence = TokenSequence(
         input_ids_N=ids_N,
@@ -78,9 +78,9 @@ def make_record(number: int, k: int) -> SequenceRecord:
     return SequenceRecord(sequence, distributions)
 
 
-def make_cache(folder: Path, num_sequences: int, k: int) -> None:
-    """A cache whose index has num_sequences rows, all of them of the one shard that there is."""
-    identity = Identity(
+def make_identity(k: int) -> Identity:
+    """What the caches of these benchmarks say of themselves."""
+    return Identity(
         teacher=TeacherIdentity(
             model="noise",
             architecture="None",
@@ -88,13 +88,18 @@ def make_cache(folder: Path, num_sequences: int, k: int) -> None:
             dtype="float32",
             engine="fake",
             engine_version="0",
-            context_length=MAX_TOKENS,
+            context_length=4096,
         ),
         tokenizer=TokenizerIdentity(name="noise", fingerprint="0", vocab_size=VOCAB_SIZE),
         selection=SelectionInfo(kind="top_k", params={"k": k}),
         codec=CodecInfo(codec_id="packed", params={"vocab_size": VOCAB_SIZE}),
         input_fingerprint="0",
     )
+
+
+def make_cache(folder: Path, num_sequences: int, k: int) -> None:
+    """A cache whose index has num_sequences rows, all of them of the one shard that there is."""
+    identity = make_identity(k)
     empty = Manifest(number=0, parent=None, identity=identity, plan=PlanInfo(fingerprint="0", num_units=1))
     writer = CacheWriter.open(folder, empty)
     writer.write_unit(0, [make_record(number, k) for number in range(SHARD_SEQUENCES)])

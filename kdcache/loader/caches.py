@@ -5,7 +5,9 @@ Shape letters: S sequences of a cache, C shards.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from os import PathLike, fspath
 from typing import Any
 
@@ -44,11 +46,11 @@ class CacheSet:
         except BaseException:
             self.close()
             raise
-        self._bases = np.cumsum([0, *(len(reader) for reader in self.readers)])
+        self._bases = [0, *accumulate(len(reader) for reader in self.readers)]
         self.columns = EntryColumns.of([reader.manifest.identity.selection for reader in self.readers])
 
     def __len__(self) -> int:
-        return int(self._bases[-1])
+        return self._bases[-1]
 
     @property
     def snapshots(self) -> list[str]:
@@ -61,8 +63,8 @@ class CacheSet:
 
     def locate(self, number: int) -> tuple[Reader, int]:
         """The cache of a sequence, and its number there."""
-        cache = int(np.searchsorted(self._bases, number, "right")) - 1
-        return self.readers[cache], int(number - self._bases[cache])
+        cache = bisect_right(self._bases, number) - 1
+        return self.readers[cache], number - self._bases[cache]
 
     def record(self, number: int) -> Record:
         """A sequence's record, its entries not decoded yet where the cache can give it so."""

@@ -13,6 +13,7 @@ from kdcache.loader.assemble import BatchLayout, Record, assemble
 from kdcache.loader.batch import Batch
 from kdcache.loader.buffers import BufferPool
 from kdcache.loader.caches import CacheSet
+from kdcache.store.rows import EncodedRecord
 
 
 def read_rows(
@@ -30,8 +31,9 @@ def read_rows(
 
 def _read(caches: CacheSet, number: int) -> Record:
     record = caches.record(number)
-    reader, place = caches.locate(number)
-    found, expected = record.sequence.num_tokens, reader.num_tokens_S[place]
-    if found != expected:
-        raise CorruptCacheError(f"sequence {place}: its record holds {found} tokens, the index says {expected}")
+    if not isinstance(record, EncodedRecord):  # a CacheReader has compared it with its index
+        reader, place = caches.locate(number)
+        found, expected = record.sequence.num_tokens, reader.num_tokens_S[place]
+        if found != expected:
+            raise CorruptCacheError(f"sequence {place}: its record holds {found} tokens, the index says {expected}")
     return record

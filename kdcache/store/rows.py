@@ -159,7 +159,7 @@ class BatchReader:
             batch.validate(full=True)  # offsets in bounds and rising, so that no view below can leave its buffer
             _refuse_nulls(batch)
             self._fixed = fixed_entries(metadata.selection)
-            self._views = {name: column_view(batch.column(name)) for name in metadata.digest_columns}
+            self.views = {name: column_view(batch.column(name)) for name in metadata.digest_columns}
         except (pa.ArrowException, FormatError) as error:
             raise CorruptCacheError(f"{where}: {error}") from error
         self._codec_names = [field.name for field in (*codec.fields(), *feature_fields(metadata.features))]
@@ -176,8 +176,8 @@ class BatchReader:
         Raises:
             CorruptCacheError: the digest does not match, or the parts do not fit together.
         """
-        values: dict[str, Any] = {name: view[row] for name, view in self._views.items()}
-        if verify and digest_of([view.row_bytes(row) for view in self._views.values()]) != int(self._digests_S[row]):
+        values: dict[str, Any] = {name: view[row] for name, view in self.views.items()}
+        if verify and digest_of([view.row_bytes(row) for view in self.views.values()]) != int(self._digests_S[row]):
             raise CorruptCacheError(
                 f"{self._where}, row {row}: the row's digest does not match its bytes; the shard is damaged"
             )

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_reader import STRIDE, assert_same, make_record
 
+from kdcache.config.loader import MaskConfig
 from kdcache.errors import CorruptCacheError
 from kdcache.format.record import PADDING_ID, SequenceRecord
 from kdcache.loader.assemble import BatchLayout, EntryColumns, assemble, assemble_reference
@@ -33,6 +36,7 @@ def test_two_sequences_in_a_row_by_hand() -> None:
     assert batch.token_ids_PK.tolist() == [*first.distributions.token_ids_E.reshape(3, 2).tolist(),
                                            *second.distributions.token_ids_E.reshape(2, 2).tolist()]  # fmt: skip
     assert batch.weights_P.tolist() == [1.0] * 5
+    assert (batch.cu_seqlens_G1.tolist(), batch.max_seqlen) == ([0, 3, 5, 7, 14], 7)
     assert (batch.num_sequences, batch.num_tokens) == (2, 5)
 
 
@@ -75,6 +79,41 @@ def check_distribution(batch: Batch, p: int, record: SequenceRecord, record_p: i
     assert batch.logprobs_PK[p][filled].tolist() == d.logprobs_E[entries].tolist()
     assert np.isneginf(batch.logprobs_PK[p][~filled]).all()
     assert batch.tail_mass_P[p] == d.tail_mass_P[record_p]
+
+
+@given(ROWS)
+def test_segments_cover_each_place_of_the_flattened_rows_once(rows: list[list[int]]) -> None:
+    batch = assemble(make_records(rows), make_layout(rows))
+    ids = [(b, int(segment)) for b, row in enumerate(batch.segment_ids_BT) for segment in row]
+    starts = [place for place in range(len(ids)) if place == 0 or ids[place] != ids[place - 1]]
+    assert batch.cu_seqlens_G1.tolist() == [*starts, len(ids)]
+    assert batch.cu_seqlens_G1.dtype == np.int32
+    assert batch.max_seqlen == np.diff(batch.cu_seqlens_G1).max()
+
+
+def test_what_a_selection_keeps_beside_the_entries_comes_along_with_its_position() -> None:
+    records = [with_scalars(record) for record in make_records([[3, 4], [2]], chat=True)]
+    columns = EntryColumns(3, has_exact=True, has_entropy=True, num_temperatures=2)
+    layout = BatchLayout((2, 1, 0), 8, columns, MaskConfig(roles=("user", "assistant", "tool", "none")))
+    batch = assemble(records, layout)
+    assert_same(batch, assemble_reference(records, layout))
+    assert batch.entropy_P is not None
+    assert batch.entropy_P.tolist() == batch.input_ids_BT.reshape(-1)[batch.rows_P].tolist()
+    empty = assemble([], BatchLayout((0,), 8, columns))
+    assert empty.log_z_PC is not None
+    assert (empty.log_z_PC.shape, empty.num_exact_P is not None) == ((0, 2), True)
+
+
+def with_scalars(record: SequenceRecord) -> SequenceRecord:
+    """With an entropy that says which token the position stands at."""
+    ids_P = record.sequence.input_ids_N[record.sequence.supervised_N]
+    d = replace(
+        record.distributions,
+        num_exact_P=np.arange(len(ids_P)),
+        log_z_PT=np.arange(2 * len(ids_P), dtype=np.float32).reshape(-1, 2),
+        entropy_P=ids_P.astype(np.float32),
+    )
+    return SequenceRecord(record.sequence, d)
 
 
 def test_a_label_never_is_a_token_of_another_sequence() -> None:
