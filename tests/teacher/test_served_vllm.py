@@ -69,6 +69,14 @@ def test_it_says_the_same_as_the_vllm_teacher_and_float32_transformers(case: Tea
         teacher.close()
 
 
+def test_prompts_that_are_read_in_several_steps_leave_the_server_alive(case: TeacherCase):
+    # Sixteen in flight and 256 tokens to a step: most are cut.
+    sequences = random_sequences(case, [250] * 24, seed=9)
+    for sequence, answer in zip(sequences, score(case, sequences, 4), strict=True):
+        assert answer.num_positions == sequence.num_tokens
+    score(case, sequences[:1], 4)
+
+
 def test_its_identity_says_what_the_server_says(case: TeacherCase):
     identity = case.teacher.identity
     assert (identity.engine, identity.model, identity.architecture) == ("served", "tiny-llama", "LlamaForCausalLM")
