@@ -6,12 +6,12 @@ seconds of the process, since wall time measures the machine's other jobs; wall 
 
 - prefill: one token generated after each prompt, nothing else. Projects one position per sequence.
 - limit: prefill and the output projection of every position, in the worker's chunks, its logits thrown away.
-- worker: `VllmTeacher.score` on the worker route, records and all.
+- worker: `VllmTeacher.score` on the worker route, records and all; with --kinds, other selections than `top_k` as well.
 - flat, dict: vLLM's own prompt logprobs in its two containers; flat is `score` on the public route.
 - transformers: `HfTeacher.score`.
 
     python benchmarks/capture.py [--quick] [--bodies thin,deep --vocabs 8192,32768,151936 --entries 16,64,256]
-                                 [--slow-entries 64] [--rounds 3] [--threads 1] [--out benchmarks/results]
+                                 [--slow-entries 64] [--kinds] [--rounds 3] [--threads 1] [--out benchmarks/results]
 
 Writes capture.json and, from it, capture.md. Peak memory is the process's own (VmHWM, reset before each variant).
 """
@@ -57,6 +57,7 @@ class Case:
     threads: int
     tokens: int
     chunk: int
+    kinds: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,22 @@ def make_sequences(case: Case) -> list[Any]:
     return sequences
 
 
-def top_k(k: int) -> Any:
-    """The selection."""
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "threshold 0.02": ("threshold", {"tau": 0.02, "seed": 0}, {}),
+    "sampled 50": ("sampled", {"num_draws": 50, "seed": 0}, {}),
+    "top_k_sampled 16, 32": ("top_k_sampled", {"k": 16, "num_draws": 32, "seed": 0}, {}),
+    "top_k 64, entropy, T = 2": ("top_k", {"k": 64}, {"entropy": True, "temperatures": (2.0,)}),
+}
+
+
+def selection_of(kind: str, params: dict[str, Any], beside: dict[str, Any]) -> Any:
     from kdcache.format.manifest import SelectionInfo
 
-    return SelectionInfo(kind="top_k", params={"k": k})
+    return SelectionInfo(kind=kind, params=params, **beside)
+
+
+def top_k(k: int) -> Any:
+    return selection_of("top_k", {"k": k}, {})
 
 
 class Variants:
@@ -130,14 +142,16 @@ class Variants:
         yield "prefill", self._prefill
         yield "limit", self._limit
         for k in self._case.entries:
-            yield f"worker {k}", lambda k=k: self._score(self._vllm, k)
+            yield f"worker {k}", lambda k=k: self._score(self._vllm, top_k(k))
+        for name, kind in KINDS.items() if self._case.kinds else ():
+            yield f"worker {name}", lambda kind=kind: self._score(self._vllm, selection_of(*kind))
         for k in self._case.slow_entries:
             yield f"flat {k}", lambda k=k: [None for _ in self._vllm._score_publicly(self._sequences, top_k(k))]
             yield f"dict {k}", lambda k=k: self._generate(prompt_logprobs=k, logprobs=k)
-            yield f"transformers {k}", lambda k=k: self._score(self._hf, k)
+            yield f"transformers {k}", lambda k=k: self._score(self._hf, top_k(k))
 
-    def _score(self, teacher: Any, k: int) -> None:
-        for _ in teacher.score(self._sequences, top_k(k)):
+    def _score(self, teacher: Any, selection: Any) -> None:
+        for _ in teacher.score(self._sequences, selection):
             pass
 
     def _prefill(self) -> None:
@@ -251,6 +265,7 @@ def tokens_for(body: str, vocab_size: int) -> int:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small model, under a minute")
+    parser.add_argument("--kinds", action="store_true", help="also the worker's other selections")
     for name, default in (
         ("bodies", "thin,deep"),
         ("vocabs", "8192,32768,151936"),
@@ -267,11 +282,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
     if args.quick:
-        return [Case("thin", 8192, (16,), (16,), 1, args.threads, 2048, args.chunk)]
+        return [Case("thin", 8192, (16,), (16,), 1, args.threads, 2048, args.chunk, args.kinds)]
     entries, slow = (tuple(map(int, text.split(","))) for text in (args.entries, args.slow_entries))
     models = [(body, int(vocab)) for body in args.bodies.split(",") for vocab in args.vocabs.split(",")]
     return [
-        Case(body, vocab, entries, slow, args.rounds, args.threads, args.tokens or tokens_for(body, vocab), args.chunk)
+        Case(
+            body,
+            vocab,
+            entries,
+            slow,
+            args.rounds,
+            args.threads,
+            args.tokens or tokens_for(body, vocab),
+            args.chunk,
+            args.kinds,
+        )
         for body, vocab in models
     ]
 
