@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache.config.loader import LoaderConfig as LoaderConfig
+    from kdcache.config.loader import MaskConfig as MaskConfig
+    from kdcache.config.loader import MixConfig as MixConfig
     from kdcache.errors import KdcacheError as KdcacheError
     from kdcache.format.manifest import Manifest as Manifest
     from kdcache.format.record import Distributions as Distributions
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from kdcache.loader.cache import Cache as Cache
     from kdcache.loader.cache import open_dataset as open  # noqa: F401
     from kdcache.loader.loader import Loader as Loader
+    from kdcache.loader.view import PackedView as PackedView
     from kdcache.loss.fused import fused_sparse_kd_loss as fused_sparse_kd_loss
     from kdcache.loss.sparse_kd import sparse_kd_loss as sparse_kd_loss
     from kdcache.store.reader import CacheReader as CacheReader
@@ -35,6 +38,9 @@ _EXPORTS = {
     "Loader": "kdcache.loader.loader:Loader",
     "LoaderConfig": "kdcache.config.loader:LoaderConfig",
     "Manifest": "kdcache.format.manifest:Manifest",
+    "MaskConfig": "kdcache.config.loader:MaskConfig",
+    "MixConfig": "kdcache.config.loader:MixConfig",
+    "PackedView": "kdcache.loader.view:PackedView",
     "SequenceRecord": "kdcache.format.record:SequenceRecord",
     "TokenSequence": "kdcache.format.record:TokenSequence",
     "TorchLoader": "kdcache.loader._torch:TorchLoader",

@@ -28,6 +28,8 @@ from kdcache.loader.state import LoaderState, as_json, parse_state, stream_optio
 
 _log = logging.getLogger(__name__)
 
+_BATCHES_BEFORE_WARNING = 10
+
 
 class Loader:
     """Iterates over one rank's share of the global batches of a cache, or of a mixture of several.
@@ -208,6 +210,8 @@ class Loader:
                     check.add(read.sequences)
                 self._next_batch = read.number + 1
                 self._report = self._report.plus(read.batch, read.num_tokens)
+                if self._report.num_batches == _BATCHES_BEFORE_WARNING:
+                    self._warn_if_all_masked()
                 yield read.batch
                 del read  # so that the pool has its memory before the next batch is waited for
                 self._check_not_moved(move)
@@ -217,8 +221,20 @@ class Loader:
         if check is not None:
             check.raise_unless_all(self._plan)
         self._report = replace(self._report, is_complete=True)
+        if self._report.num_batches < _BATCHES_BEFORE_WARNING:
+            self._warn_if_all_masked()
         _log.info("%s", self._report)
         self._enter(self._epoch + 1)
+
+    def _warn_if_all_masked(self) -> None:
+        # No error: another rank may have positions, and would wait for this one for ever.
+        if self._report.num_masked and not self._report.num_positions:
+            _log.warning(
+                "loader.mask has left out all %d positions of the first %d batches; look which roles the cache holds: %s",
+                self._report.num_masked,
+                self._report.num_batches,
+                self.options.mask,
+            )
 
     def _sequences(self, plan: EpochPlan, number: int) -> NDArray[np.int64]:
         """What this rank reads for a batch."""

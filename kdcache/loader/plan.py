@@ -63,8 +63,8 @@ class EpochPlan:
     """Which sequences each row and each global batch of an epoch holds: a pure function of lengths, options and epoch.
 
     A block of rows is computed when a row of it is asked for, and the last few are kept; of all others only their counts are.
-    Asking for batch b computes the blocks before b once: about a second per million sequences. Safe to use from several
-    threads.
+    Asking for batch b computes the blocks before b once (benchmarks/loader_scale.py: what a resume waits for). Safe to use from
+    several threads.
 
     Args:
         caches: what is known of each cache, see `kdcache.loader.mix`.

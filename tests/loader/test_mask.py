@@ -97,6 +97,17 @@ def test_a_masked_loader_gives_a_share_of_what_the_unmasked_gives_in_the_same_or
     assert left.num_positions < right.num_positions
 
 
+def test_a_mask_that_leaves_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """As where the cache was captured from plain text, which has no roles."""
+    plain, few = MemoryReader([5] * 40, supervised="all"), MemoryReader([5], supervised="all")
+    options = LoaderConfig(seq_len=8, batch_rows=2, num_threads=0, mask=MaskConfig(roles=("assistant",)))
+    for reader, num_positions, num_batches in ((plain, 100, 10), (few, 5, 1)):
+        caplog.clear()
+        assert sum(batch.num_positions for batch in Loader(reader, options)) == 0
+        (message,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert f"all {num_positions} positions of the first {num_batches} batches" in message
+
+
 def test_a_mask_of_unknown_roles_is_refused() -> None:
     with pytest.raises(ValueError, match="mask"):
         Loader(MemoryReader([3]), LoaderConfig(mask=MaskConfig(roles=("robot",))))  # pyright: ignore[reportArgumentType]
