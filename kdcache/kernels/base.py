@@ -48,7 +48,8 @@ class Objective:
             raise LossError(f"tail is {self.tail!r}, but must be one of {', '.join(map(repr, TAIL_POLICIES))}")
         if not 0.0 <= self.alpha <= 1.0:
             raise LossError(f"alpha is {self.alpha!r}, but must be from 0 (labels only) to 1 (teacher only)")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+        # Not math.isfinite, which torch.compile cannot trace where numbers are symbols.
+        if not 0 < self.temperature < math.inf:
             raise LossError(f"temperature is {self.temperature!r}, but must be finite and above 0")
         if self.tail not in needs.tails:
             raise LossError(

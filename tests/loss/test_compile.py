@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from test_head import P, V, make
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kdcache.kernels import divergences as d
 from kdcache.loss import operators
 from kdcache.loss.chunks import Head
 from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.loss.modules import FusedSparseKD
 from kdcache.loss.sparse_kd import sparse_kd_loss
 
 
@@ -85,6 +87,29 @@ def test_a_compiled_model_with_a_frozen_head_gets_no_gradient_for_it():
 
     gradients = [torch.autograd.grad(f(hidden_PH), hidden_PH)[0] for f in (compiled(step), step)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_batches_of_every_size_share_a_graph(backend, dynamic):
+    """Supervised positions are another number in every batch: one graph for the first, one for all others."""
+    leaves, targets = make()
+    loss = FusedSparseKD(alpha=0.5, temperature=1.0, chunk_size=8, backend=backend)
+
+    def step(hidden_PH, part):
+        return loss(hidden_PH.tanh(), leaves[1], **part)
+
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(step, fullgraph=True, backend=graphs, dynamic=dynamic)
+    for num_rows in (P, 20, 9):
+        part = {name: tensor[:num_rows].clone() for name, tensor in targets.items()}
+        hidden_PH = leaves[0][:num_rows].detach().clone().requires_grad_()
+        losses = [f(hidden_PH, part) for f in (function, step)]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*[torch.autograd.grad(loss, hidden_PH)[0] for loss in losses])
+    assert graphs.frame_count <= 2
 
 
 def test_the_operators_keep_their_promises_to_torch():
