@@ -14,6 +14,7 @@ from kdcache.format.record import Distributions, check_distributions  # noqa: E4
 from kdcache.format.selection import most_entries  # noqa: E402
 from kdcache.teacher import _select_torch  # noqa: E402
 from kdcache.teacher._draw_torch import apply_filters  # noqa: E402
+from kdcache.teacher._select_torch import Selector  # noqa: E402
 from kdcache.teacher.select_reference import filter_reference  # noqa: E402
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
@@ -178,6 +179,19 @@ def test_the_filters_are_vllms_own(filters: dict[str, float]):
     k = int(filters.get("top_k", 0)) or 300
     theirs = apply_top_k_top_p_pytorch(theirs, torch.full((6,), k), torch.full((6,), filters.get("top_p", 1.0)))
     torch.testing.assert_close(apply_filters(logits, filters), theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_device_no_shape_follows_from_a_value(kind: str):
+    # Tensors without values: whatever asks for one, as a mask's count or `.item()` would, raises. So the host never waits.
+    selector = Selector(of_kind(kind, **SCALARS), 3000)
+    logits = torch.empty((7, 3000), dtype=torch.bfloat16, device="meta")
+    targets, states = (torch.empty(7, dtype=torch.int64, device="meta") for _ in range(2))
+    found, layout = selector.select(logits, targets, states), selector.layout
+    assert found.token_ids_CK.shape == found.logprobs_CK.shape == (7, layout.num_columns)
+    assert found.counts_C2.shape == (7, 2 * layout.is_ragged)
+    assert found.scalars_CS.shape == (7, layout.num_scalars)
+    assert [tensor.dtype for tensor in found] == [torch.int32, torch.float32, torch.float32, torch.int32, torch.float32]
 
 
 @pytest.mark.gpu
