@@ -31,15 +31,16 @@ class TeacherIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         model: hub id or the folder's name.
-        revision: hub commit, or None for a local folder.
-        weights_digest: SHA-256 over the local weight files' digests, or None for a hub id.
+        revision: hub commit, or None for a local folder; of a server, what the config says.
+        weights_digest: SHA-256 over the digests of a local folder's files that decide what it computes; None for a hub id or a
+            server.
         architecture: the model class's name, as in `LlamaForCausalLM`.
         vocab_size: number of ids a distribution ranges over; may exceed the tokenizer's.
-        dtype: of weights and activations, as in `bfloat16`.
+        dtype: of weights and activations, as in `bfloat16`; `unknown` of a server where the config does not say.
         quantization: method, or None.
-        engine: `vllm`, `transformers` or `fake`.
+        engine: `vllm`, `transformers`, `served` or `fake`.
         engine_version: of that package.
-        engine_options: settings that move numerics (head dtype, attention backend), as JSON scalars.
+        engine_options: settings that move numerics (head dtype, attention backend, rope), as JSON values.
         context_length: most tokens per sequence that this teacher scores.
     """
 

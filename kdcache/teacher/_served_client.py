@@ -129,7 +129,8 @@ class ServerClient:
             base_url=str(config.url).rstrip("/") + "/",
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(config.timeout_seconds, connect=min(config.timeout_seconds, CONNECT_SECONDS)),
-            limits=httpx2.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency),
+            # The slots bound the connections. A bound here would make requests wait inside their own time limits.
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
         )
         return http, asyncio.Semaphore(config.concurrency)
 
