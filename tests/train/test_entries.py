@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from train_caches import VOCAB_SIZE, load_teacher_model, train_config
+from train_caches import VOCAB_SIZE, load_teacher_model, train_config, write_cache
 from transformers import PreTrainedModel
 
 from kdcache.config.train import LossConfig
@@ -21,6 +21,7 @@ from kdcache.loader._torch import TorchBatch
 from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.train.entries import PLAIN, entry_meaning
 from kdcache.train.step import student_loss
+from kdcache.train.trainer import train
 
 T, K, NUM_EXACT = 12, 6, 4
 
@@ -106,6 +107,29 @@ def test_the_step_computes_what_the_configuration_and_the_selection_say(
 def test_what_the_cache_is_not_enough_for_is_refused_in_one_sentence(loss, kind, error, sentence) -> None:
     with pytest.raises(error, match=sentence):
         entry_meaning(LossConfig(**loss), selection(kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("sampled", {"num_draws": 20, "seed": 0}),
+        ("threshold", {"tau": 0.02, "seed": 0}),
+        ("top_k_sampled", {"k": 4, "num_draws": 9, "seed": 0}),
+    ],
+)
+def test_a_student_trains_from_a_cache_of_every_random_selection(kind, params, tiny_model_dir: Path, tmp_path: Path) -> None:
+    info = SelectionInfo(kind=kind, params=params)
+    cache = write_cache(tmp_path / "cache", tiny_model_dir, num_sequences=6, selection=info)
+    losses = [{"tail": "drop"}, {"tail": "drop", "alpha": 0.5}]
+    losses += [] if kind == "sampled" else [{"divergence": "tail_aware_kl"}, {"divergence": "jensen_shannon"}]
+    for number, loss in enumerate(losses):
+        result = train(train_config(cache, tiny_model_dir, tmp_path / f"run{number}", loss=loss, steps=2), show_progress=False)
+        assert result.num_steps == 2
+    refused = train_config(cache, tiny_model_dir, tmp_path / "refused", loss={"divergence": "reverse_kl"}, steps=2)
+    if kind == "sampled":
+        with pytest.raises(LossError, match="reverse_kl is not; use 'forward_kl'"):
+            train(refused, show_progress=False)
+        assert not (tmp_path / "refused").exists()
 
 
 def test_labels_alone_may_be_trained_from_any_selection() -> None:

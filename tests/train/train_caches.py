@@ -16,6 +16,8 @@ from kdcache.format.manifest import CodecInfo, Identity, Manifest, PlanInfo, Sel
 from kdcache.format.record import NO_TARGET, SequenceRecord, TokenSequence, distributions_from_dense, sequence_key
 from kdcache.store.writer import CacheWriter
 from kdcache.teacher import load_tokenizer
+from kdcache.teacher.select_reference import select_reference
+from kdcache.teacher.uniforms import position_states
 
 VOCAB_SIZE = 520
 
@@ -24,10 +26,19 @@ def load_teacher_model(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def write_cache(path: Path, teacher_dir: Path, *, k: int, num_sequences: int, longest: int = 40, num_units: int = 1) -> Path:
+def write_cache(
+    path: Path,
+    teacher_dir: Path,
+    *,
+    k: int = 0,
+    num_sequences: int,
+    longest: int = 40,
+    num_units: int = 1,
+    selection: SelectionInfo | None = None,
+) -> Path:
     """Random token sequences of 5..longest tokens, every position supervised, captured with the teacher's dense logprobs.
 
-    All of them are in unit 0; with num_units above 1 the cache is not complete.
+    The top k, or what another selection keeps. All are in unit 0; with num_units above 1 the cache is not complete.
     """
     teacher = load_teacher_model(teacher_dir)
     identity = Identity(
@@ -41,13 +52,14 @@ def write_cache(path: Path, teacher_dir: Path, *, k: int, num_sequences: int, lo
             context_length=256,
         ),
         tokenizer=load_tokenizer(str(teacher_dir)).identity,
-        selection=SelectionInfo(kind="top_k", params={"k": k}),
+        selection=selection or SelectionInfo(kind="top_k", params={"k": k}),
         codec=CodecInfo(codec_id="raw", params={"vocab_size": VOCAB_SIZE}),
         input_fingerprint="test",
     )
     manifest = Manifest(number=0, parent=None, identity=identity, plan=PlanInfo(fingerprint="test", num_units=num_units))
     writer = CacheWriter.open(path, manifest)
-    writer.write_unit(0, _records(teacher, k, num_sequences, longest))
+    records = _records(teacher, k or VOCAB_SIZE, num_sequences, longest)
+    writer.write_unit(0, records if selection is None else (_selected(record, selection) for record in records))
     writer.fold()
     return path
 
@@ -77,6 +89,16 @@ def _records(teacher: PreTrainedModel, k: int, num_sequences: int, longest: int)
             top.indices.numpy(), top.values.numpy(), targets_N, target_logprobs_N[:, 0].numpy()
         )
         yield SequenceRecord(sequence, distributions)
+
+
+def _selected(record: SequenceRecord, selection: SelectionInfo) -> SequenceRecord:
+    """A record with the whole vocabulary as support, as another selection would have made it."""
+    dense, num_positions = record.distributions, record.distributions.num_positions
+    logprobs_PV = np.empty((num_positions, VOCAB_SIZE))
+    logprobs_PV[np.repeat(np.arange(num_positions), VOCAB_SIZE), dense.token_ids_E] = dense.logprobs_E
+    states_P = position_states(0, record.sequence.key, np.arange(num_positions))
+    distributions = select_reference(logprobs_PV, record.sequence.target_ids_P, selection, states_P)
+    return SequenceRecord(record.sequence, distributions)
 
 
 def train_config(cache: Path, teacher_dir: Path, out: Path, **changes: Any) -> TrainConfig:
