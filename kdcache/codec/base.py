@@ -112,6 +112,8 @@ def check_vocab_size(vocab_size: Any) -> None:
 
 def ids_fit(token_ids_E: NDArray[np.int32], vocab_size: int) -> bool:
     """Whether every id is in [0, vocab_size)."""
+    if len(token_ids_E) and token_ids_E.dtype == np.int32:
+        return int(token_ids_E.view(np.uint32).max()) < vocab_size  # one pass: a negative id is a large one
     return len(token_ids_E) == 0 or bool(token_ids_E.min() >= 0 and token_ids_E.max() < vocab_size)
 
 
