@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from kdcache.config.remote import RemoteConfig
+from kdcache.config.server import ServerConfig
 
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
@@ -91,37 +92,6 @@ class InputConfig(Config, frozen=True, kw_only=True):
             raise ValueError(f"format {self.format!r} holds content 'text', not {self.content!r}")
         if self.supervise == "assistant" and self.content != "messages":
             raise ValueError("supervise 'assistant' needs content 'messages'")
-
-
-class ServerConfig(Config, frozen=True, kw_only=True):
-    """The server that answers for the teacher, with backend `served` alone. Its address and how it is asked are no part of the
-    teacher's identity: a capture may go on with another server of the same model.
-
-    Attributes:
-        url: as clients of the OpenAI API take it, as in `http://host:8000/v1`.
-        model: the name that the teacher has there; null where only one model is served.
-        api: how its logprobs of a prompt are had: `prompt_logprobs` (vLLM), `echo` (the older API's `echo` with `logprobs`, if
-            it names tokens by their ids), or `auto`: the first of the two that the server understands.
-        api_key_env: name of the environment variable that holds the key which the server asks for; null for none. The key
-            itself goes into no config, manifest or log.
-        concurrency: most requests in flight; up to twice as many answers wait in memory.
-        timeout_seconds: longest silence of the server before a request is given up and sent again.
-        deadline_seconds: most time for one sequence, from its first request to its answer.
-        retries: how often a request is sent again after a timeout, a lost connection, or status 408, 429 or 5xx.
-        vocab_size: ids that its distributions range over; null for what the config.json of teacher.model says.
-        context_length: most tokens of a sequence; null for what the server says, less the one that it must generate.
-    """
-
-    url: str | None = None
-    model: str | None = None
-    api: Literal["auto", "prompt_logprobs", "echo"] = "auto"
-    api_key_env: str | None = None
-    concurrency: Positive = 16
-    timeout_seconds: Annotated[float, Meta(gt=0)] = 300.0
-    deadline_seconds: Annotated[float, Meta(gt=0)] = 900.0
-    retries: NonNegative = 6
-    vocab_size: Positive | None = None
-    context_length: Positive | None = None
 
 
 class TeacherConfig(Config, frozen=True, kw_only=True):

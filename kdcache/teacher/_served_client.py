@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import httpx2
 import msgspec
 
-from kdcache.config.capture import ServerConfig
+from kdcache.config.server import ServerConfig
 from kdcache.errors import TeacherError
 from kdcache.teacher.base import first_line
 from kdcache.teacher.served_retry import is_transient, refusal, seconds_to_wait

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from kdcache.config.capture import ServerConfig, TeacherConfig
+from kdcache.config.capture import TeacherConfig
+from kdcache.config.server import ServerConfig
 from kdcache.errors import ConfigError
 
 ENGINE_SETTINGS = ("engine_options", "tensor_parallel_size", "route", "num_threads")

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from contracts.teacher import make_sequence
 
-from kdcache.config.capture import ServerConfig, TeacherConfig
+from kdcache.config.capture import TeacherConfig
+from kdcache.config.server import ServerConfig
 from kdcache.teacher import load_teacher
 from kdcache.teacher.base import Teacher
 from kdcache.teacher.fake import FakeTeacher, FakeTokenizer

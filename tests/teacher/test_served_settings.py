@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from kdcache.config.capture import CaptureConfig, ServerConfig, TeacherConfig
+from kdcache.config.capture import CaptureConfig, TeacherConfig
 from kdcache.config.load import convert_config
+from kdcache.config.server import ServerConfig
 from kdcache.errors import ConfigError
 from kdcache.teacher.served_settings import name_for_identity, refuse_settings, vocab_size_of
 

@@ -15,7 +15,8 @@ from vllm_server import FrontServer, vllm_serve
 
 import kdcache
 from kdcache.cli.main import main
-from kdcache.config.capture import ServerConfig, TeacherConfig
+from kdcache.config.capture import TeacherConfig
+from kdcache.config.server import ServerConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.teacher import load_teacher
 
