@@ -99,8 +99,8 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
 
     Attributes:
         model: hub id or local folder in the Hugging Face layout; for `fake`, any name.
-        backend: `vllm`, `transformers`, `served` (a server that runs already, see `server`), `fake`, or `auto`: vLLM where it is
-            installed and imports, else transformers.
+        backend: `vllm`, `transformers`, `served` (a server that runs already, see `server`), `fake`, or `auto`: vLLM where it
+            is installed and imports, else transformers.
         revision: hub commit or tag; null for the default.
         tokenizer: hub id or folder; null for the model's own.
         dtype: of weights and activations; `auto` takes the checkpoint's.
@@ -114,8 +114,8 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
         strict: stop instead of warning where `auto` would take second best (`public`, or transformers for a broken vLLM), and
             where a server's tokenizer cannot be compared with ours.
         quantization: vLLM's name of a method, or null for what the checkpoint says.
-        engine_options: further keyword arguments of `vllm.LLM` or `from_pretrained`. Those that can move the teacher's numbers are
-            part of its identity.
+        engine_options: further keyword arguments of `vllm.LLM` or `from_pretrained`. Those that can move the teacher's numbers
+            are part of its identity.
         vocab_size: `fake` only.
         context_length: `fake` only.
         seed: `fake` only.
