@@ -61,3 +61,24 @@ def test_long_texts_are_clipped_in_the_sample_and_not_in_the_estimate(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 100_000 + "\n" + "y" * 50)
     estimate = estimate_capture(make_config(tmp_path))
     assert estimate.num_tokens == pytest.approx(100_052, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["top_p_k", "sampled", "threshold", "top_k_sampled"])
+def test_where_entries_follow_from_the_teacher_the_estimate_is_a_bound_and_a_probe_measures(tmp_path, kind):
+    (tmp_path / "a.txt").write_text("".join(f"line {n} says {'la ' * (n % 20)}\n" for n in range(40)))
+    config = make_config(
+        tmp_path, selection={"kind": kind, "temperatures": [2.0], "entropy": True}, teacher={"vocab_size": 300}
+    )
+    bound, probed = estimate_capture(config), estimate_capture(config, probe=True)
+    assert (bound.bytes_are, probed.bytes_are) == ("most", "measured")
+    manifest = run_capture(config).manifest
+    assert bound.num_bytes > manifest.total("num_bytes")
+    assert probed.num_bytes == pytest.approx(manifest.total("num_bytes"), rel=0.3)
+    columns = {"key", "source", "input_ids", "supervised", "roles", "turn_starts", "digest"}
+    own = sum(b for shard in manifest.shards for name, b in shard.column_bytes.items() if name not in columns)
+    assert bound.bytes_per_position > own / manifest.total("num_positions")
+    assert probed.bytes_per_position == pytest.approx(own / manifest.total("num_positions"), rel=0.15)
+
+
+def test_where_every_position_has_k_entries_the_bytes_are_known_beforehand(tmp_path, text):
+    assert estimate_capture(make_config(tmp_path)).bytes_are == "expected"
