@@ -1,0 +1,295 @@
+"""What is compared: our codecs under every selection, and what others store, from their published definitions.
+
+Shape letters: P positions, K entries per position, E entries of all positions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rate_measures import Reading, Truth
+
+from kdcache.codec import get_codec
+from kdcache.codec.archive import ArchiveCodec
+from kdcache.codec.archive_model import EXACTS, LEAST_P, TAILS
+from kdcache.codec.archive_reference import Decoder, Layout, Record
+from kdcache.codec.base import Codec
+from kdcache.codec.estimates import stores_logprobs
+from kdcache.codec.into import EntryArrays, decode_into
+from kdcache.format.manifest import SelectionInfo
+from kdcache.format.record import Distributions, TokenSequence
+from kdcache.store.rows import column_view
+from kdcache.teacher._select_torch import Selector
+from kdcache.teacher.found import Found, record_of
+from kdcache.teacher.uniforms import position_states
+
+PARTS = ("indices", "values", "scalars", "framing")
+PART_OF = {
+    "token_ids": "indices", "token_ids_packed": "indices",
+    "logprobs": "values", "logprob_codes": "values", "estimate_counts": "values",
+}  # fmt: skip
+CODECS = (("packed", None), ("quantized", 8), ("quantized", 6), ("archive", 16), ("archive", 8), ("archive", 6))
+NUM_SPLIT = 200
+"""Positions of a stream of `archive` whose bits are counted one by one, to divide its bytes among the parts."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table. Bytes are per position; M entries per CPU second; copies: CPU time of decoding over that of copying
+    the ids and logprobs that it writes."""
+
+    family: str
+    name: str
+    entries: float
+    indices: float
+    values: float
+    scalars: float
+    framing: float
+    kl: float
+    error: float
+    angle: float
+    decode: float = math.nan
+    copies: float = math.nan
+
+    @property
+    def bytes(self) -> float:
+        """Per position, all together."""
+        return self.indices + self.values + self.scalars + self.framing
+
+
+def select(truth: Truth, selection: SelectionInfo, sequences: Sequence[TokenSequence]) -> list[Distributions]:
+    """What captures keep of the teacher's distributions, by the code that they use."""
+    found, start = [], 0
+    selector = Selector(selection, truth.logprobs_PV.shape[1])
+    for sequence in sequences:
+        logits_PV = torch.from_numpy(truth.logprobs_PV[start : start + sequence.num_tokens])
+        states_P = position_states(selection.params.get("seed", 0), sequence.key, sequence.positions_P)
+        targets_P = torch.from_numpy(sequence.target_ids_P.astype(np.int64))
+        chosen = selector.select(logits_PV, targets_P, torch.from_numpy(states_P.view(np.int64)))
+        found.append(record_of(sequence, selection, Found.from_padded([part.numpy() for part in chosen])))
+        start += sequence.num_tokens
+    return found
+
+
+def of_codec(truth: Truth, records: Sequence[Distributions], selection: SelectionInfo, codec: Codec, name: str) -> Result:
+    """Encode, decode, measure."""
+    columns = {f.name: column_view(a) for f, a in zip(codec.fields(), codec.encode(records), strict=True)}
+    rows = [{n: view[i] for n, view in columns.items()} for i in range(len(records))]
+    decoded, seconds, copy_seconds = timed_decode(codec, rows, records)
+    num_positions, num_entries = (sum(getattr(d, a) for d in records) for a in ("num_positions", "num_entries"))
+    sizes = dict.fromkeys(PARTS, 0.0)
+    for row in rows:
+        for column, values in row.items():
+            sizes[PART_OF.get(column, "scalars")] += values.nbytes / num_positions
+            sizes["framing"] += (8 if column in ("token_ids_packed", "archive") else 4) / num_positions
+    sizes["framing"] += 0 if selection.kind == "top_k" else 2
+    if isinstance(codec, ArchiveCodec):
+        total = sizes["scalars"]
+        shares = archive_shares(codec, rows[0]["archive"].tobytes(), records[0])
+        sizes |= {part: total * share for part, share in zip(PARTS, shares, strict=False)}
+    head, target = readings(decoded)
+    return Result(
+        selection.kind, name, num_entries / num_positions, *sizes.values(), kl=truth.kl(head) if head else math.nan,
+        error=truth.error(target), angle=truth.angle(target), decode=num_entries / seconds / 1e6, copies=seconds / copy_seconds,
+    )  # fmt: skip
+
+
+def timed_decode(
+    codec: Codec, rows: Sequence[dict[str, Any]], records: Sequence[Distributions], rounds: int = 7
+) -> tuple[list[Distributions], float, float]:
+    """What is decoded; CPU seconds of decoding it into a batch's arrays, as the loader does, and of copying the ids and
+    logprobs that then stand there; the best of the rounds."""
+    width = max(int(d.num_entries_P.max(initial=1)) for d in records)
+    batches = [_arrays(d, width) for d in records]
+    best, best_copy = math.inf, math.inf
+    for _ in range(rounds):
+        start = time.process_time_ns()
+        for row, d, out in zip(rows, records, batches, strict=True):
+            decode_into(codec, row, d.offsets_P1, out)
+        middle = time.process_time_ns()
+        copies = [(out.token_ids_QK.copy(), out.logprobs_QK.copy()) for out in batches]
+        best, best_copy = min(best, middle - start), min(best_copy, time.process_time_ns() - middle)
+        del copies
+    return [codec.decode(row, d.offsets_P1) for row, d in zip(rows, records, strict=True)], best / 1e9, best_copy / 1e9
+
+
+def _arrays(d: Distributions, width: int) -> EntryArrays:
+    shape = (d.num_positions, width)
+    return EntryArrays(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(d.num_positions, np.float32))
+
+
+def readings(records: Sequence[Distributions]) -> tuple[Reading | None, Reading]:
+    """Exact entries and tail, where there are exact ones; and the target that the right loss trains towards."""
+    offsets_P1 = np.concatenate([[0], np.cumsum(np.concatenate([d.num_entries_P for d in records]))])
+    ids_E, logprobs_E, is_exact_E = (
+        np.concatenate([getattr(d, a) for d in records]) for a in ("token_ids_E", "logprobs_E", "is_exact_E")
+    )
+    tails_P = np.concatenate([d.tail_mass_P for d in records]).astype(np.float64)
+    masses_E = np.exp(logprobs_E.astype(np.float64))
+    everything = Reading(ids_E, masses_E, offsets_P1, np.zeros(len(tails_P)), has_kl=False)
+    if not is_exact_E.any():
+        return None, everything
+    counts_P = np.bincount(everything.rows_E[is_exact_E], minlength=len(tails_P))
+    head = Reading(ids_E[is_exact_E], masses_E[is_exact_E], np.concatenate([[0], np.cumsum(counts_P)]), tails_P)
+    return head, head if is_exact_E.all() else everything
+
+
+class _Counting(Decoder):
+    """Counts what each part of the stream costs, in bits."""
+
+    part = "scalars"
+    bits: dict[str, float]
+
+    def split(self, num_entries: list[int], num_exact: list[int]) -> dict[str, float]:
+        self.bits, record = dict.fromkeys(PARTS[:3], 0.0), Record()
+        for p, (count, given) in enumerate(zip(num_entries, num_exact, strict=True)):
+            exact = self._number(EXACTS + min(count, 31)) if self._layout.stores_exact else given
+            self._position(record, count, exact)
+            if self._layout.has_tail:
+                self._number(TAILS + self._tail_context(record, p, count))
+        return self.bits
+
+    def _bit(self, p: int) -> int:
+        bit = super()._bit(p)
+        held = min(max(p, LEAST_P), 65536 - LEAST_P) / 65536
+        self.bits[self.part] -= math.log2(held if bit else 1 - held)
+        return bit
+
+    def _codes(self, kind: int, count: int) -> list[int]:
+        self.part = "values"
+        codes = super()._codes(kind, count)
+        self.part = "scalars"
+        return codes
+
+    def _ids(self, count: int, kind: int, depth: int, node: int) -> list[int]:
+        self.part = "indices"
+        ids = super()._ids(count, kind, depth, node)
+        self.part = "scalars"
+        return ids
+
+
+def archive_shares(codec: ArchiveCodec, stream: bytes, record: Distributions) -> list[float]:
+    """Of the stream's bytes, what ids, values and scalars take: of the targets beside the support, a byte each."""
+    width, most_code, num_draws, stores_exact, most_tail, *_ = codec._about(0, 0, 0)
+    counting = _Counting(stream, Layout(width, num_draws, bool(stores_exact), most_code, bool(most_tail)))
+    counts_P = record.num_entries_P[:NUM_SPLIT]
+    exact_P = counts_P if record.num_exact_P is None else record.num_exact_P[:NUM_SPLIT]
+    bits = counting.split(counts_P.tolist(), exact_P.tolist())
+    bits["scalars"] += 7 * len(record.outside_target_logprobs_M) * len(counts_P) / record.num_positions
+    return [bits[part] / sum(bits.values()) for part in PARTS[:3]]
+
+
+def renormalised(ids_PK: NDArray[np.integer], logprobs_PK: NDArray[np.floating]) -> tuple[Reading, Reading]:
+    """Entries without a tail: for KL with what they leave of 1, for the gradient divided by their sum, as the losses do."""
+    masses_PK = np.exp(logprobs_PK.astype(np.float64))
+    sums_P = masses_PK.sum(-1, keepdims=True)
+    offsets_P1 = np.arange(len(ids_PK) + 1) * ids_PK.shape[1]
+    ids_E, zeros_P = ids_PK.reshape(-1).astype(np.int32), np.zeros(len(ids_PK))
+    left = Reading(ids_E, masses_PK.reshape(-1), offsets_P1, np.maximum(1 - sums_P[:, 0], 0.0))
+    return left, Reading(ids_E, (masses_PK / sums_P).reshape(-1), offsets_P1, zeros_P)
+
+
+def bfloat16(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Rounded to the nearest bfloat16, as float32."""
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).bfloat16().float().numpy()
+
+
+def distillkit(
+    logprobs_PK: NDArray[np.float32], exact_k: int, terms: Sequence[Any], *, normalize_t: bool
+) -> NDArray[np.float32]:
+    """What comes back of the top K: bfloat16 for the first exact_k, a curve fitted by least squares for the others.
+
+    arcee-ai/DistillKit a61c2e7d, README "Logit Compression" and distillkit/compression/monotonic_logprobs.py: the curve is over
+    t = 0, 1, .. (evenly from 0 to 1 with normalize_t), solved by torch's singular values in float32, those up to 1e-5 dropped;
+    coefficients in float32, the result in bfloat16. In float32 the six terms of the recommended setting are too
+    ill-conditioned.
+    """
+    values_PK = torch.from_numpy(np.ascontiguousarray(logprobs_PK[:, exact_k:]))
+    num = values_PK.shape[1]
+    t = torch.linspace(0, 1, num) if normalize_t else torch.arange(num, dtype=torch.float32)
+    curves = torch.stack([torch.sqrt(t) if term == "sqrt" else t**term for term in terms], -1)
+    u, s, vh = torch.linalg.svd(curves, full_matrices=False)
+    inverse = torch.where(s > 1e-5, 1 / s, 0.0)
+    coefficients = (vh.T @ (inverse[:, None] * (u.T @ values_PK.T))).T
+    fitted_PK = (curves * coefficients[:, None, :]).sum(-1)
+    return np.concatenate([bfloat16(logprobs_PK[:, :exact_k]), bfloat16(fitted_PK.numpy())], axis=1)
+
+
+def baselines(truth: Truth, sampled: Sequence[Distributions]) -> list[Result]:
+    """Everything that is not ours. sampled: of Random Sampling KD with 50 draws."""
+    vocab_size = truth.logprobs_PV.shape[1]
+    width = math.ceil(math.log2(vocab_size))
+    order_PK = np.argpartition(-truth.logprobs_PV, 127, axis=-1)[:, :128]
+    order_PK = np.take_along_axis(order_PK, np.argsort(-np.take_along_axis(truth.logprobs_PV, order_PK, -1), -1), -1)
+    top_PK = np.take_along_axis(truth.logprobs_PV, order_PK, -1)
+
+    def result(name: str, k: float, sizes: tuple[float, float, float, float], pair: tuple[Reading, Reading]) -> Result:
+        left, target = pair
+        kl = truth.kl(left) if left.has_kl else math.nan
+        return Result("others", name, k, *sizes, kl=kl, error=truth.error(target), angle=truth.angle(target))
+
+    found = [
+        result(f"plain lists, int32 + fp16, k={k}", k, (4.0 * k, 2.0 * k, 0, 8),
+               renormalised(order_PK[:, :k], top_PK[:, :k].astype(np.float16)))
+        for k in (16, 64)
+    ]  # fmt: skip
+    for name, k, exact_k, terms in (
+        ("DistillKit recommended", 128, 16, (0, 1, 2, 3, 4, "sqrt")),
+        ("DistillKit budget", 50, 1, (0, 1, "sqrt")),
+    ):
+        for normalize_t in (False, True):
+            back_PK = distillkit(top_PK[:, :k], exact_k, terms, normalize_t=normalize_t)
+            sizes = (math.ceil(k * width / 8), 2.0 * exact_k + 4.0 * len(terms), 0, 0)
+            found.append(result(name + " (normalize_t)" * normalize_t, k, sizes, renormalised(order_PK[:, :k], back_PK)))
+    found.append(result("top-p 0.95, k=100, int32 + fp16", *_top_p(order_PK, top_PK)))
+    _, drawn = readings(sampled)
+    entries = len(drawn.token_ids_E) / len(drawn.rest_P)
+    sizes = (17 * entries / 8, 7 * entries / 8, 0, 0)
+    found.append(result("Random Sampling KD, N=50, 17 + 7 bits", entries, sizes, (drawn, drawn)))
+    rounded_PV = np.exp(truth.logprobs_PV.astype(np.float16).astype(np.float32))
+    kl = (truth.teacher_PV * (truth.logprobs_PV - truth.logprobs_PV.astype(np.float16).astype(np.float32))).sum(-1).mean()
+    error = float(((rounded_PV - truth.teacher_PV) ** 2).sum(-1).mean())
+    found.append(Result("others", "all logprobs, fp16", vocab_size, 0, 2.0 * vocab_size, 0, 0, abs(float(kl)), error, 0.0))
+    return found
+
+
+def _top_p(
+    order_PK: NDArray[np.integer], top_PK: NDArray[np.float32]
+) -> tuple[float, tuple[float, float, float, float], tuple[Reading, Reading]]:
+    masses_PK = np.exp(top_PK[:, :100].astype(np.float64))
+    kept_PK = np.cumsum(masses_PK, -1) - masses_PK < 0.95
+    counts_P = kept_PK.sum(-1)
+    offsets_P1, zeros_P = np.concatenate([[0], np.cumsum(counts_P)]), np.zeros(len(counts_P))
+    ids_E, masses_E = order_PK[:, :100][kept_PK].astype(np.int32), masses_PK[kept_PK]
+    left = Reading(ids_E, masses_E, offsets_P1, zeros_P)
+    sums_P = left.sums(masses_E)
+    k = float(counts_P.mean())
+    pair = (
+        Reading(ids_E, masses_E, offsets_P1, np.maximum(1 - sums_P, 0)),
+        Reading(ids_E, masses_E / sums_P[left.rows_E], offsets_P1, zeros_P),
+    )
+    return k, (4 * k, 2 * k, 0, 10), pair
+
+
+def ours(
+    truth: Truth, sequences: Sequence[TokenSequence], selections: Sequence[SelectionInfo], say: Callable[[str], None]
+) -> list[Result]:
+    """Every codec under every selection."""
+    results = []
+    for selection in selections:
+        params = ", ".join(f"{k}={v}" for k, v in selection.params.items() if k != "seed")
+        records = select(truth, selection, sequences)
+        for codec_id, bits in CODECS if stores_logprobs(selection) else (c for c in CODECS if c[1] in (None, 8)):
+            given = {"vocab_size": truth.logprobs_PV.shape[1]} | ({} if bits is None else {"bits": bits})
+            codec = get_codec(codec_id, given, selection)
+            name = f"{selection.kind} {params}, {codec_id}" + (f" {bits}" if bits else "")
+            results.append(of_codec(truth, records, selection, codec, name))
+        say(f"{selection.kind} {params}")
+    return results
