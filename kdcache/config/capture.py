@@ -135,7 +135,7 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
     route: Literal["auto", "worker", "public"] = "auto"
     strict: bool = False
     quantization: str | None = None
-    engine_options: dict[str, str | int | float | bool | None | dict[str, Any]] = {}
+    engine_options: dict[str, str | int | float | bool | dict[str, Any] | None] = {}
     vocab_size: Positive = 1000
     context_length: Positive = 4096
     seed: int = 0
