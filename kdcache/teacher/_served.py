@@ -30,7 +30,7 @@ from kdcache.teacher.served_answers import (
     speaks,
     split_row,
 )
-from kdcache.teacher.served_proofs import compare_ids, compare_rows, probe_prompts, tokenizer_text
+from kdcache.teacher.served_proofs import compare_ids, compare_rows, probe_prompts, tokenizer_texts
 from kdcache.teacher.served_retry import limit_in
 from kdcache.teacher.served_settings import (
     api_key,
@@ -40,6 +40,7 @@ from kdcache.teacher.served_settings import (
     refuse_settings,
     vocab_size_of,
 )
+from kdcache.teacher.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -177,25 +178,38 @@ class ServedTeacher:
 
     def _prove_tokenizer(self) -> None:
         """The server's tokenizer makes the ids that ours makes of a text, where it can be asked."""
-        config = self._config
+        config, url = self._config, self._server.url
         name = config.tokenizer or config.model
         tokenizer = load_tokenizer(name, revision=config.revision if config.tokenizer is None else None)
-        text = tokenizer_text(tokenizer)
-        body = {"model": self._name, "prompt": text, "add_special_tokens": False}
+        plain, special = tokenizer_texts(tokenizer)
         try:
-            theirs = self._ask(Request(f"{self._root}/tokenize", _tokens_of, body))
-        except ServerRefusedError as error:
-            sentence = f"the server {self._server.url} does not say how it tokenizes (/tokenize, as vLLM has it)"
-            if config.strict:
-                raise TeacherError(f"{sentence}; teacher.strict forbids going on") from error
-            log.warning("%s: whether its tokenizer is %r is not checked", sentence, name)
+            problem = self._compare_tokens(tokenizer, plain)
+            about_special = self._compare_tokens(tokenizer, special) if special else None
+        except ServerRefusedError:
+            self._doubt(
+                f"the server {url} does not say how it tokenizes (/tokenize, as vLLM has it): that it is as {name!r} does"
+            )
             return
-        problem = compare_ids(tokenizer.encode(text, add_special_tokens=False), theirs)
         if problem is not None:
             raise TeacherError(
-                f"the server {self._server.url} has another tokenizer than {name!r}: {problem}; set teacher.model or "
-                "teacher.tokenizer to what the server runs"
+                f"the server {url} has another tokenizer than {name!r}: {problem}; set teacher.model or teacher.tokenizer to "
+                "what the server runs"
             )
+        if about_special is not None:
+            self._doubt(
+                f"the server {url} reads special tokens otherwise than {name!r} ({about_special}): that they are the same"
+            )
+
+    def _compare_tokens(self, tokenizer: Tokenizer, text: str) -> str | None:
+        body = {"model": self._name, "prompt": text, "add_special_tokens": False}
+        theirs = self._ask(Request(f"{self._root}/tokenize", _tokens_of, body))
+        return compare_ids(tokenizer.encode(text, add_special_tokens=False), theirs)
+
+    def _doubt(self, sentence: str) -> None:
+        """Raise TeacherError under `strict`, else warn."""
+        if self._config.strict:
+            raise TeacherError(f"{sentence} is not known, and teacher.strict forbids going on")
+        log.warning("%s is not known", sentence)
 
     def _check_k(self, k: int) -> None:
         """Raise ConfigError where the server does not give so many entries."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from kdcache.errors import TeacherError
@@ -16,6 +17,8 @@ last place of a logit. A temperature of 0.5 moves rows by nats."""
 
 SPREAD_IDS = 512
 """Ids from all over the vocabulary whose text the tokenizers are compared on."""
+
+SPECIAL = re.compile(r"<[^<>]+>|\[[A-Z_/]+\]")
 
 TEXT = "Hello world,  two  spaces\tand\n\nlines; naive cafe 12345.678 x = [1, 2]  # \u00e9\u4e2d\U0001f600 "
 
@@ -51,12 +54,13 @@ def compare_rows(at_1: tuple[Completion, Sequence[int]], at_half: tuple[Completi
     return None
 
 
-def tokenizer_text(tokenizer: Tokenizer) -> str:
-    """A text that tokenizers which differ are unlikely to cut alike: prose, digits, spaces, and pieces of the whole vocabulary,
-    special tokens among them."""
+def tokenizer_texts(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Two texts that tokenizers which differ are unlikely to cut alike: prose, digits, spaces and pieces from all over the
+    vocabulary; and those of the pieces that look like special tokens, which some tokenizers do not read from a text."""
     size = tokenizer.identity.vocab_size
-    spread = sorted({index * size // SPREAD_IDS for index in range(SPREAD_IDS)})
-    return TEXT + tokenizer.decode(spread)
+    pieces = [tokenizer.decode([token]) for token in sorted({index * size // SPREAD_IDS for index in range(SPREAD_IDS)})]
+    special = [piece for piece in pieces if SPECIAL.fullmatch(piece)]
+    return TEXT + "".join(piece for piece in pieces if piece not in special), "".join(special)
 
 
 def compare_ids(ours: Sequence[int], theirs: Sequence[int]) -> str | None:

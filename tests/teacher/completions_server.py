@@ -39,7 +39,7 @@ class Manners:
         sharpens: factor of the generated row's logprobs, as of a server with a temperature of its own.
         key: that it asks for.
         models: that it lists.
-        tokenizes: `ours`, `otherwise`, or `no`.
+        tokenizes: `ours`, `otherwise`, `special otherwise`, or `no`.
         fingerprint: system_fingerprint of its answers.
         faults: what becomes of the next completions, one each, "" for a good answer.
         wait_seconds: before each completion.
@@ -187,7 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._check_key()
         if self.path == "/tokenize" and self._manners.tokenizes != "no":
             ids = FakeTokenizer().encode(body["prompt"], add_special_tokens=body["add_special_tokens"])
-            return {"tokens": ids if self._manners.tokenizes == "ours" else [*ids[:3], 7, *ids[4:]]}
+            is_plain = body["prompt"].startswith("Hello")
+            as_ours = self._manners.tokenizes == ("special otherwise" if is_plain else "otherwise")
+            return {"tokens": ids if self._manners.tokenizes == "ours" or as_ours else [*ids[:3], 7, *ids[4:]]}
         if self.path != "/v1/completions":
             raise _Refusal(404, "Not Found")
         owner = self.server.owner

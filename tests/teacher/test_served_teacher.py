@@ -225,10 +225,15 @@ def test_numbers_that_are_no_logprobs_are_refused(server: CompletionsServer):
 def test_another_tokenizer_is_refused_and_an_unknown_one_warned_of(server: CompletionsServer, caplog: pytest.LogCaptureFixture):
     server.manners.tokenizes = "otherwise"
     assert "has another tokenizer than 'fake': of the same text token 3 is 7 there and" in refused(server)
-    server.manners.tokenizes = "no"
-    case_of(server)
-    assert "whether its tokenizer is 'fake' is not checked" in caplog.text
-    assert "teacher.strict forbids going on" in refused(server, strict=True)
+    for manner, sentence in (
+        ("no", "does not say how it tokenizes (/tokenize, as vLLM has it): that it is as 'fake' does is not known"),
+        ("special otherwise", "reads special tokens otherwise than 'fake' (of the same text token 3 is 7 there"),
+    ):
+        server.manners.tokenizes = manner
+        caplog.clear()
+        case_of(server)
+        assert sentence in caplog.text
+        assert "teacher.strict forbids going on" in refused(server, strict=True)
 
 
 def test_the_key_comes_from_the_environment_and_is_in_no_message(
