@@ -92,11 +92,13 @@ def _dot_above(x, d):
 
 
 @_kernel()
-def _weigh(bits_V, shift, top, heads_H, inverse_T, scratch, sums_G, sums_S):
+def _weigh(logits, heads_H, inverse_T, scratch, sums_G, sums_S):
     """Strip sums without the heads; into sums_S: sum of weights x (x - top), then sum of weights^(1/T) for each T.
 
+    logits: bits of the row, their shift, the row's maximum.
     heads_H: ascending ids of the exact entries, and one past the row at the end.
     """
+    bits_V, shift, top = logits
     words, floats, powers, power_floats, out = scratch
     head = 0
     for start in range(0, len(bits_V), BLOCK):
@@ -118,8 +120,9 @@ def _weigh(bits_V, shift, top, heads_H, inverse_T, scratch, sums_G, sums_S):
 
 
 @_kernel()
-def _find(bits_V, shift, top, heads_H, points_L, sums_G, scratch, ids_L):
+def _find(logits, heads_H, points_L, sums_G, scratch, ids_L):
     """The token of each of the rising points."""
+    bits_V, shift, top = logits
     words, floats, powers, power_floats, out = scratch
     i, cumulative, head = 0, 0.0, 0
     for g in range(len(sums_G)):
@@ -215,7 +218,8 @@ def draw_rows(logits, known, options, found):
         heads_H[:num_exact] = ids_CK[row, :num_exact]
         heads_H.sort()
         sums_S[:] = 0.0
-        _weigh(bits_CV[row], shift, tops_C[row], heads_H, inverse_f_T, scratch, sums_G, sums_S)
+        row_logits = (bits_CV[row], shift, tops_C[row])
+        _weigh(row_logits, heads_H, inverse_f_T, scratch, sums_G, sums_S)
         total = 0.0
         for g in range(len(sums_G)):
             total += sums_G[g]
@@ -232,7 +236,7 @@ def draw_rows(logits, known, options, found):
         if num_draws and above == above:
             room = points_L if tau == 0.0 else points_L[: ids_CK.shape[1] - num_exact]
             num_points = _points(total, tau * math.exp(-above), uniforms_CD[row], room)
-            num_points = _find(bits_CV[row], shift, tops_C[row], heads_H, room[:num_points], sums_G, scratch, ids_L)
+            num_points = _find(row_logits, heads_H, room[:num_points], sums_G, scratch, ids_L)
             mass = total * math.exp(above) if shares_rest else 1.0
             log_unit = math.log(tau) if tau > 0 else math.log(mass / num_draws)
             drawn_L, row_K = ids_L[:num_points], (ids_CK[row], logprobs_CK[row])

@@ -174,8 +174,9 @@ def _collect(bits_V, shift, maxima_G, num_lanes, bound, out):
 
 
 @_kernel()
-def _select_rows(bits_CV, shift, targets_C, num_lanes, ids_CK, logprobs_CK, target_logprobs_C, log_z_C):
+def _select_rows(bits_CV, shift, targets_C, num_lanes, found):
     """See `select_top_k`; every row on its own."""
+    ids_CK, logprobs_CK, target_logprobs_C, log_z_C = found
     k, num_tokens = ids_CK.shape[1], bits_CV.shape[1]
     bits, powers, keys = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
     scratch = (bits, bits.view(np.float32), powers, powers.view(np.float32), keys)
@@ -225,7 +226,7 @@ def select_top_k(
     shift, num_lanes = shift_of(bits_CV), BLOCK // group_width(num_tokens, k)
 
     def work(rows: slice) -> None:
-        _select_rows(bits_CV[rows], shift, targets_C[rows], num_lanes, *(array[rows] for array in found))
+        _select_rows(bits_CV[rows], shift, targets_C[rows], num_lanes, tuple(array[rows] for array in found))
 
     in_parts(work, num_rows, num_threads)
     return found
