@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from loader_scale import make_identity, make_record
 
-from kdcache.codec.into import EntryArrays
+from kdcache.codec.into import EntryArrays, decode_many_into
 from kdcache.config.loader import LoaderConfig
 from kdcache.format.manifest import Manifest, PlanInfo
 from kdcache.loader.assemble import BatchLayout, assemble
@@ -101,7 +101,7 @@ def steps(cache: Cache, rounds: int) -> Iterator[tuple[str, float, int]]:
         "record found and checked": lambda: caches.record(number),
         "- of which its digest": lambda: digest_of([view.row_bytes(row) for view in views]),
         "batch of this record": lambda: assemble([record], layout, pool),
-        "- of which entries decoded": lambda: record.decode_into(arrays),
+        "- of which entries decoded": lambda: decode_many_into(record.codec, [record.job(arrays)]),
         "- of which the mask": lambda: choose(record.sequence, layout.mask),
     }
     for name, function in found.items():

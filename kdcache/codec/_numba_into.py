@@ -8,19 +8,73 @@ Shape letters: P positions, Q positions that are kept, K entries per position (p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numba
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from kdcache.codec._numba_compile import compiled
 from kdcache.format.record import PADDING_ID
 
-_IN = {"layout": "C", "readonly": True}
-_WORDS, _HALVES = numba.types.Array(numba.uint32, 1, **_IN), numba.types.Array(numba.uint16, 1, **_IN)
-_OFFSETS = numba.types.Array(numba.int64, 1, **_IN)
-
-
 TOO_WIDE = -2
+NUM_ADDRESSES = 10
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unpacking:
+    """One sequence for `unpack_many`; the arrays are read and written where they are, so they must be what is said here.
+
+    Attributes:
+        words: the packed ids as aligned uint32.
+        halves_E: (E,) float16 logprobs, aligned.
+        offsets_P1, kept_Q: int64, as for `unpack_into`.
+        token_ids_QK, logprobs_QK: int32 and float32, C-contiguous, to be written.
+    """
+
+    words: NDArray[np.uint32]
+    halves_E: NDArray[np.float16]
+    offsets_P1: NDArray[np.int64]
+    kept_Q: NDArray[np.int64]
+    token_ids_QK: NDArray[np.int32]
+    logprobs_QK: NDArray[np.float32]
+
+    @classmethod
+    def of(
+        cls,
+        stream: NDArray[np.uint8],
+        halves_E: NDArray[np.float16],
+        rows: tuple[NDArray[np.int64], NDArray[np.int64]],
+        out: tuple[NDArray[np.int32], NDArray[np.float32]],
+    ) -> Unpacking:
+        """Made of the arguments of `unpack_into`, copied where they are not aligned."""
+        return cls(_aligned(stream.view(np.uint32)), _aligned(halves_E), *rows, *out)
+
+    def addresses(self) -> list[int]:
+        """A row of the table that the compiled loop takes: addresses of the arrays, and their sizes."""
+        arrays = (self.words, self.halves_E, self.offsets_P1, self.kept_Q, self.token_ids_QK, self.logprobs_QK)
+        if not all(array.flags.c_contiguous for array in arrays) or self.logprobs_QK.shape != self.token_ids_QK.shape:
+            raise ValueError("arrays that are decoded from or into must be C-contiguous and of one shape")
+        places = [array.__array_interface__["data"][0] for array in arrays]
+        return [*places, len(self.words), len(self.offsets_P1), *self.token_ids_QK.shape]
+
+
+def _aligned(values: NDArray[Any]) -> NDArray[Any]:
+    return values if values.flags.aligned else values.copy()
+
+
+def unpack_many(jobs: Sequence[Unpacking], id_bits: int) -> NDArray[np.int64]:
+    """`unpack_into` of several sequences in one call, so that the GIL is let go of once: threads that take turns for each of
+    them spend their time waiting for each other. Returns what it returns, for each.
+    """
+    table_RC = np.array([job.addresses() for job in jobs], np.int64).reshape(len(jobs), NUM_ADDRESSES)
+    largest_R = np.empty(len(jobs), np.int64)
+    _unpack_many(table_RC, id_bits, largest_R)
+    return largest_R
 
 
 def unpack_into(
@@ -40,14 +94,7 @@ def unpack_into(
         rows: (P+1,) offsets of the positions' entries, and (Q,) the positions that are kept.
         out: (Q, K) ids and (Q, K) logprobs, C-contiguous.
     """
-    words = stream.view(np.uint32)
-    if not words.flags.aligned:
-        words = words.copy()
-    token_ids_QK, logprobs_QK = out
-    halves = halves_E.view(np.uint16)
-    if not halves.flags.aligned:
-        halves = halves.copy()
-    return int(_unpack_into(words, id_bits, halves, *rows, token_ids_QK, logprobs_QK))
+    return int(unpack_many([Unpacking.of(stream, halves_E, rows, out)], id_bits)[0])
 
 
 @compiled()
@@ -98,8 +145,8 @@ def _widen_row(halves, start, bits, values):
         values[k] = -value if half & np.uint32(0x8000) else value
 
 
-@compiled(numba.int64(_WORDS, numba.int64, _HALVES, _OFFSETS, _OFFSETS, numba.int32[:, ::1], numba.float32[:, ::1]))
-def _unpack_into(words, width, halves, offsets, kept, ids, logprobs):
+@compiled()
+def _unpack_rows(words, width, halves, offsets, kept, ids, logprobs):
     bits = logprobs.view(np.uint32)
     largest = np.int64(-1)
     num_safe = (words.shape[0] - 1) * 32 // width  # entries in front of the last word
@@ -119,3 +166,24 @@ def _unpack_into(words, width, halves, offsets, kept, ids, logprobs):
             ids[q, k] = PADDING_ID
             logprobs[q, k] = -np.inf
     return largest
+
+
+@intrinsic
+def _pointer(typing_context, address):  # noqa: ARG001 - numba's calling convention
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.voidptr(types.int64), generate
+
+
+@compiled(numba.void(numba.int64[:, ::1], numba.int64, numba.int64[::1]))
+def _unpack_many(table, width, largest):
+    for r in range(table.shape[0]):
+        num_words, num_offsets, num_kept, num_columns = table[r, 6], table[r, 7], table[r, 8], table[r, 9]
+        words = numba.carray(_pointer(table[r, 0]), (num_words,), np.uint32)
+        offsets = numba.carray(_pointer(table[r, 2]), (num_offsets,), np.int64)
+        halves = numba.carray(_pointer(table[r, 1]), (offsets[num_offsets - 1],), np.uint16)
+        kept = numba.carray(_pointer(table[r, 3]), (num_kept,), np.int64)
+        ids = numba.carray(_pointer(table[r, 4]), (num_kept, num_columns), np.int32)
+        logprobs = numba.carray(_pointer(table[r, 5]), (num_kept, num_columns), np.float32)
+        largest[r] = _unpack_rows(words, width, halves, offsets, kept, ids, logprobs)

@@ -8,6 +8,7 @@ Shape letters: P positions, Q positions that are kept, K entries per position (p
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec.base import Codec, ColumnValues
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.format.record import Distributions
 
 
@@ -73,6 +74,45 @@ def decode_into(
         place(codec.decode(columns, offsets_P1), out, keep_P)
     else:
         direct.decode_into(columns, offsets_P1, out, keep_P)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One sequence of several that are decoded together; see `decode_into` for the fields.
+
+    Attributes:
+        where: the place in the cache, for messages.
+    """
+
+    columns: ColumnValues
+    offsets_P1: NDArray[np.int64]
+    out: EntryArrays
+    keep_P: NDArray[np.bool_] | None
+    where: str
+
+
+def decode_many_into(codec: Codec, jobs: Sequence[Job]) -> None:
+    """`decode_into` for each job. A codec that has a method `decode_many_into` may take them together.
+
+    Raises:
+        CorruptCacheError: as `decode_into`; names the place of the first one.
+    """
+    together: Callable[[Sequence[Job]], None] | None = getattr(codec, "decode_many_into", None)
+    if together is not None:
+        together(jobs)
+        return
+    for_each(jobs, lambda job: decode_into(codec, job.columns, job.offsets_P1, job.out, job.keep_P))
+
+
+def for_each(jobs: Sequence[Job], function: Callable[[Job], None]) -> None:
+    """Call a function with each job; what it raises then says where in the cache."""
+    where = ""
+    try:
+        for job in jobs:
+            where = job.where
+            function(job)
+    except KdcacheError as error:
+        raise CorruptCacheError(f"{where}: {error}") from error
 
 
 def place(d: Distributions, out: EntryArrays, keep_P: NDArray[np.bool_] | None = None) -> None:

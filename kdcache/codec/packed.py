@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,12 +27,15 @@ from kdcache.codec.base import (
     list_array,
 )
 from kdcache.codec.bit_stream import packed_size
-from kdcache.codec.into import EntryArrays, check_width, place, place_scalars
+from kdcache.codec.into import EntryArrays, Job, check_width, for_each, place, place_scalars
 from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, scalar_fields
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
 from kdcache.format.selection import has_estimates
+
+if TYPE_CHECKING:
+    from kdcache.codec._numba_into import Unpacking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,26 +130,44 @@ class PackedCodec:
         self, columns: ColumnValues, offsets_P1: NDArray[np.int64], out: EntryArrays, keep_P: NDArray[np.bool_] | None
     ) -> None:
         """Without arrays in between where all entries are exact: see `kdcache.codec.into`."""
-        selection = self.selection
-        if has_estimates(selection):
-            place(self.decode(columns, offsets_P1), out, keep_P)
-            return
-        from kdcache.codec._numba_into import TOO_WIDE, unpack_into
+        self.decode_many_into([Job(columns, offsets_P1, out, keep_P, "this sequence")])
 
-        num_entries, num_positions = int(offsets_P1[-1]), len(offsets_P1) - 1
-        stream = checked_column(columns, "token_ids_packed", np.uint8, packed_size(num_entries, self.id_bits))
-        halves_E = checked_column(columns, "logprobs", np.float16, num_entries)
-        kept_Q = np.arange(num_positions) if keep_P is None else np.flatnonzero(keep_P)
-        rows, arrays = (offsets_P1, kept_Q), (out.token_ids_QK, out.logprobs_QK)
-        largest = unpack_into(stream, self.id_bits, halves_E, rows, arrays)
+    def decode_many_into(self, jobs: Sequence[Job]) -> None:
+        """As `decode_into` for each of them, in one go."""
+        from kdcache.codec._numba_into import unpack_many
+
+        if has_estimates(self.selection):
+            for_each(jobs, lambda job: place(self.decode(job.columns, job.offsets_P1), job.out, job.keep_P))
+            return
+        unpackings: list[Unpacking] = []
+        for_each(jobs, lambda job: unpackings.append(self._unpacking(job)))
+        largest = iter(unpack_many(unpackings, self.id_bits).tolist())
+        for_each(jobs, lambda job: self._finish(job, next(largest)))
+
+    def _unpacking(self, job: Job) -> Unpacking:
+        """What the compiled loop is to do, once the columns have been found to be as long as it relies on."""
+        from kdcache.codec._numba_into import Unpacking
+
+        num_entries, num_positions = int(job.offsets_P1[-1]), len(job.offsets_P1) - 1
+        size = packed_size(num_entries, self.id_bits)
+        stream = checked_column(job.columns, "token_ids_packed", np.uint8, size)
+        halves_E = checked_column(job.columns, "logprobs", np.float16, num_entries)
+        kept_Q = np.arange(num_positions) if job.keep_P is None else np.flatnonzero(job.keep_P)
+        return Unpacking.of(stream, halves_E, (job.offsets_P1, kept_Q), (job.out.token_ids_QK, job.out.logprobs_QK))
+
+    def _finish(self, job: Job, largest: int) -> None:
+        """Look at what came of a sequence, and write what is not its entries."""
+        from kdcache.codec._numba_into import TOO_WIDE
+
+        columns, offsets_P1, out, keep_P = job.columns, job.offsets_P1, job.out, job.keep_P
         if largest == TOO_WIDE:
             check_width(offsets_P1, out)
         if largest >= self.vocab_size:
             raise CorruptCacheError(f"a token id is outside the vocabulary of {self.vocab_size}")
-        tail_mass_P = self._tail_mass(columns, num_positions)
+        tail_mass_P = self._tail_mass(columns, len(offsets_P1) - 1)
         out.tail_mass_Q[:] = tail_mass_P if keep_P is None else tail_mass_P[keep_P]
         if not (out.num_exact_Q is None and out.log_z_QT is None and out.entropy_Q is None):
-            scalars = decode_scalars(columns, selection, offsets_P1, np.float16)
+            scalars = decode_scalars(columns, self.selection, offsets_P1, np.float16)
             place_scalars(scalars.get("num_exact_P"), scalars.get("log_z_PT"), scalars.get("entropy_P"), out, keep_P)
 
     def _tail_mass(self, columns: ColumnValues, num_positions: int) -> NDArray[np.float32]:

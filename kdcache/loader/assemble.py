@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.into import EntryArrays, place
+from kdcache.codec.base import Codec
+from kdcache.codec.into import EntryArrays, Job, decode_many_into, place
 from kdcache.config.loader import MaskConfig
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
@@ -86,6 +87,7 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
     choices = [choose(record.sequence, layout.mask) for record in records]
     batch = _blank(records, choices, layout, pool or BufferPool(0))
     remaining, position = iter(zip(records, choices, strict=True)), 0
+    jobs: dict[int, tuple[Codec, list[Job]]] = {}
     for b, num_sequences in enumerate(layout.sequences_per_row):
         column = 0
         for segment in range(1, num_sequences + 1):
@@ -97,8 +99,14 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
             batch.rows_P[position:end] = b * layout.seq_len + column + kept
             if choice.weights_Q is not None:
                 batch.weights_P[position:end] = choice.weights_Q
-            _place_entries(batch, record, choice, slice(position, end))
+            out = _entry_arrays(batch, slice(position, end))
+            if isinstance(record, EncodedRecord):
+                jobs.setdefault(id(record.codec), (record.codec, []))[1].append(record.job(out, choice.keep_P))
+            else:
+                _place(record, out, choice.keep_P)
             position, column = end, column + record.sequence.num_tokens
+    for codec, several in jobs.values():  # all of a cache's at once: see `kdcache.codec.into`
+        decode_many_into(codec, several)
     return batch
 
 
@@ -197,8 +205,8 @@ def _place_tokens(batch: Batch, record: Record, kept: NDArray[np.int64], place_a
     batch.labels_BT[b, start + with_target] = ids_N[with_target + 1]
 
 
-def _place_entries(batch: Batch, record: Record, choice: Choice, where: slice) -> None:
-    out = EntryArrays(
+def _entry_arrays(batch: Batch, where: slice) -> EntryArrays:
+    return EntryArrays(
         token_ids_QK=batch.token_ids_PK[where],
         logprobs_QK=batch.logprobs_PK[where],
         tail_mass_Q=batch.tail_mass_P[where],
@@ -206,11 +214,11 @@ def _place_entries(batch: Batch, record: Record, choice: Choice, where: slice) -
         log_z_QT=None if batch.log_z_PC is None else batch.log_z_PC[where],
         entropy_Q=None if batch.entropy_P is None else batch.entropy_P[where],
     )
-    if isinstance(record, EncodedRecord):
-        record.decode_into(out, choice.keep_P)
-        return
+
+
+def _place(record: SequenceRecord, out: EntryArrays, keep_P: NDArray[np.bool_] | None) -> None:
     try:
-        place(record.distributions, out, choice.keep_P)
+        place(record.distributions, out, keep_P)
     except CorruptCacheError as error:
         raise CorruptCacheError(f"{record.sequence.source}: {error}") from error
 

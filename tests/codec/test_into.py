@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kdcache.codec import CODECS, get_codec
 from kdcache.codec.base import ColumnValues
-from kdcache.codec.into import EntryArrays, decode_into, place
+from kdcache.codec.into import EntryArrays, Job, decode_into, decode_many_into, place
 from kdcache.codec.packed import PackedCodec
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
@@ -101,6 +101,34 @@ def test_every_float16_becomes_the_float32_that_numpy_makes_of_it() -> None:
     expected = halves.astype(np.float32).reshape(1024, 64)
     np.testing.assert_array_equal(out.logprobs_QK, expected)
     np.testing.assert_array_equal(np.signbit(out.logprobs_QK[expected == 0]), np.signbit(expected[expected == 0]))
+
+
+def test_several_sequences_at_once_are_each_by_itself_and_an_error_names_its_place() -> None:
+    codec, rng = PackedCodec(vocab_size=97), np.random.default_rng(1)
+    jobs, expected = [], []
+    for number, counts in enumerate(([7, 7], [], [3, 0, 5], [7] * 20)):
+        distributions = make_distributions(rng, counts, 97, EXACT[0])
+        columns, out, alone = columns_of(codec, distributions), blank(len(counts), 7, EXACT[0]), blank(len(counts), 7, EXACT[0])
+        jobs.append(Job(columns, distributions.offsets_P1, out, None, f"row {number}"))
+        place(codec.decode(columns, distributions.offsets_P1), alone)
+        expected.append(alone)
+    decode_many_into(codec, jobs)
+    for job, alone in zip(jobs, expected, strict=True):
+        assert_same(job.out, alone)
+    decode_many_into(codec, [])
+    with pytest.raises(CorruptCacheError, match=r"row 0: a token id is outside the vocabulary of 90"):
+        decode_many_into(PackedCodec(vocab_size=90), jobs)
+    jobs[2] = Job({**jobs[2].columns, "logprobs": np.zeros(3, np.float16)}, jobs[2].offsets_P1, jobs[2].out, None, "row 2")
+    with pytest.raises(CorruptCacheError, match=r"row 2: column 'logprobs' holds 3 values"):
+        decode_many_into(codec, jobs)
+
+
+def test_arrays_that_are_not_contiguous_are_not_written_to() -> None:
+    codec, columns, offsets_P1 = packed()
+    room = blank(9, 14, EXACT[0])
+    out = EntryArrays(room.token_ids_QK[:, ::2], room.logprobs_QK[:, ::2], room.tail_mass_Q)
+    with pytest.raises(ValueError, match="C-contiguous"):
+        decode_into(codec, columns, offsets_P1, out)
 
 
 def packed(vocab_size: int = 97) -> tuple[PackedCodec, dict[str, np.ndarray], np.ndarray]:
