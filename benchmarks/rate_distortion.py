@@ -147,28 +147,35 @@ def targets(results: Sequence[Result]) -> list[str]:
     ]
 
 
+LINES = {"packed": "-", "quantized 8": "--", "archive 8": ":"}
+"""Codecs that are drawn; the others lie between them."""
+
+
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Bytes against KL and against error: a line per selection and codec, a mark for each of the others."""
+    """Bytes against KL and against error: a colour per selection, a line style per codec, a mark for each of the others."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 6))
+    colours = {family: f"C{n}" for n, family in enumerate(dict.fromkeys(r.family for r in results if r.family != "others"))}
     for axis, name, label in zip(axes, ("kl", "error"), ("KL, nats", "squared error of the target"), strict=True):
-        lines: dict[str, list[Result]] = {}
-        for r in results:
-            if getattr(r, name) > 0:
-                key = r.name if r.family == "others" else f"{r.family}, {r.name.rpartition(', ')[2]}"
-                lines.setdefault(key, []).append(r)
-        for key, several in lines.items():
-            members = sorted(several, key=lambda r: r.bytes)
-            style = {"marker": "x", "linestyle": "none"} if members[0].family == "others" else {"marker": ".", "linewidth": 1}
-            axis.plot([r.bytes for r in members], [getattr(r, name) for r in members], label=key, **style)
-        axis.set(xscale="log", yscale="log", xlabel="bytes per position", ylabel=label, xlim=(4, 1000))
-        axis.legend(fontsize=5, ncols=2)
+        shown = [r for r in results if getattr(r, name) > 0 and r.bytes < 1000]
+        for family, colour in colours.items():
+            for codec, line in LINES.items():
+                points = sorted(
+                    (r.bytes, getattr(r, name)) for r in shown if r.family == family and r.name.endswith(f", {codec}")
+                )
+                if points:
+                    axis.plot(*zip(*points, strict=True), line, marker=".", color=colour, label=f"{family}, {codec}")
+        for number, r in enumerate([r for r in shown if r.family == "others"]):
+            axis.plot(r.bytes, getattr(r, name), "xsd*vP^<"[number % 8], color="black", fillstyle="none", label=r.name)
+        axis.set(xscale="log", yscale="log", xlabel="bytes per position", ylabel=label)
+        axis.grid(visible=True, which="major", alpha=0.3)
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
