@@ -53,13 +53,18 @@ def test_vllm_serve_keeps_every_promise(promise: Callable[[TeacherCase], None], 
     promise(case)
 
 
-def test_it_says_the_same_as_the_vllm_teacher_and_float32_transformers(case: TeacherCase, tiny_model_dir: Path):
-    sequences = random_sequences(case, [255, 100, 31, 1, 2, 64])
-    agreement = measure_agreement(case, sequences, 32)
+def test_it_gives_the_float64_forward(case: TeacherCase):
+    agreement = measure_agreement(case, random_sequences(case, [255, 100, 31, 1, 2, 64]), 32)
     print(f"vllm serve, float32, against a float64 forward: {agreement}")
     assert agreement.max_error_nats < 5e-5
     assert agreement.top_k_share > 0.999
-    served = score(case, sequences, 32)
+
+
+def test_it_says_the_same_as_the_vllm_teacher_and_float32_transformers(url: str, tiny_model_dir: Path):
+    teacher = load_teacher(config(url, tiny_model_dir))
+    sequences = random_sequences(TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5), [255, 100, 31, 1, 2, 64])
+    served = list(teacher.score(sequences, top_k(32)))
+    teacher.close()
     for backend in ("vllm", "transformers"):
         teacher = load_teacher(TeacherConfig(model=str(tiny_model_dir), backend=backend, dtype="float32"))
         for ours, theirs in zip(served, teacher.score(sequences, top_k(32)), strict=True):
