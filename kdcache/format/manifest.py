@@ -256,6 +256,41 @@ class IndexInfo(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
 
 
+class OperationInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was done to what the parents hold: its name, and its parameters as JSON."""
+
+    name: str
+    params: dict[str, Any] = {}
+
+
+class ParentInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A cache from which another was made without asking a teacher.
+
+    Attributes:
+        name: last part of its address, for people.
+        snapshot: digest of the manifest that was read: names exactly that content.
+        teacher, tokenizer, selection, codec, input_fingerprint: of its identity. What its codec rounded stays rounded, whatever
+            the codec of the cache made of it.
+        lineage: its own, where it was made of others itself.
+    """
+
+    name: str
+    snapshot: str
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    selection: SelectionInfo
+    codec: CodecInfo
+    input_fingerprint: str
+    lineage: LineageInfo | msgspec.UnsetType = msgspec.UNSET
+
+
+class LineageInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """How a cache was made from other caches: the operations, in the order in which they were done, and the caches."""
+
+    operations: tuple[OperationInfo, ...]
+    parents: tuple[ParentInfo, ...]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A snapshot of a cache.
 
@@ -266,6 +301,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         versions: package -> version at capture, for people; not compared.
         config: the resolved capture config, for people; not compared.
         shards: ordered by unit, at most one per unit.
+        lineage: of which caches this one was made, and how; absent where a teacher was asked.
     """
 
     format: str = FORMAT_NAME
@@ -279,6 +315,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     config: dict[str, Any] = {}
     shards: tuple[ShardInfo, ...] = ()
     index: IndexInfo | None = None
+    lineage: LineageInfo | msgspec.UnsetType = msgspec.UNSET
 
     @cached_property
     def digest(self) -> str:

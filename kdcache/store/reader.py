@@ -91,6 +91,11 @@ class CacheReader:
         """The manifest's digest: names exactly this content."""
         return self.manifest.digest
 
+    @property
+    def keys_S(self) -> NDArray[np.uint8]:
+        """(S, 16) uint8, the key of each sequence, from the index; not to be written."""
+        return self._keys_S
+
     def __len__(self) -> int:
         return len(self.num_tokens_S)
 

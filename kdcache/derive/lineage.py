@@ -1,0 +1,76 @@
+"""What is kept, and said, of where a derived cache comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kdcache.derive.options import DeriveOptions
+from kdcache.format.manifest import LineageInfo, Manifest, OperationInfo, ParentInfo, fingerprint
+
+MAX_KEYS = 100
+"""Selected keys that are listed in the manifest; of more, their fingerprint and number."""
+
+
+def make_lineage(parents: Sequence[tuple[str, Manifest]], options: DeriveOptions) -> LineageInfo:
+    """The lineage of a cache that is made of these with these options.
+
+    Args:
+        parents: name and manifest of each.
+    """
+    return LineageInfo(
+        operations=tuple(_operations(len(parents), options)),
+        parents=tuple(_parent(name, manifest) for name, manifest in parents),
+    )
+
+
+def lineage_words(lineage: LineageInfo) -> str:
+    """One line for people: "sample (fraction=0.1, seed=0), reduce (top_k=16) of a (1f0c...)"."""
+    done = ", ".join(f"{operation.name}{_in_brackets(operation.params)}" for operation in lineage.operations)
+    parents = ", ".join(f"{parent.name} ({parent.snapshot[:12]})" for parent in lineage.parents)
+    return f"{done} of {parents}"
+
+
+def _in_brackets(params: dict[str, Any]) -> str:
+    shown = ", ".join(f"{name}={value}" for name, value in params.items())
+    return f" ({shown})" if shown else ""
+
+
+def _parent(name: str, manifest: Manifest) -> ParentInfo:
+    identity = manifest.identity
+    return ParentInfo(
+        name=name,
+        snapshot=manifest.digest,
+        teacher=identity.teacher,
+        tokenizer=identity.tokenizer,
+        selection=identity.selection,
+        codec=identity.codec,
+        input_fingerprint=identity.input_fingerprint,
+        lineage=manifest.lineage,
+    )
+
+
+def _operations(num_parents: int, options: DeriveOptions) -> list[OperationInfo]:
+    asked: dict[str, dict[str, Any] | None] = {
+        "mix": None
+        if options.mix is None
+        else {"weights": list(options.mix), "missing": options.missing, "seed": options.seed},
+        "concatenate": {} if options.mix is None and num_parents > 1 else None,
+        "select": _selected(options),
+        "sample": None if options.sample is None else {"fraction": options.sample, "seed": options.seed},
+        "where": None if options.where is None else {"condition": options.where},
+        "where_position": None if options.where_position is None else {"condition": options.where_position},
+        "reduce": None if options.reduce is None else {**options.reduce.asked(), "seed": options.seed},
+    }
+    done = [OperationInfo(name=name, params=params) for name, params in asked.items() if params is not None]
+    return done or [OperationInfo(name="repack")]
+
+
+def _selected(options: DeriveOptions) -> dict[str, Any] | None:
+    if options.select is None:
+        return None
+    numbers, keys = [list(pair) for pair in options.select.numbers], [key.hex() for key in options.select.keys]
+    params: dict[str, Any] = {"numbers": numbers} if numbers else {}
+    if len(keys) > MAX_KEYS:
+        return params | {"num_keys": len(keys), "keys_fingerprint": fingerprint(keys)}
+    return params | ({"keys": keys} if keys else {})

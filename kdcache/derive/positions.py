@@ -1,0 +1,51 @@
+"""Leaving out positions of a record: their rows go, and the sequence is supervised there no more.
+
+Shape letters: N tokens, P positions, E entries, M positions whose target is no exact entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.format.record import Distributions, SequenceRecord, TokenSequence, find_targets, sequence_key
+
+
+def keep_positions(record: SequenceRecord, keep_P: NDArray[np.bool_], template_fingerprint: str) -> SequenceRecord:
+    """The record with these positions alone; its key is another, as the mask is part of it.
+
+    Args:
+        keep_P: (P,) which of the supervised positions stay.
+        template_fingerprint: of the chat template, as in the cache's identity.
+    """
+    if keep_P.all():
+        return record
+    sequence = _supervised_there(record.sequence, keep_P, template_fingerprint)
+    return SequenceRecord(sequence, _rows(record.distributions, record.sequence.target_ids_P, keep_P))
+
+
+def _supervised_there(sequence: TokenSequence, keep_P: NDArray[np.bool_], template_fingerprint: str) -> TokenSequence:
+    supervised_N = np.zeros(sequence.num_tokens, bool)
+    supervised_N[sequence.positions_P[keep_P]] = True
+    key = sequence_key(sequence.input_ids_N, supervised_N, template_fingerprint)
+    return replace(sequence, supervised_N=supervised_N, key=key)
+
+
+def _rows(d: Distributions, target_ids_P: NDArray[np.int32], keep_P: NDArray[np.bool_]) -> Distributions:
+    counts_P = d.num_entries_P
+    keep_E = np.repeat(keep_P, counts_P)
+    has_target_P, inside_P, _ = find_targets(d, target_ids_P)
+    is_outside_P = has_target_P & ~inside_P
+    return Distributions(
+        token_ids_E=d.token_ids_E[keep_E],
+        logprobs_E=d.logprobs_E[keep_E],
+        offsets_P1=np.concatenate([[0], np.cumsum(counts_P[keep_P])]).astype(np.int64),
+        tail_mass_P=d.tail_mass_P[keep_P],
+        outside_target_logprobs_M=d.outside_target_logprobs_M[keep_P[is_outside_P]],
+        num_exact_P=None if d.num_exact_P is None else d.num_exact_P[keep_P],
+        log_z_PT=None if d.log_z_PT is None else d.log_z_PT[keep_P],
+        entropy_P=None if d.entropy_P is None else d.entropy_P[keep_P],
+        features={name: rows_PH[keep_P] for name, rows_PH in d.features.items()},
+    )
