@@ -1,6 +1,6 @@
 """One step of training: packed forward, fused sparse loss, backward, AdamW.
 
-Shape letters: B rows, T tokens per row, P supervised positions, K entries per position, H hidden, V vocabulary.
+Shape letters: B rows, T tokens per row, P supervised positions, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 
 from kdcache.config.train import OptimizerConfig, TrainConfig
 from kdcache.loader._torch import TorchBatch
-from kdcache.loader.batch import IGNORED_LABEL
-from kdcache.loss.fused import fused_sparse_kd_loss
 from kdcache.train.entries import PLAIN, EntryMeaning
 from kdcache.train.packed import hidden_states, output_projection
+from kdcache.train.row_loss import RowLoss
 
 
 def optimize(
@@ -57,40 +56,8 @@ def student_loss(model: PreTrainedModel, batch: TorchBatch, config: TrainConfig,
     """
     with torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         hidden_BTH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT)
-    # Under autocast a norm's output is float32, as its weight; but the projection is most of a small student's work.
-    hidden_PH = hidden_BTH.flatten(0, 1).index_select(0, batch.rows_P).to(getattr(torch, config.dtype))
-    head = output_projection(model)
-    labels_P = batch.labels_BT.flatten()[batch.rows_P]
-    teacher, weights_P, of_teacher = (batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P), batch.weights_P, {}
-    if config.loss.alpha == 0:
-        # A sequence's last position has a teacher but no label: it must not count in a mean of cross-entropies.
-        teacher, weights_P = (None, None, None), weights_P * (labels_P != IGNORED_LABEL)
-    else:
-        of_teacher = _teacher_options(batch, config, meaning)
-    return fused_sparse_kd_loss(
-        hidden_PH,
-        head.weight.to(hidden_PH.dtype),
-        *teacher,
-        bias=None if head.bias is None else head.bias.to(hidden_PH.dtype),
-        labels_P=labels_P,
-        weights_P=weights_P,
-        alpha=config.loss.alpha,
-        backend=config.loss.backend,
-        chunk_size=config.loss.positions_per_chunk,
-        **of_teacher,
-    )
-
-
-def _teacher_options(batch: TorchBatch, config: TrainConfig, meaning: EntryMeaning) -> dict[str, Any]:
-    log_z_PC, column = batch.log_z_PC, meaning.log_z_column
-    return {
-        "divergence": meaning.divergence,
-        "tail": config.loss.tail,
-        "temperature": config.loss.temperature,
-        "log_z_P": None if log_z_PC is None or column is None else log_z_PC[:, column],
-        "targets": meaning.targets,
-        "num_exact_P": batch.num_exact_P,
-    }
+    loss = RowLoss(config.loss, meaning)
+    return loss(hidden_BTH, output_projection(model), batch, dtype=getattr(torch, config.dtype))
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

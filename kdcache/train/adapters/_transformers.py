@@ -1,0 +1,200 @@
+"""transformers' Trainer, trained from a cache.
+
+Trainer finds its place after a resume by counting steps and skipping batches, which it believes to be as many in every epoch.
+It gets a DataLoader over batch NUMBERS: what it skips are numbers, nothing is read; and rounds of constant length, see
+stream.py. The loader's own state lies in the checkpoint's `trainer_state.json`, written by Trainer in one piece with the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from kdcache.config.loader import LoaderConfig
+from kdcache.config.train import LossConfig
+from kdcache.errors import ConfigError, StateError
+from kdcache.loader._torch import TorchBatch
+from kdcache.loader.caches import CacheLike
+from kdcache.loader.loader import Loader
+from kdcache.loss.global_mean import global_weight
+from kdcache.train.adapters.stream import BatchStream, num_stream_batches
+from kdcache.train.adapters.student_loss import StudentLoss
+
+_Base = Trainer if TYPE_CHECKING else object
+
+_STATE = "kdcache_loader"
+_FIELDS = [field.name for field in fields(TorchBatch) if field.name != "state"]
+# Trainer counts tokens and operations by this name.
+_NAMES = {"input_ids_BT": "input_ids", "position_ids_BT": "position_ids"}
+
+
+class KDMixin(_Base):
+    """For transformers' Trainer and its subclasses: training batches come from a cache, the loss is the fused sparse one.
+
+    `args.max_steps` steps, or as many as `args.num_train_epochs` passes over the cache take; `gradient_accumulation_steps`
+    batches in each. `per_device_train_batch_size`, `dataloader_*`, `ignore_data_skip` and `average_tokens_across_devices` have
+    no say: the loader's options do, and a step's loss is the mean over the positions of all its batches on all ranks.
+    Evaluation is the trainer's own.
+
+    Args:
+        model: a causal language model.
+        args: the trainer's; not changed.
+        cache: address, open cache, or several, as for a Loader.
+        loader: what a batch holds. `batch_rows` is that of one batch of ALL ranks, before accumulation.
+        loss: what is minimised.
+        others: as the trainer takes them, but for the training data.
+
+    Raises:
+        ConfigError: see StudentLoss; several GPUs in one process; ranks that cannot share a batch.
+        StateError (from `train`): a checkpoint of another cache, of other options, or not made by this.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        cache: CacheLike | Sequence[CacheLike],
+        loader: LoaderConfig = LoaderConfig(),  # noqa: B008 - frozen
+        loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
+        **others: Any,
+    ) -> None:
+        _check_arguments(args, others)
+        batches = Loader(cache, loader, rank=args.process_index, world_size=args.world_size)
+        args, round_steps = _arguments(args, batches)
+        self._round_steps, self._is_placed = round_steps, False
+        self.stream = BatchStream(
+            batches,
+            round_batches=round_steps * args.gradient_accumulation_steps,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        )
+        super().__init__(model, args, **others)
+        self.student_loss = StudentLoss(self.model, batches, loss)  # pyright: ignore[reportArgumentType]
+        # compute_loss divides by the positions of the whole accumulated batch: nobody is to divide again.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As the trainer's; `resume_from_checkpoint` goes on behind the last batch, reading none again."""
+        try:
+            return super().train(*args, **options)
+        finally:
+            self.stream.pause()
+
+    def close(self) -> None:
+        """Close the loader, and the caches that were given as addresses."""
+        self.stream.pause()
+        self.stream.loader.close()
+
+    def get_train_dataloader(self) -> DataLoader:
+        self._is_placed = False
+        numbers = _Numbers(self._round_start, len(self.stream))
+        return DataLoader(self.stream, batch_sampler=numbers, collate_fn=_inputs)  # pyright: ignore[reportArgumentType]
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if "rows_P" not in inputs:  # evaluation, on data of the trainer's own
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        scale = None
+        if num_items_in_batch is not None:
+            scale = self.args.world_size / torch.as_tensor(num_items_in_batch).clamp_min(torch.finfo(torch.float32).tiny)
+        loss = self.student_loss(model, _batch(inputs), scale)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """The weight of all positions of one optimiser step, on all ranks."""
+        if not batch_samples or "rows_P" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        weights = self.student_loss.weights(map(_batch, batch_samples))
+        return global_weight([weights_P.to(device) for weights_P in weights]).float()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # As the state of a callback: Trainer keeps it with the step's number, and passes over names that it does not know.
+        self._callback_states()[_STATE] = {"args": {}, "attributes": self.stream.state_dict()}
+        super()._save_checkpoint(model, trial)
+
+    def _round_start(self) -> int:
+        """The number of the first batch of the round in which the trainer stands."""
+        if not self._is_placed and self.state.global_step > 0:
+            self._resume()
+        self._is_placed = True
+        return self.state.global_step // self._round_steps * len(self.stream)
+
+    def _resume(self) -> None:
+        saved = self._callback_states().get(_STATE)
+        if saved is None:
+            raise StateError(
+                f"the checkpoint of step {self.state.global_step} holds no state of a kdcache loader: it was made by another "
+                "trainer, so that what it has read is not known; begin anew with its model instead of resuming"
+            )
+        self.stream.load_state_dict(saved["attributes"])
+        expected = self.state.global_step * self.args.gradient_accumulation_steps
+        if self.stream.position != expected:
+            raise StateError(
+                f"the checkpoint of step {self.state.global_step} was made behind batch {self.stream.position}, which is not "
+                f"{self.args.gradient_accumulation_steps} in each step: use the gradient_accumulation_steps it was made with"
+            )
+
+    def _callback_states(self) -> dict[str, Any]:
+        states: Any = self.state.stateful_callbacks  # annotated as the list that it is given as
+        return states
+
+
+class KDTrainer(KDMixin, Trainer):
+    """transformers' Trainer with the batches of a cache and the fused loss, see KDMixin."""
+
+
+class _Numbers:
+    """A batch sampler: batch numbers of one round."""
+
+    def __init__(self, first: Callable[[], int], num_batches: int) -> None:
+        self._first, self._num_batches = first, num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self._first()
+        return ([number] for number in range(first, first + self._num_batches))
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+
+def _inputs(batches: list[TorchBatch]) -> dict[str, Any]:
+    """A batch as a flat dict, which Trainer moves to its device."""
+    return {_NAMES.get(name, name): getattr(batches[0], name) for name in _FIELDS}
+
+
+def _batch(inputs: Mapping[str, Any]) -> TorchBatch:
+    return TorchBatch(**{name: inputs[_NAMES.get(name, name)] for name in _FIELDS})
+
+
+def _check_arguments(args: TrainingArguments, others: dict[str, Any]) -> None:
+    for name in ("train_dataset", "data_collator", "model_init", "compute_loss_func"):
+        if others.get(name) is not None:
+            raise ConfigError(f"{name} is given, but batches, model and loss of a KD trainer are `cache`, `model` and `loss`")
+    if args.n_gpu > 1:
+        raise ConfigError(f"{args.n_gpu} GPUs in one process; start one process for each: torchrun or accelerate launch")
+    if getattr(args, "parallelism_config", None) is not None:
+        raise ConfigError("parallelism_config is given, but ranks that share a copy of the model are not supported here")
+
+
+def _arguments(args: TrainingArguments, loader: Loader) -> tuple[TrainingArguments, int]:
+    """A copy with the number of steps, and the steps of a round, which are about those of an epoch."""
+    args = copy.copy(args)
+    accumulated = args.gradient_accumulation_steps
+    args.per_device_train_batch_size = loader.options.batch_rows // loader.world_size  # for what Trainer logs
+    if args.max_steps > 0:
+        return args, math.ceil(loader.plan_of(0).num_batches / accumulated)
+    args.max_steps = math.ceil(num_stream_batches(loader, args.num_train_epochs) / accumulated)
+    return args, math.ceil(args.max_steps / args.num_train_epochs)

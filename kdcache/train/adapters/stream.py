@@ -1,0 +1,105 @@
+"""A loader's epochs as one endless stream of numbered batches, for trainers that count and skip batches themselves.
+
+Packed epochs differ by a batch or two; most trainers ask for the length of an epoch once and believe in it for ever. So they
+are given rounds of constant length instead, one behind the other: nothing is lost or repeated at a round's end, since the
+stream goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from kdcache.errors import ConfigError, StateError
+from kdcache.loader._torch import TorchBatch, TorchLoader
+from kdcache.loader.loader import Loader
+
+
+class BatchStream:
+    """Batches by number: 0 is the first of the loader's epoch 0. Consecutive ones are read ahead by the loader's threads.
+
+    Going to another number reads nothing on the way. Iterating gives the rest of the round in which the stream stands, and a
+    whole one where it stands at a round's beginning; `len` is that of a round.
+
+    Args:
+        loader: it stays the caller's.
+        round_batches: batches in a round; None for those of the loader's epoch 0.
+        pin_memory: see TorchLoader.
+    """
+
+    def __init__(self, loader: Loader, *, round_batches: int | None = None, pin_memory: bool = False) -> None:
+        if round_batches is not None and round_batches < 1:
+            raise ConfigError(f"round_batches is {round_batches}, but must be at least 1")
+        self.loader = loader
+        self.round_batches = round_batches or loader.plan_of(0).num_batches
+        self.position = 0
+        self._batches = TorchLoader(loader, pin_memory=pin_memory)
+        self._running: Iterator[TorchBatch] | None = None
+        self._is_placed = False
+
+    def __len__(self) -> int:
+        return self.round_batches
+
+    def __iter__(self) -> Iterator[TorchBatch]:
+        end = (self.position // self.round_batches + 1) * self.round_batches
+        while self.position < end:
+            yield self[self.position]
+
+    def __getitem__(self, number: int) -> TorchBatch:
+        """Batch `number` of the stream; the one behind it is next."""
+        if number != self.position or not self._is_placed:
+            self._go_to(number)
+        batch = self._next()
+        self.position += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: the place behind the last batch given, the same on all ranks."""
+        if not self._is_placed:
+            self._go_to(self.position)
+        return {"position": self.position, "loader": self.loader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where a state says, for any number of ranks.
+
+        Raises:
+            StateError: not a state of a stream, or see Loader.load_state_dict.
+        """
+        if not isinstance(state, dict) or set(state) != {"position", "loader"}:
+            raise StateError(f"not a state of a kdcache stream: {state!r}; expected a dict of 'position' and 'loader'")
+        self.pause()
+        self.loader.load_state_dict(state["loader"])
+        self.position, self._is_placed = int(state["position"]), True
+
+    def pause(self) -> None:
+        """End the threads that read ahead; the next batch starts them again."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _next(self) -> TorchBatch:
+        while True:
+            if self._running is None:
+                self._running = iter(self._batches)
+            try:
+                return next(self._running)
+            except StopIteration:  # the loader's epoch ended; its next loop reads the one behind it
+                self._running = None
+
+    def _go_to(self, number: int) -> None:
+        if number < 0:
+            raise IndexError(f"batch {number} of a stream that begins with 0")
+        self.pause()
+        epoch, place = 0, number
+        while place >= (num_batches := self.loader.plan_of(epoch).num_batches):
+            epoch, place = epoch + 1, place - num_batches
+        self.loader.load_state_dict(self.loader.state_dict() | {"epoch": epoch, "next_batch": place})
+        self.position, self._is_placed = number, True
+
+
+def num_stream_batches(loader: Loader, num_epochs: float) -> int:
+    """Batches of the first epochs, and of the last one's part where the number is not whole."""
+    whole = math.floor(num_epochs)
+    num_batches = sum(loader.plan_of(epoch).num_batches for epoch in range(whole))
+    return num_batches + math.ceil((num_epochs - whole) * loader.plan_of(whole).num_batches if num_epochs > whole else 0)

@@ -1,0 +1,101 @@
+"""The fused loss of a model that is called through its wrapper: DDP, FSDP2, accelerate's, Lightning's, an adapter's.
+
+Shape letters: B rows, T tokens per row, P supervised positions, H hidden, V vocabulary.
+
+Gradients are all-reduced (and sharded weights gathered) by hooks on the wrapper's forward, so the model must be called as a
+whole. It is, with its output projection exchanged for the time of the call for one that gives the loss instead of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.config.train import LossConfig
+from kdcache.errors import ConfigError, MismatchError
+from kdcache.loader._torch import TorchBatch
+from kdcache.loader.loader import Loader
+from kdcache.loss.global_mean import global_mean_scale
+from kdcache.train.entries import entry_meaning
+from kdcache.train.packed import check_architecture, output_projection
+from kdcache.train.row_loss import RowLoss
+
+
+class StudentLoss:
+    """The loss of a student from a loader's batches; [P, V] logits never exist whole.
+
+    Args:
+        model: a causal language model of transformers, or one with adapters of peft; not yet wrapped.
+        loader: its caches say what their entries are.
+        config: what is minimised.
+
+    Raises:
+        ConfigError: a model that would silently be trained wrongly, see `check_architecture`.
+        MismatchError: the model's vocabulary cannot hold the teacher's ids.
+        LossError: a loss that would be wrong for the cache's selection.
+    """
+
+    def __init__(self, model: nn.Module, loader: Loader, config: LossConfig = LossConfig()) -> None:  # noqa: B008 - frozen
+        plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+        check_architecture(plain)
+        self.head = output_projection(plain)
+        identity = loader.readers[0].manifest.identity
+        if self.head.out_features < identity.teacher.vocab_size:
+            raise MismatchError(
+                f"the student's vocabulary of {self.head.out_features} cannot hold the ids of teacher "
+                f"{identity.teacher.model!r}, whose vocabulary is {identity.teacher.vocab_size}: resize its embeddings"
+            )
+        self.rows = RowLoss(config, entry_meaning(config, identity.selection))
+
+    def __call__(self, model: nn.Module, batch: TorchBatch, scale: Tensor | float | None = None) -> Tensor:
+        """A scalar.
+
+        Args:
+            model: the one given before, or a wrapper of it.
+            batch: on the model's device.
+            scale: None for the mean over the batch's positions; else the sum over them times this, see `scale`.
+        """
+
+        def loss_of(hidden_BTH: Tensor) -> Tensor:
+            with torch.autocast(hidden_BTH.device.type, enabled=False):
+                return self.rows(hidden_BTH, self.head, batch, dtype=dtype, reduction="mean" if scale is None else "sum")
+
+        kind = batch.input_ids_BT.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.weight.dtype
+        with _instead_of_forward(self.head, loss_of):
+            outputs = model(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False)
+        # Taken from the output, not from loss_of: wrappers hang their backward hooks on what the forward gives.
+        loss = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        if loss.ndim:
+            raise ConfigError(
+                f"{type(model).__name__} made logits of the shape {tuple(loss.shape)} without calling its output projection "
+                "as a module (its forward was exchanged?); the fused loss cannot be put in its place"
+            )
+        return loss if scale is None else loss * scale
+
+    def weights(self, batches: Iterable[TorchBatch]) -> list[Tensor]:
+        """(P,) what each position of each batch counts."""
+        return [self.rows.weights_P(batch) for batch in batches]
+
+    def scale(self, batches: Iterable[TorchBatch]) -> Tensor:
+        """For all batches of one optimiser step: what makes their losses add up, and average over ranks, to the mean over all
+        positions of all ranks. A collective, see `global_mean_scale`."""
+        return global_mean_scale(self.weights(batches))
+
+
+@contextmanager
+def _instead_of_forward(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Calls of the module go to the function, and still through the module's hooks (FSDP gathers its weight in them)."""
+    before = module.__dict__.get("forward")  # of a library that exchanged it too, as accelerate's hooks do
+    module.forward = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

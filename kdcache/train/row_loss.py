@@ -1,0 +1,89 @@
+"""A run's loss, of a batch's hidden states: what the trainer and the adapters have in common.
+
+Shape letters: B rows, T tokens per row, P supervised positions, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcache.config.train import LossConfig
+from kdcache.loader._torch import TorchBatch
+from kdcache.loader.batch import IGNORED_LABEL
+from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.train.entries import PLAIN, EntryMeaning
+
+
+@dataclass(frozen=True, slots=True)
+class RowLoss:
+    """The sparse loss fused with the output projection, as configured, for entries of one meaning."""
+
+    config: LossConfig
+    meaning: EntryMeaning = PLAIN
+
+    def weights_P(self, batch: TorchBatch) -> Tensor:
+        """(P,) what each position counts in a mean.
+
+        A sequence's last position has a teacher but no label: it must not count in a mean of cross-entropies alone.
+        """
+        if self.config.alpha == 0:
+            return batch.weights_P * (_labels_P(batch) != IGNORED_LABEL)
+        return batch.weights_P
+
+    def __call__(
+        self,
+        hidden_BTH: Tensor,
+        head: torch.nn.Linear,
+        batch: TorchBatch,
+        *,
+        dtype: torch.dtype,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """A scalar in nats (for the KLs); [P, V] logits never exist whole.
+
+        Args:
+            hidden_BTH: what the output projection reads, at every place of the batch.
+            head: the output projection; its weight must be whole.
+            batch: on hidden's device.
+            dtype: of the matrix products.
+            reduction: `mean`, over the batch's positions by weight, or `sum`.
+        """
+        # Under autocast a norm's output is float32, as its weight; but the projection is most of a small student's work.
+        hidden_PH = hidden_BTH.flatten(0, -2).index_select(0, batch.rows_P).to(dtype)
+        teacher, of_teacher = (batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P), {}
+        if self.config.alpha == 0:
+            teacher = (None, None, None)
+        else:
+            of_teacher = self._teacher_options(batch)
+        return fused_sparse_kd_loss(
+            hidden_PH,
+            head.weight.to(dtype),
+            *teacher,
+            bias=None if head.bias is None else head.bias.to(dtype),
+            labels_P=_labels_P(batch),
+            weights_P=self.weights_P(batch),
+            alpha=self.config.alpha,
+            reduction=reduction,
+            backend=self.config.backend,
+            chunk_size=self.config.positions_per_chunk,
+            **of_teacher,
+        )
+
+    def _teacher_options(self, batch: TorchBatch) -> dict[str, Any]:
+        log_z_PC, column = batch.log_z_PC, self.meaning.log_z_column
+        return {
+            "divergence": self.meaning.divergence,
+            "tail": self.config.tail,
+            "temperature": self.config.temperature,
+            "log_z_P": None if log_z_PC is None or column is None else log_z_PC[:, column],
+            "targets": self.meaning.targets,
+            "num_exact_P": batch.num_exact_P,
+        }
+
+
+def _labels_P(batch: TorchBatch) -> Tensor:
+    return batch.labels_BT.flatten()[batch.rows_P]
