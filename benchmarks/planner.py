@@ -162,8 +162,8 @@ def make_config(folder: Path, *, unit_items: int, **run: int) -> CaptureConfig:
 class WaitingTeacher(FakeTeacher):
     """The fake teacher at the speed of a device that this machine does not have."""
 
-    def score(self, sequences, selection):
-        for answer in super().score(sequences, selection):
+    def score(self, sequences, selection, features=()):
+        for answer in super().score(sequences, selection, features):
             time.sleep(WAIT_SECONDS_PER_SEQUENCE)
             yield answer
 

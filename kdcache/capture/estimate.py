@@ -14,14 +14,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from kdcache.capture.content import Item
+from kdcache.capture.features import features_of, known_features
 from kdcache.capture.generate import write_sequences
-from kdcache.capture.job import Job, check_fits, codec_info, output_location, prepare, selection_info
+from kdcache.capture.job import Job, ask, check_fits, codec_info, output_location, prepare, selection_info
 from kdcache.capture.plan import Plan
 from kdcache.capture.progress import CaptureProgress
 from kdcache.capture.unit import Work, make_work, most_tokens
 from kdcache.codec import get_codec
+from kdcache.codec.features import bytes_per_row
 from kdcache.config.capture import CaptureConfig
-from kdcache.format.manifest import SelectionInfo
+from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import fixed_entries, fixed_exact, has_estimates, most_entries
 from kdcache.store import chain
@@ -39,6 +41,15 @@ SHARD_BYTES = 5000
 """Arrow's schema, footer and framing of one shard of one record batch."""
 
 
+class FeatureEstimate(NamedTuple):
+    """What a feature takes: so many bytes for each of `per` (`position` or `sequence`), and in all."""
+
+    feature: FeatureInfo
+    bytes_per_row: int
+    per: Literal["position", "sequence"]
+    num_bytes: int
+
+
 @dataclass(frozen=True)
 class CaptureEstimate:
     """A dry run's findings. Tokens, positions, bytes and seconds are estimates for the whole plan; where the teacher answers,
@@ -51,6 +62,7 @@ class CaptureEstimate:
         bytes_per_position: of the codec's columns, and of the number of entries where that varies.
         bytes_are: `expected`; `most`, where the number of entries follows from the teacher, which has not been asked; or
             `measured`, by the probe.
+        num_bytes: of all, the features included.
         tokens_per_second: measured, by a probe or by the units already published; None where nothing has been measured.
     """
 
@@ -65,6 +77,7 @@ class CaptureEstimate:
     bytes_are: Literal["expected", "most", "measured"]
     num_bytes: int
     tokens_per_second: float | None
+    features: tuple[FeatureEstimate, ...] = ()
 
     @property
     def seconds_left(self) -> float | None:
@@ -80,6 +93,7 @@ class _Probed(NamedTuple):
 
     tokens_per_second: float | None
     bytes_per_position: float
+    features: tuple[FeatureInfo, ...]
     is_measured: bool = False
 
 
@@ -101,7 +115,9 @@ def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = N
         vocab_size = job.tokenizer.identity.vocab_size
         work, _ = make_work(items, job.tokenizer, config, vocab_size=2**31)
         probed = _probe(job, work) if probe else None
-        return _scale(job, items, work, probed or _Probed(_past_speed(job), _expected_bytes(config, vocab_size)))
+        if probed is None:
+            probed = _Probed(_past_speed(job), _expected_bytes(config, vocab_size), known_features(config))
+        return _scale(job, items, work, probed)
 
 
 def _sample(job: Job) -> list[Item]:
@@ -132,6 +148,7 @@ def _scale(job: Job, items: list[Item], work: list[Work], probed: _Probed) -> Ca
     tokens = round(factor * most_tokens(work, job.config))
     positions = round(factor * _most_positions(work, job.config))
     num_sequences = round(factor * len(work))
+    features = tuple(_feature_estimate(feature, positions, num_sequences) for feature in probed.features)
     manifests = chain.manifest_numbers(job.path)
     return CaptureEstimate(
         plan=plan,
@@ -146,11 +163,18 @@ def _scale(job: Job, items: list[Item], work: list[Work], probed: _Probed) -> Ca
         num_bytes=round(
             positions * bytes_per_position
             + tokens * (4 + 1 / 8)
+            + sum(estimate.num_bytes for estimate in features)
             + num_sequences * SEQUENCE_BYTES
             + len(plan.units) * SHARD_BYTES
         ),
         tokens_per_second=probed.tokens_per_second,
+        features=features,
     )
+
+
+def _feature_estimate(feature: FeatureInfo, num_positions: int, num_sequences: int) -> FeatureEstimate:
+    per, num_rows = ("position", num_positions) if feature.pooling == "none" else ("sequence", num_sequences)
+    return FeatureEstimate(feature, bytes_per_row(feature), per, num_rows * bytes_per_row(feature))
 
 
 def _most_positions(work: list[Work], config: CaptureConfig) -> int:
@@ -210,12 +234,13 @@ def _probe(job: Job, work: list[Work]) -> _Probed | None:
         return None
     with closing(load_teacher(config.teacher)) as teacher:
         check_fits(config, teacher)
-        list(teacher.score(longest_first[:1], selection_info(config)))
+        list(ask(teacher, longest_first[:1], config))
         chosen = longest_first[: max(1, PROBE_TOKENS // longest_first[0].num_tokens)]
         started = time.perf_counter()
-        answers = list(teacher.score(chosen, selection_info(config)))
+        answers = list(ask(teacher, chosen, config))
         speed = sum(sequence.num_tokens for sequence in chosen) / (time.perf_counter() - started)
-        return _Probed(speed, _encoded_bytes(config, teacher.identity.vocab_size, answers), is_measured=True)
+        per_position = _encoded_bytes(config, teacher.identity.vocab_size, answers)
+        return _Probed(speed, per_position, features_of(config, teacher), is_measured=True)
 
 
 def _probe_writing(job: Job, prompts: list[Prompt]) -> _Probed:
@@ -228,9 +253,10 @@ def _probe_writing(job: Job, prompts: list[Prompt]) -> _Probed:
         chosen = prompts[: max(1, PROBE_TOKENS // config.generate.max_tokens)]
         started = time.perf_counter()
         sequences = list(write_sequences(chosen, teacher, config, tokenizer, lambda _: None))
-        answers = list(teacher.score(sequences, selection_info(config)))
+        answers = list(ask(teacher, sequences, config))
         speed = sum(sequence.num_tokens for sequence in sequences) / (time.perf_counter() - started)
-        return _Probed(speed, _encoded_bytes(config, teacher.identity.vocab_size, answers), is_measured=True)
+        per_position = _encoded_bytes(config, teacher.identity.vocab_size, answers)
+        return _Probed(speed, per_position, features_of(config, teacher), is_measured=True)
 
 
 def _past_speed(job: Job) -> float | None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
+from kdcache.capture.features import features_of
 from kdcache.capture.heartbeat import Heartbeat, interrupting
 from kdcache.capture.job import Job, check_fits, first_manifest
 from kdcache.capture.progress import CaptureProgress
@@ -40,7 +41,7 @@ def capture_here(job: Job, progress: CaptureProgress, stop: StopRequest) -> Capt
 def open_writer(job: Job, slot: TeacherSlot) -> CacheWriter:
     """A writer of the job's cache, which is started if it is not there; raises MismatchError where it is another capture's."""
     check_fits(job.config, slot.teacher)
-    manifest = first_manifest(job, slot.teacher.identity)
+    manifest = first_manifest(job, slot.teacher.identity, features_of(job.config, slot.teacher))
     return CacheWriter.open(job.path, manifest, record_batch_bytes=job.config.output.record_batch_bytes)
 
 

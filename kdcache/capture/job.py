@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import kdcache
+from kdcache.capture.features import features_of
 from kdcache.capture.generate import captured_filters, generation_info, generation_seeds
 from kdcache.capture.inputs import InputReader
 from kdcache.capture.plan import Plan
@@ -18,7 +20,8 @@ from kdcache.codec import get_codec
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import config_to_builtins
 from kdcache.errors import ConfigError
-from kdcache.format.manifest import CodecInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity
+from kdcache.format.manifest import CodecInfo, FeatureInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity
+from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import selection_params
 from kdcache.store.location import Location, locate
 from kdcache.teacher import load_tokenizer
@@ -69,7 +72,7 @@ def prepare(config: CaptureConfig, progress: CaptureProgress) -> Job:
     return Job(config, reader, tokenizer, plan)
 
 
-def first_manifest(job: Job, teacher: TeacherIdentity) -> Manifest:
+def first_manifest(job: Job, teacher: TeacherIdentity, features: tuple[FeatureInfo, ...] = ()) -> Manifest:
     """Manifest 0: what this capture is, with the plan and the resolved config, of which `run` is left out: it may be another in
     each run, and ranks that start at once come to the same manifest."""
     plan = job.plan
@@ -86,6 +89,7 @@ def first_manifest(job: Job, teacher: TeacherIdentity) -> Manifest:
             codec=codec_info(job.config, teacher.vocab_size),
             input_fingerprint=plan.input_fingerprint,
             seeds=generation_seeds(job.config),
+            features=features,
             generation=generation_info(job.config),
         ),
         plan=PlanInfo(fingerprint=plan.fingerprint, num_units=len(plan.units)),
@@ -95,15 +99,20 @@ def first_manifest(job: Job, teacher: TeacherIdentity) -> Manifest:
 
 
 def check_fits(config: CaptureConfig, teacher: Teacher) -> None:
-    """Raise ConfigError where a window may be longer than the teacher can read, or it cannot make the selection."""
+    """Raise ConfigError where a window may be longer than the teacher can read, or it cannot make the selection or features."""
     # It refuses before it computes, and of nothing there is nothing to compute.
-    teacher.score([], selection_info(config))
+    ask(teacher, [], config)
     identity = teacher.identity
     if config.input.window.size > identity.context_length:
         raise ConfigError(
             f"input.window.size is {config.input.window.size}, but the teacher {identity.model!r} reads at most "
             f"{identity.context_length} tokens; set input.window.size to {identity.context_length} or less"
         )
+
+
+def ask(teacher: Teacher, sequences: Sequence[TokenSequence], config: CaptureConfig) -> Iterator[Distributions]:
+    """What the teacher says of the sequences, as the config wants it; raises as `Teacher.score`."""
+    return teacher.score(sequences, selection_info(config), features_of(config, teacher))
 
 
 def selection_info(config: CaptureConfig) -> SelectionInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 
+from kdcache.capture.features import stated_features
 from kdcache.capture.job import Job, check_fits, first_manifest, output_location, prepare
 from kdcache.capture.progress import CaptureProgress, SeveralProgress
 from kdcache.capture.progress_file import ProgressFile, progress_path
@@ -58,8 +59,11 @@ def _existing_writer(job: Job) -> CacheWriter | None:
     """A writer of the cache that is there; raises MismatchError where it differs in anything that needs no teacher to see."""
     if not chain.manifest_numbers(job.path):
         return None
-    teacher = chain.read_manifest(job.path, 0).identity.teacher
-    return CacheWriter.open(job.path, first_manifest(job, teacher))
+    there = chain.read_manifest(job.path, 0).identity
+    features = stated_features(job.config)
+    # Where only the loaded teacher can tell, it is compared when it is loaded; what differs without it shows here.
+    features = there.features if features is None else features
+    return CacheWriter.open(job.path, first_manifest(job, there.teacher, features))
 
 
 def _is_finished(job: Job, existing: CacheWriter) -> bool:
@@ -67,7 +71,8 @@ def _is_finished(job: Job, existing: CacheWriter) -> bool:
     published = existing.published_units()
     if not all(unit.number in published for unit in own_units(job.plan, job.config.run)):
         return False
-    if existing.manifest.config.get("teacher") != config_to_builtins(job.config.teacher):
+    asked, noted = config_to_builtins(job.config), existing.manifest.config
+    if noted.get("teacher") != asked["teacher"] or noted.get("features", []) != list(asked["features"]):
         return False
     # Without this a teacher that was trained further in the same folder, or whose branch on the hub has moved, would pass for
     # the one that was captured.

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kdcache.capture.content import Item
+from kdcache.capture.features import features_of
 from kdcache.capture.generate import make_prompts, write_sequences, writer_of
 from kdcache.capture.heartbeat import Heartbeat
-from kdcache.capture.job import Job, selection_info
+from kdcache.capture.job import Job, ask, selection_info
 from kdcache.capture.meter import gpus_held, start_meter
 from kdcache.capture.plan import Unit
 from kdcache.capture.poison import find_poison
 from kdcache.capture.progress import CaptureProgress
 from kdcache.capture.sequences import CutCounts, make_sequences
 from kdcache.capture.signals import StopRequest
+from kdcache.codec.features import check_features
 from kdcache.config.capture import CaptureConfig
 from kdcache.errors import (
     CaptureError,
@@ -27,7 +29,7 @@ from kdcache.errors import (
     MissingDependencyError,
     TeacherError,
 )
-from kdcache.format.manifest import ShardInfo, SkippedSequence, TeacherIdentity
+from kdcache.format.manifest import FeatureInfo, ShardInfo, SkippedSequence, TeacherIdentity
 from kdcache.format.record import SequenceRecord, TokenSequence, check_distributions
 from kdcache.format.selection import fixed_entries
 from kdcache.store.admission import check_record
@@ -101,7 +103,7 @@ class TeacherSlot:
             TeacherLostError: it does not load again, or is another one now.
         """
         try:
-            list(self.teacher.score([], selection_info(self._config)))
+            list(ask(self.teacher, [], self._config))
             return
         except KdcacheError as error:
             log.warning("the teacher does not take requests any more (%s); loading it again", error)
@@ -268,13 +270,13 @@ def score_records(sequences: Sequence[TokenSequence], teacher: Teacher, config: 
     """
     if not sequences:
         return
-    answers = teacher.score(sequences, selection_info(config))
+    answers, features = ask(teacher, sequences, config), features_of(config, teacher)
     for sequence in sequences:
         distributions = next(answers, None)
         if distributions is None:
             raise TeacherError(f"{sequence.source}: the teacher {teacher.identity.model!r} gave no answer")
         record = SequenceRecord(sequence, distributions)
-        _check_answer(record, teacher.identity)
+        _check_answer(record, teacher.identity, features)
         yield record
 
 
@@ -308,10 +310,11 @@ def most_tokens(work: Sequence[Work], config: CaptureConfig) -> int:
     return sum((asked.sequence if isinstance(asked, Prompt) else asked).num_tokens + answer for asked in work)
 
 
-def _check_answer(record: SequenceRecord, teacher: TeacherIdentity) -> None:
+def _check_answer(record: SequenceRecord, teacher: TeacherIdentity, features: Sequence[FeatureInfo]) -> None:
     sequence, distributions = record.sequence, record.distributions
     try:
         check_distributions(distributions, vocab_size=teacher.vocab_size)
+        check_features(distributions.features, features, distributions.num_positions)
     except FormatError as error:
         raise TeacherError(f"{sequence.source}: the teacher {teacher.model!r} gave a wrong answer: {error}") from error
     asked = int(sequence.supervised_N.sum())

@@ -152,10 +152,20 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
             **_tokens_row(config, estimate),
             "positions": f"{at_most} {estimate.num_positions:,}, {most}{estimate.bytes_per_position:.1f} bytes each "
             f"({config.codec.id}, {config.selection.kind}: {params})",
+            **_feature_rows(estimate),
             "cache": f"{'at most' if most.startswith('at') else at_most} {size(estimate.num_bytes)} at {config.output.path}",
             "time": when,
         }
     )
+
+
+def _feature_rows(estimate: CaptureEstimate) -> dict[str, str]:
+    shown = {}
+    for feature, num_each, per, num_bytes in estimate.features:
+        pooling = "" if feature.pooling == "none" else f", {feature.pooling} of a sequence's positions"
+        what = f"layer {feature.layer}, {feature.size:,} x {feature.dtype}{pooling}"
+        shown[feature.name] = f"{num_each:,} bytes per {per}, {size(num_bytes)}: {what}"
+    return shown
 
 
 def _tokens_row(config: CaptureConfig, estimate: CaptureEstimate) -> dict[str, str]:

@@ -10,7 +10,7 @@ from kdcache.cli.wording import count, duration, rows, size
 from kdcache.config.capture import GenerateConfig
 
 if TYPE_CHECKING:
-    from kdcache.format.manifest import Identity, Manifest
+    from kdcache.format.manifest import FeatureInfo, Identity, Manifest
     from kdcache.store.summary import CacheSummary
 
 
@@ -120,8 +120,25 @@ def _identity_rows(path: str, manifest: Manifest) -> dict[str, str]:
         **_generation(identity),
         "selection": f"{identity.selection.kind} {_params(identity.selection.params)}",
         "codec": f"{identity.codec.codec_id} {_params(identity.codec.params)}".rstrip(),
+        **{f"feature {feature.name}": _feature(feature) for feature in identity.features},
         "plan": f"{count(num_units, 'unit')}, {state}",
+        **_lineage(manifest),
     }
+
+
+def _lineage(manifest: Manifest) -> dict[str, str]:
+    """Of which caches it was made, where no teacher was asked."""
+    from kdcache.derive.lineage import lineage_words
+    from kdcache.format.manifest import LineageInfo
+
+    return {"derived": lineage_words(manifest.lineage)} if isinstance(manifest.lineage, LineageInfo) else {}
+
+
+def _feature(feature: FeatureInfo) -> str:
+    """Which hidden states, how far off at most, and of what there is one row."""
+    off = {"float16": "off by at most |x| 2^-11", "int8": "off by at most 1/254 of a row's largest magnitude"}[feature.dtype]
+    of = {"none": "a row per position", "mean": "the mean of a sequence's positions", "last": "a sequence's last position"}
+    return f"layer {feature.layer}, {feature.size:,} x {feature.dtype} ({off}), {of[feature.pooling]}"
 
 
 def _generation(identity: Identity) -> dict[str, str]:

@@ -20,6 +20,8 @@ from kdcache.errors import FormatError
 from kdcache.format.manifest import FeatureInfo
 
 _STEPS = 127
+_HALF_END = 65520.0
+"""From here on float16 rounds to infinity."""
 
 
 def feature_fields(features: Sequence[FeatureInfo]) -> list[pa.Field]:
@@ -58,10 +60,14 @@ def encode_features(sequences: Sequence[Mapping[str, NDArray[np.float32]]], feat
 
 
 def check_features(values: Mapping[str, NDArray[np.float32]], features: Sequence[FeatureInfo], num_positions: int) -> None:
-    """Raise FormatError unless a sequence with so many supervised positions has these features, each with its rows."""
+    """Raise FormatError unless a sequence with so many supervised positions has these features, each with its rows, in numbers
+    that can be stored."""
     _check_names(values, features)
     for feature in features:
-        found, expected = len(_checked(values[feature.name], feature)), feature.num_rows(num_positions)
+        values_RH = _checked(values[feature.name], feature)
+        if feature.dtype == "float16":
+            _check_half(values_RH, feature)
+        found, expected = len(values_RH), feature.num_rows(num_positions)
         if found != expected:
             raise FormatError(f"feature {feature.name!r} has {found} rows, expected {expected}")
 
@@ -124,10 +130,11 @@ def _checked(values: NDArray[Any], feature: FeatureInfo) -> NDArray[np.float32]:
 
 
 def _half(values_RH: NDArray[np.float32], feature: FeatureInfo) -> NDArray[np.float16]:
-    with np.errstate(over="ignore"):
-        half_RH = values_RH.astype(np.float16)
-    if np.isinf(half_RH).any():
-        raise FormatError(
-            f"feature {feature.name!r} has a value of {float(np.abs(values_RH).max()):.6g}, float16 ends at 65504: use int8"
-        )
-    return half_RH
+    _check_half(values_RH, feature)
+    return values_RH.astype(np.float16)
+
+
+def _check_half(values_RH: NDArray[np.float32], feature: FeatureInfo) -> None:
+    largest = float(np.abs(values_RH).max(initial=0.0))
+    if largest >= _HALF_END:
+        raise FormatError(f"feature {feature.name!r} has a value of {largest:.6g}, float16 ends at 65504: use int8")

@@ -223,6 +223,35 @@ class GenerateConfig(Config, frozen=True, kw_only=True):
             raise ValueError("capture_filtered needs a temperature above 0: at 0 nothing is drawn, so there is no distribution")
 
 
+class FeatureConfig(Config, frozen=True, kw_only=True):
+    """Hidden states of one layer, kept beside the distributions, at supervised positions alone.
+
+    Attributes:
+        layer: 0 for what the embeddings give, i for what layer i gives, counted from 1; -1 for the last one, which is behind
+            the final norm: what the output projection takes. The convention of `output_hidden_states` in transformers.
+        dtype: `float16`, 2 bytes per number, off by at most |x| 2^-11, and nothing beyond 65504; or `int8`, 1 byte per number
+            and 4 per row, off by at most 1/254 of the row's largest magnitude.
+        pooling: `none`, a row per position; `mean` of a sequence's positions, or the `last` of them: one row per sequence.
+        name: of the column, in letters, digits and underscores; null for one that says layer and pooling, as in `hidden_last`
+            or `hidden_12_mean`.
+    """
+
+    layer: Annotated[int, Meta(ge=-1)]
+    dtype: Literal["float16", "int8"] = "float16"
+    pooling: Literal["none", "mean", "last"] = "none"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not (self.name.isascii() and self.name.replace("_", "a").isalnum()):
+            raise ValueError(f"name is {self.name!r}, but it is for a column: letters, digits and underscores")
+
+    @property
+    def full_name(self) -> str:
+        """The name that the cache gives it."""
+        layer = "last" if self.layer == -1 else str(self.layer)
+        return self.name or f"hidden_{layer}" + (f"_{self.pooling}" if self.pooling != "none" else "")
+
+
 class CodecConfig(Config, frozen=True, kw_only=True):
     """How the kept entries become bytes.
 
@@ -310,17 +339,23 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
 
     Attributes:
         generate: null: the teacher reads the input. A section: it answers it.
+        features: hidden states to keep beside the distributions, as in [{layer: -1, dtype: int8}]; each with `layer` (0 what
+            the embeddings give, i what layer i gives, -1 the last, which the output projection takes), `dtype` (float16, int8),
+            `pooling` (none: a row per position; mean, last: one per sequence) and `name`. A row takes the model's hidden size
+            x 2 bytes (float16) or + 4 bytes (int8); --dry-run says what it comes to.
     """
 
     input: InputConfig
     teacher: TeacherConfig
     generate: GenerateConfig | None = None
     selection: SelectionConfig = SelectionConfig()
+    features: tuple[FeatureConfig, ...] = ()
     codec: CodecConfig = CodecConfig()
     output: OutputConfig
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
+        self._check_features()
         if self.generate is None:
             return
         if self.generate.max_tokens >= self.input.window.size:
@@ -333,3 +368,13 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
                 "with `generate`, prompts are not cut and the answers are what is recorded: leave out input.window.policy, "
                 "input.window.overlap and input.supervise; generate.long_prompts says what becomes of long prompts"
             )
+
+    def _check_features(self) -> None:
+        names = [feature.full_name for feature in self.features]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"features: two of them have the name {twice!r}; give one of them another `name`")
+        if self.features and self.teacher.backend == "served":
+            raise ValueError("features: a server gives no hidden states; use teacher.backend vllm or transformers")
+        if self.features and self.teacher.route == "public":
+            raise ValueError("features: vLLM's public route gives no hidden states; set teacher.route to worker or auto")

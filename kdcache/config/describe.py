@@ -74,8 +74,15 @@ def type_at(config_type: Any, path: Sequence[str]) -> Any:
     """The declared type of the field at a path; `dict` for a mapping with free keys; None where there is no such field."""
     kind = config_type
     for part in path:
-        kind = (section_fields(kind) or {}).get(part.partition("[")[0])
+        name, in_list, _ = part.partition("[")
+        kind = (section_fields(kind) or {}).get(name)
+        kind = element_type(kind) if in_list else kind
     return dict if get_origin(kind) is dict else kind
+
+
+def element_type(kind: Any) -> Any:
+    """The type of a list's elements; None for what is no list."""
+    return get_args(kind)[0] if get_origin(kind) in (tuple, list) else None
 
 
 def choices_of(kind: Any) -> tuple[Any, ...]:

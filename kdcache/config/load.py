@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 import yaml
 
-from kdcache.config.describe import choices_of, nearest, section_fields, type_at
+from kdcache.config.describe import choices_of, element_type, nearest, section_fields, type_at
 from kdcache.errors import ConfigError
 
 C = TypeVar("C", bound=msgspec.Struct)
@@ -146,6 +146,9 @@ def _refuse_unknown_path(parts: Sequence[str], config_type: type[msgspec.Struct]
 
 
 def _refuse_unknown_fields(fields: Any, config_type: Any, path: str = "") -> None:
+    if isinstance(fields, list):
+        for index, value in enumerate(fields):
+            _refuse_unknown_fields(value, element_type(config_type), f"{path}[{index}]")
     known = section_fields(config_type)
     if known is None or not isinstance(fields, Mapping):
         return

@@ -13,6 +13,7 @@ import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
-from kdcache.format.manifest import SelectionInfo, TeacherIdentity
+from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
+from kdcache.teacher._hf_features import LayerRows, hidden_shape, joined, needed_layers, rows_of, seen_layers
 from kdcache.teacher._hf_generate import own_end_ids, write_answers
 from kdcache.teacher._select_torch import Selector
 from kdcache.teacher.base import check_selectable, check_sequences, first_line, no_positions
 from kdcache.teacher.batches import batches_by_length, groups_of_tokens
 from kdcache.teacher.checkpoint import check_model_name, resolved_revision, short_name, weights_digest
 from kdcache.teacher.engine_identity import transformers_options
+from kdcache.teacher.features import HiddenShape, bytes_per_position, check_askable, features_from, with_no_rows
 from kdcache.teacher.found import Found, record_of
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
 from kdcache.teacher.tokenizer import Tokenizer
@@ -42,10 +45,26 @@ log = logging.getLogger(__name__)
 BATCHES_PER_GROUP = 8
 """Sequences are sorted by length within groups of about this many batches: the answers of one group wait in memory."""
 
+FEATURE_BYTES_PER_GROUP = 256 * 2**20
+"""Groups are smaller where their features would take more than this, down to one batch."""
+
 NO_LIMIT = 2**31 - 1
 """context_length of a model that states none."""
 
 PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be kept of each position; `layers` are those of the features."""
+
+    selector: Selector
+    features: Sequence[FeatureInfo]
+    layers: Sequence[int]
+
+    def nothing(self) -> Distributions:
+        """The answer to a sequence in which nothing is supervised."""
+        return with_no_rows(no_positions(self.selector.selection), self.features)
 
 
 class HfTeacher:
@@ -66,19 +85,29 @@ class HfTeacher:
         self._model: PreTrainedModel | None = _load(config)
         self._is_separable, vocab_size = _probe(self._model, config.model)
         self._identity = _identity(config, self._model, vocab_size)
+        self._hidden_shape = hidden_shape(self._model)
 
     @property
     def identity(self) -> TeacherIdentity:
         """See `Teacher`."""
         return self._identity
 
-    def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
+    @property
+    def hidden_shape(self) -> HiddenShape:
+        """See `FeatureTeacher`."""
+        return self._hidden_shape
+
+    def score(
+        self, sequences: Sequence[TokenSequence], selection: SelectionInfo, features: Sequence[FeatureInfo] = ()
+    ) -> Iterator[Distributions]:
         """See `Teacher`."""
         check_selectable(selection, vocab_size=self._identity.vocab_size)
         if self._model is None:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_sequences(sequences, self._identity)
-        return self._score_all(self._model, sequences, Selector(selection, self._identity.vocab_size))
+        check_askable(features, self._hidden_shape)
+        asked = _Asked(Selector(selection, self._identity.vocab_size), features, needed_layers(self._model, features))
+        return self._score_all(self._model, sequences, asked)
 
     def generate(
         self, prompts: Sequence[Prompt], config: GenerateConfig, tokenizer: Tokenizer, observe: Observe = lambda _: None
@@ -97,54 +126,65 @@ class HfTeacher:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _score_all(
-        self, model: PreTrainedModel, sequences: Sequence[TokenSequence], selector: Selector
-    ) -> Iterator[Distributions]:
+    def _score_all(self, model: PreTrainedModel, sequences: Sequence[TokenSequence], asked: _Asked) -> Iterator[Distributions]:
         group_tokens = BATCHES_PER_GROUP * self._config.batch_tokens
+        if per_position := bytes_per_position(asked.features):
+            group_tokens = min(group_tokens, max(self._config.batch_tokens, FEATURE_BYTES_PER_GROUP // per_position))
         for group in groups_of_tokens(sequences, group_tokens):
             answers: dict[int, Distributions] = {}
             for batch in batches_by_length([sequence.num_tokens for sequence in group], self._config.batch_tokens):
                 members = [group[index] for index in batch]
-                answers |= zip(batch, self._score_batch(model, members, selector), strict=True)
+                answers |= zip(batch, self._score_batch(model, members, asked), strict=True)
             yield from (answers[index] for index in range(len(group)))
 
-    def _score_batch(
-        self, model: PreTrainedModel, batch: Sequence[TokenSequence], selector: Selector
-    ) -> Iterator[Distributions]:
+    def _score_batch(self, model: PreTrainedModel, batch: Sequence[TokenSequence], asked: _Asked) -> Iterator[Distributions]:
         supervised = [sequence for sequence in batch if sequence.supervised_N.any()]
         try:
-            scores = iter(self._scores(model, supervised, selector))
-            return iter([next(scores) if s.supervised_N.any() else no_positions(selector.selection) for s in batch])
+            scores = iter(self._scores(model, supervised, asked))
+            return iter([next(scores) if s.supervised_N.any() else asked.nothing() for s in batch])
         except torch.OutOfMemoryError as error:
             raise TeacherError(
                 f"the teacher {self._identity.model!r} ran out of memory; make teacher.batch_tokens "
                 f"({self._config.batch_tokens}) or teacher.positions_per_chunk ({self._config.positions_per_chunk}) smaller"
             ) from error
 
-    def _scores(self, model: PreTrainedModel, batch: Sequence[TokenSequence], selector: Selector) -> Iterator[Distributions]:
-        chunk, selection = self._config.positions_per_chunk, selector.selection
+    def _scores(self, model: PreTrainedModel, batch: Sequence[TokenSequence], asked: _Asked) -> Iterator[Distributions]:
+        chunk = self._config.positions_per_chunk
         if not self._is_separable:
             for sequence in batch:
-                yield record_of(sequence, selection, _score_chunked_prefill(model, sequence, selector, chunk))
+                yield _record(sequence, asked, *_score_chunked_prefill(model, sequence, asked, chunk))
         elif batch:
-            found = _score_separable(model, batch, selector, chunk)
+            found, rows = _score_separable(model, batch, asked, chunk)
             start = 0
             for sequence in batch:
                 end = start + len(sequence.positions_P)
-                yield record_of(sequence, selection, found.rows(start, end))
+                of_sequence = {layer: rows_PH[start:end] for layer, rows_PH in rows.items()}
+                yield _record(sequence, asked, found.rows(start, end), of_sequence)
                 start = end
 
 
+def _record(sequence: TokenSequence, asked: _Asked, found: Found, rows: LayerRows) -> Distributions:
+    distributions = record_of(sequence, asked.selector.selection, found)
+    if not asked.features:
+        return distributions
+    return replace(distributions, features=features_from(asked.features, rows.__getitem__))
+
+
 @torch.inference_mode()
-def _score_separable(model: PreTrainedModel, batch: Sequence[TokenSequence], selector: Selector, chunk: int) -> Found:
+def _score_separable(
+    model: PreTrainedModel, batch: Sequence[TokenSequence], asked: _Asked, chunk: int
+) -> tuple[Found, LayerRows]:
     """All supervised positions of a batch: body once, head in chunks."""
+    selector = asked.selector
     longest = max(sequence.num_tokens for sequence in batch)
     ids_BT = np.zeros((len(batch), longest), np.int64)
     supervised_BT = np.zeros(ids_BT.shape, np.bool_)
     for row, sequence in enumerate(batch):
         ids_BT[row, : sequence.num_tokens] = sequence.input_ids_N
         supervised_BT[row, : sequence.num_tokens] = sequence.supervised_N
-    hidden_BTH = _hidden(model, torch.from_numpy(ids_BT).to(model.device))
+    with seen_layers(model, asked.layers, head=False) as states:
+        hidden_BTH = _hidden(model, torch.from_numpy(ids_BT).to(model.device))
+    states = {hidden_shape(model).num_layers: hidden_BTH, **states}
     rows_P = torch.from_numpy(np.flatnonzero(supervised_BT)).to(hidden_BTH.device)
     targets_P = np.concatenate([sequence.target_ids_P for sequence in batch])
     states_P = np.concatenate([_states(sequence, selector) for sequence in batch])
@@ -153,31 +193,37 @@ def _score_separable(model: PreTrainedModel, batch: Sequence[TokenSequence], sel
         _select(selector, _logits(model, hidden_XH[rows_C]), targets_P[start : start + chunk], states_P[start : start + chunk])
         for start, rows_C in zip(range(0, len(rows_P), chunk), rows_P.split(chunk), strict=True)
     ]
-    return _concatenate(parts)
+    return _concatenate(parts), rows_of(states, asked.layers, rows_P)
 
 
 @torch.inference_mode()
-def _score_chunked_prefill(model: PreTrainedModel, sequence: TokenSequence, selector: Selector, chunk: int) -> Found:
+def _score_chunked_prefill(
+    model: PreTrainedModel, sequence: TokenSequence, asked: _Asked, chunk: int
+) -> tuple[Found, LayerRows]:
     """All supervised positions of one sequence, fed in chunks with a key-value cache.
 
     For a model whose logits are more than a projection of its last state (soft-capped, scaled): its own forward must make them.
     """
+    selector = asked.selector
     targets_P, states_P = sequence.target_ids_P, _states(sequence, selector)
     ids_1N = torch.from_numpy(sequence.input_ids_N.astype(np.int64))[None].to(model.device)
     parts: list[list[NDArray[Any]]] = []
+    rows: list[LayerRows] = []
     cache: Any = None
     done = 0
     for start in range(0, sequence.num_tokens, chunk):
         here = slice(start, start + chunk)
-        output = model(input_ids=ids_1N[:, here], past_key_values=cache, use_cache=True)
+        with seen_layers(model, asked.layers, head=True) as states:
+            output = model(input_ids=ids_1N[:, here], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         rows_C = np.flatnonzero(sequence.supervised_N[here])
         if len(rows_C):
             these = slice(done, done + len(rows_C))
             logits_CV = output.logits[0, torch.from_numpy(rows_C).to(output.logits.device)]
             parts.append(_select(selector, logits_CV, targets_P[these], states_P[these]))
+            rows.append(rows_of(states, asked.layers, torch.from_numpy(rows_C)))
             done = these.stop
-    return _concatenate(parts)
+    return _concatenate(parts), joined(rows)
 
 
 def _states(sequence: TokenSequence, selector: Selector) -> NDArray[np.int64]:

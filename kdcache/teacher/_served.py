@@ -14,12 +14,13 @@ import msgspec
 
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
-from kdcache.format.manifest import SelectionInfo, TeacherIdentity
+from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.teacher import load_tokenizer
 from kdcache.teacher._served_client import Request, ServerClient, ServerLostError, ServerRefusedError
 from kdcache.teacher.base import check_sequences, no_positions, top_k_of
 from kdcache.teacher.checkpoint import check_model_name, config_fields, short_name
+from kdcache.teacher.features import no_features
 from kdcache.teacher.served_answers import (
     APIS,
     Completion,
@@ -76,8 +77,12 @@ class ServedTeacher:
         """See `Teacher`: what the server says of itself, and of what it does not say, what the config says."""
         return self._identity
 
-    def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
+    def score(
+        self, sequences: Sequence[TokenSequence], selection: SelectionInfo, features: Sequence[FeatureInfo] = ()
+    ) -> Iterator[Distributions]:
         """See `Teacher`. Raises ConfigError also where the server gives fewer entries than k."""
+        if features:
+            raise no_features("a server")
         k = top_k_of(selection, vocab_size=self._identity.vocab_size, backend="served")
         if self._client is None:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.config.capture import GenerateConfig, TeacherConfig
-from kdcache.errors import TeacherError
-from kdcache.format.manifest import SelectionInfo, TeacherIdentity
+from kdcache.errors import ConfigError, TeacherError
+from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence, sequence_key
 from kdcache.teacher import _vllm_engine as engine  # first: it quietens vLLM before that is imported
 from kdcache.teacher._vllm_generate import check_read_whole, write_answers
@@ -31,9 +31,11 @@ from kdcache.teacher._vllm_worker import CaptureExtension, find_internals
 from kdcache.teacher.base import check_selectable, check_sequences, no_positions, top_k_of
 from kdcache.teacher.batches import groups_of_tokens
 from kdcache.teacher.checkpoint import check_model_name
+from kdcache.teacher.features import HiddenShape, check_askable, layers_of, no_features, with_no_rows
 from kdcache.teacher.found import layout_of, record_of_most_probable
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
 from kdcache.teacher.tokenizer import Tokenizer
+from kdcache.teacher.vllm_features import NOTHING, AskedFeatures, pack_asked, with_features
 from kdcache.teacher.vllm_options import engine_options, positions_per_chunk
 from kdcache.teacher.vllm_packed import pack_requests, read_buffer
 
@@ -92,22 +94,33 @@ class VllmTeacher:
         return self._identity
 
     @property
+    def hidden_shape(self) -> HiddenShape:
+        """See `FeatureTeacher`; on the public route they are not given."""
+        return self._hidden_shape
+
+    @property
     def route(self) -> str:
         """`worker` or `public`."""
         return "worker" if self._is_in_worker else "public"
 
-    def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
+    def score(
+        self, sequences: Sequence[TokenSequence], selection: SelectionInfo, features: Sequence[FeatureInfo] = ()
+    ) -> Iterator[Distributions]:
         """See `Teacher`."""
         vocab_size = self._identity.vocab_size
         if self._is_in_worker:
             check_selectable(selection, vocab_size=vocab_size)
         else:
             backend, reason = "vllm (public route)", f" (no worker route: {self._problem})" if self._problem else ""
+            if features:
+                raise no_features(backend + reason)
             top_k_of(selection, vocab_size=vocab_size, backend=backend, kinds=PUBLIC_KINDS, reason=reason)
         if self._llm is None:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_sequences(sequences, self._identity)
-        return self._score_all(sequences, selection)
+        check_askable(features, self._hidden_shape)
+        self._show_layers(features)
+        return self._score_all(sequences, selection, AskedFeatures(features, self._hidden_shape.num_layers))
 
     def generate(
         self, prompts: Sequence[Prompt], config: GenerateConfig, tokenizer: Tokenizer, observe: Observe = lambda _: None
@@ -132,6 +145,8 @@ class VllmTeacher:
         self._eager_python = is_cpu and bool(options["enforce_eager"])
         self._llm = engine.start_engine(config.model, options)
         self._identity = engine.identity_of(config, self._llm)
+        self._hidden_shape = engine.hidden_shape_of(self._llm)
+        self._shows_layers = False
         self._chunk = positions_per_chunk(config, self._identity.vocab_size, is_cpu=is_cpu)
 
     def _start_with_worker(self) -> bool:
@@ -169,8 +184,7 @@ class VllmTeacher:
     def _compare_routes(self) -> str | None:
         """A few tokens on both routes: what differs by more than the engine's numerics, if anything."""
         vocab_size = self._identity.vocab_size
-        ids_N = (np.arange(min(PROBE_TOKENS, self._identity.context_length)) * 7919 + 11) % vocab_size
-        probe, allowed = [_plain_sequence(ids_N.astype(np.int32))], self._engine.llm_engine.model_config.max_logprobs
+        probe, allowed = [self._probe()], self._engine.llm_engine.model_config.max_logprobs
         k = min(PROBE_K, vocab_size, allowed if allowed > 0 else vocab_size)
         selection = SelectionInfo(kind="top_k", params={"k": k})
         (ours,), (theirs,) = self._score_in_worker(probe, selection), self._score_publicly(probe, selection)
@@ -179,36 +193,84 @@ class VllmTeacher:
         error = max(float(np.nanmax(np.abs(a - b), initial=0.0)) for a, b in pairs)
         if error <= PROBE_ERROR_NATS.get(self._identity.dtype, PROBE_ERROR_HALF_NATS):
             return None
-        return f"on a probe of {len(ids_N)} tokens its logprobs are {error:.3g} nats away from vLLM's own"
+        return f"on a probe of {probe[0].num_tokens} tokens its logprobs are {error:.3g} nats away from vLLM's own"
 
-    def _score_all(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
-        steps, score = PUBLIC_STEPS_PER_GROUP, self._score_publicly
-        if self._is_in_worker:
-            step_bytes = layout_of(selection, self._identity.vocab_size).bytes_per_position * self._config.batch_tokens
-            steps, score = max(1, min(WORKER_STEPS_PER_GROUP, WORKER_GROUP_BYTES // step_bytes)), self._score_in_worker
-        for group in groups_of_tokens(sequences, steps * self._config.batch_tokens):
-            yield from score(group, selection)
+    def _probe(self) -> TokenSequence:
+        ids_N = (np.arange(min(PROBE_TOKENS, self._identity.context_length)) * 7919 + 11) % self._identity.vocab_size
+        return _plain_sequence(ids_N.astype(np.int32))
 
-    def _score_in_worker(self, group: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
+    def _show_layers(self, features: Sequence[FeatureInfo]) -> None:
+        """Have the worker see layers before the last, where any is asked for, and prove it once.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        last = self._hidden_shape.num_layers
+        inner = next((feature for feature in features if feature.layer < last), None)
+        if inner is None or self._shows_layers:
+            return
+        problems = [problem for problem in self._call_workers("kdcache_watch", vllm.__version__) if problem]
+        if not problems:
+            selection, proof = SelectionInfo(kind="top_k", params={"k": 1}), AskedFeatures([inner], last, proves=True)
+            try:
+                list(self._score_in_worker([self._probe()], selection, proof))
+            except TeacherError as error:
+                problems = [str(error)]
+        if problems:
+            raise ConfigError(f"features: {inner.name!r}, of layer {inner.layer}, cannot be had from vLLM: {problems[0]}")
+        self._shows_layers = True
+
+    def _score_all(
+        self, sequences: Sequence[TokenSequence], selection: SelectionInfo, asked: AskedFeatures
+    ) -> Iterator[Distributions]:
+        for group in groups_of_tokens(sequences, self._steps_per_group(selection, asked) * self._config.batch_tokens):
+            if self._is_in_worker:
+                yield from self._score_in_worker(group, selection, asked)
+            else:
+                yield from self._score_publicly(group, selection)
+
+    def _steps_per_group(self, selection: SelectionInfo, asked: AskedFeatures) -> int:
+        if not self._is_in_worker:
+            return PUBLIC_STEPS_PER_GROUP
+        per_position = layout_of(selection, self._identity.vocab_size).bytes_per_position
+        # In the worker's room for the rows, and once more on the way.
+        per_position += 4 * self._hidden_shape.size * len(layers_of(asked.features))
+        return max(1, min(WORKER_STEPS_PER_GROUP, WORKER_GROUP_BYTES // (per_position * self._config.batch_tokens)))
+
+    def _score_in_worker(
+        self, group: Sequence[TokenSequence], selection: SelectionInfo, features: AskedFeatures = NOTHING
+    ) -> Iterator[Distributions]:
         asked = [sequence for sequence in group if sequence.supervised_N.any()]
         if not asked:
-            return iter([no_positions(selection) for _ in group])
+            return (with_no_rows(no_positions(selection), features.features) for _ in group)
         num_rows = sum(len(sequence.positions_P) for sequence in asked)
-        plain = msgspec.to_builtins(selection)
-        self._call_workers("kdcache_begin", num_rows, self._chunk, plain, self._identity.vocab_size)
+        plain, wanted = msgspec.to_builtins(selection), pack_asked(features, asked)
+        self._call_workers("kdcache_begin", num_rows, self._chunk, plain, self._identity.vocab_size, wanted)
         self._generate(asked, [_worker_params(extra_args) for extra_args in pack_requests(asked)])
-        packed = [packed for packed in self._call_workers("kdcache_end") if packed is not None]
+        buffer = self._fetch_buffer()
+        if wanted is None:
+            return read_buffer(group, selection, buffer)
+        answers = zip(group, read_buffer(group, selection, buffer), strict=True)
+        return with_features(answers, features.features, self._fetch("kdcache_features"))
+
+    def _fetch(self, method: str) -> list[Any]:
+        """What the one worker says whose answer counts."""
+        packed = [packed for packed in self._call_workers(method) if packed is not None]
         if len(packed) != 1:
             raise TeacherError(
                 f"{len(packed)} of vLLM's workers answered for the teacher {self._identity.model!r}, and not one"
             )
-        problem, *buffer = packed[0]
+        return packed[0]
+
+    def _fetch_buffer(self) -> list[Any]:
+        """The rows of the group; raises TeacherError where the selection failed."""
+        problem, *buffer = self._fetch("kdcache_end")
         if problem is not None:
             raise TeacherError(
                 f"the selection in vLLM's worker failed on the teacher {self._identity.model!r}: {problem}; where memory ran "
                 f"out, make teacher.positions_per_chunk ({self._config.positions_per_chunk}) smaller"
             )
-        return read_buffer(group, selection, buffer)
+        return buffer
 
     def _score_publicly(self, group: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
         k = selection.params["k"]

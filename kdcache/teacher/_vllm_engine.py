@@ -17,6 +17,7 @@ from kdcache.format.manifest import TeacherIdentity
 from kdcache.teacher.base import first_line
 from kdcache.teacher.checkpoint import resolved_revision, short_name, weights_digest
 from kdcache.teacher.engine_identity import vllm_options
+from kdcache.teacher.features import HiddenShape
 
 # vLLM and torch read these when they are imported. At its own default vLLM prints some forty lines per engine, at WARNING still
 # twenty, none of them about the user's input; what ends a capture is raised. Some come before it sets its loggers up.
@@ -125,6 +126,12 @@ def reason_of(error: Exception) -> str:
     else:
         text = first_line(error)
     return text.partition(". ")[0]
+
+
+def hidden_shape_of(llm: LLM) -> HiddenShape:
+    """The hidden states that the engine's model has."""
+    model_config = llm.llm_engine.model_config
+    return HiddenShape(model_config.get_total_num_hidden_layers(), model_config.get_hidden_size())
 
 
 def identity_of(config: TeacherConfig, llm: LLM) -> TeacherIdentity:

@@ -23,6 +23,7 @@ from kdcache.errors import TeacherError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.teacher import _vllm_internals_v024
 from kdcache.teacher._select_torch import Selector
+from kdcache.teacher._vllm_features import GroupFeatures, take_rows
 from kdcache.teacher.base import first_line
 from kdcache.teacher.found import Layout
 from kdcache.teacher.uniforms import position_states
@@ -64,15 +65,38 @@ class CaptureExtension:
             self.kdcache_capture = capture
         return problem
 
-    def kdcache_begin(self, num_rows: int, chunk: int, selection: dict[str, Any] | None, vocab_size: int) -> None:
-        """Expect the requests of a group; see `Capture.begin`. The selection comes as plain values: it crosses processes."""
+    def kdcache_watch(self, version: str) -> str | None:
+        """See decoder layers from now on. Gives the reason where that cannot be; then nothing is changed."""
+        capture = self.kdcache_capture
+        if capture is None or capture.seen is not None:
+            return None
+        seen = find_internals(version).watch_layers(self)
+        if isinstance(seen, str):
+            return seen
+        capture.seen = seen
+        return None
+
+    def kdcache_begin(
+        self,
+        num_rows: int,
+        chunk: int,
+        selection: dict[str, Any] | None,
+        vocab_size: int,
+        features: dict[str, Any] | None = None,
+    ) -> None:
+        """Expect the requests of a group; see `Capture.begin`. The selection comes as plain values: it crosses processes; so do
+        the features, see `vllm_features.pack_asked`."""
         if self.kdcache_capture is not None:
             selector = None if selection is None else Selector(msgspec.convert(selection, SelectionInfo), vocab_size)
-            self.kdcache_capture.begin(num_rows, chunk, selector)
+            self.kdcache_capture.begin(num_rows, chunk, selector, None if features is None else GroupFeatures(features))
 
     def kdcache_end(self) -> list[Any] | None:
         """What came of the group: an error's text or None, and `Buffer.pack`. None on workers whose answer does not count."""
         return None if self.kdcache_capture is None else self.kdcache_capture.end()
+
+    def kdcache_features(self) -> list[Any] | None:
+        """After `kdcache_end`: the group's features, see `GroupFeatures.pack`. None on workers whose answer does not count."""
+        return None if self.kdcache_capture is None else self.kdcache_capture.end_features()
 
 
 class _Pending(NamedTuple):
@@ -80,6 +104,7 @@ class _Pending(NamedTuple):
 
     rows_C: NDArray[np.int64]
     found: tuple[Tensor, ...]
+    states: dict[int, Tensor]
 
 
 class Capture:
@@ -94,23 +119,29 @@ class Capture:
         """
         self._project = project
         self._keeps = keeps
+        self.seen: _vllm_internals_v024.SeenLayers | None = None
+        self._features: GroupFeatures | None = None
         self._buffer: Buffer | None = None
         self._selector: Selector | None = None
         self._chunk = 0
         self._pending: list[_Pending] = []
         self._error: str | None = None
 
-    def begin(self, num_rows: int, chunk: int, selector: Selector | None) -> None:
+    def begin(self, num_rows: int, chunk: int, selector: Selector | None, features: GroupFeatures | None = None) -> None:
         """Drop what was begun before, and make room.
 
         Args:
             num_rows: supervised positions of all requests to come.
             chunk: most positions whose logits exist at once.
             selector: what to keep. None: project only, which is the limit that `benchmarks/capture.py` measures against.
+            features: hidden states to keep, with a selector only.
         """
         layout = Layout(0, False, 0) if selector is None else selector.layout
         self._buffer, self._selector, self._chunk = Buffer.empty(num_rows, layout), selector, chunk
         self._pending, self._error = [], None
+        self._features = features
+        if features is not None and self._keeps:
+            features.watch(self.seen)
 
     def end(self) -> list[Any] | None:
         """See `CaptureExtension.kdcache_end`."""
@@ -119,9 +150,16 @@ class Capture:
             return None
         if self._pending:
             torch.accelerator.synchronize()
-        _write(buffer, self._pending)
+        _write(buffer, self._features, self._pending)
         self._pending = []
+        if self._features is not None:
+            self._features.unwatch()
         return [self._error, *buffer.pack()]
+
+    def end_features(self) -> list[Any] | None:
+        """See `CaptureExtension.kdcache_features`."""
+        features, self._features = self._features, None
+        return None if features is None or not self._keeps else features.pack()
 
     def on_step(self, hidden_XH: Tensor, spans: Callable[[], Iterator[Any]]) -> None:
         """Handle a step. Never raises: that would end the engine, and with it every other request."""
@@ -138,25 +176,37 @@ class Capture:
         num_rows = len(wanted.places_P)
         if num_rows == 0:
             return
+        states = self._states(hidden_XH)
         # Chunks of equal size: a last one of a few rows would cost the projection as much as a whole one.
         for here_C in np.array_split(np.arange(num_rows), -(-num_rows // self._chunk)):
             chunk = WantedRows(*(array_P[here_C[0] : here_C[-1] + 1] for array_P in wanted))
             logits_CV = self._project(_rows_of(hidden_XH, chunk.places_P))
             if self._keeps and self._selector is not None and logits_CV is not None and self._error is None:
-                self._keep(self._selector, logits_CV, chunk)
+                self._keep(self._selector, logits_CV, chunk, states)
 
-    def _keep(self, selector: Selector, logits_CV: Tensor, chunk: WantedRows) -> None:
+    def _states(self, hidden_XH: Tensor) -> dict[int, Tensor]:
+        """Of the layers that are wanted, in this step."""
+        if self._features is None or not self._keeps:
+            return {}
+        try:
+            return self._features.states_of(hidden_XH)
+        except Exception as error:  # not raised, as in `_keep`
+            self._error = self._error or f"{type(error).__name__}: {first_line(error)}"
+            return {}
+
+    def _keep(self, selector: Selector, logits_CV: Tensor, chunk: WantedRows, states: dict[int, Tensor]) -> None:
         try:
             given = (torch.from_numpy(x).to(logits_CV.device, non_blocking=True) for x in (chunk.targets_P, chunk.states_P))
             found = selector.select(logits_CV, *given)
+            taken = take_rows(states, chunk.places_P)
         except Exception as error:
             # Not raised: the other ranks go on to the next chunk's projection, and would wait for this one for ever.
             self._error = f"{type(error).__name__}: {first_line(error)}"
             return
         # From a device: into pinned memory, without waiting for it, so that the next step can be prepared meanwhile.
-        pending = _Pending(chunk.rows_P, tuple(tensor.to("cpu", non_blocking=True) for tensor in found))
+        pending = _Pending(chunk.rows_P, tuple(tensor.to("cpu", non_blocking=True) for tensor in found), taken)
         if logits_CV.device.type == "cpu" and self._buffer is not None:
-            _write(self._buffer, [pending])
+            _write(self._buffer, self._features, [pending])
         else:
             self._pending.append(pending)
 
@@ -195,6 +245,8 @@ def _rows_of(hidden_XH: Tensor, places_C: NDArray[np.int64]) -> Tensor:
     return hidden_XH[torch.from_numpy(places_C).to(hidden_XH.device, non_blocking=True)]
 
 
-def _write(buffer: Buffer, pending: Iterable[_Pending]) -> None:
-    for rows_C, found in pending:
+def _write(buffer: Buffer, features: GroupFeatures | None, pending: Iterable[_Pending]) -> None:
+    for rows_C, found, states in pending:
         buffer.write(rows_C, [tensor.numpy() for tensor in found])
+        if features is not None:
+            features.write(rows_C, states)

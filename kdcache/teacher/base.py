@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import ConfigError, FormatError, InputError, TeacherError
-from kdcache.format.manifest import SelectionInfo, TeacherIdentity
+from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence, distributions_from_dense
 from kdcache.format.selection import check_selection, has_estimates
 
@@ -35,15 +35,20 @@ class Teacher(Protocol):
         """Which model, through which engine."""
         ...
 
-    def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
+    def score(
+        self, sequences: Sequence[TokenSequence], selection: SelectionInfo, features: Sequence[FeatureInfo] = ()
+    ) -> Iterator[Distributions]:
         """Teacher-force the sequences.
 
         Args:
             sequences: each no longer than identity.context_length; the backend forms its own batches.
             selection: which entries to keep; see `kdcache.format.manifest.SelectionInfo`.
+            features: hidden states to give beside them, as `Distributions.features`; `kdcache.teacher.features` says what they
+                are, and which teachers have them.
 
         Raises:
-            ConfigError: a selection this backend cannot make, or k larger than the vocabulary. `score([], selection)` asks.
+            ConfigError: a selection this backend cannot make, k larger than the vocabulary, or features it cannot give.
+                `score([], selection, features)` asks.
             InputError: a sequence longer than the context, or an id outside the vocabulary.
             TeacherError: the engine failed, or the teacher is closed.
         """

@@ -12,15 +12,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
-from kdcache.format.manifest import SelectionInfo, TeacherIdentity, TokenizerIdentity
+from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity, TokenizerIdentity
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.teacher.base import answer, check_selectable, check_sequences, no_positions
+from kdcache.teacher.features import HiddenShape, check_askable, features_from
 from kdcache.teacher.found import concatenate
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, draw_from, end_tokens
 from kdcache.teacher.select_reference import select_reference
@@ -32,6 +34,8 @@ FAKE_VERSION = "1"
 
 EXPONENTS = np.linspace(1.05, 2.5, 16)
 NUM_MULTIPLIERS = 64
+
+FAKE_HIDDEN = HiddenShape(num_layers=4, size=16)
 
 DENSE_ELEMENTS = 2**20
 """Logprobs of whole rows that exist at once, where the selection is not the plain `top_k`, which needs none."""
@@ -64,13 +68,35 @@ class FakeTeacher:
         """See `Teacher`."""
         return self._identity
 
-    def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
+    @property
+    def hidden_shape(self) -> HiddenShape:
+        """See `FeatureTeacher`."""
+        return FAKE_HIDDEN
+
+    def score(
+        self, sequences: Sequence[TokenSequence], selection: SelectionInfo, features: Sequence[FeatureInfo] = ()
+    ) -> Iterator[Distributions]:
         """See `Teacher`."""
         check_selectable(selection, vocab_size=self._identity.vocab_size)
+        check_askable(features, FAKE_HIDDEN)
         if self._is_closed:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_sequences(sequences, self._identity)
-        return (self._score(sequence, selection) for sequence in sequences)
+        answers = ((sequence, self._score(sequence, selection)) for sequence in sequences)
+        if not features:
+            return (distributions for _, distributions in answers)
+        return (replace(distributions, features=self._features(sequence, features)) for sequence, distributions in answers)
+
+    def hidden_states(self, sequence: TokenSequence, layer: int) -> NDArray[np.float32]:
+        """(N, H) in [-8, 8): what the layer gives at every position, from hashes of the prefix and the layer."""
+        hashes_N = prefix_hashes(sequence.input_ids_N, self._seed)
+        numbers_H = np.arange(FAKE_HIDDEN.size, dtype=np.uint64) + np.uint64((layer + 1) * FAKE_HIDDEN.size)
+        # The upper 24 bits: as many as a float32 holds exactly.
+        bits_NH = mix64(hashes_N[:, None] + mix64(numbers_H)) >> np.uint64(40)
+        return (bits_NH.astype(np.float32) * np.float32(2.0**-20)) - np.float32(8)
+
+    def _features(self, sequence: TokenSequence, features: Sequence[FeatureInfo]) -> dict[str, NDArray[np.float32]]:
+        return features_from(features, lambda layer: self.hidden_states(sequence, layer)[sequence.supervised_N])
 
     def dense_logprobs(self, sequence: TokenSequence) -> NDArray[np.float64]:
         """(N, V) the whole distribution at every position: the definition that `score` is compared with."""

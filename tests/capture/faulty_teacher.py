@@ -25,8 +25,8 @@ met = set()
 
 
 class FaultyTeacher(FakeTeacher):
-    def score(self, sequences, selection):
-        return map(self._faulty, sequences, super().score(sequences, selection))
+    def score(self, sequences, selection, features=()):
+        return map(self._faulty, sequences, super().score(sequences, selection, features))
 
     def generate(self, prompts, config, tokenizer, observe=lambda _: None):
         return map(self._faulty_answer, prompts, super().generate(prompts, config, tokenizer, observe))

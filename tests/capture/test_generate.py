@@ -296,7 +296,7 @@ def test_a_teacher_that_only_reads_is_refused_in_words():
     class Reader:
         identity = FakeTeacher(TeacherConfig(model="fake", backend="fake")).identity
 
-        def score(self, sequences, selection):
+        def score(self, sequences, selection, features=()):
             raise AssertionError
 
         def close(self):
