@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+# Compiled into _numba_archive.py, whose copy on disk does not notice a change here. None may change: caches hold their streams.
 NEW_NODE = (1 << 21) << 10
 MOST_ASKED = 254
 RATES = np.array([(2 << 16) // (2 * n + 3) for n in range(MOST_ASKED + 1)], np.int64)

@@ -2,7 +2,8 @@
 
 Contract (tests/contracts/codec.py runs it for every codec):
 
-- `decode(encode(d))` gives `d` back: ids, offsets and their order exactly; each number within `max_error_nats`.
+- `decode(encode(d))` gives `d` back: ids, offsets and their order exactly; each number within `max_error_nats`. Entries that a
+  codec makes equal may stand by rising id again, as the record has it.
 - `encode` is deterministic: equal distributions and parameters give equal bytes. It refuses ids outside the vocabulary.
 - `decode` of hostile columns raises CorruptCacheError: it never crashes, never allocates more than its arguments imply,
   never returns ids outside the vocabulary.
