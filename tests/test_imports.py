@@ -42,6 +42,7 @@ def help_of(*command):
         help_of("verify"),
         help_of("doctor"),
         help_of("convert"),
+        help_of("derive"),
         help_of("info"),
         help_of("train"),
         help_of("evaluate"),
@@ -61,6 +62,7 @@ def test_looking_loads_nothing_heavy(code):
         "import kdcache.capture.run, kdcache.capture.estimate",
         "import kdcache.store.verify, kdcache.store.summary",
         "import kdcache.foreign.doctor, kdcache.foreign.convert, kdcache.foreign.deep, kdcache.foreign.own",
+        "import kdcache.derive.run",
         "import kdcache.teacher, kdcache.teacher.base, kdcache.teacher.tokenizer",
     ],
 )

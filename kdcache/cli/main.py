@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": ("kdcache.cli.verify", "re-read a whole cache and check every promise it makes"),
     "doctor": ("kdcache.cli.doctor", "say what any cache is, ours or another tool's, and what is wrong with it"),
     "convert": ("kdcache.cli.convert", "write another tool's cache as one of ours"),
+    "derive": ("kdcache.cli.derive", "make a cache of other caches: choose, filter, join, reduce, mix; no teacher is asked"),
     "train": ("kdcache.cli.train", "train a student from a cache"),
     "evaluate": ("kdcache.cli.evaluate", "compare students with their teacher on held-out text"),
 }

@@ -29,6 +29,7 @@ import numpy as np
 from kdcache.derive.scalars import POSITION_NAMES, SEQUENCE_NAMES, TEXT_NAMES
 from kdcache.errors import ConfigError
 
+MAX_WORDS = 500
 MAX_DEPTH = 50
 """Of parentheses and `not` within each other."""
 
@@ -79,7 +80,9 @@ class _Parser:
 
     def __init__(self, text: str, what: str, *, of_positions: bool) -> None:
         self._text, self._what, self._of_positions = text, what, of_positions
-        self._words = list(self._split())
+        self._words = self._split()
+        if len(self._words) > MAX_WORDS:
+            raise ConfigError(f"{what}: the condition has {len(self._words)} words, at most {MAX_WORDS} are understood")
         self._next, self._depth = 0, 0
         self._names: set[str] = set()
 
