@@ -67,7 +67,8 @@ class MaskConfig(Config, frozen=True, kw_only=True):
 class LoaderConfig(Config, frozen=True, kw_only=True):
     """How a cache is read: what a batch holds and in which order. Ranks and world size are arguments of the loader.
 
-    All fields but `num_threads` and `prefetch_batches` decide what is in each batch; a state saved under others is refused.
+    All fields but `num_threads`, `prefetch_batches` and `features` decide which positions are in each batch; a state saved
+    under others is refused.
 
     Attributes:
         seq_len: tokens in a row of a batch. A cache with a longer sequence is refused.
@@ -89,6 +90,7 @@ class LoaderConfig(Config, frozen=True, kw_only=True):
         seed: of the order, in [0, 2**63).
         mix: for several caches.
         mask: which positions are learned from.
+        features: names of the cache's features (hidden states) that a batch holds; empty for none, which costs nothing.
         num_threads: threads that read and decode ahead; 0 reads when a batch is asked for.
         prefetch_batches: most batches that the threads are ahead; each takes this rank's share of a batch in memory.
     """
@@ -107,6 +109,7 @@ class LoaderConfig(Config, frozen=True, kw_only=True):
     seed: Seed = 0
     mix: MixConfig = MixConfig()
     mask: MaskConfig = MaskConfig()
+    features: tuple[str, ...] = ()
     num_threads: NonNegative = 2
     prefetch_batches: Positive = 4
 

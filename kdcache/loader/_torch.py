@@ -47,6 +47,7 @@ class TorchBatch:
     num_sequences: int
     num_masked: int
     state: dict[str, Any] | None = None
+    features: dict[str, Tensor] | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TorchBatch:
         """The batch on a device; int32 stays int32, so cast labels there, not before the copy."""
@@ -68,7 +69,10 @@ def to_torch(batch: Batch, state: dict[str, Any] | None = None) -> TorchBatch:
 
 def _tensors(batch: Batch | TorchBatch, function: Callable[[Any], Tensor]) -> dict[str, Any]:
     values = {name: getattr(batch, name) for name in (*ARRAYS, *OPTIONAL_ARRAYS)}
-    return {name: None if value is None else function(value) for name, value in values.items()}
+    made: dict[str, Any] = {name: None if value is None else function(value) for name, value in values.items()}
+    if batch.features is not None:
+        made["features"] = {name: function(rows) for name, rows in batch.features.items()}
+    return made
 
 
 class TorchLoader(IterableDataset[TorchBatch]):

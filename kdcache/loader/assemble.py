@@ -15,11 +15,12 @@ from kdcache.codec.base import Codec
 from kdcache.codec.into import EntryArrays, Job, decode_many_into, place
 from kdcache.config.loader import MaskConfig
 from kdcache.errors import CorruptCacheError
-from kdcache.format.manifest import SelectionInfo
+from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import PADDING_ID, SequenceRecord
 from kdcache.format.selection import fixed_entries, fixed_exact, stores_num_exact
 from kdcache.loader.batch import IGNORED_LABEL, Batch
 from kdcache.loader.buffers import BufferPool
+from kdcache.loader.features import batch_features
 from kdcache.loader.mask import Choice, choose, choose_reference
 from kdcache.store.rows import EncodedRecord
 
@@ -63,12 +64,14 @@ class BatchLayout:
         seq_len: T.
         columns: of the entries.
         mask: which positions are learned from.
+        features: that the batch holds.
     """
 
     sequences_per_row: tuple[int, ...]
     seq_len: int
     columns: EntryColumns
     mask: MaskConfig = field(default_factory=MaskConfig)
+    features: tuple[FeatureInfo, ...] = ()
 
 
 def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | None = None) -> Batch:
@@ -172,6 +175,7 @@ def _blank(records: Sequence[Record], choices: Sequence[Choice], layout: BatchLa
         entropy_P=np.zeros(num_positions, np.float32) if columns.has_entropy else None,
         num_sequences=len(records),
         num_masked=num_masked,
+        features=batch_features(records, [choice.keep_P for choice in choices], layout.features),
     )
 
 

@@ -47,6 +47,8 @@ class Batch:
         entropy_P: (P,) float32, nats, of the teacher's whole distribution; None where the cache keeps none.
         num_sequences: in the batch; 0 for a rank that has only the empty rows of the last batch.
         num_masked: supervised positions of its sequences that the mask left out.
+        features: name -> (P, H) float32, a row for each position, in the order of rows_P; or (num_sequences, H) where the
+            feature is pooled, in the order of the sequences in the rows. None where LoaderConfig.features names none.
     """
 
     input_ids_BT: NDArray[np.int32]
@@ -65,6 +67,7 @@ class Batch:
     entropy_P: NDArray[np.float32] | None
     num_sequences: int
     num_masked: int
+    features: dict[str, NDArray[np.float32]] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -107,7 +110,13 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
         max_seqlen=max(batch.max_seqlen for batch in batches),
         num_sequences=sum(batch.num_sequences for batch in batches),
         num_masked=sum(batch.num_masked for batch in batches),
+        features=_stacked([batch.features for batch in batches]),
     )
+
+
+def _stacked(features: Sequence[dict[str, NDArray[np.float32]] | None]) -> dict[str, NDArray[np.float32]] | None:
+    parts = [found for found in features if found is not None]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else None
 
 
 def _widened(values_PK: NDArray[np.generic], num_columns: int, padding: float) -> NDArray[np.generic]:

@@ -19,6 +19,7 @@ from kdcache.format.manifest import Manifest
 from kdcache.loader.assemble import EntryColumns, Record
 from kdcache.loader.base import Reader
 from kdcache.loader.cache import Cache, open_dataset
+from kdcache.loader.features import find_features
 from kdcache.loader.mix import CacheTable
 
 CacheLike = str | PathLike[str] | Reader
@@ -30,12 +31,14 @@ class CacheSet:
 
     Args:
         caches: addresses are opened here, and closed by `close`; open ones stay the caller's.
+        features: names of those that batches hold.
 
     Raises:
-        ConfigError: none. MismatchError: several that do not fit together. Whatever opening raises.
+        ConfigError: none, or one without such a feature. MismatchError: several that do not fit together. Whatever opening
+            raises.
     """
 
-    def __init__(self, caches: CacheLike | Sequence[CacheLike]) -> None:
+    def __init__(self, caches: CacheLike | Sequence[CacheLike], features: Sequence[str] = ()) -> None:
         self._own: list[Cache] = []
         several: Sequence[Any] = caches if isinstance(caches, (list, tuple)) else [caches]
         if not several:
@@ -43,6 +46,7 @@ class CacheSet:
         try:
             self.readers = [self._opened(cache) for cache in several]
             check_together([reader.manifest for reader in self.readers])
+            self.features = find_features([reader.manifest for reader in self.readers], features)
         except BaseException:
             self.close()
             raise

@@ -25,7 +25,7 @@ def read_rows(
         CorruptCacheError: a damaged record, or one that is not as long as the index says.
     """
     records = [_read(caches, int(i)) for row in rows for i in row]
-    layout = BatchLayout(tuple(len(row) for row in rows), seq_len, caches.columns, mask)
+    layout = BatchLayout(tuple(len(row) for row in rows), seq_len, caches.columns, mask, caches.features)
     return assemble(records, layout, pool)
 
 
