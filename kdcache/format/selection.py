@@ -128,4 +128,5 @@ def _check_param(kind: str, name: str, value: Any) -> None:
     accepted = (int, float) if kind_of_number is float else (int,)
     if isinstance(value, bool) or not isinstance(value, accepted) or not least <= value <= most:
         expected = "an integer" if kind_of_number is int else "a number"
-        raise FormatError(f"selection {kind!r} has {name} = {value!r}, expected {expected} from {least} to {most}")
+        end = "2^31" if most == MAX_K else most
+        raise FormatError(f"selection {kind!r} has {name} = {value!r}, expected {expected} from {least} to {end}")

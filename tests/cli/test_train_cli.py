@@ -107,8 +107,7 @@ def test_the_example_configs_load_and_differ_in_the_loss_alone() -> None:
     assert kd == labels
 
 
-@pytest.mark.parametrize("name", ["kd", "labels"])
-def test_the_example_configs_show_every_field(name: str) -> None:
+def test_the_example_config_shows_every_field() -> None:
     import yaml
 
     def missing(shown: object, config: object) -> list[str]:
@@ -118,5 +117,5 @@ def test_the_example_configs_show_every_field(name: str) -> None:
         absent = [name for name in config.__struct_fields__ if name not in shown]
         return absent + [name for section in shown for name in missing(shown[section], getattr(config, section, None))]
 
-    path = CONFIGS / f"train-{name}.yaml"
+    path = CONFIGS / "train-kd.yaml"
     assert missing(yaml.safe_load(path.read_text()), load_config(path, TrainConfig)) == []
