@@ -186,26 +186,33 @@ def _most_positions(work: list[Work], config: CaptureConfig) -> int:
 def _bytes_are(config: CaptureConfig, probed: _Probed) -> Literal["expected", "most", "measured"]:
     if probed.is_measured:
         return "measured"
-    return "expected" if fixed_entries(selection_info(config)) is not None else "most"
+    follows_content = config.codec.id == "archive" or fixed_entries(selection_info(config)) is None
+    return "most" if follows_content else "expected"
 
 
 def _expected_bytes(config: CaptureConfig, vocab_size: int) -> float:
     """What the codec makes of made-up distributions with the most entries that the selection can have."""
     selection = selection_info(config)
-    return _encoded_bytes(config, vocab_size, [_made_up(selection, min(vocab_size, most_entries(selection, vocab_size)))])
+    k = min(vocab_size, most_entries(selection, vocab_size))
+    return _encoded_bytes(config, vocab_size, [_made_up(selection, k, vocab_size)])
 
 
-def _made_up(selection: SelectionInfo, k: int) -> Distributions:
+def _made_up(selection: SelectionInfo, k: int, vocab_size: int) -> Distributions:
     """64 positions of k entries; every fourth target is no exact entry, of `sampled` every one. Of `threshold` all entries are
-    exact: those take the most bytes."""
+    exact: those take the most bytes. Ids come from all of the vocabulary, and nothing is more frequent than anything else."""
     num_positions, fixed = 64, fixed_exact(selection)
     num_exact = min(k, k if fixed is None else fixed)
     tail = 1.0 if num_exact == 0 else 0.5
     estimate = selection.params.get("tau") or tail / selection.params.get("num_draws", 1)
     logprobs_K = np.log(np.repeat([0.5 / max(num_exact, 1), estimate], [num_exact, k - num_exact]))
+    rng = np.random.default_rng(0)
+    logprobs_PK = np.tile(logprobs_K, (num_positions, 1))
+    logprobs_PK[:, :num_exact] -= np.sort(rng.uniform(0.0, 12.0, (num_positions, num_exact)))
+    step = vocab_size // max(k, 1)
+    ids_PK = np.arange(k) * step + rng.integers(0, max(step, 1), (num_positions, k))
     return Distributions(
-        token_ids_E=np.tile(np.arange(k, dtype=np.int32), num_positions),
-        logprobs_E=np.tile(logprobs_K.astype(np.float32), num_positions),
+        token_ids_E=ids_PK.reshape(-1).astype(np.int32),
+        logprobs_E=logprobs_PK.reshape(-1).astype(np.float32),
         offsets_P1=np.arange(num_positions + 1, dtype=np.int64) * k,
         tail_mass_P=np.full(num_positions, tail, np.float32),
         outside_target_logprobs_M=np.full(num_positions // 4 if num_exact else num_positions, -9.0, np.float32),
