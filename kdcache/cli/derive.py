@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fewer entries per position, without bias: top_k=16 or top_p=0.9 of exact ones, tau=0.05 (threshold), draws=50 "
         "(sampled); may be repeated",
     )  # fmt: skip
+    parser.add_argument("--accept-incomplete", action="store_true", help="take a source that is not complete as far as it is")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of everything random here (default: 0)")
     parser.add_argument(
         "--codec", metavar="ID", help="of the new cache: raw, packed, quantized, archive (default: the source's)"
@@ -116,6 +117,7 @@ def _options(args: argparse.Namespace) -> DeriveOptions:
         seed=args.seed,
         codec=args.codec,
         bits=args.bits,
+        accept_incomplete=args.accept_incomplete,
         unit_sequences=args.unit_sequences,
         **given,
     )

@@ -26,6 +26,7 @@ class DeriveOptions:
         seed: of everything random here.
         codec: id of the new cache's; None: the first source's.
         bits: of the codecs `quantized` and `archive`; None for their own choice.
+        accept_incomplete: whether a source whose capture has not come to its end is taken as far as it is.
         unit_sequences: sequences of the sources per shard; None: about 256 MiB of them.
         record_batch_bytes: about this many bytes of rows per Arrow record batch.
     """
@@ -40,5 +41,6 @@ class DeriveOptions:
     seed: int = 0
     codec: str | None = None
     bits: int | None = None
+    accept_incomplete: bool = False
     unit_sequences: int | None = None
     record_batch_bytes: int = DEFAULT_RECORD_BATCH_BYTES

@@ -21,7 +21,7 @@ from kdcache.derive.options import DeriveOptions
 from kdcache.derive.positions import keep_positions
 from kdcache.derive.reduce import reduce_record
 from kdcache.derive.scalars import record_values
-from kdcache.errors import ConfigError, MismatchError
+from kdcache.errors import ConfigError, InputError, MismatchError
 from kdcache.format.manifest import LineageInfo, Manifest
 from kdcache.format.record import SequenceRecord
 from kdcache.store import chain
@@ -61,7 +61,8 @@ def derive(
         options: what to do; by default the sources are written again as one.
 
     Raises:
-        ConfigError: options that cannot be had of these sources. InputError: nothing to write, or sequences that are missing.
+        ConfigError: options that cannot be had of these sources. InputError: nothing to write, sequences that are missing, or
+            a source that is not complete.
         MismatchError: sources that do not fit together; a target that holds something else.
         CacheNotFoundError, CorruptCacheError: a source cannot be read. CaptureError: the disk refuses.
     """
@@ -73,6 +74,8 @@ def derive(
         raise ConfigError(f"{target} is a source and the target; choose another directory for the new cache")
     with ExitStack() as stack:
         readers = [stack.enter_context(open_cache(source)) for source in sources]
+        for source, reader in zip(sources, readers, strict=True):
+            _refuse_incomplete(source, reader.manifest, options)
         job = make_job(readers, [str(reader.root).rstrip("/").rsplit("/", 1)[-1] for reader in readers], options)
         _refuse_other(root, job.manifest.lineage)
         writer = CacheWriter.open(root, job.manifest, record_batch_bytes=options.record_batch_bytes)
@@ -115,6 +118,14 @@ def derived_record(job: Job, records: Sequence[SequenceRecord]) -> SequenceRecor
     if options.reduce is not None:
         record = reduce_record(record, before, job.manifest.identity.selection)
     return record
+
+
+def _refuse_incomplete(source: str | Path, manifest: Manifest, options: DeriveOptions) -> None:
+    if not (manifest.is_complete or options.accept_incomplete):
+        raise InputError(
+            f"{source}: only {len(manifest.shards)} of {manifest.plan.num_units} units are there, and what is derived would "
+            "look complete; finish it first, or take it as it is with --accept-incomplete (accept_incomplete)"
+        )
 
 
 def _refuse_other(root: Location, lineage: LineageInfo | msgspec.UnsetType) -> None:

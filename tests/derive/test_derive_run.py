@@ -179,6 +179,31 @@ def test_what_cannot_be_derived_is_refused_before_anything_is_written(tmp_path):
         derive([], tmp_path / "out")
 
 
+def test_a_source_that_is_not_complete_is_taken_only_where_that_is_accepted(tmp_path):
+    from cache_making import make_manifest
+
+    from kdcache.store.writer import CacheWriter
+
+    writer = CacheWriter.open(tmp_path / "a", make_manifest(2))
+    writer.write_unit(0, make_unit(0))
+    writer.fold()
+    with pytest.raises(InputError, match="only 1 of 2 units are there"):
+        derive([tmp_path / "a"], tmp_path / "out")
+    derive([tmp_path / "a"], tmp_path / "out", DeriveOptions(accept_incomplete=True))
+    assert len(records_of(tmp_path / "out")) == 3
+
+
+def test_sources_and_target_may_be_in_an_object_store(tmp_path):
+    pytest.importorskip("fsspec")
+    source, there = make_cache(tmp_path / "a"), f"memory://{tmp_path.name}/a"
+    derive([source], there)
+    derive([there], tmp_path / "back")
+    for ours, theirs in zip(records_of(tmp_path / "back"), records_of(source), strict=True):
+        assert_same_record(ours, theirs)
+    with pytest.raises(ConfigError, match="is a source and the target"):
+        derive([there], there)
+
+
 def test_a_target_that_was_made_otherwise_is_named_with_how(tmp_path):
     a, b = make_cache(tmp_path / "a"), make_cache(tmp_path / "b")
     derive([a], tmp_path / "out", DeriveOptions(sample=0.5))
