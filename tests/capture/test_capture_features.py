@@ -154,3 +154,56 @@ def test_a_sequence_without_supervised_positions_pools_to_zeros():
         np.testing.assert_array_equal(pooled(np.empty((0, 3), np.float32), pooling), np.zeros((1, 3), np.float32))
     (feature,) = resolve_features([FeatureConfig(layer=-1)], FAKE_HIDDEN)
     assert (feature.layer, feature.size, feature.num_rows(7)) == (4, 16, 7)
+
+
+REAL = [{"layer": -1}, {"layer": 1, "dtype": "int8"}, {"layer": 0, "pooling": "mean"}]
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("transformers", marks=pytest.mark.slow),
+        pytest.param("vllm", marks=[pytest.mark.slow, pytest.mark.vllm]),
+    ],
+)
+def test_features_of_a_real_model_are_captured_verified_and_read_back_within_their_bounds(
+    tmp_path, backend, tiny_model_dir, capsys
+):
+    pytest.importorskip(backend)
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    teacher = {"model": str(tiny_model_dir), "backend": backend, "dtype": "float32", "batch_tokens": 64}
+    lines = [f"def line_{n}(x): return x + {n}" for n in range(9)]
+    # Written anew: in the fake's config the vocabulary is the fake's.
+    fields = json.loads(write_config(make_config(tmp_path, lines), tmp_path / "c.yaml").read_text())
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps(fields | {"teacher": teacher, "features": REAL}))
+    assert main(["capture", str(path), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "hidden_last    128 bytes per position" in shown
+    assert "hidden_1       68 bytes per position" in shown
+    assert "hidden_0_mean  128 bytes per sequence" in shown
+    assert main(["capture", str(path)]) == 0
+    assert main(["verify", str(tmp_path / "cache")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    with kdcache.open(tmp_path / "cache") as cache, torch.inference_mode():
+        for record in (cache[n] for n in range(len(cache))):
+            ids_1N = torch.from_numpy(record.sequence.input_ids_N.astype(np.int64))[None]
+            states = [state[0].numpy() for state in model(input_ids=ids_1N, output_hidden_states=True).hidden_states]
+            expected = {"hidden_last": states[2], "hidden_1": states[1], "hidden_0_mean": states[0].mean(axis=0)[None]}
+            for name, dtype in (("hidden_last", "float16"), ("hidden_1", "int8"), ("hidden_0_mean", "float16")):
+                found_RH = record.distributions.features[name]
+                assert (np.abs(found_RH - expected[name]) <= bound(expected[name], dtype) + 1e-4).all()
+
+
+def test_features_of_what_the_teacher_wrote_are_those_of_its_answers(tmp_path):
+    config = config_with(tmp_path, FEATURES[:1], generate={"max_tokens": 5}, teacher={"vocab_size": 400})
+    run_capture(config)
+    teacher = FakeTeacher(config.teacher)
+    with kdcache.open(tmp_path / "cache") as cache:
+        for record in (cache[n] for n in range(len(cache))):
+            rows_NH = teacher.hidden_states(record.sequence, 4)[record.sequence.supervised_N]
+            found_NH = record.distributions.features["hidden_last"]
+            assert 1 <= len(found_NH) <= 5
+            assert (np.abs(found_NH - rows_NH) <= bound(rows_NH, "float16")).all()
