@@ -209,7 +209,7 @@ def _made_up(selection: SelectionInfo, k: int, vocab_size: int) -> Distributions
     logprobs_PK = np.tile(logprobs_K, (num_positions, 1))
     logprobs_PK[:, :num_exact] -= np.sort(rng.uniform(0.0, 12.0, (num_positions, num_exact)))
     step = vocab_size // max(k, 1)
-    ids_PK = np.arange(k) * step + rng.integers(0, max(step, 1), (num_positions, k))
+    ids_PK = rng.permuted(np.arange(k) * step + rng.integers(0, max(step, 1), (num_positions, k)), axis=1)
     return Distributions(
         token_ids_E=ids_PK.reshape(-1).astype(np.int32),
         logprobs_E=logprobs_PK.reshape(-1).astype(np.float32),
