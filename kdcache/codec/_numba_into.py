@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -23,6 +27,12 @@ from kdcache.format.record import PADDING_ID
 
 TOO_WIDE = -2
 NUM_ADDRESSES = 10
+_MOST_SHUFFLED_BITS = 25
+"""An id of so many bits, up to 7 bits into a byte, lies in 4 bytes."""
+_OTHER_CPU = any(getattr(config, name, None) for name in ("CPU_NAME", "CPU_FEATURES"))
+HAS_SHUFFLES = not _OTHER_CPU and {"+avx2", "+f16c"} <= set(get_host_cpu_features().split(","))
+"""Whether the compiled code may have x86's shuffle of bytes and its float16; portable loops do the same elsewhere. Asked for
+where the processor has none, or numba was told to do without, LLVM would end the process."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +42,7 @@ class Unpacking:
     Attributes:
         words: the packed ids as aligned uint32.
         halves_E: (E,) float16 logprobs, aligned.
-        offsets_P1, kept_Q: int64, as for `unpack_into`.
+        offsets_P1, kept_Q: (P+1,) offsets of the positions' entries, and (Q,) the positions that are kept, int64.
         token_ids_QK, logprobs_QK: int32 and float32, C-contiguous, to be written.
     """
 
@@ -51,7 +61,8 @@ class Unpacking:
         rows: tuple[NDArray[np.int64], NDArray[np.int64]],
         out: tuple[NDArray[np.int32], NDArray[np.float32]],
     ) -> Unpacking:
-        """Made of the arguments of `unpack_into`, copied where they are not aligned."""
+        """Of a stream of whole 8-byte words, logprobs, (offsets_P1, kept_Q) and (token_ids_QK, logprobs_QK); the first two are
+        copied where they are not aligned."""
         return cls(_aligned(stream.view(np.uint32)), _aligned(halves_E), *rows, *out)
 
     def addresses(self) -> list[int]:
@@ -68,33 +79,95 @@ def _aligned(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def unpack_many(jobs: Sequence[Unpacking], id_bits: int) -> NDArray[np.int64]:
-    """`unpack_into` of several sequences in one call, so that the GIL is let go of once: threads that take turns for each of
-    them spend their time waiting for each other. Returns what it returns, for each.
+    """Write ids and logprobs of the kept positions, padding behind them, of several sequences in one call, so that the GIL is
+    let go of once: threads that take turns for each of them spend their time waiting for each other.
+
+    Args:
+        jobs: R sequences.
+        id_bits: width of an id, from 1 to 31.
+
+    Returns:
+        (R,) the largest id of each, -1 where there is none, TOO_WIDE where a position has more than K entries.
     """
     table_RC = np.array([job.addresses() for job in jobs], np.int64).reshape(len(jobs), NUM_ADDRESSES)
     largest_R = np.empty(len(jobs), np.int64)
-    _unpack_many(table_RC, id_bits, largest_R)
+    _unpack_many(table_RC, id_bits, _lanes(min(id_bits, _MOST_SHUFFLED_BITS)), largest_R)
     return largest_R
 
 
-def unpack_into(
-    stream: NDArray[np.uint8],
-    id_bits: int,
-    halves_E: NDArray[np.float16],
-    rows: tuple[NDArray[np.int64], NDArray[np.int64]],
-    out: tuple[NDArray[np.int32], NDArray[np.float32]],
-) -> int:
-    """Write ids and logprobs of the kept positions, padding behind them; returns the largest id, -1 where there is none,
-    TOO_WIDE where a position has more than K entries.
+@lru_cache(maxsize=32)
+def _lanes(width: int) -> NDArray[np.uint8]:
+    """(64,) for `_shuffle_groups`, of a width of at most 25 bits: which 4 bytes each of 8 ids lies in (of the first 16 bytes
+    for the first four ids, of those from byte 4 w / 8 on for the others), and by how many bits to shift them (uint32)."""
+    bits = np.arange(8) * width
+    bits[4:] -= 4 * width // 8 * 8
+    places = (bits // 8)[:, None] + np.arange(4)
+    return np.concatenate([places.astype(np.uint8).reshape(-1), (bits % 8).astype(np.uint32).view(np.uint8)])
 
-    Args:
-        stream: bytes of the packed ids, whole 8-byte words, at any alignment.
-        id_bits: width of an id, from 1 to 31.
-        halves_E: (E,) float16 logprobs.
-        rows: (P+1,) offsets of the positions' entries, and (Q,) the positions that are kept.
-        out: (Q, K) ids and (Q, K) logprobs, C-contiguous.
-    """
-    return int(unpack_many([Unpacking.of(stream, halves_E, rows, out)], id_bits)[0])
+
+_BYTE, _WORD = ir.IntType(8), ir.IntType(32)
+
+
+def _vector(builder: Any, address: Any, kind: Any, count: int) -> Any:
+    """Pointer to a vector."""
+    return builder.inttoptr(address, ir.VectorType(kind, count).as_pointer())
+
+
+@intrinsic
+def _shuffle_groups(typing_context, source, num_groups, width, offset, lanes, target):  # noqa: ARG001
+    # Groups of 8 ids: the bytes of each are brought into a lane of 32 bits by one instruction (AVX2's byte shuffle), shifted by
+    # as many bits as its lane asks for, and masked. Gives the largest id.
+    def generate(context, builder, signature, arguments):  # noqa: ARG001 - numba's calling convention
+        source, num_groups, width, offset, lanes, target = arguments
+        bytes_32, words_8 = ir.VectorType(_BYTE, 32), ir.VectorType(_WORD, 8)
+        ones = [ir.Constant(_WORD, n) for n in range(32)]
+
+        def splat(value):
+            one = builder.insert_element(ir.Constant(words_8, ir.Undefined), value, ones[0])
+            return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_WORD, 8), [0] * 8))
+
+        places = builder.load(_vector(builder, lanes, _BYTE, 32), align=1)
+        shifts = builder.load(_vector(builder, builder.add(lanes, lanes.type(32)), _WORD, 8), align=1)
+        shifts = builder.add(shifts, splat(builder.trunc(offset, _WORD)))
+        mask = splat(builder.trunc(builder.sub(builder.shl(width.type(1), width), width.type(1)), _WORD))
+        second = builder.lshr(width, width.type(1))
+        largest = cgutils.alloca_once_value(builder, ir.Constant(words_8, [0] * 8))
+        shuffle = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(bytes_32, [bytes_32, bytes_32]), "llvm.x86.avx2.pshuf.b"
+        )
+        joined = ir.Constant(ir.VectorType(_WORD, 32), list(range(32)))
+        with cgutils.for_range(builder, num_groups) as loop:
+            first = builder.add(source, builder.mul(loop.index, width))
+            halves = [builder.load(_vector(builder, at, _BYTE, 16), align=1) for at in (first, builder.add(first, second))]
+            found = builder.call(shuffle, [builder.shuffle_vector(*halves, joined), places])
+            ids = builder.and_(builder.lshr(builder.bitcast(found, words_8), shifts), mask)
+            place = builder.add(target, builder.mul(loop.index, target.type(32)))
+            builder.store(ids, _vector(builder, place, _WORD, 8), align=4)
+            before = builder.load(largest)
+            builder.store(builder.select(builder.icmp_unsigned(">", ids, before), ids, before), largest)
+        found, best = builder.load(largest), ir.Constant(_WORD, 0)
+        for lane in range(8):
+            one = builder.extract_element(found, ones[lane])
+            best = builder.select(builder.icmp_unsigned(">", one, best), one, best)
+        return best
+
+    return types.uint32(*[types.int64] * 6), generate
+
+
+@intrinsic
+def _widen_groups(typing_context, source, num_groups, target):  # noqa: ARG001
+    # Groups of 16 float16 to float32: exact, an instruction of processors that have AVX2 (F16C); a C function elsewhere.
+    def generate(context, builder, signature, arguments):  # noqa: ARG001 - numba's calling convention
+        source, num_groups, target = arguments
+        singles = ir.VectorType(ir.FloatType(), 16)
+        with cgutils.for_range(builder, num_groups) as loop:
+            at = builder.add(source, builder.mul(loop.index, source.type(32)))
+            place = builder.add(target, builder.mul(loop.index, target.type(64)))
+            values = builder.fpext(builder.load(_vector(builder, at, ir.HalfType(), 16), align=2), singles)
+            builder.store(values, _vector(builder, place, ir.FloatType(), 16), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
 
 
 @compiled()
@@ -146,25 +219,58 @@ def _widen_row(halves, start, bits, values):
 
 
 @compiled()
-def _unpack_rows(words, width, halves, offsets, kept, ids, logprobs):
-    bits = logprobs.view(np.uint32)
-    largest = np.int64(-1)
-    num_safe = (words.shape[0] - 1) * 32 // width  # entries in front of the last word
-    for q in range(kept.shape[0]):
-        start, stop = offsets[kept[q]], offsets[kept[q] + 1]
-        count = stop - start
-        if count > ids.shape[1]:
+def _unpack_run(words, width, lanes, start, ids):
+    # Entries from `start` on, as many as `ids` holds; the largest of them.
+    count, done, largest = ids.shape[0], 0, np.uint32(0)
+    bit = start * width
+    if HAS_SHUFFLES and width + (bit & 7) <= _MOST_SHUFFLED_BITS:
+        # A group is 8 ids, `width` bytes; two times 16 bytes are read for it, the second from byte 4 w / 8 on.
+        room = words.shape[0] * 4 - (bit >> 3) - (4 * width // 8) - 16
+        num_groups = max(0, min(count // 8, room // width + 1)) if room >= 0 else 0
+        source = words.ctypes.data + (bit >> 3)
+        largest = _shuffle_groups(source, num_groups, width, bit & 7, lanes.ctypes.data, ids.ctypes.data)  # pyright: ignore[reportCallIssue]
+        done = num_groups * 8
+    num_safe = (words.shape[0] - 1) * 32 // width - start  # entries in front of the last word
+    middle = max(done, min(count, num_safe))
+    largest = max(largest, _unpack_row(words, width, start + done, ids[done:middle]))
+    return max(largest, _unpack_last(words, width, start + middle, ids[middle:]))
+
+
+@compiled()
+def _widen_run(halves, start, logprobs):
+    done = 0
+    if HAS_SHUFFLES:
+        done = logprobs.shape[0] // 16 * 16
+        _widen_groups(halves.ctypes.data + 2 * start, done // 16, logprobs.ctypes.data)  # pyright: ignore[reportCallIssue]
+    _widen_row(halves, start + done, logprobs.view(np.uint32)[done:], logprobs[done:])
+
+
+@compiled()
+def _unpack_rows(words, width, lanes, halves, offsets, kept, ids, logprobs):
+    largest, num_rows, num_columns = np.int64(-1), kept.shape[0], ids.shape[1]
+    flat_ids, flat_logprobs = ids.reshape(-1), logprobs.reshape(-1)
+    q = 0
+    while q < num_rows:
+        start, stop, row = offsets[kept[q]], offsets[kept[q] + 1], q
+        if stop - start > num_columns:
             return TOO_WIDE
-        if count > 0:
-            if stop <= num_safe:
-                found = _unpack_row(words, width, start, ids[q, :count])
-            else:
-                found = _unpack_last(words, width, start, ids[q, :count])
-            largest = max(largest, np.int64(found))
-            _widen_row(halves, start, bits[q, :count], logprobs[q, :count])
-        for k in range(count, ids.shape[1]):
-            ids[q, k] = PADDING_ID
-            logprobs[q, k] = -np.inf
+        q += 1
+        # Full rows, one behind the other here and there, are one long row.
+        while (
+            stop - start == (q - row) * num_columns
+            and q < num_rows
+            and kept[q] == kept[q - 1] + 1
+            and offsets[kept[q] + 1] - stop == num_columns
+        ):
+            stop = offsets[kept[q] + 1]
+            q += 1
+        first, end = row * num_columns, row * num_columns + stop - start
+        if stop > start:
+            largest = max(largest, np.int64(_unpack_run(words, width, lanes, start, flat_ids[first:end])))
+            _widen_run(halves, start, flat_logprobs[first:end])
+        for k in range(end, q * num_columns):
+            flat_ids[k] = PADDING_ID
+            flat_logprobs[k] = -np.inf
     return largest
 
 
@@ -176,8 +282,8 @@ def _pointer(typing_context, address):  # noqa: ARG001 - numba's calling convent
     return types.voidptr(types.int64), generate
 
 
-@compiled(numba.void(numba.int64[:, ::1], numba.int64, numba.int64[::1]))
-def _unpack_many(table, width, largest):
+@compiled(numba.void(numba.int64[:, ::1], numba.int64, numba.uint8[::1], numba.int64[::1]))
+def _unpack_many(table, width, lanes, largest):
     for r in range(table.shape[0]):
         num_words, num_offsets, num_kept, num_columns = table[r, 6], table[r, 7], table[r, 8], table[r, 9]
         words = numba.carray(_pointer(table[r, 0]), (num_words,), np.uint32)
@@ -186,4 +292,4 @@ def _unpack_many(table, width, largest):
         kept = numba.carray(_pointer(table[r, 3]), (num_kept,), np.int64)
         ids = numba.carray(_pointer(table[r, 4]), (num_kept, num_columns), np.int32)
         logprobs = numba.carray(_pointer(table[r, 5]), (num_kept, num_columns), np.float32)
-        largest[r] = _unpack_rows(words, width, halves, offsets, kept, ids, logprobs)
+        largest[r] = _unpack_rows(words, width, lanes, halves, offsets, kept, ids, logprobs)
