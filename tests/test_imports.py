@@ -36,6 +36,7 @@ def help_of(*command):
         "from kdcache import KdcacheError, Manifest",
         "import kdcache.errors, kdcache.format.manifest, kdcache.format.paths",
         "import kdcache.config.capture, kdcache.config.loader, kdcache.config.train",
+        "import kdcache.train.adapters",
         help_of(),
         help_of("capture"),
         help_of("fold"),

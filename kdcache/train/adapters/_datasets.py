@@ -9,7 +9,7 @@ import datasets
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError
-from kdcache.loader.batch import ARRAYS, OPTIONAL_ARRAYS
+from kdcache.loader.batch import ARRAYS, NUMBERS, OPTIONAL_ARRAYS
 from kdcache.loader.caches import CacheLike
 from kdcache.loader.view import PackedView
 
@@ -21,7 +21,7 @@ def iterable_dataset(
     epoch: int = 0,
     rows_per_shard: int = 16,
 ) -> datasets.IterableDataset:
-    """Rows of `seq_len` tokens; each example is a batch of one row, as a dict of arrays with the names of `Batch`.
+    """Rows of `seq_len` tokens; each example is a batch of one row, as a dict: `Batch(**example)`.
 
     `state_dict` and `load_state_dict` are exact, and cheap: `datasets` resumes by going through what came before in the shard
     once more, and so a shard is a few rows here. Ranks: `datasets.distributed.split_dataset_by_node`, with a number of ranks
@@ -51,5 +51,4 @@ def _examples(first_rows: list[int], view: PackedView, rows_per_shard: int) -> I
     for first in first_rows:
         for row in range(first, min(first + rows_per_shard, len(view))):
             batch = view[row]
-            arrays = {name: getattr(batch, name) for name in (*ARRAYS, *OPTIONAL_ARRAYS)}
-            yield {name: array for name, array in arrays.items() if array is not None}
+            yield {name: getattr(batch, name) for name in (*ARRAYS, *OPTIONAL_ARRAYS, *NUMBERS)}
