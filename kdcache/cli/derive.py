@@ -201,6 +201,8 @@ def _notes(manifest: Manifest) -> list[str]:
     assert isinstance(manifest.lineage, LineageInfo)
     codecs = sorted({parent.codec.codec_id for parent in manifest.lineage.parents} - {"raw", manifest.identity.codec.codec_id})
     notes = [f"numbers keep what codec {codec!r} rounded off in the source" for codec in codecs]
+    if not manifest.total("num_sequences"):
+        notes.append("no sequence meets the condition: the cache is empty")
     if any(operation.name == "mix" for operation in manifest.lineage.operations):
         notes.append("entropy, further temperatures and features of a mixture do not follow from its parts and are left out")
     return notes

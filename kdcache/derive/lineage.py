@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdcache.derive.options import DeriveOptions
-from kdcache.format.manifest import LineageInfo, Manifest, OperationInfo, ParentInfo, fingerprint
+from kdcache.format.manifest import LineageInfo, Manifest, OperationInfo, ParentInfo, SelectionInfo, fingerprint
+from kdcache.format.selection import has_estimates
 
 MAX_KEYS = 100
 """Selected keys that are listed in the manifest; of more, their fingerprint and number."""
@@ -19,7 +20,7 @@ def make_lineage(parents: Sequence[tuple[str, Manifest]], options: DeriveOptions
         parents: name and manifest of each.
     """
     return LineageInfo(
-        operations=tuple(_operations(len(parents), options)),
+        operations=tuple(_operations([manifest.identity.selection for _, manifest in parents], options)),
         parents=tuple(_parent(name, manifest) for name, manifest in parents),
     )
 
@@ -50,17 +51,16 @@ def _parent(name: str, manifest: Manifest) -> ParentInfo:
     )
 
 
-def _operations(num_parents: int, options: DeriveOptions) -> list[OperationInfo]:
+def _operations(selections: Sequence[SelectionInfo], options: DeriveOptions) -> list[OperationInfo]:
+    seed = {"seed": options.seed} if any(map(has_estimates, selections)) else {}  # nothing is drawn of exact entries
     asked: dict[str, dict[str, Any] | None] = {
-        "mix": None
-        if options.mix is None
-        else {"weights": list(options.mix), "missing": options.missing, "seed": options.seed},
-        "concatenate": {} if options.mix is None and num_parents > 1 else None,
+        "mix": None if options.mix is None else {"weights": list(options.mix), "missing": options.missing, **seed},
+        "concatenate": {} if options.mix is None and len(selections) > 1 else None,
         "select": _selected(options),
         "sample": None if options.sample is None else {"fraction": options.sample, "seed": options.seed},
         "where": None if options.where is None else {"condition": options.where},
         "where_position": None if options.where_position is None else {"condition": options.where_position},
-        "reduce": None if options.reduce is None else {**options.reduce.asked(), "seed": options.seed},
+        "reduce": None if options.reduce is None else {**options.reduce.asked(), **seed},
     }
     done = [OperationInfo(name=name, params=params) for name, params in asked.items() if params is not None]
     return done or [OperationInfo(name="repack")]

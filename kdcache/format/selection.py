@@ -10,6 +10,10 @@
 
 An estimate is a random number whose expectation is the token's probability (0 where the token is not kept), so a sum over all
 entries estimates the sum over the vocabulary without bias. In a record exact entries stand before estimates.
+
+That is what a capture stores. A cache that was made of others (`kdcache.derive`) may hold fewer exact entries than the most
+probable ones (the mixture of several `top_k`), and counts that were drawn otherwise (fewer of `sampled`): exact or unbiased as
+here.
 """
 
 from __future__ import annotations

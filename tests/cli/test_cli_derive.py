@@ -28,7 +28,7 @@ def test_a_derivation_says_what_it_wrote_and_info_where_it_came_from(cache, tmp_
     status, out, _ = run(capsys, "derive", tmp_path / "b", *arguments)
     assert status == 0
     assert "6 sequences" in out
-    assert "where (condition=num_tokens > 5), reduce (top_k=2, seed=0) of a (" in out
+    assert "where (condition=num_tokens > 5), reduce (top_k=2) of a (" in out
     assert "3 by a condition" in out
     assert "numbers keep what codec 'quantized' rounded off in the source" in out
     assert run(capsys, "verify", tmp_path / "b")[0] == 0
@@ -56,6 +56,12 @@ def test_two_caches_are_mixed_and_joined(cache, tmp_path, capsys):
     assert "of a mixture do not follow from its parts" in out
     status, out, _ = run(capsys, "derive", tmp_path / "ab", "--from", cache, "--from", other, "--unit-sequences", "5")
     assert (status, "18 sequences" in out, "4 shards" in out) == (0, True, True)
+
+
+def test_a_condition_that_nothing_meets_leaves_an_empty_cache_and_says_so(cache, tmp_path, capsys):
+    status, out, _ = run(capsys, "derive", tmp_path / "b", "--from", cache, "--where", "source ~ 'books/*'")
+    assert (status, "no sequence meets the condition: the cache is empty" in out) == (0, True)
+    assert run(capsys, "verify", tmp_path / "b")[0] == 0
 
 
 @pytest.mark.parametrize(
