@@ -1,0 +1,62 @@
+"""benchmarks/fidelity.py at toy size: every part works, it goes on where it stopped, and its measures are what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import fidelity
+import fidelity_report
+import fidelity_students
+
+
+def test_the_calibration_error_is_the_weighted_gap_of_each_bin() -> None:
+    generator = np.random.default_rng(0)
+    confidence_P = np.concatenate([generator.random(500), [0.0, 1.0, 1 / 15]])
+    correct_P = generator.random(503) < confidence_P**2
+    expected = 0.0
+    for number in range(15):
+        low, high = number / 15, (number + 1) / 15
+        inside_P = (confidence_P > low) & (confidence_P <= high) | ((number == 0) & (confidence_P == 0))
+        if inside_P.any():
+            expected += inside_P.mean() * abs(correct_P[inside_P].mean() - confidence_P[inside_P].mean())
+    assert fidelity_students.calibration_error(confidence_P, correct_P) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_interval_of_three_seeds_is_students() -> None:
+    # Of 1, 2, 3: mean 2, standard deviation 1; 4.303 / sqrt(3) to either side.
+    share = fidelity_report.interval([1.0, 2.0, 3.0])
+    assert share["value"] == 2.0
+    assert share["high"] - 2.0 == pytest.approx(2.0 - share["low"]) == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert math.isnan(fidelity_report.interval([0.5])["low"])
+
+
+@pytest.mark.slow
+def test_a_toy_run_compares_students_and_a_second_one_only_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "1"]
+    assert fidelity.main(command) == 0
+    rows = {row["setting"]: row for row in json.loads((tmp_path / "out" / "fidelity-quick.json").read_text())["rows"]}
+    assert set(rows) == set(fidelity_students.QUICK)
+    assert all(row["seeds"] == [0, 1] for row in rows.values())
+    assert (tmp_path / "out" / "fidelity-quick.png").stat().st_size > 0
+    # A cache of every token's probability is the live teacher: both paths to the targets, and all around them, agree.
+    whole, live = rows["whole distribution, raw"], rows["live"]
+    assert whole["loss"]["mean"] == pytest.approx(live["loss"]["mean"], abs=2e-3)
+    assert whole["kl"]["mean"] == pytest.approx(live["kl"]["mean"], abs=2e-3)
+    assert live["kl"]["mean"] < rows["labels"]["kl"]["mean"] - 0.05
+    assert rows["threshold 24 B archive, tail-aware"]["bytes"] == pytest.approx(24, rel=0.15)
+
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "students").iterdir()}
+    assert fidelity.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "students").iterdir()} == written
+    assert "14 of 14 students" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"begun with lr = 0\.004, not 0\.001; name another --work"):
+        fidelity.main([*command, "--lr", "0.001"])
