@@ -7,7 +7,7 @@ alone and sends parts to the others (dispatch_batches), or takes every n-th batc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from accelerate import Accelerator
 
@@ -44,8 +44,8 @@ class AcceleratedStream(BatchStream):
         super().__init__(loader, round_batches=round_batches, pin_memory=self.device.type == "cuda")
         accelerator.register_for_checkpointing(self)
 
-    def __iter__(self) -> Iterator[TorchBatch]:
-        return (batch.to(self.device) for batch in super().__iter__())
+    def __getitem__(self, number: int) -> TorchBatch:
+        return super().__getitem__(number).to(self.device)
 
     def close(self) -> None:
         """End the threads that read ahead, and close the caches that were opened here."""

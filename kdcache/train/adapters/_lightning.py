@@ -9,6 +9,7 @@ from lightning import LightningDataModule
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError
+from kdcache.loader._torch import TorchBatch
 from kdcache.loader.caches import CacheLike
 from kdcache.loader.loader import Loader
 from kdcache.train.adapters.stream import BatchStream
@@ -56,8 +57,10 @@ class KDDataModule(LightningDataModule):
         """Lightning saves and restores the place of a loader with `state_dict` and `load_state_dict`, as this one."""
         return self.stream
 
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:  # noqa: ARG002 - Lightning's names
-        return batch.to(device)
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, TorchBatch):
+            return batch.to(device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def teardown(self, stage: str) -> None:
         """Close what `setup` opened."""

@@ -76,8 +76,12 @@ class KDMixin(_Base):
             round_batches=round_steps * args.gradient_accumulation_steps,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
-        super().__init__(model, args, **others)
-        self.student_loss = StudentLoss(self.model, batches, loss)  # pyright: ignore[reportArgumentType]
+        try:
+            super().__init__(model, args, **others)
+            self.student_loss = StudentLoss(self.model, batches, loss)  # pyright: ignore[reportArgumentType]
+        except BaseException:
+            batches.close()
+            raise
         # compute_loss divides by the positions of the whole accumulated batch: nobody is to divide again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
 
