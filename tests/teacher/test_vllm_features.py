@@ -78,3 +78,21 @@ def test_layers_that_cannot_be_seen_rightly_are_refused_in_words_and_the_last_on
     monkeypatch.setattr(worker.kdcache_capture, "seen", None)
     teacher.score([], top_k(4), [inner])
     assert teacher._shows_layers
+
+
+@pytest.mark.slow
+def test_a_model_whose_layers_give_one_tensor_and_have_other_names(tmp_path: Path):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=64, n_layer=2, n_head=2, n_positions=64)).save_pretrained(tmp_path)
+    teacher: Any = load_teacher(
+        TeacherConfig(model=str(tmp_path), backend="vllm", route="worker", dtype="float32", batch_tokens=32)
+    )
+    case = TeacherCase(teacher, dense_forward(tmp_path), 5e-5)
+    sequences, features = masked_sequences(case, 50), resolve_features([*LAYERS, *POOLED], teacher.hidden_shape)
+    answers = list(teacher.score(sequences, top_k(4), features))
+    teacher.close()
+    for sequence, answer in zip(sequences, answers, strict=True):
+        check_features(dict(answer.features), expected_states(tmp_path, sequence), sequence, 1e-4)

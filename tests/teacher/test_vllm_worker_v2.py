@@ -22,7 +22,8 @@ def test_on_the_v2_runner_the_routes_agree(tiny_model_dir: Path):
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     lines = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("RUNNER ")]
     assert len(lines) == 1, result.stderr[-3000:]
-    kind, between, dense = lines[0]
+    kind, between, dense, hidden = lines[0]
     assert kind == "V2"
     assert float(between) < 2e-5
     assert float(dense) < 5e-5
+    assert float(hidden) < 1e-4

@@ -1,7 +1,8 @@
 """Run as a program: vLLM's V2 model runner, the one that GPUs use, on a CPU in Triton's interpreter; labels by both routes.
 
-Argument: a model's folder. Prints which runner it was, the largest difference between worker and public route, and the largest
-error against a float64 forward, in nats. The way to make the interpreter do is for vLLM 0.32.
+Argument: a model's folder. Prints which runner it was, the largest difference between worker and public route and the largest
+error against a float64 forward, in nats, and the largest error of the hidden states of three layers. The way to make the
+interpreter do is for vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ def main(folder: Path) -> None:
 
     triton.backends.backends["cpu"] = Backend(compiler=None, driver=StubDriver)  # type: ignore[arg-type]
     import numpy as np
-    from contracts.teacher import TeacherCase, largest_error, random_sequences, score
+    from contracts.teacher import TeacherCase, largest_error, random_sequences, score, top_k
     from dense_forward import dense_forward
+    from test_hf_features import expected_states
 
-    from kdcache.config.capture import TeacherConfig
+    from kdcache.config.capture import FeatureConfig, TeacherConfig
     from kdcache.teacher import load_teacher
+    from kdcache.teacher.features import resolve_features
 
     teacher: Any = load_teacher(
         TeacherConfig(model=str(folder), backend="vllm", route="worker", batch_tokens=64, positions_per_chunk=24)
@@ -51,12 +54,17 @@ def main(folder: Path) -> None:
     runner = teacher._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     case = TeacherCase(teacher, dense_forward(folder), 5e-5)
     sequences = random_sequences(case, [150, 1, 2, 97, 33])
-    ours, theirs = score(case, sequences, 16), list(teacher._score_publicly(sequences, 16))
+    ours, theirs = score(case, sequences, 16), list(teacher._score_publicly(sequences, top_k(16)))
     between = max(float(np.abs(a.logprobs_E - b.logprobs_E).max()) for a, b in zip(ours, theirs, strict=True))
     dense = max(largest_error(a, case.dense(s)) for a, s in zip(ours, sequences, strict=True))
+    features = resolve_features([FeatureConfig(layer=layer) for layer in (0, 1, -1)], teacher.hidden_shape)
+    hidden = 0.0
+    for sequence, answer in zip(sequences, teacher.score(sequences, top_k(2), features), strict=True):
+        for found, expected in zip(answer.features.values(), expected_states(folder, sequence), strict=True):
+            hidden = max(hidden, float(np.abs(found - expected).max()))
     kind = "V2" if hasattr(runner, "prompt_logprobs_worker") else "V1"
     teacher.close()
-    print(f"RUNNER {kind} {between} {dense}")
+    print(f"RUNNER {kind} {between} {dense} {hidden}")
 
 
 if __name__ == "__main__":
