@@ -118,7 +118,8 @@ def _spread(mean: float, high: float, most: float) -> str:
 def _report_text(path: str, report: VerifyReport) -> str:
     manifest = report.manifest
     num_done, num_units = len(manifest.shards), manifest.plan.num_units
-    state = "complete" if manifest.is_complete else f"{num_done:,} of {count(num_units, 'unit')}; `kdcache capture` goes on"
+    command = "derive" if manifest.lineage else "capture"  # UNSET is false
+    state = "complete" if manifest.is_complete else f"{num_done:,} of {count(num_units, 'unit')}; `kdcache {command}` goes on"
     shown = {
         "cache": f"{path}: {'sound' if report.is_sound else count(len(report.problems), 'problem') + ' found'} ({state})",
         "read": f"{count(report.num_sequences, 'sequence')}, {count(report.num_positions, 'position')}, "
