@@ -42,14 +42,14 @@ class Unpacking:
     Attributes:
         words: the packed ids as aligned uint32.
         halves_E: (E,) float16 logprobs, aligned.
-        offsets_P1, kept_Q: (P+1,) offsets of the positions' entries, and (Q,) the positions that are kept, int64.
+        offsets_P1, kept_Q: (P+1,) offsets of the positions' entries, and (Q,) the positions that are kept, None for all; int64.
         token_ids_QK, logprobs_QK: int32 and float32, C-contiguous, to be written.
     """
 
     words: NDArray[np.uint32]
     halves_E: NDArray[np.float16]
     offsets_P1: NDArray[np.int64]
-    kept_Q: NDArray[np.int64]
+    kept_Q: NDArray[np.int64] | None
     token_ids_QK: NDArray[np.int32]
     logprobs_QK: NDArray[np.float32]
 
@@ -58,7 +58,7 @@ class Unpacking:
         cls,
         stream: NDArray[np.uint8],
         halves_E: NDArray[np.float16],
-        rows: tuple[NDArray[np.int64], NDArray[np.int64]],
+        rows: tuple[NDArray[np.int64], NDArray[np.int64] | None],
         out: tuple[NDArray[np.int32], NDArray[np.float32]],
     ) -> Unpacking:
         """Of a stream of whole 8-byte words, logprobs, (offsets_P1, kept_Q) and (token_ids_QK, logprobs_QK); the first two are
@@ -67,11 +67,17 @@ class Unpacking:
 
     def addresses(self) -> list[int]:
         """A row of the table that the compiled loop takes: addresses of the arrays, and their sizes."""
-        arrays = (self.words, self.halves_E, self.offsets_P1, self.kept_Q, self.token_ids_QK, self.logprobs_QK)
-        if not all(array.flags.c_contiguous for array in arrays) or self.logprobs_QK.shape != self.token_ids_QK.shape:
+        arrays = [self.words, self.halves_E, self.offsets_P1, self.token_ids_QK, self.logprobs_QK]
+        if self.kept_Q is not None:
+            arrays.append(self.kept_Q)
+        num_kept = len(self.offsets_P1) - 1 if self.kept_Q is None else len(self.kept_Q)
+        if not all(array.flags.c_contiguous for array in arrays) or not (
+            num_kept == len(self.token_ids_QK) and self.logprobs_QK.shape == self.token_ids_QK.shape
+        ):
             raise ValueError("arrays that are decoded from or into must be C-contiguous and of one shape")
         places = [array.__array_interface__["data"][0] for array in arrays]
-        return [*places, len(self.words), len(self.offsets_P1), *self.token_ids_QK.shape]
+        kept = places.pop() if self.kept_Q is not None else 0
+        return [*places, kept, len(self.words), len(self.offsets_P1), *self.token_ids_QK.shape]
 
 
 def _aligned(values: NDArray[Any]) -> NDArray[Any]:
@@ -289,7 +295,9 @@ def _unpack_many(table, width, lanes, largest):
         words = numba.carray(_pointer(table[r, 0]), (num_words,), np.uint32)
         offsets = numba.carray(_pointer(table[r, 2]), (num_offsets,), np.int64)
         halves = numba.carray(_pointer(table[r, 1]), (offsets[num_offsets - 1],), np.uint16)
-        kept = numba.carray(_pointer(table[r, 3]), (num_kept,), np.int64)
-        ids = numba.carray(_pointer(table[r, 4]), (num_kept, num_columns), np.int32)
-        logprobs = numba.carray(_pointer(table[r, 5]), (num_kept, num_columns), np.float32)
+        ids = numba.carray(_pointer(table[r, 3]), (num_kept, num_columns), np.int32)
+        logprobs = numba.carray(_pointer(table[r, 4]), (num_kept, num_columns), np.float32)
+        kept = numba.carray(_pointer(table[r, 5]), (num_kept,), np.int64)
+        if table[r, 5] == 0:
+            kept = np.arange(num_kept)
         largest[r] = _unpack_rows(words, width, lanes, halves, offsets, kept, ids, logprobs)

@@ -142,39 +142,51 @@ class PackedCodec:
         unpackings: list[Unpacking] = []
         for_each(jobs, lambda job: unpackings.append(self._unpacking(job)))
         largest = iter(unpack_many(unpackings, self.id_bits).tolist())
-        for_each(jobs, lambda job: self._finish(job, next(largest)))
+        tails: list[NDArray[np.float16]] = []
+        for_each(jobs, lambda job: self._check_unpacked(job, next(largest), tails))
+        # Of all sequences at once: setting NumPy's warnings aside takes longer than the exponentials of one.
+        tail_mass = iter(_masses(tails))
+        for_each(jobs, lambda job: self._place_scalars(job, next(tail_mass)))
 
     def _unpacking(self, job: Job) -> Unpacking:
         """What the compiled loop is to do, once the columns have been found to be as long as it relies on."""
         from kdcache.codec._numba_into import Unpacking
 
-        num_entries, num_positions = int(job.offsets_P1[-1]), len(job.offsets_P1) - 1
+        num_entries = int(job.offsets_P1[-1])
         size = packed_size(num_entries, self.id_bits)
         stream = checked_column(job.columns, "token_ids_packed", np.uint8, size)
         halves_E = checked_column(job.columns, "logprobs", np.float16, num_entries)
-        kept_Q = np.arange(num_positions) if job.keep_P is None else np.flatnonzero(job.keep_P)
+        kept_Q = None if job.keep_P is None else np.flatnonzero(job.keep_P)
         return Unpacking.of(stream, halves_E, (job.offsets_P1, kept_Q), (job.out.token_ids_QK, job.out.logprobs_QK))
 
-    def _finish(self, job: Job, largest: int) -> None:
-        """Look at what came of a sequence, and write what is not its entries."""
+    def _check_unpacked(self, job: Job, largest: int, tails: list[NDArray[np.float16]]) -> None:
+        """Look at what came of a sequence, and put the logarithms of its tails, where there are any, behind the others'."""
         from kdcache.codec._numba_into import TOO_WIDE
 
-        columns, offsets_P1, out, keep_P = job.columns, job.offsets_P1, job.out, job.keep_P
         if largest == TOO_WIDE:
-            check_width(offsets_P1, out)
+            check_width(job.offsets_P1, job.out)
         if largest >= self.vocab_size:
             raise CorruptCacheError(f"a token id is outside the vocabulary of {self.vocab_size}")
-        tail_mass_P = self._tail_mass(columns, len(offsets_P1) - 1)
+        num_positions = len(job.offsets_P1) - 1
+        stored = estimates.stores_tail(self.selection)
+        tails.append(
+            checked_column(job.columns, "tail_logprobs", np.float16, num_positions)
+            if stored
+            else np.zeros(num_positions, np.float16)
+        )
+
+    def _place_scalars(self, job: Job, tail_mass_P: NDArray[np.float32]) -> None:
+        """Write what is not a sequence's entries."""
+        out, keep_P = job.out, job.keep_P
         out.tail_mass_Q[:] = tail_mass_P if keep_P is None else tail_mass_P[keep_P]
         if not (out.num_exact_Q is None and out.log_z_QT is None and out.entropy_Q is None):
-            scalars = decode_scalars(columns, self.selection, offsets_P1, np.float16)
+            scalars = decode_scalars(job.columns, self.selection, job.offsets_P1, np.float16)
             place_scalars(scalars.get("num_exact_P"), scalars.get("log_z_PT"), scalars.get("entropy_P"), out, keep_P)
 
     def _tail_mass(self, columns: ColumnValues, num_positions: int) -> NDArray[np.float32]:
         if not estimates.stores_tail(self.selection):
             return np.ones(num_positions, np.float32)
-        with np.errstate(over="ignore"):  # a hostile logarithm above 88; verify reports it as a tail mass above 1
-            return np.exp(_single(checked_column(columns, "tail_logprobs", np.float16, num_positions)))
+        return _masses([checked_column(columns, "tail_logprobs", np.float16, num_positions)])[0]
 
     def _logprobs(
         self,
@@ -206,3 +218,10 @@ def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
 
 def _single(values: NDArray[np.float16]) -> NDArray[np.float32]:
     return values.astype(np.float32)
+
+
+def _masses(tails: Sequence[NDArray[np.float16]]) -> list[NDArray[np.float32]]:
+    """The probabilities that several arrays of logarithms stand for."""
+    with np.errstate(over="ignore"):  # a hostile logarithm above 88; verify reports it as a tail mass above 1
+        together = np.exp(_single(np.concatenate([*tails, np.zeros(0, np.float16)])))
+    return np.split(together, np.cumsum([len(tail) for tail in tails])[:-1]) if tails else []

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from kdcache.codec.base import Codec
 from kdcache.codec.into import EntryArrays, Job, decode_many_into, place
@@ -21,7 +22,7 @@ from kdcache.format.selection import fixed_entries, fixed_exact, stores_num_exac
 from kdcache.loader.batch import IGNORED_LABEL, Batch
 from kdcache.loader.buffers import BufferPool
 from kdcache.loader.features import batch_features
-from kdcache.loader.mask import Choice, choose, choose_reference
+from kdcache.loader.mask import EVERYTHING, Choice, choose, choose_reference
 from kdcache.store.rows import EncodedRecord
 
 Record = SequenceRecord | EncodedRecord
@@ -85,21 +86,25 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
     Raises:
         CorruptCacheError: a record that does not fit the row, its own mask or K.
     """
+    # Imported on use: numba takes 0.4 s.
+    from kdcache.loader._numba_tokens import fill_tokens
+
     for record in records:
         _check_positions(record)
-    choices = [choose(record.sequence, layout.mask) for record in records]
+    choices = [EVERYTHING if layout.mask.is_all else choose(record.sequence, layout.mask) for record in records]
     batch = _blank(records, choices, layout, pool or BufferPool(0))
     remaining, position = iter(zip(records, choices, strict=True)), 0
     jobs: dict[int, tuple[Codec, list[Job]]] = {}
+    table, ends, held = [], [], []
     for b, num_sequences in enumerate(layout.sequences_per_row):
         column = 0
         for segment in range(1, num_sequences + 1):
             record, choice = next(remaining)
+            num_tokens = _num_tokens(record)
             _check_fits(record, layout, column)
-            kept = _kept_positions(record, choice)
-            _place_tokens(batch, record, kept, (b, column, segment))
-            end = position + len(kept)
-            batch.rows_P[position:end] = b * layout.seq_len + column + kept
+            end = position + _num_kept(record, choice)
+            addresses = _addresses(record, choice, held)
+            table.append((*addresses, num_tokens, b, column, segment, position))
             if choice.weights_Q is not None:
                 batch.weights_P[position:end] = choice.weights_Q
             out = _entry_arrays(batch, slice(position, end))
@@ -107,7 +112,9 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
                 jobs.setdefault(id(record.codec), (record.codec, []))[1].append(record.job(out, choice.keep_P))
             else:
                 _place(record, out, choice.keep_P)
-            position, column = end, column + record.sequence.num_tokens
+            position, column = end, column + num_tokens
+        ends.append(column)
+    fill_tokens(batch, np.array(table, np.int64), np.array(ends, np.int64))
     for codec, several in jobs.values():  # all of a cache's at once: see `kdcache.codec.into`
         decode_many_into(codec, several)
     return batch
@@ -118,6 +125,8 @@ def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -
     choices = [choose(record.sequence, layout.mask) for record in records]
     batch = _blank(records, choices, layout, BufferPool(0))
     batch.token_ids_PK[:], batch.logprobs_PK[:] = PADDING_ID, -np.inf
+    batch.input_ids_BT[:], batch.position_ids_BT[:], batch.segment_ids_BT[:] = 0, 0, 0
+    batch.labels_BT[:] = IGNORED_LABEL
     remaining, p = iter(records), 0
     for b, num_sequences in enumerate(layout.sequences_per_row):
         column = 0
@@ -149,7 +158,7 @@ def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -
 
 
 def _blank(records: Sequence[Record], choices: Sequence[Choice], layout: BatchLayout, pool: BufferPool) -> Batch:
-    """Padding everywhere; the entries, most of the bytes, are left unwritten, as each of them is written anyway."""
+    """Weights of 1; what is written whole anyway, most of the bytes, is left unwritten."""
     shape_BT = (len(layout.sequences_per_row), layout.seq_len)
     num_stored = sum(_num_positions(record) for record in records)
     num_masked = sum(int(np.count_nonzero(~c.keep_P)) for c in choices if c.keep_P is not None)
@@ -157,18 +166,18 @@ def _blank(records: Sequence[Record], choices: Sequence[Choice], layout: BatchLa
     num_columns = columns.num_columns
     if num_columns is None:
         num_columns = max((int(np.diff(_offsets(record)).max(initial=0)) for record in records), default=0)
-    cu_seqlens_G1 = _segment_starts([record.sequence.num_tokens for record in records], layout)
+    cu_seqlens_G1 = _segment_starts([_num_tokens(record) for record in records], layout)
     return Batch(
-        input_ids_BT=np.zeros(shape_BT, np.int32),
-        position_ids_BT=np.zeros(shape_BT, np.int32),
-        segment_ids_BT=np.zeros(shape_BT, np.int32),
+        input_ids_BT=np.empty(shape_BT, np.int32),
+        position_ids_BT=np.empty(shape_BT, np.int32),
+        segment_ids_BT=np.empty(shape_BT, np.int32),
         cu_seqlens_G1=cu_seqlens_G1,
         max_seqlen=int(np.diff(cu_seqlens_G1).max(initial=0)),
-        labels_BT=np.full(shape_BT, IGNORED_LABEL, np.int32),
-        rows_P=np.zeros(num_positions, np.int64),
+        labels_BT=np.empty(shape_BT, np.int32),
+        rows_P=np.empty(num_positions, np.int64),
         token_ids_PK=pool.take((num_positions, num_columns), np.int32),
         logprobs_PK=pool.take((num_positions, num_columns), np.float32),
-        tail_mass_P=np.zeros(num_positions, np.float32),
+        tail_mass_P=np.empty(num_positions, np.float32),
         weights_P=np.ones(num_positions, np.float32),
         num_exact_P=np.zeros(num_positions, np.int64) if columns.has_exact else None,
         log_z_PC=np.zeros((num_positions, columns.num_temperatures), np.float32) if columns.num_temperatures else None,
@@ -191,22 +200,22 @@ def _segment_starts(lengths: Sequence[int], layout: BatchLayout) -> NDArray[np.i
     return np.array(starts, np.int32)
 
 
-def _kept_positions(record: Record, choice: Choice) -> NDArray[np.int64]:
-    """(Q,) the positions t of the sequence that are learned from."""
-    positions_P = record.sequence.positions_P
-    return positions_P if choice.keep_P is None else positions_P[choice.keep_P]
+def _num_kept(record: Record, choice: Choice) -> int:
+    return _num_positions(record) if choice.keep_P is None else int(np.count_nonzero(choice.keep_P))
 
 
-def _place_tokens(batch: Batch, record: Record, kept: NDArray[np.int64], place_at: tuple[int, int, int]) -> None:
-    ids_N = record.sequence.input_ids_N
-    b, start, segment = place_at
-    stop = start + len(ids_N)
-    batch.input_ids_BT[b, start:stop] = ids_N
-    batch.position_ids_BT[b, start:stop] = np.arange(len(ids_N))
-    batch.segment_ids_BT[b, start:stop] = segment
-    # The last position is left out: the token behind it is another sequence's.
-    with_target = kept[:-1] if len(kept) and kept[-1] == len(ids_N) - 1 else kept
-    batch.labels_BT[b, start + with_target] = ids_N[with_target + 1]
+def _addresses(record: Record, choice: Choice, held: list[NDArray[Any]]) -> tuple[int, int, int]:
+    """Where ids, supervised flags and the mask's flags (0 for none) lie; arrays made for it are put into `held`."""
+    keep = 0 if choice.keep_P is None else _address(choice.keep_P, np.bool_, held)
+    if isinstance(record, EncodedRecord):
+        return (*record.token_addresses, keep)
+    sequence = record.sequence
+    return _address(sequence.input_ids_N, np.int32, held), _address(sequence.supervised_N, np.bool_, held), keep
+
+
+def _address(values: NDArray[Any], dtype: DTypeLike, held: list[NDArray[Any]]) -> int:
+    held.append(np.ascontiguousarray(values, dtype))
+    return held[-1].__array_interface__["data"][0]
 
 
 def _entry_arrays(batch: Batch, where: slice) -> EntryArrays:
@@ -233,7 +242,11 @@ def _offsets(record: Record) -> NDArray[np.int64]:
 
 def _num_positions(record: Record) -> int:
     """Stored positions."""
-    return len(_offsets(record)) - 1
+    return record.num_positions if isinstance(record, EncodedRecord) else record.distributions.num_positions
+
+
+def _num_tokens(record: Record) -> int:
+    return record.num_tokens if isinstance(record, EncodedRecord) else record.sequence.num_tokens
 
 
 def _check_positions(record: Record) -> None:
@@ -248,7 +261,7 @@ def _check_positions(record: Record) -> None:
 
 
 def _check_fits(record: Record, layout: BatchLayout, column: int) -> None:
-    num_tokens = record.sequence.num_tokens
+    num_tokens = _num_tokens(record)
     if column + num_tokens > layout.seq_len:
         where = f"{record.sequence.source}: {num_tokens} tokens at column {column}"
         raise CorruptCacheError(f"{where} pass seq_len {layout.seq_len}")

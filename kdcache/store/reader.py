@@ -140,8 +140,10 @@ class CacheReader:
         A row's digest says that its bytes are whole, not that they are this sequence's: damage in Arrow's own framing can put
         another sound row in its place.
         """
-        num_positions = record.num_positions if isinstance(record, EncodedRecord) else record.distributions.num_positions
-        found = record.sequence.key, record.sequence.num_tokens, num_positions
+        if isinstance(record, EncodedRecord):
+            found = record.key, record.num_tokens, record.num_positions
+        else:
+            found = record.sequence.key, record.sequence.num_tokens, record.distributions.num_positions
         expected = self._keys_S[number].tobytes(), int(self.num_tokens_S[number]), int(self.num_positions_S[number])
         if found != expected:
             raise CorruptCacheError(f"{where}: holds {_show(found)}, the index says {_show(expected)}")

@@ -5,8 +5,8 @@ Shape letters: S sequences of a record batch, N tokens, P supervised positions, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import FINISHES, ROLES, SequenceRecord, TokenSequence
 from kdcache.format.schema import DIGEST, FINISH_FIELD, NULL_LENGTH, SEQUENCE_FIELDS, ShardMetadata, row_digest, shard_metadata
 from kdcache.format.selection import fixed_entries
+from kdcache.store.row_checks import all_sound, num_positions
 
 _SMALL_BYTES = 4096
 """A value of fewer bytes is copied to the ones beside it rather than hashed by itself."""
@@ -55,20 +56,30 @@ class ColumnView:
     """NumPy views of one Arrow column, sliced per sequence without copying; null gives None."""
 
     def __init__(self, values: NDArray[Any], offsets_S1: NDArray[np.integer], valid_S: NDArray[np.bool_] | None) -> None:
-        self.values, self._valid_S = values, valid_S
+        self.values, self.offsets_S1, self.valid_S = values, offsets_S1, valid_S
         # Plain numbers and a view of bytes: a row is looked at once per epoch, and NumPy's own indexing would take longer than
         # decoding a short one.
         self._offsets = offsets_S1.tolist()
         self._bytes, self._item_bytes = values.view(np.uint8).data, values.dtype.itemsize
+        self._address: int = values.__array_interface__["data"][0]
 
     def __getitem__(self, row: int) -> NDArray[Any] | None:
-        if self._valid_S is not None and not self._valid_S[row]:
+        if self.valid_S is not None and not self.valid_S[row]:
             return None
         return self.values[self._offsets[row] : self._offsets[row + 1]]
 
+    @property
+    def lengths_S(self) -> NDArray[np.integer]:
+        """(S,) values of each row; what lies under a null counts."""
+        return np.diff(self.offsets_S1)
+
+    def address(self, row: int) -> int:
+        """Where a row's values lie in memory; as long as this view is there."""
+        return self._address + self._offsets[row] * self._item_bytes
+
     def row_bytes(self, row: int) -> memoryview | None:
         """The bytes of a row's value; None for null."""
-        if self._valid_S is not None and not self._valid_S[row]:
+        if self.valid_S is not None and not self.valid_S[row]:
             return None
         return self._bytes[self._offsets[row] * self._item_bytes : self._offsets[row + 1] * self._item_bytes]
 
@@ -102,30 +113,86 @@ def column_view(column: pa.Array) -> ColumnView:
     return ColumnView(np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8), offsets_S1, valid_S)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class RowValues(Mapping[str, Any]):
+    """A row's values of some columns, each sliced when it is asked for."""
+
+    __slots__ = ("_names", "_row", "_views")
+
+    def __init__(self, views: Mapping[str, ColumnView], names: Sequence[str], row: int) -> None:
+        self._views, self._names, self._row = views, names, row
+
+    def __getitem__(self, name: str) -> Any:
+        return self._views[name][self._row]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class EncodedRecord:
     """A row whose bytes are whole, with its entries as the codec wrote them: views of the shard, to be decoded where they go.
 
+    Its parts are made when they are asked for: a batch needs few of them, and making all takes as long as decoding.
+
     Attributes:
-        sequence: decoded and checked.
-        offsets_P1: (P+1,) int64, as in Distributions.
-        columns: the row's values of the codec's columns and the features'.
-        codec: that wrote them.
-        where: the place in the cache, for messages.
-        features: that the cache keeps beside the entries.
+        num_tokens: of its sequence.
+        num_positions: P.
     """
 
-    sequence: TokenSequence
-    offsets_P1: NDArray[np.int64]
-    columns: ColumnValues
-    codec: Codec
-    where: str
-    features: tuple[FeatureInfo, ...] = ()
+    __slots__ = ("_offsets_P1", "_reader", "_row", "_sequence", "num_positions", "num_tokens")
+
+    def __init__(self, reader: BatchReader, row: int) -> None:
+        self._reader, self._row = reader, row
+        self.num_tokens, self.num_positions = reader.num_tokens[row], reader.num_positions[row]
+        self._sequence: TokenSequence | None = None
+        self._offsets_P1: NDArray[np.int64] | None = None
 
     @property
-    def num_positions(self) -> int:
-        """P."""
-        return len(self.offsets_P1) - 1
+    def sequence(self) -> TokenSequence:
+        """Decoded and checked."""
+        if self._sequence is None:
+            self._sequence = self._reader.sequence(self._row)
+        return self._sequence
+
+    @property
+    def key(self) -> bytes:
+        """Of the sequence."""
+        return self._reader.key(self._row)
+
+    @property
+    def offsets_P1(self) -> NDArray[np.int64]:
+        """(P+1,) int64, as in Distributions; not to be written."""
+        if self._offsets_P1 is None:
+            self._offsets_P1 = self._reader.entry_offsets(self._row)
+        return self._offsets_P1
+
+    @property
+    def columns(self) -> ColumnValues:
+        """The row's values of the codec's columns and the features'."""
+        return RowValues(self._reader.views, self._reader.codec_names, self._row)
+
+    @property
+    def codec(self) -> Codec:
+        """That wrote them."""
+        return self._reader.codec
+
+    @property
+    def where(self) -> str:
+        """The place in the cache, for messages."""
+        return self._reader.where(self._row)
+
+    @property
+    def features(self) -> tuple[FeatureInfo, ...]:
+        """That the cache keeps beside the entries."""
+        return self._reader.features
+
+    @property
+    def token_addresses(self) -> tuple[int, int]:
+        """Where the sequence's int32 ids and its flags, a byte each, lie in memory; as long as this record is there."""
+        views = self._reader.views
+        return views["input_ids"].address(self._row), views["supervised"].address(self._row)
 
     def decode(self) -> SequenceRecord:
         """The record; raises CorruptCacheError where the columns do not fit together."""
@@ -151,7 +218,8 @@ class BatchReader:
     """
 
     def __init__(self, batch: pa.RecordBatch, metadata: ShardMetadata, codec: Codec, where: str) -> None:
-        self._metadata, self._codec, self._where = metadata, codec, where
+        self._vocab_size, self.codec, self._where = metadata.vocab_size, codec, where
+        self.features: tuple[FeatureInfo, ...] = metadata.features
         try:
             batch.validate(full=True)  # offsets in bounds and rising, so that no view below can leave its buffer
             _refuse_nulls(batch)
@@ -159,9 +227,20 @@ class BatchReader:
             self.views = {name: column_view(batch.column(name)) for name in metadata.digest_columns}
         except (pa.ArrowException, FormatError) as error:
             raise CorruptCacheError(f"{where}: {error}") from error
-        self._codec_names = [field.name for field in (*codec.fields(), *feature_fields(metadata.features))]
-        self._digests_S = batch.column(DIGEST).to_numpy()
+        self.codec_names = [field.name for field in (*codec.fields(), *feature_fields(metadata.features))]
+        self._digests: list[int] = batch.column(DIGEST).to_numpy().tolist()
         self.num_rows = batch.num_rows
+        self._count()
+
+    def _count(self) -> None:
+        num_positions_S = num_positions(self.views["supervised"])
+        self.num_positions: list[int] = num_positions_S.tolist()
+        self.num_tokens: list[int] = self.views["input_ids"].lengths_S.tolist()
+        self._is_sound = all_sound(self.views, num_positions_S, self._vocab_size, self._fixed)
+        # One array for all rows.
+        most = max(self.num_positions, default=0) + 1 if self._fixed is not None else 0
+        self._fixed_offsets = np.arange(most, dtype=np.int64) * (self._fixed or 0)
+        self._fixed_offsets.flags.writeable = False
 
     def record(self, row: int, *, verify: bool = True) -> SequenceRecord:
         """The record in this row; raises CorruptCacheError where the digest does not match or parts do not fit together."""
@@ -173,26 +252,40 @@ class BatchReader:
         Raises:
             CorruptCacheError: the digest does not match, or the parts do not fit together.
         """
-        values: dict[str, Any] = {name: view[row] for name, view in self.views.items()}
-        if verify and digest_of([view.row_bytes(row) for view in self.views.values()]) != int(self._digests_S[row]):
+        if verify and digest_of([view.row_bytes(row) for view in self.views.values()]) != self._digests[row]:
             raise CorruptCacheError(
                 f"{self._where}, row {row}: the row's digest does not match its bytes; the shard is damaged"
             )
-        where = f"{self._where}, row {row}"
+        if not self._is_sound:
+            self._check(row)
+        return EncodedRecord(self, row)
+
+    def where(self, row: int) -> str:
+        """The place of a row, for messages."""
+        return f"{self._where}, row {row}"
+
+    def key(self, row: int) -> bytes:
+        """The key of a row's sequence."""
+        return bytes(self.views["key"].row_bytes(row) or b"")
+
+    def sequence(self, row: int) -> TokenSequence:
+        """A row's sequence; raises CorruptCacheError where its parts do not fit together."""
+        return _sequence(RowValues(self.views, list(self.views), row), self._vocab_size)
+
+    def entry_offsets(self, row: int) -> NDArray[np.int64]:
+        """(P+1,) where the entries of each of a row's positions start; raises CorruptCacheError as `sequence` does."""
+        count, num_entries_P = self.num_positions[row], self.views["num_entries"][row]
+        if num_entries_P is None and self._fixed is not None:
+            return self._fixed_offsets[: count + 1]
+        return _entry_offsets(num_entries_P, count, self._fixed)
+
+    def _check(self, row: int) -> None:
+        """Some row of this record batch is not as it must be: raise CorruptCacheError if this one is."""
         try:
-            sequence = _sequence(values, self._metadata.vocab_size)
-            num_positions = int(np.count_nonzero(sequence.supervised_N))
-            offsets_P1 = _entry_offsets(values["num_entries"], num_positions, self._fixed)
+            self.sequence(row)
+            self.entry_offsets(row)
         except KdcacheError as error:
-            raise CorruptCacheError(f"{where}: {error}") from error
-        return EncodedRecord(
-            sequence,
-            offsets_P1,
-            {name: values[name] for name in self._codec_names},
-            self._codec,
-            where,
-            self._metadata.features,
-        )
+            raise CorruptCacheError(f"{self.where(row)}: {error}") from error
 
 
 def digest_of(parts: Sequence[memoryview | None]) -> int:
@@ -243,15 +336,15 @@ def _nullable_list(values: Sequence[NDArray[Any] | None], value_type: pa.DataTyp
     return pa.ListArray.from_arrays(lists.offsets, lists.values, type=lists.type, mask=pa.array(missing))
 
 
-def _sequence(values: dict[str, Any], vocab_size: int) -> TokenSequence:
+def _sequence(values: Mapping[str, Any], vocab_size: int) -> TokenSequence:
     input_ids_N, supervised_N, turn_starts = values["input_ids"], values["supervised"], values["turn_starts"]
-    num_tokens = len(input_ids_N)
-    roles_N = values["roles"] if values["roles"] is not None else np.zeros(num_tokens, np.uint8)
+    num_tokens, roles = len(input_ids_N), values["roles"]
+    roles_N = roles if roles is not None else np.zeros(num_tokens, np.uint8)
     if num_tokens == 0 or len(supervised_N) != num_tokens or len(roles_N) != num_tokens:
         raise CorruptCacheError("input_ids, supervised and roles have lengths that do not fit together")
     if not ids_fit(input_ids_N, vocab_size):
         raise CorruptCacheError(f"a token id of the text is outside the vocabulary of {vocab_size}")
-    if values["roles"] is not None and roles_N.max() >= len(ROLES):
+    if roles is not None and roles_N.max() >= len(ROLES):
         raise CorruptCacheError(f"a role has the code {roles_N.max()}, known are 0 to {len(ROLES) - 1}")
     finish = int(values[FINISH_FIELD.name][0]) if FINISH_FIELD.name in values else 0
     if finish >= len(FINISHES):
