@@ -150,6 +150,29 @@ def test_trainer_on_four_ranks_then_two_goes_on_as_in_one_process(small_cache: P
     assert losses == pytest.approx(plain_losses(small_cache, FOUR_ROWS, 6), rel=1e-5)
 
 
+def _train_lightning(folder: Path, cache: Path) -> None:
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+    from test_adapters_others import lightning_losses
+
+    strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
+    options: dict[str, Any] = {"options": FOUR_ROWS, "devices": dist.get_world_size(), "strategy": strategy}
+    rank = dist.get_rank()
+    losses = lightning_losses(cache, folder / "lightning", stop=None, resume=False, **options)
+    torch.save(losses, folder / f"losses-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_lightning_on_two_ranks_learns_what_one_process_does(small_cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    in_ranks(2, _train_lightning, tmp_path, small_cache)
+    parts = [torch.load(tmp_path / f"losses-{rank}.pt") for rank in (0, 1)]
+    assert parts[0] != parts[1], "each rank has rows of its own"
+    # Each rank's is its share of the sum times the number of ranks.
+    losses = [sum(shares) / 2 for shares in zip(*parts, strict=True)]
+    assert losses == pytest.approx(plain_losses(small_cache, FOUR_ROWS, 9), rel=1e-5)
+
+
 def test_weights_of_one_process_are_summed_over_batches() -> None:
     parts = [torch.tensor([1.0, 0.5]), torch.zeros(0), torch.tensor([2.0])]
     assert global_weight(parts) == 3.5

@@ -104,7 +104,9 @@ def test_accelerate_saves_the_loaders_place_and_goes_on_from_it(
     assert losses == pytest.approx(expected, rel=1e-6)
 
 
-def lightning_losses(cache: Path, folder: Path, *, stop: int | None, resume: bool) -> list[float]:
+def lightning_losses(
+    cache: Path, folder: Path, *, stop: int | None, resume: bool, options: LoaderConfig = OPTIONS, **trainer_options: Any
+) -> list[float]:
     """Of this call's steps; a checkpoint after every second."""
     lightning = pytest.importorskip("lightning")
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -133,11 +135,11 @@ def lightning_losses(cache: Path, folder: Path, *, stop: int | None, resume: boo
     trainer = lightning.Trainer(
         max_steps=9, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, save_last=True)],
-        default_root_dir=folder, use_distributed_sampler=False,
+        default_root_dir=folder, use_distributed_sampler=False, **trainer_options,
     )  # fmt: skip
     checkpoint = folder / "last.ckpt" if resume else None
     try:
-        trainer.fit(student, datamodule=KDDataModule(cache, OPTIONS), ckpt_path=checkpoint)
+        trainer.fit(student, datamodule=KDDataModule(cache, options), ckpt_path=checkpoint)
     except InterruptedError:
         assert stop is not None
     return student.losses
