@@ -71,11 +71,12 @@ class Unpacking:
         if self.kept_Q is not None:
             arrays.append(self.kept_Q)
         num_kept = len(self.offsets_P1) - 1 if self.kept_Q is None else len(self.kept_Q)
-        if not all(array.flags.c_contiguous for array in arrays) or not (
-            num_kept == len(self.token_ids_QK) and self.logprobs_QK.shape == self.token_ids_QK.shape
-        ):
-            raise ValueError("arrays that are decoded from or into must be C-contiguous and of one shape")
-        places = [array.__array_interface__["data"][0] for array in arrays]
+        if num_kept != len(self.token_ids_QK) or self.logprobs_QK.shape != self.token_ids_QK.shape:
+            raise ValueError("arrays that are decoded into must be of one shape")
+        interfaces = [array.__array_interface__ for array in arrays]
+        if any(interface["strides"] is not None for interface in interfaces):
+            raise ValueError("arrays that are decoded from or into must be C-contiguous")
+        places = [interface["data"][0] for interface in interfaces]
         kept = places.pop() if self.kept_Q is not None else 0
         return [*places, kept, len(self.words), len(self.offsets_P1), *self.token_ids_QK.shape]
 

@@ -224,4 +224,5 @@ def _masses(tails: Sequence[NDArray[np.float16]]) -> list[NDArray[np.float32]]:
     """The probabilities that several arrays of logarithms stand for."""
     with np.errstate(over="ignore"):  # a hostile logarithm above 88; verify reports it as a tail mass above 1
         together = np.exp(_single(np.concatenate([*tails, np.zeros(0, np.float16)])))
-    return np.split(together, np.cumsum([len(tail) for tail in tails])[:-1]) if tails else []
+    ends = np.cumsum([len(tail) for tail in tails]).tolist()
+    return [together[end - len(tail) : end] for tail, end in zip(tails, ends, strict=True)]

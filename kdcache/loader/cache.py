@@ -118,10 +118,10 @@ class Cache:
 
     def number(self, number: int) -> int:
         """The number in the whole snapshot of sequence `number` here; raises IndexError out of range."""
-        place = index(number)
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"sequence {place} of {len(self)}")
-        place %= len(self)
+        place, num_sequences = index(number), len(self)
+        if not -num_sequences <= place < num_sequences:
+            raise IndexError(f"sequence {place} of {num_sequences}")
+        place %= num_sequences
         return place if self._numbers_S is None else int(self._numbers_S[place])
 
     @property

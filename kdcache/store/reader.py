@@ -109,8 +109,9 @@ class CacheReader:
 
     def encoded(self, number: int) -> EncodedRecord:
         """The same with its entries not decoded yet; raises as `reader[number]` does."""
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"sequence {number} of a cache of {len(self)}")
+        num_sequences = len(self.num_tokens_S)
+        if not -num_sequences <= number < num_sequences:
+            raise IndexError(f"sequence {number} of a cache of {num_sequences}")
         if self._ahead is None:
             return self._encoded(number)
         try:
