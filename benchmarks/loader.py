@@ -19,14 +19,14 @@ the floor's in the same process and round.
   verified random access with codec `packed` reach 0.75 of the floor.
 
     python -m venv /tmp/baselines
-    /tmp/baselines/bin/pip install uv torch==2.13.0   # the CPU build, from where it is had; litdata would bring another
+    /tmp/baselines/bin/pip install uv torch==2.13.0+cpu   # first, from where CPU builds are had: others would bring CUDA's
     printf 'numpy>=2\\ntransformers>=5\\n' >/tmp/overrides; echo torchvision >/tmp/excludes
     /tmp/baselines/bin/uv pip install --python /tmp/baselines/bin/python --overrides /tmp/overrides --excludes /tmp/excludes \\
-        'torch==2.13.0' mosaicml-streaming litdata 'datasets>=5' pylance vortex-data pyarrow xxhash
+        'torch==2.13.0+cpu' mosaicml-streaming litdata 'datasets>=5' pylance vortex-data pyarrow xxhash
     python benchmarks/loader.py --baseline-python /tmp/baselines/bin/python [--out benchmarks/results]
 
 (The overrides: mosaicml-streaming asks for an older NumPy and transformers, hence an old datasets. torchvision it only imports;
-a stub stands in for it.) About four minutes; a library that is not there is reported so. --quick: to see that it works.
+a stub stands in for it.) About three minutes; a library that is not there is reported so. --quick: to see that it works.
 First batches on a million sequences and resident memory: `loader_scale.py`; where our time goes: `loader_parts.py`.
 Writes loader.md and loader.json to --out.
 """
