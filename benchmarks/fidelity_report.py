@@ -60,7 +60,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for row in (row for row in rows if row["seeds"]):
         sizes = [f"{row[part]:.1f}" if part in row else "" for part in ("entries", "bytes", "text", "framing")]
-        scores = [f"{row[m]['mean']:.4f} +- {row[m]['sd']:.4f}" for m in ("loss", "kl", "agreement", "ece")]
+        scores = [spread(row[m]) for m in ("loss", "kl", "agreement", "ece")]
         cells = (row["setting"], sizes[0], f"**{sizes[1]}**" if sizes[1] else "", *sizes[2:], *scores,
                  percent(row.get("share_loss")), percent(row.get("share_kl")),
                  f"{row['train_cpu_seconds']['mean']:.0f}")  # fmt: skip
@@ -68,8 +68,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def spread(of: dict[str, float]) -> str:
+    return f"{of['mean']:.4f}" + ("" if math.isnan(of["sd"]) else f" +- {of['sd']:.4f}")
+
+
 def percent(share: dict[str, float] | None) -> str:
-    return "" if share is None else f"{share['value']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
+    if share is None:
+        return ""
+    return f"{share['value']:.1%}" + ("" if math.isnan(share["low"]) else f" [{share['low']:.1%}, {share['high']:.1%}]")
 
 
 def verdict(rows: list[dict[str, Any]], metric: str) -> str:
