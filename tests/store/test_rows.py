@@ -124,6 +124,22 @@ def test_a_row_with_a_right_digest_and_impossible_values_is_refused_with_its_pla
         reader_of(batch).record(0)
 
 
+SHARED = [name for name, (columns, sentence) in HOSTILE.items() if "token_ids" not in columns and "token_ids" not in sentence]
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_impossible_row_is_refused_before_its_entries_are_decoded_and_the_others_are_read(name, place):
+    columns, sentence = HOSTILE[name]
+    rows = [encode([make_record(seed, num_tokens=4 + seed, k=6)]) for seed in range(2)]
+    rows.insert(place, signed(encode([make_record(1, num_tokens=3, k=6)]), **columns))
+    reader = reader_of(pa.Table.from_batches(rows).combine_chunks().to_batches()[0])
+    with pytest.raises(CorruptCacheError, match=f"^shard: record batch 0, row {place}: .*{sentence}"):
+        reader.encoded(place)
+    others = [reader.encoded(row).decode() for row in range(3) if row != place]
+    assert [record.sequence.num_tokens for record in others] == [4, 5]
+
+
 @pytest.mark.parametrize("name", [field.name for field in SEQUENCE_FIELDS if not field.nullable] + ["token_ids", "digest"])
 def test_a_null_where_none_may_be_is_refused(name):
     batch = encode([make_record(1), make_record(2)])
