@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,14 +22,15 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 def s3_proxy() -> Iterator[FaultProxy]:
     """A proxy in front of an S3-compatible server over HTTP that is of this test run alone; its objects are in memory."""
     pytest.importorskip("s3fs")
-    moto = pytest.importorskip("moto.server")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    proxy = FaultProxy(server.get_host_and_port())
-    yield proxy
-    proxy.close()
-    server.stop()
+    if find_spec("moto") is None:
+        pytest.skip("moto is not installed")
+    command = [sys.executable, str(Path(__file__).with_name("s3_server.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        proxy = FaultProxy(("127.0.0.1", int(server.stdout.readline())))
+        yield proxy
+        proxy.close()
+        server.communicate()  # closes its standard input, at which it ends
 
 
 @pytest.fixture

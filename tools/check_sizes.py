@@ -24,6 +24,7 @@ MORE_PARAMETERS = {
     "vocab_parallel_sparse_kd_loss": 17,
     "_rows": 11,
     "_fused": 14,
+    "_unpack_rows": 8,
 }
 
 

@@ -187,6 +187,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         version may have written fields that are not known here."""
         return hashlib.sha256(_canonical(msgspec.to_builtins(self))).hexdigest()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As plain values: pickle finds UNSET by asking every module that is loaded, some of which import others when asked.
+        return _from_builtins, (msgspec.to_builtins(self), self.digest)
+
     @property
     def is_complete(self) -> bool:
         """Whether every unit of the plan has a shard."""
@@ -195,6 +199,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def total(self, field: str) -> Any:
         """Sum of one of ShardInfo's numbers over all shards."""
         return sum(getattr(shard, field) for shard in self.shards)
+
+
+def _from_builtins(fields: dict[str, Any], digest: str) -> Manifest:
+    manifest = msgspec.convert(fields, Manifest)
+    msgspec.structs.force_setattr(manifest, "digest", digest)
+    return manifest
 
 
 def fingerprint(value: Any) -> str:

@@ -124,9 +124,7 @@ def test_wrong_numbers_are_noticed_at_the_start_and_said_once(public: PublicCase
 
 def test_the_public_route_refuses_what_needs_the_whole_distribution_and_says_why_it_was_taken(public: PublicCase):
     (sequence,) = random_sequences(public.case, [5])
-    with pytest.raises(
-        ConfigError, match=r"'threshold' needs the whole .* \(public route\) .*no worker route: on a probe"
-    ):
+    with pytest.raises(ConfigError, match=r"'threshold' needs the whole .* \(public route\) .*no worker route: on a probe"):
         public.case.teacher.score([sequence], SelectionInfo(kind="threshold", params=SELECTIONS["threshold"]))
     with pytest.raises(ConfigError, match=r"selection\.entropy needs the whole distribution"):
         public.case.teacher.score([sequence], SelectionInfo(kind="top_k", params={"k": 3}, entropy=True))
