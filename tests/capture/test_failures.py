@@ -244,7 +244,7 @@ def test_the_state_of_a_run_is_a_file_beside_the_cache(tmp_path, monkeypatch):
     middle = seen[len(seen) // 2]
     assert middle["unit_in_work"] is not None
     assert middle["num_tokens_left"] > 0
-    assert middle["eta_seconds"] > 0
+    assert middle["eta_seconds"] >= 0  # rounded: the fake teacher needs less than that
     assert last["gpus"] == []
 
 
