@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.config.capture import CaptureConfig
+from kdcache.config.capture import CaptureConfig, TeacherConfig
 from kdcache.config.load import config_to_builtins, convert_config, load_config
 from kdcache.errors import ConfigError
 
@@ -118,3 +118,9 @@ def test_files_that_hold_no_mapping_are_refused_in_a_sentence(tmp_path):
 
 def test_yaml_that_would_run_code_is_refused(tmp_path):
     assert "not YAML" in refusal(tmp_path, "input: !!python/object/apply:os.getcwd []")
+
+
+@pytest.mark.parametrize("name", ["token", "hf_token"])
+def test_a_secret_among_the_engines_options_is_refused_before_it_is_written_anywhere(name):
+    with pytest.raises(ValueError, match="set HF_TOKEN in the environment"):
+        TeacherConfig(model="some/model", engine_options={name: "hf_secret"})
