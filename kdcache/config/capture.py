@@ -144,7 +144,9 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         secret = next((name for name in self.engine_options if name in ("token", "hf_token")), None)
         if secret is not None:
-            raise ValueError(f"engine_options.{secret}: these options are written into the cache; set HF_TOKEN in the environment")
+            raise ValueError(
+                f"engine_options.{secret}: these options are written into the cache; set HF_TOKEN in the environment"
+            )
         if self.backend == "served" and self.server.url is None:
             raise ValueError("backend 'served' needs server.url, as in http://host:8000/v1")
         if self.backend != "served" and self.server != ServerConfig():
