@@ -48,7 +48,8 @@ def test_an_unknown_scheme_is_named(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_capture_into_a_store_that_is_killed_again_and_again_ends_as_if_undisturbed(s3: FaultProxy, tmp_path):
     uri = f"s3://{s3.bucket}/killed"
-    path = write_config(make_config(tmp_path, output={"path": uri}), tmp_path / "config.yaml")
+    run = {"progress_path": str(tmp_path / "progress.json")}  # by default in the working directory, which is no test's
+    path = write_config(make_config(tmp_path, output={"path": uri}, run=run), tmp_path / "config.yaml")
     run_capture(make_config(tmp_path))
     # Which request is the last one: answered never, or done and never answered.
     for part, fault in (("/data/000001", "reset"), ("/journal/000002", "lost"), ("/manifests/000001", "lost")):
