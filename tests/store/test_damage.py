@@ -78,9 +78,9 @@ def test_damage_to_what_a_reader_does_not_need_harms_no_reader_and_is_named_by_v
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec_id", ["raw", "packed"])
-def test_no_byte_of_a_shard_can_be_damaged_to_harm(tmp_path, codec_id):
+@pytest.mark.parametrize(("codec_id", "step"), [("raw", 4), ("packed", 1)])
+def test_no_byte_of_a_shard_can_be_damaged_to_harm(tmp_path, codec_id, step):
     cache = make_cache(tmp_path / "c", codec_id, num_units=1)
     shard = newest_file(cache, "data")
-    bits = [8 * byte + byte * 7 % 8 for byte in range(shard.stat().st_size)]
+    bits = [8 * byte + byte * 7 % 8 for byte in range(0, shard.stat().st_size, step)]
     assert_no_harm(probe(cache, f"data/{shard.name}", bits, []))
