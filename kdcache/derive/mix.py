@@ -160,11 +160,8 @@ def _empty(num_positions: int) -> Distributions:
 
 
 def _check_same_tokens(first: str, ours: Identity, name: str, theirs: Identity) -> None:
-    pairs = {
-        "tokenizer fingerprint": (ours.tokenizer.fingerprint, theirs.tokenizer.fingerprint),
+    pairs = ours.token_pairs(theirs) | {
         "chat template": (ours.tokenizer.chat_template_fingerprint, theirs.tokenizer.chat_template_fingerprint),
-        "tokenizer vocabulary": (ours.tokenizer.vocab_size, theirs.tokenizer.vocab_size),
-        "teacher's vocabulary": (ours.teacher.vocab_size, theirs.teacher.vocab_size),
         "sampler's filters": (ours.selection.filters, theirs.selection.filters),
     }
     differences = [f"{what} {left!r} and {right!r}" for what, (left, right) in pairs.items() if left != right]

@@ -145,6 +145,14 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     features: tuple[FeatureInfo, ...] = ()
     generation: GenerationInfo | None = None
 
+    def token_pairs(self, other: Identity) -> dict[str, tuple[Any, Any]]:
+        """Of both: what must be equal for their token ids to mean the same, by a name for people."""
+        return {
+            "tokenizer fingerprint": (self.tokenizer.fingerprint, other.tokenizer.fingerprint),
+            "tokenizer vocabulary": (self.tokenizer.vocab_size, other.tokenizer.vocab_size),
+            "teacher's vocabulary": (self.teacher.vocab_size, other.teacher.vocab_size),
+        }
+
     def differences(self, other: Identity) -> list[str]:
         """`field: mine != theirs` for each leaf that differs, but for those of NOT_COMPARED."""
         mine, theirs = _leaves(msgspec.to_builtins(self)), _leaves(msgspec.to_builtins(other))

@@ -93,10 +93,7 @@ def check_together(manifests: Sequence[Manifest]) -> None:
     first = manifests[0].identity
     for number, manifest in enumerate(manifests[1:], 1):
         other = manifest.identity
-        pairs = {
-            "tokenizer fingerprint": (first.tokenizer.fingerprint, other.tokenizer.fingerprint),
-            "tokenizer vocabulary": (first.tokenizer.vocab_size, other.tokenizer.vocab_size),
-            "teacher's vocabulary": (first.teacher.vocab_size, other.teacher.vocab_size),
+        pairs = first.token_pairs(other) | {
             "selection": (first.selection.kind, other.selection.kind),
             "further temperatures": (first.selection.temperatures, other.selection.temperatures),
             "entropy": (first.selection.entropy, other.selection.entropy),

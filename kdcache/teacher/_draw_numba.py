@@ -13,32 +13,16 @@ temperatures, S scalars.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numba import njit
+
+from kdcache.teacher._numba_compile import REASSOCIATE, kernel
 
 BLOCK = 4096
 STRIP = 64
 
-# As in _topk_numba: sums may be reordered, NaN and infinities stay.
-_REASSOCIATE = {"reassoc", "nsz", "contract"}
 
-
-def _kernel(fastmath: Any = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
-
-    def compile_later(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # neither this folder nor the user's cache folder can be written
-            return njit(**options)(function)
-
-    return compile_later
-
-
-@_kernel()
+@kernel()
 def _load(bits, shift, top, words, floats):
     """floats = x - top, of logits given as bits; `shift` is 16 for bfloat16. `words` and `floats` are the same memory."""
     for j in range(len(bits)):
@@ -47,7 +31,7 @@ def _load(bits, shift, top, words, floats):
         floats[j] -= top
 
 
-@_kernel({"contract"})
+@kernel({"contract"})
 def _exp(d, scale, powers, out):
     """out * the float32 that `powers` are the bits of = exp(d * scale) for d <= 0, within 1e-6; 0 below e^-87."""
     lowest = np.float32(-87.0)
@@ -65,7 +49,7 @@ def _exp(d, scale, powers, out):
         powers[j] = np.int32(np.int32(n) + 127) << 23
 
 
-@_kernel(_REASSOCIATE)
+@kernel(REASSOCIATE)
 def _multiply(x, y):
     total = np.float32(0.0)
     for j in range(len(x)):
@@ -74,7 +58,7 @@ def _multiply(x, y):
     return total
 
 
-@_kernel(_REASSOCIATE)
+@kernel(REASSOCIATE)
 def _sum(x):
     total = np.float32(0.0)
     for j in range(len(x)):
@@ -82,7 +66,7 @@ def _sum(x):
     return total
 
 
-@_kernel(_REASSOCIATE)
+@kernel(REASSOCIATE)
 def _dot_above(x, d):
     """Sum of x * d, without what is -inf: its x is 0."""
     lowest, total = np.float32(-87.0), np.float32(0.0)
@@ -91,7 +75,7 @@ def _dot_above(x, d):
     return total
 
 
-@_kernel()
+@kernel()
 def _weigh(logits, heads_H, inverse_T, scratch, sums_G, sums_S):
     """Strip sums without the heads; into sums_S: sum of weights x (x - top), then sum of weights^(1/T) for each T.
 
@@ -119,7 +103,7 @@ def _weigh(logits, heads_H, inverse_T, scratch, sums_G, sums_S):
             sums_G[first + g] = _sum(out[g * STRIP : min(size, (g + 1) * STRIP)])
 
 
-@_kernel()
+@kernel()
 def _find(logits, heads_H, points_L, sums_G, scratch, ids_L):
     """The token of each of the rising points."""
     bits_V, shift, top = logits
@@ -154,7 +138,7 @@ def _find(logits, heads_H, points_L, sums_G, scratch, ids_L):
     return i
 
 
-@_kernel()
+@kernel()
 def _write_estimates(ids_L, log_unit, are_counts, ids_K, logprobs_K, num_exact):
     """Distinct ids after the exact entries, by falling count, then rising id; how many.
 
@@ -175,7 +159,7 @@ def _write_estimates(ids_L, log_unit, are_counts, ids_K, logprobs_K, num_exact):
     return count
 
 
-@_kernel()
+@kernel()
 def _points(total, tau, uniforms_D, points_L):
     """Points in [0, total), rising: tau apart, or one per uniform where tau is 0; how many."""
     if tau == 0.0:
@@ -189,7 +173,7 @@ def _points(total, tau, uniforms_D, points_L):
     return count
 
 
-@_kernel()
+@kernel()
 def draw_rows(logits, known, options, found):
     """Fill in what a selection has beside its exact entries; every row on its own.
 

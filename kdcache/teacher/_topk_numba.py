@@ -19,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from kdcache.teacher._numba_compile import REASSOCIATE, kernel
 
 BLOCK = 4096
 """Logits handled at once: the scratch arrays of a block take 48 KiB."""
@@ -31,36 +32,21 @@ MAX_WIDTH = 32
 GROUPS_PER_ENTRY = 4
 """The bound is taken from this many maxima per entry: with 4, some 1.15 k tokens reach it in a row without structure."""
 
-# reassoc is what vectorised sums need. Not nnan and ninf: they would let NaN vanish.
-_REASSOCIATE = {"reassoc", "nsz", "contract"}
 _LOWEST_KEY = -(2**31)
 
 
-def _kernel(fastmath: Any = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile on first call and keep the machine code on disk, where some folder can be written."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
-
-    def compile_later(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # neither this folder nor the user's cache folder can be written
-            return njit(**options)(function)
-
-    return compile_later
-
-
-@_kernel()
+@kernel()
 def _key(bits):
     """Of a float32's bits; its own inverse. Each step is cut to 32 bits: numba's integer arithmetic is in 64."""
     return np.int32(bits ^ (np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
 
 
-@_kernel()
+@kernel()
 def _float_bits(bits, shift):
     return np.int32(np.int32(bits) << shift)
 
 
-@_kernel()
+@kernel()
 def _load_block(bits, shift, out, keys):
     """Float32 bits and keys of up to BLOCK logits; `shift` is 16 for bfloat16 bits. What is past the end has the lowest key."""
     for j in range(len(bits)):
@@ -71,7 +57,7 @@ def _load_block(bits, shift, out, keys):
         keys[j] = _LOWEST_KEY
 
 
-@_kernel()
+@kernel()
 def _strip_maxima(keys, out):
     """out[l] = max over w of keys[w * L + l]: elementwise over contiguous strips, so LLVM vectorises it for any width."""
     num_lanes = len(out)
@@ -83,7 +69,7 @@ def _strip_maxima(keys, out):
             out[j] = max(out[j], strip[j])
 
 
-@_kernel({"contract"})
+@kernel({"contract"})
 def _exp_in_place(x, powers, top):
     """x * the float32 that `powers` are the bits of = exp(x - top), for x <= top, within 1e-6; NaN for NaN; at least 1e-38.
 
@@ -106,7 +92,7 @@ def _exp_in_place(x, powers, top):
         powers[j] = np.int32(np.int32(n) + 127) << 23
 
 
-@_kernel(_REASSOCIATE)
+@kernel(REASSOCIATE)
 def _dot(x, y):
     total = np.float32(0.0)
     for j in range(len(x)):
@@ -114,13 +100,13 @@ def _dot(x, y):
     return total
 
 
-@_kernel()
+@kernel()
 def _float_of(key, word_i, word_f):
     word_i[0] = _key(key)
     return word_f[0]
 
 
-@_kernel()
+@kernel()
 def _read_row(bits_V, shift, maxima_G, num_lanes, scratch):
     """Fill the groups' maxima; the row's maximum and log of the sum of exp."""
     bits, floats, powers, power_floats, keys = scratch
@@ -147,7 +133,7 @@ def _read_row(bits_V, shift, maxima_G, num_lanes, scratch):
     return top + math.log(total) if top > -np.inf else np.nan
 
 
-@_kernel()
+@kernel()
 def _bound(maxima_G, k):
     """A key that at least k tokens reach: the k-th largest of some GROUPS_PER_ENTRY * k maxima of maxima; else the lowest."""
     num_coarse = len(maxima_G) // max(1, len(maxima_G) // (GROUPS_PER_ENTRY * k))
@@ -158,7 +144,7 @@ def _bound(maxima_G, k):
     return np.partition(coarse, num_coarse - k)[num_coarse - k]
 
 
-@_kernel()
+@kernel()
 def _collect(bits_V, shift, maxima_G, num_lanes, bound, out):
     """Write key and id of each token whose key reaches the bound; how many."""
     count = 0
@@ -173,7 +159,7 @@ def _collect(bits_V, shift, maxima_G, num_lanes, bound, out):
     return count
 
 
-@_kernel()
+@kernel()
 def _select_rows(bits_CV, shift, targets_C, num_lanes, found):
     """See `select_top_k`; every row on its own."""
     ids_CK, logprobs_CK, target_logprobs_C, log_z_C = found
