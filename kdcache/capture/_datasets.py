@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdcache.capture.content import Item, Place, parse_content
-from kdcache.capture.table_files import column_values
+from kdcache.capture.content import Fields, Item, Place
+from kdcache.capture.table_files import check_names, item_of, row_values
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError, MissingDependencyError
 
@@ -18,7 +18,7 @@ _ROWS_PER_READ = 1024
 _SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
 
-def read_dataset(config: InputConfig, start: Place, *, field: str) -> Iterator[Item]:
+def read_dataset(config: InputConfig, start: Place, fields: Fields) -> Iterator[Item]:
     """An item for each row, from `start.offset` on.
 
     Raises:
@@ -27,10 +27,10 @@ def read_dataset(config: InputConfig, start: Place, *, field: str) -> Iterator[I
     """
     name = f"{config.dataset}[{config.split}]"
     dataset = _open(config, name)
-    _check_column(dataset.column_names, name, field)
-    for row, value in enumerate(_values(dataset, start.offset, field, config, name), start.offset):
-        source = f"{name}#{row}"
-        yield Item(parse_content(value, config.content, f"{source}: column {field!r}"), source, Place(0, row, row))
+    if dataset.column_names is not None:
+        check_names(dataset.column_names, f"dataset {name}", fields)
+    for row, (value, domain) in enumerate(_values(dataset, start.offset, fields, config, name), start.offset):
+        yield item_of(value, domain, fields, f"{name}#{row}", Place(0, row, row))
 
 
 def _open(config: InputConfig, name: str) -> Any:
@@ -62,24 +62,18 @@ def _split_of(dataset: Any, config: InputConfig, name: str) -> Any:
     return dataset.to_iterable_dataset() if config.streaming else dataset
 
 
-def _check_column(names: list[str] | None, name: str, field: str) -> None:
-    if names is not None and field not in names:
-        raise InputError(
-            f"dataset {name}: no column {field!r}; the columns are {', '.join(map(repr, names))} (see input.field)"
-        )
-
-
-def _values(dataset: Any, start: int, field: str, config: InputConfig, name: str) -> Iterator[Any]:
+def _values(dataset: Any, start: int, fields: Fields, config: InputConfig, name: str) -> Iterator[tuple[Any, Any]]:
+    """Content and domain of each row."""
     try:
         if config.streaming:
             for row in dataset.skip(start):
-                _check_column(list(row), name, field)
-                yield row[field]
+                check_names(list(row), f"dataset {name}", fields)
+                yield row[fields.content], row[fields.domain] if fields.domain else None
         else:
-            rows = dataset.select(range(min(start, len(dataset)), len(dataset))).select_columns([field])
+            rows = dataset.select(range(min(start, len(dataset)), len(dataset))).select_columns(fields.names)
             for table in rows.with_format("arrow").iter(batch_size=_ROWS_PER_READ):
-                for chunk in table.column(field).chunks:
-                    yield from column_values(chunk, config.content)
+                for batch in table.to_batches():
+                    yield from row_values(batch, fields)
     except InputError:
         raise
     except Exception as error:  # as above; a stream meets the network here

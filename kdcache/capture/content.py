@@ -20,6 +20,29 @@ Content = str | list[Message] | NDArray[np.int64]
 """text: a str; messages: dicts with `role` and `content`; ids: (N,) int64, not yet checked against a vocabulary."""
 
 
+class Fields(NamedTuple):
+    """What is read of a row or a line.
+
+    Attributes:
+        content: the column or key that holds it.
+        kind: `text`, `messages` or `ids`.
+        domain: the column or key of the item's domain; None where none is read.
+    """
+
+    content: str
+    kind: str
+    domain: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The columns or keys."""
+        return [self.content, *([] if self.domain is None else [self.domain])]
+
+    def option(self, name: str) -> str:
+        """The option that asked for one of the names."""
+        return "input.field" if name == self.content else "input.domain_field"
+
+
 class Place(NamedTuple):
     """Where an item starts, so that reading can start there.
 
@@ -42,11 +65,13 @@ class Item:
         content: see Content; empty where the item holds nothing.
         source: for people: "corpus/a.jsonl:17" (line 17), "b.parquet#12" (row 12, from 0), "x.txt".
         place: where it starts.
+        domain: what kind of text it is, as the input says; "" where it does not.
     """
 
     content: Content
     source: str
     place: Place
+    domain: str = ""
 
     @property
     def num_chars(self) -> int:
@@ -85,6 +110,17 @@ def parse_content(value: Any, kind: str, where: str) -> Content:
     if kind == "messages":
         return _parse_messages(value, where)
     return _parse_ids(value, where)
+
+
+def parse_domain(value: Any, where: str) -> str:
+    """Check a value as a domain's name; null is none.
+
+    Raises:
+        InputError: it is no text.
+    """
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{where} is {_shown(value)}, but a domain is text (see input.domain_field)")
+    return value or ""
 
 
 def _parse_text(value: Any, where: str) -> str:

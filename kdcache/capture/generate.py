@@ -125,6 +125,7 @@ def answered(prompt: Prompt, answer: Generated, template_fingerprint: str) -> To
         source=given.source,
         key=sequence_key(input_ids_N, supervised_N, template_fingerprint),
         finish=answer.finish,
+        domain=given.domain,
     )
 
 
@@ -159,7 +160,7 @@ def _prompt_sequence(item: Item, tokenizer: Tokenizer, config: InputConfig, voca
     check_ids(ids_N, item.source, config, tokenizer, vocab_size)
     input_ids_N, nothing_N = ids_N.astype(np.int32), np.zeros(len(ids_N), np.bool_)
     key = sequence_key(input_ids_N, nothing_N, tokenizer.identity.chat_template_fingerprint)
-    return TokenSequence(input_ids_N, nothing_N, roles_N, starts, item.source, key)
+    return TokenSequence(input_ids_N, nothing_N, roles_N, starts, item.source, key, domain=item.domain)
 
 
 def _fits(sequence: TokenSequence, asked: GenerateConfig, config: InputConfig) -> bool:

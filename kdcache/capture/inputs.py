@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 
-from kdcache.capture.content import DEFAULT_FIELDS, Item, Place
+from kdcache.capture.content import DEFAULT_FIELDS, Fields, Item, Place
 from kdcache.capture.files import find_files
 from kdcache.capture.plan import START, Plan, Unit, make_plan, make_stream_plan, unit_digest
 from kdcache.config.capture import InputConfig, OutputConfig
@@ -25,7 +25,7 @@ class InputReader:
     def __init__(self, config: InputConfig) -> None:
         """List the files, in the order in which they will be read; raises InputError where a path leads to none."""
         self.config = config
-        self.field = config.field or DEFAULT_FIELDS[config.content]
+        self.fields = Fields(config.field or DEFAULT_FIELDS[config.content], config.content, config.domain_field)
         self.files = [] if config.format == "dataset" else find_files(config.paths, config.format)
         self._open: Iterator[Item] = iter(())
         self._next_item = -1
@@ -36,9 +36,9 @@ class InputReader:
         if self.config.format == "dataset":
             from kdcache.capture._datasets import read_dataset
 
-            yield from read_dataset(self.config, start, field=self.field)
+            yield from read_dataset(self.config, start, self.fields)
             return
-        read = _file_reader(self.config, self.field)
+        read = _file_reader(self.config, self.fields)
         for file in range(start.file, len(self.files)):
             yield from read(self.files[file], file, start if file == start.file else Place(file, 0, 0))
 
@@ -99,17 +99,17 @@ class InputReader:
         self._open, self._next_item = iter(()), -1
 
 
-def _file_reader(config: InputConfig, field: str) -> _ReadFile:
+def _file_reader(config: InputConfig, fields: Fields) -> _ReadFile:
     """The function that reads one file of this format."""
     if config.format in ("parquet", "arrow"):
         from kdcache.capture import table_files
 
         read = table_files.read_parquet if config.format == "parquet" else table_files.read_arrow
-        return partial(read, field=field, kind=config.content)
+        return partial(read, fields=fields)
     from kdcache.capture import text_files
 
     if config.format == "jsonl":
-        return partial(text_files.read_jsonl, field=field, kind=config.content)
+        return partial(text_files.read_jsonl, fields=fields)
     return text_files.read_txt if config.format == "txt" else text_files.read_lines
 
 

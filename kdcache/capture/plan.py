@@ -85,9 +85,8 @@ def make_plan(
         if open_unit.is_full(item, unit_chars, unit_items):
             units.append(open_unit.close(len(units)))
             open_unit = _OpenUnit(item.place, num_items)
-        data = item.content_bytes()
-        hash_item(content, data)
-        open_unit.add(item, data)
+        hash_item(content, item)
+        open_unit.add(item)
         num_items, num_empty, num_chars = num_items + 1, num_empty + item.is_empty, num_chars + item.num_chars
     if open_unit.num_items:
         units.append(open_unit.close(len(units)))
@@ -117,7 +116,7 @@ def unit_digest(items: Iterable[Item]) -> str:
     """What `Unit.digest` is for these items."""
     hasher = xxhash.xxh3_128()
     for item in items:
-        hash_item(hasher, item.content_bytes())
+        hash_item(hasher, item)
     return hasher.hexdigest()
 
 
@@ -125,10 +124,15 @@ class _Hasher(Protocol):
     def update(self, data: bytes, /) -> Any: ...
 
 
-def hash_item(hasher: _Hasher, data: bytes) -> None:
-    """Feed one item, with its length, so that no two lists of items look alike."""
+def hash_item(hasher: _Hasher, item: Item) -> None:
+    """Feed one item, with its length, so that no two lists of items look alike; and its domain, if any, with a length that no
+    item has."""
+    data, domain = item.content_bytes(), item.domain.encode()
     hasher.update(len(data).to_bytes(8, "little"))
     hasher.update(data)
+    if domain:
+        hasher.update((2**63 + len(domain)).to_bytes(8, "little"))
+        hasher.update(domain)
 
 
 def _meaning(config: InputConfig, template_fingerprint: str) -> dict[str, Any]:
@@ -136,7 +140,8 @@ def _meaning(config: InputConfig, template_fingerprint: str) -> dict[str, Any]:
     names = ("content", "supervise", "add_special_tokens")
     settings = {name: getattr(config, name) for name in names}
     window = msgspec.to_builtins(config.window)
-    return settings | {"window": window, "template": template_fingerprint, "version": 1}
+    domains = {} if config.domain_field is None else {"domains": config.domain_field}
+    return settings | domains | {"window": window, "template": template_fingerprint, "version": 1}
 
 
 class _OpenUnit:
@@ -151,12 +156,12 @@ class _OpenUnit:
         too_long = self.num_chars + item.num_chars > unit_chars
         return self.num_items > 0 and (too_long or self.num_items >= unit_items)
 
-    def add(self, item: Item, data: bytes) -> None:
+    def add(self, item: Item) -> None:
         if self.num_items == 0:
             self.start = item.place
         self.num_items += 1
         self.num_chars += item.num_chars
-        hash_item(self._hasher, data)
+        hash_item(self._hasher, item)
 
     def close(self, number: int) -> Unit:
         return Unit(number, self.start, self.first_item, self.num_items, self.num_chars, self._hasher.hexdigest())

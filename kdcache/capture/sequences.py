@@ -80,11 +80,11 @@ def make_sequences(
 
 def _tokenize(item: Item, tokenizer: Tokenizer, config: InputConfig) -> TokenizedItem:
     if isinstance(item.content, list):
-        return _tokenize_chat(item.content, item.source, tokenizer, config)
+        return _tokenize_chat(item, item.content, tokenizer, config)
     ids_N = tokenize_plain(item.content, tokenizer, config)
     num_tokens = len(ids_N)
     all_N, none_N = np.ones(num_tokens, np.bool_), np.zeros(num_tokens, np.uint8)
-    return TokenizedItem(ids_N, all_N, none_N, np.zeros(1, np.int32), item.source)
+    return TokenizedItem(ids_N, all_N, none_N, np.zeros(1, np.int32), item.source, item.domain)
 
 
 def tokenize_plain(content: str | NDArray[np.int64], tokenizer: Tokenizer, config: InputConfig) -> NDArray[np.int64]:
@@ -94,18 +94,18 @@ def tokenize_plain(content: str | NDArray[np.int64], tokenizer: Tokenizer, confi
     return content
 
 
-def _tokenize_chat(messages: list[Message], source: str, tokenizer: Tokenizer, config: InputConfig) -> TokenizedItem:
+def _tokenize_chat(item: Item, messages: list[Message], tokenizer: Tokenizer, config: InputConfig) -> TokenizedItem:
     try:
         chat = tokenizer.encode_chat(messages)
     except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+        raise InputError(f"{item.source}: {error}") from error
     num_tokens = len(chat.input_ids)
     if config.supervise == "assistant":
         supervised_N = supervise_assistant(np.asarray(chat.assistant_mask, np.bool_))
     else:
         supervised_N = np.ones(num_tokens, np.bool_)
     starts, roles_N = np.asarray(chat.turn_starts, np.int32), np.asarray(chat.roles, np.uint8)
-    return TokenizedItem(np.asarray(chat.input_ids, np.int64), supervised_N, roles_N, starts, source)
+    return TokenizedItem(np.asarray(chat.input_ids, np.int64), supervised_N, roles_N, starts, item.source, item.domain)
 
 
 def check_ids(input_ids_N: NDArray[np.int64], source: str, config: InputConfig, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache.capture.content import Item, Place, parse_content
+from kdcache.capture.content import Fields, Item, Place, parse_content, parse_domain
 from kdcache.errors import InputError
 
 _ROWS_PER_READ = 1024
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 
-def read_parquet(path: str, file: int, start: Place, *, field: str, kind: str) -> Iterator[Item]:
+def read_parquet(path: str, file: int, start: Place, *, fields: Fields) -> Iterator[Item]:
     """An item for each row; row groups before the start are not read.
 
     Raises:
@@ -23,15 +24,15 @@ def read_parquet(path: str, file: int, start: Place, *, field: str, kind: str) -
     """
     try:
         with pq.ParquetFile(path) as table:
-            _check_column(table.schema_arrow, path, field, kind)
+            _check_columns(table.schema_arrow, path, fields)
             groups, first_row = _groups_from(table.metadata, start.offset)
-            batches = table.iter_batches(batch_size=_ROWS_PER_READ, row_groups=groups, columns=[field])
-            yield from _rows(batches, path, file, start.offset, first_row, field, kind)
+            batches = table.iter_batches(batch_size=_ROWS_PER_READ, row_groups=groups, columns=fields.names)
+            yield from _rows(batches, path, Place(file, start.offset, start.number), first_row, fields)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
 
 
-def read_arrow(path: str, file: int, start: Place, *, field: str, kind: str) -> Iterator[Item]:
+def read_arrow(path: str, file: int, start: Place, *, fields: Fields) -> Iterator[Item]:
     """An item for each row of an Arrow IPC file (as Feather, or a cache of ours) or stream (as `datasets` writes).
 
     Raises:
@@ -42,9 +43,9 @@ def read_arrow(path: str, file: int, start: Place, *, field: str, kind: str) -> 
             is_file = source.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
             source.seek(0)
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-            _check_column(reader.schema, path, field, kind)
+            _check_columns(reader.schema, path, fields)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
-            yield from _rows(batches, path, file, start.offset, 0, field, kind)
+            yield from _rows(batches, path, Place(file, start.offset, start.number), 0, fields)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable Arrow IPC file or stream: {_one_line(error)}") from error
 
@@ -57,14 +58,24 @@ def column_values(column: pa.Array, kind: str) -> list[Any]:
     return [None if cell is None else cell.to_numpy() if not cell.null_count else cell.to_pylist() for cell in cells]
 
 
-def _rows(batches: Iterator[Any], path: str, file: int, start: int, first_row: int, field: str, kind: str) -> Iterator[Item]:
+def item_of(value: Any, domain: Any, fields: Fields, source: str, place: Place) -> Item:
+    """The item of a row's cells; raises InputError where they are not what they are to be."""
+    content = parse_content(value, fields.kind, f"{source}: column {fields.content!r}")
+    return Item(content, source, place, parse_domain(domain, f"{source}: column {fields.domain!r}"))
+
+
+def row_values(table: Any, fields: Fields) -> Iterator[tuple[Any, Any]]:
+    """Content and domain (None where none is read) of each row of a record batch or of a table's chunk."""
+    values = column_values(table.column(fields.content), fields.kind)
+    yield from zip(values, repeat(None) if fields.domain is None else table.column(fields.domain).to_pylist(), strict=False)
+
+
+def _rows(batches: Iterator[Any], path: str, start: Place, first_row: int, fields: Fields) -> Iterator[Item]:
     row = first_row
     for batch in batches:
-        skipped = min(max(start - row, 0), batch.num_rows)
-        column = batch.column(batch.schema.get_field_index(field)).slice(skipped)
-        for index, value in enumerate(column_values(column, kind), row + skipped):
-            source = f"{path}#{index}"
-            yield Item(parse_content(value, kind, f"{source}: column {field!r}"), source, Place(file, index, index))
+        skipped = min(max(start.offset - row, 0), batch.num_rows)
+        for index, (value, domain) in enumerate(row_values(batch.slice(skipped), fields), row + skipped):
+            yield item_of(value, domain, fields, f"{path}#{index}", Place(start.file, index, index))
         row += batch.num_rows
 
 
@@ -78,13 +89,23 @@ def _groups_from(metadata: Any, start: int) -> tuple[list[int], int]:
     return [], row
 
 
-def _check_column(schema: pa.Schema, path: str, field: str, kind: str) -> None:
-    if field not in schema.names:
-        raise InputError(f"{path}: no column {field!r}; the columns are {', '.join(map(repr, schema.names))} (see input.field)")
-    column_type = schema.field(field).type
-    if not _fits(column_type, kind):
-        wanted = {"text": "text", "messages": "a list of {role, content}", "ids": "a list of integers"}[kind]
-        raise InputError(f"{path}: column {field!r} is of type {column_type}, but content {kind!r} needs {wanted}")
+def _check_columns(schema: pa.Schema, path: str, fields: Fields) -> None:
+    check_names(schema.names, path, fields)
+    column_type = schema.field(fields.content).type
+    if not _fits(column_type, fields.kind):
+        wanted = {"text": "text", "messages": "a list of {role, content}", "ids": "a list of integers"}[fields.kind]
+        raise InputError(
+            f"{path}: column {fields.content!r} is of type {column_type}, but content {fields.kind!r} needs {wanted}"
+        )
+
+
+def check_names(names: Sequence[str], where: str, fields: Fields) -> None:
+    """Raise InputError where a column that is to be read is not there."""
+    for name in fields.names:
+        if name not in names:
+            raise InputError(
+                f"{where}: no column {name!r}; the columns are {', '.join(map(repr, names))} (see {fields.option(name)})"
+            )
 
 
 def _fits(column_type: pa.DataType, kind: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from kdcache.capture.content import Item, Place, parse_content
+from kdcache.capture.content import Fields, Item, Place, parse_content, parse_domain
 from kdcache.errors import InputError
 
 
@@ -33,11 +33,11 @@ def read_lines(path: str, file: int, start: Place) -> Iterator[Item]:
         yield Item(_decode(line, path, first_line=number).removesuffix("\r"), f"{path}:{number}", place)
 
 
-def read_jsonl(path: str, file: int, start: Place, *, field: str, kind: str) -> Iterator[Item]:
+def read_jsonl(path: str, file: int, start: Place, *, fields: Fields) -> Iterator[Item]:
     """An item for each JSON object; blank lines between them are no items.
 
     Raises:
-        InputError: a line that is no JSON object, that lacks the field, or whose field is of the wrong type.
+        InputError: a line that is no JSON object, that lacks a field, or whose field is of the wrong type.
     """
     decoder = msgspec.json.Decoder()
     for line, place in _lines(path, file, start):
@@ -50,11 +50,13 @@ def read_jsonl(path: str, file: int, start: Place, *, field: str, kind: str) -> 
             raise InputError(f"{where}: not JSON: {error}") from error
         if not isinstance(value, dict):
             raise InputError(f"{where}: holds a {type(value).__name__}, but a JSON object was expected")
-        if field not in value:
-            raise InputError(
-                f"{where}: no field {field!r}; the line has {', '.join(map(repr, value)) or 'none'} (see input.field)"
-            )
-        yield Item(parse_content(value[field], kind, f"{where}: field {field!r}"), where, place)
+        for name in fields.names:
+            if name not in value:
+                there = ", ".join(map(repr, value)) or "none"
+                raise InputError(f"{where}: no field {name!r}; the line has {there} (see {fields.option(name)})")
+        content = parse_content(value[fields.content], fields.kind, f"{where}: field {fields.content!r}")
+        domain = parse_domain(value[fields.domain], f"{where}: field {fields.domain!r}") if fields.domain else ""
+        yield Item(content, where, place, domain)
 
 
 def _lines(path: str, file: int, start: Place) -> Iterator[tuple[bytes, Place]]:

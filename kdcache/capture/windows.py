@@ -35,6 +35,7 @@ class TokenizedItem:
     roles_N: NDArray[np.uint8]
     turn_starts: NDArray[np.int32]
     source: str
+    domain: str = ""
 
 
 def cut_windows(item: TokenizedItem, window: WindowConfig, template_fingerprint: str) -> list[TokenSequence]:
@@ -111,4 +112,5 @@ def _window(
         turn_starts=np.concatenate([[0], inside] if is_mid_turn else [inside]).astype(np.int32),
         source=source,
         key=sequence_key(input_ids_N, supervised_N, template_fingerprint),
+        domain=item.domain,
     )

@@ -27,7 +27,7 @@ command. The manifest names the sources and what was done: see `kdcache info`.""
 
 EXAMPLES = """\
 conditions compare scalars, and are joined by and, or, not and parentheses:
-  of a sequence   num_tokens, num_positions, num_targets; source and finish with == != ~ !~ (~ matches * and ?);
+  of a sequence   num_tokens, num_positions, num_targets; source, domain and finish with == != ~ !~ (~ matches * and ?);
                   mean(x), max(x), min(x), any(x < 1), all(x < 1) and share(x < 1) > 0.5 over its positions
   of a position   target_logprob, entropy, entropy_floor, entropy_ceiling, top1_probability, tail_mass, position
 

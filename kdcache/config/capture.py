@@ -59,6 +59,8 @@ class InputConfig(Config, frozen=True, kw_only=True):
         limit: most items to read; null for all.
         content: what an item is: `text`, `messages` (a chat: list of {role, content}), or `ids` (token ids).
         field: the column or key that holds it; null for `text`, `messages` or `input_ids`, by content.
+        domain_field: the column or key that holds an item's domain (`wiki`, `code`): text that is kept with its sequences, for
+            `kdcache derive --where "domain == 'code'"`; null for none.
         supervise: `all` positions, or only those that predict what the assistant says (`messages` only).
         add_special_tokens: text only: let the tokenizer add its own (usually BOS).
         chat_template: path of a Jinja file to use in place of the tokenizer's template; null for the tokenizer's own.
@@ -75,6 +77,7 @@ class InputConfig(Config, frozen=True, kw_only=True):
     limit: Positive | None = None
     content: Literal["text", "messages", "ids"] = "text"
     field: str | None = None
+    domain_field: str | None = None
     supervise: Literal["all", "assistant"] = "all"
     add_special_tokens: bool = True
     chat_template: str | None = None
@@ -90,6 +93,8 @@ class InputConfig(Config, frozen=True, kw_only=True):
             raise ValueError(f"format {self.format!r} takes `paths`, and neither `dataset` nor `streaming`")
         if self.format in ("txt", "lines") and self.content != "text":
             raise ValueError(f"format {self.format!r} holds content 'text', not {self.content!r}")
+        if self.format in ("txt", "lines") and self.domain_field is not None:
+            raise ValueError(f"format {self.format!r} has no fields, so that it cannot have domain_field {self.domain_field!r}")
         if self.supervise == "assistant" and self.content != "messages":
             raise ValueError("supervise 'assistant' needs content 'messages'")
 

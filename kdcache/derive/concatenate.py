@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from kdcache.errors import MismatchError
 from kdcache.format.manifest import Identity
 
-MAY_DIFFER = ("input_fingerprint", "codec.", "seeds.", "selection.params.seed")
-"""Leaves of an identity: other texts are what it is for; rows are written anew, by one codec; draws are as good by any seed."""
+MAY_DIFFER = ("input_fingerprint", "codec.", "seeds.", "selection.params.seed", "domains")
+"""Leaves of an identity: other texts are what it is for, with domains or not; rows are written anew, by one codec; draws are as
+good by any seed."""
 
 
 def check_concatenation(identities: Sequence[Identity], names: Sequence[str]) -> None:

@@ -100,7 +100,7 @@ def _identity(readers: Sequence[CacheReader], names: Sequence[str], options: Der
     identities = [reader.manifest.identity for reader in readers]
     if options.mix is None:
         check_concatenation(identities, names)
-        return identities[0]
+        return msgspec.structs.replace(identities[0], domains=any(identity.domains for identity in identities))
     check_weights(options.mix, len(readers))
     return mixed_identity(identities, names, options.mix, options.seed)
 

@@ -59,6 +59,7 @@ def mixed_identity(identities: Sequence[Identity], names: Sequence[str], weights
         input_fingerprint=identities[0].input_fingerprint,
         seeds=identities[0].seeds,
         generation=identities[0].generation,
+        domains=identities[0].domains,
     )
 
 

@@ -36,6 +36,7 @@ SEQUENCE_NAMES = {
 
 TEXT_NAMES = {
     "source": "where the sequence came from, as in 'corpus/wiki.txt#3'",
+    "domain": "what kind of text it is, as the input said: 'wiki', 'code'; '' where it did not",
     "finish": "how an answer that the teacher wrote ended: 'stop', 'length', or '' where the text was given",
 }
 """name -> what it is, for the sequence; text."""
@@ -74,7 +75,7 @@ def record_values(record: SequenceRecord, names: Iterable[str], selection: Selec
     values["position"] = sequence.positions_P.astype(np.float64)
     values |= {"num_tokens": float(sequence.num_tokens), "num_positions": float(d.num_positions)}
     values["num_targets"] = float((sequence.target_ids_P != NO_TARGET).sum())
-    return values | {"source": sequence.source, "finish": sequence.finish}
+    return values | {"source": sequence.source, "domain": sequence.domain, "finish": sequence.finish}
 
 
 def _top1(d: Distributions, selection: SelectionInfo) -> NDArray[np.float64]:

@@ -134,6 +134,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         input_fingerprint: hash of the inputs and of how they are cut into sequences.
         seeds: purpose -> seed of every random draw at capture beside the selection's, which is among its parameters.
         generation: how the teacher wrote the ends of the sequences itself; None where it read what was given.
+        domains: whether each sequence says of which domain it is.
     """
 
     teacher: TeacherIdentity
@@ -144,6 +145,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     seeds: dict[str, int] = {}
     features: tuple[FeatureInfo, ...] = ()
     generation: GenerationInfo | None = None
+    domains: bool = False
 
     def token_pairs(self, other: Identity) -> dict[str, tuple[Any, Any]]:
         """Of both: what must be equal for their token ids to mean the same, by a name for people."""

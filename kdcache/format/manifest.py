@@ -25,7 +25,7 @@ from kdcache.format.identity import TokenizerIdentity as TokenizerIdentity
 _T = TypeVar("_T")
 
 FORMAT_NAME = "kdcache"
-FORMAT_VERSION = (1, 1)
+FORMAT_VERSION = (1, 2)
 """(major, minor). Another major is refused; unknown fields and columns of a newer minor are ignored."""
 
 

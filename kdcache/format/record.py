@@ -42,6 +42,7 @@ class TokenSequence:
         source: where the item came from, for people: "corpus/a.txt#3" is window 3 of that file.
         key: 16 bytes, see `sequence_key`.
         finish: one of FINISHES.
+        domain: what kind of text it is, as the input says: "wiki", "code"; "" where it does not.
     """
 
     input_ids_N: NDArray[np.int32]
@@ -51,6 +52,7 @@ class TokenSequence:
     source: str
     key: bytes
     finish: str = ""
+    domain: str = ""
 
     @property
     def num_tokens(self) -> int:

@@ -37,6 +37,9 @@ where every position has the number that the selection fixes (`k` of `top_k`).""
 FINISH_FIELD = pa.field("finish", pa.uint8(), nullable=False)
 """Follows them where the teacher wrote the sequences' ends itself: index into FINISHES."""
 
+DOMAIN_FIELD = pa.field("domain", pa.string(), nullable=False)
+"""Follows where the input named domains."""
+
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.binary(KEY_BYTES), nullable=False),
@@ -79,10 +82,11 @@ def shard_schema(
     selection: SelectionInfo,
     codec: CodecInfo,
     has_finish: bool = False,
+    has_domains: bool = False,
     features: tuple[FeatureInfo, ...] = (),
 ) -> pa.Schema:
     """The schema of a shard written with this codec, its metadata included; `codec_fields` with the features' behind them."""
-    columns = [*SEQUENCE_FIELDS, *[FINISH_FIELD] * has_finish, *codec_fields]
+    columns = [*SEQUENCE_FIELDS, *[FINISH_FIELD] * has_finish, *[DOMAIN_FIELD] * has_domains, *codec_fields]
     fields = [*columns, pa.field(DIGEST, pa.uint64(), nullable=False)]
     names = tuple(field.name for field in columns)
     metadata = ShardMetadata(

@@ -23,7 +23,7 @@ from kdcache.errors import CorruptCacheError, MismatchError, UnsupportedVersionE
 from kdcache.format import paths
 from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
 from kdcache.format.record import KEY_BYTES, SequenceRecord
-from kdcache.format.schema import FINISH_FIELD, ShardMetadata, shard_metadata, shard_schema
+from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, ShardMetadata, shard_metadata, shard_schema
 from kdcache.store import chain
 from kdcache.store.arrow_file import open_arrow_file
 from kdcache.store.index import open_index
@@ -314,6 +314,9 @@ def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, 
     has_finish = FINISH_FIELD.name in metadata.digest_columns
     if has_finish != (identity.generation is not None):
         raise CorruptCacheError(f"{where}: says {'' if has_finish else 'not '}how answers ended, the manifest says otherwise")
+    has_domains = DOMAIN_FIELD.name in metadata.digest_columns
+    if has_domains != identity.domains:
+        raise CorruptCacheError(f"{where}: {'names' if has_domains else 'does not name'} domains, the manifest says otherwise")
     expected = expected_schema(metadata.codec, metadata)
     for field in expected:
         if schema.get_field_index(field.name) < 0 or not schema.field(field.name).type.equals(field.type):
@@ -335,7 +338,8 @@ def expected_schema(codec: CodecInfo, metadata: ShardMetadata) -> pa.Schema:
     fields = [*get_codec(codec.codec_id, codec.params, metadata.selection).fields(), *feature_fields(metadata.features)]
     return shard_schema(
         fields, unit=metadata.unit, vocab_size=metadata.vocab_size, selection=metadata.selection, codec=metadata.codec,
-        has_finish=FINISH_FIELD.name in metadata.digest_columns, features=metadata.features,
+        has_finish=FINISH_FIELD.name in metadata.digest_columns, has_domains=DOMAIN_FIELD.name in metadata.digest_columns,
+        features=metadata.features,
     )  # fmt: skip
 
 

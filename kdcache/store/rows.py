@@ -20,7 +20,16 @@ from kdcache.codec.into import EntryArrays, Job
 from kdcache.errors import CorruptCacheError, FormatError, KdcacheError
 from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import FINISHES, ROLES, SequenceRecord, TokenSequence
-from kdcache.format.schema import DIGEST, FINISH_FIELD, NULL_LENGTH, SEQUENCE_FIELDS, ShardMetadata, row_digest, shard_metadata
+from kdcache.format.schema import (
+    DIGEST,
+    DOMAIN_FIELD,
+    FINISH_FIELD,
+    NULL_LENGTH,
+    SEQUENCE_FIELDS,
+    ShardMetadata,
+    row_digest,
+    shard_metadata,
+)
 from kdcache.format.selection import fixed_entries
 from kdcache.store.row_checks import all_sound, num_positions
 
@@ -44,6 +53,10 @@ def encode_records(
         columns.append(pa.array([FINISHES.index(s.finish) for s in sequences], FINISH_FIELD.type))
     elif any(s.finish for s in sequences):
         raise FormatError("a sequence says how it ended, in a cache whose identity has no generation")
+    if DOMAIN_FIELD.name in schema.names:
+        columns.append(pa.array([s.domain for s in sequences], DOMAIN_FIELD.type))
+    elif any(s.domain for s in sequences):
+        raise FormatError("a sequence says of which domain it is, in a cache whose identity has no domains")
     columns += codec.encode([r.distributions for r in records])
     columns += encode_features([r.distributions.features for r in records], shard_metadata(schema, where="shard").features)
     names = schema.names[: len(columns)]
@@ -359,6 +372,7 @@ def _sequence(values: Mapping[str, Any], vocab_size: int) -> TokenSequence:
         source=values["source"].tobytes().decode(),
         key=values["key"].tobytes(),
         finish=FINISHES[finish],
+        domain=values[DOMAIN_FIELD.name].tobytes().decode() if DOMAIN_FIELD.name in values else "",
     )
 
 

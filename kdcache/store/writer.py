@@ -191,7 +191,7 @@ class CacheWriter:
         fields = [*self._codec.fields(), *feature_fields(identity.features)]
         schema = shard_schema(
             fields, unit=unit, vocab_size=vocab_size, selection=identity.selection, codec=identity.codec,
-            has_finish=identity.generation is not None, features=identity.features,
+            has_finish=identity.generation is not None, has_domains=identity.domains, features=identity.features,
         )  # fmt: skip
         statistics = ShardStatistics(vocab_size)
         with pa.OSFile(str(temp), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:

@@ -18,7 +18,7 @@ OUTPUT = OutputConfig(path="", unit_items=2)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "d"
-    columns = {"text": TEXTS, "input_ids": [[1], [2, 3], [], [4], [5]]}
+    columns = {"text": TEXTS, "input_ids": [[1], [2, 3], [], [4], [5]], "kind": ["wiki", None, "code", "code", "wiki"]}
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns)}).save_to_disk(str(folder))
     return folder
 
@@ -48,6 +48,12 @@ def test_every_kind_gives_the_rows_from_any_place_on(kind, streaming, request):
     assert [item.content for item in items] == TEXTS
     assert items[3].source == f"{folder}[train]#3"
     assert [item.content for item in source.items(items[3].place)] == TEXTS[3:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_domains_come_with_the_rows(saved, streaming):
+    items = reader(saved, streaming=streaming, limit=5, domain_field="kind").items()
+    assert [item.domain for item in items] == ["wiki", "", "code", "code", "wiki"]
 
 
 def test_ids_come_as_arrays(saved):

@@ -179,3 +179,38 @@ def test_paths_that_lead_to_nothing_are_named(tmp_path):
 def test_a_file_with_pattern_characters_in_its_name_is_a_file(tmp_path):
     (tmp_path / "a[1].txt").write_text("x")
     assert contents(tmp_path / "a[1].txt", "txt") == ["x"]
+
+
+def domains(path, input_format, **fields):
+    return [(item.content, item.domain) for item in reader(path, input_format, domain_field="kind", **fields).items()]
+
+
+def test_an_items_domain_is_read_beside_it_and_null_is_none(tmp_path):
+    expected = [("a", "wiki"), ("b", ""), ("c", "code")]
+    rows = [{"text": text, "kind": kind or None, "n": 1} for text, kind in expected]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write_arrow(tmp_path / "a.arrow", pa.Table.from_pylist(rows))
+    for ending in ("jsonl", "parquet", "arrow"):
+        assert domains(tmp_path / f"a.{ending}", ending) == expected
+    later = reader(tmp_path / "a.arrow", "arrow", domain_field="kind")
+    assert [item.domain for item in later.items(list(later.items())[1].place)] == ["", "code"]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"text": "a"}, "a.jsonl:1: no field 'kind'; the line has 'text' (see input.domain_field)"),
+        ({"text": "a", "kind": 3}, "a.jsonl:1: field 'kind' is 3 (int), but a domain is text (see input.domain_field)"),
+    ],
+)
+def test_a_domain_that_is_missing_or_no_text_is_said(tmp_path, row, sentence):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert refusal(tmp_path / "a.jsonl", "jsonl", domain_field="kind") == sentence
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert "input.domain_field" in refusal(tmp_path / "a.parquet", "parquet", domain_field="kind")
+
+
+def test_a_format_without_fields_has_no_domains():
+    with pytest.raises(ValueError, match="format 'lines' has no fields"):
+        InputConfig(format="lines", paths=("x",), domain_field="kind")

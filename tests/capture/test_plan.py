@@ -137,3 +137,15 @@ def test_the_limit_counts_items_over_all_files(tmp_path):
     plan = reader.plan(OutputConfig(path=""), template_fingerprint="")
     sources = [item.source.removeprefix(f"{tmp_path}/") for item in reader.read(plan.units[0])]
     assert sources == ["a.txt:1", "a.txt:2", "a.txt:3", "b.txt:1"]
+
+
+def test_another_domain_is_another_input_and_none_is_what_it_was():
+    def fingerprint(*pairs, domain_field=None):
+        config = InputConfig(format="jsonl", paths=("x",), domain_field=domain_field)
+        items = [Item(text, f"x:{n}", Place(0, n, n), domain) for n, (text, domain) in enumerate(pairs)]
+        return make_plan(items, config=config, template_fingerprint="", unit_chars=10, unit_items=3).input_fingerprint
+
+    plain = fingerprint(("a", ""), ("b", ""))
+    assert fingerprint(("a", "wiki"), ("b", "")) != fingerprint(("a", ""), ("wiki", ""), ("b", ""))
+    assert len({plain, fingerprint(("a", "wiki"), ("b", "")), fingerprint(("a", "code"), ("b", ""))}) == 3
+    assert fingerprint(("a", ""), ("b", ""), domain_field="kind") != plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,24 @@ def test_a_mistake_is_one_sentence_and_status_2(cache, tmp_path, capsys, argumen
     assert err.startswith(f"kdcache: error: {sentence}")
     assert err.count("\n") == 1
     assert not (tmp_path / "b").exists()
+
+
+def test_a_domain_that_the_input_names_is_kept_and_asked_for(tmp_path, capsys):
+    rows = [{"text": f"text {n} " * 20, "kind": kind} for n, kind in enumerate(["wiki", "code", "wiki", None])]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "c.yaml").write_text(f"""
+input: {{format: jsonl, paths: [{tmp_path}/a.jsonl], domain_field: kind, window: {{size: 64}}}}
+teacher: {{model: fake, backend: fake, vocab_size: 300}}
+selection: {{k: 8}}
+output: {{path: {tmp_path}/named, unit_items: 2}}
+""")
+    plain = ["--set", "input.domain_field=null", "--set", f"output.path={tmp_path}/plain"]
+    assert run(capsys, "capture", tmp_path / "c.yaml")[0] == run(capsys, "capture", tmp_path / "c.yaml", *plain)[0] == 0
+    sources = ["--from", tmp_path / "named", "--from", tmp_path / "plain"]
+    assert run(capsys, "derive", tmp_path / "wiki", *sources, "--where", "domain == 'wiki'")[0] == 0
+    assert run(capsys, "verify", tmp_path / "wiki")[0] == 0
+    with open_cache(tmp_path / "wiki") as reader:
+        found = [reader[number].sequence for number in range(len(reader))]
+    assert [sequence.domain for sequence in found] == ["wiki"] * 6, "windows of the first and third text"
+    assert {sequence.source.split("#")[0] for sequence in found} == {f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3"}
+    assert "domains" in run(capsys, "capture", tmp_path / "c.yaml", "--set", "input.domain_field=null")[2]
