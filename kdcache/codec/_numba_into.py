@@ -1,7 +1,7 @@
 """Packed entries decoded straight into a batch's rows, in compiled loops with the GIL released.
 
 `kdcache.codec.into.place` of what the codec decodes is the definition; tests compare. Nothing else is checked: the
-caller has checked that the stream and the logprobs hold all entries.
+caller has checked that the stream and the logprobs, or their codes, hold all entries.
 
 Shape letters: P positions, Q positions that are kept, K entries per position (padded), E entries.
 """
@@ -22,11 +22,12 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from kdcache.codec._numba_compile import compiled
+from kdcache.codec._numba_compile import called_by_address, compiled
+from kdcache.codec.levels import level_logprobs
 from kdcache.format.record import PADDING_ID
 
 TOO_WIDE = -2
-NUM_ADDRESSES = 10
+NUM_ADDRESSES = 11
 _MOST_SHUFFLED_BITS = 25
 """An id of so many bits, up to 7 bits into a byte, lies in 4 bytes."""
 _OTHER_CPU = any(getattr(config, name, None) for name in ("CPU_NAME", "CPU_FEATURES"))
@@ -43,7 +44,7 @@ class Unpacking:
         words: the packed ids as aligned uint32.
         halves_E: (E,) float16 logprobs, aligned.
         offsets_P1, kept_Q: (P+1,) offsets of the positions' entries, and (Q,) the positions that are kept, None for all; int64.
-        token_ids_QK, logprobs_QK: int32 and float32, C-contiguous, to be written.
+        token_ids_QK, logprobs_QK: int32, and float32 or float16, C-contiguous, to be written.
     """
 
     words: NDArray[np.uint32]
@@ -51,7 +52,7 @@ class Unpacking:
     offsets_P1: NDArray[np.int64]
     kept_Q: NDArray[np.int64] | None
     token_ids_QK: NDArray[np.int32]
-    logprobs_QK: NDArray[np.float32]
+    logprobs_QK: NDArray[np.floating]
 
     @classmethod
     def of(
@@ -59,7 +60,7 @@ class Unpacking:
         stream: NDArray[np.uint8],
         halves_E: NDArray[np.float16],
         rows: tuple[NDArray[np.int64], NDArray[np.int64] | None],
-        out: tuple[NDArray[np.int32], NDArray[np.float32]],
+        out: tuple[NDArray[np.int32], NDArray[np.floating]],
     ) -> Unpacking:
         """Of a stream of whole 8-byte words, logprobs, (offsets_P1, kept_Q) and (token_ids_QK, logprobs_QK); the first two are
         copied where they are not aligned."""
@@ -78,7 +79,8 @@ class Unpacking:
             raise ValueError("arrays that are decoded from or into must be C-contiguous")
         places = [interface["data"][0] for interface in interfaces]
         kept = places.pop() if self.kept_Q is not None else 0
-        return [*places, kept, len(self.words), len(self.offsets_P1), *self.token_ids_QK.shape]
+        sizes = len(self.words), len(self.offsets_P1), *self.token_ids_QK.shape, self.halves_E.nbytes
+        return [*places, kept, *sizes]
 
 
 def _aligned(values: NDArray[Any]) -> NDArray[Any]:
@@ -90,7 +92,7 @@ def unpack_many(jobs: Sequence[Unpacking], id_bits: int) -> NDArray[np.int64]:
     let go of once: threads that take turns for each of them spend their time waiting for each other.
 
     Args:
-        jobs: R sequences.
+        jobs: R sequences; what they write is of one dtype.
         id_bits: width of an id, from 1 to 31.
 
     Returns:
@@ -98,8 +100,33 @@ def unpack_many(jobs: Sequence[Unpacking], id_bits: int) -> NDArray[np.int64]:
     """
     table_RC = np.array([job.addresses() for job in jobs], np.int64).reshape(len(jobs), NUM_ADDRESSES)
     largest_R = np.empty(len(jobs), np.int64)
-    _unpack_many(table_RC, id_bits, _lanes(min(id_bits, _MOST_SHUFFLED_BITS)), largest_R)
+    settings = Settings.of(id_bits, 0, is_half=bool(jobs) and jobs[0].logprobs_QK.dtype == np.float16)
+    _unpack_many(table_RC, settings.numbers, largest_R)
     return largest_R
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Settings:
+    """What the compiled loops need to know of a codec; kept alive while they run.
+
+    Attributes:
+        numbers: width of an id; bits of a logprob's code, 0 for float16; whether float16 is written; addresses of the lanes for
+            ids and for codes and of the codes' levels.
+        arrays: what the addresses are of.
+    """
+
+    numbers: NDArray[np.int64]
+    arrays: tuple[NDArray[Any], ...]
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(id_bits: int, value_bits: int, *, is_half: bool) -> Settings:
+        """For ids of 1 to 31 bits, and logprobs in float16 (value_bits 0) or codes of 4 to 8 bits, which become float32."""
+        if value_bits and is_half:
+            raise ValueError("levels are no float16")
+        arrays = _lanes(min(id_bits, _MOST_SHUFFLED_BITS)), _lanes(value_bits or 1), level_logprobs(value_bits or 4)
+        addresses = [array.__array_interface__["data"][0] for array in arrays]
+        return Settings(np.array([id_bits, value_bits, is_half, *addresses], np.int64), arrays)
 
 
 @lru_cache(maxsize=32)
@@ -177,6 +204,24 @@ def _widen_groups(typing_context, source, num_groups, target):  # noqa: ARG001
     return types.void(*[types.int64] * 3), generate
 
 
+@intrinsic
+def _pointer(typing_context, address):  # noqa: ARG001 - numba's calling convention
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _copy(typing_context, target, source, num_bytes):  # noqa: ARG001
+    def generate(context, builder, signature, arguments):  # noqa: ARG001 - numba's calling convention
+        pointers = [builder.inttoptr(address, ir.IntType(8).as_pointer()) for address in arguments[:2]]
+        cgutils.raw_memcpy(builder, pointers[0], pointers[1], arguments[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
 @compiled()
 def _unpack_row(words, width, start, ids):
     # 64-bit arithmetic on 32-bit words is what LLVM turns into gathers: 41 ns for 64 entries of 18 bits, against 71 for the
@@ -227,7 +272,7 @@ def _widen_row(halves, start, bits, values):
 
 @compiled()
 def _unpack_run(words, width, lanes, start, ids):
-    # Entries from `start` on, as many as `ids` holds; the largest of them.
+    # Entries from `start` on, as many as `ids` holds; the largest of them. Lanes by their address.
     count, done, largest = ids.shape[0], 0, np.uint32(0)
     bit = start * width
     if HAS_SHUFFLES and width + (bit & 7) <= _MOST_SHUFFLED_BITS:
@@ -235,7 +280,7 @@ def _unpack_run(words, width, lanes, start, ids):
         room = words.shape[0] * 4 - (bit >> 3) - (4 * width // 8) - 16
         num_groups = max(0, min(count // 8, room // width + 1)) if room >= 0 else 0
         source = words.ctypes.data + (bit >> 3)
-        largest = _shuffle_groups(source, num_groups, width, bit & 7, lanes.ctypes.data, ids.ctypes.data)  # pyright: ignore[reportCallIssue]
+        largest = _shuffle_groups(source, num_groups, width, bit & 7, lanes, ids.ctypes.data)  # pyright: ignore[reportCallIssue]
         done = num_groups * 8
     num_safe = (words.shape[0] - 1) * 32 // width - start  # entries in front of the last word
     middle = max(done, min(count, num_safe))
@@ -253,12 +298,51 @@ def _widen_run(halves, start, logprobs):
 
 
 @compiled()
-def _unpack_rows(words, width, lanes, halves, offsets, kept, ids, logprobs):
-    largest, num_rows, num_columns = np.int64(-1), kept.shape[0], ids.shape[1]
-    flat_ids, flat_logprobs = ids.reshape(-1), logprobs.reshape(-1)
+def _read_codes(source, num_bytes, bits, tables, start, logprobs):
+    # Levels of codes of some bits; `tables` are the addresses of the lanes and of the levels.
+    levels = numba.carray(_pointer(tables[1]), (1 << bits,), np.float32)
+    if bits == 8:
+        codes = numba.carray(_pointer(source + start), (logprobs.shape[0],), np.uint8)
+        for k in range(logprobs.shape[0]):
+            logprobs[k] = levels[codes[k]]
+        return
+    words, found = numba.carray(_pointer(source), (num_bytes // 4,), np.uint32), logprobs.view(np.int32)
+    _unpack_run(words, bits, tables[0], start, found)
+    for k in range(logprobs.shape[0]):
+        logprobs[k] = levels[np.uint32(found[k])]
+
+
+@compiled()
+def _read_logprobs(source, num_bytes, settings, start, count, target):
+    # `count` logprobs from number `start` on, to an address.
+    if settings[1]:
+        _read_codes(source, num_bytes, settings[1], settings[4:6], start, numba.carray(_pointer(target), (count,), np.float32))
+    elif settings[2]:
+        _copy(target, source + 2 * start, 2 * count)  # pyright: ignore[reportCallIssue]
+    else:
+        halves = numba.carray(_pointer(source), (num_bytes // 2,), np.uint16)
+        _widen_run(halves, start, numba.carray(_pointer(target), (count,), np.float32))
+
+
+@compiled()
+def _pad(ids, logprobs, is_half, first, end):
+    for k in range(first, end):
+        ids[k] = PADDING_ID
+        if is_half:
+            numba.carray(_pointer(logprobs), (end,), np.uint16)[k] = np.uint16(0xFC00)
+        else:
+            numba.carray(_pointer(logprobs), (end,), np.float32)[k] = -np.inf
+
+
+@compiled()
+def _unpack_rows(words, values, settings, offsets, kept, num_rows, ids, logprobs):
+    # `values` are address and bytes of the logprobs or codes, `logprobs` the address to write to, `kept` empty for all rows.
+    largest, num_columns, is_half = np.int64(-1), ids.shape[1], settings[2]
+    flat_ids, is_all, item_bytes = ids.reshape(-1), kept.shape[0] == 0, 2 if is_half else 4
     q = 0
     while q < num_rows:
-        start, stop, row = offsets[kept[q]], offsets[kept[q] + 1], q
+        p = q if is_all else kept[q]
+        start, stop, row = offsets[p], offsets[p + 1], q
         if stop - start > num_columns:
             return TOO_WIDE
         q += 1
@@ -266,39 +350,41 @@ def _unpack_rows(words, width, lanes, halves, offsets, kept, ids, logprobs):
         while (
             stop - start == (q - row) * num_columns
             and q < num_rows
-            and kept[q] == kept[q - 1] + 1
-            and offsets[kept[q] + 1] - stop == num_columns
+            and (is_all or kept[q] == p + 1)
+            and offsets[p + 2] - stop == num_columns
         ):
-            stop = offsets[kept[q] + 1]
+            p += 1
+            stop = offsets[p + 1]
             q += 1
         first, end = row * num_columns, row * num_columns + stop - start
         if stop > start:
-            largest = max(largest, np.int64(_unpack_run(words, width, lanes, start, flat_ids[first:end])))
-            _widen_run(halves, start, flat_logprobs[first:end])
-        for k in range(end, q * num_columns):
-            flat_ids[k] = PADDING_ID
-            flat_logprobs[k] = -np.inf
+            found = _unpack_run(words, settings[0], settings[3], start, flat_ids[first:end])
+            largest = max(largest, np.int64(found))
+            _read_logprobs(values[0], values[1], settings, start, stop - start, logprobs + item_bytes * first)
+        _pad(flat_ids, logprobs, is_half, end, q * num_columns)
     return largest
 
 
-@intrinsic
-def _pointer(typing_context, address):  # noqa: ARG001 - numba's calling convention
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+@compiled()
+def _unpack_one(row, settings):
+    # A row of addresses and sizes, see Unpacking.
+    num_kept, num_columns = row[8], row[9]
+    words = numba.carray(_pointer(row[0]), (row[6],), np.uint32)
+    offsets = numba.carray(_pointer(row[2]), (row[7],), np.int64)
+    kept = numba.carray(_pointer(row[5]), (num_kept if row[5] else 0,), np.int64)
+    ids = numba.carray(_pointer(row[3]), (num_kept, num_columns), np.int32)
+    values = row[1], row[10]
+    return _unpack_rows(words, values, settings, offsets, kept, num_kept, ids, row[4])
 
-    return types.voidptr(types.int64), generate
 
-
-@compiled(numba.void(numba.int64[:, ::1], numba.int64, numba.uint8[::1], numba.int64[::1]))
-def _unpack_many(table, width, lanes, largest):
+@compiled(numba.void(numba.int64[:, ::1], numba.int64[::1], numba.int64[::1]))
+def _unpack_many(table, settings, largest):
     for r in range(table.shape[0]):
-        num_words, num_offsets, num_kept, num_columns = table[r, 6], table[r, 7], table[r, 8], table[r, 9]
-        words = numba.carray(_pointer(table[r, 0]), (num_words,), np.uint32)
-        offsets = numba.carray(_pointer(table[r, 2]), (num_offsets,), np.int64)
-        halves = numba.carray(_pointer(table[r, 1]), (offsets[num_offsets - 1],), np.uint16)
-        ids = numba.carray(_pointer(table[r, 3]), (num_kept, num_columns), np.int32)
-        logprobs = numba.carray(_pointer(table[r, 4]), (num_kept, num_columns), np.float32)
-        kept = numba.carray(_pointer(table[r, 5]), (num_kept,), np.int64)
-        if table[r, 5] == 0:
-            kept = np.arange(num_kept)
-        largest[r] = _unpack_rows(words, width, lanes, halves, offsets, kept, ids, logprobs)
+        largest[r] = _unpack_one(table[r], settings)
+
+
+@called_by_address(numba.int64(numba.int64, numba.int64, numba.int64))
+def unpack_at(row, settings, num_settings):
+    """`unpack_many` of one sequence, whose NUM_ADDRESSES numbers lie at an address, with Settings.numbers at another."""
+    numbers = numba.carray(_pointer(settings), (num_settings,), np.int64)
+    return _unpack_one(numba.carray(_pointer(row), (NUM_ADDRESSES,), np.int64), numbers)

@@ -26,18 +26,52 @@ class EntryArrays:
 
     Attributes:
         token_ids_QK: (Q, K) int32; PADDING_ID behind a position's entries.
-        logprobs_QK: (Q, K) float32; -inf there.
+        logprobs_QK: (Q, K) float32; -inf there. float16 where `stores_half_logprobs` says that they are that, and then exact.
         tail_mass_Q: (Q,) float32.
         num_exact_Q, log_z_QT, entropy_Q: (Q,) int64, (Q, T) float32 and (Q,) float32, as in Distributions; None where not
             asked for.
     """
 
     token_ids_QK: NDArray[np.int32]
-    logprobs_QK: NDArray[np.float32]
+    logprobs_QK: NDArray[np.floating]
     tail_mass_Q: NDArray[np.float32]
     num_exact_Q: NDArray[np.int64] | None = None
     log_z_QT: NDArray[np.float32] | None = None
     entropy_Q: NDArray[np.float32] | None = None
+
+
+def stores_half_logprobs(codec: Codec) -> bool:
+    """Whether every logprob that the codec gives is a float16: a property of that name, which most codecs lack."""
+    return bool(getattr(codec, "stores_half_logprobs", False))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EntryFormat:
+    """How a codec's columns of exact entries are to be read, for a compiled loop that reads many rows without Python between:
+    see `entry_format`.
+
+    Attributes:
+        stream, logprobs, tail: names of the columns.
+        id_bits: of an id in the bit stream.
+        value_bits: of a logprob's code (see levels.py), or 0 for float16.
+        vocab_size: ids are below it.
+        masses: (2^16,) float32 by the bits of a float16 in the tail's column, or (2^8,) by a byte in it.
+    """
+
+    stream: str
+    logprobs: str
+    tail: str
+    id_bits: int
+    value_bits: int
+    vocab_size: int
+    masses: NDArray[np.float32]
+
+
+def entry_format(codec: Codec) -> EntryFormat | None:
+    """What the codec's method of this name gives; None where it has none, or where it gives none for its selection. Further
+    columns, of `scalars.py`, must be float16."""
+    method: Callable[[], EntryFormat | None] | None = getattr(codec, "entry_format", None)
+    return None if method is None else method()
 
 
 class DecodesInto(Protocol):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -27,7 +28,7 @@ from kdcache.codec.base import (
     list_array,
 )
 from kdcache.codec.bit_stream import packed_size
-from kdcache.codec.into import EntryArrays, Job, check_width, for_each, place, place_scalars
+from kdcache.codec.into import EntryArrays, EntryFormat, Job, check_width, for_each, place, place_scalars
 from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, scalar_fields
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
@@ -60,6 +61,11 @@ class PackedCodec:
     def id_bits(self) -> int:
         """w, the width of an id in bits."""
         return max(1, (self.vocab_size - 1).bit_length())
+
+    @property
+    def stores_half_logprobs(self) -> bool:
+        """Whether all logprobs are float16: estimates are not."""
+        return not has_estimates(self.selection)
 
     def params(self) -> dict[str, Any]:
         return {"vocab_size": self.vocab_size}
@@ -126,6 +132,13 @@ class PackedCodec:
             **scalars,
         )
 
+    def entry_format(self) -> EntryFormat | None:
+        """See `kdcache.codec.into.EntryFormat`; none of estimates."""
+        if has_estimates(self.selection):
+            return None
+        names = "token_ids_packed", "logprobs", "tail_logprobs"
+        return EntryFormat(*names, self.id_bits, 0, self.vocab_size, _mass_of_halves())
+
     def decode_into(
         self, columns: ColumnValues, offsets_P1: NDArray[np.int64], out: EntryArrays, keep_P: NDArray[np.bool_] | None
     ) -> None:
@@ -142,11 +155,8 @@ class PackedCodec:
         unpackings: list[Unpacking] = []
         for_each(jobs, lambda job: unpackings.append(self._unpacking(job)))
         largest = iter(unpack_many(unpackings, self.id_bits).tolist())
-        tails: list[NDArray[np.float16]] = []
-        for_each(jobs, lambda job: self._check_unpacked(job, next(largest), tails))
-        # Of all sequences at once: setting NumPy's warnings aside takes longer than the exponentials of one.
-        tail_mass = iter(_masses(tails))
-        for_each(jobs, lambda job: self._place_scalars(job, next(tail_mass)))
+        for_each(jobs, lambda job: self._check_unpacked(job, next(largest)))
+        for_each(jobs, self._place_scalars)
 
     def _unpacking(self, job: Job) -> Unpacking:
         """What the compiled loop is to do, once the columns have been found to be as long as it relies on."""
@@ -159,25 +169,19 @@ class PackedCodec:
         kept_Q = None if job.keep_P is None else np.flatnonzero(job.keep_P)
         return Unpacking.of(stream, halves_E, (job.offsets_P1, kept_Q), (job.out.token_ids_QK, job.out.logprobs_QK))
 
-    def _check_unpacked(self, job: Job, largest: int, tails: list[NDArray[np.float16]]) -> None:
-        """Look at what came of a sequence, and put the logarithms of its tails, where there are any, behind the others'."""
+    def _check_unpacked(self, job: Job, largest: int) -> None:
+        """Look at what came of a sequence."""
         from kdcache.codec._numba_into import TOO_WIDE
 
         if largest == TOO_WIDE:
             check_width(job.offsets_P1, job.out)
         if largest >= self.vocab_size:
             raise CorruptCacheError(f"a token id is outside the vocabulary of {self.vocab_size}")
-        num_positions = len(job.offsets_P1) - 1
-        stored = estimates.stores_tail(self.selection)
-        tails.append(
-            checked_column(job.columns, "tail_logprobs", np.float16, num_positions)
-            if stored
-            else np.zeros(num_positions, np.float16)
-        )
 
-    def _place_scalars(self, job: Job, tail_mass_P: NDArray[np.float32]) -> None:
+    def _place_scalars(self, job: Job) -> None:
         """Write what is not a sequence's entries."""
         out, keep_P = job.out, job.keep_P
+        tail_mass_P = self._tail_mass(job.columns, len(job.offsets_P1) - 1)
         out.tail_mass_Q[:] = tail_mass_P if keep_P is None else tail_mass_P[keep_P]
         if not (out.num_exact_Q is None and out.log_z_QT is None and out.entropy_Q is None):
             scalars = decode_scalars(job.columns, self.selection, job.offsets_P1, np.float16)
@@ -186,7 +190,7 @@ class PackedCodec:
     def _tail_mass(self, columns: ColumnValues, num_positions: int) -> NDArray[np.float32]:
         if not estimates.stores_tail(self.selection):
             return np.ones(num_positions, np.float32)
-        return _masses([checked_column(columns, "tail_logprobs", np.float16, num_positions)])[0]
+        return _masses(checked_column(columns, "tail_logprobs", np.float16, num_positions))
 
     def _logprobs(
         self,
@@ -220,9 +224,18 @@ def _single(values: NDArray[np.float16]) -> NDArray[np.float32]:
     return values.astype(np.float32)
 
 
-def _masses(tails: Sequence[NDArray[np.float16]]) -> list[NDArray[np.float32]]:
-    """The probabilities that several arrays of logarithms stand for."""
-    with np.errstate(over="ignore"):  # a hostile logarithm above 88; verify reports it as a tail mass above 1
-        together = np.exp(_single(np.concatenate([*tails, np.zeros(0, np.float16)])))
-    ends = np.cumsum([len(tail) for tail in tails]).tolist()
-    return [together[end - len(tail) : end] for tail, end in zip(tails, ends, strict=True)]
+@cache
+def _mass_of_halves() -> NDArray[np.float32]:
+    """(2^16,) the probability that each float16, by its bits, is the logarithm of."""
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # a hostile logarithm, NaN or above 88; verify reports it as a tail mass above 1
+        masses = np.exp(_single(np.arange(2**16, dtype=np.uint16).view(np.float16)))
+    masses.flags.writeable = False
+    return masses
+
+
+def _masses(tail_logprobs: NDArray[np.float16]) -> NDArray[np.float32]:
+    """The probabilities that logarithms stand for. By a table, the same for all ways to read: NumPy's exponentials need not be
+    another's to the last bit."""
+    return _mass_of_halves()[tail_logprobs.view(np.uint16)]

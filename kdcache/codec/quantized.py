@@ -26,6 +26,7 @@ from kdcache.codec.base import (
     list_array,
 )
 from kdcache.codec.bit_stream import packed_size
+from kdcache.codec.into import EntryFormat
 from kdcache.codec.levels import (
     LEAST_BITS,
     MOST_BITS,
@@ -39,6 +40,7 @@ from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, s
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
+from kdcache.format.selection import has_estimates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,13 @@ class QuantizedCodec:
             outside_target_logprobs_M=level_logprobs(TAIL_BITS)[outside_codes_M],
             **scalars,
         )
+
+    def entry_format(self) -> EntryFormat | None:
+        """See `kdcache.codec.into.EntryFormat`; none of estimates."""
+        if has_estimates(self.selection):
+            return None
+        names = "token_ids_packed", "logprob_codes", "tail_codes"
+        return EntryFormat(*names, self.id_bits, self.bits, self.vocab_size, level_masses(TAIL_BITS).astype(np.float32))
 
     def _logprobs(
         self,

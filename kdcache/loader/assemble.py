@@ -6,7 +6,7 @@ Shape letters: as in batch.py; N tokens of a sequence, Q positions of a sequence
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,7 @@ class BatchLayout:
         columns: of the entries.
         mask: which positions are learned from.
         features: that the batch holds.
+        logprob_dtype: float32, or float16 where all caches store that.
     """
 
     sequences_per_row: tuple[int, ...]
@@ -73,6 +74,7 @@ class BatchLayout:
     columns: EntryColumns
     mask: MaskConfig = field(default_factory=MaskConfig)
     features: tuple[FeatureInfo, ...] = ()
+    logprob_dtype: DTypeLike = np.float32
 
 
 def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | None = None) -> Batch:
@@ -92,7 +94,7 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
     for record in records:
         _check_positions(record)
     choices = [EVERYTHING if layout.mask.is_all else choose(record.sequence, layout.mask) for record in records]
-    batch = _blank(records, choices, layout, pool or BufferPool(0))
+    batch = _blank(records, choices, layout, pool)
     remaining, position = iter(zip(records, choices, strict=True)), 0
     jobs: dict[int, tuple[Codec, list[Job]]] = {}
     table, ends, held = [], [], []
@@ -123,7 +125,7 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
 def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -> Batch:
     """The same, token by token: the definition that `assemble` is compared with."""
     choices = [choose(record.sequence, layout.mask) for record in records]
-    batch = _blank(records, choices, layout, BufferPool(0))
+    batch = _blank(records, choices, layout, None)
     batch.token_ids_PK[:], batch.logprobs_PK[:] = PADDING_ID, -np.inf
     batch.input_ids_BT[:], batch.position_ids_BT[:], batch.segment_ids_BT[:] = 0, 0, 0
     batch.labels_BT[:] = IGNORED_LABEL
@@ -157,16 +159,24 @@ def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -
     return batch
 
 
-def _blank(records: Sequence[Record], choices: Sequence[Choice], layout: BatchLayout, pool: BufferPool) -> Batch:
-    """Weights of 1; what is written whole anyway, most of the bytes, is left unwritten."""
-    shape_BT = (len(layout.sequences_per_row), layout.seq_len)
+def _blank(records: Sequence[Record], choices: Sequence[Choice], layout: BatchLayout, pool: BufferPool | None) -> Batch:
     num_stored = sum(_num_positions(record) for record in records)
     num_masked = sum(int(np.count_nonzero(~c.keep_P)) for c in choices if c.keep_P is not None)
-    num_positions, columns = num_stored - num_masked, layout.columns
-    num_columns = columns.num_columns
+    num_columns = layout.columns.num_columns
     if num_columns is None:
         num_columns = max((int(np.diff(_offsets(record)).max(initial=0)) for record in records), default=0)
-    cu_seqlens_G1 = _segment_starts([_num_tokens(record) for record in records], layout)
+    batch = blank_batch(layout, [_num_tokens(record) for record in records], num_stored - num_masked, num_columns, pool)
+    features = batch_features(records, [choice.keep_P for choice in choices], layout.features)
+    return replace(batch, num_masked=num_masked, features=features)
+
+
+def blank_batch(
+    layout: BatchLayout, lengths: Sequence[int], num_positions: int, num_columns: int, pool: BufferPool | None
+) -> Batch:
+    """A batch of sequences of these lengths, none of it masked and without features. Weights are 1; what is to be written whole
+    anyway, most of the bytes, is left unwritten."""
+    shape_BT, columns, pool = (len(layout.sequences_per_row), layout.seq_len), layout.columns, pool or BufferPool(0)
+    cu_seqlens_G1 = _segment_starts(lengths, layout)
     return Batch(
         input_ids_BT=np.empty(shape_BT, np.int32),
         position_ids_BT=np.empty(shape_BT, np.int32),
@@ -176,15 +186,14 @@ def _blank(records: Sequence[Record], choices: Sequence[Choice], layout: BatchLa
         labels_BT=np.empty(shape_BT, np.int32),
         rows_P=np.empty(num_positions, np.int64),
         token_ids_PK=pool.take((num_positions, num_columns), np.int32),
-        logprobs_PK=pool.take((num_positions, num_columns), np.float32),
+        logprobs_PK=pool.take((num_positions, num_columns), layout.logprob_dtype),
         tail_mass_P=np.empty(num_positions, np.float32),
         weights_P=np.ones(num_positions, np.float32),
         num_exact_P=np.zeros(num_positions, np.int64) if columns.has_exact else None,
         log_z_PC=np.zeros((num_positions, columns.num_temperatures), np.float32) if columns.num_temperatures else None,
         entropy_P=np.zeros(num_positions, np.float32) if columns.has_entropy else None,
-        num_sequences=len(records),
-        num_masked=num_masked,
-        features=batch_features(records, [choice.keep_P for choice in choices], layout.features),
+        num_sequences=len(lengths),
+        num_masked=0,
     )
 
 

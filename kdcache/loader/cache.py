@@ -19,6 +19,7 @@ from kdcache.errors import ConfigError
 from kdcache.format.manifest import Manifest
 from kdcache.format.record import SequenceRecord
 from kdcache.store.reader import CacheReader, open_cache
+from kdcache.store.row_table import MappedRows
 from kdcache.store.rows import EncodedRecord
 
 Columns = Mapping[str, NDArray[np.generic]]
@@ -116,6 +117,10 @@ class Cache:
     def encoded(self, number: int) -> EncodedRecord:
         """A sequence whose entries are not decoded yet; raises as `cache[number]` does."""
         return self.reader.encoded(self.number(number))
+
+    def mapped_rows(self, numbers: NDArray[np.int64]) -> MappedRows | None:
+        """Sequences from 0 on for a compiled loop to read; see `CacheReader.mapped_rows`."""
+        return self.reader.mapped_rows(self._in_snapshot(numbers))
 
     def number(self, number: int) -> int:
         """The number in the whole snapshot of sequence `number` here; raises IndexError out of range."""

@@ -6,7 +6,7 @@ Shape letters: S sequences of a cache, C shards.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from os import PathLike, fspath
 from typing import Any
@@ -69,6 +69,16 @@ class CacheSet:
         """The cache of a sequence, and its number there."""
         cache = bisect_right(self._bases, number) - 1
         return self.readers[cache], number - self._bases[cache]
+
+    def by_cache(self, numbers_R: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Reader, NDArray[np.int64]]]:
+        """Of each cache that has some of these sequences: which of them, the cache, and their numbers there."""
+        if len(self.readers) == 1:
+            yield np.arange(len(numbers_R)), self.readers[0], numbers_R
+            return
+        cache_R = np.searchsorted(self._bases, numbers_R, "right") - 1
+        for cache in np.unique(cache_R).tolist():
+            where = np.flatnonzero(cache_R == cache)
+            yield where, self.readers[cache], numbers_R[where] - self._bases[cache]
 
     def record(self, number: int) -> Record:
         """A sequence's record, its entries not decoded yet where the cache can give it so."""

@@ -13,6 +13,7 @@ from kdcache.loader.assemble import BatchLayout, Record, assemble
 from kdcache.loader.batch import Batch
 from kdcache.loader.buffers import BufferPool
 from kdcache.loader.caches import CacheSet
+from kdcache.loader.direct import read_direct
 from kdcache.store.rows import EncodedRecord
 
 
@@ -24,9 +25,11 @@ def read_rows(
     Raises:
         CorruptCacheError: a damaged record, or one that is not as long as the index says.
     """
-    records = [_read(caches, int(i)) for row in rows for i in row]
     layout = BatchLayout(tuple(len(row) for row in rows), seq_len, caches.columns, mask, caches.features)
-    return assemble(records, layout, pool)
+    direct = read_direct(caches, rows, layout, pool)
+    if direct is not None:
+        return direct
+    return assemble([_read(caches, int(i)) for row in rows for i in row], layout, pool)
 
 
 def _read(caches: CacheSet, number: int) -> Record:

@@ -19,7 +19,7 @@ from kdcache.codec import get_codec
 from kdcache.codec.base import Codec
 from kdcache.codec.features import feature_fields
 from kdcache.config.remote import RemoteConfig
-from kdcache.errors import CorruptCacheError, MismatchError, UnsupportedVersionError
+from kdcache.errors import CorruptCacheError, KdcacheError, MismatchError, UnsupportedVersionError
 from kdcache.format import paths
 from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
 from kdcache.format.record import KEY_BYTES, SequenceRecord
@@ -30,6 +30,7 @@ from kdcache.store.index import open_index
 from kdcache.store.location import Location, locate
 from kdcache.store.look_ahead import LookAhead
 from kdcache.store.remote_read import RemoteFile
+from kdcache.store.row_table import MappedRows
 from kdcache.store.rows import BatchReader, EncodedRecord
 
 OPEN_BATCHES = 256
@@ -163,6 +164,38 @@ class CacheReader:
             while len(self._batches) > most:
                 self._batches.popitem(last=False)
         return reader
+
+    def mapped_rows(self, numbers: NDArray[np.int64]) -> MappedRows | None:
+        """The rows of sequences of this snapshot, for a compiled loop to read: see `MappedRows`. None where that cannot be, in
+        an object store or where something is wrong: `encoded` then reads them, or says what is wrong."""
+        if self._ahead is not None or not len(numbers):
+            return None
+        units, batches, rows = self._unit_S[numbers].tolist(), self._batch_S[numbers].tolist(), self._row_S[numbers]
+        try:
+            found = [self.record_batch(unit, batch) for unit, batch in zip(units, batches, strict=True)]
+        except KdcacheError:
+            return None
+        tables = [reader.table() for reader in found]
+        if any(table is None for table in tables):
+            return None
+        sizes = np.array(
+            [(*table.shape, table.__array_interface__["data"][0]) for table in tables if table is not None], np.int64
+        )
+        if (rows >= sizes[:, 0]).any():
+            return None
+        return MappedRows(
+            addresses_R=sizes[:, 2] + rows * sizes[:, 1] * 8,
+            key_addresses_R=self._keys_S.__array_interface__["data"][0] + numbers * KEY_BYTES,
+            num_tokens_R=self.num_tokens_S[numbers].astype(np.int64),
+            num_positions_R=self.num_positions_S[numbers].astype(np.int64),
+            names=tuple(found[0].views),
+            codec=self._codec,
+            selection=self.manifest.identity.selection,
+            fixed=found[0].fixed,
+            verify=self._verify,
+            batches=found,
+            rows=rows.astype(np.int64),
+        )
 
     @property
     def is_remote(self) -> bool:

@@ -32,6 +32,7 @@ from kdcache.format.schema import (
 )
 from kdcache.format.selection import fixed_entries
 from kdcache.store.row_checks import all_sound, num_positions
+from kdcache.store.row_table import NULL_BYTES, NUM_POSITIONS, NUM_TOKENS, ROW_DIGEST, row_table
 
 _SMALL_BYTES = 4096
 """A value of fewer bytes is copied to the ones beside it rather than hashed by itself."""
@@ -89,6 +90,15 @@ class ColumnView:
     def address(self, row: int) -> int:
         """Where a row's values lie in memory; as long as this view is there."""
         return self._address + self._offsets[row] * self._item_bytes
+
+    def places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(S,) where each row's value lies in memory, as long as this view is there, and its bytes, NULL_BYTES for null; from
+        the offsets as they were when this view was made."""
+        bytes_S1 = np.array(self._offsets, np.int64) * self._item_bytes
+        num_bytes_S = np.diff(bytes_S1)
+        if self.valid_S is not None:
+            num_bytes_S[~self.valid_S] = NULL_BYTES
+        return self._address + bytes_S1[:-1], num_bytes_S
 
     def row_bytes(self, row: int) -> memoryview | None:
         """The bytes of a row's value; None for null."""
@@ -254,6 +264,7 @@ class BatchReader:
         most = max(self.num_positions, default=0) + 1 if self._fixed is not None else 0
         self._fixed_offsets = np.arange(most, dtype=np.int64) * (self._fixed or 0)
         self._fixed_offsets.flags.writeable = False
+        self._table: NDArray[np.int64] | None = None
 
     def record(self, row: int, *, verify: bool = True) -> SequenceRecord:
         """The record in this row; raises CorruptCacheError where the digest does not match or parts do not fit together."""
@@ -265,13 +276,34 @@ class BatchReader:
         Raises:
             CorruptCacheError: the digest does not match, or the parts do not fit together.
         """
-        if verify and digest_of([view.row_bytes(row) for view in self.views.values()]) != self._digests[row]:
+        if verify and not self.is_whole(row):
             raise CorruptCacheError(
                 f"{self._where}, row {row}: the row's digest does not match its bytes; the shard is damaged"
             )
         if not self._is_sound:
             self._check(row)
         return EncodedRecord(self, row)
+
+    def is_whole(self, row: int) -> bool:
+        """Whether a row's digest matches its bytes."""
+        return digest_of([view.row_bytes(row) for view in self.views.values()]) == self._digests[row]
+
+    def table(self) -> NDArray[np.int64] | None:
+        """`row_table` of this record batch, which must be there while it is used; None unless all rows are sound."""
+        if self._table is None and self._is_sound:
+            numbers = {NUM_TOKENS: self.num_tokens, NUM_POSITIONS: self.num_positions, ROW_DIGEST: self._digests}
+            self._table = row_table(self.views, numbers)
+        return self._table
+
+    def most_entries(self, row: int) -> int:
+        """Of any position of a row, as it says."""
+        num_entries_P = self.views["num_entries"][row]
+        return (self._fixed or 0) if num_entries_P is None else int(num_entries_P.max(initial=0))
+
+    @property
+    def fixed(self) -> int | None:
+        """Entries of every position by the selection; None where their number varies."""
+        return self._fixed
 
     def where(self, row: int) -> str:
         """The place of a row, for messages."""
