@@ -8,8 +8,10 @@ differences. `archive_reference.py` defines the stream; there is no state beyond
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,8 +26,8 @@ from kdcache.codec.base import (
     check_ids_to_encode,
     check_vocab_size,
     checked_column,
-    ids_fit,
 )
+from kdcache.codec.into import EntryArrays, check_width, place_scalars
 from kdcache.codec.levels import (
     LEAST_BITS,
     MOST_BITS,
@@ -40,10 +42,19 @@ from kdcache.codec.scalars import EXACT_TOP_K, decode_floats, encode_scalars, sc
 from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
-from kdcache.format.selection import fixed_exact, stores_num_exact
+from kdcache.format.selection import fixed_exact, has_estimates, stores_num_exact
 
 HALF_BITS = 16
 HALF_INFINITY = 0x7C00
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Decoded:
+    """What was decoded beside the entries."""
+
+    num_exact_P: NDArray[np.int64] | None
+    tail_mass_P: NDArray[np.float32]
+    outside_codes_M: NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,64 +156,80 @@ class ArchiveCodec:
         )
 
     def decode(self, columns: ColumnValues, offsets_P1: NDArray[np.int64]) -> Distributions:
-        from kdcache.codec._numba_archive import decode_stream
-
-        stream = checked_column(columns, "archive", np.uint8, len(columns["archive"]))
-        num_entries, num_positions = int(offsets_P1[-1]), len(offsets_P1) - 1
-        if len(stream) < 8 or num_entries > MOST_ENTRIES_PER_BYTE * len(stream):
-            raise CorruptCacheError(f"column 'archive' has {len(stream)} bytes for {num_entries} entries: too few")
-        entries = _empty(num_entries, num_positions)
-        arrays = (np.array(offsets_P1, np.int64), self._given_exact(offsets_P1), *entries)
-        about = self._about(num_entries, num_positions, 0)
-        num_outside, num_bytes = decode_stream(np.array(stream), arrays, about)
-        least = -(-num_entries // MOST_ENTRIES_PER_BYTE)
-        if num_outside < 0 or len(stream) != max(num_bytes, least) or stream[num_bytes:].any():
-            raise CorruptCacheError("column 'archive' does not hold a stream of these entries")
-        if not ids_fit(entries[0], self.vocab_size):
-            raise CorruptCacheError(f"a token id is outside the vocabulary of {self.vocab_size}")
-        floats = decode_floats(columns, self.selection, num_positions, np.float16)
-        return self._record(arrays, num_outside, offsets_P1, floats)
-
-    def _given_exact(self, offsets_P1: NDArray[np.int64]) -> NDArray[np.int64]:
-        fixed = fixed_exact(self.selection)
-        counts_P = np.diff(offsets_P1)
-        return counts_P if fixed is None else np.minimum(fixed, counts_P)
-
-    def _record(
-        self, arrays: tuple[NDArray[Any], ...], num_outside: int, offsets_P1: NDArray[np.int64], floats: dict[str, Any]
-    ) -> Distributions:
-        _, num_exact_P, token_ids_E, codes_E, tail_codes_P, outside_codes_P = arrays
-        selection, num_positions = self.selection, len(num_exact_P)
-        tail_mass_P = self._masses(tail_codes_P) if estimates.stores_tail(selection) else np.ones(num_positions, np.float32)
-        has_estimates = fixed_exact(selection) is not None or stores_num_exact(selection)
-        exact_X, counts_D = codes_E, None
-        if has_estimates:
-            is_exact_E = estimates.is_exact(offsets_P1, num_exact_P)
-            exact_X = codes_E[is_exact_E]
-            if estimates.stores_counts(selection):
-                counts_D = selection.params["num_draws"] - codes_E[~is_exact_E]
-        kept_P = num_exact_P if has_estimates else None
+        num_entries, num_positions = self._check_size(columns, offsets_P1), len(offsets_P1) - 1
+        token_ids_E, logprobs_E = np.empty(num_entries, np.int32), np.empty(num_entries, np.float32)
+        places_P2 = np.stack([offsets_P1[:-1], offsets_P1[1:]], axis=1).astype(np.int64)
+        decoded = self._decode_to(columns, offsets_P1, (token_ids_E, logprobs_E, places_P2))
+        floats: dict[str, Any] = decode_floats(columns, self.selection, num_positions, np.float16)
         return Distributions(
             token_ids_E=token_ids_E,
-            logprobs_E=estimates.all_logprobs(
-                self._logprobs(exact_X, self.bits), counts_D, (offsets_P1, kept_P, tail_mass_P), selection
-            ),
+            logprobs_E=logprobs_E,
             offsets_P1=offsets_P1,
-            tail_mass_P=tail_mass_P,
-            outside_target_logprobs_M=self._logprobs(outside_codes_P[:num_outside], TAIL_BITS),
-            num_exact_P=kept_P,
+            tail_mass_P=decoded.tail_mass_P,
+            outside_target_logprobs_M=self._logprobs(decoded.outside_codes_M, TAIL_BITS),
+            num_exact_P=decoded.num_exact_P,
             **floats,
         )
 
-    def _logprobs(self, codes: NDArray[np.int32], bits: int) -> NDArray[np.float32]:
-        if self.bits == HALF_BITS:
-            return -codes.astype(np.uint16).view(np.float16).astype(np.float32)
-        return level_logprobs(bits)[codes]
+    def decode_into(
+        self, columns: ColumnValues, offsets_P1: NDArray[np.int64], out: EntryArrays, keep_P: NDArray[np.bool_] | None
+    ) -> None:
+        """Without arrays in between: see `kdcache.codec.into`."""
+        self._check_size(columns, offsets_P1)
+        check_width(offsets_P1, out)
+        ids_QK, logprobs_QK = out.token_ids_QK, out.logprobs_QK
+        places_P2 = _places(ids_QK, logprobs_QK, len(offsets_P1) - 1, keep_P)
+        decoded = self._decode_to(columns, offsets_P1, (ids_QK.reshape(-1), logprobs_QK.reshape(-1), places_P2))
+        out.tail_mass_Q[:] = decoded.tail_mass_P if keep_P is None else decoded.tail_mass_P[keep_P]
+        floats = decode_floats(columns, self.selection, len(offsets_P1) - 1, np.float16)
+        place_scalars(decoded.num_exact_P, floats.get("log_z_PT"), floats.get("entropy_P"), out, keep_P)
 
-    def _masses(self, codes: NDArray[np.int32]) -> NDArray[np.float32]:
-        if self.bits == HALF_BITS:
-            return np.exp(self._logprobs(codes, HALF_BITS))
-        return level_masses(TAIL_BITS).astype(np.float32)[codes]
+    @staticmethod
+    def _check_size(columns: ColumnValues, offsets_P1: NDArray[np.int64]) -> int:
+        """The number of entries, if the stream is long enough for memory to be taken for so many."""
+        stream, num_entries = columns["archive"], int(offsets_P1[-1])
+        checked_column(columns, "archive", np.uint8, len(stream))
+        if len(stream) < 8 or num_entries > MOST_ENTRIES_PER_BYTE * len(stream):
+            raise CorruptCacheError(f"column 'archive' has {len(stream)} bytes for {num_entries} entries: too few")
+        return num_entries
+
+    def _decode_to(
+        self, columns: ColumnValues, offsets_P1: NDArray[np.int64], out: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+    ) -> _Decoded:
+        """Write the entries. out: flat ids and logprobs, and (P, 2) where in them each position begins and its padding ends."""
+        from kdcache.codec._numba_archive_decode import decode_entries, room_for
+
+        stream, num_entries, num_positions = columns["archive"], int(offsets_P1[-1]), len(offsets_P1) - 1
+        counts_P = np.diff(offsets_P1)
+        fixed = fixed_exact(self.selection)
+        num_exact_P = counts_P.astype(np.int64) if fixed is None else np.minimum(fixed, counts_P)
+        about, tables = self._about(num_entries, num_positions, 0), self._tables
+        tail_mass_P, outside_P = np.empty(num_positions, np.float32), np.empty(num_positions, np.int32)
+        room = np.empty(room_for(about[0], int(counts_P.max(initial=0))), np.uint32)
+        num_outside, num_bytes, largest = decode_entries(
+            np.append(stream, np.zeros(4, np.uint8)), room,
+            (np.array(offsets_P1, np.int64), num_exact_P, out[2]), (*out[:2], tail_mass_P, outside_P),
+            tables, (*about[:6], about[7]), self._log_tau,
+        )  # fmt: skip
+        least = -(-num_entries // MOST_ENTRIES_PER_BYTE)
+        if num_outside < 0 or len(stream) != max(num_bytes, least) or stream[num_bytes:].any():
+            raise CorruptCacheError("column 'archive' does not hold a stream of these entries")
+        if largest >= self.vocab_size:
+            raise CorruptCacheError(f"a token id is outside the vocabulary of {self.vocab_size}")
+        return _Decoded(num_exact_P if has_estimates(self.selection) else None, tail_mass_P, outside_P[:num_outside])
+
+    @property
+    def _tables(self) -> tuple[NDArray[Any], ...]:
+        draws = self.selection.params["num_draws"] if estimates.stores_counts(self.selection) else 0
+        levels = np.zeros(0, np.float32) if self.bits == HALF_BITS else level_logprobs(self.bits)
+        return levels, _log_counts(draws), *_tail_tables(self.bits == HALF_BITS, estimates.stores_tail(self.selection))
+
+    @property
+    def _log_tau(self) -> float:
+        return math.log(self.selection.params["tau"]) if self.selection.kind == "threshold" else 0.0
+
+    def _logprobs(self, codes: NDArray[np.int32], bits: int) -> NDArray[np.float32]:
+        return half_logprobs(codes) if self.bits == HALF_BITS else level_logprobs(bits)[codes]
 
     def max_error_nats(self, logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
         return max_half_error(logprobs) if self.bits == HALF_BITS else max_level_error(logprobs, self.bits)
@@ -214,6 +241,48 @@ def _half_codes(logprobs: NDArray[np.floating]) -> NDArray[np.int32]:
         return np.abs(logprobs).astype(np.float16).view(np.uint16).astype(np.int32)
 
 
-def _empty(num_entries: int, num_positions: int) -> tuple[NDArray[np.int32], ...]:
-    sizes = (num_entries, num_entries, num_positions, num_positions)
-    return tuple(np.zeros(size, np.int32) for size in sizes)
+def _places(
+    ids_QK: NDArray[np.int32], logprobs_QK: NDArray[np.float32], num_positions: int, keep_P: NDArray[np.bool_] | None
+) -> NDArray[np.int64]:
+    """(P, 2) where in the flat arrays each position begins, -1 for nowhere, and where its padding ends."""
+    num_kept = num_positions if keep_P is None else int(np.count_nonzero(keep_P))
+    if not (ids_QK.flags.c_contiguous and logprobs_QK.flags.c_contiguous and ids_QK.shape == logprobs_QK.shape):
+        raise ValueError("arrays that are decoded into must be C-contiguous and of one shape")
+    if len(ids_QK) != num_kept:
+        raise ValueError(f"arrays that are decoded into have {len(ids_QK)} rows for {num_kept} positions")
+    starts_Q = np.arange(num_kept) * ids_QK.shape[1]
+    places_Q2 = np.stack([starts_Q, starts_Q + ids_QK.shape[1]], axis=1)
+    if keep_P is None:
+        return places_Q2
+    places_P2 = np.full((num_positions, 2), -1, np.int64)
+    places_P2[keep_P] = places_Q2
+    return places_P2
+
+
+def half_logprobs(codes: NDArray[np.int32]) -> NDArray[np.float32]:
+    """What the bits of float16 sizes stand for."""
+    return -codes.astype(np.uint16).view(np.float16).astype(np.float32)
+
+
+@lru_cache(maxsize=16)
+def _log_counts(num_draws: int) -> NDArray[np.float64]:
+    """(N,) the logarithm of a count's share by its code."""
+    return _fixed(np.log((num_draws - np.arange(num_draws)) / num_draws)) if num_draws else _fixed(np.zeros(0))
+
+
+@lru_cache(maxsize=4)
+def _tail_tables(is_half: bool, is_stored: bool) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Tail masses and their logarithms, by code."""
+    if not is_stored:
+        masses = np.ones(1, np.float32)
+    elif is_half:
+        masses = np.exp(half_logprobs(np.arange(HALF_INFINITY + 1, dtype=np.int32)))
+    else:
+        masses = level_masses(TAIL_BITS).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        return _fixed(masses), _fixed(np.log(masses.astype(np.float64)))
+
+
+def _fixed(values: NDArray[Any]) -> NDArray[Any]:
+    values.flags.writeable = False
+    return values

@@ -9,11 +9,15 @@ from contracts import codec as contract
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.codec import get_codec
+from kdcache.codec import estimates, get_codec
 from kdcache.codec.archive import ArchiveCodec
 from kdcache.codec.archive_model import MOST_ENTRIES_PER_BYTE
-from kdcache.codec.archive_reference import Decoder, Layout
+from kdcache.codec.archive_reference import Decoder, Layout, Record
+from kdcache.codec.into import EntryArrays, decode_into, place
+from kdcache.codec.levels import level_masses
 from kdcache.errors import CorruptCacheError, FormatError, UnsupportedVersionError
+from kdcache.format.record import Distributions
+from kdcache.format.selection import has_estimates
 
 CASES = [(selection, bits) for selection in selected.SELECTIONS for bits in (4, 8, 16)]
 
@@ -39,12 +43,89 @@ def test_the_fast_path_is_the_definition(selection, bits, vocab_size):
     counts = distributions.num_entries_P
     given_exact = counts if distributions.num_exact_P is None else distributions.num_exact_P
     record = decoder.decode(counts.tolist(), given_exact.tolist())
-    assert record.token_ids == found.token_ids_E.tolist()
-    assert record.num_exact == given_exact.tolist()
-    assert len(record.outside_codes) == len(found.outside_target_logprobs_M)
     assert decoder.num_bytes == len(stream)
-    exact = codec._logprobs(np.array(record.codes, np.int32)[distributions.is_exact_E], bits)
-    np.testing.assert_array_equal(exact, found.logprobs_E[distributions.is_exact_E])
+    assert_same(found, meaning(codec, record, distributions.offsets_P1))
+
+
+def meaning(codec: ArchiveCodec, record: Record, offsets_P1) -> Distributions:
+    """What the definition's record stands for, by the tables of levels and the rules for estimates."""
+    num_exact_P = np.array(record.num_exact, np.int64)
+    is_exact_E = estimates.is_exact(offsets_P1, num_exact_P)
+    codes_E, kept_P = np.array(record.codes, np.int32), num_exact_P if has_estimates(codec.selection) else None
+    tail_mass_P = np.ones(len(num_exact_P), np.float32)
+    if record.tail_codes:
+        tail_codes_P = np.array(record.tail_codes, np.int32)
+        half = codec.bits == 16
+        tail_mass_P = np.exp(codec._logprobs(tail_codes_P, 16)) if half else level_masses(8).astype(np.float32)[tail_codes_P]
+    counts_D = None
+    if estimates.stores_counts(codec.selection):
+        counts_D = codec.selection.params["num_draws"] - codes_E[~is_exact_E]
+    rows = (offsets_P1, kept_P, tail_mass_P)
+    return Distributions(
+        token_ids_E=np.array(record.token_ids, np.int32),
+        logprobs_E=estimates.all_logprobs(codec._logprobs(codes_E[is_exact_E], codec.bits), counts_D, rows, codec.selection),
+        offsets_P1=offsets_P1,
+        tail_mass_P=tail_mass_P,
+        outside_target_logprobs_M=codec._logprobs(np.array(record.outside_codes, np.int32), 8),
+        num_exact_P=kept_P,
+    )
+
+
+def assert_same(found: Distributions, expected: Distributions) -> None:
+    for name in ("token_ids_E", "logprobs_E", "tail_mass_P", "outside_target_logprobs_M"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), strict=True, err_msg=name)
+    assert (found.num_exact_P is None) == (expected.num_exact_P is None)
+    if expected.num_exact_P is not None:
+        np.testing.assert_array_equal(found.num_exact_P, expected.num_exact_P)
+
+
+@pytest.mark.parametrize(("selection", "bits"), CASES, ids=lambda case: getattr(case, "kind", case))
+@pytest.mark.parametrize("keeps", [None, 0b0110_1001_1011, 0])
+@pytest.mark.parametrize("spare", [0, 3])
+def test_decoding_into_arrays_is_decoding_and_placing(selection, bits, keeps, spare):
+    distributions = selected.draw(selection, vocab_size=300, num_positions=12, seed=bits)
+    codec = get_codec("archive", {"vocab_size": 300, "bits": bits}, selection)
+    columns, keep_P = columns_of(codec, distributions), None if keeps is None else (keeps >> np.arange(12) & 1).astype(bool)
+    num_kept, width = 12 if keep_P is None else int(keep_P.sum()), int(distributions.num_entries_P.max()) + spare
+    found, expected = blank(num_kept, width), blank(num_kept, width)
+    decode_into(codec, columns, distributions.offsets_P1, found, keep_P)
+    place(codec.decode(columns, distributions.offsets_P1), expected, keep_P)
+    for name in ("token_ids_QK", "logprobs_QK", "tail_mass_Q", "num_exact_Q"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+
+
+def blank(num_positions: int, width: int) -> EntryArrays:
+    shape = (num_positions, width)
+    return EntryArrays(
+        np.full(shape, 123, np.int32), np.full(shape, 1.5, np.float32), np.full(shape[0], 7, np.float32),
+        num_exact_Q=np.full(shape[0], 9, np.int64),
+    )  # fmt: skip
+
+
+def test_every_float16_that_a_logprob_may_become_is_read_as_numpy_reads_it():
+    halves = np.arange(0x7C01, dtype=np.uint16)
+    sizes = halves.view(np.float16).astype(np.float32)
+    rows = np.array_split(np.arange(len(sizes)), 500)
+    supports = contract.make([list(zip(range(len(row)), -sizes[row], strict=True)) for row in rows], tails=[0.0] * len(rows))
+    codec = get_codec("archive", {"vocab_size": 97, "bits": 16})
+    found = contract.round_trip(codec, [supports])[0]
+    np.testing.assert_array_equal(found.logprobs_E, -sizes)
+    np.testing.assert_array_equal(np.signbit(found.logprobs_E), True)
+
+
+def test_arrays_that_do_not_fit_are_not_written_to():
+    distributions = selected.draw(selected.SELECTIONS[0], vocab_size=97, num_positions=9, seed=0)
+    codec = get_codec("archive", {"vocab_size": 97}, selected.SELECTIONS[0])
+    columns, width = columns_of(codec, distributions), int(distributions.num_entries_P.max())
+    with pytest.raises(CorruptCacheError, match=f"a position has {width} entries"):
+        decode_into(codec, columns, distributions.offsets_P1, blank(9, width - 1))
+    wide = blank(9, 2 * width)
+    strided = EntryArrays(wide.token_ids_QK[:, ::2], wide.logprobs_QK[:, ::2], wide.tail_mass_Q)
+    with pytest.raises(ValueError, match="C-contiguous"):
+        decode_into(codec, columns, distributions.offsets_P1, strided)
+    with pytest.raises(ValueError, match="8 rows for 9 positions"):
+        decode_into(codec, columns, distributions.offsets_P1, blank(8, width))
+    assert (wide.token_ids_QK == 123).all()
 
 
 @pytest.mark.parametrize("selection", selected.SELECTIONS, ids=lambda s: s.kind)
@@ -70,10 +151,14 @@ def test_a_mutated_stream_is_refused_or_another_record(selection, data):
 
 
 def check_refused_or_sound(codec, columns, distributions):
+    out = blank(distributions.num_positions, int(distributions.num_entries_P.max()))
     try:
         found = codec.decode(columns, distributions.offsets_P1)
     except CorruptCacheError:
+        with pytest.raises(CorruptCacheError):
+            decode_into(codec, columns, distributions.offsets_P1, out)
         return
+    decode_into(codec, columns, distributions.offsets_P1, out)
     assert found.num_entries == distributions.num_entries
     assert found.num_positions == distributions.num_positions
     assert len(found.outside_target_logprobs_M) <= found.num_positions
