@@ -27,7 +27,7 @@ from kdcache.codec.base import (
     check_vocab_size,
     checked_column,
 )
-from kdcache.codec.into import EntryArrays, check_width, place_scalars
+from kdcache.codec.into import EntryArrays, check_width, place, place_scalars
 from kdcache.codec.levels import (
     LEAST_BITS,
     MOST_BITS,
@@ -76,6 +76,11 @@ class ArchiveCodec:
         check_vocab_size(self.vocab_size)
         if self.bits is True or self.bits not in (*range(LEAST_BITS, MOST_BITS + 1), HALF_BITS) or isinstance(self.bits, float):
             raise ValueError(f"bits is {self.bits!r}, expected an integer from {LEAST_BITS} to {MOST_BITS}, or {HALF_BITS}")
+
+    @property
+    def stores_half_logprobs(self) -> bool:
+        """Whether all logprobs are float16: levels and estimates are not."""
+        return self.bits == HALF_BITS and not has_estimates(self.selection)
 
     def params(self) -> dict[str, Any]:
         return {"vocab_size": self.vocab_size, "bits": self.bits}
@@ -175,11 +180,19 @@ class ArchiveCodec:
         self, columns: ColumnValues, offsets_P1: NDArray[np.int64], out: EntryArrays, keep_P: NDArray[np.bool_] | None
     ) -> None:
         """Without arrays in between: see `kdcache.codec.into`."""
+        if out.logprobs_QK.dtype != np.float32:  # float16, which the compiled loop does not write
+            place(self.decode(columns, offsets_P1), out, keep_P)
+            return
         self._check_size(columns, offsets_P1)
         check_width(offsets_P1, out)
         ids_QK, logprobs_QK = out.token_ids_QK, out.logprobs_QK
+        is_half = logprobs_QK.dtype == np.float16
+        if is_half:
+            logprobs_QK = np.empty(logprobs_QK.shape, np.float32)
         places_P2 = _places(ids_QK, logprobs_QK, len(offsets_P1) - 1, keep_P)
         decoded = self._decode_to(columns, offsets_P1, (ids_QK.reshape(-1), logprobs_QK.reshape(-1), places_P2))
+        if is_half:
+            out.logprobs_QK[:] = logprobs_QK
         out.tail_mass_Q[:] = decoded.tail_mass_P if keep_P is None else decoded.tail_mass_P[keep_P]
         floats = decode_floats(columns, self.selection, len(offsets_P1) - 1, np.float16)
         place_scalars(decoded.num_exact_P, floats.get("log_z_PT"), floats.get("entropy_P"), out, keep_P)

@@ -94,12 +94,23 @@ def test_decoding_into_arrays_is_decoding_and_placing(selection, bits, keeps, sp
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
 
 
-def blank(num_positions: int, width: int) -> EntryArrays:
+def blank(num_positions: int, width: int, dtype=np.float32) -> EntryArrays:
     shape = (num_positions, width)
     return EntryArrays(
-        np.full(shape, 123, np.int32), np.full(shape, 1.5, np.float32), np.full(shape[0], 7, np.float32),
+        np.full(shape, 123, np.int32), np.full(shape, 1.5, dtype), np.full(shape[0], 7, np.float32),
         num_exact_Q=np.full(shape[0], 9, np.int64),
     )  # fmt: skip
+
+
+def test_float16_is_decoded_into_float16():
+    distributions = selected.draw(selected.SELECTIONS[0], vocab_size=97, num_positions=9, seed=0)
+    codec = get_codec("archive", {"vocab_size": 97, "bits": 16}, selected.SELECTIONS[0])
+    columns, width = columns_of(codec, distributions), int(distributions.num_entries_P.max())
+    found, expected = blank(9, width, np.float16), blank(9, width)
+    for out in (found, expected):
+        decode_into(codec, columns, distributions.offsets_P1, out)
+    assert found.logprobs_QK.dtype == np.float16
+    np.testing.assert_array_equal(found.logprobs_QK.astype(np.float32), expected.logprobs_QK)
 
 
 def test_every_float16_that_a_logprob_may_become_is_read_as_numpy_reads_it():
