@@ -39,7 +39,8 @@ class Batch:
             supervised last position of a sequence is among them although it has no label. P may be 0.
         token_ids_PK: (P, K) int32; PADDING_ID where a position has fewer entries. K is the same in all batches of a `top_k`
             cache.
-        logprobs_PK: (P, K) float32, nats, normalised over the whole vocabulary; -inf at padding.
+        logprobs_PK: (P, K) float32, or float16 where LoaderConfig.logprob_dtype says so; nats, normalised over the whole
+            vocabulary; -inf at padding.
         tail_mass_P: (P,) float32 in [0, 1].
         weights_P: (P,) float32, 1 at each position, or by the mask: empty rows and padding have no position, hence no weight.
         num_exact_P: (P,) int64, how many of a position's entries are exact, the others being estimates; None where all are.
@@ -59,7 +60,7 @@ class Batch:
     labels_BT: NDArray[np.int32]
     rows_P: NDArray[np.int64]
     token_ids_PK: NDArray[np.int32]
-    logprobs_PK: NDArray[np.float32]
+    logprobs_PK: NDArray[np.floating]
     tail_mass_P: NDArray[np.float32]
     weights_P: NDArray[np.float32]
     num_exact_P: NDArray[np.int64] | None

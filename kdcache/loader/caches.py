@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.codec import get_codec
+from kdcache.codec.into import stores_half_logprobs
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.format.manifest import Manifest
 from kdcache.loader.assemble import EntryColumns, Record
@@ -32,13 +34,16 @@ class CacheSet:
     Args:
         caches: addresses are opened here, and closed by `close`; open ones stay the caller's.
         features: names of those that batches hold.
+        logprob_dtype: of the batches; see LoaderConfig.
 
     Raises:
-        ConfigError: none, or one without such a feature. MismatchError: several that do not fit together. Whatever opening
-            raises.
+        ConfigError: none, or one without such a feature or with logprobs that are no float16. MismatchError: several that do
+            not fit together. Whatever opening raises.
     """
 
-    def __init__(self, caches: CacheLike | Sequence[CacheLike], features: Sequence[str] = ()) -> None:
+    def __init__(
+        self, caches: CacheLike | Sequence[CacheLike], features: Sequence[str] = (), logprob_dtype: str = "float32"
+    ) -> None:
         self._own: list[Cache] = []
         several: Sequence[Any] = caches if isinstance(caches, (list, tuple)) else [caches]
         if not several:
@@ -47,6 +52,8 @@ class CacheSet:
             self.readers = [self._opened(cache) for cache in several]
             check_together([reader.manifest for reader in self.readers])
             self.features = find_features([reader.manifest for reader in self.readers], features)
+            self.logprob_dtype = np.dtype(logprob_dtype)
+            check_logprobs([reader.manifest for reader in self.readers], self.logprob_dtype)
         except BaseException:
             self.close()
             raise
@@ -113,6 +120,18 @@ def check_together(manifests: Sequence[Manifest]) -> None:
             raise MismatchError(
                 f"cache 0 ({first.tokenizer.name}) and cache {number} ({other.tokenizer.name}) cannot be mixed: "
                 f"{'; '.join(differences)}; a batch needs one tokenizer, one vocabulary and one kind of selection"
+            )
+
+
+def check_logprobs(manifests: Sequence[Manifest], dtype: np.dtype[Any]) -> None:
+    """Raise ConfigError unless the caches' logprobs are of this dtype, float32 holding all of them."""
+    for number, manifest in enumerate(manifests):
+        codec, selection = manifest.identity.codec, manifest.identity.selection
+        if dtype == np.float16 and not stores_half_logprobs(get_codec(codec.codec_id, codec.params, selection)):
+            raise ConfigError(
+                f"logprob_dtype is 'float16', but cache {number} (codec {codec.codec_id!r} {codec.params}, selection "
+                f"{selection.kind!r}) has logprobs that are no float16; use 'float32', or a cache of exact entries with codec "
+                "'packed', or 'archive' of 16 bits"
             )
 
 

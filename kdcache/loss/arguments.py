@@ -29,7 +29,7 @@ class TargetTensors:
 
     Attributes:
         token_ids_PK: (P, K) integers, -1 where there is no entry.
-        logprobs_PK: (P, K) nats.
+        logprobs_PK: (P, K) nats, in any float type: all backends compute with the float32 or float64 of it.
         tail_mass_P: (P,) in [0, 1].
         labels_P: (P,) integers, -100 where there is none; None for none at all.
         weights_P: (P,) >= 0; None for 1 everywhere.

@@ -46,7 +46,8 @@ def sparse_kd_loss(
     Args:
         student_logits_PV: (P, V) float, unnormalised. Take the rows that have a record first: `logits.view(-1, V)[rows_P]`.
         token_ids_PK: (P, K) integers in [0, V), distinct within a row; -1 where there is no entry.
-        logprobs_PK: (P, K) nats, normalised over the teacher's whole vocabulary; ignored at padding.
+        logprobs_PK: (P, K) nats, normalised over the teacher's whole vocabulary; ignored at padding. float16 (of a loader with
+            `logprob_dtype: float16`) gives what float32 of the same values gives.
         tail_mass_P: (P,) in [0, 1], the teacher's mass outside the support.
         divergence: a name of `kdcache.kernels.divergences.DIVERGENCES`, or one made with options: `JensenShannon(beta=0.3)`.
         labels_P: (P,) integers in [0, V); -100 where there is none: the CE term is 0 there, the other keeps its factor.

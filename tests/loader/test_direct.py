@@ -69,7 +69,8 @@ def write(folder: Path, records: Sequence[SequenceRecord], codec: CodecInfo, sel
 
 
 def layout_of(caches: CacheSet, rows: Sequence[np.ndarray], **options: object) -> BatchLayout:
-    return BatchLayout(tuple(len(row) for row in rows), SEQ_LEN, caches.columns, **options)  # pyright: ignore[reportArgumentType]
+    num_sequences = tuple(len(row) for row in rows)
+    return BatchLayout(num_sequences, SEQ_LEN, caches.columns, logprob_dtype=caches.logprob_dtype, **options)  # pyright: ignore[reportArgumentType]
 
 
 def both(caches: CacheSet, rows: Sequence[np.ndarray]) -> tuple[Batch | None, Batch]:
@@ -94,16 +95,19 @@ def assert_same_bits(found: Batch | None, expected: Batch) -> None:
     selection=st.sampled_from([TOP_K, WITH_NUMBERS]),
     batch_bytes=st.sampled_from([1, 3000, 10**6]),
     seed=st.integers(0, 10**6),
+    is_half=st.booleans(),
 )
 def test_rows_of_any_sequences_are_the_batch_that_is_assembled(
-    kinds: list[dict[str, object]], codec: CodecInfo, selection: SelectionInfo, batch_bytes: int, seed: int
+    kinds: list[dict[str, object]], codec: CodecInfo, selection: SelectionInfo, batch_bytes: int, seed: int, is_half: bool
 ) -> None:
-    rng = np.random.default_rng(seed)
+    rng, dtype = np.random.default_rng(seed), "float16" if is_half and codec.codec_id == "packed" else "float32"
     records = [with_numbers(make_record(i, **kind), selection) for i, kind in enumerate(kinds)]  # pyright: ignore[reportArgumentType]
     wanted = rng.integers(0, len(records), int(rng.integers(1, 12)))
     rows = [row for part in np.array_split(wanted, len(wanted) // 3 + 1) for row in (part, part[:0])]
     with TemporaryDirectory() as folder, open_dataset(write(Path(folder), records, codec, selection, batch_bytes)) as cache:
-        assert_same_bits(*both(CacheSet(cache), rows))
+        found, expected = both(CacheSet(cache, (), dtype), rows)
+        assert_same_bits(found, expected)
+        assert expected.logprobs_PK.dtype == dtype
 
 
 def test_more_record_batches_than_are_kept_open_are_read_at_once(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from contracts import kernels as contract
 from contracts.kernels import make_problem
 from test_bucket_rows import compute_by_step, run_step
 from test_compile import assert_fused_compiles_whole, assert_rows_compile_whole
+from test_half_logprobs import OPTIONS, check_fused, check_rows
 from test_head import make
 from test_sparse_kd import with_estimates
 
@@ -86,3 +87,9 @@ def leave_logits_alone() -> None:
         torch.testing.assert_close(z_PV, before_PV, rtol=0, atol=0)
         exact_P = loss_and_gradient(problem.logits_PV, problem.targets, objective)[0] * problem.targets.weights_P
         torch.testing.assert_close(losses_P.double(), torch.tensor(exact_P), rtol=1e-5, atol=1e-5)
+
+
+def take_half_logprobs() -> None:
+    for name in OPTIONS:
+        check_rows(name, "triton")
+        check_fused(name, "triton")
