@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from kdcache.codec.archive_model import EXACTS, LEAST_P, TAILS
 from kdcache.codec.archive_reference import Decoder, Layout, Record
 from kdcache.codec.base import Codec
 from kdcache.codec.estimates import stores_logprobs
-from kdcache.codec.into import EntryArrays, decode_into
+from kdcache.codec.into import EntryArrays, Job, decode_many_into
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.store.rows import column_view
@@ -35,8 +35,10 @@ PART_OF = {
     "token_ids": "indices", "token_ids_packed": "indices",
     "logprobs": "values", "logprob_codes": "values", "estimate_counts": "values",
 }  # fmt: skip
-CODECS = (("packed", None), ("quantized", 8), ("quantized", 6), ("archive", 16), ("archive", 8), ("archive", 6))
-OUT_OF_CACHE, MOST_REPEATS = 2**26, 128
+CODECS = (("packed", None), *(("quantized", bits) for bits in (8, 6)), *(("archive", bits) for bits in (16, 8, 6, 5, 4)))
+BATCH = 16
+"""Sequences that are decoded by one call, as a loader does for a batch."""
+OUT_OF_CACHE, MOST_SEQUENCES = 2**26, 256
 NUM_SPLIT = 200
 """Positions of a stream of `archive` whose bits are counted one by one, to divide its bytes among the parts."""
 
@@ -83,7 +85,8 @@ def of_codec(truth: Truth, records: Sequence[Distributions], selection: Selectio
     """Encode, decode, measure."""
     columns = {f.name: column_view(a) for f, a in zip(codec.fields(), codec.encode(records), strict=True)}
     rows = [{n: view[i] for n, view in columns.items()} for i in range(len(records))]
-    decoded, seconds, copy_seconds = timed_decode(codec, rows, records)
+    rate, copies = timed_decode(codec, rows, records)
+    decoded = [codec.decode(row, d.offsets_P1) for row, d in zip(rows, records, strict=True)]
     num_positions, num_entries = (sum(getattr(d, a) for d in records) for a in ("num_positions", "num_entries"))
     sizes = dict.fromkeys(PARTS, 0.0)
     for row in rows:
@@ -98,34 +101,34 @@ def of_codec(truth: Truth, records: Sequence[Distributions], selection: Selectio
     head, target = readings(decoded)
     return Result(
         selection.kind, name, num_entries / num_positions, *sizes.values(), kl=truth.kl(head) if head else math.nan,
-        error=truth.error(target), angle=truth.angle(target), decode=num_entries / seconds / 1e6, copies=seconds / copy_seconds,
+        error=truth.error(target), angle=truth.angle(target), decode=rate / 1e6, copies=copies,
     )  # fmt: skip
 
 
 def timed_decode(
     codec: Codec, rows: Sequence[dict[str, Any]], records: Sequence[Distributions], rounds: int = 5
-) -> tuple[list[Distributions], float, float]:
-    """What is decoded; CPU seconds of decoding it into a batch's arrays, as the loader does, and of copying the ids and
-    logprobs that then stand there; the best of the rounds. Many arrays are filled in turn (but for archive), so that a copy
-    goes through memory.
+) -> tuple[float, float]:
+    """Entries per CPU second of decoding into batches' arrays, BATCH sequences by each call; and the CPU time of that over that
+    of copying the ids and logprobs that then stand there. Sums over all batches, the best of the rounds. The rows come again
+    and again, but many arrays are filled in turn (for archive, one batch's), so that a copy goes through memory.
     """
     width = max(int(d.num_entries_P.max(initial=1)) for d in records)
-    size = sum(8 * d.num_positions * width for d in records)
-    repeats = 1 if isinstance(codec, ArchiveCodec) else min(-(-OUT_OF_CACHE // size), MOST_REPEATS)
-    pairs = list(zip(rows, records, strict=True)) * repeats
-    jobs = [(row, d.offsets_P1, _arrays(d, width), _arrays(d, width)) for row, d in pairs]
+    size = sum(8 * d.num_positions * width for d in records) / len(records)
+    num_sequences = BATCH if isinstance(codec, ArchiveCodec) else min(math.ceil(OUT_OF_CACHE / size), MOST_SEQUENCES)
+    chosen = [n % len(rows) for n in range(-(-num_sequences // BATCH) * BATCH)]
+    jobs = [Job(rows[n], records[n].offsets_P1, _arrays(records[n], width), None, f"row {n}") for n in chosen]
+    seconds = [_arrays(records[n], width) for n in chosen]
     best, best_copy = math.inf, math.inf
     for _ in range(rounds):
         start = time.process_time_ns()
-        for row, offsets_P1, out, _ in jobs:
-            decode_into(codec, row, offsets_P1, out)
+        for first in range(0, len(jobs), BATCH):
+            decode_many_into(codec, jobs[first : first + BATCH])
         middle = time.process_time_ns()
-        for _, _, out, second in jobs:
-            np.copyto(second.token_ids_QK, out.token_ids_QK)
-            np.copyto(second.logprobs_QK, out.logprobs_QK)
+        for job, second in zip(jobs, seconds, strict=True):
+            np.copyto(second.token_ids_QK, job.out.token_ids_QK)
+            np.copyto(second.logprobs_QK, job.out.logprobs_QK)
         best, best_copy = min(best, middle - start), min(best_copy, time.process_time_ns() - middle)
-    decoded = [codec.decode(row, d.offsets_P1) for row, d in zip(rows, records, strict=True)]
-    return decoded, best / 1e9 / repeats, best_copy / 1e9 / repeats
+    return 1e9 * sum(records[n].num_entries for n in chosen) / best, best / best_copy
 
 
 def _arrays(d: Distributions, width: int) -> EntryArrays:
@@ -230,8 +233,44 @@ def distillkit(
     return np.concatenate([bfloat16(logprobs_PK[:, :exact_k]), bfloat16(fitted_PK.numpy())], axis=1)
 
 
-def baselines(truth: Truth, sampled: Sequence[Distributions]) -> list[Result]:
-    """Everything that is not ours. sampled: of Random Sampling KD with 50 draws."""
+BITS_PER_DRAWN = 17 + 7
+"""Of Random Sampling KD, for each token that was drawn: id and count."""
+
+
+def random_sampling(
+    truth: Truth, sequences: Sequence[TokenSequence], num_draws: int | None = None, most_bytes: float = 36.0
+) -> dict[int, list[Distributions]]:
+    """Records of Random Sampling KD: of so many draws, or of the most that take no more bytes per position; by their number."""
+    made: dict[int, list[Distributions]] = {}
+
+    def bytes_of(number: int) -> float:
+        selection = SelectionInfo(kind="sampled", params={"num_draws": number, "seed": 0})
+        made[number] = select(truth, selection, sequences)
+        return BITS_PER_DRAWN / 8 * sum(d.num_entries for d in made[number]) / sum(d.num_positions for d in made[number])
+
+    if num_draws is not None:
+        bytes_of(num_draws)
+        return made
+    chosen = most_draws(bytes_of, most_bytes)
+    return {chosen: made[chosen]}
+
+
+def most_draws(bytes_of: Callable[[int], float], most_bytes: float, most: int = 4096) -> int:
+    """The largest number of draws from 1 to `most` that takes no more bytes, by bisection; 1 where none does."""
+    enough, too_many = 1, most + 1
+    bytes_of(enough)
+    while too_many - enough > 1:
+        # Doubled first: few draws are made faster than many.
+        middle = min(2 * enough, (enough + too_many) // 2)
+        if bytes_of(middle) <= most_bytes:
+            enough = middle
+        else:
+            too_many = middle
+    return enough
+
+
+def baselines(truth: Truth, sampled: Mapping[int, Sequence[Distributions]]) -> list[Result]:
+    """Everything that is not ours. sampled: of Random Sampling KD, by the number of draws."""
     vocab_size = truth.logprobs_PV.shape[1]
     width = math.ceil(math.log2(vocab_size))
     order_PK = np.argpartition(-truth.logprobs_PV, 127, axis=-1)[:, :128]
@@ -257,10 +296,11 @@ def baselines(truth: Truth, sampled: Sequence[Distributions]) -> list[Result]:
             sizes = (math.ceil(k * width / 8), 2.0 * exact_k + 4.0 * len(terms), 0, 0)
             found.append(result(name + " (normalize_t)" * normalize_t, k, sizes, renormalised(order_PK[:, :k], back_PK)))
     found.append(result("top-p 0.95, k=100, int32 + fp16", *_top_p(order_PK, top_PK)))
-    _, drawn = readings(sampled)
-    entries = len(drawn.token_ids_E) / len(drawn.rest_P)
-    sizes = (17 * entries / 8, 7 * entries / 8, 0, 0)
-    found.append(result("Random Sampling KD, N=50, 17 + 7 bits", entries, sizes, (drawn, drawn)))
+    for num_draws, records in sampled.items():
+        _, drawn = readings(records)
+        entries = len(drawn.token_ids_E) / len(drawn.rest_P)
+        sizes = (17 * entries / 8, 7 * entries / 8, 0, 0)
+        found.append(result(f"Random Sampling KD, N={num_draws}, 17 + 7 bits", entries, sizes, (drawn, drawn)))
     rounded_PV = np.exp(truth.logprobs_PV.astype(np.float16).astype(np.float32))
     kl = (truth.teacher_PV * (truth.logprobs_PV - truth.logprobs_PV.astype(np.float16).astype(np.float32))).sum(-1).mean()
     error = float(((rounded_PV - truth.teacher_PV) ** 2).sum(-1).mean())

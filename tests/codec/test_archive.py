@@ -8,6 +8,7 @@ import selected
 from contracts import codec as contract
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import DTypeLike
 
 from kdcache.codec import estimates, get_codec
 from kdcache.codec.archive import ArchiveCodec
@@ -94,7 +95,7 @@ def test_decoding_into_arrays_is_decoding_and_placing(selection, bits, keeps, sp
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
 
 
-def blank(num_positions: int, width: int, dtype=np.float32) -> EntryArrays:
+def blank(num_positions: int, width: int, dtype: DTypeLike = np.float32) -> EntryArrays:
     shape = (num_positions, width)
     return EntryArrays(
         np.full(shape, 123, np.int32), np.full(shape, 1.5, dtype), np.full(shape[0], 7, np.float32),

@@ -13,6 +13,10 @@ pytest.importorskip("torch")
 
 import rate_measures
 import rate_schemes
+import selected
+
+from kdcache.codec import CODECS, get_codec
+from kdcache.store.rows import column_view
 
 V, P = 60, 40
 
@@ -63,3 +67,32 @@ def test_distillkits_curve_gives_back_what_is_a_curve():
     for normalize_t in (False, True):
         back = rate_schemes.distillkit(falling, 1, (0, 1, "sqrt"), normalize_t=normalize_t)
         np.testing.assert_allclose(back, falling, rtol=2**-8)
+
+
+@pytest.mark.parametrize("most_bytes", [2.9, 3.0, 35.9, 36.0, 1e9])
+def test_the_most_draws_within_some_bytes_are_found(most_bytes):
+    sizes = [3.0 * number**0.7 for number in range(1, 201)]
+    expected = max((number for number, size in enumerate(sizes, 1) if size <= most_bytes), default=1)
+    assert rate_schemes.most_draws(lambda number: sizes[number - 1], most_bytes, most=200) == expected
+
+
+@pytest.mark.parametrize("codec_id", sorted(set(CODECS) & {"archive", "packed"}))
+def test_what_is_timed_is_whole_batches_of_all_rows(codec_id, monkeypatch):
+    monkeypatch.setattr(rate_schemes, "OUT_OF_CACHE", 1)
+    records = [selected.draw(selected.SELECTIONS[0], vocab_size=97, num_positions=n, seed=n) for n in (5, 9, 2)]
+    codec = get_codec(codec_id, {"vocab_size": 97}, selected.SELECTIONS[0])
+    columns = {f.name: column_view(a) for f, a in zip(codec.fields(), codec.encode(records), strict=True)}
+    decoded = []
+
+    def count(codec, jobs):
+        decoded.append([len(job.offsets_P1) - 1 for job in jobs])
+        decode(codec, jobs)
+
+    decode = rate_schemes.decode_many_into
+    monkeypatch.setattr(rate_schemes, "decode_many_into", count)
+    rate, copies = rate_schemes.timed_decode(
+        codec, [{n: v[i] for n, v in columns.items()} for i in range(3)], records, rounds=2
+    )
+    assert decoded == [[5, 9, 2] * 5 + [5]] * 2
+    assert rate > 0
+    assert copies > 0
