@@ -123,8 +123,7 @@ class Selector:
 
         def work(rows: slice) -> None:
             known = (tops_C[rows], log_z_C[rows], uniforms_CD[rows])
-            logits = (bits_CV[rows], _topk_numba.shift_of(bits_CV))
-            _draw_numba.draw_rows(logits, known, options, tuple(array[rows] for array in found))
+            _draw_numba.draw_rows(bits_CV[rows], known, options, tuple(array[rows] for array in found))
 
         _topk_numba.in_parts(work, len(bits_CV), num_threads)
         counts_C2 = counts_C2 if is_ragged else counts_C2[:, :0]

@@ -1,14 +1,14 @@
-"""`_topk_torch.select_top_k` on a CPU, in one pass over a row: about 0.6 ns per logit and core; ties go to the smaller id.
+"""`_topk_torch.select_top_k` on a CPU, in one pass over a row; ties go to the smaller id.
 
-A row is read once, in blocks that stay in the core's first cache: as float32, for a running maximum and sum of exp (Milakov and
-Gimelshein, arXiv 1805.02867), and as integers of the same order, for the maxima of small groups of tokens. The k-th largest of
-coarser maxima is a bound that at least k tokens reach, so only groups whose maximum reaches it are looked at again.
+A row is read in blocks that stay in the core's first cache: for the maxima of small groups of tokens, then for a sum of exp
+relative to the running maximum (Milakov and Gimelshein, arXiv 1805.02867). The k-th largest of coarser maxima, or one a little
+below it, is a bound that at least k tokens reach; what reaches it is collected from the blocks whose maximum does, and sorted.
+`benchmarks/capture.py --kernel` says what that takes per logit.
 
-Keys: int32 in the order of the logits (a float32's bits, the lower 31 inverted where it is negative). Key and token id make one
-int64 that orders by logit, then by falling id. A NaN may or may not be selected, but makes every logprob of its row NaN.
+Keys are those of `_numba_vectors`. A NaN may or may not be selected, but makes every logprob of its row NaN.
 
 Shape letters: C positions of a chunk, V vocabulary, K entries per position, G groups of a row, L lanes (groups of a block),
-W tokens of a group: group l of a block holds its tokens l, l + L, l + 2L, ...
+W tokens of a group (group l of a block holds its tokens l, l + L, l + 2L, ...), N tokens that reach the bound.
 """
 
 from __future__ import annotations
@@ -21,43 +21,45 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.teacher._numba_compile import REASSOCIATE, kernel
-
-BLOCK = 4096
-"""Logits handled at once: the scratch arrays of a block take 48 KiB."""
-
-MAX_WIDTH = 32
-"""Tokens of a group, unless that leaves fewer than GROUPS_PER_ENTRY groups per entry."""
+from kdcache.teacher import _numba_blocks, _numba_vectors
+from kdcache.teacher._numba_blocks import (
+    BLOCK,
+    FEWEST_LANES,
+    MINUS_INF,
+    block_of,
+    collect,
+    fill_last,
+    find_bound,
+    find_maxima,
+    logit_of,
+    sum_exp,
+)
+from kdcache.teacher._numba_compile import inlined, kernel, version_of
 
 GROUPS_PER_ENTRY = 4
 """The bound is taken from this many maxima per entry: with 4, some 1.15 k tokens reach it in a row without structure."""
 
-_LOWEST_KEY = -(2**31)
+MOST_MOVES = 16
+"""Per candidate, behind the buckets; where more would be needed, all are sorted."""
+
+_VERSION = version_of(_numba_blocks, _numba_vectors)
 
 
-@kernel()
+@inlined()
 def _key(bits):
     """Of a float32's bits; its own inverse. Each step is cut to 32 bits: numba's integer arithmetic is in 64."""
     return np.int32(bits ^ (np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
 
 
-@kernel()
-def _float_bits(bits, shift):
-    return np.int32(np.int32(bits) << shift)
+@inlined()
+def _float_of(key, like):
+    """The logit of a key of elements like this one; bfloat16's keys are of its own 16 bits."""
+    if like.itemsize == 2:
+        return logit_of(np.uint16(key ^ (np.int32(key >> 31) & np.int32(0x7FFF))))
+    return logit_of(_key(key))
 
 
-@kernel()
-def _load_block(bits, shift, out, keys):
-    """Float32 bits and keys of up to BLOCK logits; `shift` is 16 for bfloat16 bits. What is past the end has the lowest key."""
-    for j in range(len(bits)):
-        value = _float_bits(bits[j], shift)
-        out[j] = value
-        keys[j] = _key(value)
-    for j in range(len(bits), len(keys)):
-        keys[j] = _LOWEST_KEY
-
-
-@kernel()
+@inlined()
 def _strip_maxima(keys, out):
     """out[l] = max over w of keys[w * L + l]: elementwise over contiguous strips, so LLVM vectorises it for any width."""
     num_lanes = len(out)
@@ -69,122 +71,135 @@ def _strip_maxima(keys, out):
             out[j] = max(out[j], strip[j])
 
 
-@kernel({"contract"})
-def _exp_in_place(x, powers, top):
-    """x * the float32 that `powers` are the bits of = exp(x - top), for x <= top, within 1e-6; NaN for NaN; at least 1e-38.
-
-    2^n * 2^f with n + f = (x - top) / ln 2; coefficients of the Cephes library's exp2f. Nothing but elementwise arithmetic,
-    fused where it can be, which LLVM vectorises; math.exp would be a call per element.
-    """
-    lowest = np.float32(-87.0)
-    for j in range(len(x)):
-        d = x[j] - top
-        # In this order NaN stays NaN.
-        y = (lowest if d < lowest else d) * np.float32(1.44269504)
-        n = np.floor(y + np.float32(0.5))
-        f = y - n
-        p = np.float32(1.535336188319500e-4) * f + np.float32(1.339887440266574e-3)
-        p = p * f + np.float32(9.618437357674640e-3)
-        p = p * f + np.float32(5.550332471162809e-2)
-        p = p * f + np.float32(2.402264791363012e-1)
-        p = p * f + np.float32(6.931472028550421e-1)
-        x[j] = p * f + np.float32(1.0)
-        powers[j] = np.int32(np.int32(n) + 127) << 23
+@inlined()
+def _lowest_key(like):
+    return np.int32(-(1 << (8 * like.itemsize - 1)))
 
 
-@kernel(REASSOCIATE)
-def _dot(x, y):
-    total = np.float32(0.0)
-    for j in range(len(x)):
-        total += x[j] * y[j]
-    return total
-
-
-@kernel()
-def _float_of(key, word_i, word_f):
-    word_i[0] = _key(key)
-    return word_f[0]
-
-
-@kernel()
-def _read_row(bits_V, shift, maxima_G, num_lanes, scratch):
-    """Fill the groups' maxima; the row's maximum and log of the sum of exp."""
-    bits, floats, powers, power_floats, keys = scratch
+@inlined()
+def _read_row(bits_V, last, maxima_BL, tops_B):
+    """Fill the groups' maxima and the blocks'; the row's maximum, and its log of the sum of exp."""
     top, total = -np.inf, 0.0
-    for start in range(0, len(bits_V), BLOCK):
-        stop = min(start + BLOCK, len(bits_V))
-        size = stop - start
-        _load_block(bits_V[start:stop], shift, bits, keys)
-        first = start // BLOCK * num_lanes
-        maxima = maxima_G[first : first + num_lanes]
-        _strip_maxima(keys, maxima)
-        highest = np.int32(_LOWEST_KEY)
-        for j in range(num_lanes):
-            highest = max(highest, maxima[j])
-        powers[0] = _key(highest)
-        block_top = np.float64(power_floats[0])
+    for b in range(len(tops_B)):
+        block, maxima_L = block_of(bits_V, b * BLOCK, last), maxima_BL[b]
+        find_maxima(block, maxima_L)
+        highest = _lowest_key(bits_V)
+        for j in range(len(maxima_L)):
+            highest = max(highest, maxima_L[j])
+        tops_B[b] = highest
+        block_top = np.float64(_float_of(highest, bits_V))
         # A NaN fails both comparisons; it comes to light in the sum.
         if block_top > top:
             total *= math.exp(top - block_top)
             top = block_top
-        _exp_in_place(floats[:size], powers[:size], np.float32(top) if top > -np.inf else np.float32(0.0))
-        total += _dot(floats[:size], power_floats[:size])
+        total += sum_exp(block, np.float32(top) if top > -np.inf else np.float32(0.0), np.float32(1.0))
     # All -inf, or NaN: no distribution.
-    return top + math.log(total) if top > -np.inf else np.nan
+    return top, top + math.log(total) if top > -np.inf else np.nan
 
 
-@kernel()
-def _bound(maxima_G, k):
-    """A key that at least k tokens reach: the k-th largest of some GROUPS_PER_ENTRY * k maxima of maxima; else the lowest."""
-    num_coarse = len(maxima_G) // max(1, len(maxima_G) // (GROUPS_PER_ENTRY * k))
+@inlined()
+def _bound(maxima_G, k, like, coarse):
+    """A key that at least k tokens reach, taken from some GROUPS_PER_ENTRY * k maxima of maxima; else the lowest."""
+    num_coarse = len(maxima_G) // max(1, len(maxima_G) // (GROUPS_PER_ENTRY * k)) // 16 * 16
     if num_coarse < k:
-        return np.int32(_LOWEST_KEY)
-    coarse = np.empty(num_coarse, np.int32)
-    _strip_maxima(maxima_G[: len(maxima_G) // num_coarse * num_coarse], coarse)
-    return np.partition(coarse, num_coarse - k)[num_coarse - k]
+        return _lowest_key(like)
+    _strip_maxima(maxima_G[: len(maxima_G) // num_coarse * num_coarse], coarse[:num_coarse])
+    # The last block is filled up with -inf, and a NaN may be below that.
+    minus_inf = np.int32(_key(MINUS_INF) >> (32 - 8 * like.itemsize))
+    bound = find_bound(coarse[:num_coarse], k, minus_inf)
+    return bound if bound > minus_inf else _lowest_key(like)
 
 
-@kernel()
-def _collect(bits_V, shift, maxima_G, num_lanes, bound, out):
-    """Write key and id of each token whose key reaches the bound; how many."""
-    count = 0
-    for g in range(len(maxima_G)):
-        if maxima_G[g] >= bound:
-            start = g // num_lanes * BLOCK
-            for j in range(start + g % num_lanes, min(start + BLOCK, len(bits_V)), num_lanes):
-                key = _key(_float_bits(bits_V[j], shift))
-                if key >= bound:
-                    out[count] = (np.int64(key) << 32) | np.int64(0xFFFFFFFF - j)
-                    count += 1
-    return count
+@inlined()
+def _order_by_buckets(logits_N, ids_N, interval, room, out):
+    """Sort logits of an interval (lowest, highest), and their ids, which rise, by falling logit.
+
+    False, and nothing is sorted, where buckets do not help.
+    """
+    buckets_N, ends_N = room
+    out_logits_N, out_ids_N = out
+    lowest, highest = interval
+    if not highest - lowest < np.float32(1e30):  # infinite, or NaN
+        return False
+    last = np.float32(len(logits_N) - 1)
+    scale = last / max(highest - lowest, np.float32(1e-30))
+    for n in range(len(logits_N)):
+        buckets_N[n] = np.int32(min((highest - logits_N[n]) * scale, last))
+    ends_N[:] = 0
+    for n in range(len(logits_N)):
+        ends_N[buckets_N[n]] += 1
+    end = 0
+    for d in range(len(ends_N)):
+        ends_N[d], end = end, end + ends_N[d]
+    for n in range(len(logits_N)):
+        place = ends_N[buckets_N[n]]
+        ends_N[buckets_N[n]] = place + 1
+        out_logits_N[place], out_ids_N[place] = logits_N[n], ids_N[n]
+    num_moves = 0
+    for n in range(1, len(logits_N)):
+        logit, token_id, place = out_logits_N[n], out_ids_N[n], n
+        # Equal ones stay in the order of their ids.
+        while place > 0 and out_logits_N[place - 1] < logit:
+            out_logits_N[place], out_ids_N[place] = out_logits_N[place - 1], out_ids_N[place - 1]
+            place -= 1
+        out_logits_N[place], out_ids_N[place] = logit, token_id
+        num_moves += n - place
+        if num_moves > MOST_MOVES * len(logits_N):
+            return False
+    return True
 
 
-@kernel()
-def _select_rows(bits_CV, shift, targets_C, num_lanes, found):
+@kernel
+def _order_by_keys(logits_N, ids_N, k, out):
+    """The k first of any logits and their ids."""
+    words_N, out_logits_N, out_ids_N = logits_N.view(np.int32), out[0], out[1]
+    entries_N = np.empty(len(ids_N), np.int64)
+    for n in range(len(ids_N)):
+        # Orders by key, then by falling id.
+        entries_N[n] = (np.int64(_key(words_N[n])) << 32) | (0xFFFFFFFF - np.int64(ids_N[n]))
+    if len(entries_N) > 2 * k:
+        entries_N = np.partition(entries_N, len(entries_N) - k)[len(entries_N) - k :]
+    entries_N = np.sort(entries_N)
+    out_words_N = out_logits_N.view(np.int32)
+    for j in range(k):
+        entry = entries_N[len(entries_N) - 1 - j]
+        out_ids_N[j] = 0xFFFFFFFF - (entry & 0xFFFFFFFF)
+        out_words_N[j] = _key(np.int32(entry >> 32))
+
+
+@kernel
+def _select_rows(bits_CV, targets_C, num_lanes, found, version=_VERSION):  # noqa: ARG001 - see `_numba_compile`
     """See `select_top_k`; every row on its own."""
     ids_CK, logprobs_CK, target_logprobs_C, log_z_C = found
-    k, num_tokens = ids_CK.shape[1], bits_CV.shape[1]
-    bits, powers, keys = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
-    scratch = (bits, bits.view(np.float32), powers, powers.view(np.float32), keys)
-    maxima_G = np.empty(-(-num_tokens // BLOCK) * num_lanes, np.int32)
-    candidates = np.empty(num_tokens, np.int64)
-    word_i = np.empty(1, np.int32)
-    word_f = word_i.view(np.float32)
+    num_tokens, k, like = bits_CV.shape[1], ids_CK.shape[1], bits_CV[:0, 0]
+    tops_B = np.empty(-(-num_tokens // BLOCK), np.int32)
+    maxima_BL = np.empty((len(tops_B), num_lanes), np.int32)
+    coarse = np.empty(max(16, min(maxima_BL.size, 2 * GROUPS_PER_ENTRY * k)), np.int32)
+    last = np.empty(BLOCK, bits_CV.dtype)
+    logits_N, ids_N = np.empty(num_tokens, np.float32), np.empty(num_tokens, np.int32)
+    buckets_N, ends_N = np.empty(num_tokens, np.int32), np.empty(num_tokens, np.int32)
+    ordered = (np.empty(num_tokens, np.float32), np.empty(num_tokens, np.int32))
     for row in range(len(bits_CV)):
         bits_V = bits_CV[row]
-        log_z = _read_row(bits_V, shift, maxima_G, num_lanes, scratch)
-        log_z_C[row] = log_z
-        count = _collect(bits_V, shift, maxima_G, num_lanes, _bound(maxima_G, k), candidates)
-        chosen = candidates[:count]
-        if count > 2 * k:
-            chosen = np.partition(chosen, count - k)[count - k :]
-        chosen = np.sort(chosen)
+        fill_last(bits_V, last)
+        top, log_z = _read_row(bits_V, last, maxima_BL, tops_B)
+        bound = _bound(maxima_BL.reshape(-1), k, like, coarse)
+        count = 0
+        for b in range(len(tops_B)):
+            if tops_B[b] >= bound:
+                start = b * BLOCK
+                length = min(BLOCK, num_tokens - start)
+                count = collect(block_of(bits_V, start, last), start, length, bound, logits_N, ids_N, count)
+        interval = (_float_of(bound, like), np.float32(top))
+        room = (buckets_N[:count], ends_N[:count])
+        # Without a distribution there may be NaN among the logits.
+        if log_z != log_z or not _order_by_buckets(logits_N[:count], ids_N[:count], interval, room, ordered):
+            _order_by_keys(logits_N[:count], ids_N[:count], k, ordered)
+        ids_CK[row] = ordered[1][:k]
         for j in range(k):
-            entry = chosen[len(chosen) - 1 - j]
-            ids_CK[row, j] = 0xFFFFFFFF - (entry & 0xFFFFFFFF)
-            logprobs_CK[row, j] = _float_of(np.int32(entry >> 32), word_i, word_f) - log_z
-        word_i[0] = _float_bits(bits_V[max(0, targets_C[row])], shift)
-        target_logprobs_C[row] = word_f[0] - log_z
+            logprobs_CK[row, j] = ordered[0][j] - log_z
+        log_z_C[row] = log_z
+        target_logprobs_C[row] = logit_of(bits_V[max(0, targets_C[row])]) - log_z
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -209,10 +224,10 @@ def select_top_k(
         raise ValueError(f"k = {k} or target {targets_C.max(initial=0)} is outside a row of {num_tokens} logits")
     ids_CK, logprobs_CK = np.empty((num_rows, k), np.int32), np.empty((num_rows, k), np.float32)
     found = (ids_CK, logprobs_CK, np.empty(num_rows, np.float32), np.empty(num_rows, np.float64))
-    shift, num_lanes = shift_of(bits_CV), BLOCK // group_width(num_tokens, k)
+    num_lanes = lanes_of(num_tokens, k)
 
     def work(rows: slice) -> None:
-        _select_rows(bits_CV[rows], shift, targets_C[rows], num_lanes, tuple(array[rows] for array in found))
+        _select_rows(bits_CV[rows], targets_C[rows], num_lanes, tuple(array[rows] for array in found))
 
     in_parts(work, num_rows, num_threads)
     return found
@@ -233,10 +248,10 @@ def in_parts(work: Callable[[slice], None], num_rows: int, num_threads: int) -> 
         list(map(work, parts))
 
 
-def group_width(num_tokens: int, k: int) -> int:
-    """W: a power of two from 1 to MAX_WIDTH, so that there are GROUPS_PER_ENTRY groups per entry where the row has as many."""
-    widest = max(1, num_tokens // (GROUPS_PER_ENTRY * k))
-    return min(MAX_WIDTH, 1 << (widest.bit_length() - 1))
+def lanes_of(num_tokens: int, k: int) -> int:
+    """L: a power of two, so that there are GROUPS_PER_ENTRY groups per entry where the row has as many tokens."""
+    per_block = -(-GROUPS_PER_ENTRY * k // -(-num_tokens // BLOCK))
+    return min(BLOCK, max(FEWEST_LANES, 1 << (per_block - 1).bit_length()))
 
 
 def _get_pool(num_threads: int) -> ThreadPoolExecutor:

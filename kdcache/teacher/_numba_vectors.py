@@ -1,0 +1,128 @@
+"""LLVM's own vectors for numba's intrinsics: logits and keys of an array, exp, sums.
+
+numba's loops lose much of what a processor has: bits that are seen as floats go through memory, for one. LLVM makes of a vector
+what the processor has, 512 bits or less, so there is no second version for others.
+
+Keys: integers in the order of the logits, as wide as these: their bits, all but the first inverted where they are negative. A
+NaN is above all numbers or below, by its sign.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils
+
+# 2^f = 1 + f p(f) for |f| <= 1/2, of least relative error (1e-7) for polynomials that are 1 at 0, found with Lawson's weights.
+_COEFFICIENTS = (1.326472717e-3, 9.671512642e-3, 5.550733743e-2, 2.402224209e-1, 6.931469776e-1, 1.0)
+_LOG2_E = 1.4426950408889634
+# A float32 this large has no bits behind the point; the lowest ones are the biased exponent of 2^n.
+_MAGIC = 1.5 * 2**23 + 127
+_LOWEST_EXPONENT = -126
+FLOAT, BIT, HALF, WORD, LONG = ir.FloatType(), ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+LANES = 16
+FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
+
+
+def fill(kind: ir.VectorType, value: float) -> ir.Constant:
+    if kind.element == FLOAT:
+        value = float(np.float32(value))
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def splat(builder: Any, value: Any, count: int = LANES) -> Any:
+    kind = ir.VectorType(value.type, count)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(WORD, 0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(WORD, count), [0] * count))
+
+
+def call(builder: Any, name: str, kind: Any, *arguments: Any) -> Any:
+    function = ir.FunctionType(kind, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
+
+
+def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    return call(builder, f"llvm.fmuladd.v{LANES}f32", FLOATS, x, y, z)
+
+
+class Array:
+    """A one-dimensional C-contiguous array in a function that is being built."""
+
+    def __init__(self, context: Any, builder: Any, kind: Any, value: Any) -> None:
+        made = context.make_array(kind)(context, builder, value)
+        self._builder = builder
+        self._address = builder.ptrtoint(made.data, LONG)
+        self.size = builder.extract_value(made.shape, 0)
+        self.bits = kind.dtype.bitwidth
+
+    def at(self, index: Any) -> Any:
+        """Address of an element."""
+        return self._builder.add(self._address, self._builder.mul(index, ir.Constant(LONG, self.bits // 8)))
+
+    def load(self, address: Any, kind: Any, offset: int = 0) -> Any:
+        """A vector from `offset` elements behind an address."""
+        return self._builder.load(self._pointer(address, kind, offset), align=self.bits // 8)
+
+    def store(self, value: Any, address: Any, offset: int = 0) -> None:
+        self._builder.store(value, self._pointer(address, value.type, offset), align=self.bits // 8)
+
+    def _pointer(self, address: Any, kind: Any, offset: int) -> Any:
+        address = self._builder.add(address, ir.Constant(LONG, offset * self.bits // 8))
+        return self._builder.inttoptr(address, kind.as_pointer())
+
+    def floats(self, address: Any, offset: int) -> Any:
+        """16 logits."""
+        if self.bits == 32:
+            return self.load(address, FLOATS, offset)
+        halves = self.load(address, ir.VectorType(HALF, LANES), offset)
+        words = self._builder.shl(self._builder.zext(halves, WORDS), fill(WORDS, 16))
+        return self._builder.bitcast(words, FLOATS)
+
+    def keys(self, address: Any, offset: int) -> Any:
+        """Of 32 or 16 logits."""
+        kind = ir.VectorType(ir.IntType(self.bits), 512 // self.bits)
+        x = self.load(address, kind, offset)
+        sign = self._builder.ashr(x, fill(kind, self.bits - 1))
+        return self._builder.xor(x, self._builder.and_(sign, fill(kind, 2 ** (self.bits - 1) - 1)))
+
+    def reaches(self, keys: Any, bound: Any) -> Any:
+        """Which of the keys are at least an int32."""
+        bound = bound if self.bits == 32 else self._builder.trunc(bound, keys.type.element)
+        return self._builder.icmp_signed(">=", keys, splat(self._builder, bound, keys.type.count))
+
+
+class Exp:
+    """exp((x - top) * scale) for x <= top, within 3e-7; 0 below 2^-126; NaN for NaN."""
+
+    def __init__(self, builder: Any, top: Any, scale: Any) -> None:
+        self._builder = builder
+        self._top = splat(builder, top)
+        self._factor = splat(builder, builder.fmul(scale, ir.Constant(FLOAT, float(np.float32(_LOG2_E)))))
+
+    def terms(self, x: Any) -> tuple[Any, Any, Any, Any]:
+        """Whether it is not 0; 2^f and 2^n, its factors; x - top."""
+        builder, magic = self._builder, fill(FLOATS, _MAGIC)
+        difference = builder.fsub(x, self._top)
+        t = fma(builder, difference, self._factor, magic)
+        f = fma(builder, difference, self._factor, builder.fsub(magic, t))
+        power = fill(FLOATS, _COEFFICIENTS[0])
+        for coefficient in _COEFFICIENTS[1:]:
+            power = fma(builder, power, f, fill(FLOATS, coefficient))
+        exponent = builder.bitcast(builder.shl(builder.bitcast(t, WORDS), fill(WORDS, 23)), FLOATS)
+        is_some = builder.fcmp_unordered(">=", t, fill(FLOATS, _MAGIC + _LOWEST_EXPONENT))
+        return is_some, power, exponent, difference
+
+    def add(self, x: Any, total: Any) -> Any:
+        """total + exp."""
+        is_some, power, exponent, _ = self.terms(x)
+        return self._builder.select(is_some, fma(self._builder, power, exponent, total), total)
+
+
+def sum_of(builder: Any, vectors: list[Any]) -> Any:
+    while len(vectors) > 1:
+        vectors = [builder.fadd(one, other) for one, other in zip(vectors[::2], vectors[1::2], strict=True)]
+    function = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
+    reduce = cgutils.get_or_insert_function(builder.module, function, f"llvm.vector.reduce.fadd.v{LANES}f32")
+    return builder.call(reduce, [ir.Constant(FLOAT, -0.0), vectors[0]], fastmath=("reassoc",))
