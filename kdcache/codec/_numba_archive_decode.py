@@ -8,6 +8,8 @@ of the tree of ids is its leading bits behind a 1, so that an id ends as a node 
 What no processor can foretell, the way a bit falls, costs as much as some ten instructions where it is asked by a branch. So
 bits are chosen by masks; but where there is a branch on the bit anyway (how long a number is, where a set is split), the range
 is chosen by it too, and is at hand as soon as the processor has guessed.
+
+All of it is one file, since numba's copy on disk notices a change of this one alone.
 """
 
 from __future__ import annotations

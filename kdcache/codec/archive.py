@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from kdcache.codec import estimates
 from kdcache.codec.archive_model import MOST_ENTRIES_PER_BYTE
+from kdcache.codec.archive_tables import HALF_INFINITY, half_codes, half_logprobs, log_counts, places_of, tail_tables
 from kdcache.codec.base import (
     ColumnValues,
     binary_array,
@@ -33,7 +33,6 @@ from kdcache.codec.levels import (
     MOST_BITS,
     TAIL_BITS,
     level_logprobs,
-    level_masses,
     max_half_error,
     max_level_error,
     nearest_codes,
@@ -45,7 +44,6 @@ from kdcache.format.record import Distributions
 from kdcache.format.selection import fixed_exact, has_estimates, stores_num_exact
 
 HALF_BITS = 16
-HALF_INFINITY = 0x7C00
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,8 +125,8 @@ class ArchiveCodec:
         exact_X = estimates.exact_logprobs(d, self.selection)
         if self.bits == HALF_BITS:
             with np.errstate(divide="ignore"):
-                codes = (_half_codes(exact_X), _half_codes(np.log(d.tail_mass_P)))
-            outside_codes_M = _half_codes(d.outside_target_logprobs_M)
+                codes = (half_codes(exact_X), half_codes(np.log(d.tail_mass_P)))
+            outside_codes_M = half_codes(d.outside_target_logprobs_M)
         else:
             codes = codes_within_one(exact_X, num_exact_P, d.tail_mass_P, self.bits)
             outside_codes_M = nearest_codes(d.outside_target_logprobs_M, TAIL_BITS)
@@ -189,7 +187,7 @@ class ArchiveCodec:
         is_half = logprobs_QK.dtype == np.float16
         if is_half:
             logprobs_QK = np.empty(logprobs_QK.shape, np.float32)
-        places_P2 = _places(ids_QK, logprobs_QK, len(offsets_P1) - 1, keep_P)
+        places_P2 = places_of(ids_QK, logprobs_QK, len(offsets_P1) - 1, keep_P)
         decoded = self._decode_to(columns, offsets_P1, (ids_QK.reshape(-1), logprobs_QK.reshape(-1), places_P2))
         if is_half:
             out.logprobs_QK[:] = logprobs_QK
@@ -235,7 +233,7 @@ class ArchiveCodec:
     def _tables(self) -> tuple[NDArray[Any], ...]:
         draws = self.selection.params["num_draws"] if estimates.stores_counts(self.selection) else 0
         levels = np.zeros(0, np.float32) if self.bits == HALF_BITS else level_logprobs(self.bits)
-        return levels, _log_counts(draws), *_tail_tables(self.bits == HALF_BITS, estimates.stores_tail(self.selection))
+        return levels, log_counts(draws), *tail_tables(self.bits == HALF_BITS, estimates.stores_tail(self.selection))
 
     @property
     def _log_tau(self) -> float:
@@ -246,56 +244,3 @@ class ArchiveCodec:
 
     def max_error_nats(self, logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
         return max_half_error(logprobs) if self.bits == HALF_BITS else max_level_error(logprobs, self.bits)
-
-
-def _half_codes(logprobs: NDArray[np.floating]) -> NDArray[np.int32]:
-    """The bits of float16 sizes of logprobs: they rise as the logprob falls."""
-    with np.errstate(over="ignore"):
-        return np.abs(logprobs).astype(np.float16).view(np.uint16).astype(np.int32)
-
-
-def _places(
-    ids_QK: NDArray[np.int32], logprobs_QK: NDArray[np.float32], num_positions: int, keep_P: NDArray[np.bool_] | None
-) -> NDArray[np.int64]:
-    """(P, 2) where in the flat arrays each position begins, -1 for nowhere, and where its padding ends."""
-    num_kept = num_positions if keep_P is None else int(np.count_nonzero(keep_P))
-    if not (ids_QK.flags.c_contiguous and logprobs_QK.flags.c_contiguous and ids_QK.shape == logprobs_QK.shape):
-        raise ValueError("arrays that are decoded into must be C-contiguous and of one shape")
-    if len(ids_QK) != num_kept:
-        raise ValueError(f"arrays that are decoded into have {len(ids_QK)} rows for {num_kept} positions")
-    starts_Q = np.arange(num_kept) * ids_QK.shape[1]
-    places_Q2 = np.stack([starts_Q, starts_Q + ids_QK.shape[1]], axis=1)
-    if keep_P is None:
-        return places_Q2
-    places_P2 = np.full((num_positions, 2), -1, np.int64)
-    places_P2[keep_P] = places_Q2
-    return places_P2
-
-
-def half_logprobs(codes: NDArray[np.int32]) -> NDArray[np.float32]:
-    """What the bits of float16 sizes stand for."""
-    return -codes.astype(np.uint16).view(np.float16).astype(np.float32)
-
-
-@lru_cache(maxsize=16)
-def _log_counts(num_draws: int) -> NDArray[np.float64]:
-    """(N,) the logarithm of a count's share by its code."""
-    return _fixed(np.log((num_draws - np.arange(num_draws)) / num_draws)) if num_draws else _fixed(np.zeros(0))
-
-
-@lru_cache(maxsize=4)
-def _tail_tables(is_half: bool, is_stored: bool) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Tail masses and their logarithms, by code."""
-    if not is_stored:
-        masses = np.ones(1, np.float32)
-    elif is_half:
-        masses = np.exp(half_logprobs(np.arange(HALF_INFINITY + 1, dtype=np.int32)))
-    else:
-        masses = level_masses(TAIL_BITS).astype(np.float32)
-    with np.errstate(divide="ignore"):
-        return _fixed(masses), _fixed(np.log(masses.astype(np.float64)))
-
-
-def _fixed(values: NDArray[Any]) -> NDArray[Any]:
-    values.flags.writeable = False
-    return values
