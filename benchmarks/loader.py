@@ -8,9 +8,12 @@ the floor's in the same process and round.
 
 - Floors: bytes copied from a memory map into one batch's room, sequence by sequence in random order, not decoded and not
   checked. "packed": all columns of the cache of codec `packed`; "raw": int32 ids and float16 logprobs, of which there are more.
+  These two map the file anew for every pass, so that its page faults are in them; readers keep their maps, as does the third
+  floor, "packed, map kept": the bytes alone.
 - Others: each by its documented calls, in the fastest way found, one sequence a call for `random`; for `packed` a whole
   batch's sequences by one call where the library has one, placed by the plan that our loader made, which costs them nothing.
-  Their dtypes stay (int32, float16); ours become float32, twice the bytes to write.
+  Their dtypes stay (int32, float16). Ours become float32, twice the bytes to write, or with "float16" the same: beside a
+  library that gives float16 either of ours may stand, beside one that gives float32 only ours that do.
 - Ours, "loader": `sequential` and `random` are unpacked batches of 16 rows as `kdcache.Loader` gives them, with labels,
   positions and segments, which the others need not make there; its planning is counted. "[i]": `kdcache.open(...)[i]`, copied.
 - Integrity: on wherever a library has it; ours compares each row's digest at each read ("verify off" beside it).
@@ -77,7 +80,10 @@ def child(command: Sequence[str | Path], scratch: Path, timeout: float) -> dict[
 def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Every codec through the loader, `packed` by number and without checks too; and threads."""
     runs = [(f"{codec}, loader", ["loader", codec], []) for codec in arguments.codecs]
+    half = ["--logprob-dtype", "float16"]
+    runs += [("packed, loader, float16", ["loader", "packed"], half)]
     runs += [("packed, loader, verify off", ["loader", "packed"], ["--no-verify"])]
+    runs += [("packed, loader, float16, verify off", ["loader", "packed"], [*half, "--no-verify"])]
     runs += [("packed, [i]", ["map", "packed"], []), ("threads", ["threads", "packed"], [])]
     results = {}
     for name, (kind, codec), flags in runs:

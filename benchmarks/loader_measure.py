@@ -25,6 +25,8 @@ Row = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 MODES = ("sequential", "random", "packed")
 FLOORS = ("packed", "raw")
+KEPT_FLOOR = "packed, map kept"
+"""As the first of them, but the file is mapped once for all passes."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,17 @@ def steps(mode: str, reader: Reader, rows: Rows, room: Room) -> Iterator[int]:
             yield room.put_batch(places, reader.get([number for _, number in places]))
 
 
-def floor_steps(name: str, rows: Rows, room: NDArray[np.uint8]) -> Iterator[int]:
-    """Bytes of each sequence, in random order, copied from a memory map into one batch's room: nothing decoded or checked."""
-    # A plain view: a memmap's own slices take microseconds each.
-    data = np.asarray(np.memmap(rows.folder / f"{name}.bin", np.uint8, "r")).view(np.ndarray)
+def mapped(name: str, rows: Rows) -> NDArray[np.uint8]:
+    """A floor's file. A plain view: a memmap's own slices take microseconds each."""
+    return np.asarray(np.memmap(rows.folder / f"{name}.bin", np.uint8, "r")).view(np.ndarray)
+
+
+def floor_steps(name: str, rows: Rows, room: NDArray[np.uint8], data: NDArray[np.uint8] | None = None) -> Iterator[int]:
+    """Bytes of each sequence, in random order, copied from a memory map into one batch's room: nothing decoded or checked.
+
+    The file is mapped here, unless it is given mapped.
+    """
+    data = mapped(name, rows) if data is None else data
     starts, tokens = np.load(rows.folder / f"{name}_starts.npy").tolist(), np.diff(rows.starts_S1).tolist()
     filled = 0
     for number in rows.order_S:
@@ -181,6 +190,8 @@ def measure(modes: dict[str, Callable[[], Iterator[int]]], rows: Rows, seconds: 
     """Passes of every mode and floor in every round."""
     room = np.empty(2**13 * (6 * rows.k + 4), np.uint8)
     floors = {f"floor {name}": (lambda name=name: floor_steps(name, rows, room)) for name in FLOORS}
+    kept = mapped("packed", rows)
+    floors[f"floor {KEPT_FLOOR}"] = lambda: floor_steps("packed", rows, room, kept)
     passes: dict[str, list[dict[str, float]]] = {name: [] for name in modes | floors}
     for number in range(rounds + 1):
         for name, once in (modes | floors).items():

@@ -1,6 +1,7 @@
 """kdcache's side of the loader benchmark: one cache read through the loader, or by number.
 
-    python benchmarks/loader_ours.py loader|map|threads CODEC ROWS CACHE [--no-verify] [--seconds 0.3] [--rounds 3]
+    python benchmarks/loader_ours.py loader|map|threads CODEC ROWS CACHE [--no-verify] [--logprob-dtype float16] [--seconds 0.3]
+        [--rounds 3]
 
 `loader`: batches of the loader without threads: unpacked (one sequence per row) in stored and in random order, and packed in
 random order; the plan of each epoch is made within the time. `map`: `kdcache.open(...)[i]`, copied into a batch as the
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from loader_measure import MODES, Room, Row, Rows, check, measure, num_bytes, steps, use_one_core
 from loader_rows import BATCH_ROWS, CODECS, SEQ_LEN
@@ -54,11 +56,13 @@ def _row(record: Any) -> Row:
 class LoaderReader:
     """The rows as they stand in the batches of an unshuffled epoch, one sequence each: only to be checked."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, logprob_dtype: str = "float32") -> None:
         self.cache = cache
+        options = LoaderConfig(seq_len=SEQ_LEN, batch_rows=1, packing="none", shuffle=False, num_threads=0)
+        self.options = giving(options, logprob_dtype)
 
     def get(self, numbers: list[int]) -> Iterable[Row]:
-        options = LoaderConfig(seq_len=SEQ_LEN, batch_rows=1, packing="none", shuffle=False, num_threads=0)
+        options = self.options
         with Loader(self.cache.select(numbers), options) as loader:
             yield from ((batch.input_ids_BT[0, : batch.num_tokens], batch.token_ids_PK, batch.logprobs_PK) for batch in loader)
 
@@ -66,32 +70,42 @@ class LoaderReader:
         return self.get(list(range(len(self.cache))))
 
 
+def giving(options: LoaderConfig, logprob_dtype: str) -> LoaderConfig:
+    """The options with logprobs of this dtype."""
+    return msgspec.structs.replace(options, logprob_dtype=logprob_dtype)
+
+
 def epoch(loader: Loader) -> Callable[[], Iterator[int]]:
     """Tokens of each batch of the epoch, or of the rest of one that was left in the middle."""
     return lambda: (batch.num_tokens for batch in loader)
 
 
-def modes(kind: str, cache: Cache, rows: Rows) -> dict[str, Callable[[], Iterator[int]]]:
+def modes(kind: str, cache: Cache, rows: Rows, logprob_dtype: str = "float32") -> dict[str, Callable[[], Iterator[int]]]:
     if kind == "map":
         reader, room = MapReader(cache), Room(BATCH_ROWS, SEQ_LEN, rows.k, np.float32)
         return {mode: (lambda mode=mode: steps(mode, reader, rows, room)) for mode in MODES}
     if kind == "loader":
-        return {mode: epoch(Loader(cache, options)) for mode, options in OPTIONS.items()}
-    return {
-        str(n): epoch(Loader(cache, LoaderConfig(seq_len=SEQ_LEN, batch_rows=BATCH_ROWS, num_threads=n))) for n in (0, 1, 2)
-    }
+        return {mode: epoch(Loader(cache, giving(options, logprob_dtype))) for mode, options in OPTIONS.items()}
+    options = giving(OPTIONS["packed"], logprob_dtype)
+    return {str(n): epoch(Loader(cache, msgspec.structs.replace(options, num_threads=n))) for n in (0, 1, 2)}
 
 
 def result(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = Rows.load(arguments.rows)
     with open_dataset(arguments.cache, verify=arguments.verify) as cache:
         if CODECS[arguments.codec].is_lossless:
-            check(MapReader(cache) if arguments.kind == "map" else LoaderReader(cache), rows)
+            check(MapReader(cache) if arguments.kind == "map" else LoaderReader(cache, arguments.logprob_dtype), rows)
         if arguments.kind != "threads":
             use_one_core()
-        passes = measure(modes(arguments.kind, cache, rows), rows, arguments.seconds, arguments.rounds)
+        readers = modes(arguments.kind, cache, rows, arguments.logprob_dtype)
+        passes = measure(readers, rows, arguments.seconds, arguments.rounds)
     about = {"checked": "each row's digest" if arguments.verify else "off", "is_lossless": CODECS[arguments.codec].is_lossless}
-    return about | {"bytes": num_bytes(arguments.cache), "tokens": rows.num_tokens, "dtype": "float32", "passes": passes}
+    return about | {
+        "bytes": num_bytes(arguments.cache),
+        "tokens": rows.num_tokens,
+        "dtype": arguments.logprob_dtype,
+        "passes": passes,
+    }
 
 
 def main() -> None:
@@ -101,6 +115,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("cache", type=Path)
     parser.add_argument("--no-verify", dest="verify", action="store_false")
+    parser.add_argument("--logprob-dtype", choices=("float32", "float16"), default="float32", help="not of map")
     parser.add_argument("--seconds", type=float, default=0.3)
     parser.add_argument("--rounds", type=int, default=3)
     print(json.dumps(result(parser.parse_args())), flush=True)

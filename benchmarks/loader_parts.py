@@ -1,7 +1,8 @@
-"""Where does the time of a packed batch go: finding and checking a record, decoding it, placing tokens, or the plan?
+"""Where does the time of a packed batch go: finding and checking rows, decoding them, placing tokens, or the plan?
 
 Method: a cache of noise in the `packed` profile (--sequences of 300 to 700 tokens, K = --k), read in the epoch's shuffled
-order from the page cache, no threads. First whole epochs, best of --rounds, in CPU seconds of this process; beside it as many
+order from the page cache, no threads. First whole epochs, best of --rounds, in CPU seconds of this process: with logprobs in
+float32 and in float16, without the digests, and record by record, as caches in object stores are read. Beside them as many
 tokens, 6 K + 4 bytes each, copied from a memory map, sequence by sequence in random order, into one batch's room: the floor.
 Then each step by itself, on one record of middle length, called again and again: its data is in the processor's caches there,
 so the steps add up to less than the epoch. Last the epoch with threads, in wall seconds.
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from loader_scale import make_identity, make_record
@@ -25,13 +27,16 @@ from loader_scale import make_identity, make_record
 from kdcache.codec.into import EntryArrays, decode_many_into
 from kdcache.config.loader import LoaderConfig
 from kdcache.format.manifest import Manifest, PlanInfo
+from kdcache.format.record import SequenceRecord
 from kdcache.loader.assemble import BatchLayout, assemble
 from kdcache.loader.buffers import BufferPool
 from kdcache.loader.cache import Cache, open_dataset
 from kdcache.loader.caches import CacheSet
+from kdcache.loader.direct import read_direct
 from kdcache.loader.loader import Loader
 from kdcache.loader.mask import choose
-from kdcache.store.rows import digest_of
+from kdcache.store._numba_xxh3 import row_digests
+from kdcache.store.rows import ColumnView, digest_of
 from kdcache.store.writer import CacheWriter
 
 SEQ_LEN, BATCH_ROWS, LENGTHS = 1024, 8, (300, 700)
@@ -45,9 +50,30 @@ def write(folder: Path, num_sequences: int, k: int) -> None:
     writer.fold()
 
 
-def epoch_seconds(cache: Cache, num_threads: int, clock: Callable[[], float], rounds: int) -> float:
+class RecordByRecord:
+    """A cache whose rows are not to be had by address, so that batches are assembled from records."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def __getitem__(self, number: int) -> SequenceRecord:
+        return self._cache[number]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "mapped_rows":
+            raise AttributeError(name)
+        return getattr(self._cache, name)
+
+
+def epoch_seconds(
+    cache: Any, num_threads: int, clock: Callable[[], float], rounds: int, logprob_dtype: Any = "float32"
+) -> float:
     """Of the fastest of some epochs, each with a plan and an order of its own, after one to warm up."""
-    with Loader(cache, LoaderConfig(seq_len=SEQ_LEN, batch_rows=BATCH_ROWS, num_threads=num_threads)) as loader:
+    options = LoaderConfig(seq_len=SEQ_LEN, batch_rows=BATCH_ROWS, num_threads=num_threads, logprob_dtype=logprob_dtype)
+    with Loader(cache, options) as loader:
         seconds = []
         for _ in range(rounds + 1):
             start = clock()
@@ -97,7 +123,11 @@ def steps(cache: Cache, rounds: int) -> Iterator[tuple[str, float, int]]:
     out = assemble([record], layout, pool)
     arrays = EntryArrays(out.token_ids_PK, out.logprobs_PK, out.tail_mass_P)
     views = list(reader.views.values())
+    parts_1C2 = np.array([place_of(view, row) for view in views], np.int64)[None]
+    rows = [np.array([number])]
     found: dict[str, Callable[[], object]] = {
+        "batch of this row by its addresses": lambda: read_direct(caches, rows, layout, pool),
+        "- of which its digest, compiled": lambda: row_digests(parts_1C2),
         "record found and checked": lambda: caches.record(number),
         "- of which its digest": lambda: digest_of([view.row_bytes(row) for view in views]),
         "batch of this record": lambda: assemble([record], layout, pool),
@@ -108,15 +138,31 @@ def steps(cache: Cache, rounds: int) -> Iterator[tuple[str, float, int]]:
         yield name, step_seconds(function, rounds), record.sequence.num_tokens
 
 
+def place_of(view: ColumnView, row: int) -> tuple[int, int]:
+    """Address and bytes of a row's value."""
+    addresses_S, num_bytes_S = view.places()
+    return int(addresses_S[row]), int(num_bytes_S[row])
+
+
+def epochs(cache: Cache, folder: Path, rounds: int) -> Iterator[tuple[str, float]]:
+    """Name and seconds of each way to read an epoch."""
+    clock = time.process_time
+    yield "epoch of packed batches, verified", epoch_seconds(cache, 0, clock, rounds)
+    yield "- with logprobs in float16", epoch_seconds(cache, 0, clock, rounds, "float16")
+    yield "- record by record", epoch_seconds(RecordByRecord(cache), 0, clock, rounds)
+    with open_dataset(folder / "cache", verify=False) as unchecked:
+        yield "- without digests", epoch_seconds(unchecked, 0, clock, rounds)
+        yield "- without digests, in float16", epoch_seconds(unchecked, 0, clock, rounds, "float16")
+
+
 def lines(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
     write(folder / "cache", arguments.sequences, arguments.k)
     with open_dataset(folder / "cache") as cache:
         num_tokens = int(cache.num_tokens_S.sum())
-        epoch = epoch_seconds(cache, 0, time.process_time, arguments.rounds)
         floor = copy_seconds(cache, folder, arguments.k, arguments.rounds)
         yield "| per CPU second | million tokens | ns per token |"
         yield "|---|---:|---:|"
-        for name, seconds in (("epoch of packed batches, verified", epoch), ("copy from a memory map", floor)):
+        for name, seconds in (*epochs(cache, folder, arguments.rounds), ("copy from a memory map", floor)):
             yield f"| {name} | {num_tokens / seconds / 1e6:.1f} | {seconds / num_tokens * 1e9:.0f} |"
         yield "\n| step, one record again and again | us | ns per token |\n|---|---:|---:|"
         for name, seconds, tokens in steps(cache, arguments.rounds):

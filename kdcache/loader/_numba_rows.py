@@ -8,7 +8,7 @@ Shape letters: as in batch.py; R rows, C columns of the digest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
 
 import numba
 import numpy as np
@@ -21,7 +21,7 @@ from kdcache.codec._numba_into import NUM_ADDRESSES, Settings, unpack_at
 from kdcache.codec.into import EntryFormat
 from kdcache.loader.batch import Batch
 from kdcache.store._numba_xxh3 import SCRATCH_BYTES, SHORT_BYTES, digest_at
-from kdcache.store.row_table import NUM_OF_ROW, NUM_POSITIONS, NUM_TOKENS, ROW_BYTES, ROW_DIGEST, MappedRows
+from kdcache.store.row_table import NUM_OF_ROW, NUM_POSITIONS, NUM_TOKENS, ROW_BYTES, ROW_DIGEST, MappedRows, RowFormat
 
 WHOLE, UNFIT, UNCHECKED = range(3)
 """Of a row: in the batch; not as it must be; in the batch, but too short for the compiled digest."""
@@ -30,52 +30,48 @@ _SINGLES = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 """float32 of each float16, by its bits."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Places:
-    """Where rows go in a batch.
-
-    Attributes:
-        positions_R: (R,) int64, of each row's first position in rows_P.
-        tokens_RC: (R, 8) int64 of `_numba_tokens.fill_tokens`; its first two columns, addresses of ids and flags, are written.
-    """
-
-    positions_R: NDArray[np.int64]
-    tokens_RC: NDArray[np.int64]
+@lru_cache(maxsize=64)
+def _about(rows: RowFormat, entries: EntryFormat) -> NDArray[np.int64]:
+    """What the compiled loop needs to know of a cache."""
+    columns = [_column(rows, name) for name in ("input_ids", "supervised", "num_entries", entries.stream, entries.logprobs)]
+    fixed = -1 if rows.fixed is None else rows.fixed
+    about = [len(rows.names), fixed, rows.verify, entries.vocab_size, *columns, _column(rows, entries.tail)]
+    return np.array([*about, digest_at.address, unpack_at.address], np.int64)
 
 
-def read_rows(mapped: MappedRows, entries: EntryFormat, batch: Batch, places: Places) -> NDArray[np.int64]:
+def _column(rows: RowFormat, name: str) -> int:
+    """Where a column's address stands in a row's line."""
+    return 2 * rows.names.index(name)
+
+
+def read_rows(mapped: MappedRows, entries: EntryFormat, batch: Batch, tokens_RC: NDArray[np.int64]) -> NDArray[np.int64]:
     """Write entries, tail masses and what the selection keeps beside them of the rows' positions, all that they have.
+
+    Args:
+        mapped: R rows.
+        entries: how they are to be read; one object per cache.
+        batch: to be written.
+        tokens_RC: (R, 8) int64 of `_numba_tokens.fill_tokens`: its last column says where the positions go, and the addresses
+            of ids and flags in its first two are written.
 
     Returns:
         (R,) WHOLE, UNFIT or UNCHECKED; of a row that is UNFIT anything may be written in its positions.
     """
-    rows_RJ = np.stack(
-        [mapped.addresses_R, mapped.key_addresses_R, mapped.num_tokens_R, mapped.num_positions_R, places.positions_R], axis=1
-    )
-    status_R = np.empty(len(rows_RJ), np.int64)
+    status_R = np.empty(len(tokens_RC), np.int64)
     settings = Settings.of(entries.id_bits, entries.value_bits, is_half=batch.logprobs_PK.dtype == np.float16)
     floats = np.zeros((2, 3), np.int64)
     for line, (name, values) in zip(floats, (("log_z", batch.log_z_PC), ("entropy", batch.entropy_P)), strict=True):
         if values is not None:
-            line[:] = _column(mapped, name), _address(values), 1 if values.ndim == 1 else values.shape[1]
-    columns = [_column(mapped, name) for name in ("input_ids", "supervised", "num_entries")]
-    columns += [_column(mapped, name) for name in (entries.stream, entries.logprobs, entries.tail)]
-    wanted = [len(mapped.names), -1 if mapped.fixed is None else mapped.fixed, mapped.verify, entries.vocab_size]
+            line[:] = _column(mapped.format, name), _address(values), 1 if values.ndim == 1 else values.shape[1]
     _read_rows(
-        rows_RJ,
-        np.array([*wanted, *columns, digest_at.address, unpack_at.address], np.int64),
+        mapped.places_RJ,
+        _about(mapped.format, entries),
         settings.numbers,
         (entries.masses, floats),
-        np.empty(int(mapped.num_positions_R.max(initial=0)) + 1, np.int64),
         (batch.token_ids_PK, _address(batch.logprobs_PK), batch.tail_mass_P),
-        (places.tokens_RC, status_R),
+        (tokens_RC, status_R),
     )
     return status_R
-
-
-def _column(mapped: MappedRows, name: str) -> int:
-    """Where a column's address stands in a row's line."""
-    return 2 * mapped.names.index(name)
 
 
 def _address(values: NDArray[np.generic]) -> int:
@@ -165,8 +161,8 @@ _TABLES = types.Tuple((types.Array(types.float32, 1, "C", readonly=True), numba.
 _FOUND = types.Tuple((numba.int64[:, ::1], numba.int64[::1]))
 
 
-@compiled(numba.void(numba.int64[:, ::1], numba.int64[::1], numba.int64[::1], _TABLES, numba.int64[::1], _OUT, _FOUND))
-def _read_rows(rows, about, settings, tables, offsets, out, found):
+@compiled(numba.void(numba.int64[:, ::1], numba.int64[::1], numba.int64[::1], _TABLES, _OUT, _FOUND))
+def _read_rows(rows, about, settings, tables, out, found):
     num_columns, fixed, verify, vocab_size = about[0], about[1], about[2], about[3]
     ids_column, flags_column, counts_column, stream, logprobs, tail = about[4], about[5], about[6], about[7], about[8], about[9]
     masses, floats = tables
@@ -174,8 +170,12 @@ def _read_rows(rows, about, settings, tables, offsets, out, found):
     tokens, status = found
     job, scratch = np.empty(NUM_ADDRESSES, np.int64), np.empty(SCRATCH_BYTES // 8, np.int64)
     num_columns_out, item_bytes = ids_out.shape[1], 2 if settings[2] else 4
+    most_positions = np.int64(0)
     for r in range(rows.shape[0]):
-        num_positions, first = rows[r, 3], rows[r, 4]
+        most_positions = max(most_positions, rows[r, 3])
+    offsets = np.empty(most_positions + 1, np.int64)
+    for r in range(rows.shape[0]):
+        num_positions, first = rows[r, 3], tokens[r, 7]
         line = numba.carray(_pointer(rows[r, 0]), (2 * num_columns + NUM_OF_ROW,), np.int64)
         own = line[2 * num_columns :]
         status[r] = UNFIT

@@ -165,24 +165,33 @@ def _blank(records: Sequence[Record], choices: Sequence[Choice], layout: BatchLa
     num_columns = layout.columns.num_columns
     if num_columns is None:
         num_columns = max((int(np.diff(_offsets(record)).max(initial=0)) for record in records), default=0)
-    batch = blank_batch(layout, [_num_tokens(record) for record in records], num_stored - num_masked, num_columns, pool)
+    cu_seqlens_G1 = _segment_starts([_num_tokens(record) for record in records], layout)
+    segments = cu_seqlens_G1, int(np.diff(cu_seqlens_G1).max(initial=0))
+    batch = blank_batch(layout, segments, (len(records), num_stored - num_masked, num_columns), pool)
     features = batch_features(records, [choice.keep_P for choice in choices], layout.features)
     return replace(batch, num_masked=num_masked, features=features)
 
 
 def blank_batch(
-    layout: BatchLayout, lengths: Sequence[int], num_positions: int, num_columns: int, pool: BufferPool | None
+    layout: BatchLayout, segments: tuple[NDArray[np.int32], int], sizes: tuple[int, int, int], pool: BufferPool | None
 ) -> Batch:
-    """A batch of sequences of these lengths, none of it masked and without features. Weights are 1; what is to be written whole
-    anyway, most of the bytes, is left unwritten."""
+    """A batch with nothing masked and without features. Weights are 1; what is to be written whole anyway, most of it, is left
+    unwritten.
+
+    Args:
+        layout: of the batch.
+        segments: cu_seqlens_G1 and max_seqlen.
+        sizes: number of sequences, of positions P and of columns K.
+        pool: as for `assemble`.
+    """
     shape_BT, columns, pool = (len(layout.sequences_per_row), layout.seq_len), layout.columns, pool or BufferPool(0)
-    cu_seqlens_G1 = _segment_starts(lengths, layout)
+    num_sequences, num_positions, num_columns = sizes
     return Batch(
         input_ids_BT=np.empty(shape_BT, np.int32),
         position_ids_BT=np.empty(shape_BT, np.int32),
         segment_ids_BT=np.empty(shape_BT, np.int32),
-        cu_seqlens_G1=cu_seqlens_G1,
-        max_seqlen=int(np.diff(cu_seqlens_G1).max(initial=0)),
+        cu_seqlens_G1=segments[0],
+        max_seqlen=segments[1],
         labels_BT=np.empty(shape_BT, np.int32),
         rows_P=np.empty(num_positions, np.int64),
         token_ids_PK=pool.take((num_positions, num_columns), np.int32),
@@ -192,7 +201,7 @@ def blank_batch(
         num_exact_P=np.zeros(num_positions, np.int64) if columns.has_exact else None,
         log_z_PC=np.zeros((num_positions, columns.num_temperatures), np.float32) if columns.num_temperatures else None,
         entropy_P=np.zeros(num_positions, np.float32) if columns.has_entropy else None,
-        num_sequences=len(lengths),
+        num_sequences=num_sequences,
         num_masked=0,
     )
 

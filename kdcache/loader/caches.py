@@ -77,10 +77,10 @@ class CacheSet:
         cache = bisect_right(self._bases, number) - 1
         return self.readers[cache], number - self._bases[cache]
 
-    def by_cache(self, numbers_R: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Reader, NDArray[np.int64]]]:
+    def by_cache(self, numbers_R: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64] | slice, Reader, NDArray[np.int64]]]:
         """Of each cache that has some of these sequences: which of them, the cache, and their numbers there."""
         if len(self.readers) == 1:
-            yield np.arange(len(numbers_R)), self.readers[0], numbers_R
+            yield slice(None), self.readers[0], numbers_R
             return
         cache_R = np.searchsorted(self._bases, numbers_R, "right") - 1
         for cache in np.unique(cache_R).tolist():

@@ -9,6 +9,7 @@ Shape letters: as in batch.py; R sequences of the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from kdcache.loader.assemble import BatchLayout, blank_batch
 from kdcache.loader.batch import Batch
 from kdcache.loader.buffers import BufferPool
 from kdcache.loader.caches import CacheSet
-from kdcache.store.row_table import MappedRows
+from kdcache.store.row_table import MappedRows, RowFormat
 
 
 def read_direct(
@@ -33,6 +34,9 @@ def read_direct(
         layout: of these rows.
         pool: as for `assemble`.
     """
+    # Imported on use: numba takes 0.4 s.
+    from kdcache.loader._numba_tokens import fill_tokens, place_sequences
+
     numbers_R = np.concatenate(rows) if rows else np.zeros(0, np.int64)
     if not layout.mask.is_all or layout.features or not len(numbers_R):
         return None
@@ -40,17 +44,21 @@ def read_direct(
     num_columns = None if parts is None else _num_columns(parts, layout)
     if parts is None or num_columns is None:
         return None
-    num_tokens_R, num_positions_R = (np.empty(len(numbers_R), np.int64) for _ in range(2))
+    counts_R2 = np.empty((len(numbers_R), 2), np.int64)
     for where, mapped, _ in parts:
-        num_tokens_R[where], num_positions_R[where] = mapped.num_tokens_R, mapped.num_positions_R
-    places_RC, ends_B = _places(num_tokens_R, num_positions_R, np.array(layout.sequences_per_row))
-    if (ends_B > layout.seq_len).any():
+        counts_R2[where] = mapped.places_RJ[:, 2:]
+    placed = place_sequences(counts_R2, layout.sequences_per_row, layout.seq_len)
+    if placed.longest_row > layout.seq_len:
         return None
-    batch = blank_batch(layout, num_tokens_R.tolist(), int(num_positions_R.sum()), num_columns, pool)
-    return batch if _filled(batch, parts, places_RC, ends_B) else None
+    sizes = len(numbers_R), placed.num_positions, num_columns
+    batch = blank_batch(layout, (placed.cu_seqlens_G1, placed.max_seqlen), sizes, pool)
+    if not all(_is_filled(batch, part, placed.table_RC) for part in parts):
+        return None
+    fill_tokens(batch, placed.table_RC, placed.ends_B)
+    return batch
 
 
-_Part = tuple[NDArray[np.int64], MappedRows, EntryFormat]
+_Part = tuple[NDArray[np.int64] | slice, MappedRows, EntryFormat]
 """The sequences of one cache: which of the batch's they are, and how they are read."""
 
 
@@ -59,47 +67,36 @@ def _parts(caches: CacheSet, numbers_R: NDArray[np.int64]) -> list[_Part] | None
     for where, reader, numbers in caches.by_cache(numbers_R):
         mapped_rows = getattr(reader, "mapped_rows", None)
         mapped: MappedRows | None = None if mapped_rows is None else mapped_rows(numbers)
-        entries = None if mapped is None else entry_format(mapped.codec)
+        entries = None if mapped is None else _entries(mapped.format)
         if mapped is None or entries is None:
             return None
         parts.append((where, mapped, entries))
     return parts
 
 
+@lru_cache(maxsize=64)
+def _entries(rows: RowFormat) -> EntryFormat | None:
+    return entry_format(rows.codec)
+
+
 def _num_columns(parts: Sequence[_Part], layout: BatchLayout) -> int | None:
     """K; None where a row claims more than its cache's selection allows."""
     if layout.columns.num_columns is not None:
         return layout.columns.num_columns
-    widest = [(mapped.most_entries(), most_entries(mapped.selection, entries.vocab_size)) for _, mapped, entries in parts]
+    widest = [
+        (mapped.most_entries(), most_entries(mapped.format.selection, entries.vocab_size)) for _, mapped, entries in parts
+    ]
     return None if any(found > most for found, most in widest) else max(found for found, _ in widest)
 
 
-def _places(
-    num_tokens_R: NDArray[np.int64], num_positions_R: NDArray[np.int64], sequences_B: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(R, 8) for `fill_tokens`, the addresses 0; and (B,) where each row ends."""
-    row_R = np.repeat(np.arange(len(sequences_B)), sequences_B)
-    before_B = np.cumsum(sequences_B) - sequences_B
-    ends_R = np.append(0, np.cumsum(num_tokens_R))
-    starts_B = ends_R[before_B]
-    places_RC = np.zeros((len(num_tokens_R), 8), np.int64)
-    places_RC[:, 3], places_RC[:, 4] = num_tokens_R, row_R
-    places_RC[:, 5] = ends_R[:-1] - starts_B[row_R]
-    places_RC[:, 6] = np.arange(1, len(row_R) + 1) - before_B[row_R]
-    places_RC[:, 7] = np.cumsum(num_positions_R) - num_positions_R
-    return places_RC, ends_R[before_B + sequences_B] - starts_B
+def _is_filled(batch: Batch, part: _Part, tokens_RC: NDArray[np.int64]) -> bool:
+    """Whether all rows of a cache are whole, and now in the batch but for their tokens."""
+    from kdcache.loader._numba_rows import UNCHECKED, WHOLE, read_rows
 
-
-def _filled(batch: Batch, parts: Sequence[_Part], places_RC: NDArray[np.int64], ends_B: NDArray[np.int64]) -> bool:
-    # Imported on use: numba takes 0.4 s.
-    from kdcache.loader._numba_rows import UNCHECKED, UNFIT, Places, read_rows
-    from kdcache.loader._numba_tokens import fill_tokens
-
-    for where, mapped, entries in parts:
-        tokens_RC = places_RC[where]
-        status_R = read_rows(mapped, entries, batch, Places(tokens_RC[:, 7], tokens_RC))
-        if (status_R == UNFIT).any() or not all(map(mapped.is_whole, np.flatnonzero(status_R == UNCHECKED).tolist())):
-            return False
-        places_RC[where] = tokens_RC
-    fill_tokens(batch, places_RC, ends_B)
-    return True
+    where, mapped, entries = part
+    part_RC = tokens_RC[where]
+    status_R = read_rows(mapped, entries, batch, part_RC)
+    if not isinstance(where, slice):
+        tokens_RC[where] = part_RC
+    others = np.flatnonzero(status_R != WHOLE).tolist()
+    return all(status_R[r] == UNCHECKED and mapped.is_whole(r) for r in others)

@@ -153,7 +153,7 @@ class EpochPlan:
         assert rows.batches_N1 is not None
         first, end = rows.batches_N1[number - self._before[block].batches :][:2]
         sequences = [rows[r] for r in range(first, end)]
-        longest = int(self.order.num_tokens(np.concatenate(sequences)).max())
+        longest = int(self.order.num_tokens(rows.sequences_M[rows.starts_R1[first] : rows.starts_R1[end]]).max())
         sequences += [np.zeros(0, np.int64)] * (-len(sequences) % self._options.batch_rows)
         return BatchRows(sequences, row_length(longest, self._options))
 

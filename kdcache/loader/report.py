@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kdcache.loader.batch import Batch
 
@@ -43,8 +43,10 @@ class EpochReport:
 
     def plus(self, batch: Batch, num_tokens: int) -> EpochReport:
         """With one batch more."""
-        return replace(
-            self,
+        return EpochReport(
+            self.epoch,
+            self.first_batch,
+            self.is_complete,
             num_batches=self.num_batches + 1,
             num_sequences=self.num_sequences + batch.num_sequences,
             num_tokens=self.num_tokens + num_tokens,

@@ -30,7 +30,7 @@ from kdcache.store.index import open_index
 from kdcache.store.location import Location, locate
 from kdcache.store.look_ahead import LookAhead
 from kdcache.store.remote_read import RemoteFile
-from kdcache.store.row_table import MappedRows
+from kdcache.store.row_table import MappedRows, RowFormat
 from kdcache.store.rows import BatchReader, EncodedRecord
 
 OPEN_BATCHES = 256
@@ -77,6 +77,8 @@ class CacheReader:
         self.num_positions_S: NDArray[np.uint32] = table.column("num_positions").to_numpy()
         self._unit_S, self._batch_S, self._row_S = (table.column(n).to_numpy() for n in ("unit", "record_batch", "row"))
         self._keys_S = _keys(table.column("key"))
+        self._keys_address: int = self._keys_S.__array_interface__["data"][0]
+        self._row_format: RowFormat | None = None
         if len(table) != manifest.total("num_sequences"):
             raise CorruptCacheError(
                 f"{root}: the index has {len(table)} sequences, the manifest {manifest.total('num_sequences')}"
@@ -168,34 +170,35 @@ class CacheReader:
     def mapped_rows(self, numbers: NDArray[np.int64]) -> MappedRows | None:
         """The rows of sequences of this snapshot, for a compiled loop to read: see `MappedRows`. None where that cannot be, in
         an object store or where something is wrong: `encoded` then reads them, or says what is wrong."""
-        if self._ahead is not None or not len(numbers):
+        if self._ahead is not None:
             return None
-        units, batches, rows = self._unit_S[numbers].tolist(), self._batch_S[numbers].tolist(), self._row_S[numbers]
+        rows = self._row_S[numbers].tolist()
         try:
-            found = [self.record_batch(unit, batch) for unit, batch in zip(units, batches, strict=True)]
+            found = self._record_batches(zip(self._unit_S[numbers].tolist(), self._batch_S[numbers].tolist(), strict=True))
         except KdcacheError:
             return None
-        tables = [reader.table() for reader in found]
-        if any(table is None for table in tables):
+        lines = [reader.line(row) for reader, row in zip(found, rows, strict=True)]
+        num_positions_R = self.num_positions_S[numbers]
+        # Of the rows themselves: memory is taken for so many, so no index may claim more than there are.
+        if not all(lines) or [r.num_positions[row] for r, row in zip(found, rows, strict=True)] != num_positions_R.tolist():
             return None
-        sizes = np.array(
-            [(*table.shape, table.__array_interface__["data"][0]) for table in tables if table is not None], np.int64
-        )
-        if (rows >= sizes[:, 0]).any():
-            return None
-        return MappedRows(
-            addresses_R=sizes[:, 2] + rows * sizes[:, 1] * 8,
-            key_addresses_R=self._keys_S.__array_interface__["data"][0] + numbers * KEY_BYTES,
-            num_tokens_R=self.num_tokens_S[numbers].astype(np.int64),
-            num_positions_R=self.num_positions_S[numbers].astype(np.int64),
-            names=tuple(found[0].views),
-            codec=self._codec,
-            selection=self.manifest.identity.selection,
-            fixed=found[0].fixed,
-            verify=self._verify,
-            batches=found,
-            rows=rows.astype(np.int64),
-        )
+        places_RJ = np.empty((len(rows), 4), np.int64)
+        places_RJ[:, 0], places_RJ[:, 1] = lines, self._keys_address + numbers * KEY_BYTES
+        places_RJ[:, 2], places_RJ[:, 3] = self.num_tokens_S[numbers], num_positions_R
+        if self._row_format is None and found:
+            names, selection = tuple(found[0].views), self.manifest.identity.selection
+            self._row_format = RowFormat(names, self._codec, selection, found[0].fixed, self._verify)
+        return None if self._row_format is None else MappedRows(self._row_format, places_RJ, found, rows)
+
+    def _record_batches(self, places: Iterable[tuple[int, int]]) -> list[BatchReader]:
+        """Several, of which most are kept open already."""
+        found: list[tuple[tuple[int, int], BatchReader | None]] = []
+        with self._lock:
+            for place in places:
+                found.append((place, self._batches.get(place)))
+                if found[-1][1] is not None:
+                    self._batches.move_to_end(place)
+        return [self.record_batch(*place) if reader is None else reader for place, reader in found]
 
     @property
     def is_remote(self) -> bool:

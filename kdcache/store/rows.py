@@ -264,7 +264,8 @@ class BatchReader:
         most = max(self.num_positions, default=0) + 1 if self._fixed is not None else 0
         self._fixed_offsets = np.arange(most, dtype=np.int64) * (self._fixed or 0)
         self._fixed_offsets.flags.writeable = False
-        self._table: NDArray[np.int64] | None = None
+        self._tables: list[NDArray[np.int64] | None] = []
+        self._lines: tuple[int, int] | None = None
 
     def record(self, row: int, *, verify: bool = True) -> SequenceRecord:
         """The record in this row; raises CorruptCacheError where the digest does not match or parts do not fit together."""
@@ -288,12 +289,20 @@ class BatchReader:
         """Whether a row's digest matches its bytes."""
         return digest_of([view.row_bytes(row) for view in self.views.values()]) == self._digests[row]
 
-    def table(self) -> NDArray[np.int64] | None:
-        """`row_table` of this record batch, which must be there while it is used; None unless all rows are sound."""
-        if self._table is None and self._is_sound:
-            numbers = {NUM_TOKENS: self.num_tokens, NUM_POSITIONS: self.num_positions, ROW_DIGEST: self._digests}
-            self._table = row_table(self.views, numbers)
-        return self._table
+    def line(self, row: int) -> int:
+        """Where a row's line of this record batch's `row_table` lies in memory, as long as this reader is there; 0 where there
+        is none, as there is no such row or not all rows are sound."""
+        start, num_bytes = self._lines or self._make_lines()
+        return start + row * num_bytes if row < self.num_rows else 0
+
+    def _make_lines(self) -> tuple[int, int]:
+        """The first one's address, and the bytes of each."""
+        numbers = {NUM_TOKENS: self.num_tokens, NUM_POSITIONS: self.num_positions, ROW_DIGEST: self._digests}
+        table = row_table(self.views, numbers) if self._is_sound else None
+        # Two threads may both come here: the lines of each are kept as long as this reader.
+        self._tables.append(table)
+        self._lines = (0, 0) if table is None else (table.__array_interface__["data"][0], table.strides[0])
+        return self._lines
 
     def most_entries(self, row: int) -> int:
         """Of any position of a row, as it says."""

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_reader import STRIDE, assert_same, make_record
 
@@ -40,12 +40,14 @@ def test_two_sequences_in_a_row_by_hand() -> None:
     assert (batch.num_sequences, batch.num_tokens) == (2, 5)
 
 
+@settings(deadline=None)
 @given(ROWS, MASKS, st.booleans(), st.sampled_from([3, 5, None]))
 def test_assembling_equals_the_reference(rows: list[list[int]], mask: str, ragged: bool, num_columns: int | None) -> None:
     records, layout = make_records(rows, supervised=mask, ragged=ragged), make_layout(rows, num_columns)
     assert_same(assemble(records, layout), assemble_reference(records, layout))
 
 
+@settings(deadline=None)
 @given(ROWS, MASKS, st.booleans())
 def test_labels_and_rows_are_right_by_what_the_tokens_say(rows: list[list[int]], mask: str, ragged: bool) -> None:
     """Independent of both implementations: each token id names its sequence and place, so nothing can be off by one."""
@@ -81,6 +83,7 @@ def check_distribution(batch: Batch, p: int, record: SequenceRecord, record_p: i
     assert batch.tail_mass_P[p] == d.tail_mass_P[record_p]
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_segments_cover_each_place_of_the_flattened_rows_once(rows: list[list[int]]) -> None:
     batch = assemble(make_records(rows), make_layout(rows))

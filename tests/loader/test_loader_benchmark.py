@@ -81,7 +81,7 @@ def test_a_packed_batch_of_a_baseline_is_the_loaders(bench: Any, tmp_path: Path)
 
 
 def test_a_library_that_is_not_there_is_reported_and_ours_is_compared_with_the_others(bench: Any):
-    names = ("sequential", "random", "packed", "floor packed", "floor raw")
+    names = ("sequential", "random", "packed", "floor packed", "floor raw", "floor packed, map kept")
     slow = {name: [FOUND | {"tokens": 1000.0}] for name in names[:3]} | {name: [FOUND] for name in names[3:]}
     about = {"bytes": 300, "tokens": 10, "checked": "each row's digest", "dtype": "float32", "is_lossless": True}
     ours = {"packed, loader": about | {"passes": {name: [FOUND] for name in names}}, "threads": {"passes": {"0": [FOUND]}}}
@@ -97,7 +97,17 @@ def test_a_library_that_is_not_there_is_reported_and_ours_is_compared_with_the_o
     assert "- C: failed: it broke" in text
     assert "| A | packed, loader | 2, 2, 2 |" in text
     assert "`packed` at 0.75 of the floor: 1.00: met" in text
+    assert "1.00 of the packed floor whose map is kept" in text
     assert "Ahead of all of them at equal or fewer bytes: met." in text
+
+
+def test_a_library_that_gives_float32_is_compared_with_ours_that_do(bench: Any):
+    report = bench("loader_report")
+    about = {"bytes": 300, "tokens": 10, "checked": "each row's digest", "is_lossless": True}
+    fast, slow = {"random": [FOUND]}, {"random": [FOUND | {"tokens": 1000.0}]}
+    ours = {"half": about | {"dtype": "float16", "passes": fast}, "single": about | {"dtype": "float32", "passes": slow}}
+    for dtype, expected in (("float16", "half"), ("float32", "single")):
+        assert report.fastest_within({"ours": ours}, about | {"dtype": dtype}, True) == expected
 
 
 def test_a_baseline_says_that_its_library_is_missing(tmp_path: Path):

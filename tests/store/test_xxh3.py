@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,12 +45,23 @@ def test_rows_of_any_lengths_at_any_address_have_the_digest_of_the_definition(le
     assert int(row_digests(parts_of(values)[None])[0]) == definition(values)
 
 
-def test_every_total_up_to_some_blocks_has_the_digest_of_the_definition():
+def check_totals() -> None:
     data = np.random.default_rng(0).integers(0, 256, 3400, np.uint8)
     totals = range(SHORT_BYTES + 1 - 16, 3400)
     rows = [[data[:40], data[: n - 40]] for n in totals]
     found = row_digests(np.stack([parts_of(row) for row in rows]))
     assert found.tolist() == [definition(row) for row in rows]
+
+
+def test_every_total_up_to_some_blocks_has_the_digest_of_the_definition():
+    check_totals()
+
+
+@pytest.mark.slow
+def test_processors_without_wide_vectors_give_the_same_digests():
+    code = "import test_xxh3; test_xxh3.check_totals()"
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "PYTHONPATH": os.path.dirname(__file__)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_a_bit_that_is_flipped_anywhere_changes_the_digest():
