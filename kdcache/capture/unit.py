@@ -30,7 +30,7 @@ from kdcache.errors import (
     TeacherError,
 )
 from kdcache.format.manifest import FeatureInfo, ShardInfo, SkippedSequence, TeacherIdentity
-from kdcache.format.record import SequenceRecord, TokenSequence, check_distributions
+from kdcache.format.record import SequenceRecord, TokenSequence, check_distributions, check_mass
 from kdcache.format.selection import fixed_entries
 from kdcache.store.admission import check_record
 from kdcache.store.set_aside import FailedUnit
@@ -314,6 +314,7 @@ def _check_answer(record: SequenceRecord, teacher: TeacherIdentity, features: Se
     sequence, distributions = record.sequence, record.distributions
     try:
         check_distributions(distributions, vocab_size=teacher.vocab_size)
+        check_mass(distributions)
         check_features(distributions.features, features, distributions.num_positions)
     except FormatError as error:
         raise TeacherError(f"{sequence.source}: the teacher {teacher.model!r} gave a wrong answer: {error}") from error

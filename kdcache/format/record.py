@@ -20,6 +20,8 @@ from kdcache.errors import FormatError
 KEY_BYTES = 16
 NO_TARGET = -1
 PADDING_ID = -1
+MASS_TOLERANCE = 2e-3
+"""By how much a teacher's probabilities at a position may miss 1: sums in float32, and a remote teacher's rounded logprobs."""
 
 ROLES = ("none", "system", "user", "assistant", "tool")
 """Names of the codes in `TokenSequence.roles_N`; `none` is plain text and the template's own tokens."""
@@ -273,6 +275,23 @@ def check_distributions(distributions: Distributions, *, vocab_size: int) -> Non
     _refuse(np.arange(d.num_positions), ~((d.tail_mass_P >= 0) & (d.tail_mass_P <= 1)), "tail_mass is outside [0, 1]")
     if not (d.outside_target_logprobs_M <= 0).all():
         raise FormatError("a target's logprob is above 0 or NaN")
+
+
+def check_mass(distributions: Distributions) -> None:
+    """Raise FormatError unless exact entries and tail_mass sum to 1 at each position, as a teacher's do before any codec.
+
+    A teacher whose logprobs are not normalised over the whole vocabulary, or are of another temperature, is found by it.
+    """
+    d = distributions
+    rows_E = np.repeat(np.arange(d.num_positions), d.num_entries_P)[d.is_exact_E]
+    exact_P = np.bincount(rows_E, np.exp(d.logprobs_E[d.is_exact_E].astype(np.float64)), d.num_positions)
+    missing_P = ~(np.abs(exact_P + d.tail_mass_P - 1) <= MASS_TOLERANCE)
+    if missing_P.any():
+        p = int(np.argmax(missing_P))
+        raise FormatError(
+            f"record {p}: exact entries of {exact_P[p]:.4f} and a tail_mass of {d.tail_mass_P[p]:.4f} do not sum to 1: the "
+            "logprobs are not normalised over the whole vocabulary, or of another temperature"
+        )
 
 
 def _check_scalars(d: Distributions) -> None:

@@ -13,6 +13,7 @@ from kdcache.format.record import (
     PADDING_ID,
     Distributions,
     check_distributions,
+    check_mass,
     distributions_from_dense,
     find_targets,
     sequence_key,
@@ -138,6 +139,24 @@ def test_a_broken_promise_is_named_with_its_record(name):
     fields, sentence = broken()[name]
     with pytest.raises(FormatError, match=sentence):
         check_distributions(replaced(make_record(3).distributions, **fields), vocab_size=97)
+
+
+def test_a_teachers_probabilities_sum_to_one_or_it_is_said():
+    logprobs = np.log(np.array([0.5, 0.25, 0.6, 0.3], np.float32))
+    d = Distributions(
+        token_ids_E=np.arange(4, dtype=np.int32), logprobs_E=logprobs, offsets_P1=np.array([0, 2, 4]),
+        tail_mass_P=np.array([0.25, 0.1], np.float32), outside_target_logprobs_M=np.zeros(0, np.float32),
+    )  # fmt: skip
+    check_mass(d)
+    for change in (
+        {"logprobs_E": logprobs / 2},
+        {"tail_mass_P": np.array([0.25, 0.2], np.float32)},
+        {"logprobs_E": logprobs - 0.1},
+    ):
+        with pytest.raises(FormatError, match="do not sum to 1: the logprobs are not normalised over the whole vocabulary"):
+            check_mass(replaced(d, **change))
+    estimates = replaced(d, num_exact_P=np.array([2, 1]), tail_mass_P=np.array([0.25, 0.4], np.float32))
+    check_mass(estimates)  # an estimate's probability is not what is left of 1
 
 
 def test_a_key_depends_on_tokens_mask_and_template_and_on_where_one_ends_and_the_next_begins():
