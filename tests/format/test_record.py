@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import strategies
@@ -155,8 +157,9 @@ def test_a_teachers_probabilities_sum_to_one_or_it_is_said():
     ):
         with pytest.raises(FormatError, match="do not sum to 1: the logprobs are not normalised over the whole vocabulary"):
             check_mass(replaced(d, **change))
-    estimates = replaced(d, num_exact_P=np.array([2, 1]), tail_mass_P=np.array([0.25, 0.4], np.float32))
-    check_mass(estimates)  # an estimate's probability is not what is left of 1
+    check_mass(
+        replace(d, num_exact_P=np.array([2, 1]), tail_mass_P=np.array([0.25, 0.4], np.float32))
+    )  # an estimate's probability is not what is left of 1
 
 
 def test_a_key_depends_on_tokens_mask_and_template_and_on_where_one_ends_and_the_next_begins():
