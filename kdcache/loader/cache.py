@@ -30,8 +30,8 @@ def open_dataset(uri: str | PathLike[str], *, verify: bool = True, remote: Remot
 
     Args:
         uri: the cache's directory or address: `file://`, `s3://`, `gs://`, `hf://` or `memory://`.
-        verify: check each row's digest on every read. Costs a fifth of the reading speed (benchmarks/results/loader.md); turn
-            it off only to measure that.
+        verify: check each row's digest on every read. What that costs is in benchmarks/results/loader.md; turn it off only to
+            measure it.
         remote: how an object store is reached, and where what is read from it is kept.
 
     Raises:

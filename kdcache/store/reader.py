@@ -45,8 +45,8 @@ def open_cache(path: str | Path, *, verify: bool = True, remote: RemoteConfig | 
 
     Args:
         path: the cache's directory, or its URI: `file://`, `s3://`, `gs://`, `hf://` or `memory://`.
-        verify: check each row's digest on every read. Costs a fifth of the reading speed (benchmarks/results/loader.md); turn
-            it off only to measure that.
+        verify: check each row's digest on every read. What that costs is in benchmarks/results/loader.md; turn it off only to
+            measure it.
         remote: how an object store is reached, and where what is read from it is kept.
 
     Raises:
