@@ -12,8 +12,10 @@ seconds of the process, since wall time measures the machine's other jobs; wall 
 
     python benchmarks/capture.py [--quick] [--bodies thin,deep --vocabs 8192,32768,151936 --entries 16,64,256]
                                  [--slow-entries 64] [--kinds] [--rounds 3] [--threads 1] [--out benchmarks/results]
+    python benchmarks/capture.py --kernel [--vocabs ... --entries ... --out ...]
 
-Writes capture.json and, from it, capture.md. Peak memory is the process's own (VmHWM, reset before each variant).
+Writes capture.json and, from it, capture.md. With --kernel: what the selections cost per logit, without a model (see
+capture_kernels.py), in capture_kernels.md. Peak memory is the process's own (VmHWM, reset before each variant).
 """
 
 from __future__ import annotations
@@ -265,6 +267,7 @@ def tokens_for(body: str, vocab_size: int) -> int:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small model, under a minute")
+    parser.add_argument("--kernel", action="store_true", help="the selections alone, per logit; no model")
     parser.add_argument("--kinds", action="store_true", help="also the worker's other selections")
     for name, default in (
         ("bodies", "thin,deep"),
@@ -283,7 +286,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def cases_of(args: argparse.Namespace) -> list[Case]:
     if args.quick:
         return [Case("thin", 8192, (16,), (16,), 1, args.threads, 2048, args.chunk, args.kinds)]
-    entries, slow = (tuple(map(int, text.split(","))) for text in (args.entries, args.slow_entries))
+    entries, slow = (tuple(int(k) for k in text.split(",") if k) for text in (args.entries, args.slow_entries))
     models = [(body, int(vocab)) for body in args.bodies.split(",") for vocab in args.vocabs.split(",")]
     return [
         Case(
@@ -301,6 +304,19 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     ]
 
 
+def run_kernels(args: argparse.Namespace) -> None:
+    """Print the table of `capture_kernels`, and write it."""
+    from capture_kernels import kernel_table
+
+    selections = {f"top_k {k}": top_k(int(k)) for k in args.entries.split(",")}
+    selections |= {name: selection_of(*kind) for name, kind in KINDS.items()}
+    table = kernel_table(machine(), [int(vocab) for vocab in args.vocabs.split(",")], selections, args.chunk)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "capture_kernels.md").write_text(table + "\n")
+    print(table)
+
+
 def machine() -> str:
     import torch
     import vllm
@@ -314,6 +330,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     if args.case:
         print(RESULT + json.dumps([asdict(sample) for sample in run_case(Case(**json.loads(args.case)))]))
+        return
+    if args.kernel:
+        run_kernels(args)
         return
     report: dict[str, Any] = {"machine": machine(), "results": []}
     for case in cases_of(args):

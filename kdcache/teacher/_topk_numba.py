@@ -36,7 +36,7 @@ from kdcache.teacher._numba_blocks import (
 )
 from kdcache.teacher._numba_compile import inlined, kernel, version_of
 
-GROUPS_PER_ENTRY = 4
+GROUPS_PER_ENTRY, FEWEST_GROUPS = 4, 64
 """The bound is taken from this many maxima per entry: with 4, some 1.15 k tokens reach it in a row without structure."""
 
 MOST_MOVES = 16
@@ -98,9 +98,14 @@ def _read_row(bits_V, last, maxima_BL, tops_B):
 
 
 @inlined()
+def _num_groups(k):
+    return max(FEWEST_GROUPS, GROUPS_PER_ENTRY * k)
+
+
+@inlined()
 def _bound(maxima_G, k, like, coarse):
-    """A key that at least k tokens reach, taken from some GROUPS_PER_ENTRY * k maxima of maxima; else the lowest."""
-    num_coarse = len(maxima_G) // max(1, len(maxima_G) // (GROUPS_PER_ENTRY * k)) // 16 * 16
+    """A key that at least k tokens reach, taken from some `_num_groups` maxima of maxima; else the lowest."""
+    num_coarse = len(maxima_G) // max(1, len(maxima_G) // _num_groups(k)) // 16 * 16
     if num_coarse < k:
         return _lowest_key(like)
     _strip_maxima(maxima_G[: len(maxima_G) // num_coarse * num_coarse], coarse[:num_coarse])
@@ -157,8 +162,6 @@ def _order_by_keys(logits_N, ids_N, k, out):
     for n in range(len(ids_N)):
         # Orders by key, then by falling id.
         entries_N[n] = (np.int64(_key(words_N[n])) << 32) | (0xFFFFFFFF - np.int64(ids_N[n]))
-    if len(entries_N) > 2 * k:
-        entries_N = np.partition(entries_N, len(entries_N) - k)[len(entries_N) - k :]
     entries_N = np.sort(entries_N)
     out_words_N = out_logits_N.view(np.int32)
     for j in range(k):
@@ -174,7 +177,7 @@ def _select_rows(bits_CV, targets_C, num_lanes, found, version=_VERSION):  # noq
     num_tokens, k, like = bits_CV.shape[1], ids_CK.shape[1], bits_CV[:0, 0]
     tops_B = np.empty(-(-num_tokens // BLOCK), np.int32)
     maxima_BL = np.empty((len(tops_B), num_lanes), np.int32)
-    coarse = np.empty(max(16, min(maxima_BL.size, 2 * GROUPS_PER_ENTRY * k)), np.int32)
+    coarse = np.empty(min(maxima_BL.size, 2 * _num_groups(k)), np.int32)
     last = np.empty(BLOCK, bits_CV.dtype)
     logits_N, ids_N = np.empty(num_tokens, np.float32), np.empty(num_tokens, np.int32)
     buckets_N, ends_N = np.empty(num_tokens, np.int32), np.empty(num_tokens, np.int32)

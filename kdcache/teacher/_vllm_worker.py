@@ -26,6 +26,7 @@ from kdcache.teacher._select_torch import Selector
 from kdcache.teacher._vllm_features import GroupFeatures, take_rows
 from kdcache.teacher.base import first_line
 from kdcache.teacher.found import Layout
+from kdcache.teacher.freed_memory import keep_freed_memory
 from kdcache.teacher.uniforms import position_states
 from kdcache.teacher.vllm_packed import NOT_SUPERVISED, TARGETS, Buffer, unpack_request
 
@@ -63,6 +64,8 @@ class CaptureExtension:
         problem = internals.install(self, capture.on_step)
         if problem is None:
             self.kdcache_capture = capture
+            if not torch.accelerator.is_available():
+                keep_freed_memory()
         return problem
 
     def kdcache_watch(self, version: str) -> str | None:

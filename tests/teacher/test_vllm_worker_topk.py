@@ -10,7 +10,10 @@ torch = pytest.importorskip("torch")
 from kdcache.teacher import _topk_numba  # noqa: E402
 from kdcache.teacher._topk_torch import Selected, select_top_k, select_top_k_reference  # noqa: E402
 
-SIZES = [(1, 1), (2, 1), (5, 5), (100, 7), (520, 520), (4096, 64), (4097, 256), (8192, 16), (33000, 64), (151936, 256)]
+SIZES = [
+    (1, 1), (2, 1), (5, 5), (63, 64 - 1), (100, 7), (520, 520), (4095, 33), (4096, 64), (4097, 256), (8192, 16), (8193, 8193),
+    (20_000, 1), (33000, 64), (151936, 256),
+]  # fmt: skip
 
 
 def draw(num_rows: int, vocab_size: int, dtype: torch.dtype, scale: float = 3.0) -> torch.Tensor:
@@ -83,6 +86,16 @@ def test_a_peak_far_above_the_rest_and_far_from_zero_keeps_its_accuracy():
         logits_CV = draw(2, 6000, torch.float32, scale=0.1) + offset
         logits_CV[0, 17] += 60.0
         check(logits_CV, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_candidates_of_any_distribution_come_in_order(dtype: torch.dtype):
+    # One logit far above, so that all others are in one bucket; logits that a model masks with its dtype's lowest number.
+    logits_CV = draw(3, 12_000, dtype)
+    logits_CV[0, 77] = 1e6
+    logits_CV[1, 200:] = torch.finfo(dtype).min
+    logits_CV[2] = torch.linspace(-9, -1, 12_000).exp().neg().to(dtype)  # all negative, crowded at the top
+    check(logits_CV, 300)
 
 
 def test_neighbouring_ids_can_all_be_kept():

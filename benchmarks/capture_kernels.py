@@ -1,0 +1,66 @@
+"""What a selection costs per logit on a CPU, without a model: `benchmarks/capture.py --kernel`.
+
+Method: a chunk of random bfloat16 logits (standard deviation 3), of as many positions as the vLLM teacher gives at once; each
+selection by `Selector.select`, on one thread, beside NumPy's sum of the same bytes as 64-bit integers, which is about what it
+takes to read them. All take turns; CPU seconds of the process, the best of the rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+KERNEL_ROUNDS = 20
+
+Call = Callable[[], Any]
+
+
+def kernel_rows(
+    vocab_size: int, selections: dict[str, Any], chunk: int, rounds: int = KERNEL_ROUNDS
+) -> list[tuple[str, float]]:
+    """Name and CPU seconds per position, the plain read first."""
+    import torch
+
+    from kdcache.config.capture import TeacherConfig
+    from kdcache.teacher._select_torch import Selector
+    from kdcache.teacher.vllm_options import positions_per_chunk
+
+    torch.set_num_threads(1)
+    num_rows = positions_per_chunk(TeacherConfig(model="none", positions_per_chunk=chunk), vocab_size, is_cpu=True)
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = (torch.randn(num_rows, vocab_size, generator=generator) * 3).bfloat16()
+    words = logits.view(torch.int16).numpy().reshape(-1)[: logits.numel() // 4 * 4].view(np.uint64)
+    targets, states = torch.zeros(num_rows, dtype=torch.int64), torch.arange(num_rows)
+    calls: dict[str, Call] = {"read": words.sum}
+    for name, selection in selections.items():
+        selector = Selector(selection, vocab_size)
+        calls[name] = lambda selector=selector: selector.select(logits, targets, states)
+    best = dict.fromkeys(calls, float("inf"))
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            seconds = _cpu_seconds(call)
+            best[name] = min(best[name], seconds) if number else best[name]
+    return [(name, seconds / num_rows) for name, seconds in best.items()]
+
+
+def _cpu_seconds(call: Call) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def kernel_table(machine: str, vocab_sizes: Sequence[int], selections: dict[str, Any], chunk: int) -> str:
+    """Markdown."""
+    lines = ["# benchmarks/capture.py --kernel", "", machine, ""]
+    lines += ["| vocabulary | selection | us per position | ns per logit | times the read |", "|---|---|---|---|---|"]
+    for vocab_size in vocab_sizes:
+        rows = kernel_rows(vocab_size, selections, chunk)
+        read = rows[0][1]
+        lines += [
+            f"| {vocab_size} | {name} | {seconds * 1e6:.1f} | {seconds / vocab_size * 1e9:.3f} | {seconds / read:.1f} |"
+            for name, seconds in rows
+        ]
+    return "\n".join(lines)
