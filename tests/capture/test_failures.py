@@ -175,7 +175,7 @@ def test_sequences_that_fail_together_and_not_alone_are_no_poison():
 
 @pytest.mark.parametrize("in_main_thread", [True, False])
 def test_a_teacher_that_stalls_is_shown_and_stopped(tmp_path, capfd, in_main_thread):
-    config = make_config(tmp_path, lines_with({6: "hang"}), run={"stall_seconds": 4.0})
+    config = make_config(tmp_path, lines_with({6: "hang"}), run={"stall_seconds": 2.0})
     caught = []
 
     def capture():
@@ -192,7 +192,7 @@ def test_a_teacher_that_stalls_is_shown_and_stopped(tmp_path, capfd, in_main_thr
         thread.join(20)
     (sentence,) = caught
     assert sentence.startswith(
-        "no progress for 4 seconds (run.stall_seconds) while capturing unit 1; 1 of 5 units are published"
+        "no progress for 2 seconds (run.stall_seconds) while capturing unit 1; 1 of 5 units are published"
     )
     assert "run the same command again" in sentence
     err = capfd.readouterr().err
@@ -202,10 +202,10 @@ def test_a_teacher_that_stalls_is_shown_and_stopped(tmp_path, capfd, in_main_thr
 
 
 def test_a_stalled_teacher_is_stopped_in_a_background_job_that_ignores_sigint_too(tmp_path):
-    config = make_config(tmp_path, lines_with({6: "hang"}), run={"stall_seconds": 4.0})
+    config = make_config(tmp_path, lines_with({6: "hang"}), run={"stall_seconds": 2.0})
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with pytest.raises(CaptureError, match="no progress for 4 seconds"):
+        with pytest.raises(CaptureError, match="no progress for 2 seconds"):
             run_capture(config)
     finally:
         signal.signal(signal.SIGINT, before)
