@@ -248,49 +248,64 @@ def test_a_run_resumed_twice_is_the_run_that_was_not(small_cache: Path, tiny_mod
     assert read_metrics(config.out) == expected
 
 
-KILLED_CHILD = """
+# One process imports; each run is a fork of it.
+KILLED_CHILDREN = """
 import json, os, signal, sys
 from kdcache.config.load import convert_config
 from kdcache.config.train import TrainConfig
 from kdcache.train import checkpoint, trainer
 
-fields, module, name, num_calls = json.loads(sys.argv[1])
-module = {"checkpoint": checkpoint, "trainer": trainer}[module]
-original = getattr(module, name)
+def run(fields, module, name, num_calls):
+    module = {"checkpoint": checkpoint, "trainer": trainer}[module]
+    original = getattr(module, name)
 
-def deadly(*args, **kwargs):
-    global num_calls
-    num_calls -= 1
-    if num_calls < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
+    def deadly(*args, **kwargs):
+        nonlocal num_calls
+        num_calls -= 1
+        if num_calls < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
 
-setattr(module, name, deadly)
-trainer.train(convert_config(fields, TrainConfig), show_progress=False)
+    setattr(module, name, deadly)
+    trainer.train(convert_config(fields, TrainConfig), show_progress=False)
+
+statuses = []
+for arguments in json.load(sys.stdin):
+    if (child := os.fork()) == 0:
+        run(*arguments)
+        os._exit(0)
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(statuses))
 """
+KILLS = [
+    ("trainer", "learning_rate", 1),  # before the first checkpoint
+    ("trainer", "learning_rate", 5),  # two steps after one
+    ("checkpoint", "sync_directory", 2),  # the second is written, but not renamed
+    ("checkpoint", "sync_directory", 3),  # it is renamed, but the first is still there
+]
+
+
+@pytest.fixture(scope="module")
+def killed(small_cache: Path, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[TrainConfig]:
+    """The configs of runs that were killed at KILLS."""
+    folder = tmp_path_factory.mktemp("killed")
+    configs = [train_config(small_cache, tiny_model_dir, folder / str(number)) for number in range(len(KILLS))]
+    tasks = json.dumps([[msgspec.to_builtins(config), *kill] for config, kill in zip(configs, KILLS, strict=True)])
+    command = [sys.executable, "-c", KILLED_CHILDREN]
+    done = subprocess.run(command, input=tasks, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [-9] * len(KILLS), done.stderr
+    return configs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("module", "name", "num_calls"),
-    [
-        ("trainer", "learning_rate", 1),  # before the first checkpoint
-        ("trainer", "learning_rate", 5),  # two steps after one
-        ("checkpoint", "sync_directory", 2),  # the second is written, but not renamed
-        ("checkpoint", "sync_directory", 3),  # it is renamed, but the first is still there
-    ],
-)
-def test_a_killed_run_goes_on_exactly(
-    small_cache: Path, tiny_model_dir: Path, tmp_path: Path, module: str, name: str, num_calls: int
-) -> None:
-    whole = train_config(small_cache, tiny_model_dir, tmp_path / "whole")
-    config = msgspec.structs.replace(whole, out=str(tmp_path / "killed"))
-    arguments = json.dumps([msgspec.to_builtins(config), module, name, num_calls])
-    killed = subprocess.run([sys.executable, "-c", KILLED_CHILD, arguments], capture_output=True, text=True, check=False)
-    assert killed.returncode == -9, killed.stderr
+@pytest.mark.parametrize("number", range(len(KILLS)), ids=lambda number: "-".join(map(str, KILLS[number])))
+def test_a_killed_run_goes_on_exactly(killed: list[TrainConfig], tmp_path: Path, number: int) -> None:
+    config = killed[number]
+    whole = msgspec.structs.replace(config, out=str(tmp_path / "whole"))
     assert _run(config) == _run(whole)
     _assert_same_model(whole, config)
-    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-00000008"]
+    assert [path.name for path in (Path(config.out) / "checkpoints").iterdir()] == ["step-00000008"]
 
 
 def _assert_same_model(one: TrainConfig, other: TrainConfig) -> None:
