@@ -326,12 +326,11 @@ def _read_logprobs(source, num_bytes, settings, start, count, target):
 
 @compiled()
 def _pad(ids, logprobs, is_half, first, end):
-    for k in range(first, end):
-        ids[k] = PADDING_ID
-        if is_half:
-            numba.carray(_pointer(logprobs), (end,), np.uint16)[k] = np.uint16(0xFC00)
-        else:
-            numba.carray(_pointer(logprobs), (end,), np.float32)[k] = -np.inf
+    ids[first:end] = PADDING_ID
+    if is_half:
+        numba.carray(_pointer(logprobs), (end,), np.uint16)[first:end] = np.uint16(0xFC00)
+    else:
+        numba.carray(_pointer(logprobs), (end,), np.float32)[first:end] = -np.inf
 
 
 @compiled()
