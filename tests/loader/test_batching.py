@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.config.loader import LoaderConfig
@@ -29,6 +29,7 @@ def plan_of(lengths: list[int], options: LoaderConfig, epoch: int = 0) -> EpochP
     return EpochPlan([CacheTable.of_lengths(np.array(lengths, np.uint32))], options, epoch)
 
 
+@settings(deadline=None)
 @given(LENGTHS, UNPACKED, st.integers(0, 9))
 def test_every_sequence_is_in_one_row_of_one_batch_within_the_bounds(
     lengths: list[int], options: LoaderConfig, epoch: int
@@ -53,6 +54,7 @@ def test_every_sequence_is_in_one_row_of_one_batch_within_the_bounds(
     assert counts.fill == pytest.approx(sum(lengths) / counts.num_places)
 
 
+@settings(deadline=None)
 @given(LENGTHS, UNPACKED.filter(cuts_batches))
 def test_any_batch_can_be_asked_for_first(lengths: list[int], options: LoaderConfig) -> None:
     in_order = plan_of(lengths, options)

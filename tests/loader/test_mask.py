@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_reader import MemoryReader, assert_same, make_record
 
@@ -59,6 +59,7 @@ def test_weights_follow_the_role_of_the_predicted_token() -> None:
     assert choice.weights_Q.tolist() == [0.5, 0.5, 1, 1, 1, 0.5, 1]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 12), st.sampled_from(["all", "none", "random"]), MASKS)
 def test_the_fast_choice_equals_the_reference(number: int, length: int, supervised: str, mask: MaskConfig) -> None:
     sequence = make_record(number, length, k=1, supervised=supervised, chat=True).sequence
@@ -69,6 +70,7 @@ def test_the_fast_choice_equals_the_reference(number: int, length: int, supervis
     assert weights_Q.tolist() == [weight for weight in expected if weight > 0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 6), max_size=4), min_size=1, max_size=4), MASKS, st.booleans())
 def test_rows_entries_labels_and_weights_of_a_masked_batch_equal_the_reference(
     rows: list[list[int]], mask: MaskConfig, ragged: bool

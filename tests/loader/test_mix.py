@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.config.loader import LoaderConfig, MixConfig
@@ -30,6 +30,7 @@ def test_the_mixture_of_version_1_is_pinned() -> None:
     assert whole(order_of([3, 4, 4], epoch=2, seed=7, mix=mix)) == [0, 8, 6, 2, 9, 2, 10, 0, 5, 7, 1]
 
 
+@settings(deadline=None)
 @given(COUNTS, st.data())
 def test_any_range_of_the_mixture_is_that_of_all_places_sorted(counts: list[int], data: st.DataObject) -> None:
     order = order_of(counts, shuffle=False)
@@ -63,6 +64,7 @@ def test_an_epoch_s_counts_follow_from_sizes_and_weights(mix: MixConfig, expecte
     assert epoch_counts([100, 30, 50], mix) == expected
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 99), st.floats(0.1, 9)), min_size=1, max_size=4))
 def test_epochs_end_when_the_first_or_the_last_cache_does(caches: list[tuple[int, float]]) -> None:
     sizes, weights = [size for size, _ in caches], tuple(weight for _, weight in caches)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.loader._numba_packing import first_fit
@@ -15,6 +15,7 @@ def test_first_fit_by_hand() -> None:
     assert first_fit(np.array([5, 6, 4, 3, 1, 9, 2]), 10, 5).tolist() == [0, 1, 0, 1, 0, 2, 3]
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 70))
 def test_compiled_first_fit_equals_the_reference_window_by_window(lengths: list[int], window: int) -> None:
     expected: list[int] = []

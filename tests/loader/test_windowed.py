@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.loader.order import ORDER_VERSION
@@ -26,6 +26,7 @@ def test_the_windowed_order_of_version_1_is_pinned() -> None:
     assert large.sequences_at(1_234_499_998, 1_234_500_000).tolist() == [1068962054, 978255107]
 
 
+@settings(deadline=None)
 @given(SIZES, st.integers(1, 14), st.integers(0, 2**63 - 1), st.integers(0, 2**40))
 def test_the_fast_path_equals_the_reference(sizes: list[int], window_shards: int, seed: int, epoch: int) -> None:
     order = order_of(sizes, window_shards, seed, epoch)
@@ -34,6 +35,7 @@ def test_the_fast_path_equals_the_reference(sizes: list[int], window_shards: int
     assert sorted(expected) == list(range(sum(sizes)))
 
 
+@settings(deadline=None)
 @given(SIZES, st.integers(1, 14), st.data())
 def test_a_range_is_a_slice_of_the_whole(sizes: list[int], window_shards: int, data: st.DataObject) -> None:
     order = order_of(sizes, window_shards)
