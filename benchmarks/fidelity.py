@@ -130,7 +130,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="students at a time (default: %(default)s)")
     for name, size in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size, help="(default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="(default: %(default)s)")
     parser.add_argument("--max-texts", type=int, help="of those held back that are captured (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="toy sizes, fewer kinds: does it work?")
