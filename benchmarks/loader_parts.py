@@ -36,7 +36,8 @@ from kdcache.loader.direct import read_direct
 from kdcache.loader.loader import Loader
 from kdcache.loader.mask import choose
 from kdcache.store._numba_xxh3 import row_digests
-from kdcache.store.rows import ColumnView, digest_of
+from kdcache.store.column_view import ColumnView
+from kdcache.store.rows import digest_of
 from kdcache.store.writer import CacheWriter
 
 SEQ_LEN, BATCH_ROWS, LENGTHS = 1024, 8, (300, 700)

@@ -25,7 +25,7 @@ from kdcache.codec.estimates import stores_logprobs
 from kdcache.codec.into import EntryArrays, Job, decode_many_into
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
-from kdcache.store.rows import column_view
+from kdcache.store.column_view import column_view
 from kdcache.teacher._select_torch import Selector
 from kdcache.teacher.found import Found, record_of
 from kdcache.teacher.uniforms import position_states

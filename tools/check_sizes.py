@@ -27,6 +27,9 @@ MORE_PARAMETERS = {
     "_unpack_rows": 8,
 }
 
+# numba's copy on disk of what it has compiled notices a change of that file alone: a stream's whole decoder is one file.
+LONGER_FILES = {"kdcache/codec/_numba_archive_decode.py": 480}
+
 
 @dataclass(frozen=True)
 class Size:
@@ -61,7 +64,7 @@ def measure(path: Path, root: Path) -> Iterator[Size]:
     source = path.read_text(encoding="utf-8")
     name = path.relative_to(root).as_posix()
     is_kernel = "kernels" in path.parts
-    yield Size("file", name, len(source.splitlines()), FILE_CAP)
+    yield Size("file", name, len(source.splitlines()), LONGER_FILES.get(name, FILE_CAP))
     tree = ast.parse(source, filename=str(path))
     methods = {child for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for child in node.body}
     for node in ast.walk(tree):

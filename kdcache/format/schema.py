@@ -14,7 +14,7 @@ import pyarrow as pa
 import xxhash
 
 from kdcache.errors import CorruptCacheError, UnsupportedVersionError
-from kdcache.format.manifest import FORMAT_NAME, FORMAT_VERSION, CodecInfo, FeatureInfo, SelectionInfo
+from kdcache.format.manifest import FORMAT_NAME, FORMAT_VERSION, CodecInfo, FeatureInfo, Identity, SelectionInfo
 from kdcache.format.record import KEY_BYTES
 
 METADATA_KEY = b"kdcache"
@@ -74,6 +74,11 @@ class ShardMetadata(msgspec.Struct, frozen=True, kw_only=True):
     features: tuple[FeatureInfo, ...] = ()
 
 
+def optional_fields(identity: Identity) -> list[pa.Field]:
+    """Those of FINISH_FIELD and DOMAIN_FIELD that the shards of a cache of this identity have, in their order."""
+    return [*[FINISH_FIELD] * (identity.generation is not None), *[DOMAIN_FIELD] * identity.domains]
+
+
 def shard_schema(
     codec_fields: Sequence[pa.Field],
     *,
@@ -81,12 +86,17 @@ def shard_schema(
     vocab_size: int,
     selection: SelectionInfo,
     codec: CodecInfo,
-    has_finish: bool = False,
-    has_domains: bool = False,
+    optional: Sequence[pa.Field] = (),
     features: tuple[FeatureInfo, ...] = (),
 ) -> pa.Schema:
-    """The schema of a shard written with this codec, its metadata included; `codec_fields` with the features' behind them."""
-    columns = [*SEQUENCE_FIELDS, *[FINISH_FIELD] * has_finish, *[DOMAIN_FIELD] * has_domains, *codec_fields]
+    """The schema of a shard written with this codec, its metadata included.
+
+    Args:
+        codec_fields: with the features' behind them.
+        unit, vocab_size, selection, codec, features: what the shard says of itself.
+        optional: see `optional_fields`.
+    """
+    columns = [*SEQUENCE_FIELDS, *optional, *codec_fields]
     fields = [*columns, pa.field(DIGEST, pa.uint64(), nullable=False)]
     names = tuple(field.name for field in columns)
     metadata = ShardMetadata(

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
 from kdcache.codec.base import Codec
-from kdcache.codec.features import feature_fields
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import CorruptCacheError, KdcacheError, MismatchError, UnsupportedVersionError
 from kdcache.format import paths
-from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
+from kdcache.format.manifest import Manifest, ShardInfo
 from kdcache.format.record import KEY_BYTES, SequenceRecord
-from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, ShardMetadata, shard_metadata, shard_schema
+from kdcache.format.schema import ShardMetadata
 from kdcache.store import chain
 from kdcache.store.arrow_file import open_arrow_file
 from kdcache.store.index import open_index
@@ -32,6 +31,7 @@ from kdcache.store.look_ahead import LookAhead
 from kdcache.store.remote_read import RemoteFile
 from kdcache.store.row_table import MappedRows, RowFormat
 from kdcache.store.rows import BatchReader, EncodedRecord
+from kdcache.store.shard_checks import check_shard, open_shard
 
 OPEN_BATCHES = 256
 """Record batches kept open per reader: views of memory maps and one byte per token, about 16 KiB each."""
@@ -313,70 +313,12 @@ class CacheReader:
                 self._files[shard.unit] = opened, metadata
 
 
-def open_shard(root: Path, shard: ShardInfo, manifest: Manifest) -> tuple[pa.RecordBatchFileReader, ShardMetadata]:
-    """Map a shard and check that it is the one that the manifest means.
-
-    Raises:
-        CorruptCacheError: missing, of another size, not Arrow, or of another schema, unit, selection or codec.
-    """
-    path = root / shard.name
-    try:
-        num_bytes = path.stat().st_size
-        if num_bytes != shard.num_bytes:
-            raise CorruptCacheError(
-                f"{path}: has {num_bytes} bytes, the manifest says {shard.num_bytes}; the shard is truncated or damaged"
-            )
-    except OSError as error:
-        raise CorruptCacheError(f"{path}: cannot be read: {error.strerror}") from error
-    file = open_arrow_file(path)
-    return file, check_shard(file.schema, shard, manifest, str(path))
-
-
-def check_shard(schema: pa.Schema, shard: ShardInfo, manifest: Manifest, where: str) -> ShardMetadata:
-    """A shard's metadata; raises CorruptCacheError unless it is of the schema, unit, selection and codec that are meant."""
-    metadata = shard_metadata(schema, where=where)
-    _check_schema(schema, metadata, shard, manifest, where)
-    return metadata
-
-
-def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, manifest: Manifest, where: str) -> None:
-    identity = manifest.identity
-    ours = (shard.unit, identity.teacher.vocab_size, identity.selection, identity.codec, identity.features)
-    theirs = (metadata.unit, metadata.vocab_size, metadata.selection, metadata.codec, metadata.features)
-    if ours != theirs:
-        raise CorruptCacheError(f"{where}: says it is {theirs}, the manifest says {ours}")
-    if identity.codec.params.get("vocab_size", metadata.vocab_size) != metadata.vocab_size:
-        raise CorruptCacheError(f"{where}: the codec has {identity.codec.params}, the teacher {metadata.vocab_size} ids")
-    has_finish = FINISH_FIELD.name in metadata.digest_columns
-    if has_finish != (identity.generation is not None):
-        raise CorruptCacheError(f"{where}: says {'' if has_finish else 'not '}how answers ended, the manifest says otherwise")
-    has_domains = DOMAIN_FIELD.name in metadata.digest_columns
-    if has_domains != identity.domains:
-        raise CorruptCacheError(f"{where}: {'names' if has_domains else 'does not name'} domains, the manifest says otherwise")
-    expected = expected_schema(metadata.codec, metadata)
-    for field in expected:
-        if schema.get_field_index(field.name) < 0 or not schema.field(field.name).type.equals(field.type):
-            raise CorruptCacheError(f"{where}: column {field.name!r} of type {field.type} is missing")
-    if list(metadata.digest_columns) != expected.names[:-1]:
-        raise CorruptCacheError(f"{where}: the digest covers {list(metadata.digest_columns)}, expected {expected.names[:-1]}")
-
-
 def _codec_of(manifest: Manifest, root: Location) -> Codec:
     try:
         identity = manifest.identity
         return get_codec(identity.codec.codec_id, identity.codec.params, identity.selection)
     except UnsupportedVersionError as error:
         raise UnsupportedVersionError(f"{root / paths.manifest_name(manifest.number)}: {error}") from error
-
-
-def expected_schema(codec: CodecInfo, metadata: ShardMetadata) -> pa.Schema:
-    """The schema that a shard with this metadata has in this format version."""
-    fields = [*get_codec(codec.codec_id, codec.params, metadata.selection).fields(), *feature_fields(metadata.features)]
-    return shard_schema(
-        fields, unit=metadata.unit, vocab_size=metadata.vocab_size, selection=metadata.selection, codec=metadata.codec,
-        has_finish=FINISH_FIELD.name in metadata.digest_columns, has_domains=DOMAIN_FIELD.name in metadata.digest_columns,
-        features=metadata.features,
-    )  # fmt: skip
 
 
 def _keys(column: pa.ChunkedArray) -> NDArray[np.uint8]:

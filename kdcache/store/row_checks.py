@@ -9,7 +9,7 @@ Shape letters: S sequences of a record batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from kdcache.codec.base import ids_fit
 from kdcache.format.record import FINISHES, ROLES
 from kdcache.format.schema import FINISH_FIELD
-
-if TYPE_CHECKING:
-    from kdcache.store.rows import ColumnView
+from kdcache.store.column_view import ColumnView
 
 
 def num_positions(supervised: ColumnView) -> NDArray[np.int64]:

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from kdcache.codec.base import Codec
 from kdcache.format.manifest import SelectionInfo
+from kdcache.store.column_view import ColumnView
 
 if TYPE_CHECKING:
-    from kdcache.store.rows import BatchReader, ColumnView
+    from kdcache.store.rows import BatchReader
 
 NUM_TOKENS, NUM_POSITIONS, ROW_DIGEST, ROW_BYTES = range(4)
 """Places of a row's own numbers, behind two of each column."""
 NUM_OF_ROW = 4
-NULL_BYTES = -1
 _LENGTH_BYTES = 8
 
 

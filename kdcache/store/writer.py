@@ -22,7 +22,7 @@ from kdcache.errors import CaptureError, CorruptCacheError, FormatError, Kdcache
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, UnitAccount, shard_to_json
 from kdcache.format.record import SequenceRecord
-from kdcache.format.schema import shard_schema
+from kdcache.format.schema import optional_fields, shard_schema
 from kdcache.format.selection import fixed_entries
 from kdcache.store import chain, fs
 from kdcache.store.admission import check_record, refuse_foreign_directory, refuse_other_capture
@@ -191,7 +191,7 @@ class CacheWriter:
         fields = [*self._codec.fields(), *feature_fields(identity.features)]
         schema = shard_schema(
             fields, unit=unit, vocab_size=vocab_size, selection=identity.selection, codec=identity.codec,
-            has_finish=identity.generation is not None, has_domains=identity.domains, features=identity.features,
+            optional=optional_fields(identity), features=identity.features,
         )  # fmt: skip
         statistics = ShardStatistics(vocab_size)
         with pa.OSFile(str(temp), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:

@@ -16,7 +16,7 @@ import rate_schemes
 import selected
 
 from kdcache.codec import CODECS, get_codec
-from kdcache.store.rows import column_view
+from kdcache.store.column_view import column_view
 
 V, P = 60, 40
 

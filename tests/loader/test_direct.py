@@ -28,7 +28,7 @@ from kdcache.loader.caches import CacheLike, CacheSet
 from kdcache.loader.direct import read_direct
 from kdcache.loader.loader import Loader
 from kdcache.loader.read import read_rows
-from kdcache.store.rows import column_view
+from kdcache.store.column_view import column_view
 from kdcache.store.writer import CacheWriter
 
 SEQ_LEN, VOCAB_SIZE = 64, 97

@@ -13,8 +13,9 @@ from kdcache.codec import get_codec
 from kdcache.errors import CaptureError, CorruptCacheError, FormatError
 from kdcache.format.manifest import GenerationInfo
 from kdcache.format.record import FINISHES
-from kdcache.format.schema import SEQUENCE_FIELDS, row_digest, shard_metadata, shard_schema
-from kdcache.store.rows import BatchReader, column_view, encode_records
+from kdcache.format.schema import FINISH_FIELD, SEQUENCE_FIELDS, row_digest, shard_metadata, shard_schema
+from kdcache.store.column_view import column_view
+from kdcache.store.rows import BatchReader, encode_records
 from kdcache.store.verify import verify_cache
 from kdcache.store.writer import CacheWriter
 
@@ -69,7 +70,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
 def batch_of(finishes):
     identity = make_identity()
     schema = shard_schema(
-        CODEC.fields(), unit=0, vocab_size=97, selection=identity.selection, codec=identity.codec, has_finish=True
+        CODEC.fields(), unit=0, vocab_size=97, selection=identity.selection, codec=identity.codec, optional=[FINISH_FIELD]
     )
     records = [with_finish(r, f) for r, f in zip(make_unit(0, num_sequences=len(finishes)), finishes, strict=True)]
     return encode_records(records, CODEC, schema, 5)
