@@ -65,7 +65,7 @@ def make_teacher(options: argparse.Namespace) -> str:
 
 def make_plan(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
     """What the work folder's results depend on; kept there, and compared when the command is run again."""
-    names = ("seq_len", "hidden_size", "num_layers", "steps", "batch_rows", "lr", "heldout_tokens", "max_texts", "device")
+    names = ("seq_len", "hidden_size", "num_layers", "steps", "batch_rows", "lr", "beta2", "heldout_tokens", "max_texts", "device")
     plan: dict[str, Any] = {name: getattr(options, name) for name in names}
     plan |= {"teacher": make_teacher(options), "work": str(options.work.resolve())}
     path = options.work / "plan.json"
@@ -131,6 +131,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, size in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size, help="(default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="(default: %(default)s)")
+    parser.add_argument("--beta2", type=float, default=0.95, help="of AdamW (default: %(default)s)")
     parser.add_argument("--max-texts", type=int, help="of those held back that are captured (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="toy sizes, fewer kinds: does it work?")

@@ -202,7 +202,7 @@ def train_and_score(plan: dict[str, Any], setting: str, seed: int, deadline: flo
         cache=capture_config(plan, cache).output.path, out="", seed=seed, steps=plan["steps"], device=plan["device"],
         student=StudentConfig(config_from=folder, overrides=overrides), loss=LossConfig(**loss),
         loader=LoaderConfig(seq_len=plan["seq_len"], batch_rows=plan["batch_rows"], seed=seed, num_threads=1),
-        optimizer=OptimizerConfig(lr=plan["lr"], final_fraction=0.05),
+        optimizer=OptimizerConfig(lr=plan["lr"], betas=(0.9, plan["beta2"]), final_fraction=0.05),
     )  # fmt: skip
     teacher = load_model(folder, field="--teacher", dtype=torch.float32, attn_implementation="sdpa").eval()
     teacher.to(config.device)  # pyright: ignore[reportArgumentType]

@@ -70,8 +70,9 @@ def _emit_sum(typing_context, block, top, scale):  # noqa: ARG001
         totals = [cgutils.alloca_once_value(builder, fill(FLOATS, 0.0)) for _ in range(UNIT // LANES)]
         with _units_of(builder, source) as address:
             _prefetch(builder, source, address)
-            for i, place in enumerate(totals):
-                builder.store(exp.add(source.floats(address, i * LANES), builder.load(place)), place)
+            for i in range(0, len(totals), 2):
+                for x, place in zip(source.floats_in_any_order(address, i * LANES), totals[i : i + 2], strict=True):
+                    builder.store(exp.add(x, builder.load(place)), place)
         return sum_of(builder, [builder.load(place) for place in totals])
 
     return types.float32(block, types.float32, types.float32), generate

@@ -80,6 +80,14 @@ class Array:
         words = self._builder.shl(self._builder.zext(halves, WORDS), fill(WORDS, 16))
         return self._builder.bitcast(words, FLOATS)
 
+    def floats_in_any_order(self, address: Any, offset: int) -> tuple[Any, Any]:
+        """32 logits, of bfloat16 the ones of even and of odd places: no half has to be moved to another word."""
+        if self.bits == 32:
+            return self.load(address, FLOATS, offset), self.load(address, FLOATS, offset + LANES)
+        words, builder = self.load(address, WORDS, offset), self._builder
+        even, odd = builder.shl(words, fill(WORDS, 16)), builder.and_(words, fill(WORDS, -0x10000))
+        return builder.bitcast(even, FLOATS), builder.bitcast(odd, FLOATS)
+
     def keys(self, address: Any, offset: int) -> Any:
         """Of 32 or 16 logits."""
         kind = ir.VectorType(ir.IntType(self.bits), 512 // self.bits)
