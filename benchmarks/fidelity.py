@@ -65,7 +65,18 @@ def make_teacher(options: argparse.Namespace) -> str:
 
 def make_plan(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
     """What the work folder's results depend on; kept there, and compared when the command is run again."""
-    names = ("seq_len", "hidden_size", "num_layers", "steps", "batch_rows", "lr", "beta2", "heldout_tokens", "max_texts", "device")
+    names = (
+        "seq_len",
+        "hidden_size",
+        "num_layers",
+        "steps",
+        "batch_rows",
+        "lr",
+        "beta2",
+        "heldout_tokens",
+        "max_texts",
+        "device",
+    )
     plan: dict[str, Any] = {name: getattr(options, name) for name in names}
     plan |= {"teacher": make_teacher(options), "work": str(options.work.resolve())}
     path = options.work / "plan.json"

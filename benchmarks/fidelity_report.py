@@ -123,8 +123,8 @@ def write(plan: dict[str, Any], rows: list[dict[str, Any]], stem: Path, *, num_s
         f"Teacher: {teacher['num_parameters']:,} parameters, {teacher['recipe']['vocab_size']:,} tokens, held-out loss "
         f"{teacher['heldout_nats_per_token']:.3f}. Students: {plan['num_layers']} layers of {plan['hidden_size']}, "
         f"{plan['steps']} steps of {plan['batch_rows']} x {plan['seq_len']} tokens from {positions:,} positions, "
-        f"AdamW at {plan['lr']:g}, beta2 {plan['beta2']:g}; scored on {plan['heldout_tokens']:,} tokens. {done} of {num_students} students. "
-        f"{processor_name()}, one thread each. "
+        f"AdamW at {plan['lr']:g}, beta2 {plan['beta2']:g}; scored on {plan['heldout_tokens']:,} tokens. "
+        f"{done} of {num_students} students. {processor_name()}, one thread each. "
         f"tau: {', '.join(f'{name} {tau:.3f}' for name, tau in plan['taus'].items())}."
     )
     lines = [f"- {verdict(rows, metric)}" for metric in ("loss", "kl")]

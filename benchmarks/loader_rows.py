@@ -45,6 +45,7 @@ CODECS = {
     "raw": OurCodec("raw", {"vocab_size": VOCAB_SIZE}, True),
     "packed": OurCodec("packed", {"vocab_size": VOCAB_SIZE}, True),
     "quantized": OurCodec("quantized", {"vocab_size": VOCAB_SIZE, "bits": 8}, False),
+    "quantized7": OurCodec("quantized", {"vocab_size": VOCAB_SIZE, "bits": 7}, False),
     "archive": OurCodec("archive", {"vocab_size": VOCAB_SIZE, "bits": 8}, False),
     "archive16": OurCodec("archive", {"vocab_size": VOCAB_SIZE, "bits": 16}, True),
 }
