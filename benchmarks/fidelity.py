@@ -142,7 +142,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, size in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size, help="(default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="(default: %(default)s)")
-    parser.add_argument("--beta2", type=float, default=0.95, help="of AdamW (default: %(default)s)")
+    parser.add_argument("--beta2", type=float, default=0.999, help="of AdamW (default: %(default)s)")
     parser.add_argument("--max-texts", type=int, help="of those held back that are captured (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="toy sizes, fewer kinds: does it work?")

@@ -75,7 +75,8 @@ class OptimizerConfig(Config, frozen=True, kw_only=True):
 
     Attributes:
         lr: highest learning rate.
-        betas: decay of the two running means.
+        betas: decay of the two running means. Of the second not less than 0.999: drawn targets reach a rare token in few steps, and
+            a short memory makes those steps small beside the ones that take its probability away (benchmarks/LOG.md).
         weight_decay: on matrices; vectors (norms, biases) have none.
         grad_clip: largest norm of the whole gradient; null for no clipping.
         schedule: from the end of the warm-up: `cosine` or `linear` fall to lr x final_fraction, `constant` stays.
@@ -84,7 +85,7 @@ class OptimizerConfig(Config, frozen=True, kw_only=True):
     """
 
     lr: PositiveFloat = 1e-3
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.1
     grad_clip: PositiveFloat | None = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
