@@ -75,8 +75,8 @@ class OptimizerConfig(Config, frozen=True, kw_only=True):
 
     Attributes:
         lr: highest learning rate.
-        betas: decay of the two running means. Of the second not less than 0.999: drawn targets reach a rare token in few steps, and
-            a short memory makes those steps small beside the ones that take its probability away (benchmarks/LOG.md).
+        betas: decay of the two running means. The second near 1: drawn targets reach a rare token in few steps, and a short
+            memory makes those steps small beside the ones that take its probability away (benchmarks/LOG.md).
         weight_decay: on matrices; vectors (norms, biases) have none.
         grad_clip: largest norm of the whole gradient; null for no clipping.
         schedule: from the end of the warm-up: `cosine` or `linear` fall to lr x final_fraction, `constant` stays.
