@@ -58,5 +58,5 @@ def test_a_toy_run_compares_students_and_a_second_one_only_reports(tmp_path: Pat
     assert fidelity.main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "students").iterdir()} == written
     assert "14 of 14 students" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"begun with lr = 0\.001, not 0\.002; name another --work"):
+    with pytest.raises(SystemExit, match=r"begun with lr = 0\.003, not 0\.002; name another --work"):
         fidelity.main([*command, "--lr", "0.002"])
