@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from operator import index
 from os import PathLike, fspath
 from types import TracebackType
@@ -53,7 +54,7 @@ class Cache:
     """
 
     def __init__(self, reader: CacheReader, numbers_S: NDArray[np.int64] | None = None) -> None:
-        self.reader, self._numbers_S = reader, numbers_S
+        self.reader, self._numbers_S = reader, None if numbers_S is None else _read_only(numbers_S)
         # Of the whole snapshot these are views of the mapped index; of a selection its own, taken once.
         self._num_tokens_S = self._selected(reader.num_tokens_S)
         self._num_positions_S = self._selected(reader.num_positions_S)
@@ -69,6 +70,11 @@ class Cache:
     @property
     def snapshot(self) -> str:
         """Names exactly this content: the manifest's digest, and behind it, for a selection, that of its numbers."""
+        return self._snapshot
+
+    @cached_property
+    def _snapshot(self) -> str:
+        # Kept: a loader's state names it, and there is one behind every batch.
         if self._numbers_S is None:
             return self.reader.snapshot
         return f"{self.reader.snapshot}/{hashlib.sha256(self._numbers_S.astype('<i8').tobytes()).hexdigest()}"
@@ -218,3 +224,10 @@ class Cache:
 
     def _selected(self, values_S: NDArray[np.uint32]) -> NDArray[np.uint32]:
         return values_S if self._numbers_S is None else values_S[self._numbers_S]
+
+
+def _read_only(numbers_S: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A view: `columns` gives the numbers out, and a selection is what its snapshot names."""
+    view = numbers_S.view()
+    view.flags.writeable = False
+    return view

@@ -23,7 +23,7 @@ from kdcache.loader.fetch import Fetcher
 from kdcache.loader.plan import BatchRows, EpochCounts, EpochPlan
 from kdcache.loader.prefetch import prefetch
 from kdcache.loader.read import read_rows
-from kdcache.loader.report import EpochReport
+from kdcache.loader.report import EpochCheck, EpochReport
 from kdcache.loader.state import LoaderState, as_json, parse_state, stream_options
 
 _log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class Loader:
             num_threads=self.options.num_threads,
             look_ahead=self.options.prefetch_batches,
         )
-        return self._iterate(self._ahead, self._num_moves, _Check() if start == 0 and step == 1 else None)
+        return self._iterate(self._ahead, self._num_moves, EpochCheck() if start == 0 and step == 1 else None)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON: all that a loader on the same cache with the same options needs to go on behind the last batch given."""
@@ -202,7 +202,9 @@ class Loader:
         """Buffers that are in use while the consumer holds two batches, two arrays each, and one more batch."""
         return 2 * (self.options.prefetch_batches * (self.options.num_threads > 0) + self.options.num_threads + 3)
 
-    def _iterate(self, ahead: Generator[_Read, None, None], move: int, check: _Check | None) -> Generator[Batch, None, None]:
+    def _iterate(
+        self, ahead: Generator[_Read, None, None], move: int, check: EpochCheck | None
+    ) -> Generator[Batch, None, None]:
         try:
             self._check_not_moved(move)
             for read in ahead:
@@ -219,7 +221,7 @@ class Loader:
             # Not left to the garbage collector: the caches may be closed right after this.
             ahead.close()
         if check is not None:
-            check.raise_unless_all(self._plan)
+            check.raise_unless_all(self._plan, self._report if self.world_size == 1 else None)
         self._report = replace(self._report, is_complete=True)
         if self._report.num_batches < _BATCHES_BEFORE_WARNING:
             self._warn_if_all_masked()
@@ -287,19 +289,3 @@ class _Read:
     sequences: NDArray[np.int64]
     batch: Batch
     num_tokens: int
-
-
-class _Check:
-    """That all ranks together were given each sequence as often as planned, as far as count and sum of their numbers can
-    tell."""
-
-    def __init__(self) -> None:
-        self._count = self._sum = 0
-
-    def add(self, sequences: NDArray[np.int64]) -> None:
-        self._count, self._sum = self._count + len(sequences), self._sum + int(sequences.sum())
-
-    def raise_unless_all(self, plan: EpochPlan) -> None:
-        expected, expected_sum = plan.order.num_places, plan.order.expected_sum()
-        if self._count != expected or expected_sum not in (None, self._sum):
-            raise RuntimeError(f"an epoch of {expected} sequences gave {self._count}, or others: a bug of kdcache")

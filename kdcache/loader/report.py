@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kdcache.loader.batch import Batch
+from kdcache.loader.plan import EpochPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +65,32 @@ class EpochReport:
             f"epoch {self.epoch}: {self.num_sequences:,} sequences, {self.num_tokens:,} tokens, {self.num_positions:,} "
             f"positions{masked}, in {self.num_batches:,} batches with {self.padding_share:.1%} padding"
         )
+
+
+class EpochCheck:
+    """That a loop over a whole epoch gave what was planned: by its batches' plans all of it, by its batches themselves this
+    rank's share."""
+
+    def __init__(self) -> None:
+        self._count = self._sum = 0
+
+    def add(self, sequences: NDArray[np.int64]) -> None:
+        """Count the sequences that all ranks together were to be given in a batch."""
+        self._count, self._sum = self._count + len(sequences), self._sum + int(sequences.sum())
+
+    def raise_unless_all(self, plan: EpochPlan, given: EpochReport | None) -> None:
+        """Raise RuntimeError unless that was each sequence as often as planned, as far as count and sum of numbers can tell.
+
+        Args:
+            plan: of the epoch.
+            given: what was counted in the batches that were read; None where other ranks read a part of them.
+        """
+        expected, expected_sum = plan.order.num_places, plan.order.expected_sum()
+        if self._count != expected or expected_sum not in (None, self._sum):
+            raise RuntimeError(f"an epoch of {expected} sequences gave {self._count}, or others: a bug of kdcache")
+        num_tokens = plan.counts().num_tokens
+        if given is not None and (given.num_sequences, given.num_tokens) != (expected, num_tokens):
+            raise RuntimeError(
+                f"the batches of an epoch of {expected} sequences and {num_tokens} tokens hold {given.num_sequences} sequences "
+                f"and {given.num_tokens} tokens: a bug of kdcache"
+            )

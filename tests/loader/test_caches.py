@@ -105,6 +105,14 @@ def test_a_selection_has_a_name_of_its_own_in_the_state(cache: Cache) -> None:
     assert sorted(s for batch in Loader(half, OPTIONS) for s in sequences_of(batch)) == list(range(20))
 
 
+def test_the_name_of_a_selection_is_computed_once_and_cannot_become_wrong(cache: Cache) -> None:
+    half = cache.select(range(20))
+    assert half.snapshot is half.snapshot
+    assert pickle.loads(pickle.dumps(half)).snapshot == half.snapshot
+    with pytest.raises(ValueError, match="read-only"):
+        half.columns()["number"][0] = 7
+
+
 def test_a_loader_takes_an_address_and_closes_what_it_opened(path: Path, cache: Cache) -> None:
     expected = list(Loader(cache, OPTIONS))
     with Loader(str(path), OPTIONS) as loader:

@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from memory_reader import MemoryReader, assert_same, assert_same_stream, make_record, sequences_of
+from numpy.typing import NDArray
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError, CorruptCacheError, StateError
 from kdcache.format.record import SequenceRecord
 from kdcache.loader.batch import Batch, stack_batches
+from kdcache.loader.caches import CacheSet
 from kdcache.loader.loader import Loader
 from kdcache.loader.prefetch import THREAD_NAME
+from kdcache.loader.read import read_rows
 
 LENGTHS = np.random.default_rng(0).integers(1, 13, 41).tolist()
 
@@ -49,6 +52,23 @@ def test_an_epoch_gives_every_sequence_once_in_the_order_of_its_plan(reader: Mem
     assert len(batches) == counts.num_batches
     assert sum(batch.num_sequences for batch in batches) == counts.num_sequences
     assert sum(batch.num_tokens for batch in batches) == counts.num_tokens == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("lost", ["sequence", "token"])
+def test_an_epoch_whose_batches_hold_less_than_was_planned_ends_with_an_error(
+    reader: MemoryReader, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    def read_less(caches: CacheSet, rows: list[NDArray[np.int64]], *others: Any) -> Batch:
+        if lost == "sequence":
+            return read_rows(caches, [rows[0][1:], *rows[1:]], *others)
+        batch = read_rows(caches, rows, *others)
+        batch.segment_ids_BT[0, 0] = 0
+        return batch
+
+    loader = Loader(reader, make_options())
+    monkeypatch.setattr("kdcache.loader.loader.read_rows", read_less)
+    with pytest.raises(RuntimeError, match="the batches of an epoch of 41 sequences"):
+        list(loader)
 
 
 def test_each_loop_is_the_next_epoch_in_another_order(reader: MemoryReader) -> None:
