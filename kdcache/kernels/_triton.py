@@ -23,26 +23,32 @@ NUM_WARPS = 8
 
 
 @triton.jit
-def lift(logits: Any, row_stride: Any, ids: Any, lifted: Any, left: Any, NUM_IDS: tl.constexpr, BLOCK_IDS: tl.constexpr):
-    """lifted (P, L) float32 = the logits of ids (P, L), -inf where the id is -1; `left` is left in their place."""
+def lift(
+    logits: Any, row_stride: Any, ids: Any, lifted: Any, left: Any, V: Any, NUM_IDS: tl.constexpr, BLOCK_IDS: tl.constexpr
+):
+    """lifted (P, L) float32 = the logits of ids (P, L), -inf where the id is -1; `left` is left in their place.
+
+    An id of V or more is no logit of this row: NaN, and nothing is read or written for it.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_IDS)
     inside = columns < NUM_IDS
     id_ = tl.load(ids + row * NUM_IDS + columns, mask=inside, other=-1)
-    value = tl.load(logits + row * row_stride + id_, mask=id_ >= 0, other=float("-inf"))
-    tl.store(lifted + row * NUM_IDS + columns, value.to(tl.float32), mask=inside)
+    is_id = (id_ >= 0) & (id_ < V)
+    value = tl.load(logits + row * row_stride + id_, mask=is_id, other=float("-inf")).to(tl.float32)
+    tl.store(lifted + row * NUM_IDS + columns, tl.where(id_ < V, value, float("nan")), mask=inside)
     filling = tl.zeros([BLOCK_IDS], tl.float32) + left
-    tl.store(logits + row * row_stride + id_, filling.to(logits.dtype.element_ty), mask=id_ >= 0)
+    tl.store(logits + row * row_stride + id_, filling.to(logits.dtype.element_ty), mask=is_id)
 
 
 @triton.jit
-def put(logits: Any, row_stride: Any, ids: Any, values: Any, NUM_IDS: tl.constexpr, BLOCK_IDS: tl.constexpr):
-    """logits at ids (P, L) = values (P, L); nothing where the id is -1."""
+def put(logits: Any, row_stride: Any, ids: Any, values: Any, V: Any, NUM_IDS: tl.constexpr, BLOCK_IDS: tl.constexpr):
+    """logits at ids (P, L) = values (P, L); nothing where the id is -1, or V or more."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_IDS)
     id_ = tl.load(ids + row * NUM_IDS + columns, mask=columns < NUM_IDS, other=-1)
     value = tl.load(values + row * NUM_IDS + columns, mask=columns < NUM_IDS, other=0.0)
-    tl.store(logits + row * row_stride + id_, value.to(logits.dtype.element_ty), mask=id_ >= 0)
+    tl.store(logits + row * row_stride + id_, value.to(logits.dtype.element_ty), mask=(id_ >= 0) & (id_ < V))
 
 
 @triton.jit

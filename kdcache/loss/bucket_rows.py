@@ -33,11 +33,14 @@ class Passes(Protocol):
     def ids_CL(self) -> Tensor: ...
 
     def lift(self, left: float) -> Tensor:
-        """(C, L) float32 or float64: the logits of the lifted ids, -inf where the id is -1; `left` is left in their place."""
+        """(C, L) float32 or float64: the logits of the lifted ids, -inf where the id is -1; `left` is left in their place.
+
+        NaN where the id is V or more, which is looked for beforehand on a CPU only.
+        """
         ...
 
     def put(self, values_CL: Tensor) -> None:
-        """Write values at the lifted ids."""
+        """Write values at the lifted ids that are of the vocabulary."""
         ...
 
     def statistics(self, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

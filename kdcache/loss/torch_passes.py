@@ -27,17 +27,22 @@ class TorchPasses:
     ids_CL: Tensor
 
     def lift(self, left: float) -> Tensor:
-        lifted_CL = self.logits_CV.gather(1, self.ids_CL.long().clamp_min(0))
+        vocab_size = self.logits_CV.shape[1]
+        lifted_CL = self.logits_CV.gather(1, self.ids_CL.long().clamp(0, vocab_size - 1))
         self.put(torch.full_like(lifted_CL, left))
-        return self._working(lifted_CL).masked_fill(self.ids_CL < 0, -torch.inf)
+        lifted_CL = self._working(lifted_CL).masked_fill(self.ids_CL < 0, -torch.inf)
+        return lifted_CL.masked_fill(self.ids_CL >= vocab_size, torch.nan)
 
     def put(self, values_CL: Tensor) -> None:
-        """Where an id is -1, the row's first id gets its own value once more, or column 0 what it has: no copy of the row."""
-        is_id_CL = self.ids_CL >= 0
-        first_C1 = is_id_CL.int().argmax(dim=1, keepdim=True)
-        place_CL = torch.where(is_id_CL, self.ids_CL, self.ids_CL.gather(1, first_C1).clamp_min(0)).long()
+        """Where there is no id of the vocabulary, the row's first one gets its own value once more, or column 0 what it has.
+
+        So the row need not be copied.
+        """
+        is_id_CL = (self.ids_CL >= 0) & (self.ids_CL < self.logits_CV.shape[1])
+        first_C1, has_id_C1 = is_id_CL.int().argmax(dim=1, keepdim=True), is_id_CL.any(dim=1, keepdim=True)
+        place_CL = torch.where(is_id_CL, self.ids_CL, torch.where(has_id_C1, self.ids_CL.gather(1, first_C1), 0)).long()
         values_CL = values_CL.to(self.logits_CV.dtype)
-        spare_C1 = torch.where(is_id_CL.any(dim=1, keepdim=True), values_CL.gather(1, first_C1), self.logits_CV[:, :1])
+        spare_C1 = torch.where(has_id_C1, values_CL.gather(1, first_C1), self.logits_CV[:, :1])
         self.logits_CV.scatter_(1, place_CL, torch.where(is_id_CL, values_CL, spare_C1))
 
     def statistics(self, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

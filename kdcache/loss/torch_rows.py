@@ -6,17 +6,23 @@ Shape letters: P positions (rows), K entries per position (padded), V the studen
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from kdcache.kernels.base import Objective
+from kdcache.kernels.base import NO_LABEL, PADDING_ID, Objective
 from kdcache.loss import torch_divergences
 from kdcache.loss.arguments import TargetTensors
 from kdcache.loss.torch_divergences import Masses
 
 
 def row_losses(logits_PV: Tensor, targets: TargetTensors, objective: Objective) -> Tensor:
-    """(P,) losses, not multiplied by the weights; 0 for rows of weight 0. float64 for float64 logits, else float32."""
+    """(P,) losses, not multiplied by the weights; 0 for rows of weight 0. float64 for float64 logits, else float32.
+
+    NaN, with its gradient, for a row with an id of V or more, which is looked for beforehand on a CPU only.
+    """
+    targets, is_foreign_P = _without_foreign_ids(targets, logits_PV.shape[1])
     z_PV = logits_PV if logits_PV.dtype == torch.float64 else logits_PV.float()
     read_P = None if targets.weights_P is None else targets.weights_P > 0
     if read_P is not None:
@@ -27,7 +33,19 @@ def row_losses(logits_PV: Tensor, targets: TargetTensors, objective: Objective) 
         losses_P = losses_P + objective.alpha * _teacher_term(z_PV, targets, objective)
     if objective.alpha < 1 and targets.labels_P is not None:
         losses_P = losses_P + (1 - objective.alpha) * _cross_entropy(z_PV, targets.labels_P)
+    losses_P = losses_P * torch.where(is_foreign_P, torch.nan, 1.0).to(losses_P.dtype)
     return losses_P if read_P is None else torch.where(read_P, losses_P, 0.0)
+
+
+def _without_foreign_ids(targets: TargetTensors, vocab_size: int) -> tuple[TargetTensors, Tensor]:
+    """Ids and labels beyond the vocabulary become padding, and (P,) whether a row had one; gather would read past its row."""
+    ids_PK, labels_P = targets.token_ids_PK, targets.labels_P
+    is_foreign_P = (ids_PK >= vocab_size).any(dim=1)
+    ids_PK = ids_PK.masked_fill(ids_PK >= vocab_size, PADDING_ID)
+    if labels_P is not None:
+        is_foreign_P = is_foreign_P | (labels_P >= vocab_size)
+        labels_P = labels_P.masked_fill(labels_P >= vocab_size, NO_LABEL)
+    return replace(targets, token_ids_PK=ids_PK, labels_P=labels_P), is_foreign_P
 
 
 def _teacher_term(z_PV: Tensor, targets: TargetTensors, objective: Objective) -> Tensor:

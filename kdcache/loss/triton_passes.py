@@ -53,7 +53,7 @@ class TritonPasses:
 
     def _sizes(self) -> dict[str, Any]:
         num_ids = self.ids_CL.shape[1]
-        return {"NUM_IDS": num_ids, "BLOCK_IDS": 1 << (num_ids - 1).bit_length()}
+        return {"V": self.logits_CV.shape[1], "NUM_IDS": num_ids, "BLOCK_IDS": 1 << (num_ids - 1).bit_length()}
 
     def _block(self) -> dict[str, Any]:
         kernels = _kernels()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +18,9 @@ from kdcache.kernels.base import Objective
 from kdcache.kernels.reference import loss_and_gradient
 from kdcache.loss import torch_divergences, torch_rows, torch_slopes
 from kdcache.loss.arguments import TargetTensors
+from kdcache.loss.bucket_rows import BucketStep, Passes
 from kdcache.loss.row_steps import make_step
+from kdcache.loss.torch_passes import TorchPasses
 
 
 def run_step(backend: str, logits_PV: torch.Tensor, problem: Problem, objective: Objective, *, want_gradient: bool = True):
@@ -83,3 +89,30 @@ def test_slopes_are_what_autograd_makes_of_the_values(divergence):
     h_PB = torch_slopes.compute(divergence, masses)
     by_logits = [h - h.sum(dim=1, keepdim=True) * log_q_PB.exp() for h in (h_PB, wanted_PB)]
     torch.testing.assert_close(*by_logits, rtol=1e-12, atol=1e-13)
+
+
+def check_ids_beyond_the_vocabulary(make_passes: Callable[[torch.Tensor, torch.Tensor], Passes]) -> None:
+    """Such an id or label in row 1: NaN there, the other rows as without it, and nothing before or behind the rows changed."""
+    problem = make_problem(3, 20, 4)
+    clean = TargetTensors(**with_estimates(problem, Objective("bucket", 0.5)))
+    assert clean.labels_P is not None
+    assert clean.weights_P is not None
+    for name, foreign in itertools.product(("token_ids_PK", "labels_P"), (20, 21, 10_000, 2**31 - 1)):
+        spoiled = replace(clean, token_ids_PK=clean.token_ids_PK.clone(), labels_P=clean.labels_P.clone())
+        getattr(spoiled, name).view(3, -1)[1, -1] = foreign
+        for want_gradient in (True, False):
+            results = []
+            for targets in (clean, spoiled):
+                memory_PV = torch.full((5, 20), 7.0)
+                memory_PV[1:4] = torch.tensor(problem.logits_PV)
+                step = BucketStep(make_passes, targets, Objective("bucket", 0.5), clean.weights_P)
+                results.append((step(memory_PV[1:4], 0, want_gradient)[0], memory_PV))
+            (losses_P, gradient_PV), (found_P, found_PV) = results
+            assert found_P.isnan().tolist() == [False, True, False], (name, foreign)
+            assert found_PV[2].isnan().any() == want_gradient
+            torch.testing.assert_close(found_PV[[0, 1, 3, 4]], gradient_PV[[0, 1, 3, 4]], rtol=0, atol=0)
+            torch.testing.assert_close(found_P[[0, 2]], losses_P[[0, 2]], rtol=0, atol=0)
+
+
+def test_an_id_beyond_the_vocabulary_is_nan_in_its_row_where_nobody_looks_for_it():
+    check_ids_beyond_the_vocabulary(TorchPasses)

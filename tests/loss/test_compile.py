@@ -50,6 +50,23 @@ def assert_rows_compile_whole(backend: str, reduction: str = "none") -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["token_ids_PK", "labels_P"])
+def test_an_id_beyond_the_vocabulary_is_nan_in_a_traced_graph_that_cannot_look_for_it(place):
+    (hidden_PH, weight_VH, _), targets = make()
+    z_PV = (hidden_PH @ weight_VH.T).detach().requires_grad_()
+    options = {"alpha": 0.5, "reduction": "none", "backend": "torch"}
+    expected_P = sparse_kd_loss(z_PV, **targets, **options)
+    spoiled = {**targets, place: targets[place].clone()}
+    spoiled[place].view(P, -1)[3, 0] = V
+    losses_P = compiled(lambda z, t: sparse_kd_loss(z, **t, **options))(z_PV, spoiled)
+    assert losses_P.isnan().nonzero().flatten().tolist() == [3]
+    (gradient_PV,), (expected_PV,) = torch.autograd.grad(losses_P.sum(), z_PV), torch.autograd.grad(expected_P.sum(), z_PV)
+    assert gradient_PV[3].isnan().all()
+    others_P = torch.arange(P) != 3
+    torch.testing.assert_close(gradient_PV[others_P], expected_PV[others_P])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_numba_path_is_one_operator_in_the_graph(reduction):
     assert_rows_compile_whole("numba", reduction)

@@ -36,6 +36,7 @@ getattr(triton_promises, NAME)()
         "equal_the_fused_loss_of_torch",
         "leave_logits_alone",
         "take_half_logprobs",
+        "keep_ids_beyond_the_vocabulary_to_their_row",
         "compile_into_one_graph",
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from contracts import kernels as contract
 from contracts.kernels import make_problem
-from test_bucket_rows import compute_by_step, run_step
+from test_bucket_rows import check_ids_beyond_the_vocabulary, compute_by_step, run_step
 from test_compile import assert_fused_compiles_whole, assert_rows_compile_whole
 from test_half_logprobs import OPTIONS, check_fused, check_rows
 from test_head import make
@@ -20,6 +20,7 @@ from kdcache.kernels.reference import loss_and_gradient
 from kdcache.loss.chunks import Head
 from kdcache.loss.fused import fused_sparse_kd_loss
 from kdcache.loss.sparse_kd import sparse_kd_loss
+from kdcache.loss.triton_passes import TritonPasses
 
 run, compute = partial(run_step, "triton"), partial(compute_by_step, "triton")
 
@@ -93,3 +94,7 @@ def take_half_logprobs() -> None:
     for name in OPTIONS:
         check_rows(name, "triton")
         check_fused(name, "triton")
+
+
+def keep_ids_beyond_the_vocabulary_to_their_row() -> None:
+    check_ids_beyond_the_vocabulary(TritonPasses)
