@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from kdcache.loader.cache import open_dataset as open  # noqa: F401
     from kdcache.loader.loader import Loader as Loader
     from kdcache.loader.view import PackedView as PackedView
+    from kdcache.loss.chunks import Head as Head
     from kdcache.loss.fused import fused_sparse_kd_loss as fused_sparse_kd_loss
+    from kdcache.loss.modules import FusedSparseKD as FusedSparseKD
+    from kdcache.loss.modules import SparseKD as SparseKD
     from kdcache.loss.sparse_kd import sparse_kd_loss as sparse_kd_loss
+    from kdcache.loss.vocab_parallel import vocab_parallel_sparse_kd_loss as vocab_parallel_sparse_kd_loss
     from kdcache.store.reader import CacheReader as CacheReader
     from kdcache.store.writer import CacheWriter as CacheWriter
 
@@ -34,6 +38,8 @@ _EXPORTS = {
     "CacheReader": "kdcache.store.reader:CacheReader",
     "CacheWriter": "kdcache.store.writer:CacheWriter",
     "Distributions": "kdcache.format.record:Distributions",
+    "FusedSparseKD": "kdcache.loss.modules:FusedSparseKD",
+    "Head": "kdcache.loss.chunks:Head",
     "KdcacheError": "kdcache.errors:KdcacheError",
     "Loader": "kdcache.loader.loader:Loader",
     "LoaderConfig": "kdcache.config.loader:LoaderConfig",
@@ -42,11 +48,13 @@ _EXPORTS = {
     "MixConfig": "kdcache.config.loader:MixConfig",
     "PackedView": "kdcache.loader.view:PackedView",
     "SequenceRecord": "kdcache.format.record:SequenceRecord",
+    "SparseKD": "kdcache.loss.modules:SparseKD",
     "TokenSequence": "kdcache.format.record:TokenSequence",
     "TorchLoader": "kdcache.loader._torch:TorchLoader",
     "fused_sparse_kd_loss": "kdcache.loss.fused:fused_sparse_kd_loss",
     "open": "kdcache.loader.cache:open_dataset",
     "sparse_kd_loss": "kdcache.loss.sparse_kd:sparse_kd_loss",
+    "vocab_parallel_sparse_kd_loss": "kdcache.loss.vocab_parallel:vocab_parallel_sparse_kd_loss",
 }
 
 __all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604  # pyright: ignore[reportUnsupportedDunderAll]
