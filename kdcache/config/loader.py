@@ -67,8 +67,8 @@ class MaskConfig(Config, frozen=True, kw_only=True):
 class LoaderConfig(Config, frozen=True, kw_only=True):
     """How a cache is read: what a batch holds and in which order. Ranks and world size are arguments of the loader.
 
-    All fields but `num_threads`, `prefetch_batches`, `features` and `logprob_dtype` decide which positions are in each batch; a
-    state saved under others is refused.
+    All fields but `num_threads`, `prefetch_batches`, `features`, `with_roles` and `logprob_dtype` decide which positions are in
+    each batch; a state saved under others is refused.
 
     Attributes:
         seq_len: tokens in a row of a batch. A cache with a longer sequence is refused.
@@ -91,6 +91,8 @@ class LoaderConfig(Config, frozen=True, kw_only=True):
         mix: for several caches.
         mask: which positions are learned from.
         features: names of the cache's features (hidden states) that a batch holds; empty for none, which costs nothing.
+        with_roles: whether a batch says of each position the role of the token that it predicts (`roles_P`), for losses or
+            statistics by role.
         logprob_dtype: of the teacher's logprobs in a batch. `float16` where the caches store just that (codec `packed`, or
             `archive` of 16 bits, of exact entries): the same values in half the bytes, on a GPU and on the way there; refused
             elsewhere.
@@ -113,6 +115,7 @@ class LoaderConfig(Config, frozen=True, kw_only=True):
     mix: MixConfig = MixConfig()
     mask: MaskConfig = MaskConfig()
     features: tuple[str, ...] = ()
+    with_roles: bool = False
     logprob_dtype: Literal["float32", "float16"] = "float32"
     num_threads: NonNegative = 2
     prefetch_batches: Positive = 4

@@ -48,6 +48,7 @@ class TorchBatch:
     num_masked: int
     state: dict[str, Any] | None = None
     features: dict[str, Tensor] | None = None
+    roles_P: Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TorchBatch:
         """The batch on a device; int32 stays int32, so cast labels there, not before the copy."""

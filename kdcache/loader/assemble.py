@@ -19,10 +19,10 @@ from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import PADDING_ID, SequenceRecord
 from kdcache.format.selection import fixed_entries, fixed_exact, stores_num_exact
-from kdcache.loader.batch import IGNORED_LABEL, Batch
+from kdcache.loader.batch import IGNORED_LABEL, NO_ROLE, Batch
 from kdcache.loader.buffers import BufferPool
 from kdcache.loader.features import batch_features
-from kdcache.loader.mask import EVERYTHING, Choice, choose, choose_reference
+from kdcache.loader.mask import EVERYTHING, Choice, choose, choose_reference, target_roles
 from kdcache.store.rows import EncodedRecord
 
 Record = SequenceRecord | EncodedRecord
@@ -67,6 +67,7 @@ class BatchLayout:
         mask: which positions are learned from.
         features: that the batch holds.
         logprob_dtype: float32, or float16 where all caches store that.
+        with_roles: whether the batch holds roles_P.
     """
 
     sequences_per_row: tuple[int, ...]
@@ -75,6 +76,7 @@ class BatchLayout:
     mask: MaskConfig = field(default_factory=MaskConfig)
     features: tuple[FeatureInfo, ...] = ()
     logprob_dtype: DTypeLike = np.float32
+    with_roles: bool = False
 
 
 def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | None = None) -> Batch:
@@ -109,6 +111,9 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
             table.append((*addresses, num_tokens, b, column, segment, position))
             if choice.weights_Q is not None:
                 batch.weights_P[position:end] = choice.weights_Q
+            if batch.roles_P is not None:
+                roles_P = target_roles(record.sequence)
+                batch.roles_P[position:end] = roles_P if choice.keep_P is None else roles_P[choice.keep_P]
             out = _entry_arrays(batch, slice(position, end))
             if isinstance(record, EncodedRecord):
                 jobs.setdefault(id(record.codec), (record.codec, []))[1].append(record.job(out, choice.keep_P))
@@ -150,6 +155,8 @@ def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -
                         batch.token_ids_PK[p, k] = d.token_ids_E[entry]
                         batch.logprobs_PK[p, k] = d.logprobs_E[entry]
                     batch.tail_mass_P[p] = d.tail_mass_P[record_p]
+                    if batch.roles_P is not None:
+                        batch.roles_P[p] = sequence.roles_N[t + 1] if t + 1 < sequence.num_tokens else NO_ROLE
                     for name, values in (("num_exact_P", d.num_exact_P), ("log_z_PC", d.log_z_PT), ("entropy_P", d.entropy_P)):
                         if getattr(batch, name) is not None and values is not None:
                             getattr(batch, name)[p] = values[record_p]
@@ -201,6 +208,7 @@ def blank_batch(
         num_exact_P=np.zeros(num_positions, np.int64) if columns.has_exact else None,
         log_z_PC=np.zeros((num_positions, columns.num_temperatures), np.float32) if columns.num_temperatures else None,
         entropy_P=np.zeros(num_positions, np.float32) if columns.has_entropy else None,
+        roles_P=np.full(num_positions, NO_ROLE, np.uint8) if layout.with_roles else None,
         num_sequences=num_sequences,
         num_masked=0,
     )

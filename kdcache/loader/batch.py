@@ -21,6 +21,9 @@ from kdcache.format.record import PADDING_ID
 IGNORED_LABEL = -100
 """What torch's cross entropy leaves out by default."""
 
+NO_ROLE = 255
+"""In `Batch.roles_P`: the position predicts no token of its sequence, which is not the role `none`."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
@@ -50,6 +53,8 @@ class Batch:
         num_masked: supervised positions of its sequences that the mask left out.
         features: name -> (P, H) float32, a row for each position, in the order of rows_P; or (num_sequences, H) where the
             feature is pooled, in the order of the sequences in the rows. None where LoaderConfig.features names none.
+        roles_P: (P,) uint8, index into `kdcache.format.record.ROLES`: the role of the token that the position predicts, the one
+            at t+1; NO_ROLE at a sequence's last position. None unless LoaderConfig.with_roles asks for it.
     """
 
     input_ids_BT: NDArray[np.int32]
@@ -69,6 +74,7 @@ class Batch:
     num_sequences: int
     num_masked: int
     features: dict[str, NDArray[np.float32]] | None = None
+    roles_P: NDArray[np.uint8] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -83,7 +89,7 @@ class Batch:
 
 ARRAYS = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "cu_seqlens_G1", "labels_BT", "rows_P", "token_ids_PK",
           "logprobs_PK", "tail_mass_P", "weights_P")  # fmt: skip
-OPTIONAL_ARRAYS = ("num_exact_P", "log_z_PC", "entropy_P")
+OPTIONAL_ARRAYS = ("num_exact_P", "log_z_PC", "entropy_P", "roles_P")
 NUMBERS = ("max_seqlen", "num_sequences", "num_masked")
 
 

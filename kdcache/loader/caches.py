@@ -34,7 +34,7 @@ class CacheSet:
     Args:
         caches: addresses are opened here, and closed by `close`; open ones stay the caller's.
         features: names of those that batches hold.
-        logprob_dtype: of the batches; see LoaderConfig.
+        logprob_dtype, with_roles: of the batches; see LoaderConfig.
 
     Raises:
         ConfigError: none, or one without such a feature or with logprobs that are no float16. MismatchError: several that do
@@ -42,9 +42,15 @@ class CacheSet:
     """
 
     def __init__(
-        self, caches: CacheLike | Sequence[CacheLike], features: Sequence[str] = (), logprob_dtype: str = "float32"
+        self,
+        caches: CacheLike | Sequence[CacheLike],
+        features: Sequence[str] = (),
+        logprob_dtype: str = "float32",
+        *,
+        with_roles: bool = False,
     ) -> None:
         self._own: list[Cache] = []
+        self.with_roles = with_roles
         several: Sequence[Any] = caches if isinstance(caches, (list, tuple)) else [caches]
         if not several:
             raise ConfigError("no cache was given; give an address, an open cache, or a list of them")

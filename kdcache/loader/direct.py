@@ -1,7 +1,8 @@
 """A batch straight from mapped record batches, without an object per record: what `assemble` gives, or nothing.
 
-Nothing is given where records have to be looked at one by one: a mask that chooses positions, hidden states, caches in object
-stores, codecs that are not bit streams, and wherever something is wrong. `assemble` is the definition, and says what is wrong.
+Nothing is given where records have to be looked at one by one: a mask that chooses positions, hidden states, roles, caches in
+object stores, codecs that are not bit streams, and wherever something is wrong. `assemble` is the definition, and says what is
+wrong.
 
 Shape letters: as in batch.py; R sequences of the batch.
 """
@@ -38,7 +39,7 @@ def read_direct(
     from kdcache.loader._numba_tokens import fill_tokens, place_sequences
 
     numbers_R = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-    if not layout.mask.is_all or layout.features or not len(numbers_R):
+    if not layout.mask.is_all or layout.features or layout.with_roles or not len(numbers_R):
         return None
     parts = _parts(caches, numbers_R)
     num_columns = None if parts is None else _num_columns(parts, layout)

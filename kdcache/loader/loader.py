@@ -67,7 +67,7 @@ class Loader:
         self.options = options
         self.rank = rank
         self.world_size = world_size
-        self._caches = CacheSet(caches, options.features, options.logprob_dtype)
+        self._caches = CacheSet(caches, options.features, options.logprob_dtype, with_roles=options.with_roles)
         self._epoch = epoch
         self._next_batch = 0
         self._closed = False

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kdcache.config.loader import MaskConfig
 from kdcache.format.record import ROLES, TokenSequence
+from kdcache.loader.batch import NO_ROLE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +47,11 @@ def choose(sequence: TokenSequence, mask: MaskConfig) -> Choice:
     return Choice(keep_P, weights_P[keep_P])
 
 
+def target_roles(sequence: TokenSequence) -> NDArray[np.uint8]:
+    """(P,) the role of the token that each supervised position predicts; NO_ROLE where it predicts none."""
+    return np.append(sequence.roles_N[1:], np.uint8(NO_ROLE))[sequence.positions_P]
+
+
 def choose_reference(sequence: TokenSequence, mask: MaskConfig) -> list[float]:
     """The weight of each supervised position, 0 where it is left out, one by one: the definition of `choose`."""
     weights: list[float] = []
@@ -71,11 +77,9 @@ def _weights(sequence: TokenSequence, positions_P: NDArray[np.int64], mask: Mask
     """(P,) by role alone; 0 where the role is not to be learned."""
     if mask.roles is None and not mask.role_weights:
         return np.ones(len(positions_P), np.float32)
-    by_role = np.array([_role_weight(role, mask) for role in ROLES], np.float32)
-    targets_P = positions_P + 1
-    has_target_P = targets_P < sequence.num_tokens
-    roles_P = sequence.roles_N[np.minimum(targets_P, sequence.num_tokens - 1)]
-    return np.where(has_target_P, by_role[roles_P], np.float32(0))
+    by_role = np.zeros(NO_ROLE + 1, np.float32)
+    by_role[: len(ROLES)] = [_role_weight(role, mask) for role in ROLES]
+    return by_role[target_roles(sequence)]
 
 
 def _role_weight(role: str, mask: MaskConfig) -> float:

@@ -25,7 +25,15 @@ def read_rows(
     Raises:
         CorruptCacheError: a damaged record, or one that is not as long as the index says.
     """
-    layout = BatchLayout(tuple(len(row) for row in rows), seq_len, caches.columns, mask, caches.features, caches.logprob_dtype)
+    layout = BatchLayout(
+        tuple(len(row) for row in rows),
+        seq_len,
+        caches.columns,
+        mask,
+        caches.features,
+        caches.logprob_dtype,
+        caches.with_roles,
+    )
     direct = read_direct(caches, rows, layout, pool)
     if direct is not None:
         return direct

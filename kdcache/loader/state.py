@@ -13,7 +13,7 @@ from kdcache.loader.packing import PACKING_VERSION
 
 STATE_VERSION = 2
 
-_NOT_OF_THE_STREAM = {"num_threads", "prefetch_batches", "features", "logprob_dtype", "seed"}
+_NOT_OF_THE_STREAM = {"num_threads", "prefetch_batches", "features", "with_roles", "logprob_dtype", "seed"}
 
 
 class LoaderState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

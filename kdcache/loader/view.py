@@ -32,7 +32,7 @@ class PackedView:
 
     def __init__(self, caches: CacheLike | Sequence[CacheLike], options: LoaderConfig, epoch: int = 0) -> None:
         check_epoch(epoch)
-        self._caches = CacheSet(caches, options.features, options.logprob_dtype)
+        self._caches = CacheSet(caches, options.features, options.logprob_dtype, with_roles=options.with_roles)
         self.options, self.epoch = options, epoch
         self._make_plan()
 

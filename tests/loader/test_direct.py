@@ -161,6 +161,7 @@ def test_what_has_to_be_looked_at_record_by_record_is_not_read_directly(tmp_path
     caches = CacheSet(make_cache(tmp_path / "packed", "packed"))
     assert read_direct(caches, rows, layout_of(caches, rows), None) is not None
     assert read_direct(caches, rows, layout_of(caches, rows, mask=MaskConfig(drop_first=1)), None) is None
+    assert read_direct(caches, rows, layout_of(caches, rows, with_roles=True), None) is None
     assert read_direct(caches, [np.zeros(0, np.int64)], layout_of(caches, [np.zeros(0)]), None) is None
     short = BatchLayout((2,), 8, caches.columns)  # sequences that do not fit a row: to be said with their source
     assert read_direct(caches, rows, short, None) is None
