@@ -107,6 +107,8 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
         backend: `vllm`, `transformers`, `served` (a server that runs already, see `server`), `fake`, or `auto`: vLLM where it
             is installed and imports, else transformers.
         revision: hub commit or tag; null for the default.
+        adapter: vLLM, worker route: local folder of a LoRA adapter (PEFT's format) to put on the model; null for none. One that
+            changes embeddings or output projection is refused: merge it into the model.
         tokenizer: hub id or folder; null for the model's own.
         dtype: of weights and activations; `auto` takes the checkpoint's.
         batch_tokens: most tokens in one forward pass (transformers) or one scheduler step (vLLM).
@@ -130,6 +132,7 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
     model: str
     backend: Literal["auto", "vllm", "transformers", "served", "fake"] = "auto"
     revision: str | None = None
+    adapter: str | None = None
     tokenizer: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_tokens: Positive = 8192
@@ -156,10 +159,18 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
             raise ValueError("backend 'served' needs server.url, as in http://host:8000/v1")
         if self.backend != "served" and self.server != ServerConfig():
             raise ValueError(f"server is for backend 'served' alone, not for {self.backend!r}")
+        if self.adapter is not None and (self.backend not in ("auto", "vllm") or self.route == "public"):
+            raise ValueError(
+                f"adapter is for backend 'vllm' on its worker route, not for backend {self.backend!r} with route {self.route!r}; "
+                "elsewhere, merge it into its model and name the merged folder"
+            )
 
 
 class SelectionConfig(Config, frozen=True, kw_only=True):
     """What is kept of a distribution: which entries, and which numbers beside them.
+
+    The mass outside the entries and the logprob of the token that came next are always stored; temperatures and entropy are
+    chosen.
 
     Attributes:
         kind: `top_k`, the k most probable tokens; ties go to the smaller id. `top_p_k`, the most probable until their mass
@@ -307,8 +318,11 @@ class RunConfig(Config, frozen=True, kw_only=True):
         rank: `local` only: this process does the units u with u % world_size == rank. Start one process for each rank, in any
             order, at any time, on machines that share the input and output.path (a network disk or an object store).
         world_size: `local` only: ranks that share the units.
-        replicas: `ray` only: actors, each with a teacher of its own and, where the cluster has GPUs, with
-            teacher.tensor_parallel_size of them.
+        replicas: `ray` only: actors, each with a teacher of its own. They may be more than the cluster has room for: the
+            others start when there is room.
+        gpus_per_replica: `ray` only: GPUs that each actor asks the cluster for; null for as many as its engine computes on
+            (for vLLM tensor x pipeline parallel), or none where the cluster has none at the start. Set it for a cluster that
+            grows from no GPUs, and for transformers with a `device_map`.
         ray_address: `ray` only: of a running cluster; `local` starts one on this machine; null joins the one that RAY_ADDRESS
             or this machine knows, and else starts one.
         retries: how often a unit that failed is tried again before it is given up.
@@ -317,6 +331,7 @@ class RunConfig(Config, frozen=True, kw_only=True):
         skip_poison: find the sequences that make a unit fail alone as well, leave them out, name them, and publish the rest.
         stall_seconds: when the teacher has answered nothing for so long, say so, print every thread's stack and stop; null to
             wait for ever.
+        load_stall_seconds: the same for loading the teacher, a download of its weights included.
         progress_path: file that holds the state of the run as JSON, rewritten every few seconds; null for
             `<output.path>.progress.json`, with the rank in its name where there are several. Of a cache in an object store the
             file is in the working directory.
@@ -327,11 +342,13 @@ class RunConfig(Config, frozen=True, kw_only=True):
     rank: NonNegative = 0
     world_size: Positive = 1
     replicas: Positive = 1
+    gpus_per_replica: NonNegative | None = None
     ray_address: str | None = None
     retries: NonNegative = 1
     max_failed: NonNegative = 0
     skip_poison: bool = False
     stall_seconds: Annotated[float, Meta(gt=0)] | None = 1800.0
+    load_stall_seconds: Annotated[float, Meta(gt=0)] | None = 7200.0
     progress_path: str | None = None
     remote: RemoteConfig = RemoteConfig()
 
@@ -340,8 +357,9 @@ class RunConfig(Config, frozen=True, kw_only=True):
             raise ValueError(f"rank is {self.rank}, but must be below world_size, {self.world_size}: ranks count from 0")
         if self.executor == "ray" and self.world_size > 1:
             raise ValueError("executor 'ray' spreads the units itself: use `replicas`, not `world_size`")
-        if self.executor != "ray" and (self.replicas > 1 or self.ray_address is not None):
-            raise ValueError("replicas and ray_address are for executor 'ray' alone")
+        is_of_ray = self.replicas > 1 or self.gpus_per_replica is not None or self.ray_address is not None
+        if self.executor != "ray" and is_of_ray:
+            raise ValueError("replicas, gpus_per_replica and ray_address are for executor 'ray' alone")
 
 
 class CaptureConfig(Config, frozen=True, kw_only=True):
