@@ -93,7 +93,9 @@ class EpochPlan:
 
     @property
     def num_batches(self) -> int:
-        """Global batches, the padded last one included; computes the whole table of blocks."""
+        """Global batches, the padded last one included; computes the whole table of blocks where lengths have a say in it."""
+        if self._options.packing == "none" and self._options.batch_tokens is None:
+            return -(-self.order.num_places // self._options.batch_rows)
         totals = self._totals()
         return totals.batches if self._cuts_batches else -(-totals.rows // self._options.batch_rows)
 

@@ -38,6 +38,19 @@ def test_asking_for_the_first_batch_does_not_compute_the_whole_epoch() -> None:
     assert len(plan._before) == 2
 
 
+@pytest.mark.parametrize("grouping", [{}, {"group_by_length": True}, {"pad_to": "longest"}])
+@pytest.mark.parametrize("num_sequences", [1, 8, 297])
+def test_the_number_of_batches_is_known_without_a_plan_where_lengths_have_no_say_in_it(
+    num_sequences: int, grouping: dict[str, object]
+) -> None:
+    plan = make_plan(num_sequences, packing="none", **grouping)
+    num_batches = plan.num_batches
+    assert len(plan._before) == 1
+    assert plan.has_batch(num_batches - 1)
+    assert not plan.has_batch(num_batches)
+    assert plan.counts().num_batches == num_batches
+
+
 def test_a_plan_keeps_few_blocks_whatever_the_cache_s_size() -> None:
     plan = make_plan(10_000)
     assert plan.num_rows > 1000

@@ -20,6 +20,7 @@ from kdcache.errors import ConfigError, StateError
 from kdcache.loader._torch import to_torch
 from kdcache.loader.batch import Batch
 from kdcache.loader.loader import Loader
+from kdcache.loader.plan import EpochPlan
 from kdcache.train.adapters import BatchStream, StudentLoss, TitanDataLoader, iterable_dataset, num_stream_batches
 
 
@@ -73,6 +74,37 @@ def test_a_stream_gives_the_same_batch_by_number_in_turn_and_in_rounds(small_cac
             stream.load_state_dict(loader.state_dict())
         with pytest.raises(ConfigError, match="round_batches is 0"):
             BatchStream(loader, round_batches=0)
+
+
+class Planning(Loader):
+    """Says which epochs were planned."""
+
+    def plan_of(self, epoch: int) -> EpochPlan:
+        self.planned.append(epoch)
+        return super().plan_of(epoch)
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        self.planned: list[int] = []
+        super().__init__(*args, **fields)
+
+
+def test_a_jump_near_a_known_place_plans_no_epochs_from_the_beginning(small_cache: Path) -> None:
+    with Loader(small_cache, OPTIONS) as loader:
+        stream, last = BatchStream(loader), num_stream_batches(loader, 30)
+        wanted = {number: stream[number].input_ids_BT for number in (last - 6, last - 1, last, last + 5)}
+        stream[last]
+        state = stream.state_dict()
+        stream.pause()
+    with Planning(small_cache, OPTIONS) as loader:
+        stream = BatchStream(loader)
+        stream.load_state_dict(state)
+        for number, ids_BT in wanted.items():
+            assert torch.equal(stream[number].input_ids_BT, ids_BT)
+        stream.pause()
+        assert set(loader.planned) <= {0, *range(27, 33)}
+        assert torch.equal(stream[0].input_ids_BT, first_batches(small_cache, OPTIONS, 1)[0].input_ids_BT)
+        stream.pause()
+        assert set(loader.planned) <= {0, *range(27, 33)}
 
 
 def test_accelerate_saves_the_loaders_place_and_goes_on_from_it(

@@ -19,8 +19,12 @@ from kdcache.loader.loader import Loader
 class BatchStream:
     """Batches by number: 0 is the first of the loader's epoch 0. Consecutive ones are read ahead by the loader's threads.
 
-    Going to another number reads nothing on the way. Iterating gives the rest of the round in which the stream stands, and a
-    whole one where it stands at a round's beginning; `len` is that of a round.
+    Iterating gives the rest of the round in which the stream stands, and a whole one where it stands at a round's beginning;
+    `len` is that of a round.
+
+    Going to another number reads nothing on the way, but packed epochs have to be planned to know how many batches they have:
+    those between the number and the nearest place that is known (the stream's beginning, a loaded state, where it has been),
+    each once. Without packing and without batch_tokens the lengths of epochs are known, and nothing is planned.
 
     Args:
         loader: it stays the caller's.
@@ -34,6 +38,8 @@ class BatchStream:
         self.loader = loader
         self.round_batches = round_batches or loader.plan_of(0).num_batches
         self.position = 0
+        self._starts = {0: 0}
+        """Of the epochs that are known, the number of their first batch."""
         self._batches = TorchLoader(loader, pin_memory=pin_memory)
         self._running: Iterator[TorchBatch] | None = None
         self._is_placed = False
@@ -71,6 +77,7 @@ class BatchStream:
         self.pause()
         self.loader.load_state_dict(state["loader"])
         self.position, self._is_placed = int(state["position"]), True
+        self._starts[self.loader.epoch] = self.position - state["loader"]["next_batch"]
 
     def pause(self) -> None:
         """End the threads that read ahead; the next batch starts them again."""
@@ -91,11 +98,26 @@ class BatchStream:
         if number < 0:
             raise IndexError(f"batch {number} of a stream that begins with 0")
         self.pause()
-        epoch, place = 0, number
-        while place >= (num_batches := self.loader.plan_of(epoch).num_batches):
-            epoch, place = epoch + 1, place - num_batches
-        self.loader.load_state_dict(self.loader.state_dict() | {"epoch": epoch, "next_batch": place})
+        epoch = self._epoch_of(number)
+        place = {"epoch": epoch, "next_batch": number - self._starts[epoch]}
+        self.loader.load_state_dict(self.loader.state_dict() | place)
         self.position, self._is_placed = number, True
+
+    def _epoch_of(self, number: int) -> int:
+        """The epoch with this batch; what is learned of epochs on the way there is kept."""
+        epoch = min(self._starts, key=lambda known: abs(self._starts[known] - number))
+        while number < self._starts[epoch]:
+            if epoch - 1 not in self._starts:
+                self._starts[epoch - 1] = self._starts[epoch] - self.loader.plan_of(epoch - 1).num_batches
+            epoch -= 1
+        while number >= self._end(epoch):
+            epoch += 1
+        return epoch
+
+    def _end(self, epoch: int) -> int:
+        if epoch + 1 not in self._starts:
+            self._starts[epoch + 1] = self._starts[epoch] + self.loader.plan_of(epoch).num_batches
+        return self._starts[epoch + 1]
 
 
 def num_stream_batches(loader: Loader, num_epochs: float) -> int:
