@@ -10,20 +10,24 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdcache.capture.executor import giving_up, open_writer
-from kdcache.capture.heartbeat import Heartbeat, end_process
-from kdcache.capture.inputs import InputReader
-from kdcache.capture.job import Job, load_job_tokenizer
-from kdcache.capture.plan import Plan, Unit
+from kdcache.capture import placement
+from kdcache.capture._nvml import GpuState
+from kdcache.capture.actor import CaptureWorker, UnitAnswer
+from kdcache.capture.executor import giving_up, naming_interrupts
+from kdcache.capture.job import Job
+from kdcache.capture.placement import Needs, replica_needs
+from kdcache.capture.plan import Unit
 from kdcache.capture.progress import CaptureProgress
 from kdcache.capture.signals import StopRequest
 from kdcache.capture.tally import CaptureSummary, Tally
-from kdcache.capture.unit import Reporter, TeacherSlot, UnitDone, UnitFailed, UnitWorker
-from kdcache.config.capture import CaptureConfig, RunConfig
+from kdcache.capture.unit import UnitFailed
+from kdcache.config.capture import RunConfig
 from kdcache.errors import CaptureError, KdcacheError, MissingDependencyError
 from kdcache.store import chain
 from kdcache.store.set_aside import FailedUnit
@@ -54,48 +58,22 @@ LEAVE_SECONDS = 30.0
 CONNECT_SECONDS = 10.0
 
 
-class CaptureWorker:
-    """What runs in an actor: one teacher, one writer. Calls come one after another, `ready` first."""
-
-    def __init__(self, config: CaptureConfig, plan: Plan, directory: str) -> None:
-        """Loads nothing: an error in here would reach the driver as a dead actor, and not as what it is."""
-        self._config, self._plan, self._directory = config, plan, directory
-        # The watch has no end: whatever an actor does for too long, it is of no use to the capture.
-        self._heart = Heartbeat(config.run.stall_seconds, end_process)
-        self._slot: TeacherSlot | None = None
-        self._worker: UnitWorker | None = None
-
-    def ready(self) -> int:
-        """Load the teacher and open the cache; the process id. Raises as `run_capture` does before it starts."""
-        os.chdir(self._directory)  # paths mean what they mean to the driver
-        job = Job(self._config, InputReader(self._config.input), load_job_tokenizer(self._config), self._plan)
-        self._slot = TeacherSlot(self._config)
-        reporter = Reporter(CaptureProgress(), StopRequest(), self._heart)
-        self._worker = UnitWorker(job, self._slot, open_writer(job, self._slot), reporter)
-        return os.getpid()
-
-    def capture(self, unit: Unit) -> UnitDone | FailedUnit:
-        """Publish a unit, or say why it could not be."""
-        assert self._worker is not None
-        self._heart.beat(f"capturing unit {unit.number}")
-        with self._heart.watching():
-            outcome = self._worker.capture(unit)
-        return outcome.record if isinstance(outcome, UnitFailed) else outcome
-
-    def close(self) -> None:
-        """Let the engine go in peace: it may have processes of its own."""
-        if self._slot is not None:
-            self._slot.close()
-
-
 @dataclass
 class _Replica:
     """An actor as the driver sees it; `unit` is the one in its hands."""
 
     name: str
     actor: Any
+    placed: Any
     pid: int | None = None
     unit: Unit | None = None
+    gpus: Sequence[GpuState] = ()
+    hired: float = field(default_factory=time.monotonic)
+
+    def is_waiting(self) -> bool:
+        """Whether Ray has not found a place for it for so long that something should be said."""
+        is_late = self.pid is None and time.monotonic() - self.hired > placement.WARN_SECONDS
+        return is_late and not ray.wait([self.placed], timeout=0)[0]
 
 
 @dataclass
@@ -103,6 +81,7 @@ class _Crew:
     """The actors, what each is waited for, and the units that nobody has."""
 
     make: Any
+    needs: Needs
     num_replicas: int
     progress: CaptureProgress
     waiting: deque[Unit] = field(default_factory=deque)
@@ -111,14 +90,28 @@ class _Crew:
     num_made: int = 0
     num_lost: int = 0
     num_failed_starts: int = 0
+    has_warned: bool = False
     leaving: list[Any] = field(default_factory=list)
 
     def hire(self) -> None:
         """As many actors as there are replicas, but no more than there is work for."""
         while len(self.pending) < min(self.num_replicas, self.num_open):
-            replica = _Replica(f"worker-{self.num_made}", self.make())
+            actor = self.make()
+            # Answered as soon as its process is there, which tells waiting for a place from loading a model.
+            replica = _Replica(f"worker-{self.num_made}", actor, actor.placed.remote())
             self.num_made += 1
             self.pending[replica.actor.ready.remote()] = replica
+
+    def wait(self) -> list[Any]:
+        """The calls that are over, or none after a second; says once that actors have found no place."""
+        if not self.pending:
+            return []
+        done, _ = ray.wait(list(self.pending), num_returns=1, timeout=WAIT_SECONDS)
+        num_waiting = 0 if self.has_warned else sum(replica.is_waiting() for replica in self.pending.values())
+        if num_waiting:
+            self.has_warned = True
+            log.warning("%s", placement.not_placed(num_waiting, self.needs, ray.cluster_resources(), ray.available_resources()))
+        return done
 
     def give(self, replica: _Replica) -> None:
         """The next unit, or leave to go."""
@@ -126,7 +119,7 @@ class _Crew:
         if replica.unit is None:
             self.dismiss(replica)
             return
-        self.progress.worker(replica.name, replica.pid, replica.unit.number)
+        self.progress.worker(replica.name, replica.pid, replica.unit.number, replica.gpus)
         self.pending[replica.actor.capture.remote(replica.unit)] = replica
 
     def dismiss(self, replica: _Replica) -> None:
@@ -142,7 +135,7 @@ class _Crew:
             if self.num_failed_starts >= MAX_FAILED_STARTS:
                 raise CaptureError(
                     f"{self.num_failed_starts} workers in a row died before they were ready, the last one with: "
-                    f"{_first_line(error)}; see the logs of Ray"
+                    f"{_first_line(error)}; see what they have printed above, and the logs of Ray"
                 ) from error
         else:
             self.num_lost += 1
@@ -173,23 +166,29 @@ def capture_on_ray(job: Job, progress: CaptureProgress, stop: StopRequest) -> Ca
     """
     is_ours = _connect(job.config.run)
     try:
-        stop.reinstall()  # Ray sets handlers of its own when it starts
-        progress.loading(f"{job.config.teacher.model} in {job.config.run.replicas} workers")
-        crew = _Crew(_actor_maker(job), job.config.run.replicas, progress, deque(job.plan.units))
-        first = _wait_for_first(crew)
-        writer = CacheWriter.open(job.path, chain.read_manifest(job.path, 0))  # the first worker has started the cache
-        tally = Tally(job, writer, progress, stop)
-        crew.waiting = deque(tally.units)
-        with giving_up(tally, stop), stop.working():
-            crew.give(first)
-            _work(crew, tally, stop)
-            tally.summary.num_workers_lost = crew.num_lost
-            return tally.finish()
+        with naming_interrupts(stop):
+            return _drive(job, progress, stop)
     except RayError as error:
         raise CaptureError(f"Ray failed: {_first_line(error)}; what is published stays") from error
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def _drive(job: Job, progress: CaptureProgress, stop: StopRequest) -> CaptureSummary:
+    stop.reinstall()  # Ray sets handlers of its own when it starts
+    progress.loading(f"{job.config.teacher.model} in {job.config.run.replicas} workers")
+    needs = replica_needs(job.config, ray.cluster_resources())
+    crew = _Crew(_actor_maker(job, needs), needs, job.config.run.replicas, progress, deque(job.plan.units))
+    first = _wait_for_first(crew)
+    writer = CacheWriter.open(job.path, chain.read_manifest(job.path, 0))  # the first worker has started the cache
+    tally = Tally(job, writer, progress, stop)
+    crew.waiting = deque(tally.units)
+    with giving_up(tally, stop), stop.working():
+        crew.give(first)
+        _work(crew, tally, stop)
+        tally.summary.num_workers_lost = crew.num_lost
+        return tally.finish()
 
 
 def _connect(run: RunConfig) -> bool:
@@ -212,11 +211,9 @@ def _connect(run: RunConfig) -> bool:
     return True
 
 
-def _actor_maker(job: Job) -> Any:
-    """What makes one more actor. It asks for as many GPUs as its teacher needs, on a cluster that has any."""
-    teacher = job.config.teacher
-    has_gpus = teacher.backend not in ("fake", "served") and ray.cluster_resources().get("GPU", 0) > 0
-    options = {"num_cpus": 1, "num_gpus": teacher.tensor_parallel_size if has_gpus else 0}
+def _actor_maker(job: Job, needs: Needs) -> Any:
+    """What makes one more actor."""
+    options = {"num_cpus": needs.num_cpus, "num_gpus": needs.num_gpus}
     kind: Any = ray.remote(CaptureWorker)
     plan = ray.put(job.plan)  # once per machine, however many actors there are
     return lambda: kind.options(max_restarts=0, max_task_retries=0, **options).remote(job.config, plan, os.getcwd())
@@ -226,8 +223,7 @@ def _wait_for_first(crew: _Crew) -> _Replica:
     """The first actor that has its teacher loaded and the cache open."""
     while True:
         crew.hire()
-        done, _ = ray.wait(list(crew.pending), num_returns=1, timeout=WAIT_SECONDS)
-        for future in done:
+        for future in crew.wait():
             replica = crew.pending.pop(future)
             if _answer(crew, replica, future) is not None:
                 return replica
@@ -264,8 +260,7 @@ def _work(crew: _Crew, tally: Tally, stop: StopRequest) -> None:
         if stop.is_requested:
             crew.waiting.clear()
         crew.hire()
-        done, _ = ray.wait(list(crew.pending), num_returns=1, timeout=WAIT_SECONDS) if crew.pending else ([], [])
-        for future in done:
+        for future in crew.wait():
             _take(crew, crew.pending.pop(future), future, tally)
     for replica in crew.pending.values():  # not ready yet, and not needed any more
         ray.kill(replica.actor)
@@ -282,9 +277,17 @@ def _take(crew: _Crew, replica: _Replica, future: Any, tally: Tally) -> None:
         if failed is not None:
             tally.add(UnitFailed(failed, None))
     elif unit is not None:
-        if isinstance(answer, UnitDone):
-            crew.progress.start_unit(unit, answer.num_tokens)
-            crew.progress.advance(answer.num_tokens)
-        tally.add(UnitFailed(answer, None) if isinstance(answer, FailedUnit) else answer)
+        _count(crew, replica, unit, answer, tally)
     if answer is not None:
         crew.give(replica)
+
+
+def _count(crew: _Crew, replica: _Replica, unit: Unit, answer: UnitAnswer, tally: Tally) -> None:
+    """A unit is over."""
+    replica.gpus = answer.gpus
+    if isinstance(answer.outcome, FailedUnit):
+        tally.add(UnitFailed(answer.outcome, None))
+        return
+    crew.progress.start_unit(unit, answer.outcome.num_tokens)
+    crew.progress.advance(answer.outcome.num_tokens)
+    tally.add(answer.outcome)

@@ -23,9 +23,12 @@ def capture_here(job: Job, progress: CaptureProgress, stop: StopRequest) -> Capt
     Raises:
         As `run_capture`.
     """
-    heart = Heartbeat(job.config.run.stall_seconds, interrupting(stop, threading.get_ident()))
-    progress.loading(job.config.teacher.model)
-    with heart.watching(), closing(TeacherSlot(job.config)) as slot:
+    heart = Heartbeat(job.config.run, interrupting(stop, threading.get_ident()))
+    model = job.config.teacher.model
+    progress.loading(model)
+    heart.load(f"loading the teacher {model!r}")
+    with naming_interrupts(stop), heart.watching(), closing(TeacherSlot(job.config)) as slot:
+        heart.beat("opening the cache")
         writer = open_writer(job, slot)
         worker = UnitWorker(job, slot, writer, Reporter(progress, stop, heart))
         tally = Tally(job, writer, progress, stop)
@@ -46,6 +49,19 @@ def open_writer(job: Job, slot: TeacherSlot) -> CacheWriter:
 
 
 @contextmanager
+def naming_interrupts(stop: StopRequest) -> Iterator[None]:
+    """Say what an interrupt means where there is no account of the run yet."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if stop.stalled is not None:
+            raise CaptureError(f"{stop.stalled}; run the same command again, with a higher limit if it needs longer") from error
+        if isinstance(error, Interrupted):
+            raise
+        raise stop.interrupted() from error
+
+
+@contextmanager
 def giving_up(tally: Tally, stop: StopRequest) -> Iterator[None]:
     """Fold what is published when the run fails, and say what an interrupt means."""
     try:
@@ -55,7 +71,5 @@ def giving_up(tally: Tally, stop: StopRequest) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt) and stop.stalled is not None:
             raise CaptureError(f"{stop.stalled}; {tally.how_to_go_on}") from error
         if isinstance(error, KeyboardInterrupt):
-            interrupt = Interrupted(tally.how_to_go_on)
-            interrupt.signum = error.signum if isinstance(error, Interrupted) else Interrupted.signum
-            raise interrupt from error
+            raise stop.interrupted(tally.how_to_go_on) from error
         raise

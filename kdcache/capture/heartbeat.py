@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from kdcache.capture.signals import StopRequest
+from kdcache.config.capture import RunConfig
 
 GRACE_SECONDS = 30.0
 """From the interrupt of a stalled capture to the end of its process, where the capture owns that and is still there."""
@@ -27,38 +28,47 @@ class Heartbeat:
     """Watches the time between two beats; each `beat()` says that something has been done. Before the first there is none.
 
     Args:
-        stall_seconds: longest time between two beats; None watches nothing.
+        run: its `stall_seconds` is the longest time from one beat to the next, its `load_stall_seconds` that from `load()` to
+            the next beat; None waits for ever.
         on_stall: called once, from the watch's thread, with the sentence that says what happened and an event that is set when
             the watch is over.
     """
 
-    def __init__(self, stall_seconds: float | None, on_stall: Callable[[str, threading.Event], None]) -> None:
-        self._stall_seconds, self._on_stall = stall_seconds, on_stall
-        self._last, self._doing = float("inf"), ""
+    def __init__(self, run: RunConfig, on_stall: Callable[[str, threading.Event], None]) -> None:
+        self._limits = {name: getattr(run, name) for name in ("stall_seconds", "load_stall_seconds")}
+        self._on_stall = on_stall
+        # One tuple, as the watch must not see a limit without its time: when, which limit holds from there, what is done.
+        self._last = (float("inf"), "stall_seconds", "")
 
     def beat(self, doing: str | None = None) -> None:
         """Something has been done; `doing` says what is done next, for the message."""
-        self._last = time.monotonic()
-        if doing is not None:
-            self._doing = doing
+        self._last = (time.monotonic(), "stall_seconds", self._last[2] if doing is None else doing)
+
+    def load(self, doing: str) -> None:
+        """The teacher is loaded from now until the next beat, which may take longer than anything else."""
+        self._last = (time.monotonic(), "load_stall_seconds", doing)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch until the end of the block."""
-        if self._stall_seconds is None:
+        limits = [seconds for seconds in self._limits.values() if seconds is not None]
+        if not limits:
             yield
             return
         over = threading.Event()
-        threading.Thread(target=self._watch, args=(over, self._stall_seconds), name="kdcache-watch", daemon=True).start()
+        pause = min(1.0, *(seconds / 4 for seconds in limits))
+        threading.Thread(target=self._watch, args=(over, pause), name="kdcache-watch", daemon=True).start()
         try:
             yield
         finally:
             over.set()
 
-    def _watch(self, over: threading.Event, stall_seconds: float) -> None:
-        while not over.wait(min(1.0, stall_seconds / 4)):
-            if time.monotonic() - self._last > stall_seconds:
-                sentence = f"no progress for {stall_seconds:g} seconds (run.stall_seconds) while {self._doing}"
+    def _watch(self, over: threading.Event, pause: float) -> None:
+        while not over.wait(pause):
+            last, limit, doing = self._last
+            seconds = self._limits[limit]
+            if seconds is not None and time.monotonic() - last > seconds:
+                sentence = f"no progress for {seconds:g} seconds (run.{limit}) while {doing}"
                 os.write(_STDERR, f"\nkdcache: {sentence}; the stacks of all threads follow\n".encode())
                 faulthandler.dump_traceback(_STDERR, all_threads=True)
                 self._on_stall(sentence, over)

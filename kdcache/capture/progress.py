@@ -47,8 +47,9 @@ class CaptureProgress:
     def set_aside(self, failed: FailedUnit) -> None:
         """A unit is given up for this run."""
 
-    def worker(self, name: str, pid: int | None, unit: int | None) -> None:
-        """A worker of a cluster has taken a unit, or, with None, none; it is gone where pid is None."""
+    def worker(self, name: str, pid: int | None, unit: int | None, gpus: Sequence[_nvml.GpuState] = ()) -> None:
+        """A worker of a cluster has taken a unit, or, with None, none; it is gone where pid is None. `gpus` are its own, as
+        they were during its last unit."""
 
     def ended(self, state: str) -> None:
         """How it ended: `finished`, `stopped` or `failed`."""
@@ -92,9 +93,9 @@ class SeveralProgress(CaptureProgress):
         for other in self._others:
             other.set_aside(failed)
 
-    def worker(self, name: str, pid: int | None, unit: int | None) -> None:
+    def worker(self, name: str, pid: int | None, unit: int | None, gpus: Sequence[_nvml.GpuState] = ()) -> None:
         for other in self._others:
-            other.worker(name, pid, unit)
+            other.worker(name, pid, unit, gpus)
 
     def ended(self, state: str) -> None:
         for other in self._others:
@@ -136,6 +137,7 @@ class BarProgress(CaptureProgress):
         self._bar: tqdm | None = None
         self._to_come = TokensToCome(())
         self._num_bytes = self._num_set_aside = 0
+        self._computes_here = True
 
     def scanning(self, items: Iterable[Item]) -> Iterable[Item]:
         return tqdm(
@@ -173,7 +175,8 @@ class BarProgress(CaptureProgress):
     def published(self, shard: ShardInfo) -> None:
         self._num_bytes += shard.num_bytes
         if self._bar is not None:
-            parts = [f"{tqdm.format_sizeof(self._num_bytes, 'B')} written", *map(_gpu_text, _nvml.gpu_states())]
+            parts = [f"{tqdm.format_sizeof(self._num_bytes, 'B')} written"]
+            parts += self._gpu_texts()
             if self._num_set_aside:
                 parts.append(f"{self._num_set_aside} set aside")
             self._bar.set_postfix_str(", ".join(parts), refresh=False)
@@ -181,6 +184,13 @@ class BarProgress(CaptureProgress):
     def set_aside(self, failed: FailedUnit) -> None:
         self._num_set_aside += 1
         tqdm.write(f"unit {failed.unit} is set aside after {failed.attempts} attempts: {failed.reason}", file=sys.stderr)
+
+    def _gpu_texts(self) -> list[str]:
+        return [_gpu_text(gpu) for gpu in _nvml.gpu_states()] if self._computes_here else []
+
+    def worker(self, name: str, pid: int | None, unit: int | None, gpus: Sequence[_nvml.GpuState] = ()) -> None:
+        del name, pid, unit, gpus  # a line has no room for the GPUs of many
+        self._computes_here = False
 
     def close(self) -> None:
         if self._bar is not None:

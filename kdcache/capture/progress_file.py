@@ -88,10 +88,10 @@ class ProgressFile(CaptureProgress):
         self._set_aside.append(msgspec.to_builtins(failed))
         self._write()
 
-    def worker(self, name: str, pid: int | None, unit: int | None) -> None:
+    def worker(self, name: str, pid: int | None, unit: int | None, gpus: Sequence[_nvml.GpuState] = ()) -> None:
         self._workers.pop(name, None)
         if pid is not None:
-            self._workers[name] = {"pid": pid, "unit": unit}
+            self._workers[name] = {"pid": pid, "unit": unit, "gpus": [asdict(gpu) for gpu in gpus]}
         self._write()
 
     def ended(self, state: str) -> None:
@@ -140,7 +140,8 @@ class ProgressFile(CaptureProgress):
             "num_bytes": self._num_bytes,
             "num_skipped_sequences": self._num_skipped,
             "set_aside": self._set_aside,
-            "gpus": [asdict(gpu) for gpu in _nvml.gpu_states()],
+            # On a cluster nothing is computed here: each worker has its own.
+            "gpus": [asdict(gpu) for gpu in _nvml.gpu_states()] if run.executor == "local" else [],
         }
 
     def _speed(self, now: float) -> float | None:

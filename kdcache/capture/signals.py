@@ -28,6 +28,7 @@ class StopRequest:
     Attributes:
         is_requested: finish the unit in work, then stop.
         is_working: a unit is in work: there is something to finish.
+        signum: the signal that ended the capture at once.
         stalled: why the capture must end now, where its watch has decided so.
         owns_process: the process is there for this capture alone and may be ended where nothing else helps.
         reinstall: puts the handlers of `stopping_on_signals` in place again, for who starts a library that sets its own.
@@ -35,12 +36,19 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.is_requested = self.is_working = self.owns_process = False
+        self.signum = signal.SIGINT
         self.stalled: str | None = None
         self.reinstall: Callable[[], None] = lambda: None
 
     def request(self) -> None:
         """Stop at the next unit. From any thread, or from a signal handler."""
         self.is_requested = True
+
+    def interrupted(self, *sentence: str) -> Interrupted:
+        """What to raise for the signal that ended the capture at once. Libraries make plain KeyboardInterrupts of ours."""
+        interrupt = Interrupted(*sentence)
+        interrupt.signum = self.signum
+        return interrupt
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -66,9 +74,8 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
     def handle(number: int, _: FrameType | None) -> None:
         if not stop.is_working or stop.is_requested or stop.stalled is not None:
             _restore(before)  # a third one is not ours to hold up
-            interrupt = Interrupted()
-            interrupt.signum = number
-            raise interrupt
+            stop.signum = signal.Signals(number)
+            raise stop.interrupted()
         stop.request()
         name = signal.Signals(number).name
         # Not print: the signal may have come while something was printed, and Python's streams refuse to be entered twice.

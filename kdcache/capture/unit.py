@@ -212,7 +212,7 @@ class UnitWorker:
         except Exception as error:
             if is_fatal(error):
                 raise
-            self._slot.mend()
+            self._mend()
             return error
         finally:
             self._take_back()
@@ -254,7 +254,12 @@ class UnitWorker:
             raise error
         log.warning("unit %d failed, attempt %d: %s", unit.number, attempt, reason_of(error))
         if not self._stop.is_requested:
-            self._slot.mend()
+            self._mend()
+
+    def _mend(self) -> None:
+        self._heart.load("loading the teacher again after a failure")
+        self._slot.mend()
+        self._heart.beat("going on after a failure")
 
     def _take_back(self) -> None:
         if self._answered:

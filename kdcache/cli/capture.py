@@ -21,6 +21,7 @@ RUN_FLAGS = {
     "--world-size": ("run.world_size", "processes that share the units: unit u is rank u mod N's"),
     "--executor": ("run.executor", "local, or ray for the actors of a cluster"),
     "--replicas": ("run.replicas", "with --executor ray: actors, each with a teacher of its own"),
+    "--gpus-per-replica": ("run.gpus_per_replica", "with --executor ray: GPUs that each actor asks the cluster for"),
     "--max-failed": ("run.max_failed", "units that may fail and be set aside while the rest goes on"),
 }
 """flag -> (the field that it sets, help): what differs between the processes of one capture, or between its runs."""

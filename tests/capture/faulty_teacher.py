@@ -1,5 +1,6 @@
 """The fake teacher, with faults that words in the text set off. Put in the fake's place by `install`, or for a whole process by
-running this file as if it were the command `kdcache`.
+running this file as if it were the command `kdcache`. Where its model is a file, it also hangs while it is loaded, once: the
+file is gone then.
 
     poison   fails, every time
     flaky    fails the first time that this process meets it
@@ -25,6 +26,13 @@ met = set()
 
 
 class FaultyTeacher(FakeTeacher):
+    def __init__(self, config):
+        super().__init__(config)
+        if os.path.isfile(config.model):
+            os.unlink(config.model)
+            while True:
+                time.sleep(0.05)
+
     def score(self, sequences, selection, features=()):
         return map(self._faulty, sequences, super().score(sequences, selection, features))
 
@@ -72,8 +80,9 @@ def install(table=teachers._TEACHERS, setitem=dict.__setitem__):
 if __name__ == "__main__":
     install()
     sys.modules["faulty_teacher"] = sys.modules["__main__"]
-    from kdcache.capture import heartbeat
+    from kdcache.capture import heartbeat, placement
     from kdcache.cli.main import main
 
     heartbeat.GRACE_SECONDS = float(os.environ.get("GRACE_SECONDS", heartbeat.GRACE_SECONDS))
+    placement.WARN_SECONDS = float(os.environ.get("PLACE_WARN_SECONDS", placement.WARN_SECONDS))
     sys.exit(main())

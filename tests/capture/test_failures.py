@@ -2,8 +2,10 @@
 
 import errno
 import json
+import re
 import signal
 import threading
+import time
 
 import faulty_teacher
 import pytest
@@ -209,6 +211,34 @@ def test_a_stalled_teacher_is_stopped_in_a_background_job_that_ignores_sigint_to
             run_capture(config)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_teacher_that_hangs_while_it_is_loaded_is_shown_and_stopped_and_loads_the_next_time(tmp_path, capfd):
+    (tmp_path / "hangs-once").touch()
+    run = {"stall_seconds": 60, "load_stall_seconds": 1}
+    config = make_config(tmp_path, teacher={"model": str(tmp_path / "hangs-once")}, run=run)
+    with pytest.raises(CaptureError) as caught:
+        run_capture(config)
+    assert re.fullmatch(
+        r"no progress for 1 seconds \(run\.load_stall_seconds\) while loading the teacher '.*hangs-once'; run the same "
+        r"command again, with a higher limit if it needs longer",
+        str(caught.value),
+    )
+    assert "faulty_teacher.py" in capfd.readouterr().err, "the stacks are shown"
+    assert run_capture(config).manifest.is_complete
+
+
+def test_a_limit_for_loading_is_none_for_the_units_and_the_other_way_round(tmp_path, monkeypatch):
+    run = {"stall_seconds": None, "load_stall_seconds": 0.5}
+    assert run_capture(make_config(tmp_path, lines_with(dict.fromkeys(range(1, 5), "slow")), run=run)).manifest.is_complete
+
+    def load_slowly(config):
+        time.sleep(0.8)
+        return faulty_teacher.FaultyTeacher(config)
+
+    monkeypatch.setattr("kdcache.capture.unit.load_teacher", load_slowly)
+    other = {"run": {"stall_seconds": 0.6, "load_stall_seconds": None}, "output": {"path": str(tmp_path / "other")}}
+    assert run_capture(make_config(tmp_path, **other)).manifest.is_complete
 
 
 def test_each_units_time_is_in_the_manifest_and_summed_by_info(tmp_path, capsys):

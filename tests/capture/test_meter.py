@@ -1,11 +1,16 @@
 """GPU readings, with a stand-in for NVIDIA's library: there may be no GPU here, and the real one is tried where there is."""
 
+import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+from capture_cases import make_config
 
 from kdcache.capture import _nvml
-from kdcache.capture.meter import gpus_held, start_meter
+from kdcache.capture.meter import GpuReadings, gpus_held, start_meter
+from kdcache.capture.progress import BarProgress
+from kdcache.capture.progress_file import ProgressFile
 from kdcache.config.capture import TeacherConfig
 
 
@@ -83,6 +88,34 @@ def test_a_unit_is_charged_for_the_gpus_that_its_teacher_holds(library):
     assert account.gpu_seconds == pytest.approx(2 * account.wall_seconds, abs=0.002)
     assert account.energy_joules == 2000.0, "the second two questions, less the first two, of 500 J each"
     assert gpus_held(TeacherConfig(model="m", backend="fake")) == 0
+    pipeline = {"backend": "vllm", "engine_options": {"pipeline_parallel_size": 2}}
+    assert gpus_held(TeacherConfig(model="m", **pipeline)) == 2
+    assert gpus_held(TeacherConfig(model="m", tensor_parallel_size=2, **pipeline)) == 2, "no more than there are"
+    assert gpus_held(TeacherConfig(model="m", backend="transformers")) == 1
+    spread = TeacherConfig(model="m", backend="transformers", engine_options={"device_map": "auto"})
+    assert gpus_held(spread) == 2, "all that the process may use"
+
+
+def test_gpus_are_read_when_the_teacher_answers_and_not_when_a_failure_takes_answers_back(library):
+    readings = GpuReadings()
+    readings.advance(-5)
+    assert readings.last == ()
+    readings.advance(5)
+    assert readings.last == tuple(_nvml.gpu_states())
+
+
+def test_on_a_cluster_each_worker_shows_its_own_gpus_and_the_driver_none(library, tmp_path):
+    config = make_config(tmp_path, run={"executor": "ray"})
+    state = ProgressFile(tmp_path / "progress.json", config)
+    gpu, _ = _nvml.gpu_states()
+    state.worker("worker-0", 7, 3, [gpu])
+    found = json.loads((tmp_path / "progress.json").read_text())
+    assert found["gpus"] == []
+    assert found["workers"] == {"worker-0": {"pid": 7, "unit": 3, "gpus": [asdict(gpu)]}}
+    bar = BarProgress()
+    assert bar._gpu_texts() == ["GPU 0 3.00B 97%", "GPU 1 4.00B 97%"]
+    bar.worker("worker-0", 7, 3, [gpu])
+    assert bar._gpu_texts() == []
 
 
 def test_without_the_library_or_a_driver_there_are_no_gpus(library):
