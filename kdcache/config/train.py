@@ -59,6 +59,11 @@ class LossConfig(Config, frozen=True, kw_only=True):
         backend: `numba`, `torch` or `triton`; `auto` takes the fastest that fits the device and has been tested on one.
         positions_per_chunk: positions whose logits exist at once; memory is this x vocabulary x 2 or 4 bytes. null: 512 on a
             CPU (1024 in bfloat16), 4096 on a GPU.
+        float32_logits: with dtype bfloat16, logits in float32 of the same numbers. Their rounding is most of the gradient's
+            error where the student is close to the teacher; on a CPU the product then takes several times as long.
+        train_padding: of a student with more ids than the cache's vocabulary: false leaves them out, as if they did not exist:
+            no probability, no gradient, so mask them when generating. true counts them as ids to which the teacher gives
+            nothing.
     """
 
     alpha: Fraction = 1.0
@@ -68,6 +73,8 @@ class LossConfig(Config, frozen=True, kw_only=True):
     temperature: PositiveFloat = 1.0
     backend: Literal["auto", "numba", "torch", "triton"] = "auto"
     positions_per_chunk: Positive | None = None
+    float32_logits: bool = False
+    train_padding: bool = False
 
 
 class OptimizerConfig(Config, frozen=True, kw_only=True):

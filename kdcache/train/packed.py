@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdcache.errors import ConfigError
+from kdcache.loss.chunks import Head
 
-_MAGNIFIED = 1024.0
+# A scale shows in logits of any size, a soft cap in large ones only.
+_MAGNIFIED = (1.0, 1024.0)
 _TOLERANCE = 1e-3
 
 
@@ -36,22 +38,41 @@ def output_projection(model: PreTrainedModel) -> torch.nn.Linear:
     return head
 
 
-@torch.no_grad()
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are the output projection of the hidden states and nothing else: no scale, no soft cap.
+def logits_head(model: PreTrainedModel) -> Head:
+    """What becomes of the output projection's product, as the configuration has it; `has_head` tests that it does.
 
-    Looked at with the projection's weight magnified, since a soft cap shows in large logits only; by a power of two, which
-    can be undone to the bit.
+    A scale multiplies as `logit_scale` (Cohere) and divides as `logits_scaling` (Granite); a soft cap is Gemma's.
     """
+    config = model.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+def apply_head(head: Head, product: Tensor) -> Tensor:
+    """Logits of the product with the output projection, in its dtype; its padding stays."""
+    logits = product * head.logit_scale
+    return logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
+
+
+@torch.no_grad()
+def has_head(model: PreTrainedModel, head: Head) -> bool:
+    """Whether the model's logits are the output projection of its hidden states, scaled and capped as `head` says, and no more.
+
+    Looked at with the projection's weight as it is, and magnified by a power of two, which can be undone to the bit.
+    """
+    return all(_has_head(model, head, times) for times in _MAGNIFIED)
+
+
+def _has_head(model: PreTrainedModel, head: Head, times: float) -> bool:
     ids_1T = _probe_ids(model)
     positions_1T = torch.arange(ids_1T.shape[1], device=ids_1T.device)[None]
-    head = output_projection(model)
-    head.weight.mul_(_MAGNIFIED)
+    projection = output_projection(model)
+    projection.weight.mul_(times)
     try:
-        plain = head(hidden_states(model, ids_1T, positions_1T))
-        return _close(plain, model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False).logits)
+        ours = apply_head(head, projection(hidden_states(model, ids_1T, positions_1T)).float())
+        return _close(ours, model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False).logits)
     finally:
-        head.weight.div_(_MAGNIFIED)
+        projection.weight.div_(times)
 
 
 @torch.no_grad()
@@ -64,20 +85,21 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Refuse a model for which the trainer would silently compute something else; costs four forwards of eight tokens.
+    """Refuse a model for which the trainer would silently compute something else; costs six forwards of eight tokens.
 
     Raises:
-        ConfigError: attention (or state) crosses packed documents, or logits are more than the output projection.
+        ConfigError: attention (or state) crosses packed documents, or logits are made in a way that the loss does not know.
     """
     was_training = model.training
     model.eval()
     name = type(model).__name__
     if not keeps_documents_apart(model):
         raise ConfigError(f"student.config_from: {name} lets packed documents see each other; this trainer cannot train it")
-    if not has_plain_head(model):
+    if not has_head(model, logits_head(model)):
         raise ConfigError(
-            f"student.config_from: {name} scales or caps its logits, which the fused loss does not; "
-            "turn that off in student.overrides"
+            f"student.config_from: the logits of {name} are not its output projection of the hidden states, scaled as "
+            "logit_scale or logits_scaling and capped as final_logit_softcapping of its configuration say, and the loss knows "
+            "nothing else"
         )
     model.train(was_training)
 
@@ -87,4 +109,6 @@ def _probe_ids(model: PreTrainedModel) -> Tensor:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= _TOLERANCE * b.abs().max())
+    """But for roundings of the dtype that b was computed in."""
+    tolerance = max(_TOLERANCE, 4 * torch.finfo(b.dtype).eps)
+    return bool((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max())

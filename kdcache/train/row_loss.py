@@ -5,7 +5,7 @@ Shape letters: B rows, T tokens per row, P supervised positions, H hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,16 +14,24 @@ from torch import Tensor
 from kdcache.config.train import LossConfig
 from kdcache.loader._torch import TorchBatch
 from kdcache.loader.batch import IGNORED_LABEL
-from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.loss.chunks import Head
+from kdcache.loss.fused import PLAIN_HEAD, fused_sparse_kd_loss
 from kdcache.train.entries import PLAIN, EntryMeaning
 
 
 @dataclass(frozen=True, slots=True)
 class RowLoss:
-    """The sparse loss fused with the output projection, as configured, for entries of one meaning."""
+    """The sparse loss fused with the output projection, as configured, for entries of one meaning.
+
+    Attributes:
+        config: what is minimised.
+        meaning: of the batches' entries.
+        scaled: what the model does with the projection's product, see `logits_head`.
+    """
 
     config: LossConfig
     meaning: EntryMeaning = PLAIN
+    scaled: Head = PLAIN_HEAD
 
     def weights_P(self, batch: TorchBatch) -> Tensor:
         """(P,) what each position counts in a mean.
@@ -64,6 +72,7 @@ class RowLoss:
             head.weight.to(dtype),
             *teacher,
             bias=None if head.bias is None else head.bias.to(dtype),
+            head=self._head(len(head.weight)),
             labels_P=_labels_P(batch),
             weights_P=self.weights_P(batch),
             alpha=self.config.alpha,
@@ -72,6 +81,12 @@ class RowLoss:
             chunk_size=self.config.positions_per_chunk,
             **of_teacher,
         )
+
+    def _head(self, num_rows: int) -> Head:
+        """Without the rows of the projection that stand for no id of the cache's vocabulary, unless they are to be trained."""
+        known = self.meaning.vocab_size
+        is_padded = known is not None and known < num_rows and not self.config.train_padding
+        return replace(self.scaled, float32_logits=self.config.float32_logits, vocab_size=known if is_padded else None)
 
     def _teacher_options(self, batch: TorchBatch) -> dict[str, Any]:
         log_z_PC, column = batch.log_z_PC, self.meaning.log_z_column

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdcache.errors import MismatchError
+from kdcache.loss.chunks import Head
 from kdcache.train.heldout import HeldoutSequence
-from kdcache.train.packed import has_plain_head, hidden_states, output_projection
+from kdcache.train.packed import apply_head, has_head, hidden_states, logits_head, output_projection
 
 TEACHER = "teacher"
 
@@ -64,7 +65,7 @@ def score_models(
     """
     _check_vocabularies(teacher, students)
     models = {TEACHER: teacher, **students}
-    heads = {name: has_plain_head(model) for name, model in models.items()}
+    heads = {name: head if has_head(model, head := logits_head(model)) else None for name, model in models.items()}
     sums = {name: np.zeros((len(sequences), 4)) for name in models}
     for row, sequence in enumerate(sequences):
         ids_T = torch.from_numpy(sequence.input_ids_N).to(teacher.device)
@@ -88,23 +89,24 @@ def heldout_nats_per_token(
     total = 0.0
     for sequence in sequences:
         ids_T = torch.from_numpy(sequence.input_ids_N).to(model.device)
-        chunks = _logprob_chunks(model, ids_T, positions_per_chunk, plain_head=True)
+        chunks = _logprob_chunks(model, ids_T, positions_per_chunk, logits_head(model))
         for targets_P, logprobs_PV in zip(ids_T[1:].split(positions_per_chunk), chunks, strict=True):
             total -= float(_gather(logprobs_PV, targets_P).double().sum())
     model.train(was_training)
     return total / sum(sequence.num_targets for sequence in sequences)
 
 
-def _logprob_chunks(model: PreTrainedModel, ids_T: Tensor, positions_per_chunk: int, plain_head: bool) -> Iterator[Tensor]:
-    """(P, V) float32 logprobs of positions 0..T-2, a chunk at a time. A head that is more than a product needs all at once."""
+def _logprob_chunks(model: PreTrainedModel, ids_T: Tensor, positions_per_chunk: int, head: Head | None) -> Iterator[Tensor]:
+    """(P, V) float32 logprobs of positions 0..T-2, a chunk at a time; with a head that nobody knows (None) of whole logits."""
     ids_1T = ids_T[None, :-1]
     positions_1T = torch.arange(ids_1T.shape[1], device=ids_T.device)[None]
-    if plain_head:
-        rows, project = hidden_states(model, ids_1T, positions_1T)[0], output_projection(model)
-    else:
-        rows, project = model(input_ids=ids_1T, use_cache=False).logits[0], torch.nn.Identity()
-    for rows_P in rows.split(positions_per_chunk):
-        yield torch.log_softmax(project(rows_P).float(), dim=-1)
+    if head is None:
+        for logits_PV in model(input_ids=ids_1T, use_cache=False).logits[0].split(positions_per_chunk):
+            yield torch.log_softmax(logits_PV.float(), dim=-1)
+        return
+    projection = output_projection(model)
+    for hidden_PH in hidden_states(model, ids_1T, positions_1T)[0].split(positions_per_chunk):
+        yield torch.log_softmax(apply_head(head, projection(hidden_PH).float()), dim=-1)
 
 
 def _chunk_sums(teacher_PV: Tensor, own_PV: Tensor, targets_P: Tensor) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kdcache.config.train import OptimizerConfig, TrainConfig
 from kdcache.loader._torch import TorchBatch
 from kdcache.train.entries import PLAIN, EntryMeaning
-from kdcache.train.packed import hidden_states, output_projection
+from kdcache.train.packed import hidden_states, logits_head, output_projection
 from kdcache.train.row_loss import RowLoss
 
 
@@ -56,7 +56,7 @@ def student_loss(model: PreTrainedModel, batch: TorchBatch, config: TrainConfig,
     """
     with torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         hidden_BTH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT)
-    loss = RowLoss(config.loss, meaning)
+    loss = RowLoss(config.loss, meaning, logits_head(model))
     return loss(hidden_BTH, output_projection(model), batch, dtype=getattr(torch, config.dtype))
 
 

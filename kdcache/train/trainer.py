@@ -89,7 +89,8 @@ class Trainer:
         heldout: Sequence[HeldoutSequence] = (),
     ) -> None:
         self.config, self.model, self.loader, self.folder, self.heldout = config, model, loader, folder, heldout
-        self.meaning = entry_meaning(config.loss, loader.readers[0].manifest.identity.selection)
+        identity = loader.readers[0].manifest.identity
+        self.meaning = entry_meaning(config.loss, identity.selection, identity.teacher.vocab_size)
         self.optimizer = make_optimizer(model, config.optimizer)
         self.num_steps = config.steps or num_batches(loader, config.epochs or 1)
         self.step = self.num_tokens = 0

@@ -8,7 +8,15 @@ from train_caches import load_teacher_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from kdcache.errors import ConfigError
-from kdcache.train.packed import check_architecture, has_plain_head, hidden_states, keeps_documents_apart, output_projection
+from kdcache.loss.chunks import Head
+from kdcache.train.packed import (
+    check_architecture,
+    has_head,
+    hidden_states,
+    keeps_documents_apart,
+    logits_head,
+    output_projection,
+)
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -83,15 +91,25 @@ def test_a_model_that_mixes_documents_is_refused(model: PreTrainedModel) -> None
         check_architecture(Mixing())  # pyright: ignore[reportArgumentType]
 
 
-def test_a_soft_cap_on_the_logits_is_refused_even_where_logits_are_small() -> None:
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_a_soft_cap_is_seen_even_where_logits_are_small(cap: float | None) -> None:
     torch.manual_seed(0)
-    capped = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=30.0))
-    with pytest.raises(ConfigError, match="Gemma2ForCausalLM scales or caps its logits"):
-        check_architecture(capped)
-    check_architecture(Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=None)))
+    capped = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=cap)).eval()
+    assert logits_head(capped) == Head(softcap=cap)
+    assert has_head(capped, Head(softcap=cap))
+    assert not has_head(capped, Head(softcap=30.0 if cap is None else None))
+    check_architecture(capped)
+
+
+def test_logits_made_in_a_way_that_the_configuration_does_not_say_are_refused() -> None:
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=None))
+    model.config.logit_scale = 0.5
+    with pytest.raises(ConfigError, match="the logits of Gemma2ForCausalLM are not its output projection"):
+        check_architecture(model)
 
 
 def test_looking_at_the_head_changes_no_bit_of_it(model: PreTrainedModel) -> None:
     before = output_projection(model).weight.clone()
-    assert has_plain_head(model)
+    assert has_head(model, Head())
     assert torch.equal(output_projection(model).weight, before)

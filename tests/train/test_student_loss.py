@@ -68,7 +68,8 @@ def test_logits_of_all_positions_never_exist(small_cache: Path, backend: str) ->
 def test_students_that_would_be_trained_wrongly_are_refused(small_cache: Path) -> None:
     gemma: dict[str, Any] = {"num_hidden_layers": 1, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
     capped = Gemma2ForCausalLM(Gemma2Config(vocab_size=520, hidden_size=32, intermediate_size=48, **gemma))
-    with pytest.raises(ConfigError, match="scales or caps its logits"):
+    capped.config.logits_scaling = 2.0  # of which its forward knows nothing
+    with pytest.raises(ConfigError, match="the loss knows nothing else"):
         loss_of(small_cache, capped)
     with pytest.raises(MismatchError, match="vocabulary of 512 cannot hold the ids of teacher"):
         loss_of(small_cache, make_student(vocab_size=512))

@@ -21,8 +21,10 @@ from kdcache.loader._torch import TorchBatch
 from kdcache.loader.loader import Loader
 from kdcache.loss.global_mean import global_mean_scale
 from kdcache.train.entries import entry_meaning
-from kdcache.train.packed import check_architecture, output_projection
+from kdcache.train.packed import check_architecture, logits_head, output_projection
 from kdcache.train.row_loss import RowLoss
+
+_SHRUNK = 2.0**-40
 
 
 class StudentLoss:
@@ -49,7 +51,10 @@ class StudentLoss:
                 f"the student's vocabulary of {self.head.out_features} cannot hold the ids of teacher "
                 f"{identity.teacher.model!r}, whose vocabulary is {identity.teacher.vocab_size}: resize its embeddings"
             )
-        self.rows = RowLoss(config, entry_meaning(config, identity.selection))
+        meaning = entry_meaning(config, identity.selection, identity.teacher.vocab_size)
+        self.rows = RowLoss(config, meaning, logits_head(plain))
+        # The model takes the loss for logits, and scales and caps it: the first is undone, the second does nothing to the tiny.
+        self._shrink = 1.0 if self.rows.scaled.softcap is None else _SHRUNK
 
     def __call__(self, model: nn.Module, batch: TorchBatch, scale: Tensor | float | None = None) -> Tensor:
         """A scalar.
@@ -62,7 +67,8 @@ class StudentLoss:
 
         def loss_of(hidden_BTH: Tensor) -> Tensor:
             with torch.autocast(hidden_BTH.device.type, enabled=False):
-                return self.rows(hidden_BTH, self.head, batch, dtype=dtype, reduction="mean" if scale is None else "sum")
+                loss = self.rows(hidden_BTH, self.head, batch, dtype=dtype, reduction="mean" if scale is None else "sum")
+            return loss * self._shrink
 
         kind = batch.input_ids_BT.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.weight.dtype
@@ -75,6 +81,7 @@ class StudentLoss:
                 f"{type(model).__name__} made logits of the shape {tuple(loss.shape)} without calling its output projection "
                 "as a module (its forward was exchanged?); the fused loss cannot be put in its place"
             )
+        loss = loss / (self._shrink * self.rows.scaled.logit_scale)
         return loss if scale is None else loss * scale
 
     def weights(self, batches: Iterable[TorchBatch]) -> list[Tensor]:
