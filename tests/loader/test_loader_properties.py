@@ -79,13 +79,14 @@ def set_ups(draw: st.DrawFn) -> tuple[list[MemoryReader], LoaderConfig]:
     return readers, LoaderConfig(**fields, mix=draw(st.just(MixConfig()) | counts | weighted))
 
 
-def run_leg(readers: list[MemoryReader], options: LoaderConfig, leg: Leg, state: str | None) -> tuple[list[Batch], str]:
-    """Fresh loaders for all ranks, from a state to another; the ranks' shares put together."""
+def run_leg(readers: list[MemoryReader], options: LoaderConfig, leg: Leg, state: str | int) -> tuple[list[Batch], str]:
+    """Fresh loaders for all ranks, from a state, or the start of an epoch, to a state; the ranks' shares put together."""
     options = msgspec.structs.replace(options, num_threads=leg.num_threads)
-    ranks = [Loader(readers, options, rank=r, world_size=leg.world_size) for r in range(leg.world_size)]
+    epoch = state if isinstance(state, int) else 0
+    ranks = [Loader(readers, options, rank=r, world_size=leg.world_size, epoch=epoch) for r in range(leg.world_size)]
     batches: list[Batch] = []
     for loader in ranks:
-        if state is not None:
+        if isinstance(state, str):
             loader.load_state_dict(json.loads(state))
     while leg.num_batches is None or len(batches) < leg.num_batches:
         for shares in zip(*ranks, strict=True):
@@ -102,19 +103,19 @@ def run_leg(readers: list[MemoryReader], options: LoaderConfig, leg: Leg, state:
 
 
 @settings(deadline=None, max_examples=50)
-@given(set_ups(), LEGS)
+@given(set_ups(), LEGS, st.integers(0, 2**40))
 def test_any_run_with_stops_gives_the_stream_of_one_rank_without(
-    set_up: tuple[list[MemoryReader], LoaderConfig], legs: list[Leg]
+    set_up: tuple[list[MemoryReader], LoaderConfig], legs: list[Leg], epoch: int
 ) -> None:
     readers, options = set_up
     stream: list[Batch] = []
-    state: str | None = None
+    state: str | int = epoch
     for leg in legs:
         before = state
         batches, state = run_leg(readers, options, leg, state)
         assert_same_stream(run_leg(readers, options, leg, before)[0], batches)  # resumed twice from one state
         stream += batches
-    alone = Loader(readers, options)
+    alone = Loader(readers, options, epoch=epoch)
     expected: list[Batch] = []
     while len(expected) < len(stream):
         expected += alone

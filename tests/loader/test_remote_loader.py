@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cache_making import make_cache, make_unit
 from fault_proxy import FaultProxy
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry as filesystems
 
 import kdcache
 from kdcache.config.loader import LoaderConfig
@@ -31,11 +34,15 @@ def local(tmp_path_factory):
 
 @pytest.fixture
 def cache(s3: FaultProxy, local) -> str:
-    uri = f"s3://{s3.bucket}/cache"
+    uri = copied(local, f"s3://{s3.bucket}/cache", RemoteConfig())
+    s3.requests.clear()
+    return uri
+
+
+def copied(local: Path, uri: str, config: RemoteConfig) -> str:
     for path in local.rglob("*.*"):
         if path.is_file():
-            RemotePath(f"{uri}/{path.relative_to(local).as_posix()}", RemoteConfig()).write_bytes(path.read_bytes())
-    s3.requests.clear()
+            RemotePath(f"{uri}/{path.relative_to(local).as_posix()}", config).write_bytes(path.read_bytes())
     return uri
 
 
@@ -48,12 +55,13 @@ def stream(loader: Loader, num_epochs: int = 2) -> list[bytes]:
 
 
 @pytest.mark.parametrize("order", OPTIONS)
-def test_the_stream_is_that_of_the_local_copy_whatever_the_network_does(cache, local, s3, tmp_path, order):
+def test_the_stream_is_that_of_the_local_copy_whatever_the_network_does(cache, local, s3, tmp_path, order, monkeypatch):
     with kdcache.open(local) as on_disk, Loader(on_disk, OPTIONS[order]) as loader:
         expected = stream(loader)
-    faults = ["unavailable", "reset", "truncated", "short", "lost", "broken"]
-    s3.choose = lambda request: faults[request.number // 4 % 6] if request.number % 4 == 0 else None
-    config = RemoteConfig(deadline_seconds=30.0, timeout_seconds=5.0, block_dir=str(tmp_path / "blocks"), block_bytes=2**20)
+    faults = ["unavailable", "reset", "truncated", "short", "lost", "broken", "slow"]
+    s3.choose = lambda request: faults[request.number // 4 % 7] if request.number % 4 == 0 else None
+    monkeypatch.setattr(s3, "slow_seconds", 2.0)
+    config = RemoteConfig(deadline_seconds=60.0, timeout_seconds=1.0, block_dir=str(tmp_path / "blocks"), block_bytes=2**20)
     with kdcache.open(cache, remote=config) as reader, Loader(reader, OPTIONS[order]) as loader:
         assert stream(loader) == expected
         assert len(loader.plan_of(0).batch(0).rows) == 2
@@ -117,3 +125,28 @@ def test_a_resumed_loader_and_a_pickled_one_go_on_with_the_same_stream(cache, lo
         with pickle.loads(pickle.dumps(loader)) as again:
             assert stream(again, 1) == expected[3:]
         assert stream(loader, 1) == expected[3:]
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/folder/cache", "hf://datasets/someone/folder/cache"])
+def test_a_cache_under_another_scheme_gives_the_stream_of_the_local_copy(local, tmp_path, monkeypatch, uri):
+    """Of what is ours alone: in place of the stores' own packages fsspec's memory stands under their names."""
+    scheme = uri.partition("://")[0]
+
+    class Store(MemoryFileSystem):
+        protocol, store, pseudo_dirs = scheme, {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            assert path.partition("://")[0] in (scheme, path), "what this store is asked for is its own"
+            return super()._strip_protocol(path.removeprefix(f"{scheme}://"))
+
+    monkeypatch.setitem(filesystems, scheme, Store)
+    # Of a number of threads that nothing else asks for: stores are kept by their configs.
+    config = RemoteConfig(block_dir=str(tmp_path), block_bytes=2**20, num_threads=3)
+    copied(local, uri, config)
+    with kdcache.open(local) as on_disk, Loader(on_disk, OPTIONS["windowed"]) as loader:
+        expected = stream(loader)
+    with kdcache.open(uri, remote=config) as cache, Loader(cache, OPTIONS["windowed"]) as loader:
+        assert cache.is_remote
+        assert stream(loader) == expected
+    assert any("/data/" in name for name in Store.store)

@@ -1,14 +1,20 @@
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cache_making import make_cache
 from memory_reader import MemoryReader, assert_same_stream
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import StateError
+from kdcache.loader.assemble import BatchLayout
 from kdcache.loader.batch import Batch
+from kdcache.loader.cache import open_dataset
+from kdcache.loader.caches import CacheSet
+from kdcache.loader.direct import read_direct
 from kdcache.loader.loader import Loader
 
 torch = pytest.importorskip("torch")
@@ -33,8 +39,8 @@ def as_numpy(value: object) -> Any:
     return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
-def in_workers(loader: TorchLoader, num_workers: int, **options: object) -> DataLoader[TorchBatch]:
-    context = "fork" if num_workers else None
+def in_workers(loader: TorchLoader, num_workers: int, start: str = "fork", **options: object) -> DataLoader[TorchBatch]:
+    context = start if num_workers else None
     return DataLoader(loader, batch_size=None, num_workers=num_workers, multiprocessing_context=context, **options)  # pyright: ignore[reportArgumentType]
 
 
@@ -64,6 +70,25 @@ def test_any_number_of_workers_gives_the_loader_s_stream(reader: MemoryReader, n
     for epoch in range(2):
         loader.set_epoch(epoch)
         assert_same_stream(to_numpy(in_workers(loader, num_workers)), list(Loader(reader, OPTIONS, epoch=epoch)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "is_direct"), [("fork", True), ("fork", False), ("spawn", True)])
+def test_two_workers_give_the_stream_of_a_cache_on_disk(tmp_path: Path, start: str, is_direct: bool) -> None:
+    """Its files are mapped here before the workers are started, and read by the compiled call or record by record."""
+    path = make_cache(tmp_path / "cache", "packed", num_units=4, num_sequences=8)
+    options = LoaderConfig(seq_len=32, batch_rows=2, pack_window=8, num_threads=1, with_roles=not is_direct)
+    with open_dataset(path) as cache, Loader(cache, options) as inner:
+        first = inner.plan.batch(0).rows
+        layout = BatchLayout(tuple(map(len, first)), 32, CacheSet(cache).columns, with_roles=not is_direct)
+        assert (read_direct(CacheSet(cache), first, layout, None) is not None) == is_direct
+        loader = TorchLoader(inner)
+        data = in_workers(loader, 2, start, persistent_workers=True)
+        for epoch in range(2):
+            with Loader(path, options, epoch=epoch) as alone:
+                assert_same_stream(to_numpy(data), list(alone))
+        assert data._iterator is not None
+        data._iterator._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_more_workers_than_batches_leave_some_without_work() -> None:
@@ -160,5 +185,7 @@ def test_a_worker_s_place_needs_as_many_workers(reader: MemoryReader) -> None:
     place = {"start": Loader(reader, OPTIONS).state_dict(), "first": 1, "num_workers": 3}
     loader = TorchLoader(Loader(reader, OPTIONS))
     loader.load_state_dict(place)
+    batches = iter(in_workers(loader, 2))
     with pytest.raises(StateError, match="one of 3 workers, here are 2"):
-        list(in_workers(loader, 2))
+        next(batches)
+    batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue] - as above

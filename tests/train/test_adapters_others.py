@@ -95,7 +95,8 @@ def test_a_jump_near_a_known_place_plans_no_epochs_from_the_beginning(small_cach
         stream[last]
         state = stream.state_dict()
         stream.pause()
-    with Planning(small_cache, OPTIONS) as loader:
+    loader = Planning(small_cache, OPTIONS)
+    with loader:
         stream = BatchStream(loader)
         stream.load_state_dict(state)
         for number, ids_BT in wanted.items():
