@@ -235,9 +235,26 @@ def compared(points: Sequence[Point], axis: str, sizes: Sequence[float]) -> Iter
     yield ""
 
 
+EXPECTED = {"ids": 3.0, "bytes": 3.5}
+"""Times less variance than Random Sampling KD that simulations promised."""
+
+
+def against_sampled(points: Sequence[Point]) -> Iterator[str]:
+    """How many times less error `threshold` has than `sampled`, beside what was expected."""
+    for axis, sizes in (("ids", AT_IDS), ("bytes", AT_BYTES)):
+        ratios = []
+        for size in sizes:
+            drawn, ours = (at([p for p in points if p.scheme == scheme], axis, size) for scheme in ("sampled", "threshold"))
+            if drawn and ours:
+                ratios.append((drawn[0] / ours[0], f"{drawn[0] / ours[0]:.1f} at {size}"))
+        verdict = "reached" if ratios and max(ratios)[0] >= EXPECTED[axis] else "not reached"
+        said = ", ".join(text for _, text in ratios) or "no size in common"
+        yield f"- `threshold` has times less error than `sampled` at equal {axis}: {said}; expected {EXPECTED[axis]}: {verdict}"
+
+
 def make_table(name: str, num_positions: int, points: Sequence[Point]) -> str:
     """Markdown: all points, then at equal ids and at equal bytes."""
-    lines = ["# benchmarks/selection_variance.py", "", f"{name}, {num_positions} positions.", ""]
+    lines = ["# benchmarks/selection_variance.py", "", f"{name}, {num_positions} positions.", "", *against_sampled(points), ""]
     lines += ["| scheme | size | ids | bytes | error | bias | cosine |", "|---|---|---|---|---|---|---|"]
     for p in points:
         size = ", ".join(f"{key} {value}" for key, value in p.params.items())
