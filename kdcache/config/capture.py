@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from kdcache.config.remote import RemoteConfig
-from kdcache.config.server import ServerConfig
+from kdcache.config.teacher import TeacherConfig
 
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
@@ -97,73 +97,6 @@ class InputConfig(Config, frozen=True, kw_only=True):
             raise ValueError(f"format {self.format!r} has no fields, so that it cannot have domain_field {self.domain_field!r}")
         if self.supervise == "assistant" and self.content != "messages":
             raise ValueError("supervise 'assistant' needs content 'messages'")
-
-
-class TeacherConfig(Config, frozen=True, kw_only=True):
-    """The model that is captured.
-
-    Attributes:
-        model: hub id or local folder in the Hugging Face layout; for `fake`, any name.
-        backend: `vllm`, `transformers`, `served` (a server that runs already, see `server`), `fake`, or `auto`: vLLM where it
-            is installed and imports, else transformers.
-        revision: hub commit or tag; null for the default.
-        adapter: vLLM, worker route: local folder of a LoRA adapter (PEFT's format) to put on the model; null for none. One that
-            changes embeddings or output projection is refused: merge it into the model.
-        tokenizer: hub id or folder; null for the model's own.
-        dtype: of weights and activations; `auto` takes the checkpoint's.
-        batch_tokens: most tokens in one forward pass (transformers) or one scheduler step (vLLM).
-        positions_per_chunk: positions whose logits exist at once (vLLM: worker route); memory is this x vocabulary x 4 bytes.
-        num_threads: CPU threads of the model; null for the library's default.
-        gpu_memory_utilization: vLLM on a GPU: share of its memory.
-        tensor_parallel_size: vLLM: GPUs that hold one model.
-        route: vLLM: where entries are selected. `worker`: inside the engine, for releases whose insides are known; `public`:
-            vLLM's own prompt logprobs, the same numbers several times slower; `auto`: `worker`, else `public` with a warning.
-        strict: stop instead of warning where `auto` would take second best (`public`, or transformers for a broken vLLM), and
-            where a server's tokenizer cannot be compared with ours.
-        quantization: vLLM's name of a method, or null for what the checkpoint says.
-        engine_options: further keyword arguments of `vllm.LLM` or `from_pretrained`. Those that can move the teacher's numbers
-            are part of its identity.
-        vocab_size: `fake` only.
-        context_length: `fake` only.
-        seed: `fake` only.
-        server: `served` only: where it is, and how it is asked.
-    """
-
-    model: str
-    backend: Literal["auto", "vllm", "transformers", "served", "fake"] = "auto"
-    revision: str | None = None
-    adapter: str | None = None
-    tokenizer: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    batch_tokens: Positive = 8192
-    positions_per_chunk: Positive = 512
-    num_threads: Positive | None = None
-    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.9
-    tensor_parallel_size: Positive = 1
-    route: Literal["auto", "worker", "public"] = "auto"
-    strict: bool = False
-    quantization: str | None = None
-    engine_options: dict[str, str | int | float | bool | dict[str, Any] | None] = {}
-    vocab_size: Positive = 1000
-    context_length: Positive = 4096
-    seed: int = 0
-    server: ServerConfig = ServerConfig()
-
-    def __post_init__(self) -> None:
-        secret = next((name for name in self.engine_options if name in ("token", "hf_token")), None)
-        if secret is not None:
-            raise ValueError(
-                f"engine_options.{secret}: these options are written into the cache; set HF_TOKEN in the environment"
-            )
-        if self.backend == "served" and self.server.url is None:
-            raise ValueError("backend 'served' needs server.url, as in http://host:8000/v1")
-        if self.backend != "served" and self.server != ServerConfig():
-            raise ValueError(f"server is for backend 'served' alone, not for {self.backend!r}")
-        if self.adapter is not None and (self.backend not in ("auto", "vllm") or self.route == "public"):
-            raise ValueError(
-                f"adapter is for backend 'vllm' on its worker route, not for backend {self.backend!r} with route {self.route!r}; "
-                "elsewhere, merge it into its model and name the merged folder"
-            )
 
 
 class SelectionConfig(Config, frozen=True, kw_only=True):

@@ -326,6 +326,11 @@ def _refuse_vllm_settings(config: TeacherConfig) -> None:
         raise ConfigError(
             f"teacher.tensor_parallel_size is {config.tensor_parallel_size}, but the transformers teacher knows 1 only"
         )
+    if config.adapter is not None:
+        raise ConfigError(
+            f"teacher.adapter is {config.adapter!r}, but the transformers teacher puts none on; merge it into its model and "
+            "name the merged folder as teacher.model, or use teacher.backend vllm"
+        )
     if config.quantization is not None:
         raise ConfigError(
             f"teacher.quantization is {config.quantization!r}, but the transformers teacher takes what the checkpoint says; "

@@ -26,8 +26,9 @@ from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence, sequence_key
 from kdcache.teacher import _vllm_engine as engine  # first: it quietens vLLM before that is imported
-from kdcache.teacher._vllm_generate import check_read_whole, write_answers
+from kdcache.teacher._vllm_generate import Writer, check_read_whole, write_answers
 from kdcache.teacher._vllm_worker import CaptureExtension, find_internals
+from kdcache.teacher.adapter import adapter_rank
 from kdcache.teacher.base import check_selectable, check_sequences, no_positions, top_k_of
 from kdcache.teacher.batches import groups_of_tokens
 from kdcache.teacher.checkpoint import check_model_name
@@ -45,6 +46,7 @@ import vllm
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +78,16 @@ class VllmTeacher:
         """Start the engine. On a CPU it runs in this process and uses the process's threads.
 
         Raises:
+            ConfigError: an adapter of a kind that is not captured, or an engine option that is not for a capture.
             TeacherError: the model does not load; or the worker route was demanded and cannot be had.
         """
         check_model_name(config.model)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        self._rank = None if config.adapter is None else adapter_rank(config.adapter)
         self._config = config
         self._llm: LLM | None = None
+        self._adapter: LoRARequest | None = None
         self._problem = ""
         self._is_in_worker = config.route != "public" and self._start_with_worker()
         if self._llm is None:
@@ -141,13 +146,23 @@ class VllmTeacher:
 
     def _start(self, extension: str | None) -> None:
         config, is_cpu = self._config, engine.runs_on_cpu()
-        options = engine_options(config, engine.model_fields(config), is_cpu=is_cpu, extension=extension)
+        options = engine_options(config, engine.model_fields(config), is_cpu=is_cpu, extension=extension, rank=self._rank)
         self._eager_python = is_cpu and bool(options["enforce_eager"])
         self._llm = engine.start_engine(config.model, options)
         self._identity = engine.identity_of(config, self._llm)
+        if config.adapter is not None:
+            self._put_on(config.adapter)
         self._hidden_shape = engine.hidden_shape_of(self._llm)
         self._shows_layers = False
         self._chunk = positions_per_chunk(config, self._identity.vocab_size, is_cpu=is_cpu)
+
+    def _put_on(self, adapter: str) -> None:
+        """Load the adapter; raises TeacherError, and leaves no engine behind, where that fails."""
+        try:
+            self._adapter = engine.load_adapter(self._engine, adapter)
+        except TeacherError:
+            self.close()
+            raise
 
     def _start_with_worker(self) -> bool:
         """Start the engine with our part in its worker; where that cannot be, say so and leave no engine behind.
@@ -160,6 +175,8 @@ class VllmTeacher:
             return True
         self.close()
         sentence = f"the teacher {self._config.model!r} cannot be captured inside vLLM's worker: {problem}"
+        if self._config.adapter is not None:
+            raise TeacherError(f"{sentence}; merge teacher.adapter into its model, and name the merged folder as teacher.model")
         if self._config.route == "worker" or self._config.strict:
             raise TeacherError(f"{sentence}; set teacher.route to public, which gives the same numbers, slower")
         log.warning("%s; using vLLM's own prompt logprobs, which are slower", sentence)
@@ -177,9 +194,17 @@ class VllmTeacher:
         self._start(EXTENSION)
         try:
             problems = [problem for problem in self._call_workers("kdcache_install", vllm.__version__) if problem]
-            return problems[0] if problems else self._compare_routes()
+            return problems[0] if problems else self._misfit_of_adapter() or self._compare_routes()
         except TeacherError as error:
             return str(error)
+
+    def _misfit_of_adapter(self) -> str | None:
+        """Which of the adapter's weights belong to no part of the model on any worker: vLLM leaves them out without a word."""
+        if self._adapter is None:
+            return None
+        answers = self._call_workers("kdcache_misfits", vllm.__version__)
+        misfits = sorted(set.intersection(*map(set, answers)))
+        return f"of teacher.adapter, the weights of {', '.join(misfits[:3])} fit no part of the model" if misfits else None
 
     def _compare_routes(self) -> str | None:
         """A few tokens on both routes: what differs by more than the engine's numerics, if anything."""
@@ -286,11 +311,11 @@ class VllmTeacher:
             return []
         requests: list[Any] = [{"prompt_token_ids": sequence.input_ids_N.tolist()} for sequence in sequences]
         with self._translated_errors(), self._python_as_it_is():
-            return self._engine.generate(requests, params, use_tqdm=False)
+            return self._engine.generate(requests, params, lora_request=self._adapter, use_tqdm=False)
 
     def _write(self, prompts: Sequence[Prompt], ending: Ending, tokenizer: Tokenizer, observe: Observe) -> Iterator[Generated]:
         with self._translated_errors(), self._python_as_it_is():
-            answers = list(write_answers(self._engine, prompts, ending, tokenizer, observe))
+            answers = list(write_answers(Writer(self._engine, self._adapter), prompts, ending, tokenizer, observe))
         yield from answers
 
     def _python_as_it_is(self) -> AbstractContextManager[Any]:

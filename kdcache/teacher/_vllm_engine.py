@@ -9,13 +9,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import TeacherError
 from kdcache.format.manifest import TeacherIdentity
 from kdcache.teacher.base import first_line
-from kdcache.teacher.checkpoint import resolved_revision, short_name, weights_digest
+from kdcache.teacher.checkpoint import folder_digest, resolved_revision, short_name, weights_digest
 from kdcache.teacher.engine_identity import vllm_options
 from kdcache.teacher.features import HiddenShape
 
@@ -29,6 +30,7 @@ with warnings.catch_warnings():
     import torch
     import vllm
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
     from vllm.transformers_utils.config import get_config
 
@@ -105,6 +107,21 @@ def _llvmlite_inspectable() -> Iterator[None]:
         del table["__dict__"]
 
 
+def load_adapter(llm: LLM, adapter: str) -> LoRARequest:
+    """Have an engine load an adapter, of the folder named, before any request needs it. Gives what requests carry.
+
+    Raises:
+        TeacherError: it is not loaded.
+    """
+    request = LoRARequest("teacher.adapter", 1, str(Path(adapter).resolve()))
+    try:
+        if not llm.llm_engine.add_lora(request):
+            raise ValueError("it is not taken")
+    except Exception as error:
+        raise TeacherError(f"the adapter {adapter!r} does not load with vLLM: {reason_of(error)}") from error
+    return request
+
+
 def stop_engine(llm: LLM) -> None:
     """End it. Drop every reference to it, then call `clean_up`."""
     llm.llm_engine.engine_core.shutdown()
@@ -142,18 +159,19 @@ def identity_of(config: TeacherConfig, llm: LLM) -> TeacherIdentity:
     """
     model_config = llm.llm_engine.model_config
     loaded = getattr(model_config.hf_config, "_commit_hash", None)
+    options = vllm_options(llm.llm_engine.vllm_config, config.engine_options, device="cpu" if runs_on_cpu() else "cuda")
+    if config.adapter is not None:
+        options["adapter"] = folder_digest(config.adapter)
     return TeacherIdentity(
         model=short_name(config.model),
         revision=resolved_revision(config.model, config.revision, loaded),
-        weights_digest=weights_digest(config.model),
+        weights_digest=weights_digest(config.model, config.adapter),
         architecture=str((model_config.hf_config.architectures or ["unknown"])[0]),
         vocab_size=model_config.get_vocab_size(),
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=model_config.quantization,
         engine="vllm",
         engine_version=vllm.__version__,
-        engine_options=vllm_options(
-            llm.llm_engine.vllm_config, config.engine_options, device="cpu" if runs_on_cpu() else "cuda"
-        ),
+        engine_options=options,
         context_length=model_config.max_model_len - 1,
     )

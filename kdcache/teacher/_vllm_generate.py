@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,14 +24,23 @@ from kdcache.teacher.vllm_options import CPU_MAX_SEQUENCES
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     from kdcache.config.capture import GenerateConfig
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Writer:
+    """An engine that is idle, and the adapter that its answers come from; None for the model as it is."""
+
+    llm: LLM
+    adapter: LoRARequest | None
+
+
 def write_answers(
-    llm: LLM, prompts: Sequence[Prompt], ending: Ending, tokenizer: Tokenizer, observe: Observe
+    writer: Writer, prompts: Sequence[Prompt], ending: Ending, tokenizer: Tokenizer, observe: Observe
 ) -> Iterator[Generated]:
     """The answers, in order, when the engine has ended the last of them (on a CPU: of a group).
 
@@ -38,7 +48,7 @@ def write_answers(
     length: the same answers, later.
 
     Args:
-        llm: idle.
+        writer: who answers.
         prompts: checked.
         ending: where answers end, and how tokens are drawn. The engine knows the checkpoint's own end tokens by itself.
         tokenizer: of the prompts.
@@ -47,13 +57,13 @@ def write_answers(
     Raises:
         TeacherError: the engine gave an answer up.
     """
-    sees_text = bool(ending.config.stop) and give_tokenizer(llm, tokenizer)
+    sees_text = bool(ending.config.stop) and give_tokenizer(writer.llm, tokenizer)
     if ending.config.stop and not sees_text:
         log.warning("vLLM cannot look for generate.stop itself here; answers run to generate.max_tokens and are cut then")
-    for group in _groups(llm, prompts, ending.config):
+    for group in _groups(writer.llm, prompts, ending.config):
         requests: list[Any] = [{"prompt_token_ids": prompt.sequence.input_ids_N.tolist()} for prompt in group]
         params = [sampling_params(prompt, ending, sees_text=sees_text) for prompt in group]
-        outputs = _run(llm, requests, params, observe)
+        outputs = _run(writer, requests, params, observe)
         if len(outputs) != len(group):
             raise TeacherError(f"vLLM {vllm.__version__} gave {len(outputs)} answers to {len(group)} prompts")
         yield from [_read(output, prompt, ending) for output, prompt in zip(outputs, group, strict=True)]
@@ -130,10 +140,11 @@ def give_tokenizer(llm: LLM, tokenizer: Tokenizer) -> bool:
         return False
 
 
-def _run(llm: LLM, requests: list[Any], params: list[SamplingParams], observe: Observe) -> list[RequestOutput]:
+def _run(writer: Writer, requests: list[Any], params: list[SamplingParams], observe: Observe) -> list[RequestOutput]:
     """Step by step, so that whoever watches sees the work go on: an answer may take minutes, and so may all of them."""
     outputs: list[Any] = []
-    llm.enqueue(requests, params, use_tqdm=False)
+    llm = writer.llm
+    llm.enqueue(requests, params, lora_request=writer.adapter, use_tqdm=False)
     while llm.llm_engine.has_unfinished_requests():
         finished: list[Any] = [output for output in llm.llm_engine.step() if output.finished]
         outputs += finished

@@ -129,6 +129,35 @@ def _without_adapters(wrappers: list[Any]) -> Iterator[None]:
             del wrapper._get_logits
 
 
+def misfits(worker: Any) -> list[str]:
+    """Modules that a loaded adapter has weights for, and that the worker's part of the model has not, or has in another size:
+    vLLM goes on without them, or with their corner.
+
+    Those of experts are not looked at: names and sizes change when they are stacked.
+    """
+    manager = worker.model_runner.lora_manager._adapter_manager
+    loaded = {name: weights for adapter in manager.list_adapters().values() for name, weights in adapter.loras.items()}
+    return sorted(
+        name
+        for name, weights in loaded.items()
+        if ".experts" not in name and not (name in manager.modules and _fits(manager.modules[name], weights))
+    )
+
+
+def _fits(module: Any, weights: Any) -> bool:
+    from vllm.distributed import get_tensor_model_parallel_world_size
+
+    if get_tensor_model_parallel_world_size() > 1:
+        return True  # a rank has its share of the rows or columns
+    several = isinstance(weights.lora_a, list)  # in one module, as queries, keys and values are
+    pairs = zip(weights.lora_a, weights.lora_b, strict=True) if several else [(weights.lora_a, weights.lora_b)]
+    room = zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)
+    return all(
+        a is None or (a.shape[-1] == room_a.shape[-1] and b.shape[0] == room_b.shape[-2])
+        for (a, b), (room_a, room_b) in zip(pairs, room, strict=False)
+    )
+
+
 def watch_layers(worker: Any) -> SeenLayers | str:
     """See the states of decoder layers from now on; or the reason why that cannot be, and nothing is changed."""
     from vllm.distributed import get_pp_group

@@ -79,6 +79,10 @@ class CaptureExtension:
         capture.seen = seen
         return None
 
+    def kdcache_misfits(self, version: str) -> list[str]:
+        """Modules that the adapter has weights for and this worker's part of the model has not, or in another size."""
+        return list(find_internals(version).misfits(self))
+
     def kdcache_begin(
         self,
         num_rows: int,

@@ -72,25 +72,32 @@ def resolved_revision(model: str, revision: str | None, loaded: str | None = Non
     return loaded or cached_commit(model, revision) or revision
 
 
-def weights_digest(model: str) -> str | None:
+def weights_digest(model: str, adapter: str | None = None) -> str | None:
     """SHA-256 over the names and SHA-256 of a local folder's files that decide what the model computes; None for a hub id.
 
     These are: weights of all formats, shards and adapters, the files that say what they mean, and code of the model's own. Of
     an adapter also the model that it is based upon. Reads every byte of the weights: seconds per ten gigabytes.
+
+    Args:
+        model: folder or hub id.
+        adapter: folder of an adapter that is put on the model; its files count too, also beside a hub id.
     """
+    if adapter is not None:
+        return hashlib.sha256(f"kdcache.adapted.v1\0{weights_digest(model)}\0{folder_digest(adapter)}".encode()).hexdigest()
     folder = Path(model)
     if not folder.is_dir():
         return None
-    digest, base = _folder_digest(folder), _adapted_model(folder)
+    digest, base = folder_digest(folder), _adapted_model(folder)
     if base is None:
         return digest
-    of_base = _folder_digest(Path(base)) if Path(base).is_dir() else cached_commit(base)
+    of_base = folder_digest(base) if Path(base).is_dir() else cached_commit(base)
     return hashlib.sha256(f"kdcache.adapter.v1\0{digest}\0{of_base}".encode()).hexdigest()
 
 
-def _folder_digest(folder: Path) -> str:
+def folder_digest(folder: str | Path) -> str:
+    """SHA-256 over the names and SHA-256 of those of a folder's files that decide what a model or an adapter computes."""
     hasher = hashlib.sha256(b"kdcache.weights.v2\0")
-    for path in sorted(filter(_is_part_of_model, folder.iterdir()), key=lambda path: path.name):
+    for path in sorted(filter(_is_part_of_model, Path(folder).iterdir()), key=lambda path: path.name):
         with path.open("rb") as file:
             hasher.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return hasher.hexdigest()

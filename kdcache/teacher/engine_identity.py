@@ -17,7 +17,7 @@ VLLM_OTHER_OPTIONS = frozenset(
     enable_chunked_prefill max_num_partial_prefills max_long_partial_prefills long_prefill_token_threshold scheduling_policy
     async_scheduling scheduler_cls enable_prefix_caching prefix_caching_hash_algo num_scheduler_steps stream_interval
     distributed_executor_backend max_parallel_loading_workers ray_workers_use_nsight distributed_timeout_seconds
-    data_parallel_address data_parallel_rpc_port data_parallel_backend worker_extension_cls worker_cls
+    worker_extension_cls worker_cls
     load_format download_dir ignore_patterns use_tqdm_on_load model_loader_extra_config safetensors_load_strategy hf_token
     trust_remote_code tokenizer tokenizer_mode tokenizer_revision skip_tokenizer_init served_model_name
     disable_log_stats disable_log_requests enable_log_requests collect_detailed_traces otlp_traces_endpoint
@@ -29,7 +29,7 @@ rounds otherwise, as it does within one run."""
 
 VLLM_READ_OPTIONS = frozenset(
     """
-    dtype quantization revision enforce_eager kv_cache_dtype tensor_parallel_size pipeline_parallel_size data_parallel_size
+    dtype quantization revision enforce_eager kv_cache_dtype tensor_parallel_size pipeline_parallel_size
     enable_expert_parallel speculative_config enable_lora hf_overrides
     """.split()  # noqa: SIM905
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdcache.config.capture import TeacherConfig
+from kdcache.errors import ConfigError
 
 POSITIONS_PER_REQUEST_STEP = 1024
 """Most positions of one sequence in one step: vLLM makes float32 logprobs [positions, vocab] for them, outside of the memory
@@ -23,8 +24,17 @@ CPU_CHUNK_POSITIONS = 64
 vocabulary of 152k, chunks of 64 positions were 1.3 times as fast as chunks of 512."""
 
 
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM has room for adapters of one of these ranks."""
+
+
 def engine_options(
-    config: TeacherConfig, model_fields: Mapping[str, Any], *, is_cpu: bool, extension: str | None = None
+    config: TeacherConfig,
+    model_fields: Mapping[str, Any],
+    *,
+    is_cpu: bool,
+    extension: str | None = None,
+    rank: int | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM`; the user's engine_options have the last word.
 
@@ -33,7 +43,12 @@ def engine_options(
         model_fields: the model's config.json; empty where it could not be read.
         is_cpu: whether the engine will run on CPUs.
         extension: the class that selects inside the engine's worker; None where vLLM's own prompt logprobs do it.
+        rank: of the adapter, at most 512; None without one.
+
+    Raises:
+        ConfigError: the user's engine_options hold what a capture spreads over machines itself.
     """
+    _refuse_data_parallel(config)
     options: dict[str, Any] = {
         "revision": config.revision,
         "dtype": _dtype(config.dtype, model_fields),
@@ -54,6 +69,8 @@ def engine_options(
         "enforce_eager": is_cpu,
         "seed": 0,
     }
+    if rank is not None:
+        options |= {"enable_lora": True, "max_lora_rank": next(room for room in ADAPTER_RANKS if room >= rank)}
     max_positions: Any = config.engine_options.get("max_model_len") or _text_fields(model_fields).get("max_position_embeddings")
     if extension is not None:
         options["worker_extension_cls"] = extension
@@ -62,6 +79,15 @@ def engine_options(
     if is_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         options["kv_cache_memory_bytes"] = cpu_cache_bytes(model_fields, config.batch_tokens, max_positions)
     return options | config.engine_options
+
+
+def _refuse_data_parallel(config: TeacherConfig) -> None:
+    name = next((name for name in config.engine_options if name.startswith("data_parallel")), None)
+    if name is not None and config.engine_options[name] not in (None, 1):
+        raise ConfigError(
+            f"teacher.engine_options.{name} is {config.engine_options[name]!r}, but each process of a capture has one engine; "
+            "spread the capture over more of them with run.executor ray, or with --rank and --world-size"
+        )
 
 
 def positions_per_chunk(config: TeacherConfig, vocab_size: int, *, is_cpu: bool) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdcache.config.capture import TeacherConfig
-from kdcache.errors import MissingDependencyError
+from kdcache.errors import ConfigError, MissingDependencyError
 from kdcache.teacher import load_teacher, load_tokenizer
 from kdcache.teacher.vllm_options import cpu_cache_bytes, engine_options, kv_bytes_per_token
 
@@ -83,3 +83,16 @@ def test_the_cpu_cache_holds_a_whole_sequence_and_what_is_in_flight(monkeypatch:
     assert cpu_cache_bytes(LLAMA | {"num_hidden_layers": 10**6}, 1, 256) >= 256 * 256 * 10**6
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     assert "kv_cache_memory_bytes" not in engine_options(config(), LLAMA, is_cpu=True)
+
+
+def test_several_engines_in_one_capture_are_asked_for_elsewhere():
+    with pytest.raises(ConfigError, match=r"engine_options\.data_parallel_size is 2, .* run\.executor ray, or with --rank"):
+        engine_options(config(engine_options={"data_parallel_size": 2}), LLAMA, is_cpu=False)
+    engine_options(config(engine_options={"data_parallel_size": 1}), LLAMA, is_cpu=False)
+
+
+def test_there_is_room_for_an_adapters_rank():
+    assert "enable_lora" not in engine_options(config(), LLAMA, is_cpu=False)
+    for rank, room in ((1, 1), (4, 8), (8, 8), (300, 320), (512, 512)):
+        options = engine_options(config(), LLAMA, is_cpu=False, rank=rank)
+        assert (options["enable_lora"], options["max_lora_rank"]) == (True, room)
