@@ -14,6 +14,7 @@ from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import convert_config
 from kdcache.store.verify import verify_cache
 from kdcache.teacher import load_tokenizer
+from kdcache.teacher.select_reference import filter_reference
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
@@ -57,6 +58,45 @@ class StopAfterOneUnit(CaptureProgress):
 def records_of(config):
     with kdcache.open(config.output.path) as reader:
         return [reader[n] for n in range(len(reader))]
+
+
+def float32_logits(folder):
+    """sequence -> (P, V) of its supervised positions: one forward of transformers, without a batch, as float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+
+    def logits(sequence):
+        with torch.inference_mode():
+            logits_1NV = model(torch.from_numpy(sequence.input_ids_N.astype(np.int64))[None], use_cache=False).logits
+        return logits_1NV[0].double().numpy()[sequence.positions_P]
+
+    return logits
+
+
+def test_what_was_drawn_from_is_the_definition_on_the_float32_logits(ask, tiny_model_dir):
+    filters = {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "min_p": 0.01}
+    config = ask(capture_filtered=True, n=2, seed=3, **filters)
+    run_capture(config)
+    logits, num_kept = float32_logits(tiny_model_dir), []
+    for record in records_of(config):
+        sequence, found = record.sequence, record.distributions
+        kept_PV = np.array([filter_reference(logits_V, filters) for logits_V in logits(sequence)])
+        exp_PV = np.exp(kept_PV - kept_PV.max(axis=-1, keepdims=True))
+        expected_PV = exp_PV / exp_PV.sum(axis=-1, keepdims=True)
+        entries_PK, logprobs_PK = found.padded()
+        # A padded entry has the logprob -inf, and so the probability 0.
+        top_PK = np.take_along_axis(expected_PV, entries_PK.astype(np.int64), axis=-1)
+        np.testing.assert_allclose(np.exp(logprobs_PK), np.where(np.isfinite(logprobs_PK), top_PK, 0), atol=2e-5)
+        np.testing.assert_allclose(np.exp(logprobs_PK), -np.sort(-expected_PV, axis=-1)[:, :8], atol=2e-5)
+        np.testing.assert_allclose(found.tail_mass_P, 1 - np.exp(logprobs_PK).sum(axis=-1), atol=2e-5)
+        drawn_P = np.take_along_axis(expected_PV, sequence.target_ids_P[:, None].astype(np.int64), axis=-1)[:, 0]
+        assert (drawn_P > 0).all()
+        np.testing.assert_allclose(np.exp(found.target_logprobs(sequence.target_ids_P)), drawn_P, atol=2e-5)
+        num_kept += (expected_PV > 0).sum(axis=-1).tolist()
+    assert min(num_kept) < 8 < max(num_kept) < 30, "the filters decide, here before and there after the selection"
+    assert verify_cache(config.output.path).problems == []
 
 
 def test_greedy_answers_are_the_top_of_what_is_captured(ask, tiny_model_dir):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
@@ -75,3 +76,22 @@ def test_a_capture_into_a_store_that_is_killed_again_and_again_ends_as_if_undist
     report = verify_cache(uri)
     assert report.problems == []
     assert report.manifest.is_complete
+
+
+@pytest.mark.slow
+def test_two_ranks_at_once_into_a_store_make_the_cache_of_one_process(s3: FaultProxy, tmp_path):
+    uri = f"s3://{s3.bucket}/ranks"
+    run_capture(make_config(tmp_path))
+    paths = []
+    for rank in range(2):
+        run = {"progress_path": str(tmp_path / f"{rank}.json"), "rank": rank, "world_size": 2}
+        paths.append(write_config(make_config(tmp_path, output={"path": uri}, run=run), tmp_path / f"{rank}.yaml"))
+    for process in [start_command(path, teacher=None) for path in paths]:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+    assert content(uri) == content(tmp_path / "cache")
+    report = verify_cache(uri)
+    assert report.problems == []
+    assert report.manifest.is_complete
+    units = [json.loads((tmp_path / f"{rank}.json").read_text())["units"]["published"] for rank in range(2)]
+    assert units == [3, 2], "each did its own"
