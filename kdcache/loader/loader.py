@@ -133,7 +133,7 @@ class Loader:
             self._report = EpochReport(self._epoch, self._next_batch)
         self._ahead = prefetch(
             lambda number: self._read(plan, number),
-            Fetcher(self.readers, self.options).telling(
+            Fetcher(self.readers, self.options, step).telling(
                 takewhile(plan.has_batch, count(start, step)), lambda number: self._sequences(plan, number)
             ),
             num_threads=self.options.num_threads,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from cache_making import make_cache, make_unit
@@ -100,6 +102,22 @@ def test_a_folder_that_is_too_small_for_the_window_is_refused_at_the_start_with_
     refused = pytest.raises(ConfigError, match=r"remote\.block_bytes is 3000, .* set remote\.block_bytes to \d+ or more")
     with kdcache.open(cache, remote=config) as reader, Loader(reader, OPTIONS[order]) as loader, refused:
         iter(loader)
+
+
+def needed(cache: str, options: LoaderConfig, folder: Path, num_workers: int) -> int:
+    """Bytes that a loader asks for, as one of so many workers, where there is room for none."""
+    config, refused = RemoteConfig(block_dir=str(folder), block_bytes=1), pytest.raises(ConfigError)
+    with kdcache.open(cache, remote=config) as reader, Loader(reader, options) as loader, refused as error:
+        loader.iterate(step=num_workers)
+    return int(re.findall(r"to (\d+) or more", str(error.value))[0])
+
+
+def test_workers_that_share_a_folder_need_a_window_each_where_they_read_all_over_the_cache(cache, tmp_path):
+    options = LoaderConfig(seq_len=32, batch_rows=1, num_threads=0, prefetch_batches=1)
+    windowed = msgspec.structs.replace(options, order="windowed", window_shards=2)
+    one = needed(cache, options, tmp_path, 1)
+    assert one < needed(cache, options, tmp_path, 2) <= 3 * one
+    assert needed(cache, windowed, tmp_path, 2) == needed(cache, windowed, tmp_path, 1)
 
 
 def test_a_selection_and_a_mix_of_a_remote_and_a_local_cache_are_fetched_ahead_too(cache, local, s3):
