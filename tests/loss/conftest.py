@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from unwritten_memory import unwritten_memory_is_nan
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +15,10 @@ def _one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """What torch.empty gives is NaN (or the largest integer)."""
+    with unwritten_memory_is_nan():
+        yield

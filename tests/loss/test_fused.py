@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 from contracts import kernels as contract
-from contracts.kernels import make_problem
+from contracts.kernels import Problem, make_problem
+from test_sparse_kd import with_estimates
 
 from kdcache.errors import LossError
 from kdcache.kernels.base import NO_LABEL, Objective
@@ -80,6 +81,71 @@ def test_fused_equals_unfused(dtype, backend, chunk_size):
             # Autograd subtracts what the closed forms leave out; Jensen-Shannon's over beta.
             beta = getattr(objective.divergence, "beta", 1.0) or 1.0 if dtype == torch.float64 else 1.0
             assert error.item() < TOLERANCE[dtype] / beta, options
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.bfloat16, "numba"), (torch.bfloat16, "torch"), (torch.float16, "torch")], ids=str
+)
+def test_half_precision_is_as_near_to_float64_as_whole_logits_in_that_precision(dtype, backend):
+    """Both beside float64 on the same numbers; of the gradients, the largest error as a share of the largest element."""
+    case, rounding = Case(dtype), torch.finfo(dtype).eps
+    exact = Case(dtype)
+    exact.hidden_PH, exact.weight_VH, exact.bias_V = (leaf.detach().double().requires_grad_() for leaf in case.leaves)
+    for objective in (objective for objective in contract.SMOOTH if objective.temperature == 1):
+        wanted = with_gradients(exact.unfused(**case.options(objective), backend="torch"), exact.leaves)
+        whole = with_gradients(case.unfused(**case.options(objective), backend="torch"), case.leaves)
+        fused = with_gradients(case.fused(**case.options(objective), backend=backend, chunk_size=8), case.leaves)
+        for ours, theirs, right in zip(fused, whole, wanted, strict=True):
+            errors = [
+                float((each.double() - right).abs().max() / right.abs().max().clamp_min(1e-30)) for each in (ours, theirs)
+            ]
+            assert errors[0] <= 1.25 * errors[1] + rounding, (objective, errors)
+
+
+def with_gradients(loss: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def computed_fused(backend: str):
+    """The contract's Compute: with the identity as projection, the hidden states are the logits, to the bit."""
+
+    def compute(logits_PV, targets, objective):
+        hidden_PV = torch.tensor(logits_PV, requires_grad=True)
+        keywords = with_estimates(Problem(logits_PV, targets), objective)
+        options = {"tail": objective.tail, "alpha": objective.alpha, "divergence": objective.divergence, "backend": backend}
+        options["targets"] = "unbiased" if objective.divergence.requirements.tail_sample else "exact"
+        eye_VV = torch.eye(logits_PV.shape[1])
+        losses_P = torch.zeros(len(logits_PV))
+        for row in range(len(logits_PV)):
+            alone = {name: tensor[row : row + 1] for name, tensor in keywords.items()} | {"weights_P": None}
+            losses_P[row] = fused_sparse_kd_loss(hidden_PV[row : row + 1].detach(), eye_VV, **alone, **options, reduction="sum")
+        loss = fused_sparse_kd_loss(hidden_PV, eye_VV, **keywords, **options, reduction="sum", chunk_size=2)
+        return losses_P.numpy(), torch.autograd.grad(loss, hidden_PV)[0].numpy()
+
+    return compute
+
+
+# Odd, of more than one chunk; K of 0, 1, some and V.
+FUSED_SHAPES = [(0, 5, 2), (3, 1, 1), (5, 17, 0), (5, 16, 16), (5, 33, 5)]
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_every_objective_through_the_chunks_is_like_the_reference(backend):
+    """Those with jumps too: no product is rounded here."""
+    for shape, objective in itertools.product(FUSED_SHAPES, contract.OBJECTIVES):
+        if objective.temperature == 1:
+            contract.assert_like_reference(computed_fused(backend), make_problem(*shape), objective)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_memory_that_nobody_has_written_shows_nowhere(backend, nan_in_new_memory):
+    assert torch.empty(3).isnan().all()
+    for objective in (objective for objective in contract.OBJECTIVES if objective.temperature == 1):
+        contract.assert_like_reference(computed_fused(backend), make_problem(5, 33, 5), objective)
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(dtype)
+        for part in with_gradients(case.fused(backend=backend, chunk_size=8), case.leaves):
+            assert part.isfinite().all()
 
 
 def test_many_bfloat16_chunks_are_summed_in_float32():

@@ -48,7 +48,8 @@ def at_another(z_PV, keywords, *, objective, backend, reduction):
     teacher = arguments.TargetTensors(**keywords)
     scales_P = arguments.row_scales(teacher, reduction)
     if backend == "torch":
-        losses_P = torch_rows.row_losses(z_PV, teacher, objective) * scales_P.to(z_PV.dtype)
+        losses_P = torch_rows.row_losses(z_PV, teacher, objective)
+        losses_P = losses_P * scales_P.to(losses_P.dtype)
         return losses_P if reduction == "none" else losses_P.sum()
     return _Rows.apply(z_PV, row_steps.make_step(backend, teacher, scales_P, objective, z_PV.shape[1]), True, reduction)
 
@@ -169,6 +170,26 @@ def test_bfloat16_logits_give_a_float32_loss_and_a_bfloat16_gradient_as_good_as_
         assert loss.item() == pytest.approx((exact_P * problem.targets.weights_P).sum() / scale, rel=1e-6)
         errors[backend] = np.abs(gradient_PV.float().numpy() - exact_PV / scale).max()
     assert errors["numba"] <= errors["torch"] * 1.01
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("numba", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float16)], ids=str
+)
+def test_half_precision_logits_have_the_loss_of_their_values_and_its_gradient_rounded_once(backend, dtype):
+    """What float32 makes of them is held to the reference by the contract."""
+    for shape in [(5, 17, 0), (4, 71, 5), (5, 16, 16)]:
+        problem = make_problem(*shape)
+        half_PV = torch.tensor(problem.logits_PV).to(dtype)
+        for objective in contract.OBJECTIVES:
+            run = at_temperature_1 if objective.temperature == 1 else at_another
+            found = []
+            for z_PV in (half_PV.clone().requires_grad_(), half_PV.float().requires_grad_()):
+                loss = run(z_PV, with_estimates(problem, objective), objective=objective, backend=backend, reduction="sum")
+                found.append((loss.detach(), torch.autograd.grad(loss, z_PV)[0]))
+            (loss, gradient_PV), (exact, exact_PV) = found
+            assert (loss.dtype, gradient_PV.dtype) == (torch.float32, dtype)
+            torch.testing.assert_close(loss, exact, rtol=0, atol=0)
+            torch.testing.assert_close(gradient_PV, exact_PV.to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("tail", TAIL_POLICIES)

@@ -32,7 +32,9 @@ getattr(triton_promises, NAME)()
     "name",
     [
         "keep_the_contract",
-        "round_bfloat16_once",
+        "agree_with_the_reference_on_every_divergence",
+        "leave_no_memory_unwritten",
+        "round_half_precision_once",
         "equal_the_fused_loss_of_torch",
         "leave_logits_alone",
         "take_half_logprobs",

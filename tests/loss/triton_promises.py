@@ -13,6 +13,7 @@ from test_compile import assert_fused_compiles_whole, assert_rows_compile_whole
 from test_half_logprobs import OPTIONS, check_fused, check_rows
 from test_head import make
 from test_sparse_kd import with_estimates
+from unwritten_memory import unwritten_memory_is_nan
 
 from kdcache.kernels import divergences as d
 from kdcache.kernels.base import Objective
@@ -40,16 +41,32 @@ def keep_the_contract() -> None:
             check(compute)
 
 
-def round_bfloat16_once() -> None:
-    """The gradient by bfloat16 logits is that by the same numbers in float32, rounded."""
-    problem = make_problem(4, 71, 5)
+def agree_with_the_reference_on_every_divergence() -> None:
     for objective in contract.OBJECTIVES:
-        bits_PV = torch.tensor(problem.logits_PV).bfloat16()
-        losses_P, gradient_PV = run(bits_PV.clone(), problem, objective)
-        exact_P, exact_PV = run(bits_PV.float(), problem, objective)
-        torch.testing.assert_close(losses_P, exact_P, rtol=0, atol=0)
-        # The interpreter rounds to bfloat16 by cutting off.
-        torch.testing.assert_close(gradient_PV.float(), exact_PV, rtol=2**-7, atol=1e-37)
+        contract.assert_like_reference(compute, make_problem(2, 71, 3), objective)
+
+
+def leave_no_memory_unwritten() -> None:
+    with unwritten_memory_is_nan():
+        assert torch.empty(3).isnan().all()
+        for tail in ("bucket", "uniform"):
+            contract.assert_like_reference(compute, make_problem(3, 71, 5), Objective(tail, 0.5))
+        leaves, targets = make()
+        loss = fused_sparse_kd_loss(*leaves[:2], bias=leaves[2], **targets, backend="triton", chunk_size=16)
+        assert all(part.isfinite().all() for part in (loss, *torch.autograd.grad(loss, leaves)))
+
+
+def round_half_precision_once() -> None:
+    """The gradient by logits in half precision is that by the same numbers in float32, rounded."""
+    problem = make_problem(2, 71, 5)
+    # The interpreter rounds to bfloat16 by cutting off; float16 has numbers below its normal ones.
+    for dtype, rtol, atol in ((torch.bfloat16, 2**-7, 1e-37), (torch.float16, 2**-10, 6e-8)):
+        for objective in contract.OBJECTIVES[::3]:
+            half_PV = torch.tensor(problem.logits_PV).to(dtype)
+            losses_P, gradient_PV = run(half_PV.clone(), problem, objective)
+            exact_P, exact_PV = run(half_PV.float(), problem, objective)
+            torch.testing.assert_close(losses_P, exact_P, rtol=0, atol=0)
+            torch.testing.assert_close(gradient_PV.float(), exact_PV, rtol=rtol, atol=atol)
 
 
 def equal_the_fused_loss_of_torch() -> None:
