@@ -5,6 +5,10 @@ words said lately, those to single words; absolute discounting throughout. Its v
 by falling frequency, so that ids and supports have the statistics of Zipf's law and contexts come again as in text. It is no
 language model: figures from it are to compare codecs, not to predict a teacher's.
 
+Its ids fall by frequency, which is easy on codes for ids. Scattered, the words stand at places of the whole vocabulary that a
+key chooses, each as likely, never-seen ids between them: an id's neighbours tell nothing. Tokenizers of 128k to 152k ids, most
+of which one language never uses, lie between the two; scattered is the hard end.
+
 Shape letters: S sequences, T positions of each, V vocabulary, N tokens of the training text.
 """
 
@@ -26,6 +30,7 @@ from teacher_text import split_of, standard_library
 WORD = re.compile(r" ?[A-Za-z]+|\d|\n +|\s|[^\w\s]+|_+|.")
 DISCOUNT = 0.75
 NUM_LATELY = 400
+SCATTER_KEY = 0
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,13 @@ class Teacher:
     logprobs_TV: Callable[[int], NDArray[np.float32]]
 
 
-def stand_in(*, vocab_size: int, num_sequences: int, num_tokens: int, max_words: int | None = None) -> Teacher:
+def stand_in(
+    *, vocab_size: int, num_sequences: int, num_tokens: int, max_words: int | None = None, scattered: bool = False
+) -> Teacher:
     """The n-gram model, and sequences of documents that it has not counted.
 
     Args:
+        scattered: whether ids are by a keyed permutation of the vocabulary, in place of by frequency.
         max_words: of the text that are counted; None for all.
     """
     documents = standard_library()
@@ -58,8 +66,12 @@ def stand_in(*, vocab_size: int, num_sequences: int, num_tokens: int, max_words:
     counted_N, asked_N = _ids(words, ranks, vocab_size), _ids(asked, ranks, vocab_size)
     model = _NGrams(counted_N, vocab_size)
     ids_ST = asked_N[: num_sequences * num_tokens].reshape(num_sequences, num_tokens)
-    name = f"stand-in (n-grams of {len(counted_N):,} words, {vocab_size:,} ids)"
-    return Teacher(name, vocab_size, ids_ST, lambda s: model.logprobs_TV(ids_ST[s]))
+    name = f"stand-in (n-grams of {len(counted_N):,} words, {vocab_size:,} ids{', scattered' if scattered else ''})"
+    if not scattered:
+        return Teacher(name, vocab_size, ids_ST, lambda s: model.logprobs_TV(ids_ST[s]))
+    rank_V = np.random.default_rng(SCATTER_KEY).permutation(vocab_size)
+    id_V = np.argsort(rank_V).astype(np.int32)
+    return Teacher(name, vocab_size, id_V[ids_ST], lambda s: model.logprobs_TV(ids_ST[s])[:, rank_V])
 
 
 def trained(folder: Path, *, num_sequences: int, num_tokens: int) -> Teacher:

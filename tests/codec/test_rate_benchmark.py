@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 
 import rate_measures
 import rate_schemes
+import rate_teachers
 import selected
 
 from kdcache.codec import CODECS, get_codec
@@ -96,3 +97,14 @@ def test_what_is_timed_is_whole_batches_of_all_rows(codec_id, monkeypatch):
     assert decoded == [[5, 9, 2] * 5 + [5]] * 2
     assert rate > 0
     assert copies > 0
+
+
+def test_scattered_ids_are_the_same_teacher_by_other_names():
+    size = {"vocab_size": 500, "num_sequences": 1, "num_tokens": 12, "max_words": 20_000}
+    ranked, scattered = (rate_teachers.stand_in(**size, scattered=scattered) for scattered in (False, True))
+    of_rank, of_id = ranked.logprobs_TV(0), scattered.logprobs_TV(0)
+    np.testing.assert_array_equal(np.sort(of_id, -1), np.sort(of_rank, -1))
+    asked = np.arange(11)
+    following = of_id[asked, scattered.ids_ST[0, 1:]], of_rank[asked, ranked.ids_ST[0, 1:]]
+    np.testing.assert_array_equal(*following)
+    assert np.abs(np.diff(np.argsort(-of_id[0])[:20])).mean() > 80  # neighbours in rank are none in id
