@@ -40,6 +40,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+ENGINE_PARTS = (
+    "collective_rpc", "enqueue", "generate", "llm_engine.add_lora", "llm_engine.engine_core.shutdown",
+    "llm_engine.has_unfinished_requests", "llm_engine.model_config.get_hidden_size",
+    "llm_engine.model_config.get_total_num_hidden_layers", "llm_engine.model_config.get_vocab_size", "llm_engine.step",
+    "llm_engine.vllm_config.model_config.enforce_eager", "llm_engine.vllm_config.parallel_config.tensor_parallel_size",
+    "llm_engine.vllm_config.parallel_config.pipeline_parallel_size",
+    "llm_engine.vllm_config.scheduler_config.long_prefill_token_threshold",
+    "llm_engine.vllm_config.scheduler_config.max_num_batched_tokens",
+)  # fmt: skip
+"""What both routes use of a `vllm.LLM`, of any release, beyond its documented interface too."""
+
+
 def runs_on_cpu() -> bool:
     """Whether this vLLM computes on CPUs."""
     return bool(current_platform.is_cpu())
@@ -63,10 +75,29 @@ def start_engine(model: str, options: dict[str, Any]) -> LLM:
     """
     try:
         with _our_process():
-            return vllm.LLM(model=model, **options)
+            llm = vllm.LLM(model=model, **options)
     except Exception as error:  # whatever a checkpoint, the hub client or the engine can raise
         clean_up()
         raise TeacherError(f"the model {model!r} does not load with vLLM: {reason_of(error)}") from error
+    if missing := missing_parts(llm):
+        raise TeacherError(
+            f"vLLM {vllm.__version__} has no {', '.join(missing)}, which kdcache uses; install another release, or use "
+            "teacher.backend transformers"
+        )
+    return llm
+
+
+def missing_parts(llm: Any) -> list[str]:
+    """Which of ENGINE_PARTS an engine lacks."""
+    return [path for path in ENGINE_PARTS if not _has(llm, path)]
+
+
+def _has(value: Any, path: str) -> bool:
+    for name in path.split("."):
+        if not hasattr(value, name):
+            return False
+        value = getattr(value, name)
+    return True
 
 
 @contextmanager

@@ -80,6 +80,8 @@ OnStep = Callable[[Any, Callable[[], Iterator[Span]]], None]
 def install(worker: Any, on_step: OnStep) -> str | None:
     """Call `on_step` in every step from now on; or say what in this vLLM is not as expected, and change nothing."""
     runner = worker.model_runner
+    if problem := projection_problem(runner.model):
+        return problem
     if hasattr(runner, "prompt_logprobs_worker"):
         return _install_v2(runner, on_step)
     return _install_v1(runner, on_step)
@@ -107,13 +109,32 @@ def projection(worker: Any) -> Callable[[Any], Any]:
     Every rank must call it equally often. None on ranks to which the platform does not gather.
     """
     model = worker.model_runner.model
-    wrappers = [module for module in model.modules() if type(module).__name__ == "LogitsProcessorWithLoRA"]
+    wrappers = _lora_wrappers(model)
 
     def project(hidden_CH: Any) -> Any:
         with _without_adapters(wrappers):
             return model.compute_logits(hidden_CH)
 
     return project
+
+
+def projection_problem(model: Any) -> str | None:
+    """What `projection` relies upon and the model does not have, if anything."""
+    compute = getattr(model, "compute_logits", None)
+    parameters = [] if compute is None else list(inspect.signature(compute).parameters.values())
+    if not parameters or any(parameter.default is parameter.empty for parameter in parameters[1:]):
+        return f"{type(model).__name__} has no compute_logits(hidden_states)"
+    for wrapper in _lora_wrappers(model):
+        ours, theirs = (getattr(part, "_get_logits", None) for part in (getattr(wrapper, "base_layer", None), wrapper))
+        if ours is None or theirs is None:
+            return "LogitsProcessorWithLoRA or its base_layer has no _get_logits"
+        if unknown := set(inspect.signature(theirs).parameters) - set(inspect.signature(ours).parameters):
+            return f"LogitsProcessorWithLoRA._get_logits takes {', '.join(sorted(unknown))}, which its base_layer's does not"
+    return None
+
+
+def _lora_wrappers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if type(module).__name__ == "LogitsProcessorWithLoRA"]
 
 
 @contextmanager

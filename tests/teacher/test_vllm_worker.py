@@ -159,6 +159,55 @@ def test_an_unknown_vllm_is_refused_before_it_is_started(tiny_model_dir: Path, m
 
 
 @pytest.mark.slow
+def test_an_unknown_vllm_is_captured_on_the_public_route_with_one_warning(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    from kdcache.teacher import _vllm_worker
+
+    monkeypatch.setattr(_vllm_worker, "INTERNALS", ())
+    teacher: Any = load_teacher(config(tiny_model_dir))
+    case = TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5)
+    for sequence in random_sequences(case, [100, 3]):
+        (answer,) = score(case, [sequence])
+        assert np.abs(answer.padded()[1] - np.sort(case.dense(sequence), axis=-1)[:, :-9:-1]).max() < 5e-5
+    assert teacher.route == "public"
+    closing(case)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "is not a release that kdcache knows the insides of; using vLLM's own prompt logprobs" in warning
+
+
+def test_a_projection_that_is_not_as_expected_is_said_at_the_start():
+    import torch
+
+    from kdcache.teacher._vllm_internals_v024 import projection_problem
+
+    class Model(torch.nn.Module):
+        def compute_logits(self, hidden_states: Any) -> Any:
+            return hidden_states
+
+    class OldModel(torch.nn.Module):
+        def compute_logits(self, hidden_states: Any, sampling_metadata: Any) -> Any:
+            return hidden_states
+
+    class LogitsProcessorWithLoRA(torch.nn.Module):
+        def _get_logits(self, hidden_states: Any, lm_head: Any, mapping: Any) -> Any:
+            return hidden_states
+
+    class LogitsProcessor(torch.nn.Module):
+        def _get_logits(self, hidden_states: Any, lm_head: Any) -> Any:
+            return hidden_states
+
+    assert projection_problem(Model()) is None
+    assert projection_problem(OldModel()) == "OldModel has no compute_logits(hidden_states)"
+    assert projection_problem(torch.nn.Linear(2, 2)) == "Linear has no compute_logits(hidden_states)"
+    model, wrapper = Model(), LogitsProcessorWithLoRA()
+    model.logits_processor = wrapper
+    assert projection_problem(model) == "LogitsProcessorWithLoRA or its base_layer has no _get_logits"
+    wrapper.base_layer = LogitsProcessor()
+    assert projection_problem(model) == "LogitsProcessorWithLoRA._get_logits takes mapping, which its base_layer's does not"
+
+
+@pytest.mark.slow
 def test_an_engine_that_could_take_adapters_gives_the_base_models_numbers(tiny_model_dir: Path):
     # With LoRA on, vLLM's projection expects as many rows as it samples from; ours has others.
     teacher = load_teacher(config(tiny_model_dir, route="worker", engine_options={"enable_lora": True}))
