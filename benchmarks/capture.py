@@ -12,10 +12,12 @@ seconds of the process, since wall time measures the machine's other jobs; wall 
 
     python benchmarks/capture.py [--quick] [--bodies thin,deep --vocabs 8192,32768,151936 --entries 16,64,256]
                                  [--slow-entries 64] [--kinds] [--rounds 3] [--threads 1] [--out benchmarks/results]
+    python benchmarks/capture.py --peaks [--bodies ... --vocabs ... --out ...]
     python benchmarks/capture.py --kernel [--vocabs ... --entries ... --out ...]
 
 Writes capture.json and, from it, capture.md. With --kernel: what the selections cost per logit, without a model (see
-capture_kernels.py), in capture_kernels.md. Peak memory is the process's own (VmHWM, reset before each variant).
+capture_kernels.py), in capture_kernels.md. Peak memory is measured apart from times, each variant in a process of its own (see
+capture_peaks.py); with --peaks alone, into the report that --out holds, whose times stay.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no warm-up: the first round is one
 
 import numpy as np
+from capture_peaks import Prepared, in_fork, memory_table, memory_target, peak_of
 
 BODIES = {"thin": (2, 256), "deep": (12, 768)}
 """Layers and hidden size."""
@@ -69,7 +73,6 @@ class Sample:
     variant: str
     cpu_seconds: float
     wall_seconds: float
-    peak_bytes: int
 
 
 def build_model(folder: Path, case: Case) -> None:
@@ -137,7 +140,21 @@ class Variants:
         common: dict[str, Any] = {"batch_tokens": STEP_TOKENS, "positions_per_chunk": case.chunk, "num_threads": case.threads}
         self._case, self._sequences = case, make_sequences(case)
         self._vllm: Any = load_teacher(TeacherConfig(model=str(folder), backend="vllm", route="worker", **common))
-        self._hf: Any = load_teacher(TeacherConfig(model=str(folder), backend="transformers", **common))
+        self._load_hf = lambda: load_teacher(TeacherConfig(model=str(folder), backend="transformers", **common))
+
+    @cached_property
+    def _hf(self) -> Any:
+        return self._load_hf()
+
+    def prepared(self, name: str) -> Prepared:
+        """For `peak_of`; the warm-up is the worker's on 32 tokens."""
+        (short,) = make_sequences(replace(self._case, tokens=32))
+
+        def warm_up() -> None:
+            for _ in self._vllm.score([short], top_k(16)):
+                pass
+
+        return warm_up, dict(self.table())[name], self._vllm._chunk
 
     def table(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """Name and call."""
@@ -176,12 +193,10 @@ class Variants:
 
 def measure(name: str, call: Callable[[], None]) -> Sample:
     """Run it once."""
-    Path("/proc/self/clear_refs").write_text("5")
     cpu, wall = time.process_time(), time.perf_counter()
     call()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return Sample(name, cpu, wall, int(peak.split()[1]) * 1024)
+    return Sample(name, cpu, wall)
 
 
 def run_case(case: Case) -> list[Sample]:
@@ -196,12 +211,25 @@ def run_case(case: Case) -> list[Sample]:
     return samples
 
 
-def run_apart(case: Case) -> dict[str, Any]:
-    """`run_case` in a process of its own, so that one model's memory is not another's peak."""
-    command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
+def run_peaks(case: Case) -> dict[str, dict[str, int]]:
+    """Peak memory of plain prefill, of the limit, of the worker and of vLLM's own logprobs."""
+    import transformers  # noqa: F401
+    import vllm  # noqa: F401
+
+    slow = [f"{way} {k}" for k in case.slow_entries for way in ("flat", "dict")]
+    names = ["prefill", "limit", *(f"worker {k}" for k in case.entries), *slow]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        in_fork(lambda: build_model(folder, case))
+        return {name: in_fork(lambda name=name: peak_of(lambda: Variants(folder, case).prepared(name))) for name in names}
+
+
+def run_apart(case: Case, *options: str) -> Any:
+    """`run_case`, or with --peaks `run_peaks`, in a process of its own."""
+    command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), *options]
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
     (line,) = (line for line in output.splitlines() if line.startswith(RESULT))
-    return {"case": asdict(case), "samples": json.loads(line.removeprefix(RESULT))}
+    return json.loads(line.removeprefix(RESULT))
 
 
 def median_of(result: dict[str, Any], variant: str, value: Callable[[dict[str, Any]], float]) -> float:
@@ -225,20 +253,18 @@ def make_table(report: dict[str, Any]) -> str:
             "",
             f"{case['tokens']} tokens, {case['rounds']} rounds, {case['threads']} thread(s).",
             "",
-            "| variant, K | tokens per CPU s | of prefill | of limit (rounds) | of limit, wall | peak over prefill, MiB |",
-            "|---|---|---|---|---|---|",
+            "| variant, K | tokens per CPU s | of prefill | of limit (rounds) | of limit, wall |",
+            "|---|---|---|---|---|",
         ]
-        prefill_peak = median_of(result, "prefill", lambda sample: sample["peak_bytes"])
         for variant in dict.fromkeys(sample["variant"] for sample in result["samples"]):
             of_limit = ratios(result, "limit", variant, "cpu_seconds")
-            extra = (median_of(result, variant, lambda sample: sample["peak_bytes"]) - prefill_peak) / 2**20
             lines.append(
                 f"| {variant} | {case['tokens'] / median_of(result, variant, lambda s: s['cpu_seconds']):,.0f} "
                 f"| {statistics.median(ratios(result, 'prefill', variant, 'cpu_seconds')):.3f} "
                 f"| {statistics.median(of_limit):.3f} ({min(of_limit):.2f}-{max(of_limit):.2f}) "
-                f"| {statistics.median(ratios(result, 'limit', variant, 'wall_seconds')):.3f} | {extra:,.0f} |"
+                f"| {statistics.median(ratios(result, 'limit', variant, 'wall_seconds')):.3f} |"
             )
-        lines += ["", *targets(result), ""]
+        lines += ["", *(memory_table(result["peaks"]) if "peaks" in result else []), "", *targets(result), ""]
     return "\n".join(lines)
 
 
@@ -250,11 +276,13 @@ def targets(result: dict[str, Any]) -> list[str]:
         lines.append(f"- K = {k}: {of_limit:.2f} of the limit; {'at least' if of_limit >= 0.9 else 'below'} 0.9")
         if k in result["case"]["slow_entries"]:
             faster = statistics.median(ratios(result, f"flat {k}", f"worker {k}", "cpu_seconds"))
-            lines.append(f"- K = {k}: {faster:.1f} times flat logprobs; {'at least' if faster >= 2 else 'below'} 2")
-    lines.append(
-        f"- leaving the worker: {', '.join(f'{8 * k + 5} bytes per position at K = {k}' for k in result['case']['entries'])}"
-    )
-    return lines
+            most = statistics.median(ratios(result, f"flat {k}", "limit", "cpu_seconds"))
+            verdict = "at least 2" if faster >= 2 else f"below 2{', which is out of reach' if most < 2 else ''}"
+            lines.append(f"- K = {k}: {faster:.1f} times flat logprobs, the limit {most:.1f} times; {verdict}")
+    case = result["case"]
+    sizes = ", ".join(f"{8 * k + 5} bytes per position at K = {k}" for k in case["entries"])
+    memory = memory_target(result["peaks"], case["vocab_size"], case["tokens"], case["entries"]) if "peaks" in result else []
+    return [*lines, f"- leaving the worker: {sizes}", *memory]
 
 
 def tokens_for(body: str, vocab_size: int) -> int:
@@ -268,6 +296,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small model, under a minute")
     parser.add_argument("--kernel", action="store_true", help="the selections alone, per logit; no model")
+    parser.add_argument("--peaks", action="store_true", help="peak memory alone; times are left as they are")
     parser.add_argument("--kinds", action="store_true", help="also the worker's other selections")
     for name, default in (
         ("bodies", "thin,deep"),
@@ -329,19 +358,44 @@ def machine() -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     if args.case:
-        print(RESULT + json.dumps([asdict(sample) for sample in run_case(Case(**json.loads(args.case)))]))
+        case = Case(**json.loads(args.case))
+        print(RESULT + json.dumps(run_peaks(case) if args.peaks else [asdict(sample) for sample in run_case(case)]))
         return
     if args.kernel:
         run_kernels(args)
         return
-    report: dict[str, Any] = {"machine": machine(), "results": []}
+    report = kept_report(args.out) if args.peaks else {"machine": machine(), "results": []}
     for case in cases_of(args):
-        report["results"].append(run_apart(case))
+        if args.peaks:
+            result_of(report, case)["peaks"] = run_apart(case, "--peaks")
+        else:
+            found = {"case": asdict(case), "samples": run_apart(case), "peaks": run_apart(case, "--peaks")}
+            report["results"].append(found)
         if args.out:  # after each model: a later one may be stopped
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "capture.json").write_text(json.dumps(report, indent=1) + "\n")
             (args.out / "capture.md").write_text(make_table(report) + "\n")
     print(make_table(report))
+
+
+def kept_report(folder: Path | None) -> dict[str, Any]:
+    """What an earlier run wrote there."""
+    path = (folder or Path()) / "capture.json"
+    if folder is None or not path.is_file():
+        raise SystemExit("--peaks adds to a report: --out must name a folder with a capture.json")
+    return json.loads(path.read_text())
+
+
+def result_of(report: dict[str, Any], case: Case) -> dict[str, Any]:
+    """The report's part about the same model."""
+    same = [
+        r for r in report["results"] if all(r["case"][key] == getattr(case, key) for key in ("body", "vocab_size", "tokens"))
+    ]
+    if not same:
+        raise SystemExit(
+            f"capture.json has no times of the {case.body} body with {case.vocab_size} ids and {case.tokens} tokens"
+        )
+    return same[0]
 
 
 if __name__ == "__main__":
