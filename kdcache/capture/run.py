@@ -79,4 +79,4 @@ def _is_finished(job: Job, existing: CacheWriter) -> bool:
     teacher, config = existing.manifest.identity.teacher, job.config.teacher
     if teacher.revision is not None and teacher.revision != resolved_revision(config.model, config.revision):
         return False
-    return teacher.weights_digest is None or teacher.weights_digest == weights_digest(config.model)
+    return teacher.weights_digest is None or teacher.weights_digest == weights_digest(config.model, config.adapter)

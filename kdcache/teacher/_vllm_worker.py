@@ -190,6 +190,7 @@ class Capture:
             logits_CV = self._project(_rows_of(hidden_XH, chunk.places_P))
             if self._keeps and self._selector is not None and logits_CV is not None and self._error is None:
                 self._keep(self._selector, logits_CV, chunk, states)
+            del logits_CV  # before the next chunk's are made: one at a time
 
     def _states(self, hidden_XH: Tensor) -> dict[int, Tensor]:
         """Of the layers that are wanted, in this step."""
