@@ -172,7 +172,10 @@ def test_an_unknown_vllm_is_captured_on_the_public_route_with_one_warning(
         assert np.abs(answer.padded()[1] - np.sort(case.dense(sequence), axis=-1)[:, :-9:-1]).max() < 5e-5
     assert teacher.route == "public"
     closing(case)
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    ours = [
+        record for record in caplog.records if record.name.startswith("kdcache")
+    ]  # vLLM and torch have warnings of their own
+    (warning,) = [record.getMessage() for record in ours if record.levelno >= logging.WARNING]
     assert "is not a release that kdcache knows the insides of; using vLLM's own prompt logprobs" in warning
 
 

@@ -171,8 +171,17 @@ def test_other_releases_are_refused(version: str):
         find_internals(version)
 
 
+class SoundModel:
+    def compute_logits(self, hidden_states: object) -> None:
+        """Takes what it should."""
+
+    def modules(self) -> tuple[()]:
+        return ()
+
+
 class ChangedRunner:
     requests = query_start_loc = input_batch = None
+    model = SoundModel()
 
     def _get_prompt_logprobs_dict(self, hidden_states: object, scheduler_output: object) -> None:
         """Takes something else."""
@@ -187,8 +196,11 @@ class ChangedPrompts:
     ("runner", "sentence"),
     [
         (ChangedRunner(), r"ChangedRunner\._get_prompt_logprobs_dict takes \(hidden_states, scheduler_output\)"),
-        (SimpleNamespace(), "SimpleNamespace has no _get_prompt_logprobs_dict"),
-        (SimpleNamespace(prompt_logprobs_worker=ChangedPrompts()), r"compute_prompt_logprobs takes \(logits_fn\)"),
+        (SimpleNamespace(model=SoundModel()), "SimpleNamespace has no _get_prompt_logprobs_dict"),
+        (
+            SimpleNamespace(model=SoundModel(), prompt_logprobs_worker=ChangedPrompts()),
+            r"compute_prompt_logprobs takes \(logits_fn\)",
+        ),
     ],
 )
 def test_a_changed_signature_is_named_and_nothing_is_installed(runner: object, sentence: str):
