@@ -82,8 +82,8 @@ class OptimizerConfig(Config, frozen=True, kw_only=True):
 
     Attributes:
         lr: highest learning rate.
-        betas: decay of the two running means. With drawn targets, at a moderate rate, 0.999 was the better second one: they reach
-            a rare token in few steps, which a short memory makes small; in a few hundred steps at 4e-3 it was the worse
+        betas: decay of the two running means. With drawn targets, at a moderate rate, 0.999 was the better second one: they
+            reach a rare token in few steps, which a short memory makes small; in a few hundred steps at 4e-3 it was the worse
             (benchmarks/LOG.md).
         weight_decay: on matrices; vectors (norms, biases) have none.
         grad_clip: largest norm of the whole gradient; null for no clipping.
