@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from capture_cases import content, make_config, start_command, write_config
@@ -16,6 +17,14 @@ from kdcache.capture.run import run_capture
 from kdcache.cli.main import main
 from kdcache.errors import ConfigError
 from kdcache.store.verify import verify_cache
+
+
+def assert_whole(uri: str, wanted: Path) -> None:
+    """The cache in the store is complete, sound, and of the same content."""
+    assert content(uri) == content(wanted)
+    report = verify_cache(uri)
+    assert report.problems == []
+    assert report.manifest.is_complete
 
 
 def test_a_capture_into_a_store_is_the_one_to_disk_and_the_commands_take_its_uri(s3: FaultProxy, tmp_path, monkeypatch, capsys):
@@ -72,10 +81,7 @@ def test_a_capture_into_a_store_that_is_killed_again_and_again_ends_as_if_undist
     process = start_command(path, teacher=None)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert content(uri) == content(tmp_path / "cache")
-    report = verify_cache(uri)
-    assert report.problems == []
-    assert report.manifest.is_complete
+    assert_whole(uri, tmp_path / "cache")
 
 
 @pytest.mark.slow
@@ -89,9 +95,6 @@ def test_two_ranks_at_once_into_a_store_make_the_cache_of_one_process(s3: FaultP
     for process in [start_command(path, teacher=None) for path in paths]:
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
-    assert content(uri) == content(tmp_path / "cache")
-    report = verify_cache(uri)
-    assert report.problems == []
-    assert report.manifest.is_complete
+    assert_whole(uri, tmp_path / "cache")
     units = [json.loads((tmp_path / f"{rank}.json").read_text())["units"]["published"] for rank in range(2)]
     assert units == [3, 2], "each did its own"

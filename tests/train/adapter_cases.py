@@ -18,20 +18,21 @@ OPTIONS = LoaderConfig(seq_len=64, batch_rows=2, num_threads=1, seed=3)
 FOUR_ROWS = LoaderConfig(seq_len=64, batch_rows=4, num_threads=1, seed=3)
 LR = 5e-3
 
+ONE_LAYER: dict[str, Any] = {
+    "vocab_size": 520,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+}
+
 
 def make_student(**changes: Any) -> PreTrainedModel:
     """One layer, always the same weights."""
     torch.manual_seed(0)
-    fields: dict[str, Any] = {
-        "vocab_size": 520,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 256,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(fields | changes))).train()
+    return LlamaForCausalLM(LlamaConfig(**(ONE_LAYER | changes))).train()
 
 
 def first_batches(cache: Path, options: LoaderConfig, num_batches: int) -> list[TorchBatch]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_cases import OPTIONS, first_batches, make_student
+from adapter_cases import ONE_LAYER, OPTIONS, first_batches, make_student
 from torch import Tensor
 from transformers import (
     CohereConfig,
@@ -36,19 +36,8 @@ from kdcache.train.packed import check_architecture, logits_head
 from kdcache.train.scores import heldout_nats_per_token
 from kdcache.train.step import student_loss
 
-VOCAB_SIZE = 520
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+VOCAB_SIZE = ONE_LAYER["vocab_size"]
+SMALL: dict[str, Any] = ONE_LAYER | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MODELS: dict[str, tuple[Any, Any, Head]] = {
     "gemma2": (Gemma2ForCausalLM, Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=3.0), Head(softcap=3.0)),
     "cohere": (CohereForCausalLM, CohereConfig(**SMALL, logit_scale=0.25), Head(logit_scale=0.25)),
