@@ -31,7 +31,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from kdcache.capture.content import Item, Place
 from kdcache.capture.plan import Plan, make_plan
 from kdcache.capture.run import run_capture
 from kdcache.capture.tally import own_units, units_before_fold
@@ -39,6 +38,7 @@ from kdcache.config.capture import CaptureConfig, InputConfig, RunConfig
 from kdcache.config.load import convert_config
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, shard_to_json
+from kdcache.inputs.content import Item, Place
 from kdcache.store import chain
 from kdcache.store.reader import open_cache
 from kdcache.store.writer import CacheWriter

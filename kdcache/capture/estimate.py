@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from kdcache.capture.content import Item
 from kdcache.capture.features import features_of, known_features
 from kdcache.capture.generate import write_sequences
 from kdcache.capture.job import Job, ask, check_fits, codec_info, output_location, prepare, selection_info
@@ -26,6 +25,7 @@ from kdcache.config.capture import CaptureConfig
 from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import fixed_entries, fixed_exact, has_estimates, most_entries
+from kdcache.inputs.content import Item
 from kdcache.store import chain
 from kdcache.store.writer import refuse_foreign_directory
 from kdcache.teacher import load_teacher

@@ -13,12 +13,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from kdcache.capture.content import Item
 from kdcache.capture.sequences import CutCounts, check_ids, tokenize_plain
 from kdcache.config.capture import CaptureConfig, GenerateConfig, InputConfig
 from kdcache.errors import ConfigError, InputError, TeacherError
 from kdcache.format.manifest import GenerationInfo
 from kdcache.format.record import TokenSequence, sequence_key
+from kdcache.inputs.content import Item
 from kdcache.teacher.base import Teacher
 from kdcache.teacher.generation import Generated, GeneratingTeacher, Observe, Prompt, answer_seed
 from kdcache.teacher.tokenizer import ROLE_CODES, Tokenizer

@@ -1,46 +1,26 @@
-"""The items of an input, in an order that depends on the input alone, from any place on.
-
-Policy for items without content (an empty file, a blank line of `lines`, an empty or null cell, a chat without text): they
-are counted, reported and skipped; they give no sequence. Anything that cannot be read is an InputError naming file and line.
-"""
+"""A capture's input: its plan, from one scan over all items, and the items of each unit of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import islice
 
-from kdcache.capture.content import DEFAULT_FIELDS, Fields, Item, Place
-from kdcache.capture.files import find_files
-from kdcache.capture.plan import START, Plan, Unit, make_plan, make_stream_plan, unit_digest
+from kdcache.capture.plan import Plan, Unit, make_plan, make_stream_plan, unit_digest
 from kdcache.config.capture import InputConfig, OutputConfig
 from kdcache.errors import InputError
+from kdcache.inputs.content import Item
+from kdcache.inputs.reader import ItemReader
 
-_ReadFile = Callable[[str, int, Place], Iterator[Item]]
 
-
-class InputReader:
+class InputReader(ItemReader):
     """The items behind an InputConfig. Units read one after another are read in one pass; close it when done."""
 
     def __init__(self, config: InputConfig) -> None:
-        """List the files, in the order in which they will be read; raises InputError where a path leads to none."""
-        self.config = config
-        self.fields = Fields(config.field or DEFAULT_FIELDS[config.content], config.content, config.domain_field)
-        self.files = [] if config.format == "dataset" else find_files(config.paths, config.format)
+        """List the files, as `ItemReader`."""
+        super().__init__(config)
         self._open: Iterator[Item] = iter(())
         self._next_item = -1
         self._stream_end: int | None = None
-
-    def items(self, start: Place = START) -> Iterator[Item]:
-        """Every item from a place on, whatever the limit."""
-        if self.config.format == "dataset":
-            from kdcache.capture._datasets import read_dataset
-
-            yield from read_dataset(self.config, start, self.fields)
-            return
-        read = _file_reader(self.config, self.fields)
-        for file in range(start.file, len(self.files)):
-            yield from read(self.files[file], file, start if file == start.file else Place(file, 0, 0))
 
     def plan(
         self, output: OutputConfig, *, template_fingerprint: str, observe: Callable[[Iterable[Item]], Iterable[Item]] = iter
@@ -89,28 +69,9 @@ class InputReader:
             raise InputError(f"{self.name}: the input has changed since the capture began (unit {unit.number}); run it again")
         return items
 
-    @property
-    def name(self) -> str:
-        """The input, for messages."""
-        return f"dataset {self.config.dataset}" if self.config.dataset else ", ".join(self.config.paths)
-
     def close(self) -> None:
         """Let go of the file that is open."""
         self._open, self._next_item = iter(()), -1
-
-
-def _file_reader(config: InputConfig, fields: Fields) -> _ReadFile:
-    """The function that reads one file of this format."""
-    if config.format in ("parquet", "arrow"):
-        from kdcache.capture import table_files
-
-        read = table_files.read_parquet if config.format == "parquet" else table_files.read_arrow
-        return partial(read, fields=fields)
-    from kdcache.capture import text_files
-
-    if config.format == "jsonl":
-        return partial(text_files.read_jsonl, fields=fields)
-    return text_files.read_txt if config.format == "txt" else text_files.read_lines
 
 
 def _count_empty(plan: Plan) -> str:

@@ -15,11 +15,9 @@ from typing import Any, Protocol
 import msgspec
 import xxhash
 
-from kdcache.capture.content import Item, Place
 from kdcache.config.capture import InputConfig
 from kdcache.format.manifest import fingerprint
-
-START = Place(0, 0, 0)
+from kdcache.inputs.content import START, Item, Place
 
 
 @dataclass(frozen=True, slots=True)

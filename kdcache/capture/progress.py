@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from kdcache.capture import _nvml
-from kdcache.capture.content import Item
 from kdcache.capture.plan import Unit
+from kdcache.inputs.content import Item
 
 if TYPE_CHECKING:
     from kdcache.format.manifest import ShardInfo

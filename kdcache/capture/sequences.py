@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.capture.content import Item, Message
 from kdcache.capture.windows import TokenizedItem, cut_windows, num_truncated_tokens, supervise_assistant
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError, MismatchError
 from kdcache.format.record import TokenSequence
+from kdcache.inputs.content import Item, Message
 from kdcache.teacher.tokenizer import Tokenizer
 
 

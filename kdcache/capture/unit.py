@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kdcache.capture.content import Item
 from kdcache.capture.features import features_of
 from kdcache.capture.generate import make_prompts, write_sequences, writer_of
 from kdcache.capture.heartbeat import Heartbeat
@@ -32,6 +31,7 @@ from kdcache.errors import (
 from kdcache.format.manifest import FeatureInfo, ShardInfo, SkippedSequence, TeacherIdentity
 from kdcache.format.record import SequenceRecord, TokenSequence, check_distributions, check_mass
 from kdcache.format.selection import fixed_entries
+from kdcache.inputs.content import Item
 from kdcache.store.admission import check_record
 from kdcache.store.set_aside import FailedUnit
 from kdcache.store.writer import CacheWriter

@@ -12,7 +12,6 @@ import pytest
 from capture_cases import make_config, start_command, wait_for_units, write_config
 
 import kdcache
-from kdcache.capture.content import Item, Place
 from kdcache.capture.estimate import estimate_capture
 from kdcache.capture.generate import make_prompts, writer_of
 from kdcache.capture.run import run_capture
@@ -22,6 +21,7 @@ from kdcache.config.load import convert_config
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError, InputError, MismatchError
 from kdcache.format.record import ROLES
+from kdcache.inputs.content import Item, Place
 from kdcache.store.summary import summarize_cache
 from kdcache.store.verify import verify_cache
 from kdcache.teacher.fake import BOS_ID, END_ID, FakeTeacher, FakeTokenizer

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.capture.content import Item, Place
 from kdcache.capture.inputs import InputReader
 from kdcache.capture.plan import make_plan, make_stream_plan
 from kdcache.config.capture import InputConfig, OutputConfig, WindowConfig
 from kdcache.errors import InputError
+from kdcache.inputs.content import Item, Place
 
 CONFIG = InputConfig(format="lines", paths=("x",))
 

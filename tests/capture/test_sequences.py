@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from kdcache.capture.content import Item, Place
 from kdcache.capture.sequences import CutCounts, make_sequences
 from kdcache.config.capture import InputConfig, WindowConfig
 from kdcache.errors import InputError, MismatchError
 from kdcache.format.record import ROLES
+from kdcache.inputs.content import Item, Place
 from kdcache.teacher.fake import FakeTokenizer
 
 TOKENIZER = FakeTokenizer()

@@ -57,6 +57,9 @@ class Place(NamedTuple):
     number: int
 
 
+START = Place(0, 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One text, chat or list of ids, as it came.

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from kdcache.capture.inputs import InputReader
-from kdcache.capture.plan import START
 from kdcache.config.capture import InputConfig, OutputConfig
 from kdcache.errors import InputError
+from kdcache.inputs.content import START
 
 datasets = pytest.importorskip("datasets")
 

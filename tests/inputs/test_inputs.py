@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdcache.capture.inputs import InputReader
-from kdcache.capture.plan import START
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError
+from kdcache.inputs.content import START
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache.capture.content import Fields, Item, Place, parse_content, parse_domain
 from kdcache.errors import InputError
+from kdcache.inputs.content import Fields, Item, Place, parse_content, parse_domain
 
 _ROWS_PER_READ = 1024
 _ARROW_FILE_MAGIC = b"ARROW1"

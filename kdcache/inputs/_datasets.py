@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdcache.capture.content import Fields, Item, Place
-from kdcache.capture.table_files import check_names, item_of, row_values
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError, MissingDependencyError
+from kdcache.inputs.content import Fields, Item, Place
+from kdcache.inputs.table_files import check_names, item_of, row_values
 
 _ROWS_PER_READ = 1024
 _SAVED_TO_DISK = ("state.json", "dataset_dict.json")

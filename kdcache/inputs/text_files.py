@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from kdcache.capture.content import Fields, Item, Place, parse_content, parse_domain
 from kdcache.errors import InputError
+from kdcache.inputs.content import Fields, Item, Place, parse_content, parse_domain
 
 
 def read_txt(path: str, file: int, start: Place) -> Iterator[Item]:

@@ -1,0 +1,56 @@
+"""The items of an input, in an order that depends on the input alone, from any place on.
+
+Policy for items without content (an empty file, a blank line of `lines`, an empty or null cell, a chat without text): they
+are counted, reported and skipped; they give no sequence. Anything that cannot be read is an InputError naming file and line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from kdcache.config.capture import InputConfig
+from kdcache.inputs.content import DEFAULT_FIELDS, START, Fields, Item, Place
+from kdcache.inputs.files import find_files
+
+_ReadFile = Callable[[str, int, Place], Iterator[Item]]
+
+
+class ItemReader:
+    """The items behind an InputConfig."""
+
+    def __init__(self, config: InputConfig) -> None:
+        """List the files, in the order in which they will be read; raises InputError where a path leads to none."""
+        self.config = config
+        self.fields = Fields(config.field or DEFAULT_FIELDS[config.content], config.content, config.domain_field)
+        self.files = [] if config.format == "dataset" else find_files(config.paths, config.format)
+
+    def items(self, start: Place = START) -> Iterator[Item]:
+        """Every item from a place on, whatever the limit."""
+        if self.config.format == "dataset":
+            from kdcache.inputs._datasets import read_dataset
+
+            yield from read_dataset(self.config, start, self.fields)
+            return
+        read = _file_reader(self.config, self.fields)
+        for file in range(start.file, len(self.files)):
+            yield from read(self.files[file], file, start if file == start.file else Place(file, 0, 0))
+
+    @property
+    def name(self) -> str:
+        """The input, for messages."""
+        return f"dataset {self.config.dataset}" if self.config.dataset else ", ".join(self.config.paths)
+
+
+def _file_reader(config: InputConfig, fields: Fields) -> _ReadFile:
+    """The function that reads one file of this format."""
+    if config.format in ("parquet", "arrow"):
+        from kdcache.inputs import table_files
+
+        read = table_files.read_parquet if config.format == "parquet" else table_files.read_arrow
+        return partial(read, fields=fields)
+    from kdcache.inputs import text_files
+
+    if config.format == "jsonl":
+        return partial(text_files.read_jsonl, fields=fields)
+    return text_files.read_txt if config.format == "txt" else text_files.read_lines
