@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Re-read a whole cache and check every promise it makes: the chain of manifests, each shard's SHA-256, each row's\n"
         "digest, each record, and that the teacher's NLL of the text, recomputed from the cache, is the teacher's own.\n"
         "Exit status 1 when anything is wrong.\n\n"
-        "With --deep the teacher is asked again about a random sample: KL of live and cached distributions beside that of the\n"
-        "live teacher with itself in another batch, shifts of the rows by -1, 0 and +1, the NLL, and what the tail that is\n"
-        "not stored can cost."
+        "With --deep the teacher is asked again about a random sample, each sequence alone: KL of live and cached distributions,\n"
+        "that of the live teacher with itself in a batch (an answer that moves with its neighbours is wrong), shifts of the\n"
+        "rows by -1, 0 and +1, the NLL, and what the tail that is not stored can cost."
     )
     parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
     parser.add_argument("--deep", action="store_true", help="ask the teacher again about a random sample of the sequences")
@@ -102,7 +102,7 @@ def _deep_text(deep: DeepReport) -> str:
     lines = {
         "teacher": f"{'agrees' if deep.is_sound else 'does not agree'}: asked again about {asked}",
         "  KL(live || cached)": f"{_spread(deep.kl_mean, deep.kl_p99, deep.kl_max)} (allowed: mean {deep.allowed:.3g})",
-        "  KL(live || live)": f"{_spread(deep.control_mean, deep.control_p99, deep.control_max)}, in another batch",
+        "  KL(live || live)": f"{_spread(deep.control_mean, deep.control_p99, deep.control_max)}, alone and in a batch",
         "  rows shifted": f"{shifts} nats",
         "  logprobs": f"at most {deep.max_difference:.3g} nats apart; cached = {deep.slope:.4f} x live",
         "  NLL": f"cached {deep.cached_nll:.6f}, live {deep.live_nll:.6f} nats, at most {deep.nll_difference:.3g} apart",

@@ -16,6 +16,7 @@ from kdcache.errors import InputError
 from kdcache.foreign.base import ForeignSequence, ValueKind
 from kdcache.foreign.blocks import SHIFTS, as_logprobs
 from kdcache.foreign.compare import LineFit, Rows, divergence, fit_line, match, ragged_rows, sums
+from kdcache.foreign.neighbours import ask_twice, what_moved
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence, sequence_key
 from kdcache.teacher.base import Teacher
@@ -35,6 +36,7 @@ class Comparison:
         line: how the stored values differ under it; `exact_line` the same over the ranks that are stored and not fitted.
         kept_mass, renormalisation_cost: means of the live mass of the stored supports, and of -log of it: the KL that a student
             pays who takes the support for the whole.
+        moved: a sentence where the teacher's answer for a text depends on the texts beside it.
     """
 
     num_sequences: int
@@ -45,12 +47,13 @@ class Comparison:
     exact_line: LineFit
     kept_mass: float
     renormalisation_cost: float
+    moved: str | None = None
 
 
 def compare_with_teacher(
     sequences: Sequence[ForeignSequence], values: ValueKind, teacher: Teacher, *, approximate_from: int | None
 ) -> Comparison:
-    """Score the sequences with the teacher and compare.
+    """Score the sequences with the teacher, each alone, and compare.
 
     Raises:
         InputError: no sequence is short enough for the teacher, or has ids that it knows. TeacherError: it fails.
@@ -63,8 +66,8 @@ def compare_with_teacher(
             f"tokens, ids outside its {teacher.identity.vocab_size}, or more tokens than {teacher.identity.context_length}"
         )
     widest = max(int(s.counts_R.max(initial=1)) for s in usable)
-    answers = teacher.score([token_sequence(s) for s in usable], live_selection(widest, teacher.identity.vocab_size))
-    pairs = [(stored_rows(s, values), live_rows(a), s) for s, a in zip(usable, answers, strict=True)]
+    asked = ask_twice(teacher, [token_sequence(s) for s in usable], live_selection(widest, teacher.identity.vocab_size))
+    pairs = [(stored_rows(s, values), live_rows(a), s) for s, a in zip(usable, asked.alone, strict=True)]
     kl = tuple(
         _mean([divergence(*paired(stored, live, s.positions_R + shift)) for stored, live, s in pairs]) for shift in SHIFTS
     )
@@ -82,6 +85,7 @@ def compare_with_teacher(
         exact_line=line if approximate_from is None else fit_line(leading(stored, approximate_from), live),
         kept_mass=float(kept_R.mean()),
         renormalisation_cost=float(-np.log(np.maximum(kept_R, 1e-12)).mean()),
+        moved=what_moved(asked.movement(), teacher.identity),
     )
 
 

@@ -25,7 +25,8 @@ BROKEN_TAIL_NATS = 0.3
 
 def with_teacher(cache: ForeignCache, findings: Sequence[Finding], comparison: Comparison) -> list[Finding]:
     """The findings with those that the teacher decides put in place of the hints."""
-    exact = list(_findings(cache, comparison))
+    moves = [Finding("teacher_moves", "undecided", comparison.moved)] if comparison.moved else []
+    exact = [*moves, *_findings(cache, comparison)]
     decided = {finding.name for finding in exact} | set(SUPERSEDED)
     return [*(finding for finding in findings if finding.name not in decided), *exact]
 

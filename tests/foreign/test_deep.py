@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -231,3 +232,41 @@ def test_the_doctor_of_our_own_cache_verifies_probes_and_asks(truth: Truth, tmp_
     damaged = examine_own(cache, ExamineOptions())
     assert not damaged.is_sound
     assert any("damaged" in finding.sentence for finding in damaged.findings)
+
+
+class WithNeighbours:
+    """A teacher whose answer for a text is another one beside longer texts, as if factors were chosen by the longest."""
+
+    def __init__(self, teacher: Teacher, exponent: float) -> None:
+        self._teacher, self._exponent = teacher, exponent
+        self.identity = teacher.identity
+
+    def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
+        longest = max(sequence.num_tokens for sequence in sequences)
+        for sequence, answer in zip(sequences, self._teacher.score(sequences, selection), strict=True):
+            if sequence.num_tokens < longest:
+                changed = with_logprobs(SequenceRecord(sequence, answer), lambda logprobs: logprobs * self._exponent)
+                answer = changed.distributions
+            yield answer
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("exponent", "finds"), [(1.2, True), (1.0, False)])
+def test_a_teacher_that_moves_with_its_neighbours_is_a_finding_and_not_a_tolerance(
+    truth: Truth, tmp_path: Path, teacher: Teacher, exponent: float, finds: bool
+):
+    unequal = replace(truth, ids_SN=[ids_N[: 20 + 12 * (i % 4)] for i, ids_N in enumerate(truth.ids_SN)])
+    moving: Any = WithNeighbours(teacher, exponent)
+    cache = capture(tmp_path / "c", unequal, moving)
+    report = ask(cache, moving, num_sequences=8)
+    assert [("depends on the texts beside it" in p, "is not what this teacher says" in p) for p in report.problems[:2]] == (
+        [(True, False), (False, True)] if finds else []
+    )
+    assert report.allowed < 2e-3
+    assert report.is_sound != finds
+    # Captured with neighbours, compared with the text alone: the sound teacher finds what the other one hides.
+    assert ask(cache, teacher, num_sequences=8).is_sound != finds
+    found = {finding.name: finding for finding in examine_own(cache, ExamineOptions(), teacher=moving).findings}
+    assert any("depends on the texts beside it" in finding.sentence for finding in found.values()) == finds
