@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Re-read a whole cache and check every promise it makes: the chain of manifests, each shard's SHA-256, each row's\n"
         "digest, each record, and that the teacher's NLL of the text, recomputed from the cache, is the teacher's own.\n"
         "Exit status 1 when anything is wrong.\n\n"
-        "With --deep the teacher is asked again about a random sample, each sequence alone: KL of live and cached distributions,\n"
-        "that of the live teacher with itself in a batch (an answer that moves with its neighbours is wrong), shifts of the\n"
-        "rows by -1, 0 and +1, the NLL, and what the tail that is not stored can cost."
+        "With --deep the teacher is asked again about a random sample, each sequence alone: KL of live and cached\n"
+        "distributions, that of the live teacher with itself in a batch (an answer that moves with its neighbours is wrong),\n"
+        "shifts of the rows by -1, 0 and +1, the NLL, and what the tail that is not stored can cost."
     )
     parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
     parser.add_argument("--deep", action="store_true", help="ask the teacher again about a random sample of the sequences")

@@ -25,8 +25,8 @@ from kdcache.store.reader import CacheReader
 from kdcache.teacher.base import Teacher
 
 CONTROL_FACTOR = 10.0
-"""The cache may differ from the live teacher this many times as much as the live teacher from itself in another batch, as far as
-rounding explains that."""
+"""The cache may differ from the live teacher this many times as much as the live teacher from itself in another batch, as far
+as rounding explains that."""
 
 SAME_ENGINE_NATS, OTHER_ENGINE_NATS = 1e-4, 5e-3
 """What is allowed beside that: kernels chosen by shape, when engine, version and dtype are the capture's own; another engine's

@@ -244,10 +244,8 @@ class WithNeighbours:
     def score(self, sequences: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
         longest = max(sequence.num_tokens for sequence in sequences)
         for sequence, answer in zip(sequences, self._teacher.score(sequences, selection), strict=True):
-            if sequence.num_tokens < longest:
-                changed = with_logprobs(SequenceRecord(sequence, answer), lambda logprobs: logprobs * self._exponent)
-                answer = changed.distributions
-            yield answer
+            changed = with_logprobs(SequenceRecord(sequence, answer), lambda logprobs: logprobs * self._exponent)
+            yield changed.distributions if sequence.num_tokens < longest else answer
 
     def close(self) -> None:
         pass
