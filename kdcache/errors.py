@@ -15,6 +15,7 @@
     +-- LossError          (ValueError)     a loss that would be wrong for this record
     +-- TeacherError       (RuntimeError)   a model that does not load or answers wrongly
     +-- CaptureError       (RuntimeError)   a capture that could not finish; the cause is chained
+    +-- NotFiniteError     (ArithmeticError) a training or an evaluation came to a number that is not finite
     +-- StorageError       (RuntimeError)   an object store that refuses access or does not answer
 
 A message is one sentence or two: what, which value, what was expected, what to do. The command line prints it and exits
@@ -75,6 +76,10 @@ class TeacherError(KdcacheError, RuntimeError):
 
 class CaptureError(KdcacheError, RuntimeError):
     """A capture could not finish; what is published stays published."""
+
+
+class NotFiniteError(KdcacheError, ArithmeticError):
+    """A loss, a gradient or a weight is NaN or infinite; the message names the step and the sequences. Nothing is published."""
 
 
 class StorageError(KdcacheError, RuntimeError):

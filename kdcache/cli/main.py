@@ -1,8 +1,8 @@
 """The command `kdcache`: find the subcommand, run it, turn errors into one sentence.
 
-Exit status: 0 done, 1 a check found damage or a capture set units aside, 2 wrong usage, config, input or cache, 130 and 143
-interrupted. stdout carries results, stderr everything else. Only the module of the chosen subcommand is imported, so that
-`--help` is instant.
+Exit status: 0 done, 1 a check found damage or a capture set units aside, 2 wrong usage, config, input or cache, or a training
+whose numbers are no longer finite, 130 and 143 interrupted. stdout carries results, stderr everything else. Only the module of
+the chosen subcommand is imported, so that `--help` is instant.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
     new_steps = result.num_steps - result.num_resumed
     resumed = f", {result.num_resumed:,} of them in an earlier run" if result.num_resumed else ""
     print(f"{result.num_steps:,} steps{resumed}, {result.num_tokens:,} tokens; {new_steps:,} steps in {result.seconds:.1f} s")
+    if result.num_skipped:
+        print(f"{result.num_skipped:,} of the steps made no update: a loss or gradient was not finite; see metrics.jsonl")
     for line in curve_lines({"held-out nats per token": heldout_curve(result.out)}, encoding=sys.stdout.encoding):
         print(line)
     print(f"model: {result.model}")

@@ -133,6 +133,8 @@ class TrainConfig(Config, frozen=True, kw_only=True):
         device: `auto` takes CUDA where there is one.
         dtype: of the matrix products, the logits included; weights and optimiser state are float32 either way.
         checkpoint_every_steps: steps between two checkpoints; the last step always makes one.
+        max_skipped_steps: how many steps whose loss or gradient is not finite may be left out (no update is made, the batch is
+            counted as read) before the run ends. 0 ends it at the first. May be raised when a run that ended so is resumed.
         heldout: what is measured while training.
     """
 
@@ -151,6 +153,7 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every_steps: Positive = 200
+    max_skipped_steps: NonNegative = 0
     heldout: HeldoutConfig = HeldoutConfig()
 
     def __post_init__(self) -> None:

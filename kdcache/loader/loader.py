@@ -160,6 +160,24 @@ class Loader:
         self._move()
         self._plan, self._epoch, self._next_batch = plan, saved.epoch, saved.next_batch
 
+    def sources_before(self, state: dict[str, Any]) -> list[str]:
+        """Where the sequences of the batch before a state came from, in the cache's words: this rank's part of it.
+
+        Args:
+            state: as `state_dict` and `TorchBatch.state` give it.
+
+        Raises:
+            StateError: see load_state_dict.
+        """
+        saved = parse_state(state, here=self._state())
+        epoch, number = saved.epoch, saved.next_batch - 1
+        if number < 0:  # the last one of the epoch before
+            epoch -= 1
+            number = self.plan_of(epoch).num_batches - 1 if epoch >= 0 else -1
+        if number < 0:
+            return []
+        return [self._caches.record(int(n)).sequence.source for n in self._sequences(self.plan_of(epoch), number)]
+
     def set_epoch(self, epoch: int) -> None:
         """Stand at the start of an epoch; in the epoch that is being read, stay, so that a resumed loop may call this too."""
         check_epoch(epoch)

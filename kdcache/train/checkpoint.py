@@ -1,7 +1,8 @@
 """A training run's state on disk: one directory per checkpoint, there whole or not at all, and only the last is kept.
 
-`step-00000200/` holds `model.safetensors`, `optimizer.safetensors` (AdamW's tensors, the generators' states) and `state.json`.
-It is written under a temporary name, synced and renamed, so a name that matches is a complete checkpoint. No pickle.
+`step-00000200/` holds `model.safetensors`, `optimizer.safetensors` (AdamW's tensors, the generators' states), `state.json` and
+the digests of all three, which are compared before anything is loaded. It is written under a temporary name, synced and
+renamed, so a name that matches is a complete checkpoint. No pickle.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from kdcache.errors import StateError
 from kdcache.store.fs import sync_directory, sync_file
+from kdcache.train.digests import find_damage, write_digests
 
 _NAME = re.compile(r"step-(\d{8})")
 _TEMP_PREFIX = "unfinished-"
@@ -35,6 +37,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         metrics_bytes: length of `metrics.jsonl` at that time; what was written later is cut off on resume.
         heldout_nats_per_token: last measured, or None.
         loader: the loader's `state_dict()`.
+        num_skipped: steps that were left out because a number was not finite.
     """
 
     step: int
@@ -42,6 +45,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     metrics_bytes: int
     heldout_nats_per_token: float | None
     loader: dict[str, Any]
+    num_skipped: int = 0
 
 
 def save_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
@@ -66,9 +70,12 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
     """Put the tensors back where they were, in place, and torch's generators too.
 
     Raises:
-        StateError: a file is missing or damaged, or belongs to a model of another shape.
+        StateError: a file is missing or damaged (named), or belongs to a model of another shape.
     """
     try:
+        damage = find_damage(path)
+        if damage is not None:
+            raise StateError(damage)
         state = msgspec.json.decode((path / "state.json").read_bytes(), type=RunState)
         load_model(model, path / "model.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
@@ -87,6 +94,7 @@ def _save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     save_model(model, str(temp / "model.safetensors"))
     save_file(_optimizer_tensors(optimizer) | _generator_states(), temp / "optimizer.safetensors")
     (temp / "state.json").write_bytes(msgspec.json.encode(state))
+    write_digests(temp)
     for path in temp.iterdir():
         sync_file(path)
     sync_directory(temp)

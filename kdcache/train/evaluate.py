@@ -73,6 +73,7 @@ def evaluate(
         ConfigError: a model does not load, `out` cannot be written, or a name is taken or unknown.
         InputError: held-out data that cannot be read.
         MismatchError: a student's vocabulary is smaller than the teacher's.
+        NotFiniteError: a model whose loss or KL on some text is not a finite number.
     """
     baseline = options.baseline or next(iter(options.students), "")
     if TEACHER in options.students or baseline not in options.students:

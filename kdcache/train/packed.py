@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kdcache.errors import ConfigError
 from kdcache.loss.chunks import Head
+from kdcache.train.finite import not_finite_weight
 
 # A scale shows in logits of any size, a soft cap in large ones only.
 _MAGNIFIED = (1.0, 1024.0)
@@ -93,6 +94,9 @@ def check_architecture(model: PreTrainedModel) -> None:
     was_training = model.training
     model.eval()
     name = type(model).__name__
+    weight = not_finite_weight(model)
+    if weight is not None:
+        raise ConfigError(f"student: the weight {weight!r} of {name} is not finite; take another checkpoint")
     if not keeps_documents_apart(model):
         raise ConfigError(f"student.config_from: {name} lets packed documents see each other; this trainer cannot train it")
     if not has_head(model, logits_head(model)):

@@ -16,13 +16,15 @@ from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.store.fs import sync_directory, sync_file
 from kdcache.train.checkpoint import newest_checkpoint
+from kdcache.train.digests import write_digests
 
 RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "model"
 _MAY_CHANGE = {
-    *("out", "cache", "num_threads", "device", "checkpoint_every_steps"),
+    *("out", "cache", "num_threads", "device", "checkpoint_every_steps", "max_skipped_steps"),
     *("loader.num_threads", "loader.prefetch_batches", "loss.backend"),
 }
-"""Settings that do not change what is learned (rounding aside); the cache may move, its snapshot may not change."""
+"""Settings that do not change what is learned (rounding aside); the cache may move, its snapshot may not change. A run that
+stopped at a number that is not finite may go on with leave to skip some steps."""
 
 
 class RunFolder:
@@ -83,6 +85,7 @@ class RunFolder:
         temp = _unfinished(self.model)
         shutil.rmtree(temp, ignore_errors=True)
         save(temp)
+        write_digests(temp)
         for path in temp.iterdir():
             sync_file(path)
         shutil.rmtree(self.model, ignore_errors=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdcache.errors import MismatchError
+from kdcache.errors import MismatchError, NotFiniteError
 from kdcache.loss.chunks import Head
 from kdcache.train.heldout import HeldoutSequence
 from kdcache.train.packed import apply_head, has_head, hidden_states, logits_head, output_projection
@@ -62,6 +62,7 @@ def score_models(
 
     Raises:
         MismatchError: a student's vocabulary is smaller than the teacher's.
+        NotFiniteError: a model whose loss or KL on some text is not a finite number.
     """
     _check_vocabularies(teacher, students)
     models = {TEACHER: teacher, **students}
@@ -75,6 +76,7 @@ def score_models(
             for name in models:
                 own_PV = teacher_PV if name == TEACHER else next(chunks[name])
                 sums[name][row] += _chunk_sums(teacher_PV, own_PV, targets_P)
+        _check_finite({name: table[row] for name, table in sums.items()}, sequence)
         on_sequence(sequence)
     return {name: Scores(*np.ascontiguousarray(table.T)) for name, table in sums.items()}
 
@@ -123,6 +125,15 @@ def _chunk_sums(teacher_PV: Tensor, own_PV: Tensor, targets_P: Tensor) -> NDArra
             float((best_P == targets_P).sum()),
         ]
     )
+
+
+def _check_finite(sums: Mapping[str, NDArray[np.float64]], sequence: HeldoutSequence) -> None:
+    for name, numbers in sums.items():
+        if not np.isfinite(numbers).all():
+            raise NotFiniteError(
+                f"{name!r} cannot be scored: on held-out text {sequence.text} (from 0) its loss is {numbers[0]} and its KL to "
+                f"the teacher {numbers[1]} nats; its logits are NaN, or it gives a token no probability at all"
+            )
 
 
 def _gather(logprobs_PV: Tensor, ids_P: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shape letters: B rows, T tokens per row, P supervised positions, H hidden, V voc
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def optimize(
         meaning: of the batch's entries.
 
     Returns:
-        The loss in nats per supervised position, and the gradient's norm before clipping.
+        The loss in nats per supervised position, and the gradient's norm before clipping. Where one of them is not finite,
+        nothing was changed.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -44,9 +46,12 @@ def optimize(
     loss.backward()
     largest = config.optimizer.grad_clip or float("inf")
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
-    optimizer.step()
+    numbers = float(loss.detach()), float(grad_norm)
+    # A NaN in the gradient would be in every weight and both means for good.
+    if all(map(math.isfinite, numbers)):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach()), float(grad_norm)
+    return numbers
 
 
 def student_loss(model: PreTrainedModel, batch: TorchBatch, config: TrainConfig, meaning: EntryMeaning = PLAIN) -> torch.Tensor:

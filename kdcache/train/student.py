@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from kdcache.config.train import StudentConfig
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.format.manifest import Identity
 from kdcache.teacher import load_tokenizer
+from kdcache.train.digests import DIGESTS, find_damage
+from kdcache.train.finite import not_finite_weight
 
 _DERIVED_FIELDS = ("head_dim", "num_key_value_heads", "layer_types")
 """Fields that a configuration class fills in from others. Kept from the base they would contradict the overrides."""
@@ -51,7 +54,7 @@ def load_model(name: str, *, field: str, revision: str | None = None, **options:
         options: as `from_pretrained` takes them.
 
     Raises:
-        ConfigError: it does not load, or weights are missing.
+        ConfigError: it does not load, or weights are missing, damaged or not finite.
     """
     try:
         with without_progress_bars():
@@ -61,11 +64,22 @@ def load_model(name: str, *, field: str, revision: str | None = None, **options:
     except Exception as error:
         raise ConfigError(f"{field}: no model can be loaded from {name!r}: {first_line(error)}") from error
     model, info = loaded
+    damage = find_damage(Path(name)) if (Path(name) / DIGESTS).is_file() else None
+    if damage is not None:
+        raise ConfigError(
+            f"{field}: the model in {name!r} is not as it was written: {damage}; make it again, or delete {DIGESTS} there if "
+            "it was changed on purpose"
+        )
     # transformers fills what is missing with random numbers, and goes on.
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lacking:
         raise ConfigError(
             f"{field}: the weights in {name!r} do not fit their configuration: {lacking[0]} is missing or misshapen"
+        )
+    broken = not_finite_weight(model)
+    if broken is not None:
+        raise ConfigError(
+            f"{field}: the weight {broken!r} in {name!r} holds numbers that are not finite; take another checkpoint"
         )
     return model
 

@@ -5,6 +5,7 @@ It proves the pipeline and serves as the example; run again on the same director
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,14 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from kdcache.config.train import TrainConfig
-from kdcache.errors import ConfigError, InputError
+from kdcache.errors import ConfigError, InputError, NotFiniteError
 from kdcache.loader._torch import TorchBatch, to_torch
 from kdcache.loader.loader import Loader
 from kdcache.store.reader import CacheReader, open_cache
 from kdcache.teacher import load_tokenizer
 from kdcache.train.checkpoint import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from kdcache.train.entries import entry_meaning
+from kdcache.train.finite import batch_reason, check_weights, not_finite_weight, shown_sources
 from kdcache.train.heldout import HeldoutSequence, read_heldout
 from kdcache.train.packed import check_architecture
 from kdcache.train.run_folder import RunFolder
@@ -41,6 +43,7 @@ class TrainResult:
         model: the student in the Hugging Face layout, tokenizer included.
         num_steps: of the whole run; num_resumed of them were done before.
         num_tokens: tokens read in the whole run, padding not counted.
+        num_skipped: steps that made no update, see `TrainConfig.max_skipped_steps`.
         seconds: this process's share of the training loop.
         heldout_nats_per_token: after the last step, or None where nothing was measured.
     """
@@ -50,6 +53,7 @@ class TrainResult:
     num_steps: int
     num_resumed: int
     num_tokens: int
+    num_skipped: int
     seconds: float
     heldout_nats_per_token: float | None
 
@@ -66,6 +70,8 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
         CacheNotFoundError, CorruptCacheError: the cache cannot be read; what was trained up to the last checkpoint stays.
         InputError: held-out data that cannot be read, or a cache that is not complete or has no supervised position.
         LossError: a loss that would be wrong for the cache's selection; see `entry_meaning`.
+        NotFiniteError: a loss, gradient, weight or held-out measure is not finite; the last checkpoint stays, no model is
+            published.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -93,7 +99,7 @@ class Trainer:
         self.meaning = entry_meaning(config.loss, identity.selection, identity.teacher.vocab_size)
         self.optimizer = make_optimizer(model, config.optimizer)
         self.num_steps = config.steps or num_batches(loader, config.epochs or 1)
-        self.step = self.num_tokens = 0
+        self.step = self.num_tokens = self.num_skipped = 0
         self.last_heldout: float | None = None
         self._resume()
 
@@ -117,6 +123,7 @@ class Trainer:
             num_steps=self.num_steps,
             num_resumed=first_step,
             num_tokens=self.num_tokens,
+            num_skipped=self.num_skipped,
             seconds=seconds,
             heldout_nats_per_token=self.last_heldout,
         )
@@ -126,7 +133,11 @@ class Trainer:
         loss, grad_norm = optimize(self.model, self.optimizer, batch, self.config, rate, self.meaning)
         self.step += 1
         self.num_tokens += int((batch.segment_ids_BT > 0).sum())
-        self.folder.append_metrics(step=self.step, tokens=self.num_tokens, loss=loss, lr=rate, grad_norm=grad_norm)
+        reason = batch_reason(loss, grad_norm)
+        left_out = {} if reason is None else {"left_out": reason}
+        self.folder.append_metrics(step=self.step, tokens=self.num_tokens, loss=loss, lr=rate, grad_norm=grad_norm, **left_out)
+        if reason is not None:
+            self._skip(reason)
         is_last = self.step == self.num_steps
         if is_last or self.step % self.config.heldout.every_steps == 0:
             self._measure()
@@ -146,14 +157,36 @@ class Trainer:
         if self.heldout:
             self.last_heldout = heldout_nats_per_token(self.model, self.heldout)
             self.folder.append_metrics(step=self.step, tokens=self.num_tokens, heldout_nats_per_token=self.last_heldout)
+            if not math.isfinite(self.last_heldout):
+                raise self._stopped(f"the held-out loss is {self.last_heldout}")
+
+    def _skip(self, reason: str) -> None:
+        """Count a step that made no update, or end the run."""
+        sources = shown_sources(self.loader.sources_before(self.loader.state_dict()))
+        weight = not_finite_weight(self.model)
+        if weight is not None:  # every further step would be left out too
+            raise self._stopped(f"{reason}, {sources}: after step {self.step - 1} the weight {weight!r} is not finite")
+        if self.num_skipped == self.config.max_skipped_steps:
+            raise self._stopped(f"{reason}, {sources}", ", or leave such steps out with a higher max_skipped_steps")
+        self.num_skipped += 1
+
+    def _stopped(self, reason: str, advice: str = "") -> NotFiniteError:
+        kept = newest_checkpoint(self.folder.checkpoints)
+        return NotFiniteError(
+            f"step {self.step}: {reason}. No model is published; "
+            f"{f'the checkpoint {kept.name} stays' if kept else 'there is no checkpoint yet'}. Train with a lower optimizer.lr "
+            f"or a longer optimizer.warmup_fraction in another `out`{advice}"
+        )
 
     def _checkpoint(self) -> None:
+        check_weights(self.model, f"step {self.step}:")
         state = RunState(
             step=self.step,
             num_tokens=self.num_tokens,
             metrics_bytes=self.folder.sync_metrics(),
             heldout_nats_per_token=self.last_heldout,
             loader=self.loader.state_dict(),
+            num_skipped=self.num_skipped,
         )
         save_checkpoint(self.folder.checkpoints, self.model, self.optimizer, state)
 
@@ -164,7 +197,9 @@ class Trainer:
             return
         state = load_checkpoint(path, self.model, self.optimizer)
         self.loader.load_state_dict(state.loader)
+        check_weights(self.model, f"{path}:")
         self.step, self.num_tokens, self.last_heldout = state.step, state.num_tokens, state.heldout_nats_per_token
+        self.num_skipped = state.num_skipped
         self.folder.cut_metrics(state.metrics_bytes)
 
     def _save_model(self, path: Path) -> None:

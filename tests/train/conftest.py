@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,11 @@ def small_cache(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     from train_caches import write_cache
 
     return write_cache(tmp_path_factory.mktemp("small") / "cache", tiny_model_dir, k=16, num_sequences=14)
+
+
+@pytest.fixture(scope="session")
+def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve short texts."""
+    path = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
+    path.write_text("".join(json.dumps({"text": f"def function_{i}(x): return x + {i}\n"}) + "\n" for i in range(12)))
+    return path

@@ -11,13 +11,6 @@ from kdcache.train.trainer import train
 
 
 @pytest.fixture(scope="module")
-def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
-    path.write_text("".join(json.dumps({"text": f"def function_{i}(x): return x + {i}\n"}) + "\n" for i in range(12)))
-    return path
-
-
-@pytest.fixture(scope="module")
 def run(small_cache: Path, tiny_model_dir: Path, heldout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "kd"
     measured = {"data": str(heldout), "every_steps": 4, "window": 32}

@@ -27,11 +27,12 @@ from kdcache.loader.loader import Loader
 from kdcache.loss.global_mean import global_weight
 from kdcache.train.adapters.stream import BatchStream, num_stream_batches
 from kdcache.train.adapters.student_loss import StudentLoss
+from kdcache.train.finite import check_weights
 
 _Base = Trainer if TYPE_CHECKING else object
 
 _STATE = "kdcache_loader"
-_FIELDS = [field.name for field in fields(TorchBatch) if field.name != "state"]
+_FIELDS = [field.name for field in fields(TorchBatch)]
 # Trainer counts tokens and operations by this name.
 _NAMES = {"input_ids_BT": "input_ids", "position_ids_BT": "position_ids"}
 
@@ -55,6 +56,7 @@ class KDMixin(_Base):
     Raises:
         ConfigError: see StudentLoss; several GPUs in one process; ranks that cannot share a batch.
         StateError (from `train`): a checkpoint of another cache, of other options, or not made by this.
+        NotFiniteError (from `train`): a loss is NaN or infinite, see StudentLoss; or a weight is, where one would be saved.
     """
 
     def __init__(
@@ -123,6 +125,11 @@ class KDMixin(_Base):
             return super()._get_num_items_in_batch(batch_samples, device)
         weights = self.student_loss.weights(map(_batch, batch_samples))
         return global_weight([weights_P.to(device) for weights_P in weights]).float()
+
+    def save_model(self, *args: Any, **options: Any) -> None:
+        """As the trainer's, of a model whose weights are finite."""
+        check_weights(self.model, f"step {self.state.global_step}:")  # pyright: ignore[reportArgumentType]
+        super().save_model(*args, **options)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # As the state of a callback: Trainer keeps it with the step's number, and passes over names that it does not know.

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.config.train import LossConfig
-from kdcache.errors import ConfigError, MismatchError
+from kdcache.errors import ConfigError, MismatchError, NotFiniteError
 from kdcache.loader._torch import TorchBatch
 from kdcache.loader.loader import Loader
 from kdcache.loss.global_mean import global_mean_scale
 from kdcache.train.entries import entry_meaning
+from kdcache.train.finite import not_finite_weight, shown_sources
 from kdcache.train.packed import check_architecture, logits_head, output_projection
 from kdcache.train.row_loss import RowLoss
 
@@ -34,6 +35,8 @@ class StudentLoss:
         model: a causal language model of transformers, or one with adapters of peft; not yet wrapped.
         loader: its caches say what their entries are.
         config: what is minimised.
+        check_finite: refuse a loss that is not finite before its gradient reaches the weights. Waits for the device at every
+            call; without it NaN goes on as in any loop of torch.
 
     Raises:
         ConfigError: a model that would silently be trained wrongly, see `check_architecture`.
@@ -41,7 +44,14 @@ class StudentLoss:
         LossError: a loss that would be wrong for the cache's selection.
     """
 
-    def __init__(self, model: nn.Module, loader: Loader, config: LossConfig = LossConfig()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Loader,
+        config: LossConfig = LossConfig(),  # noqa: B008 - frozen
+        *,
+        check_finite: bool = True,
+    ) -> None:
         plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
         check_architecture(plain)
         self.head = output_projection(plain)
@@ -53,6 +63,7 @@ class StudentLoss:
             )
         meaning = entry_meaning(config, identity.selection, identity.teacher.vocab_size)
         self.rows = RowLoss(config, meaning, logits_head(plain))
+        self._loader, self._check_finite = loader, check_finite
         # The model takes the loss for logits, and scales and caps it: the first is undone, the second does nothing to the tiny.
         self._shrink = 1.0 if self.rows.scaled.softcap is None else _SHRUNK
 
@@ -63,6 +74,9 @@ class StudentLoss:
             model: the one given before, or a wrapper of it.
             batch: on the model's device.
             scale: None for the mean over the batch's positions; else the sum over them times this, see `scale`.
+
+        Raises:
+            NotFiniteError: the loss is NaN or infinite; names the sequences, and a weight that is not finite.
         """
 
         def loss_of(hidden_BTH: Tensor) -> Tensor:
@@ -82,7 +96,18 @@ class StudentLoss:
                 "as a module (its forward was exchanged?); the fused loss cannot be put in its place"
             )
         loss = loss / (self._shrink * self.rows.scaled.logit_scale)
+        if self._check_finite and not bool(torch.isfinite(loss.detach())):
+            self._refuse(model, loss, batch)
         return loss if scale is None else loss * scale
+
+    def _refuse(self, model: nn.Module, loss: Tensor, batch: TorchBatch) -> None:
+        sources = [] if batch.state is None else self._loader.sources_before(batch.state)
+        weight = not_finite_weight(model)
+        cause = "" if weight is None else f": the weight {weight!r} is not finite"
+        raise NotFiniteError(
+            f"the student's loss is {loss.item()}{f', {shown_sources(sources)}' if sources else ''}{cause}; begin anew or from "
+            "the last checkpoint with a lower learning rate or a longer warm-up, or leave the batch out"
+        )
 
     def weights(self, batches: Iterable[TorchBatch]) -> list[Tensor]:
         """(P,) what each position of each batch counts."""
