@@ -9,8 +9,8 @@ from kdcache.cli.foreign_arguments import (
     add_reading_arguments,
     examine_options,
     finding_lines,
+    named_tokenizer,
     progress_bar,
-    tokenizer_identity,
 )
 from kdcache.cli.teacher_arguments import loaded, teacher_config
 from kdcache.cli.wording import count, rows
@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> ConvertOptions:
     from kdcache.foreign.convert import ConvertOptions
 
-    tokenizer = tokenizer_identity(args)
+    tokenizer = named_tokenizer(args)
     if tokenizer is None:
         raise ConfigError("--tokenizer NAME is needed: without it nobody can tell later what the ids mean")
     return ConvertOptions(
-        tokenizer=tokenizer,
+        tokenizer=tokenizer.identity,
         model=args.model or args.teacher or "unknown",
         codec=args.codec,
         shift=args.shift,

@@ -9,8 +9,8 @@ from kdcache.cli.foreign_arguments import (
     add_reading_arguments,
     examine_options,
     finding_lines,
+    named_tokenizer,
     progress_bar,
-    tokenizer_identity,
 )
 from kdcache.cli.teacher_arguments import loaded, teacher_config
 from kdcache.cli.wording import rows
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from kdcache.foreign.doctor import examine_opened
     from kdcache.foreign.own import examine_own
 
-    options = examine_options(args, tokenizer_identity(args))
+    options = examine_options(args, named_tokenizer(args))
     is_own = is_own_cache(args.path)
     cache = None if is_own else open_foreign(args.path, options.read)  # before a model is loaded for nothing
     with loaded(teacher_config(args) if args.teacher else None) as teacher, progress_bar("examining") as progress:

@@ -14,12 +14,13 @@ from kdcache.errors import ConfigError
 if TYPE_CHECKING:
     from kdcache.foreign.base import ReadOptions
     from kdcache.foreign.doctor import Examination, ExamineOptions, Progress
-    from kdcache.format.manifest import TokenizerIdentity
+    from kdcache.teacher.tokenizer import Tokenizer
 
 FORMATS = """
 formats: DistillKit (Parquet, or Arrow after its packing pass; needs its compression_config.yaml), Axolotl v2 logprob columns,
-NeMo-Aligner top-k JSON lines, plain columns of ids and values (Parquet, Arrow, `datasets` folders, JSON lines), Megatron-LM
-tars (looked at, not converted: they hold no tokens). Pickles are not opened.
+NeMo-Aligner top-k JSON lines, answers of vLLM, SGLang and OpenAI-like servers kept as JSON lines, plain columns of ids and
+values or of {token_id, logprob} lists (Parquet, Arrow, `datasets` folders, JSON lines, compressed ones too), Megatron-LM tars
+(looked at, not converted: they hold no tokens). Pickles are not opened.
 """
 
 
@@ -28,7 +29,8 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = FORMATS.strip()
     parser.add_argument(
         "--column", dest="columns", action="append", default=[], metavar="OURS=NAME",
-        help="which column is which, as in --column values=lps; OURS is tokens, ids, values, log_z, labels or loss_mask",
+        help="which column is which, as in --column values=lps; OURS is tokens, ids, values, entries "
+        "(lists of {token_id, logprob}), log_z, labels, loss_mask or attention_mask",
     )  # fmt: skip
     parser.add_argument(
         "--values", choices=("logprobs", "logits", "probs"), help="what the values are, whatever they are called"
@@ -47,7 +49,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the sample (default: 0)")
 
 
-def read_options(args: argparse.Namespace) -> ReadOptions:
+def read_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ReadOptions:
     """What the flags say of the files; raises ConfigError for a --column that is no OURS=NAME."""
     from kdcache.foreign.base import ReadOptions
 
@@ -57,29 +59,31 @@ def read_options(args: argparse.Namespace) -> ReadOptions:
         if not (ours and equals and theirs):
             raise ConfigError(f"--column {argument!r}: expected OURS=NAME, as in tokens=input_ids")
         columns[ours] = theirs
-    return ReadOptions(columns=columns, values=args.values, config=args.config, first_position=args.first_position)
+    return ReadOptions(
+        columns=columns, values=args.values, config=args.config, first_position=args.first_position, tokenizer=tokenizer
+    )
 
 
-def examine_options(args: argparse.Namespace, tokenizer: TokenizerIdentity | None) -> ExamineOptions:
+def examine_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ExamineOptions:
     """How closely to look."""
     from kdcache.foreign.doctor import ExamineOptions
 
     return ExamineOptions(
-        read=read_options(args),
+        read=read_options(args, tokenizer),
         vocab_size=args.vocab_size,
-        tokenizer_size=None if tokenizer is None else tokenizer.vocab_size,
+        tokenizer_size=None if tokenizer is None else tokenizer.identity.vocab_size,
         sample=args.sample,
         seed=args.seed,
     )
 
 
-def tokenizer_identity(args: argparse.Namespace) -> TokenizerIdentity | None:
+def named_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
     """The tokenizer that --tokenizer names; None for none."""
     if args.tokenizer is None:
         return None
     from kdcache.teacher import load_tokenizer
 
-    return load_tokenizer(args.tokenizer).identity
+    return load_tokenizer(args.tokenizer)
 
 
 @contextmanager

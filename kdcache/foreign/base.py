@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import InputError
+from kdcache.teacher.tokenizer import Tokenizer
 
 ValueKind = Literal["logprobs", "logits", "probs"]
 Severity = Literal["fatal", "repairable", "undecided", "note"]
@@ -79,7 +80,7 @@ class ForeignCache:
     """An opened foreign cache.
 
     Attributes:
-        format: `distillkit`, `axolotl`, `nemo-aligner`, `columns`, `megatron`.
+        format: `distillkit`, `axolotl`, `nemo-aligner`, `answers`, `columns`, `megatron`.
         title: the same for people.
         path: as the user named it.
         values: what the values are claimed to be.
@@ -110,12 +111,14 @@ class ReadOptions:
         values: what the values are; None to take the format's word.
         config: path of DistillKit's `compression_config.yaml`, or of a training config that holds it.
         first_position: position of row 0 for plain columns; None for the format's own rule.
+        tokenizer: of the token ids: makes ids of chats and of tokens that files hold as text.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     values: ValueKind | None = None
     config: str | None = None
     first_position: int | None = None
+    tokenizer: Tokenizer | None = None
 
 
 def ragged(

@@ -1,4 +1,5 @@
-"""Plain columns: token ids of the text, and for each row lists of ids and of values, under any of the usual names.
+"""Plain columns: token ids of the text, and for each row lists of ids and of values, under any of the usual names; or one
+column of lists of {token_id, logprob}.
 
 Row r is taken for position r. Rows may be null, as an engine's first one is; the probes then find where the others belong.
 """
@@ -7,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from kdcache.errors import InputError
 from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence, ReadOptions, ValueKind, ragged, to_ids
+from kdcache.foreign.padding import without_padding
+from kdcache.foreign.pairs import PairColumn, find_pairs, read_pairs
 from kdcache.foreign.tables import Row, Table, flat, nested
 
 KNOWN = {
@@ -29,10 +33,14 @@ KNOWN = {
     "log_z": ("log_z", "logz", "logsumexp", "log_sum_exp", "log_sum_exp_logits", "lse"),
     "labels": ("labels",),
     "loss_mask": ("loss_mask", "assistant_mask", "assistant_masks"),
+    "attention_mask": ("attention_mask", "padding_mask"),
+    "entries": (),
 }  # fmt: skip
-"""Our name -> names in use, the likelier first. `labels` and `loss_mask` are about the token at their index."""
+"""Our name -> names in use, the likelier first. `labels`, `loss_mask` and `attention_mask` are about the token at their index.
+`entries` holds ids and values in one, as lists of {token_id, logprob}: it is known by what is in it, whatever its name."""
 
-_NEEDED = ("ids", "values")
+_FLAT = ("tokens", "log_z", "attention_mask")
+_ABOUT_TOKENS = ("tokens", "labels", "loss_mask", "attention_mask")
 
 
 def open_columns(path: str, table: Table, options: ReadOptions) -> ForeignCache | None:
@@ -42,15 +50,20 @@ def open_columns(path: str, table: Table, options: ReadOptions) -> ForeignCache 
         InputError: a column that the user named is not there.
     """
     names = find_columns(table, dict(options.columns))
-    if not all(name in names for name in _NEEDED):
+    pairs = find_entries(table, names)
+    if pairs is None and not {"ids", "values"} <= names.keys():
         return None
-    values: ValueKind = options.values or _kind_by_name(names["values"])
+    if pairs is not None:
+        names = {ours: theirs for ours, theirs in names.items() if ours in (*_ABOUT_TOKENS, "log_z")} | {
+            "entries": pairs.column
+        }
+    values: ValueKind = options.values or (_kind_by_name(names["values"]) if pairs is None else pairs.values)
     return ForeignCache(
         format="columns",
         title=f"plain columns ({table.kind})",
         path=path,
         values=values,
-        read=partial(_sequences, table, names, options.first_position or 0),
+        read=partial(_sequences, table, names, pairs, options.first_position or 0),
         facts={"columns": ", ".join(f"{ours}={theirs}" for ours, theirs in names.items())},
         findings=() if "tokens" in names else (no_tokens("input_ids", table),),
     )
@@ -70,6 +83,19 @@ def find_columns(table: Table, named: dict[str, str]) -> dict[str, str]:
     return found
 
 
+def find_entries(table: Table, names: dict[str, str]) -> PairColumn | None:
+    """The column of {token_id, logprob} lists: the one that the user named, else any, where no column holds the ids alone."""
+    if "entries" in names:
+        found = find_pairs(table, [names["entries"]])
+        if found is None:
+            raise InputError(f"--column entries={names['entries']}: holds no lists of {{token_id, logprob}}")
+        return found
+    if "ids" in names:
+        return None
+    taken = {names[ours] for ours in _ABOUT_TOKENS if ours in names}
+    return find_pairs(table, [name for name in table.columns if name not in taken])
+
+
 def no_tokens(name: str, table: Table) -> Finding:
     """What is to be said where the text is missing."""
     sentence = (
@@ -86,28 +112,48 @@ def _kind_by_name(column: str) -> ValueKind:
     return "probs" if "prob" in column and "logprob" not in column else "logprobs"
 
 
-def _sequences(table: Table, names: dict[str, str], first: int) -> Iterator[ForeignSequence]:
+def _sequences(table: Table, names: dict[str, str], pairs: PairColumn | None, first: int) -> Iterator[ForeignSequence]:
     for where, row in table.rows(list(names.values())):
-        nested_ids = nested(row.get(names["ids"]), f"{where}: {names['ids']}")
-        nested_values = nested(row.get(names["values"]), f"{where}: {names['values']}")
-        if nested_ids is None or nested_values is None:
+        rows = _rows(where, row, names, pairs)
+        if rows is None:
             continue
-        counts_R, token_ids_E, values_E = ragged(where, nested_ids, nested_values)
-        tokens = flat(row.get(names["tokens"]), f"{where}: {names['tokens']}") if "tokens" in names else None
-        log_z_R = flat(row.get(names["log_z"]), f"{where}: {names['log_z']}") if "log_z" in names else None
+        counts_R, token_ids_E, values_E = ragged(where, *rows)
+        cells = {ours: flat(row.get(theirs), f"{where}: {theirs}") for ours, theirs in names.items() if ours in _FLAT}
+        log_z_R, mask_N = cells.get("log_z"), cells.get("attention_mask")
         if log_z_R is not None and len(log_z_R) != len(counts_R):
             raise InputError(f"{where}: {len(log_z_R)} values of {names['log_z']} for {len(counts_R)} rows")
-        ids_N = None if tokens is None else to_ids(where, tokens)
-        yield ForeignSequence(
+        ids_N = None if cells.get("tokens") is None else to_ids(where, cells["tokens"])
+        sequence = ForeignSequence(
             source=where,
             input_ids_N=ids_N,
-            positions_R=np.arange(len(counts_R)) + first,
+            positions_R=np.arange(len(counts_R)) + first + _left_padding(mask_N, len(counts_R)),
             counts_R=counts_R,
             token_ids_E=token_ids_E,
             values_E=values_E,
             log_z_R=None if log_z_R is None else log_z_R.astype(np.float64),
             learnt_N=None if ids_N is None else _learnt(where, row, names, len(ids_N)),
         )
+        yield without_padding(sequence, mask_N, where)
+
+
+def _rows(where: str, row: Row, names: dict[str, str], pairs: PairColumn | None) -> Any:
+    """((ids, lengths), (values, lengths)) of one sequence; None where it has none."""
+    if pairs is not None:
+        return read_pairs(row.get(pairs.column), pairs, f"{where}: {pairs.column}")
+    ids, values = (nested(row.get(names[ours]), f"{where}: {names[ours]}") for ours in ("ids", "values"))
+    return None if ids is None or values is None else (ids, values)
+
+
+def _left_padding(mask_N: Any, num_rows: int) -> int:
+    """Tokens of padding before row 0: none where the rows are one for each token, padding included.
+
+    Rows of the text alone, beside tokens that were padded on the left, start where the text does.
+    """
+    if mask_N is None or not mask_N.any():
+        return 0
+    num_real, start = int(np.count_nonzero(mask_N)), int(np.argmax(mask_N != 0))
+    is_of_all = num_rows in (len(mask_N) - 1, len(mask_N))
+    return start if num_rows in (num_real - 1, num_real) and not is_of_all else 0
 
 
 def _learnt(where: str, row: Row, names: dict[str, str], num_tokens: int) -> np.ndarray | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdcache.errors import InputError
+from kdcache.foreign.answers import open_answers
 from kdcache.foreign.axolotl import open_axolotl
 from kdcache.foreign.base import ForeignCache, ReadOptions
 from kdcache.foreign.columns import open_columns
@@ -38,8 +39,8 @@ def open_foreign(path: str | Path, options: ReadOptions) -> ForeignCache:
     if table is None:
         raise InputError(_nothing(named))
     # Plain columns last: their names are the loosest. Columns that the user names say that it is that.
-    readers = (open_columns,) if {"ids", "values"} & set(options.columns) else (
-        open_distillkit, open_nemo_aligner, open_axolotl, open_columns,
+    readers = (open_columns,) if {"ids", "values", "entries"} & set(options.columns) else (
+        open_distillkit, open_nemo_aligner, open_answers, open_axolotl, open_columns,
     )  # fmt: skip
     for reader in readers:
         cache = reader(str(path), table, options)
@@ -47,7 +48,8 @@ def open_foreign(path: str | Path, options: ReadOptions) -> ForeignCache:
             return cache
     raise InputError(
         f"{named}: none of the columns {', '.join(map(repr, table.columns)) or '(none)'} is known to hold ids and values of a "
-        "teacher; name them with --column ids=NAME --column values=NAME --column tokens=NAME"
+        "teacher; name them with --column ids=NAME --column values=NAME --column tokens=NAME, or with --column entries=NAME "
+        "where one column holds lists of {token_id, logprob}"
     )
 
 

@@ -40,28 +40,45 @@ class Table:
     Attributes:
         kind: `parquet`, `arrow` or `jsonl`.
         files: in the order of their names.
-        columns: of the first file; for JSON lines the keys of the first line.
+        columns_of: of each file; for JSON lines the keys of its first line, none for a file without lines.
     """
 
     kind: str
     files: tuple[Path, ...]
-    columns: tuple[str, ...]
+    columns_of: tuple[tuple[str, ...], ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the first file that has any."""
+        return next((columns for columns in self.columns_of if columns), ())
 
     def rows(self, columns: list[str]) -> Iterator[tuple[str, Row]]:
-        """(where it is, the named columns) of each row; columns that are not there are left out.
+        """(where it is, the named columns) of each row; columns that no file has are left out.
 
         Raises:
-            InputError: a file that cannot be read.
+            InputError: a file that cannot be read, or that lacks a named column which others have.
         """
+        self._check_alike(set(columns))
         for path in self.files:
             yield from _READERS[self.kind](path, columns)
+
+    def _check_alike(self, needed: set[str]) -> None:
+        """A file that lacks a column would be left out row by row, without a word."""
+        having = {name: path for path, there in zip(self.files, self.columns_of, strict=True) for name in needed & {*there}}
+        for path, there in zip(self.files, self.columns_of, strict=True):
+            if there and (missing := sorted(having.keys() - {*there})):
+                raise InputError(
+                    f"{path}: has no column {missing[0]!r}, which {having[missing[0]].name} has (there are "
+                    f"{', '.join(map(repr, there))}); files that are read together need the same columns: name one file, or "
+                    "move the others away"
+                )
 
 
 def open_table(path: str | Path) -> Table | None:
     """The files behind a path that is one of them or a folder of them; None where there are none.
 
     Raises:
-        InputError: the first file cannot be read, or a folder holds several kinds.
+        InputError: a file cannot be read or names a column twice, or a folder holds several kinds.
     """
     files = _files(Path(path))
     kinds = {ENDINGS[file.suffix.lower()] for file in files}
@@ -70,7 +87,7 @@ def open_table(path: str | Path) -> Table | None:
     if len(kinds) > 1:
         raise InputError(f"{path}: holds {' and '.join(sorted(kinds))} files; name one of them, or a folder with one kind")
     (kind,) = kinds
-    return Table(kind, tuple(files), _columns(kind, files[0]))
+    return Table(kind, tuple(files), tuple(_columns(kind, file) for file in files))
 
 
 def flat(cell: Any, where: str) -> NDArray[Any] | None:
@@ -109,6 +126,11 @@ def nested(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64]] | No
     return _joined(rows), np.array([len(row) for row in rows], np.int64)
 
 
+def plain(cell: Any) -> Any:
+    """Any cell as lists, dicts, numbers and text."""
+    return cell.as_py() if isinstance(cell, pa.Scalar) else cell
+
+
 def _nested_arrow(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     rows: Any = getattr(cell, "values", None)
     if isinstance(rows, pa.Array) and pa.types.is_null(rows.type):
@@ -120,8 +142,13 @@ def _nested_arrow(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64
         raise InputError(
             f"{where}: expected a list of lists of numbers, found {cell.type}{' with nulls' * bool(values.null_count)}"
         )
+    return values.to_numpy(zero_copy_only=False), list_lengths(rows)
+
+
+def list_lengths(rows: pa.Array) -> NDArray[np.int64]:
+    """(R,) elements of each list; 0 for a null one."""
     counts = pc.call_function("coalesce", [pc.call_function("list_value_length", [rows]), pa.scalar(0, pa.int64())])
-    return values.to_numpy(zero_copy_only=False), counts.to_numpy(zero_copy_only=False).astype(np.int64)
+    return counts.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _numbers(cell: Any, where: str) -> NDArray[Any]:
@@ -168,9 +195,14 @@ def _columns(kind: str, path: Path) -> tuple[str, ...]:
         return tuple(next((row for _, row in _jsonl_rows(path, None)), {}))
     with _translated(path):
         if kind == "parquet":
-            return tuple(pq.read_schema(path).names)
-        with pa.memory_map(str(path)) as source:
-            return tuple(_open_arrow(source)[0].names)
+            names = pq.read_schema(path).names
+        else:
+            with pa.memory_map(str(path)) as source:
+                names = _open_arrow(source)[0].names
+    twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+    if twice is not None:
+        raise InputError(f"{path}: has two columns {twice!r}; which of them is meant cannot be told: rename one")
+    return tuple(names)
 
 
 def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[str, Row]]:

@@ -1,0 +1,180 @@
+"""What servers call the parts of an answer, and which id a token's text stands for.
+
+| server | prompt rows | written rows |
+|---|---|---|
+| vLLM, native | `prompt_logprobs`: null or {"5": {"logprob": -0.1}} | `outputs[].logprobs`, the same; `token_ids` |
+| vLLM, OpenAI API | `prompt_logprobs` of the answer or of a choice | as OpenAI's; `choices[].token_ids` |
+| SGLang | `meta_info.input_top_logprobs`: null or [[-0.1, 5, text]] | `meta_info.output_top_logprobs` |
+| OpenAI completions | `choices[].logprobs`, where the prompt was echoed | `top_logprobs`: null or {token: -0.1}; `tokens` |
+| OpenAI chat | | `choices[].logprobs.content[].top_logprobs`: [{token, logprob}] |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kdcache.errors import InputError
+from kdcache.foreign.pairs import to_id
+from kdcache.teacher.tokenizer import Tokenizer
+
+Item = list[tuple[Any, Any]]
+"""(token, logprob) of one item, as the server wrote them; empty for null."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Logprobs of one text.
+
+    Attributes:
+        server: whose answers these are, for people.
+        is_prompt: whether item 0 is about the first token of all; else about the first that the engine wrote.
+        rows: an item for each token.
+        tokens: of the rows, as the server wrote them (ids or text); None where it did not.
+        prompt_ids: token ids of the prompt, where the answer holds them.
+        messages: the chat that was asked, where it is kept beside.
+    """
+
+    server: str
+    is_prompt: bool
+    rows: list[Item]
+    tokens: list[Any] | None = None
+    prompt_ids: list[int] | None = None
+    messages: Any = None
+
+    @property
+    def ids_in_rows(self) -> bool:
+        """Whether the tokens of the prompt are told beside its rows."""
+        return self.is_prompt and self.tokens is not None
+
+
+class AnswerTokens:
+    """Ids of tokens that are written as numbers, as `token_id:5`, or as text of a known tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._ids_of_text: dict[str, int | None] | None = None
+
+    def id_of(self, token: Any, where: str) -> int:
+        """The id; raises InputError where text does not tell it."""
+        if self._tokenizer is None or not isinstance(token, str) or token.startswith("token_id:"):
+            return to_id(token, where)
+        if self._ids_of_text is None:
+            self._ids_of_text = _ids_of_text(self._tokenizer)
+        found = self._ids_of_text.get(token)
+        if found is None:
+            how = "is the text of several tokens" if token in self._ids_of_text else "is no token's text"
+            raise InputError(
+                f"{where}: {token!r:.60} {how} of this tokenizer, so that its id cannot be told; ask the server for ids "
+                "(vLLM: return_tokens_as_token_ids)"
+            )
+        return found
+
+    def row(self, item: Item, where: str) -> dict[int, float]:
+        """id -> logprob of one item; raises InputError for a value that is no number."""
+        row = {}
+        for token, value in item:
+            if type(value) not in (int, float):
+                raise InputError(f"{where}: a token's logprob is {value!r:.60}, but a number was expected")
+            row[self.id_of(token, where)] = float(value)
+        return row
+
+
+def answers_of(row: Mapping[str, Any]) -> Iterator[Answer]:
+    """The texts with logprobs in one line; none where it is no answer."""
+    body = row
+    for inner in ("response", "body"):  # a line of OpenAI's batch output
+        body = body[inner] if isinstance(body.get(inner), Mapping) else body
+    messages = row.get("messages") or _part(row, "request", "messages")
+    if isinstance(body.get("meta_info"), Mapping):
+        yield from _sglang(body, messages)
+        return
+    prompt = body.get("prompt_token_ids") or row.get("prompt_token_ids") or row.get("input_ids")
+    if isinstance(body.get("prompt_logprobs"), list):
+        yield Answer("vLLM's prompt_logprobs", True, [_item(cell) for cell in body["prompt_logprobs"]], prompt_ids=prompt)
+        return
+    for choice in (*_dicts(body.get("choices")), *_dicts(body.get("outputs"))):
+        yield from _choice(choice, prompt, messages)
+
+
+def _choice(choice: Mapping[str, Any], prompt: Any, messages: Any) -> Iterator[Answer]:
+    prompt = choice.get("prompt_token_ids") or prompt
+    logprobs, written = choice.get("logprobs"), choice.get("token_ids")
+    if isinstance(choice.get("prompt_logprobs"), list):
+        yield Answer("vLLM's prompt_logprobs", True, [_item(cell) for cell in choice["prompt_logprobs"]], prompt_ids=prompt)
+    elif isinstance(logprobs, list):
+        yield Answer("vLLM's outputs", False, [_item(cell) for cell in logprobs], written, prompt, messages)
+    elif isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list):
+        content = list(_dicts(logprobs["content"]))
+        rows = [_item(part.get("top_logprobs")) for part in content]
+        yield Answer("chat answers", False, rows, written or [part.get("token") for part in content], prompt, messages)
+    elif isinstance(logprobs, Mapping) and isinstance(logprobs.get("top_logprobs"), list):
+        rows = [_item(cell) for cell in logprobs["top_logprobs"]]
+        # Only an echoed prompt has a token that nothing was said about.
+        is_echo = bool(rows) and not rows[0] and (logprobs.get("token_logprobs") or [0])[0] is None
+        tokens = logprobs.get("tokens") if is_echo else written or logprobs.get("tokens")
+        yield Answer("completions", is_echo, rows, tokens, None if is_echo else prompt, None if is_echo else messages)
+
+
+def _sglang(body: Mapping[str, Any], messages: Any) -> Iterator[Answer]:
+    about = body["meta_info"]
+    for side, is_prompt in (("input", True), ("output", False)):
+        rows, tokens = about.get(f"{side}_top_logprobs"), about.get(f"{side}_token_logprobs")
+        if not rows or not isinstance(rows, list) or not any(rows):
+            continue
+        written = [entry[1] if isinstance(entry, list) and len(entry) > 1 else None for entry in tokens or ()] or None
+        prompt = body.get("prompt_token_ids") or body.get("input_ids")
+        if prompt is None and not is_prompt:
+            prompt = _input_ids(about)
+        yield Answer(
+            "SGLang's answers", is_prompt, [_item(cell) for cell in rows], written, prompt, None if is_prompt else messages
+        )
+
+
+def _input_ids(about: Mapping[str, Any]) -> list[int] | None:
+    tokens = about.get("input_token_logprobs")
+    if not isinstance(tokens, list) or len(tokens) != about.get("prompt_tokens"):
+        return None
+    return [entry[1] for entry in tokens] if all(isinstance(entry, list) and len(entry) > 1 for entry in tokens) else None
+
+
+def _item(cell: Any) -> Item:
+    """(token, logprob) pairs of whatever a server writes for one token."""
+    if isinstance(cell, Mapping):
+        return [(token, _value(value)) for token, value in cell.items() if value is not None]
+    if isinstance(cell, list):
+        return [_pair(entry) for entry in cell]
+    return []
+
+
+def _pair(entry: Any) -> tuple[Any, Any]:
+    if isinstance(entry, Mapping):
+        return next((entry[name] for name in ("token_id", "id", "token") if name in entry), None), entry.get("logprob")
+    if isinstance(entry, list) and len(entry) > 1:  # SGLang's [logprob, id, text]
+        return entry[1], entry[0]
+    return None, None
+
+
+def _value(value: Any) -> Any:
+    return value.get("logprob") if isinstance(value, Mapping) else value
+
+
+def _ids_of_text(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """Text -> its id, None where several tokens have it (bytes of one character, say)."""
+    found: dict[str, int | None] = {}
+    for token in range(tokenizer.identity.vocab_size):
+        text = tokenizer.decode([token])
+        found[text] = None if text in found else token
+    return found
+
+
+def _dicts(cell: Any) -> Iterator[Mapping[str, Any]]:
+    return (entry for entry in cell if isinstance(entry, Mapping)) if isinstance(cell, list) else iter(())
+
+
+def _part(row: Mapping[str, Any], *names: str) -> Any:
+    found: Any = row
+    for name in names:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
