@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,15 @@ from kdcache.foreign.chats import prompt_ids
 from kdcache.foreign.tables import Row, Table, plain
 
 _MARKS = ("prompt_logprobs", "choices", "meta_info", "outputs", "response")
-_TEXTS = ("prompt_token_ids", "prompt", "messages", "input_ids", "text", "output_ids", "request", "logprobs")
-_ROWS_TO_LOOK_AT = 16
+_TEXTS = ("prompt_token_ids", "messages", "input_ids", "request")
 
 
 def open_answers(path: str, table: Table, options: ReadOptions) -> ForeignCache | None:
     """The cache behind a path, or None where its lines are no answers of a server that hold logprobs."""
     if not set(_MARKS) & set(table.columns):
         return None
-    lines = islice(table.rows(_columns(table)), _ROWS_TO_LOOK_AT)
-    first = next((answer for _, row in lines for answer in answers_of(_plain(row))), None)
+    lines = table.first_rows(_columns(table))
+    first = next((answer for row in lines for answer in answers_of(_plain(row))), None)
     if first is None:
         return None
     return ForeignCache(

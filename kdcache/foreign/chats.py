@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,12 @@ from kdcache.foreign.tables import Table, plain
 from kdcache.teacher.tokenizer import Tokenizer
 
 NAMES = ("messages", "messages_combined", "conversations", "conversation", "chat")
-_ROWS_TO_LOOK_AT = 16
 
 
 def find_messages(table: Table) -> str | None:
     """The column of chats: one of the usual names, or any whose cells are lists of {role, content}; None for none."""
     names = [name for name in NAMES if name in table.columns] + [name for name in table.columns if name not in NAMES]
-    for _, row in islice(table.rows(names), _ROWS_TO_LOOK_AT):
+    for row in table.first_rows(names):
         for name in names:
             cell = plain(row.get(name)) if name in NAMES or _may_be_chat(row.get(name)) else None
             if isinstance(cell, list) and cell and isinstance(cell[0], dict) and {"role", "content"} <= cell[0].keys():

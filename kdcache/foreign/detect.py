@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from kdcache.errors import InputError
@@ -12,9 +13,10 @@ from kdcache.foreign.columns import open_columns
 from kdcache.foreign.distillkit import open_distillkit
 from kdcache.foreign.megatron import open_megatron
 from kdcache.foreign.nemo_aligner import open_nemo_aligner
-from kdcache.foreign.tables import open_table
+from kdcache.foreign.tables import Table, open_table
 from kdcache.format import paths
 
+MOST_NAMED = 5
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".npy", ".npz")
 
 
@@ -45,12 +47,19 @@ def open_foreign(path: str | Path, options: ReadOptions) -> ForeignCache:
     for reader in readers:
         cache = reader(str(path), table, options)
         if cache is not None:
-            return cache
+            return replace(cache, facts={**cache.facts, **_left_out(table, named)})
     raise InputError(
         f"{named}: none of the columns {', '.join(map(repr, table.columns)) or '(none)'} is known to hold ids and values of a "
         "teacher; name them with --column ids=NAME --column values=NAME --column tokens=NAME, or with --column entries=NAME "
         "where one column holds lists of {token_id, logprob}"
     )
+
+
+def _left_out(table: Table, folder: Path) -> dict[str, str]:
+    if not table.left_out:
+        return {}
+    shown = ", ".join(str(path.relative_to(folder)) for path in table.left_out[:MOST_NAMED])
+    return {"not read": f"{len(table.left_out)} files: {shown}{', ...' if len(table.left_out) > MOST_NAMED else ''}"}
 
 
 def _nothing(path: Path) -> str:

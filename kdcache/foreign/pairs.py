@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,6 @@ VALUE_FIELDS: dict[str, ValueKind] = {
     "logprob": "logprobs", "log_prob": "logprobs", "logprobs": "logprobs", "logit": "logits", "prob": "probs",
     "probability": "probs",
 }  # fmt: skip
-
-ROWS_TO_LOOK_AT = 16
-"""An engine's first answers may be empty."""
 
 _NUMBERED = re.compile(r"(?:token_id:)?(\d{1,18})")
 
@@ -55,7 +51,7 @@ class PairColumn:
 
 def find_pairs(table: Table, candidates: Sequence[str]) -> PairColumn | None:
     """The first of these columns whose cells hold lists of objects with an id and a value; None for none."""
-    for _, row in islice(table.rows(list(candidates)), ROWS_TO_LOOK_AT):
+    for row in table.first_rows(candidates):
         for name in candidates:
             cell = row.get(name)
             if (entry := _first_entry(plain(cell))) is not None:

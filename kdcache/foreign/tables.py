@@ -5,9 +5,10 @@ A row is a mapping of column -> cell. `flat` and `nested` make arrays of a cell,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,20 @@ ENDINGS = {
     ".json": "jsonl",
 }  # fmt: skip
 ROWS_PER_READ = 8
+ROWS_TO_LOOK_AT = 16
+"""To tell a layout by: the first answers of an engine may be empty."""
+
 MAX_LINE_BYTES = 2**28
 MAX_VALUES_PER_ROW = 2**29
 """Values of one column in one Parquet row, by the file's own account; a row of 10^5 positions of 350 packed bytes has 2^25."""
+_DESCRIPTIONS = {
+    "dataset_info.json",
+    "state.json",
+    "dataset_dict.json",
+    "compression_config.yaml",
+    "README.md",
+    ".gitattributes",
+}
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 Row = Mapping[str, Any]
@@ -41,16 +53,18 @@ class Table:
         kind: `parquet`, `arrow` or `jsonl`.
         files: in the order of their names.
         columns_of: of each file; for JSON lines the keys of its first line, none for a file without lines.
+        left_out: files of the folder that are not read, as their endings are of no kind that is known here.
     """
 
     kind: str
     files: tuple[Path, ...]
     columns_of: tuple[tuple[str, ...], ...]
+    left_out: tuple[Path, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Of the first file that has any."""
-        return next((columns for columns in self.columns_of if columns), ())
+        """Of all files, in the order in which they are met."""
+        return tuple(dict.fromkeys(name for columns in self.columns_of for name in columns))
 
     def rows(self, columns: list[str]) -> Iterator[tuple[str, Row]]:
         """(where it is, the named columns) of each row; columns that no file has are left out.
@@ -61,6 +75,11 @@ class Table:
         self._check_alike(set(columns))
         for path in self.files:
             yield from _READERS[self.kind](path, columns)
+
+    def first_rows(self, columns: Sequence[str]) -> Iterator[Row]:
+        """The first few rows, to tell a layout by; columns that are not there are left out."""
+        rows = (row for path in self.files for _, row in _READERS[self.kind](path, list(columns)))
+        return islice(rows, ROWS_TO_LOOK_AT)
 
     def _check_alike(self, needed: set[str]) -> None:
         """A file that lacks a column would be left out row by row, without a word."""
@@ -80,14 +99,14 @@ def open_table(path: str | Path) -> Table | None:
     Raises:
         InputError: a file cannot be read or names a column twice, or a folder holds several kinds.
     """
-    files = _files(Path(path))
+    files, left_out = _files(Path(path))
     kinds = {ENDINGS[file.suffix.lower()] for file in files}
     if not files:
         return None
     if len(kinds) > 1:
         raise InputError(f"{path}: holds {' and '.join(sorted(kinds))} files; name one of them, or a folder with one kind")
     (kind,) = kinds
-    return Table(kind, tuple(files), tuple(_columns(kind, file) for file in files))
+    return Table(kind, tuple(files), tuple(_columns(kind, file) for file in files), tuple(left_out))
 
 
 def flat(cell: Any, where: str) -> NDArray[Any] | None:
@@ -180,14 +199,17 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path) -> tuple[list[Path], list[Path]]:
+    """The files to read, and those of a folder that are passed over."""
     if path.is_file():
-        return [path] if path.suffix.lower() in ENDINGS else []
+        return [path] if path.suffix.lower() in ENDINGS else [], []
     if not path.is_dir():
-        return []
+        return [], []
+    there = sorted(file for file in path.rglob("*") if not file.is_dir())
     # `datasets` writes dataset_info.json and state.json beside its Arrow files: descriptions, not rows.
-    found = [file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.suffix != ".json" and file.is_file()]
-    return sorted(file for file in found if not file.name.startswith((".", "cache-")))
+    found = [file for file in there if file.suffix.lower() in ENDINGS and file.suffix != ".json" and file.is_file()]
+    wanted = [file for file in found if not file.name.startswith((".", "cache-"))]
+    return wanted, [file for file in there if file not in set(wanted) and file.name not in _DESCRIPTIONS]
 
 
 def _columns(kind: str, path: Path) -> tuple[str, ...]:
