@@ -30,8 +30,8 @@ TOO_WIDE = -2
 NUM_ADDRESSES = 11
 _MOST_SHUFFLED_BITS = 25
 """An id of so many bits, up to 7 bits into a byte, lies in 4 bytes."""
-_OTHER_CPU = any(getattr(config, name, None) for name in ("CPU_NAME", "CPU_FEATURES"))
-HAS_SHUFFLES = not _OTHER_CPU and {"+avx2", "+f16c"} <= set(get_host_cpu_features().split(","))
+_TOLD = getattr(config, "CPU_FEATURES", None) or ("" if getattr(config, "CPU_NAME", None) else get_host_cpu_features())
+HAS_SHUFFLES = all({"+avx2", "+f16c"} <= set(features.split(",")) for features in (_TOLD, get_host_cpu_features()))
 """Whether the compiled code may have x86's shuffle of bytes and its float16; portable loops do the same elsewhere. Asked for
 where the processor has none, or numba was told to do without, LLVM would end the process."""
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from numba import njit
 
-# reassoc is what vectorised sums need. Not nnan and ninf: they would make -inf logits undefined and let NaN vanish.
-OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}, "error_model": "numpy"}
+# No fastmath: sums that LLVM may reorder follow the width of a processor's vectors, and with nnan or ninf -inf logits would be
+# undefined and NaN would vanish.
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 def compiled(function: Callable[..., Any], *signature: Any) -> Callable[..., Any]:

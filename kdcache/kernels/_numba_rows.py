@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kdcache.kernels._numba_compile import compiled as _kernel
@@ -36,22 +37,48 @@ _LOG_P, _P, _LOG_Q, _Q, _H, _ESTIMATE = range(6)
 _SUM_BLOCK = 4096
 
 _LOG2_E = 1.4426950408889634
-# ln 2 in two parts; the first has few enough bits that its product with an exponent is exact, with or without fma.
+_MAGIC = 1.5 * 2**23 + 127
+# ln 2 in two parts; the first has few enough bits that its product with an exponent is exact.
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 # Minimax on |r| <= ln(2)/2, from the Cephes library's expf.
 _EXP_COEFFICIENTS = (
     1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0,
 )  # fmt: skip
-_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
+_FLOAT, _INT, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_LANES = 16
+_STRIP = 8 * _LANES
+
+
+def _constant(like: Any, value: float) -> ir.Constant:
+    """Of a number's type, or one for each lane of a vector."""
+    number = value if like.type in (_INT, ir.VectorType(_INT, _LANES)) else float(np.float32(value))
+    return ir.Constant(like.type, [number] * _LANES if isinstance(like.type, ir.VectorType) else number)
 
 
 def _call_llvm(builder: ir.IRBuilder, name: str, *arguments: Any) -> Any:
-    signature = ir.FunctionType(_FLOAT, [_FLOAT] * len(arguments))
-    return builder.call(builder.module.declare_intrinsic(name, (_FLOAT,), signature), arguments)
+    (kind, *_) = kinds = [argument.type for argument in arguments]
+    suffix = f"v{_LANES}f32" if isinstance(kind, ir.VectorType) else "f32"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, kinds), f"{name}.{suffix}")
+    return builder.call(function, arguments)
 
 
-def _float(value: float) -> ir.Constant:
-    return ir.Constant(_FLOAT, float(np.float32(value)))
+def _multiply_add(builder: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
+    return _call_llvm(builder, "llvm.fmuladd", x, y, z)
+
+
+def _emit_exp(builder: ir.IRBuilder, x: Any) -> Any:
+    # A float32 this large has no bits after the point, and the exponent of 2^n as its last ones.
+    t = _multiply_add(builder, x, _constant(x, _LOG2_E), _constant(x, _MAGIC))
+    n = builder.fsub(t, _constant(x, _MAGIC))
+    r = _multiply_add(builder, n, _constant(x, -_LN2_HIGH), x)
+    r = _multiply_add(builder, n, _constant(x, -_LN2_LOW), r)
+    value = _constant(x, _EXP_COEFFICIENTS[0])
+    for coefficient in _EXP_COEFFICIENTS[1:]:
+        value = _multiply_add(builder, value, r, _constant(x, coefficient))
+    bits = builder.bitcast(t, ir.VectorType(_INT, _LANES) if isinstance(x.type, ir.VectorType) else _INT)
+    power = builder.bitcast(builder.shl(bits, _constant(bits, 23)), x.type)
+    is_none = builder.fcmp_ordered("<", x, _constant(x, -87.3))
+    return builder.select(is_none, _constant(x, 0.0), builder.fmul(value, power))
 
 
 def _typed(num_arguments: int, emit: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
@@ -64,81 +91,123 @@ def _typed(num_arguments: int, emit: Callable[..., Any]) -> tuple[Any, Callable[
     return types.float32(*[types.float32] * num_arguments), generate
 
 
-def _emit_exp(builder: ir.IRBuilder, x: Any) -> Any:
-    # NaN must not reach the conversion to an integer (undefined): maxnum gives the number there, and r keeps the NaN.
-    clamped = _call_llvm(builder, "llvm.maxnum", x, _float(-88.0))
-    n = _call_llvm(builder, "llvm.rint", builder.fmul(clamped, _float(_LOG2_E)))
-    r = _call_llvm(builder, "llvm.fmuladd", n, _float(-_LN2_HIGH), x)
-    r = _call_llvm(builder, "llvm.fmuladd", n, _float(-_LN2_LOW), r)
-    value = _float(_EXP_COEFFICIENTS[0])
-    for coefficient in _EXP_COEFFICIENTS[1:]:
-        value = _call_llvm(builder, "llvm.fmuladd", value, r, _float(coefficient))
-    exponent = builder.add(builder.fptosi(n, _INT), ir.Constant(_INT, 127))
-    power = builder.bitcast(builder.shl(exponent, ir.Constant(_INT, 23)), _FLOAT)
-    return builder.select(builder.fcmp_ordered("<", x, _float(-87.3)), _float(0.0), builder.fmul(value, power))
-
-
-def _emit_maximum(builder: ir.IRBuilder, x: Any, y: Any) -> Any:
-    return _call_llvm(builder, "llvm.maximum", x, y)
-
-
 def _declare_exp(typing_context: Any, x: Any) -> Any:
     """exp of a float32 <= 88, within 2e-7 of its value; 0 below -87.3 (no denormals), NaN for NaN.
 
-    2^n * polynomial(x - n ln 2), without a branch: LLVM vectorises it. math.exp becomes one libm call per element (5 to 11
-    ns instead of 0.3): the llvmlite wheels are built without SVML. Multiply-adds are calls of llvm.fmuladd, because
-    fastmath may reassociate plain ones and then takes the two parts of ln 2 together.
+    2^n * polynomial(x - n ln 2), without a branch. math.exp becomes one libm call per element (5 to 11 ns instead of 0.3): the
+    llvmlite wheels are built without SVML.
     """
     del typing_context, x
     return _typed(1, _emit_exp)
 
 
-def _declare_maximum(typing_context: Any, x: Any, y: Any) -> Any:
-    """The larger of two float32; NaN if either is.
+def _over_strips(first: float, combine: Callable[..., Any], join: Callable[..., Any], *kinds: Any) -> Any:
+    """What an intrinsic over whole strips of a row returns: a float32, which four vectors in registers come to.
 
-    llvm.maximum and not llvm.maxnum or Python's max: only its reduction is vectorised without the nnan flag (0.04 ns per
-    element instead of 1.4), and it lets NaN through.
+    Always these lanes, joined in one order: numba's own loops have as many as a processor likes, and other sums on each.
+
+    Args:
+        first: of every lane.
+        combine: (builder, lanes so far, 16 numbers, further arguments) -> the lanes, and what is written back, or None.
+        join: (builder, one, other) -> two of them joined.
+        kinds: numba's types of the row and of the further arguments.
     """
-    del typing_context, x, y
-    return _typed(2, _emit_maximum)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        row, vector = context.make_array(signature.args[0])(context, builder, arguments[0]), ir.VectorType(_FLOAT, _LANES)
+        lanes = [cgutils.alloca_once_value(builder, ir.Constant(vector, [first] * _LANES)) for _ in range(_STRIP // _LANES)]
+        for lane in lanes:
+            builder.store(ir.Constant(vector, [first] * _LANES), lane)
+        size = builder.extract_value(row.shape, 0)
+        with cgutils.for_range(builder, builder.udiv(size, ir.Constant(_LONG, _STRIP))) as loop:
+            for i, lane in enumerate(lanes):
+                start = builder.add(builder.mul(loop.index, ir.Constant(_LONG, _STRIP)), ir.Constant(_LONG, i * _LANES))
+                pointer = builder.bitcast(builder.gep(row.data, [start]), vector.as_pointer())
+                joined, written = combine(builder, builder.load(lane), builder.load(pointer, align=4), *arguments[1:])
+                builder.store(joined, lane)
+                if written is not None:
+                    builder.store(written, pointer, align=4)
+        found = [builder.load(lane) for lane in lanes]
+        while len(found) > 1:
+            found = [join(builder, one, other) for one, other in zip(found[::2], found[1::2], strict=True)]
+        (found,) = found
+        for half in [_LANES >> n for n in range(1, _LANES.bit_length())]:
+            upper = ir.Constant(ir.VectorType(_INT, _LANES), [(lane + half) % _LANES for lane in range(_LANES)])
+            found = join(builder, found, builder.shuffle_vector(found, found, upper))
+        return builder.extract_element(found, ir.Constant(_INT, 0))
+
+    return types.float32(*kinds), generate
+
+
+def _add(builder: ir.IRBuilder, x: Any, y: Any) -> Any:
+    return builder.fadd(x, y)
+
+
+def _larger(builder: ir.IRBuilder, x: Any, y: Any) -> Any:
+    return _call_llvm(builder, "llvm.maximum", x, y)
+
+
+def _declare_maximum(typing_context: Any, row: Any) -> Any:
+    """Maximum of whole strips; NaN if any is: llvm.maximum, unlike llvm.maxnum and Python's max, lets NaN through."""
+    del typing_context
+    return _over_strips(-math.inf, lambda builder, lanes, x: (_larger(builder, lanes, x), None), _larger, row)
+
+
+def _declare_sum(typing_context: Any, row: Any) -> Any:
+    """Sum of whole strips."""
+    del typing_context
+    return _over_strips(0.0, lambda builder, lanes, x: (builder.fadd(lanes, x), None), _add, row)
+
+
+def _declare_exp_strips(typing_context: Any, row: Any, top: Any) -> Any:
+    """exp(x - top) in place, of whole strips; their sum."""
+    del typing_context, top
+
+    def combine(builder: ir.IRBuilder, lanes: Any, x: Any, top: Any) -> Any:
+        first = builder.insert_element(ir.Constant(x.type, ir.Undefined), top, ir.Constant(_INT, 0))
+        tops = builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_INT, _LANES), [0] * _LANES))
+        e = _emit_exp(builder, builder.fsub(x, tops))
+        return builder.fadd(lanes, e), e
+
+    return _over_strips(0.0, combine, _add, row, types.float32)
 
 
 _exp: Callable[..., Any] = intrinsic(_declare_exp)
-_maximum: Callable[..., Any] = intrinsic(_declare_maximum)
+_maximum_of_strips: Callable[..., Any] = intrinsic(_declare_maximum)
+_sum_of_strips: Callable[..., Any] = intrinsic(_declare_sum)
+_exp_strips: Callable[..., Any] = intrinsic(_declare_exp_strips)
 
 
 @_kernel
 def _maximum_of(row_V):
-    top = np.float32(-np.inf)
-    for j in range(len(row_V)):
-        top = _maximum(top, row_V[j])
+    whole = len(row_V) // _STRIP * _STRIP
+    top = _maximum_of_strips(row_V[:whole])
+    for j in range(whole, len(row_V)):
+        # A NaN in either stays.
+        if not row_V[j] <= top:
+            top = row_V[j] if top == top else top
     return top
 
 
 @_kernel
 def _exp_in_place(row_V, top):
     """row = exp(row - top), and its sum."""
-    total = 0.0
-    for start in range(0, len(row_V), _SUM_BLOCK):
-        block = row_V[start : start + _SUM_BLOCK]
-        block_total = np.float32(0.0)
-        for j in range(len(block)):
-            e = _exp(block[j] - top)
-            block[j] = e
-            block_total += e
-        total += block_total
+    total, whole = 0.0, len(row_V) // _STRIP * _STRIP
+    for start in range(0, whole, _SUM_BLOCK):
+        total += np.float64(_exp_strips(row_V[start : min(start + _SUM_BLOCK, whole)], top))
+    for j in range(whole, len(row_V)):
+        row_V[j] = _exp(row_V[j] - top)
+        total += np.float64(row_V[j])
     return total
 
 
 @_kernel
 def _sum_of(row_V):
-    total = 0.0
-    for start in range(0, len(row_V), _SUM_BLOCK):
-        block = row_V[start : start + _SUM_BLOCK]
-        block_total = np.float32(0.0)
-        for j in range(len(block)):
-            block_total += block[j]
-        total += block_total
+    total, whole = 0.0, len(row_V) // _STRIP * _STRIP
+    for start in range(0, whole, _SUM_BLOCK):
+        total += np.float64(_sum_of_strips(row_V[start : min(start + _SUM_BLOCK, whole)]))
+    for j in range(whole, len(row_V)):
+        total += np.float64(row_V[j])
     return total
 
 
@@ -175,16 +244,30 @@ def _write_support(row_V, ids_K, value):
 
 
 @_kernel
-def _with_support(z_K, tail_lse):
+def _total(x_B):
+    """Sum of float64, in an order that no vector's width changes."""
+    one, two, three, four = 0.0, 0.0, 0.0, 0.0
+    whole = len(x_B) // 4 * 4
+    for b in range(0, whole, 4):
+        one += x_B[b]
+        two += x_B[b + 1]
+        three += x_B[b + 2]
+        four += x_B[b + 3]
+    for b in range(whole, len(x_B)):
+        one += x_B[b]
+    return (one + two) + (three + four)
+
+
+@_kernel
+def _with_support(z_K, tail_lse, room_K):
     """log(exp(tail_lse) + sum(exp(z_K))), float64."""
     top = tail_lse
     for k in range(len(z_K)):
         if z_K[k] > top:
             top = np.float64(z_K[k])
-    total = math.exp(tail_lse - top)
     for k in range(len(z_K)):
-        total += _exp(np.float32(z_K[k] - top))
-    return top + math.log(total)
+        room_K[k] = _exp(np.float32(z_K[k] - top))
+    return top + math.log(math.exp(tail_lse - top) + _total(room_K))
 
 
 @_kernel
@@ -207,7 +290,7 @@ def _count_exact(ids_K, num_exact):
 @_kernel
 def _fill_teacher(ids_K, logprobs_K, num_exact, tail, tail_mass, x_6B):
     """The teacher's masses and their logs; `tail_mass` is that of the bucket."""
-    total, num_entries = 0.0, len(ids_K)
+    num_entries = len(ids_K)
     x_6B[_ESTIMATE] = 0.0
     for k in range(num_entries):
         x_6B[_LOG_P, k], x_6B[_P, k] = -np.inf, 0.0
@@ -215,7 +298,7 @@ def _fill_teacher(ids_K, logprobs_K, num_exact, tail, tail_mass, x_6B):
             x_6B[_ESTIMATE, k] = 1.0
         if ids_K[k] >= 0:
             x_6B[_LOG_P, k], x_6B[_P, k] = logprobs_K[k], _exp(logprobs_K[k])
-        total += x_6B[_P, k]
+    total = _total(x_6B[_P, :num_entries])
     x_6B[_LOG_P, num_entries], x_6B[_P, num_entries] = math.log(tail_mass), tail_mass
     if tail == _RENORMALIZE and total > 0:
         log_total = math.log(total)
@@ -262,7 +345,7 @@ def _do_row(
         outside_z = _sum_of(row_V) / max(num_outside, 1)
         _write_support(row_V, ids_K, np.float32(-np.inf))
     tail_lse, tail_sum = _tail_in_place(row_V)
-    lse = _with_support(z_K, tail_lse)
+    lse = _with_support(z_K, tail_lse, x_6B[_Q, : len(z_K)])
     _fill_student(z_K, tail_lse, lse, x_6B)
 
     loss, total = 0.0, share_here

@@ -15,6 +15,7 @@ from contracts.teacher import TeacherCase, random_sequences
 from dense_forward import dense_forward
 
 from kdcache.config.capture import TeacherConfig
+from kdcache.errors import TeacherError
 from kdcache.format.manifest import CodecInfo, Identity, SelectionInfo, TeacherIdentity, TokenizerIdentity
 from kdcache.teacher import load_teacher
 
@@ -75,10 +76,16 @@ def test_room_scheduling_and_logging_are_not_compared(plain: TeacherIdentity, ti
 
 def test_what_moves_numbers_is_a_difference(plain: TeacherIdentity, tiny_model_dir: Path):
     overrides = {"head_dtype": "bfloat16", "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}
-    options = {"kv_cache_dtype": "fp8_e5m2", "enable_lora": True, "hf_overrides": overrides, "block_size": 64}
-    assert differences(plain, identity_of(tiny_model_dir, engine_options=options)) == {
+    options = {"enable_lora": True, "hf_overrides": overrides, "block_size": 64}
+    in_8_bits = {"engine_options.kv_cache_dtype": "'auto' != 'fp8_e5m2'"}
+    try:
+        other = identity_of(tiny_model_dir, engine_options=options | {"kv_cache_dtype": "fp8_e5m2"})
+    except TeacherError as error:
+        if "FP8 KV cache on CPU requires x86 with AVX-512" not in str(error):
+            raise
+        other, in_8_bits = identity_of(tiny_model_dir, engine_options=options), {}
+    assert differences(plain, other) == in_8_bits | {
         "engine_options.head_dtype": "'float32' != 'bfloat16'",
-        "engine_options.kv_cache_dtype": "'auto' != 'fp8_e5m2'",
         "engine_options.lora": "False != True",
         "engine_options.hf_overrides.head_dtype": "None != 'bfloat16'",
         "engine_options.hf_overrides.rope_parameters.rope_theta": "None != 500.0",
@@ -104,7 +111,10 @@ def test_quantised_weights_are_another_teacher_and_run_in_the_worker(
 
 
 def quantise(source: Path, folder: Path) -> Path:
-    """A copy with the linear layers' weights in 8 bits, a scale per row, and activations quantised token by token."""
+    """A copy with the linear layers' weights in 8 bits, a scale per row, and activations quantised token by token.
+
+    Weights reach 63, not 127: AVX2 adds pairs of products in 16 bits, and twice 255 x 64 is the most that they hold.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -112,7 +122,7 @@ def quantise(source: Path, folder: Path) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in load_file(folder / "model.safetensors").items():
         if ".layers." in name and weight.dim() == 2:
-            scale = weight.abs().amax(dim=1, keepdim=True) / 127
+            scale = weight.abs().amax(dim=1, keepdim=True) / 63
             tensors[name], tensors[f"{name}_scale"] = (weight / scale).round().to(torch.int8), scale
         else:
             tensors[name] = weight
