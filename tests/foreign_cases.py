@@ -82,6 +82,12 @@ def items(truth: Truth, k: int = K, *, dtype: Any = np.float32) -> list[Item]:
     return made
 
 
+def few_rows(truth: Truth) -> list[Item]:
+    """A text too short for anything to be told from it."""
+    (first, *_) = items(truth)
+    return [Item(first.input_ids[:20], first.ids[:19], first.values[:19])]
+
+
 def write_columns(path: Path, made: list[Item], **names: str) -> Path:
     """The items under plain column names, as the ending says: .parquet, .arrow or .jsonl."""
     keys = {"tokens": "input_ids", "ids": "topk_ids", "values": "topk_logprobs"} | names

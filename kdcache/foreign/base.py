@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kdcache.errors import InputError
 from kdcache.teacher.tokenizer import Tokenizer
 
-ValueKind = Literal["logprobs", "logits", "probs"]
+ValueKind = Literal["logprobs", "logits", "probs", "nll"]
 Severity = Literal["fatal", "repairable", "undecided", "note"]
 
 MAX_ENTRIES_PER_ROW = 2**20

@@ -22,7 +22,8 @@ CELLS_AT_ONCE = 2**21
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """Rows of one sequence as a rectangle. Padding: id -1, value and logprob -inf. targets_SR is -1 where there is none."""
+    """Rows of one sequence as a rectangle. Padding: id -1, value and logprob -inf. targets_SR is -1 where there is none; rows_R
+    are the rows' numbers in the sequence."""
 
     ids_RK: NDArray[np.int64]
     values_RK: NDArray[np.float64]
@@ -30,6 +31,7 @@ class Block:
     filled_RK: NDArray[np.bool_]
     counts_R: NDArray[np.int64]
     targets_SR: NDArray[np.int64]
+    rows_R: NDArray[np.int64]
 
 
 def blocks(sequence: ForeignSequence, values: ValueKind, cells_at_once: int = CELLS_AT_ONCE) -> Iterator[Block]:
@@ -59,6 +61,7 @@ def _block(sequence: ForeignSequence, kind: ValueKind, rows: NDArray[np.int64], 
         filled_RK=filled_RK,
         counts_R=counts_R,
         targets_SR=_targets(sequence, rows),
+        rows_R=rows,
     )
 
 
@@ -67,6 +70,8 @@ def as_logprobs(values_RK: NDArray[np.float64], kind: ValueKind, log_z_R: NDArra
     if kind == "probs":
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.log(values_RK)
+    if kind == "nll":
+        return -values_RK
     if kind == "logits" and log_z_R is not None:
         with np.errstate(invalid="ignore"):
             return values_RK - log_z_R[:, None]
@@ -80,6 +85,26 @@ def _targets(sequence: ForeignSequence, rows: NDArray[np.int64]) -> NDArray[np.i
     index_SR = sequence.positions_R[rows] + 1 + np.array(SHIFTS)[:, None]
     inside_SR = (index_SR >= 0) & (index_SR < len(ids_N))
     return np.where(inside_SR, ids_N[np.clip(index_SR, 0, max(len(ids_N) - 1, 0))] if len(ids_N) else -1, -1)
+
+
+def extra_rows(sequence: ForeignSequence, values: ValueKind) -> NDArray[np.bool_]:
+    """(R,) rows whose least entry the text may have chosen: it is no part of a top k.
+
+    Engines add the text's own token to the top k: rows of two widths, of which the wider have it; or first in the row, though
+    it is the least. What is left is cut by the teacher alone. Rows that are merely unsorted lose their least entry too.
+    """
+    counts_R = sequence.counts_R
+    sizes = np.unique(counts_R[counts_R > 0])
+    if len(sizes) == 2 and sizes[1] == sizes[0] + 1:
+        return counts_R == sizes[1]
+    filled = np.flatnonzero(counts_R)
+    extra_R = np.zeros(len(counts_R), np.bool_)
+    if len(filled):
+        starts = sequence.offsets_R1[:-1][filled]
+        scores_E = -sequence.values_E if values == "nll" else sequence.values_E
+        is_first_least_R = (scores_E[starts] <= np.minimum.reduceat(scores_E, starts)) & (counts_R[filled] > 1)
+        extra_R = (counts_R > 1) & bool(is_first_least_R.any())
+    return extra_R
 
 
 def has_duplicates(ids_RK: NDArray[np.int64], filled_RK: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -101,6 +101,9 @@ def examine_opened(
     findings = all_findings(cache, tally)
     comparison = None
     if teacher is not None and tally.num_tokens and sample:
+        # Sequences that the text speaks against are asked about too: chance would seldom draw them.
+        sources = {sequence.source for sequence in sample}
+        sample = [*sample, *(suspect for suspect in tally.proof.suspects() if suspect.source not in sources)]
         comparison = compare_with_teacher(sample, cache.values, teacher, approximate_from=cache.approximate_from)
         findings = with_teacher(cache, findings, comparison)
     return Examination(

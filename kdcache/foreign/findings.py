@@ -7,20 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kdcache.foreign.alignment import Alignment, applied_temperature, judge
+import numpy as np
+
+from kdcache.foreign.alignment import judge
 from kdcache.foreign.base import Finding, ForeignCache, ValueKind
-from kdcache.foreign.blocks import SHIFTS
+from kdcache.foreign.placement import MANY, MOST, evidence_of, extra_entries, placement, temperature
 from kdcache.foreign.probes import ROUNDING, Tally
 
-MANY, MOST = 0.01, 0.9
 MIN_TESTABLE_ROWS = 16
 ROUNDED_MASS = 1.05
 """A normaliser that was rounded to bfloat16 moves every probability of its row by up to 4%: 2^-8 of a logarithm near 10."""
 
 RISING_SHARE, SEAM_SHARE = 0.02, 0.25
-TEMPERATURE_RANGE = (0.6, 1.7)
-"""Inverse temperatures that text and teacher can differ by without any having been applied: a chat model on plain text is
-over-confident, a base model is calibrated within a few percent."""
+RISING_HARM = 2e-3
+"""Probability times nats by which a row's fitted values rise, in the mean: a sound fit of degree 8 wavers by 1e-4 and costs a
+KL of 1e-4, README's budget config of DistillKit rises by 2e-2 and costs 1e-1."""
+
+MAX_DRAWS, DRAW_SLACK = 500, 4e-3
+"""More draws than this are no longer told from any numbers; half precision rounds counts by this share."""
+
+PADDED_MASS = 0.1
+"""Share of all probability that ids of padding may hold: a trained teacher gives them nothing, a random one their number."""
 
 
 def all_findings(cache: ForeignCache, tally: Tally) -> list[Finding]:
@@ -29,7 +36,7 @@ def all_findings(cache: ForeignCache, tally: Tally) -> list[Finding]:
     if not rows:
         named = cache.findings or (Finding("no_rows", "fatal", "there is not one row with an entry in it"),)
         return list(named)
-    found = [*cache.findings, *_missing(tally), *_not_numbers(tally, rows)]
+    found = [*cache.findings, *_missing(tally), *_row_counts(tally), *_not_numbers(tally, rows)]
     kind = list(_kind(cache.values, tally, rows))
     found += kind
     # What is no logprob has no mass to be tested, and the text says nothing of a temperature there; nor where the text itself
@@ -39,17 +46,37 @@ def all_findings(cache: ForeignCache, tally: Tally) -> list[Finding]:
     found += [*_tails(cache, tally, rows), *_ids(tally), *_entries(tally, rows)]
     if tally.num_tokens:
         alignment = judge(tally)
-        extra = list(_extra_entries(tally, alignment))
-        found += [*extra, *_alignment(alignment)]
-        found += _temperature(tally, alignment) if are_logprobs and not extra else ()
+        extra = list(extra_entries(tally, alignment))
+        are_normal = are_logprobs and not any(finding.name in ("renormalised", "sampled_counts") for finding in found)
+        tempered = list(temperature(tally, alignment)) if are_logprobs and not extra else []
+        evidence = evidence_of(tally, alignment) if are_normal else None
+        found += [*extra, *placement(alignment, evidence, is_tempered=bool(tempered)), *tempered]
     names = set()
     return [finding for finding in found if not (finding.name in names or names.add(finding.name))]
 
 
 def _missing(tally: Tally) -> Iterator[Finding]:
     if tally.num_missing_rows:
-        sentence = f"{tally.num_missing_rows:,} of {tally.num_rows:,} rows are null or empty; they are left out"
+        sentence = f"{tally.num_missing_rows:,} of {tally.num_rows:,} rows are null, empty, or -inf alone; they are left out"
         yield Finding("missing_rows", "note", sentence)
+
+
+def _row_counts(tally: Tally) -> Iterator[Finding]:
+    if tally.num_rowless_sequences:
+        sentence = f"{tally.num_rowless_sequences:,} of {tally.num_sequences:,} sequences have no row; they are left out"
+        yield Finding("sequences_without_rows", "note", sentence)
+    if tally.num_rows_outside:
+        sentence = (
+            f"{tally.num_rows_outside:,} rows in {tally.num_longer_sequences:,} sequences lie outside their text (more rows "
+            "than tokens); they are left out"
+        )
+        yield Finding("rows_outside_text", "note", sentence)
+    if tally.num_shorter_sequences:
+        sentence = (
+            f"{tally.num_shorter_sequences:,} of {tally.num_sequences:,} sequences have rows for a part of their text: "
+            f"{tally.num_uncovered:,} positions with a target have none, and are not learnt"
+        )
+        yield Finding("rows_for_a_part", "note", sentence)
 
 
 def _not_numbers(tally: Tally, rows: int) -> Iterator[Finding]:
@@ -75,6 +102,12 @@ def _kind(claimed: ValueKind, tally: Tally, rows: int) -> Iterator[Finding]:
     elif claimed == "logprobs" and tally.max_value > 0 and tally.num_prob_rows > MOST * rows:
         sentence = "these are probabilities, not logprobs: all lie in [0, 1] and no row sums to more than 1"
         yield Finding("probabilities", "repairable", sentence, "--values probs")
+    elif claimed == "logprobs" and tally.max_value > 1 and tally.num_negated_rows > MOST * rows:
+        sentence = (
+            f"these are negative logprobs (-log p, from {tally.min_value:.3g} to {tally.max_value:.3g}): with the other sign "
+            "they rank falling and no row's mass is above 1"
+        )
+        yield Finding("negated_logprobs", "repairable", sentence, "--values nll")
     elif heavy > MANY and claimed == "logits" and tally.has_log_z:
         if tally.mass_max < ROUNDED_MASS:
             yield Finding(
@@ -84,7 +117,7 @@ def _kind(claimed: ValueKind, tally: Tally, rows: int) -> Iterator[Finding]:
             yield Finding("wrong_normaliser", "fatal", f"the normaliser does not belong to the logits: {mass}")
     elif claimed == "logits" and not tally.has_log_z:
         yield _without_normaliser(heavy, tally)
-    elif heavy > MANY:
+    elif heavy > MANY and not _is_of_tails(tally, rows):
         yield _unnormalised(positive, mass, tally, rows)
 
 
@@ -114,9 +147,17 @@ def _unnormalised(positive: float, mass: str, tally: Tally, rows: int) -> Findin
 
 def _renormalised(tally: Tally) -> Iterator[Finding]:
     testable = tally.num_complete_testable_rows
-    if tally.num_unit_rows < (1 - MANY) * tally.num_tested_mass_rows or testable < MIN_TESTABLE_ROWS:
+    if tally.num_unit_rows < (1 - MANY) * tally.num_tested_mass_rows:
         return
-    if tally.num_complete_rows > MOST * testable:
+    draws = _num_draws(tally)
+    if draws is not None:
+        sentence = (
+            f"the values are counts of {draws} random draws, divided by {draws}: a sample of the teacher's distribution, not "
+            "the top of it. Its entries are estimates, which only a sampled selection of ours says of them; capture again with "
+            "selection.kind sampled"
+        )
+        yield Finding("sampled_counts", "fatal", sentence)
+    elif testable >= MIN_TESTABLE_ROWS and tally.num_complete_rows > MOST * testable:
         sentence = (
             f"every row sums to 1 within {ROUNDING}, though the entries are far from dying out: they were renormalised over "
             "the "
@@ -125,13 +166,34 @@ def _renormalised(tally: Tally) -> Iterator[Finding]:
         yield Finding("renormalised", "fatal", sentence)
 
 
+def _num_draws(tally: Tally) -> int | None:
+    """N where all probabilities of rows that sum to 1 are multiples of 1/N; None where they are not."""
+    probs = np.array(tally.unit_row_probs)
+    if len(probs) < MIN_TESTABLE_ROWS or not probs.min() > 1 / MAX_DRAWS:
+        return None
+    for fold in (1, 2, 3):
+        draws = round(fold / float(probs.min()))
+        if draws > 2 and (np.abs(probs * draws - np.round(probs * draws)) < DRAW_SLACK * np.maximum(1, probs * draws)).all():
+            return draws
+    return None
+
+
+def _is_of_tails(tally: Tally, rows: int) -> bool:
+    """Whether rows are above 1 by their fitted part alone: that can be left out."""
+    return tally.approximate_from is not None and tally.num_heavy_exact_rows <= MANY * rows and tally.num_positive_rows == 0
+
+
 def _tails(cache: ForeignCache, tally: Tally, rows: int) -> Iterator[Finding]:
-    rising, seam = tally.num_rising_tail_rows / rows, tally.num_seam_rows / rows
-    if cache.approximate_from is None or (rising <= RISING_SHARE and seam <= SEAM_SHARE):
+    rising, seam, heavy = (number / rows for number in (tally.num_rising_tail_rows, tally.num_seam_rows, tally.num_heavy_rows))
+    is_rising = rising > RISING_SHARE and tally.tail_rise_sum > RISING_HARM * rows
+    is_heavy = heavy > MANY and _is_of_tails(tally, rows)
+    if cache.approximate_from is None or not (is_rising or is_heavy or seam > SEAM_SHARE):
         return
     signs = []
-    if rising > RISING_SHARE:
+    if is_rising:
         signs.append(f"sorted values must fall, but rise by up to {tally.max_tail_rise:.2f} nats, in {rising:.0%} of the rows")
+    if is_heavy:
+        signs.append(f"they bring {heavy:.0%} of the rows above 1, up to {tally.mass_max:.3g}")
     if seam > SEAM_SHARE:
         signs.append(f"{seam:.0%} of the rows drop off a step there that no exact entry before it shows")
     sentence = (
@@ -145,10 +207,20 @@ def _ids(tally: Tally) -> Iterator[Finding]:
         yield Finding("negative_ids", "fatal", f"{tally.num_negative_ids:,} token ids are negative")
     if tally.vocab_size is not None and tally.max_id >= tally.vocab_size:
         sentence = (
-            f"token ids go up to {tally.max_id}, but the vocabulary has {tally.vocab_size}: it is another, or ids are damaged"
+            f"token ids go up to {tally.max_id}, but the vocabulary has {tally.vocab_size}: it is another, or ids are damaged; "
+            "or the teacher's output is wider than its tokenizer, then say how wide with --vocab-size V"
         )
         yield Finding("ids_outside_vocabulary", "fatal", sentence)
     elif tally.tokenizer_size is not None and tally.max_id >= tally.tokenizer_size:
+        if tally.padded_mass > PADDED_MASS * max(tally.mass_sum, 1.0):
+            share = tally.padded_mass / max(tally.mass_sum, 1.0)
+            sentence = (
+                f"{tally.num_padded_ids:,} entries, with {share:.1%} of all probability, have ids up to {tally.max_id}, which "
+                f"the tokenizer of {tally.tokenizer_size} ids does not have: padding is not that likely; the tokenizer is "
+                "another, or ids are damaged"
+            )
+            yield Finding("ids_outside_vocabulary", "fatal", sentence)
+            return
         known = tally.vocab_size is not None
         sentence = (
             f"{tally.num_padded_ids:,} entries, with {tally.padded_mass / max(tally.num_entries, 1):.2g} of probability each "
@@ -171,65 +243,3 @@ def _entries(tally: Tally, rows: int) -> Iterator[Finding]:
             f"{tally.num_unsorted_rows:,} of {rows:,} rows are not ordered by falling value; they are sorted when converted"
         )
         yield Finding("unsorted", "note", sentence)
-
-
-def _extra_entries(tally: Tally, alignment: Alignment) -> Iterator[Finding]:
-    index = SHIFTS.index(alignment.shift)
-    widest = max((size for size in tally.sizes if size), default=0)
-    extra, others = tally.sizes[widest], tally.sizes[widest - 1]
-    targets = tally.least_is_target[index][widest]
-    if (
-        widest > 1
-        and others
-        and {size for size in tally.sizes if size} == {widest, widest - 1}
-        and targets >= MOST * 0.9 * extra
-    ):
-        sentence = (
-            f"{extra:,} rows have {widest} entries and {others:,} have {widest - 1}: the engine adds the text's own token "
-            "where it is "
-            "not among the top k. Who takes the first k, or cuts a rectangle, loses the k-th; converting keeps it as the "
-            "target's logprob"
-        )
-        yield Finding("k_plus_1_rows", "repairable", sentence, "--repair k+1")
-        return
-    displaced = tally.first_is_displaced_target[index]
-    if displaced > MANY * max(tally.num_paired, 1) and displaced > MOST * tally.num_first_smallest:
-        sentence = (
-            f"{displaced:,} rows start with the text's own token though it is their least entry: the first k of k+1 entries "
-            "were kept, and "
-            "the k-th most probable token is lost there"
-        )
-        yield Finding("displaced_entries", "repairable", sentence, "--repair k+1")
-
-
-def _alignment(alignment: Alignment) -> Iterator[Finding]:
-    listed = ", ".join(f"{shift:+d}: {nll:.3f}" for shift, nll in zip(SHIFTS, alignment.nll, strict=True))
-    if alignment.verdict == "shifted":
-        what = {
-            -1: "each row is about the token at its own place, not the next",
-            1: "each row is about the token after the next",
-        }
-        sentence = (
-            f"rows are shifted by {alignment.shift:+d}: {what[alignment.shift]} (NLL of the text under shifts {listed} nats; "
-            f"{alignment.margin:.2f} apart, {alignment.deviations:.0f} standard errors, {alignment.num_rows:,} rows)"
-        )
-        yield Finding("shifted_rows", "repairable", sentence, f"--shift {alignment.shift:+d}")
-    elif alignment.verdict == "unclear":
-        sentence = (
-            f"where the rows belong cannot be told from {alignment.num_rows:,} rows: NLL of the text under shifts {listed} "
-            "nats; "
-            "--teacher MODEL tells exactly"
-        )
-        yield Finding("alignment_unclear", "undecided", sentence)
-
-
-def _temperature(tally: Tally, alignment: Alignment) -> Iterator[Finding]:
-    temperature = applied_temperature(tally, alignment.shift)
-    low, high = TEMPERATURE_RANGE
-    if alignment.verdict != "unclear" and temperature is not None and not low <= temperature <= high:
-        sentence = (
-            f"the text would be likelier if the values were {'sharper' if temperature > 1 else 'flatter'}: it looks as if a "
-            "temperature "
-            f"of about {temperature:.2g} had been applied to them, which cannot be undone; --teacher MODEL tells exactly"
-        )
-        yield Finding("temperature_applied", "undecided", sentence)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kdcache.errors import InputError
 from kdcache.foreign.base import ForeignSequence, ValueKind
-from kdcache.foreign.blocks import SHIFTS, as_logprobs
+from kdcache.foreign.blocks import SHIFTS, as_logprobs, extra_rows
 from kdcache.foreign.compare import LineFit, Rows, divergence, fit_line, match, ragged_rows, sums
 from kdcache.foreign.neighbours import ask_twice, what_moved
 from kdcache.format.manifest import SelectionInfo
@@ -24,6 +24,15 @@ from kdcache.teacher.base import Teacher
 MAX_LIVE_ENTRIES = 1024
 """Of a live row: twice what is stored is enough to see whether a support is the teacher's, and engines cap what they give."""
 
+OUTLIER_NATS, OUTLIER_FACTOR = 0.1, 8.0
+"""A row differs by more than rounding where an entry is off by this, and by this many times what rows are off by in the
+median: bfloat16 and other engines move whole caches, damaged bytes move rows."""
+
+NAMED_OUTLIERS = 3
+
+SHIFT_FACTOR = 0.5
+"""Another shift must leave at most this much of the KL: a foreign text gives 2.49, 2.49 and 2.46."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -32,10 +41,15 @@ class Comparison:
     Attributes:
         num_sequences, num_rows: compared; num_rows under the best shift.
         kl: for each of SHIFTS, mean nats of KL(live || stored) over the rows that have a live row there.
-        shift: that of the least.
+        shift: that of the least, where it is far less than elsewhere; else 0.
         line: how the stored values differ under it; `exact_line` the same over the ranks that are stored and not fitted.
         kept_mass, renormalisation_cost: means of the live mass of the stored supports, and of -log of it: the KL that a student
             pays who takes the support for the whole.
+        exact_kl: KL of the ranks that are stored and not fitted; that of all where nothing is fitted.
+        fitted_error: mean |stored - live| of fitted entries in nats; NaN where there are none.
+        typical_difference: median over rows of the greatest difference in a row, in nats: rounding, and engines.
+        num_outlier_rows: rows that differ by far more than that; `outliers` names some, (source, position, nats).
+        sequence_kl: (source, mean KL under the best shift) of each sequence.
         moved: a sentence where the teacher's answer for a text depends on the texts beside it.
     """
 
@@ -47,6 +61,12 @@ class Comparison:
     exact_line: LineFit
     kept_mass: float
     renormalisation_cost: float
+    exact_kl: float
+    fitted_error: float
+    typical_difference: float
+    num_outlier_rows: int
+    outliers: tuple[tuple[str, int, float], ...]
+    sequence_kl: tuple[tuple[str, float], ...]
     moved: str | None = None
 
 
@@ -71,22 +91,91 @@ def compare_with_teacher(
     kl = tuple(
         _mean([divergence(*paired(stored, live, s.positions_R + shift)) for stored, live, s in pairs]) for shift in SHIFTS
     )
-    shift = SHIFTS[int(np.nanargmin(kl))] if not all(map(math.isnan, kl)) else 0
+    shift = _clear_shift(kl)
     joined = [paired(stored, live, s.positions_R + shift) for stored, live, s in pairs]
     live, stored = concatenated([pair[0] for pair in joined]), concatenated([pair[1] for pair in joined])
     line = fit_line(stored, live)
+    exact = leading(stored, approximate_from) if approximate_from else stored
     kept_R = kept_live_mass(stored, live)
+    differences = [row_differences(*pair) for pair in joined]
+    typical, outlying = _outliers(differences)
     return Comparison(
         num_sequences=len(usable),
         num_rows=stored.num_rows,
         kl=kl,
         shift=shift,
         line=line,
-        exact_line=line if approximate_from is None else fit_line(leading(stored, approximate_from), live),
+        exact_line=fit_line(exact, live),
         kept_mass=float(kept_R.mean()),
         renormalisation_cost=float(-np.log(np.maximum(kept_R, 1e-12)).mean()),
+        exact_kl=_mean([divergence(live, exact)]),
+        fitted_error=_fitted_error(stored, live, approximate_from),
+        typical_difference=typical,
+        num_outlier_rows=len(outlying),
+        outliers=tuple(
+            (usable[s].source, _position(pairs[s][0], usable[s].positions_R + shift, row), float(differences[s][row]))
+            for s, row in outlying[:NAMED_OUTLIERS]
+        ),
+        sequence_kl=tuple(_sequence_kl(usable, joined, approximate_from)),
         moved=what_moved(asked.movement(), teacher.identity),
     )
+
+
+def _clear_shift(kl: tuple[float, ...]) -> int:
+    """The shift of the least KL, where that is far less than elsewhere; else 0."""
+    known = {shift: value for shift, value in zip(SHIFTS, kl, strict=True) if not math.isnan(value)}
+    best = min(known, key=lambda shift: known[shift], default=0)
+    others = [value for shift, value in known.items() if shift != best]
+    return best if others and known[best] < SHIFT_FACTOR * min(others) else 0
+
+
+def _sequence_kl(
+    sequences: Sequence[ForeignSequence], pairs: Sequence[tuple[Rows, Rows]], approximate_from: int | None
+) -> Iterator[tuple[str, float]]:
+    for sequence, (live, stored) in zip(sequences, pairs, strict=True):
+        exact = leading(stored, approximate_from) if approximate_from else stored
+        if exact.num_rows:
+            yield sequence.source, _mean([divergence(live, exact)])
+
+
+def row_differences(live: Rows, stored: Rows) -> NDArray[np.float64]:
+    """(R,) the greatest |stored - live| in nats over a row's common entries, and over stored ones above the least live one
+    that the live row does not name."""
+    in_stored, in_live = match(stored, live)
+    differences_R = np.zeros(stored.num_rows)
+    np.maximum.at(differences_R, stored.rows_E[in_stored], np.abs(stored.logprobs_E[in_stored] - live.logprobs_E[in_live]))
+    least_R = np.full(live.num_rows, np.inf)
+    np.minimum.at(least_R, live.rows_E, live.logprobs_E)
+    lone_E = np.ones(len(stored.rows_E), bool)
+    lone_E[in_stored] = False
+    np.maximum.at(differences_R, stored.rows_E[lone_E], stored.logprobs_E[lone_E] - least_R[stored.rows_E[lone_E]])
+    return differences_R
+
+
+def _outliers(differences: Sequence[NDArray[np.float64]]) -> tuple[float, list[tuple[int, int]]]:
+    """The typical difference, and (sequence, row) of those that are far beyond it, the greatest first."""
+    together = np.concatenate(differences)
+    if not len(together):
+        return math.nan, []
+    typical = float(np.median(together))
+    limit = max(OUTLIER_NATS, OUTLIER_FACTOR * typical)
+    found = [(-rows_R[row], s, int(row)) for s, rows_R in enumerate(differences) for row in np.flatnonzero(rows_R > limit)]
+    return typical, [(s, row) for _, s, row in sorted(found)]
+
+
+def _position(stored: Rows, positions_R: NDArray[np.int64], number: int) -> int:
+    """The position of a row of those that `paired` has kept."""
+    filled_R = np.bincount(stored.rows_E, minlength=stored.num_rows) > 0
+    return int(positions_R[filled_R & (positions_R >= 0)][number])
+
+
+def _fitted_error(stored: Rows, live: Rows, approximate_from: int | None) -> float:
+    if approximate_from is None:
+        return math.nan
+    in_stored, in_live = match(stored, live)
+    is_fitted_C = (ranks(stored) >= approximate_from)[in_stored]
+    errors_C = np.abs(stored.logprobs_E[in_stored] - live.logprobs_E[in_live])[is_fitted_C]
+    return float(errors_C.mean()) if len(errors_C) else math.nan
 
 
 def live_selection(widest: int, vocab_size: int) -> SelectionInfo:
@@ -124,6 +213,11 @@ def stored_rows(sequence: ForeignSequence, values: ValueKind) -> Rows:
     logprobs_E = as_logprobs(sequence.values_E[:, None], values, log_z_E)[:, 0]
     rows = ragged_rows(sequence.counts_R, sequence.token_ids_E, logprobs_E)
     kept_E = np.isfinite(logprobs_E) & (sequence.token_ids_E >= 0)
+    extra_R = extra_rows(sequence, values)
+    if extra_R.any():  # `divergence` bounds what is not stored by a row's least entry, which must not be the text's choice
+        least_R = np.full(rows.num_rows, np.inf)
+        np.minimum.at(least_R, rows.rows_E[kept_E], logprobs_E[kept_E])
+        kept_E &= ~(extra_R[rows.rows_E] & (logprobs_E <= least_R[rows.rows_E]))
     return Rows(rows.num_rows, rows.rows_E[kept_E], rows.ids_E[kept_E], np.minimum(rows.logprobs_E[kept_E], 50.0))
 
 
@@ -139,10 +233,14 @@ def paired(stored: Rows, live: Rows, positions_R: NDArray[np.int64]) -> tuple[Ro
     return live.take(positions_R[rows]), stored.take(rows)
 
 
+def ranks(rows: Rows) -> NDArray[np.int64]:
+    """(E,) the place of each entry in its row."""
+    return np.arange(len(rows.rows_E)) - np.searchsorted(rows.rows_E, rows.rows_E)
+
+
 def leading(rows: Rows, number: int) -> Rows:
     """The first entries of each row."""
-    rank_E = np.arange(len(rows.rows_E)) - np.searchsorted(rows.rows_E, rows.rows_E)
-    kept_E = rank_E < number
+    kept_E = ranks(rows) < number
     return Rows(rows.num_rows, rows.rows_E[kept_E], rows.ids_E[kept_E], rows.logprobs_E[kept_E])
 
 

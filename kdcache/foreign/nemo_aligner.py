@@ -45,7 +45,8 @@ def _sequences(table: Table) -> Iterator[ForeignSequence]:
             continue
         counts_R, token_ids_E, values_E = ragged(where, nested_ids, nested_values)
         ids_N, learnt_N = _text(where, row, to_ids(where, tokens))
-        kept_R = np.arange(len(counts_R)) < len(ids_N)
+        # The text's last token comes from a label, and the file's row at its index is that of a token of padding.
+        kept_R = np.arange(len(counts_R)) < len(ids_N) - (learnt_N is not None)
         kept_E = np.repeat(kept_R, counts_R)
         log_z_R = flat(row.get(LOG_Z), f"{where}: {LOG_Z}")
         if log_z_R is not None and len(log_z_R) != len(counts_R):

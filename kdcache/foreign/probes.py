@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.foreign.base import ForeignSequence, ValueKind
-from kdcache.foreign.blocks import SHIFTS, Block, blocks, has_duplicates, logsumexp
+from kdcache.foreign.blocks import SHIFTS, Block, blocks, extra_rows, has_duplicates, logsumexp
+from kdcache.foreign.proof import Proof
 
 CLAIMED = SHIFTS.index(0)
 INVERSE_TEMPERATURES = 2.0 ** np.linspace(-2.0, 2.0, 17)
@@ -35,6 +36,12 @@ TAIL_RISE_NATS = 0.1
 MAX_CALIBRATION_ROWS = 20_000
 """The peak over inverse temperatures stands long before, and 17 exponentials per entry are half the time."""
 
+MAX_UNIT_PROBS = 4096
+"""Enough to see whether all are multiples of one number."""
+
+NEGATED_MASS = 0.05
+"""Logits are above 0 too; but exp(-logit) of the greatest ones adds up to next to nothing."""
+
 SEAM_STEPS, SEAM_FACTOR = 4, 3.0
 """The step from the last exact entry to the first fitted one, beside the greatest of this many steps before it."""
 
@@ -45,7 +52,10 @@ class Tally:
 
     Attributes:
         num_sequences, num_tokens, num_rows, num_entries: read.
-        num_missing_rows: rows without entries.
+        num_missing_rows: rows without entries, or whose entries are all -inf.
+        num_rowless_sequences: sequences without a row that has an entry.
+        num_rows_outside, num_longer_sequences: rows at no token of their text, and the sequences that have some.
+        num_uncovered, num_shorter_sequences: positions with a target to be learnt and no row, and the sequences that have some.
         has_log_z: whether rows came with their normaliser.
         sizes: entries in a row -> number of rows.
         min_value, max_value: of the finite values, as stored.
@@ -60,6 +70,10 @@ class Tally:
         num_unsorted_rows, num_duplicate_rows, num_negative_ids, max_id: as they say.
         num_padded_ids, padded_mass: entries with an id that the tokenizer does not have, and their probability.
         num_rising_tail_rows, max_tail_rise: rows whose fitted part rises, and the steepest rise in nats.
+        tail_rise_sum: over rows, of probability times nats by which fitted values lie above an earlier one.
+        num_heavy_exact_rows: of the heavy rows, those that are too heavy without their fitted part.
+        num_negated_rows: rows whose values are none below 0, rise, and are logprobs with the other sign.
+        unit_row_probs: probabilities of some rows that sum to 1.
         num_seam_rows: rows that fall off a step where the fitted part begins.
         num_first_smallest: rows that start with their least entry.
         least_is_target: per shift, size of row -> rows whose target is their least entry.
@@ -70,6 +84,7 @@ class Tally:
             to the claimed alignment.
         calibration_sum: [shift, inverse temperature] conditional log-likelihood of targets inside the support, of the first
             MAX_CALIBRATION_ROWS of them.
+        proof: hits beside masses.
     """
 
     vocab_size: int | None = None
@@ -80,6 +95,11 @@ class Tally:
     num_rows: int = 0
     num_entries: int = 0
     num_missing_rows: int = 0
+    num_rowless_sequences: int = 0
+    num_rows_outside: int = 0
+    num_longer_sequences: int = 0
+    num_uncovered: int = 0
+    num_shorter_sequences: int = 0
     has_log_z: bool = False
     sizes: Counter[int] = field(default_factory=Counter)
     min_value: float = math.inf
@@ -105,6 +125,10 @@ class Tally:
     padded_mass: float = 0.0
     num_rising_tail_rows: int = 0
     max_tail_rise: float = 0.0
+    tail_rise_sum: float = 0.0
+    num_heavy_exact_rows: int = 0
+    num_negated_rows: int = 0
+    unit_row_probs: list[float] = field(default_factory=list)
     num_seam_rows: int = 0
     num_first_smallest: int = 0
     least_is_target: list[Counter[int]] = field(default_factory=lambda: [Counter() for _ in SHIFTS])
@@ -114,6 +138,7 @@ class Tally:
     score_sum: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
     score_diff_sum: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
     score_diff_squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
+    proof: Proof = field(default_factory=Proof)
     calibration_sum: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(SHIFTS), len(INVERSE_TEMPERATURES))))
 
     def add_sequence(self, sequence: ForeignSequence, values: ValueKind) -> None:
@@ -123,7 +148,9 @@ class Tally:
         self.num_rows += len(sequence.counts_R)
         self.num_entries += len(sequence.values_E)
         self.has_log_z |= sequence.log_z_R is not None
+        missing_before = self.num_missing_rows
         self.num_missing_rows += int((sequence.counts_R == 0).sum())
+        extra_R = extra_rows(sequence, values)
         for block in blocks(sequence, values):
             self._add_values(block)
             self._add_ids(block)
@@ -132,6 +159,25 @@ class Tally:
                 self._add_tail(block, self.approximate_from)
             if sequence.input_ids_N is not None:
                 self._add_alignment(block)
+                self.proof.add_block(block, sequence, extra_R)
+        self.proof.close(sequence)
+        if self.num_missing_rows - missing_before == len(sequence.counts_R):
+            self.num_rowless_sequences += 1
+        elif sequence.input_ids_N is not None:
+            self._add_row_count(sequence)
+
+    def _add_row_count(self, sequence: ForeignSequence) -> None:
+        assert sequence.input_ids_N is not None
+        num_tokens = len(sequence.input_ids_N)
+        inside_R = (sequence.positions_R >= 0) & (sequence.positions_R < num_tokens)
+        outside = int((~inside_R & (sequence.counts_R > 0)).sum())
+        to_learn_N = np.ones(num_tokens, np.bool_) if sequence.learnt_N is None else sequence.learnt_N.copy()
+        to_learn_N[sequence.positions_R[inside_R] + 1 - num_tokens] = False  # position t is about token t + 1; the last of none
+        uncovered = int(to_learn_N[1:].sum())
+        self.num_rows_outside += outside
+        self.num_longer_sequences += outside > 0
+        self.num_uncovered += uncovered
+        self.num_shorter_sequences += uncovered > 0
 
     def _add_values(self, block: Block) -> None:
         values_E = block.values_RK[block.filled_RK]
@@ -141,22 +187,30 @@ class Tally:
         self.num_nan += int(np.isnan(values_E).sum())
         self.num_positive_infinite += int(np.isposinf(values_E).sum())
         self.num_negative_infinite += int(np.isneginf(values_E).sum())
+        self.num_missing_rows += int(np.isneginf(block.logprobs_RK).all(axis=1).sum())
         top_R = np.where(block.filled_RK, block.values_RK, -np.inf).max(axis=1)
         self.num_positive_rows += int((top_R > 0).sum())
         self.num_zero_topped_rows += int((top_R == 0).sum())
         inside_RK = ~block.filled_RK | ((block.values_RK >= 0) & (block.values_RK <= 1))
         with np.errstate(invalid="ignore"):
+            negated_R = np.exp(-np.where(block.filled_RK, np.maximum(block.values_RK, 0.0), np.inf)).sum(axis=1)
+            is_positive_R = (~block.filled_RK | (block.values_RK >= 0)).all(axis=1)
+            rises_R = block.values_RK[:, 0] <= np.where(block.filled_RK, block.values_RK, np.inf).min(axis=1)
+            self.num_negated_rows += int(
+                (is_positive_R & rises_R & (negated_R >= NEGATED_MASS) & (negated_R <= 1 + ROUNDING)).sum()
+            )
             sum_R = np.where(block.filled_RK, block.values_RK, 0).sum(axis=1)
             self.num_prob_rows += int((inside_RK.all(axis=1) & (sum_R <= 1 + ROUNDING) & (sum_R > 0)).sum())
         self.sizes.update(dict(zip(*(a.tolist() for a in np.unique(block.counts_R, return_counts=True)), strict=True)))
 
     def _add_ids(self, block: Block) -> None:
-        ids_E = block.ids_RK[block.filled_RK]
+        # An entry that the engine did not give is -inf, and its id uninitialised memory; it is left out when converted.
+        ids_E = block.ids_RK[block.filled_RK & ~np.isneginf(block.logprobs_RK)]
         self.max_id = max(self.max_id, int(ids_E.max(initial=-1)))
         self.num_negative_ids += int((ids_E < 0).sum())
         falls_RK = block.logprobs_RK[:, 1:] > block.logprobs_RK[:, :-1]
         self.num_unsorted_rows += int((falls_RK & block.filled_RK[:, 1:]).any(axis=1).sum())
-        self.num_duplicate_rows += int(has_duplicates(block.ids_RK, block.filled_RK).sum())
+        self.num_duplicate_rows += int(has_duplicates(block.ids_RK, block.filled_RK & ~np.isneginf(block.logprobs_RK)).sum())
         if self.tokenizer_size is not None:
             padded_RK = block.filled_RK & (block.ids_RK >= self.tokenizer_size)
             self.num_padded_ids += int(padded_RK.sum())
@@ -173,6 +227,9 @@ class Tally:
         self.mass_sum += float(mass_R.sum())
         self.mass_max = max(self.mass_max, float(mass_R.max(initial=0)))
         self.num_heavy_rows += int((mass_R > 1 + ROUNDING).sum())
+        unit_RK = logprobs_RK[np.abs(mass_R - 1) <= ROUNDING]
+        if len(self.unit_row_probs) < MAX_UNIT_PROBS:
+            self.unit_row_probs += np.exp(unit_RK[unit_RK > -np.inf]).tolist()[:MAX_UNIT_PROBS]
         is_unit_R = np.abs(mass_R - 1) <= ROUNDING
         self.num_unit_rows += int(is_unit_R.sum())
         owed_R = COMPLETE_SHARE * counts_R * least_R
@@ -188,6 +245,13 @@ class Tally:
         rise_R = np.nan_to_num(rises_RK, nan=0.0, posinf=0.0).max(axis=1, initial=0.0)
         self.num_rising_tail_rows += int((rise_R > TAIL_RISE_NATS).sum())
         self.max_tail_rise = max(self.max_tail_rise, float(rise_R.max(initial=0.0)))
+        finite_RK = np.where(both_RK & np.isfinite(tail_RK[:, 1:]), tail_RK[:, 1:], -np.inf)
+        least_RK = np.minimum.accumulate(np.where(np.isfinite(tail_RK), tail_RK, np.inf), axis=1)[:, :-1]
+        over_RK = np.maximum(np.where(np.isfinite(finite_RK), finite_RK - least_RK, 0.0), 0.0)
+        self.tail_rise_sum += float((np.exp(np.minimum(finite_RK, 0.0)) * over_RK).sum())
+        with np.errstate(over="ignore", invalid="ignore"):
+            exact_R = np.exp(block.logprobs_RK[:, :first]).sum(axis=1)
+        self.num_heavy_exact_rows += int((exact_R > 1 + ROUNDING).sum())
         if first > SEAM_STEPS and tail_RK.shape[1] > 1:
             before_RK = block.logprobs_RK[:, first - 1 - SEAM_STEPS : first]
             with np.errstate(invalid="ignore"):

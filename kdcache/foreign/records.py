@@ -82,15 +82,21 @@ def to_record(sequence: ForeignSequence, options: RecordOptions, account: Accoun
     if ids_N is None or not len(ids_N):
         account.left_out["rows without tokens"] += len(sequence.counts_R)
         return None
-    _check_ids(sequence, options.vocab_size)
+    _check_ids(sequence, options.values, options.vocab_size)
     positions_R = sequence.positions_R + options.shift
-    kept_R = _kept(sequence, positions_R, account)
+    kept_R = _kept(sequence, positions_R, options.values, account)
     if not kept_R.any():
+        account.left_out["sequences without a row"] += 1
         return None
     following_N = np.append(ids_N[1:], NO_TARGET)
     targets_R = np.where(kept_R, following_N[np.clip(positions_R, 0, len(ids_N) - 1)], NO_TARGET)
     entries, known_R = _entries(sequence, kept_R, targets_R, options, account)
-    rows = np.flatnonzero(kept_R)
+    has_entries_R = np.bincount(entries.rows_E, minlength=len(kept_R)) > 0
+    account.left_out["rows that a repair leaves no entry in"] += int((kept_R & ~has_entries_R).sum())
+    rows = np.flatnonzero(kept_R & has_entries_R)
+    if not len(rows):
+        account.left_out["sequences without a row"] += 1
+        return None
     supervised_N = np.zeros(len(ids_N), np.bool_)
     supervised_N[positions_R[rows]] = True
     distributions = _distributions(entries, rows, targets_R, known_R, account)
@@ -110,8 +116,10 @@ def to_record(sequence: ForeignSequence, options: RecordOptions, account: Accoun
     )
 
 
-def _check_ids(sequence: ForeignSequence, vocab_size: int) -> None:
-    for what, ids in (("a token of the text", sequence.input_ids_N), ("a stored entry", sequence.token_ids_E)):
+def _check_ids(sequence: ForeignSequence, values: ValueKind, vocab_size: int) -> None:
+    # Where an engine gave no entry the value is -inf, and the id uninitialised memory.
+    given = sequence.token_ids_E[~np.isneginf(as_logprobs(sequence.values_E[:, None], values, None)[:, 0])]
+    for what, ids in (("a token of the text", sequence.input_ids_N), ("a stored entry", given)):
         if ids is not None and len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             bad = int(ids.max()) if ids.min() >= 0 else int(ids.min())
             raise InputError(
@@ -119,10 +127,13 @@ def _check_ids(sequence: ForeignSequence, vocab_size: int) -> None:
             )
 
 
-def _kept(sequence: ForeignSequence, positions_R: NDArray[np.int64], account: Account) -> NDArray[np.bool_]:
+def _kept(sequence: ForeignSequence, positions_R: NDArray[np.int64], values: ValueKind, account: Account) -> NDArray[np.bool_]:
     assert sequence.input_ids_N is not None
     num_tokens = len(sequence.input_ids_N)
-    filled_R = sequence.counts_R > 0
+    # A row whose entries are all -inf says nothing: it is missing, and must not be learnt as a tail of mass 1.
+    rows_E = np.repeat(np.arange(len(sequence.counts_R)), sequence.counts_R)
+    given_E = ~np.isneginf(as_logprobs(sequence.values_E[:, None], values, None)[:, 0])
+    filled_R = np.bincount(rows_E[given_E], minlength=len(sequence.counts_R)) > 0
     inside_R = (positions_R >= 0) & (positions_R < num_tokens)
     kept_R = filled_R & inside_R
     account.left_out["empty rows"] += int((~filled_R).sum())

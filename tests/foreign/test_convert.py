@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foreign_cases import Item, K, Truth, changed, items, log_softmax, with_extra_target, write_columns, write_rows
+from foreign_cases import Item, K, Truth, changed, few_rows, items, log_softmax, with_extra_target, write_columns, write_rows
 
 import kdcache
 from kdcache.errors import InputError, MismatchError
@@ -214,11 +214,7 @@ def test_what_cannot_be_mended_is_refused_with_every_reason(truth: Truth, tmp_pa
 
 
 def test_an_unclear_place_is_taken_on_trust_by_name_only(truth: Truth, tmp_path: Path):
-    made = items(truth)
-    rng = np.random.default_rng(0)
-    for item in made:
-        item.input_ids = rng.integers(0, 512, len(item.input_ids)).tolist()
-    path = write_columns(tmp_path / "a.parquet", made)
+    path = write_columns(tmp_path / "a.parquet", few_rows(truth))
     assert "(--accept alignment_unclear takes it on trust)" in refused(path, tmp_path / "no")
     converted(path, tmp_path / "cache", accept=frozenset({"alignment_unclear"}))
 

@@ -55,7 +55,7 @@ def test_shifted_rows_are_found_in_text_that_the_teacher_did_not_write(
         wrapped = 0 if shift < 0 else -1
         item.ids[wrapped], item.values[wrapped] = [], []
     path = write_columns(tmp_path / "a.parquet", made)
-    assert defects(examine(path, ExamineOptions())) == {"alignment_unclear": None}
+    assert defects(examine(path, ExamineOptions())) == {"foreign_rows": None}
     assert defects(look(path, teacher)) == {"shifted_rows": f"--shift {shift:+d}"}
 
 

@@ -46,7 +46,8 @@ def slow(made: ForeignSequence) -> dict[str, Any]:
             continue
         found["sizes"][len(ids)] += 1
         found["unsorted"] += any(b > a for a, b in pairwise(values))
-        found["duplicates"] += len(set(ids)) < len(ids)
+        given = [i for i, value in zip(ids, values, strict=True) if value > -math.inf]
+        found["duplicates"] += len(set(given)) < len(given)
         if max(values) > -math.inf:
             found["masses"].append(sum(map(math.exp, values)))
         targets = [made.input_ids_N[r + 1 + s] if 0 <= r + 1 + s < len(made.input_ids_N) else None for s in SHIFTS]

@@ -1,0 +1,267 @@
+"""Whether rows belong to their text, without the teacher: how often the target is in the support, beside the rows' mass.
+
+A row that gives its support the probability m says that the target is outside it with probability 1 - m. Over the rows of a
+text that its teacher is calibrated on, misses and that add up. A row beside the wrong token misses far more often.
+
+Shape letters: R rows, S shifts, G tilts of the bound. README.md defines the numbers and says what was measured.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.foreign.base import ForeignSequence
+from kdcache.foreign.blocks import SHIFTS, Block
+
+_SIZES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+TILTS_G = np.array([*(-size for size in _SIZES), *_SIZES, 5.0, 6.0, 7.0, 8.0])
+"""Of the exponential in Chernoff's bound: the odds of a miss are multiplied by exp of these; small ones for many rows."""
+
+LEAST_MISS = 4e-3
+"""A row of bfloat16 has no better known mass; and every text has a typing error that no teacher expects."""
+
+BEYOND, WITHIN = 6.0, 3.0
+"""Deviations from which on chance is no explanation, and up to which it is."""
+
+FOREIGN_SHARE, SOUND_SHARE = 0.7, 0.85
+"""How much of the way from chance hits to those that the rows claim must be found. A chat model that is surer of plain text
+than it should be stays above the upper one; half of the rows out of place stay below the lower one."""
+
+MIN_COMMON_SHARE = 0.3
+"""Of all rows together; below it they are all foreign, and none is to be named."""
+
+MIN_ROWS = 32
+MIN_CLAIM = 0.05
+"""Rows that hold (nearly) the whole vocabulary hit any text: they must claim this much more than chance."""
+
+NUM_SUSPECTS, NUM_ASKED = 1000, 4
+"""Sequences that are kept by name, and those that are kept whole for a teacher to be asked about."""
+
+Verdict = Literal["proven", "consistent", "unclear", "foreign", "untested"]
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A sequence with fewer hits than its rows claim.
+
+    Attributes:
+        source: where it is.
+        deviations: negative; before the number of sequences is taken into account.
+        claimed, found, chance: shares of its rows, as in `Evidence`.
+        other_shift: a shift under which the same rows fit; None where there is none.
+    """
+
+    source: str
+    deviations: float
+    claimed: float
+    found: float
+    chance: float
+    other_shift: int | None
+
+    @property
+    def share(self) -> float:
+        """Of the way from chance to what the rows claim, how much is found."""
+        return share(self.claimed, self.found, self.chance)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What hits and masses say of one shift of the rows.
+
+    Attributes:
+        shift: which.
+        num_rows, num_sequences: that could be looked at.
+        claimed: mean mass of the rows: the share of targets that should be in the support.
+        found: the share that is.
+        chance: the same under the other shift that hits less often.
+        deviations: of all rows, negative for too few hits; exp(-deviations^2 / 2) bounds how likely that is.
+        worst: that of the worst sequence, with the number of sequences taken into account; 0 where chance explains it.
+        rival: of the other shift that fits best.
+        suspects: sequences beyond chance and below FOREIGN_SHARE, the worst first; NUM_SUSPECTS at most.
+        verdict: `proven`: this shift fits, and the others do not; `consistent`: it fits, and so does another; `unclear`;
+            `foreign`; `untested`: too few rows, or rows that hit any text.
+    """
+
+    shift: int
+    num_rows: int
+    num_sequences: int
+    claimed: float
+    found: float
+    chance: float
+    deviations: float
+    worst: float
+    rival: float
+    suspects: tuple[Suspect, ...]
+    verdict: Verdict
+
+    @property
+    def share(self) -> float:
+        """Of the way from chance to what the rows claim, how much is found."""
+        return share(self.claimed, self.found, self.chance)
+
+
+@dataclass
+class _Sums:
+    """Of rows, per shift: how many, their misses, the misses that they claim, and the bound's logarithm per tilt."""
+
+    rows_S: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
+    misses_S: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
+    claimed_S: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
+    bound_SG: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(SHIFTS), len(TILTS_G))))
+
+    def add(self, other: _Sums) -> None:
+        self.rows_S += other.rows_S
+        self.misses_S += other.misses_S
+        self.claimed_S += other.claimed_S
+        self.bound_SG += other.bound_SG
+
+    def deviations(self, index: int) -> float:
+        """Signed root of twice Chernoff's exponent: for many rows what (hits - masses) / sqrt(sum m (1 - m)) is."""
+        excess = self.misses_S[index] - self.claimed_S[index]
+        exponents_G = TILTS_G * self.misses_S[index] - self.bound_SG[index]
+        best = float(exponents_G[TILTS_G * excess >= 0].max(initial=0.0))
+        return -math.copysign(math.sqrt(2 * best), excess) if best > 0 else 0.0
+
+    def shares(self, index: int) -> tuple[float, float, float]:
+        """The hits that are claimed, found, and found by chance, per row."""
+        rows = self.rows_S
+        found_S = 1 - np.divide(self.misses_S, rows, out=np.ones(len(SHIFTS)), where=rows > 0)
+        others = [float(found_S[i]) for i in range(len(SHIFTS)) if i != index and rows[i]]
+        claimed = 1 - float(self.claimed_S[index] / rows[index]) if rows[index] else math.nan
+        return claimed, float(found_S[index]), min(others, default=0.0)
+
+
+@dataclass
+class Proof:
+    """Totals over sequences: `add_block` for each block of one, then `close`."""
+
+    total: _Sums = field(default_factory=_Sums)
+    num_sequences: int = 0
+    _current: _Sums = field(default_factory=_Sums)
+    _worst: list[list[tuple[float, int, Suspect]]] = field(default_factory=lambda: [[] for _ in SHIFTS])
+    _whole: list[tuple[float, int, ForeignSequence]] = field(default_factory=list)
+
+    def add_block(self, block: Block, sequence: ForeignSequence, extra_R: NDArray[np.bool_]) -> None:
+        """Rows of one sequence; `extra_R` are rows whose least entry the text itself may have chosen (`blocks.extra_rows`)."""
+        given_RK = block.filled_RK & (block.logprobs_RK > -np.inf) & (block.logprobs_RK < np.inf)
+        given_RK = _without_least(given_RK, block.logprobs_RK, extra_R[block.rows_R])
+        mass_R = np.where(given_RK, np.exp(np.minimum(block.logprobs_RK, 50.0)), 0.0).sum(axis=1)
+        miss_R = np.clip(1 - mass_R, LEAST_MISS, 1.0)
+        usable_R = given_RK.any(axis=1) & ~np.isnan(block.logprobs_RK).any(axis=1) & (mass_R < 2)
+        usable_SR = usable_R & (block.targets_SR >= 0) & _learnt(sequence, block)
+        bound_RG = np.log1p(miss_R[:, None] * np.expm1(TILTS_G))
+        hits_SR = np.stack([(given_RK & (block.ids_RK == targets_R[:, None])).any(axis=1) for targets_R in block.targets_SR])
+        self._current.add(_Sums(
+            usable_SR.sum(axis=1).astype(np.float64), (usable_SR & ~hits_SR).sum(axis=1).astype(np.float64),
+            usable_SR @ miss_R, usable_SR.astype(np.float64) @ bound_RG,
+        ))  # fmt: skip
+
+    def close(self, sequence: ForeignSequence) -> None:
+        """The sequence is at its end."""
+        sums, self._current = self._current, _Sums()
+        if not sums.rows_S.any():
+            return
+        self.total.add(sums)
+        self.num_sequences += 1
+        for index in range(len(SHIFTS)):
+            deviations = sums.deviations(index)
+            if deviations >= -WITHIN:
+                continue
+            suspect = Suspect(sequence.source, deviations, *sums.shares(index), _other_shift(sums, index))
+            _keep(self._worst[index], NUM_SUSPECTS, (-deviations, self.num_sequences, suspect))
+            if SHIFTS[index] == 0:
+                _keep(self._whole, NUM_ASKED, (-deviations, self.num_sequences, sequence))
+
+    def at(self, shift: int) -> Evidence:
+        """What is known of the rows under a shift."""
+        index = SHIFTS.index(shift)
+        claimed, found, chance = self.total.shares(index)
+        deviations = self.total.deviations(index)
+        known = sorted((suspect for _, _, suspect in self._worst[index]), key=lambda suspect: suspect.deviations)
+        worst = self._among_all(known[0].deviations) if known else 0.0
+        # What all sequences have in common, as an applied temperature, makes none of them foreign.
+        common = share(claimed, found, chance)
+        limit = FOREIGN_SHARE * min(common, 1.0) if common > MIN_COMMON_SHARE else -math.inf
+        foreign = [s for s in known if self._among_all(s.deviations) <= -BEYOND and s.share < limit]
+        rivals = [self.total.deviations(i) for i in range(len(SHIFTS)) if i != index]
+        num_rows = int(self.total.rows_S[index])
+        found_here = Evidence(
+            shift,
+            num_rows,
+            self.num_sequences,
+            claimed,
+            found,
+            chance,
+            deviations,
+            worst,
+            max(rivals),
+            tuple(foreign),
+            "untested",
+        )
+        return replace(found_here, verdict=_verdict(found_here, float(np.delete(self.total.rows_S, index).min())))
+
+    def suspects(self) -> list[ForeignSequence]:
+        """Whole sequences that a teacher should be asked about, the worst first; those that chance explains are left out."""
+        kept = sorted(self._whole, key=lambda item: -item[0])
+        return [sequence for found, _, sequence in kept if self._among_all(-found) <= -WITHIN]
+
+    def _among_all(self, deviations: float) -> float:
+        """Deviations of one sequence, as the worst of this many: a bound that is N times as great."""
+        rest = deviations**2 - 2 * math.log(max(self.num_sequences, 1))
+        return -math.sqrt(rest) if rest > 0 else 0.0
+
+
+def _verdict(evidence: Evidence, rows_of_rivals: float) -> Verdict:
+    e = evidence
+    if e.num_rows < MIN_ROWS or not e.claimed - min(e.chance, e.found) > MIN_CLAIM:
+        return "untested"
+    if e.suspects or (e.deviations <= -BEYOND and e.share < FOREIGN_SHARE):
+        return "foreign"
+    if e.deviations <= -BEYOND and e.share < SOUND_SHARE:
+        return "unclear"
+    return "proven" if e.rival <= -BEYOND and rows_of_rivals and e.found > e.chance else "consistent"
+
+
+def share(claimed: float, found: float, chance: float) -> float:
+    """Of the way from chance to what the rows claim, how much is found; 1 where there is no way."""
+    room = claimed - chance
+    return (found - chance) / room if room > MIN_CLAIM else 1.0
+
+
+def _other_shift(sums: _Sums, index: int) -> int | None:
+    for other, shift in enumerate(SHIFTS):
+        if other != index and sums.rows_S[other] and sums.deviations(other) > -WITHIN:
+            return shift
+    return None
+
+
+def _without_least(
+    given_RK: NDArray[np.bool_], logprobs_RK: NDArray[np.float64], extra_R: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    if not extra_R.any():
+        return given_RK
+    least_R = np.where(given_RK, logprobs_RK, np.inf).argmin(axis=1)
+    kept_RK = given_RK.copy()
+    kept_RK[np.flatnonzero(extra_R), least_R[extra_R]] = False
+    return kept_RK
+
+
+def _learnt(sequence: ForeignSequence, block: Block) -> NDArray[np.bool_]:
+    """(S, R) whether the token that a row would be about is one that the file's own mask does not leave out, as padding."""
+    if sequence.learnt_N is None:
+        return np.ones(block.targets_SR.shape, np.bool_)
+    at_SR = sequence.positions_R[block.rows_R] + 1 + np.array(SHIFTS)[:, None]
+    return sequence.learnt_N[np.clip(at_SR, 0, len(sequence.learnt_N) - 1)]
+
+
+def _keep(kept: list, size: int, item: tuple) -> None:
+    if len(kept) < size:
+        heapq.heappush(kept, item)
+    else:
+        heapq.heappushpop(kept, item)
