@@ -9,7 +9,7 @@ from kdcache.foreign.blocks import SHIFTS
 from kdcache.foreign.live import Comparison
 
 SUPERSEDED = (
-    "shifted_rows", "alignment_unclear", "temperature_applied", "foreign_rows", "foreign_sequences", "too_few_hits",
+    "shifted_rows", "alignment_unclear", "temperature_applied", "foreign_rows", "foreign_sequences", "few_hits", "many_hits",
     "broken_tails",
 )  # fmt: skip
 """Hints from the text and from the values that the teacher's word replaces."""
