@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import fixed_entries, fixed_exact, has_estimates, most_entries
 from kdcache.inputs.content import Item
+from kdcache.inputs.left_out import LeftOut
 from kdcache.store import chain
 from kdcache.store.writer import refuse_foreign_directory
 from kdcache.teacher import load_teacher
@@ -64,6 +65,7 @@ class CaptureEstimate:
             `measured`, by the probe.
         num_bytes: of all, the features included.
         tokens_per_second: measured, by a probe or by the units already published; None where nothing has been measured.
+        left_out: files, folders and links of the input that are not read.
     """
 
     plan: Plan
@@ -78,6 +80,7 @@ class CaptureEstimate:
     num_bytes: int
     tokens_per_second: float | None
     features: tuple[FeatureEstimate, ...] = ()
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def seconds_left(self) -> float | None:
@@ -169,6 +172,7 @@ def _scale(job: Job, items: list[Item], work: list[Work], probed: _Probed) -> Ca
         ),
         tokens_per_second=probed.tokens_per_second,
         features=features,
+        left_out=job.reader.left_out,
     )
 
 

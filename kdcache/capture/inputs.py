@@ -46,6 +46,8 @@ class InputReader(ItemReader):
         )
         if plan.num_items == plan.num_empty_items:
             raise InputError(f"{self.name}: nothing to read: {_count_empty(plan)}")
+        if self.config.limit == plan.num_items:
+            self.left_out.add("files after input.limit was reached", self.files[self.num_files_opened :])
         return plan
 
     def read(self, unit: Unit) -> list[Item]:
@@ -72,6 +74,7 @@ class InputReader(ItemReader):
     def close(self) -> None:
         """Let go of the file that is open."""
         self._open, self._next_item = iter(()), -1
+        super().close()
 
 
 def _count_empty(plan: Plan) -> str:

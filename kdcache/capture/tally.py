@@ -17,6 +17,7 @@ from kdcache.config.capture import RunConfig
 from kdcache.errors import CaptureError, KdcacheError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, SkippedSequence
+from kdcache.inputs.left_out import LeftOut
 from kdcache.store.set_aside import FailedUnit, record_failure
 from kdcache.store.writer import CacheWriter
 
@@ -46,6 +47,7 @@ class CaptureSummary:
         skipped: sequences left out of published units because they make them fail.
         is_stopped: it was asked to stop before it was through.
         num_workers_lost: workers of a cluster that died; others did their units.
+        left_out: files, folders and links of the input that nothing was read of.
     """
 
     path: str
@@ -63,6 +65,7 @@ class CaptureSummary:
     skipped: list[SkippedSequence] = field(default_factory=list)
     is_stopped: bool = False
     num_workers_lost: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def own_units(plan: Plan, run: RunConfig) -> tuple[Unit, ...]:
@@ -149,7 +152,15 @@ def units_before_fold(num_folded: int) -> int:
 def new_summary(job: Job, manifest: Manifest, *, num_units_before: int) -> CaptureSummary:
     """Of a run that has not done anything yet."""
     plan = job.plan
-    return CaptureSummary(str(job.path), manifest, len(plan.units), num_units_before, plan.num_items, plan.num_empty_items)
+    return CaptureSummary(
+        str(job.path),
+        manifest,
+        len(plan.units),
+        num_units_before,
+        plan.num_items,
+        plan.num_empty_items,
+        left_out=job.reader.left_out,
+    )
 
 
 def fold_if_due(job: Job, writer: CacheWriter) -> Manifest:

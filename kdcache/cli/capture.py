@@ -84,7 +84,8 @@ def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:
     manifest, run = summary.manifest, config.run
     if summary.num_units_captured == summary.num_units_left == 0:
         whose = f"rank {run.rank}'s units of " if run.world_size > 1 else ""
-        return f"{summary.path}: nothing to do; all {whose}{count(summary.num_units, 'unit')} are published"
+        done = f"{summary.path}: nothing to do; all {whose}{count(summary.num_units, 'unit')} are published"
+        return rows({"cache": done, "not read": str(summary.left_out)}) if summary.left_out else done
     counts = summary.counts
     shown = {
         "cache": f"{summary.path}: {count(manifest.total('num_sequences'), 'sequence')}, "
@@ -103,6 +104,7 @@ def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:
         (counts.num_truncated_tokens, "token", f"cut off {count(counts.num_truncated_items, 'item')} by policy 'truncate'"),
     ]
     shown["left out"] = "; ".join(f"{count(number, noun)} {what}" for number, noun, what in left_out if number)
+    shown["not read"] = str(summary.left_out)
     shown["workers"] = f"{count(summary.num_workers_lost, 'worker')} died; others did their units" * (
         summary.num_workers_lost > 0
     )
@@ -149,6 +151,7 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
     return rows(
         {
             "input": read,
+            **({"not read": str(estimate.left_out)} if estimate.left_out else {}),
             "plan": f"{count(len(plan.units), 'unit')}, {estimate.num_units_before:,} of them published already",
             **_tokens_row(config, estimate),
             "positions": f"{at_most} {estimate.num_positions:,}, {most}{estimate.bytes_per_position:.1f} bytes each "

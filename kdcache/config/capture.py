@@ -47,10 +47,11 @@ class InputConfig(Config, frozen=True, kw_only=True):
     """What the teacher reads.
 
     Attributes:
-        format: `txt` (each file is one text), `lines` (each line of a text file is one), `jsonl`, `parquet`, `arrow` (IPC
-            file or stream), or `dataset` (the `datasets` library: a hub name or a local path).
-        paths: files, folders or glob patterns, for all formats but `dataset`; folders are searched for the format's endings.
-            Relative to the working directory; read in sorted order.
+        format: `txt` (each file is one text), `lines` (each line of a text file is one), `jsonl` (JSON objects on lines, in an
+            array, or one after another), `parquet`, `arrow` (IPC file or stream), or `dataset` (the `datasets` library: a hub
+            name or a local path). Text and JSON may be compressed by gzip or zstd.
+        paths: files, folders or glob patterns, for all formats but `dataset`; folders are searched for the format's endings
+            (`jsonl`: .jsonl, .ndjson, .json, also with .gz or .zst). Relative to the working directory; read in sorted order.
         dataset: `dataset` only: hub name or local path.
         dataset_config: `dataset` only: the configuration's name, where there are several.
         split: `dataset` only: which split, as `datasets.load_dataset` takes it.

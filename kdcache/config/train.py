@@ -105,7 +105,8 @@ class HeldoutConfig(Config, frozen=True, kw_only=True):
     """Held-out text that is scored now and then while training, for the curve.
 
     Attributes:
-        data: JSON-lines file with a `text` or `input_ids` in each line; null to measure nothing while training.
+        data: JSON lines (also compressed), Parquet or Arrow, with a `text` or `input_ids` in each row; null to measure nothing
+            while training.
         every_steps: steps between two measurements; the first is before step 1, one more follows the last step.
         max_tokens: keep no more than these, in windows evenly spread over the file.
         window: most tokens in a sequence; longer texts are cut.

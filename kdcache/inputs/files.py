@@ -1,64 +1,146 @@
-"""Which files an input names, in an order that depends on their names alone."""
+"""Which files an input names, in an order that depends on their names alone, and what it leaves out."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from kdcache.errors import InputError
+from kdcache.inputs.left_out import LeftOut
 
+_COMPRESSED = ("", ".gz", ".zst")
 ENDINGS = {
-    "txt": (".txt",),
-    "lines": (".txt",),
-    "jsonl": (".jsonl", ".ndjson"),
+    "txt": tuple(f".txt{packed}" for packed in _COMPRESSED),
+    "lines": tuple(f".txt{packed}" for packed in _COMPRESSED),
+    "jsonl": tuple(f"{name}{packed}" for name in (".jsonl", ".ndjson", ".json") for packed in _COMPRESSED),
     "parquet": (".parquet",),
     "arrow": (".arrow", ".feather", ".ipc"),
 }
 """The endings that folders are searched for; a file that is named itself, or matched by a pattern, may end as it likes."""
 
 
-def find_files(paths: Iterable[str], input_format: str) -> list[str]:
-    """The files behind paths, folders and glob patterns.
+class FoundFiles(NamedTuple):
+    """Files: paths as a user would write them, each file once, sorted by their text. And what is not read."""
+
+    files: list[str]
+    left_out: LeftOut
+
+
+def find_files(paths: Iterable[str], input_format: str) -> FoundFiles:
+    """The files behind paths, folders and glob patterns. Links to files are followed, links to folders inside a folder are not.
 
     Args:
         paths: each a file, a folder (searched whole for the format's endings; hidden files and folders are left out), or a
             pattern with `*`, `?`, `[...]` or `**`.
         input_format: a key of ENDINGS.
 
-    Returns:
-        Paths as a user would write them, each once, sorted by their text.
-
     Raises:
         InputError: a path that does not exist, or one that leads to no file.
     """
+    left_out = LeftOut()
     found: set[str] = set()
     for path in paths:
-        matches = _matches(path, ENDINGS[input_format])
+        here = LeftOut()
+        matches = _matches(path, ENDINGS[input_format], here)
         if not matches:
-            raise InputError(_nothing(path, input_format))
+            raise InputError(_nothing(path, input_format, here))
         found.update(matches)
-    return sorted(found)
+        _take(here, left_out)
+    files: dict[str, str] = {}
+    for path in sorted(found):
+        if files.setdefault(_real(path), path) != path:
+            left_out.add("other names of files that are read", [path])
+    return FoundFiles(list(files.values()), left_out)
 
 
-def _matches(path: str, endings: tuple[str, ...]) -> list[str]:
+def _matches(path: str, endings: tuple[str, ...], left_out: LeftOut) -> list[str]:
     named = Path(path)
     if named.is_file():
         return [named.as_posix()]
     if named.is_dir():
-        return [file.as_posix() for file in named.rglob("*") if _is_wanted(file, named, endings)]
-    return [Path(match).as_posix() for match in glob.glob(path, recursive=True) if Path(match).is_file()]
+        return list(_search(path, endings, left_out))
+    return list(_match_pattern(path, left_out))
 
 
-def _is_wanted(file: Path, folder: Path, endings: tuple[str, ...]) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return not hidden and file.name.lower().endswith(endings) and file.is_file()
+def _search(folder: str, endings: tuple[str, ...], left_out: LeftOut) -> Iterator[str]:
+    """The files of a folder and its sub-folders."""
+
+    def closed(error: OSError) -> None:
+        left_out.add("folders that cannot be opened", [str(error.filename)])
+
+    for at, folders, names in os.walk(folder, onerror=closed):
+        # What is taken out of the list is not walked into.
+        folders[:] = [name for name in sorted(folders) if _is_walked(Path(at, name), left_out)]
+        for name in sorted(names):
+            path = Path(at, name)
+            if name.startswith("."):
+                left_out.add("hidden files", [path.as_posix()])
+            elif not path.is_file():
+                left_out.add(_kind(path), [path.as_posix()])
+            elif name.lower().endswith(endings):
+                yield path.as_posix()
+            else:
+                left_out.add("files of other endings", [path.as_posix()])
 
 
-def _nothing(path: str, input_format: str) -> str:
+def _is_walked(folder: Path, left_out: LeftOut) -> bool:
+    if folder.name.startswith("."):
+        left_out.add("hidden folders", [folder.as_posix()])
+    elif folder.is_symlink():
+        left_out.add("links to folders, which are read if named themselves", [folder.as_posix()])
+    else:
+        return True
+    return False
+
+
+def _match_pattern(pattern: str, left_out: LeftOut) -> Iterator[str]:
+    matched = set(glob.glob(pattern, recursive=True))
+    hidden = set(glob.glob(pattern, recursive=True, include_hidden=True)) - matched
+    left_out.add("hidden files", sorted(Path(path).as_posix() for path in hidden if Path(path).is_file()))
+    for match in sorted(matched):
+        path = Path(match)
+        if path.is_file():
+            yield path.as_posix()
+        elif not path.is_dir():
+            left_out.add(_kind(path), [path.as_posix()])
+        elif "**" not in pattern:  # which goes into them
+            left_out.add("folders that a pattern matches, which are read if named themselves", [path.as_posix()])
+
+
+def _kind(path: Path) -> str:
+    return "links that lead nowhere" if path.is_symlink() and not path.exists() else "names that are no plain files"
+
+
+def _take(here: LeftOut, all_of_them: LeftOut) -> None:
+    for reason, number in here.counts.items():
+        names = here.names[reason]
+        all_of_them.add(reason, names)
+        all_of_them.counts[reason] += number - len(names)
+
+
+def _real(path: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.realpath(path) if os.path.islink(path) else os.path.join(_real_folder(folder), name)
+
+
+@lru_cache(maxsize=1024)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _nothing(path: str, input_format: str, left_out: LeftOut) -> str:
+    there = f"; not read, {left_out}" if left_out else ""
     if Path(path).is_dir():
-        endings = " or ".join(ENDINGS[input_format])
-        return f"{path}: no file in this folder ends in {endings}, as input.format {input_format!r} asks"
+        endings = " or ".join(ending for ending in ENDINGS[input_format] if not ending.endswith(_COMPRESSED[1:]))
+        return f"{path}: no file in this folder ends in {endings}, as input.format {input_format!r} asks{there}"
+    if os.path.islink(path):
+        return f"{path}: this link leads nowhere (to {os.readlink(path)!r})"
+    if os.path.exists(path):
+        return f"{path}: not a plain file; an input is read more than once: save it as a file first"
     if glob.has_magic(path):
-        return f"{path}: no file matches this pattern (working directory {Path.cwd()})"
+        return f"{path}: no file matches this pattern (working directory {Path.cwd()}){there}"
     return f"{path}: no such file or folder (working directory {Path.cwd()})"

@@ -12,18 +12,28 @@ from functools import partial
 from kdcache.config.capture import InputConfig
 from kdcache.inputs.content import DEFAULT_FIELDS, START, Fields, Item, Place
 from kdcache.inputs.files import find_files
+from kdcache.inputs.left_out import LeftOut
+from kdcache.inputs.open_file import TextFiles
 
 _ReadFile = Callable[[str, int, Place], Iterator[Item]]
 
 
 class ItemReader:
-    """The items behind an InputConfig."""
+    """The items behind an InputConfig. Close it when done.
+
+    Attributes:
+        files: in the order in which they are read; none for a dataset.
+        left_out: what the input names and is not read.
+        num_files_opened: up to now; all files before that one are read.
+    """
 
     def __init__(self, config: InputConfig) -> None:
         """List the files, in the order in which they will be read; raises InputError where a path leads to none."""
         self.config = config
         self.fields = Fields(config.field or DEFAULT_FIELDS[config.content], config.content, config.domain_field)
-        self.files = [] if config.format == "dataset" else find_files(config.paths, config.format)
+        self.files, self.left_out = ([], LeftOut()) if config.format == "dataset" else find_files(config.paths, config.format)
+        self.num_files_opened = 0
+        self._opener = TextFiles()
 
     def items(self, start: Place = START) -> Iterator[Item]:
         """Every item from a place on, whatever the limit."""
@@ -32,9 +42,20 @@ class ItemReader:
 
             yield from read_dataset(self.config, start, self.fields)
             return
-        read = _file_reader(self.config, self.fields)
+        read = _file_reader(self.config, self.fields, self._opener)
         for file in range(start.file, len(self.files)):
-            yield from read(self.files[file], file, start if file == start.file else Place(file, 0, 0))
+            place = start if file == start.file else Place(file, 0, 0)
+            is_new, is_empty = file >= self.num_files_opened, True
+            self.num_files_opened = max(self.num_files_opened, file + 1)
+            for item in read(self.files[file], file, place):
+                is_empty = False
+                yield item
+            if is_new and is_empty:
+                self.left_out.add("files without any item", [self.files[file]])
+
+    def close(self) -> None:
+        """Let go of the file that is open."""
+        self._opener.close()
 
     @property
     def name(self) -> str:
@@ -42,7 +63,7 @@ class ItemReader:
         return f"dataset {self.config.dataset}" if self.config.dataset else ", ".join(self.config.paths)
 
 
-def _file_reader(config: InputConfig, fields: Fields) -> _ReadFile:
+def _file_reader(config: InputConfig, fields: Fields, opener: TextFiles) -> _ReadFile:
     """The function that reads one file of this format."""
     if config.format in ("parquet", "arrow"):
         from kdcache.inputs import table_files
@@ -52,5 +73,5 @@ def _file_reader(config: InputConfig, fields: Fields) -> _ReadFile:
     from kdcache.inputs import text_files
 
     if config.format == "jsonl":
-        return partial(text_files.read_jsonl, fields=fields)
-    return text_files.read_txt if config.format == "txt" else text_files.read_lines
+        return partial(text_files.read_jsonl, fields=fields, opener=opener)
+    return partial(text_files.read_txt if config.format == "txt" else text_files.read_lines, opener=opener)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdcache.errors import InputError
@@ -14,6 +16,7 @@ from kdcache.inputs.content import Fields, Item, Place, parse_content, parse_dom
 
 _ROWS_PER_READ = 1024
 _ARROW_FILE_MAGIC = b"ARROW1"
+_ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
 
 
 def read_parquet(path: str, file: int, start: Place, *, fields: Fields) -> Iterator[Item]:
@@ -28,7 +31,9 @@ def read_parquet(path: str, file: int, start: Place, *, fields: Fields) -> Itera
             groups, first_row = _groups_from(table.metadata, start.offset)
             batches = table.iter_batches(batch_size=_ROWS_PER_READ, row_groups=groups, columns=fields.names)
             yield from _rows(batches, path, Place(file, start.offset, start.number), first_row, fields)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of a damaged file Arrow raises what Python has: KeyError, TypeError, OverflowError, ...
         raise InputError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
 
 
@@ -45,14 +50,46 @@ def read_arrow(path: str, file: int, start: Place, *, fields: Fields) -> Iterato
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
             _check_columns(reader.schema, path, fields)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
-            yield from _rows(batches, path, Place(file, start.offset, start.number), 0, fields)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            yield from _rows(_while_whole(batches, path, source.size()), path, start._replace(file=file), 0, fields)
+    except InputError:
+        raise
+    except Exception as error:  # as above
         raise InputError(f"{path}: not a readable Arrow IPC file or stream: {_one_line(error)}") from error
+
+
+def table_columns(path: str) -> tuple[str | None, list[str]]:
+    """What a file is by its first bytes, `parquet`, `arrow` or None for no table, and its columns.
+
+    Raises:
+        InputError: a table that is damaged, or a file that cannot be opened.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+        if head.startswith(b"PAR1"):
+            return "parquet", list(pq.read_schema(path).names)
+        if head.startswith((_ARROW_FILE_MAGIC, _ARROW_STREAM_MAGIC)):
+            opened = pa.ipc.open_file if head.startswith(_ARROW_FILE_MAGIC) else pa.ipc.open_stream
+            with pa.memory_map(path) as source:
+                return "arrow", list(opened(source).schema.names)
+    except Exception as error:  # as above
+        raise InputError(f"{path}: cannot be read: {_one_line(error)}") from error
+    return None, []
 
 
 def column_values(column: pa.Array, kind: str) -> list[Any]:
     """One Python value per row; ids as arrays, which costs no Python object per token."""
-    if kind != "ids" or not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+    if isinstance(column.type, pa.BaseExtensionType):
+        return column_values(column.storage, kind)
+    if pa.types.is_dictionary(column.type):
+        return _picked(column_values(column.dictionary, kind), column.indices)
+    if pa.types.is_run_end_encoded(column.type):
+        return _picked(column_values(column.values, kind), _runs(column))
+    if kind == "text" and _is_binary(column.type):
+        column = column.cast(pa.large_string())
+    types = pa.types
+    is_list = types.is_list(column.type) or types.is_large_list(column.type)
+    if kind != "ids" or not is_list or not types.is_integer(column.type.value_type):
         return column.to_pylist()
     cells = [cell.values for cell in column]
     return [None if cell is None else cell.to_numpy() if not cell.null_count else cell.to_pylist() for cell in cells]
@@ -66,17 +103,32 @@ def item_of(value: Any, domain: Any, fields: Fields, source: str, place: Place) 
 
 def row_values(table: Any, fields: Fields) -> Iterator[tuple[Any, Any]]:
     """Content and domain (None where none is read) of each row of a record batch or of a table's chunk."""
-    values = column_values(table.column(fields.content), fields.kind)
-    yield from zip(values, repeat(None) if fields.domain is None else table.column(fields.domain).to_pylist(), strict=False)
+    domains = repeat(None) if fields.domain is None else column_values(table.column(fields.domain), "text")
+    yield from zip(column_values(table.column(fields.content), fields.kind), domains, strict=False)
 
 
 def _rows(batches: Iterator[Any], path: str, start: Place, first_row: int, fields: Fields) -> Iterator[Item]:
     row = first_row
     for batch in batches:
         skipped = min(max(start.offset - row, 0), batch.num_rows)
-        for index, (value, domain) in enumerate(row_values(batch.slice(skipped), fields), row + skipped):
-            yield item_of(value, domain, fields, f"{path}#{index}", Place(start.file, index, index))
+        if skipped < batch.num_rows:
+            used = batch.select(fields.names).slice(skipped)
+            # Offsets that lead out of a buffer would be followed, and end the process.
+            used.validate(full=True)
+            for index, (value, domain) in enumerate(row_values(used, fields), row + skipped):
+                yield item_of(value, domain, fields, f"{path}#{index}", Place(start.file, index, index))
         row += batch.num_rows
+
+
+def _while_whole(batches: Iterator[Any], path: str, num_bytes: int) -> Iterator[Any]:
+    """The batches, as long as the file keeps its size: a mapped file that was cut would end the process."""
+    while True:
+        if os.stat(path).st_size < num_bytes:
+            raise InputError(f"{path}: has been cut while it was read")
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _groups_from(metadata: Any, start: int) -> tuple[list[int], int]:
@@ -100,25 +152,65 @@ def _check_columns(schema: pa.Schema, path: str, fields: Fields) -> None:
 
 
 def check_names(names: Sequence[str], where: str, fields: Fields) -> None:
-    """Raise InputError where a column that is to be read is not there."""
+    """Raise InputError where a column that is to be read is not there, or is there twice."""
     for name in fields.names:
         if name not in names:
-            raise InputError(
-                f"{where}: no column {name!r}; the columns are {', '.join(map(repr, names))} (see {fields.option(name)})"
-            )
+            columns = f"the columns are {', '.join(map(repr, names))}" if names else "there are no columns at all"
+            raise InputError(f"{where}: no column {name!r}; {columns} (see {fields.option(name)})")
+        if names.count(name) > 1:
+            raise InputError(f"{where}: {names.count(name)} columns are named {name!r}; rename all but one of them")
 
 
 def _fits(column_type: pa.DataType, kind: str) -> bool:
     types = pa.types
-    if types.is_dictionary(column_type):
-        column_type = column_type.value_type
+    column_type = _plain_type(column_type)
     if types.is_null(column_type):
         return True
+    is_text = types.is_string(column_type) or types.is_large_string(column_type) or types.is_string_view(column_type)
     if kind == "text":
-        return types.is_string(column_type) or types.is_large_string(column_type) or types.is_string_view(column_type)
-    if not (types.is_list(column_type) or types.is_large_list(column_type) or types.is_fixed_size_list(column_type)):
+        return is_text or _is_binary(column_type)
+    if not _is_list(column_type):
         return False
-    return types.is_integer(column_type.value_type) if kind == "ids" else types.is_struct(column_type.value_type)
+    entry_type = _plain_type(column_type.value_type)
+    return types.is_integer(entry_type) if kind == "ids" else types.is_struct(entry_type)
+
+
+def _is_list(column_type: pa.DataType) -> bool:
+    types = pa.types
+    if types.is_list(column_type) or types.is_large_list(column_type) or types.is_fixed_size_list(column_type):
+        return True
+    return types.is_list_view(column_type) or types.is_large_list_view(column_type)
+
+
+def _is_binary(column_type: pa.DataType) -> bool:
+    """Bytes, as which some writers store text: it is text where they are UTF-8."""
+    types = pa.types
+    return types.is_binary(column_type) or types.is_large_binary(column_type) or types.is_binary_view(column_type)
+
+
+def _plain_type(column_type: pa.DataType) -> pa.DataType:
+    """The type of the values: a dictionary's, a run's, an extension's storage."""
+    types = pa.types
+    while True:
+        if types.is_dictionary(column_type) or types.is_run_end_encoded(column_type):
+            column_type = column_type.value_type
+        elif isinstance(column_type, pa.BaseExtensionType):
+            column_type = column_type.storage_type
+        else:
+            return column_type
+
+
+def _picked(values: list[Any], indices: pa.Array) -> list[Any]:
+    # Arrow's own decoding lacks some types, such as views.
+    return [None if index is None else values[index] for index in indices.to_pylist()]
+
+
+def _runs(column: Any) -> pa.Array:
+    """For each row the index of its run."""
+    numbers = pa.array(range(len(column.values)), pa.int64())
+    run_type = pa.run_end_encoded(column.run_ends.type, pa.int64())
+    runs = pa.RunEndEncodedArray.from_buffers(run_type, len(column), [None], 0, column.offset, [column.run_ends, numbers])
+    return pc.call_function("run_end_decode", [runs])
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Items of text files: a whole file, its lines, or JSON values on its lines.
+"""Items of text files: a whole file, its lines, or JSON values; gzip and zstd are read as what they hold.
 
 Lines end at \\n alone and are counted from 1, so that numbers agree with an editor's and a byte offset is enough to start at.
 """
@@ -7,69 +7,75 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from kdcache.errors import InputError
 from kdcache.inputs.content import Fields, Item, Place, parse_content, parse_domain
+from kdcache.inputs.json_faults import json_fault
+from kdcache.inputs.json_values import read_lines as _lines
+from kdcache.inputs.json_values import read_values
+from kdcache.inputs.open_file import MAX_ITEM_BYTES, TextFiles
 
 
-def read_txt(path: str, file: int, start: Place) -> Iterator[Item]:
+def read_txt(path: str, file: int, start: Place, *, opener: TextFiles) -> Iterator[Item]:
     """The one item of a file: all of it."""
     if start.number:
         return
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    with opener.open(path) as stream:
+        data = stream.read() if not stream.is_compressed else stream.read(MAX_ITEM_BYTES)
+        if stream.is_compressed and stream.read(1):
+            raise InputError(f"{path}: more than {MAX_ITEM_BYTES:,} bytes come out of this file: decompress it")
     yield Item(_decode(data.removeprefix(codecs.BOM_UTF8), path, first_line=1), path, Place(file, 0, 0))
 
 
-def read_lines(path: str, file: int, start: Place) -> Iterator[Item]:
+def read_lines(path: str, file: int, start: Place, *, opener: TextFiles) -> Iterator[Item]:
     """An item for each line, without its line end; a blank line is an empty item."""
-    for line, place in _lines(path, file, start):
-        number = place.number + 1
-        yield Item(_decode(line, path, first_line=number).removesuffix("\r"), f"{path}:{number}", place)
+    with opener.open(path) as stream:
+        for line, place in _lines(stream, path, file, start):
+            number = place.number + 1
+            yield Item(_decode(line, path, first_line=number).removesuffix("\r"), f"{path}:{number}", place)
 
 
-def read_jsonl(path: str, file: int, start: Place, *, fields: Fields) -> Iterator[Item]:
-    """An item for each JSON object; blank lines between them are no items.
+def read_jsonl(path: str, file: int, start: Place, *, fields: Fields, opener: TextFiles) -> Iterator[Item]:
+    """An item for each JSON object: on lines of their own, in an array, or one after another; blank lines are no items.
 
     Raises:
         InputError: a line that is no JSON object, that lacks a field, or whose field is of the wrong type.
     """
-    decoder = msgspec.json.Decoder()
-    for line, place in _lines(path, file, start):
-        if not line.strip():
-            continue
-        where = f"{path}:{place.number + 1}"
-        try:
-            value = decoder.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: holds a {type(value).__name__}, but a JSON object was expected")
+    for value, where, place in read_objects(path, file, start, opener=opener):
         for name in fields.names:
             if name not in value:
-                there = ", ".join(map(repr, value)) or "none"
-                raise InputError(f"{where}: no field {name!r}; the line has {there} (see {fields.option(name)})")
+                raise InputError(f"{where}: {_missing(name, value, path, fields)}")
         content = parse_content(value[fields.content], fields.kind, f"{where}: field {fields.content!r}")
         domain = parse_domain(value[fields.domain], f"{where}: field {fields.domain!r}") if fields.domain else ""
         yield Item(content, where, place, domain)
 
 
-def _lines(path: str, file: int, start: Place) -> Iterator[tuple[bytes, Place]]:
-    offset, number = start.offset, start.number
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(offset)
-            for line in stream:
-                content = line.removesuffix(b"\n")
-                yield content.removeprefix(codecs.BOM_UTF8) if offset == 0 else content, Place(file, offset, number)
-                offset, number = offset + len(line), number + 1
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+def read_objects(path: str, file: int, start: Place, *, opener: TextFiles) -> Iterator[tuple[dict[str, Any], str, Place]]:
+    """Each JSON object of a file, where it stands in words, and where it starts.
+
+    Raises:
+        InputError: a value that is no JSON object.
+    """
+    decoder = msgspec.json.Decoder()
+    with opener.open(path) as stream:
+        for data, where, place in read_values(stream, path, file, start):
+            try:
+                value = decoder.decode(data)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise InputError(f"{where}: {json_fault(data, error)}") from error
+            if not isinstance(value, dict):
+                raise InputError(f"{where}: holds a {type(value).__name__}, but a JSON object was expected")
+            yield value, where, place
+
+
+def _missing(name: str, value: dict[str, Any], path: str, fields: Fields) -> str:
+    there = ", ".join(map(repr, value)) or "none"
+    # What stands in a folder beside JSON lines is often no data.
+    other = "; to leave this file out, name the others in input.paths" if path.lower().endswith(".json") else ""
+    return f"no field {name!r}; the line has {there} (see {fields.option(name)}){other}"
 
 
 def _decode(data: bytes, path: str, *, first_line: int) -> str:

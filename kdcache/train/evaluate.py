@@ -30,7 +30,7 @@ class EvaluateOptions:
     Attributes:
         teacher: folder or hub id; its tokenizer makes the ids.
         students: name -> directory of a training run, or of a model in the Hugging Face layout.
-        data: JSON-lines file, see `read_heldout`.
+        data: file of texts or ids, see `read_heldout`.
         out: directory for `results.json`; made if it is not there.
         baseline: the student that others are compared with; None for the first.
         window: most tokens in a sequence.

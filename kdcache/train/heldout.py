@@ -1,4 +1,4 @@
-"""Held-out text: read from a JSON-lines file, tokenised, cut into windows.
+"""Held-out text: read by the reader of training texts, tokenised, cut into windows.
 
 Shape letters: N tokens of a sequence.
 """
@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import InputError
+from kdcache.inputs.any_file import read_text_or_ids
 from kdcache.teacher.tokenizer import Tokenizer
 
 
@@ -44,7 +43,8 @@ def read_heldout(
     """The file's texts as windows, in order.
 
     Args:
-        path: each line is an object with a string `text` or a list of token ids `input_ids`.
+        path: JSON lines or an array, also compressed, or a Parquet or Arrow file; each row has a string `text` or a list of
+            token ids `input_ids`.
         tokenizer: makes ids of text, special tokens included, and text of ids, to count its bytes.
         window: most tokens in a sequence; a leftover of one token predicts nothing and is left out.
         max_tokens: keep no more than these, windows evenly spread over the whole file; None for all. At least 2.
@@ -52,6 +52,8 @@ def read_heldout(
     Raises:
         InputError: an unreadable file or line (named), or a file without two tokens to predict.
     """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: held-out data cannot be read: there is no such file")
     size = min(window, max_tokens) if max_tokens is not None else window
     pieces = [
         (number, ids[start : start + size])
@@ -59,7 +61,7 @@ def read_heldout(
         for start in range(0, len(ids) - 1, size)
     ]
     if not pieces:
-        raise InputError(f"{path}: no line has the two tokens that a prediction needs")
+        raise InputError(f"{path}: no row has the two tokens that a prediction needs")
     kept = _spread([len(ids) for _, ids in pieces], max_tokens)
     return [_sequence(number, ids, tokenizer) for (number, ids), keep in zip(pieces, kept, strict=True) if keep]
 
@@ -84,29 +86,13 @@ def _sequence(number: int, ids: list[int], tokenizer: Tokenizer) -> HeldoutSeque
 
 
 def _texts(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: held-out data cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield _ids(_object(line, f"{path}:{number}"), tokenizer, f"{path}:{number}")
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(line, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{where}: expected a JSON object with `text` or `input_ids`: {error}") from error
-
-
-def _ids(item: dict[str, Any], tokenizer: Tokenizer, where: str) -> list[int]:
-    text, ids = item.get("text"), item.get("input_ids")
-    if isinstance(text, str):
-        return list(tokenizer.encode(text, True))
-    if isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < tokenizer.identity.vocab_size for i in ids):
-        return ids
-    raise InputError(
-        f"{where}: expected a string `text`, or `input_ids`, a list of ids below {tokenizer.identity.vocab_size}; "
-        f"found the keys {sorted(item)}"
-    )
+    vocab_size = tokenizer.identity.vocab_size
+    for item in read_text_or_ids(path.as_posix()):
+        if isinstance(item.content, str):
+            yield list(tokenizer.encode(item.content, True)) if item.content else []
+            continue
+        ids = np.asarray(item.content)
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if outside.size:
+            raise InputError(f"{item.source}: token id {outside[0]} is not one of the vocabulary's {vocab_size:,}")
+        yield ids.tolist()

@@ -143,7 +143,7 @@ def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):
     assert refusal(path, "txt") == "x.txt:3: not UTF-8 text (byte 0xff); convert the file to UTF-8"
     assert refusal(path, "lines") == "x.txt:3: not UTF-8 text (byte 0xff); convert the file to UTF-8"
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    assert "x.jsonl:2: not JSON" in refusal(tmp_path / "x.jsonl", "jsonl")
+    assert refusal(tmp_path / "x.jsonl", "jsonl") == "x.jsonl:2: not UTF-8 text (byte 0xff); convert the file to UTF-8"
 
 
 @pytest.mark.parametrize("name", ["parquet", "arrow"])
@@ -172,7 +172,7 @@ def test_paths_that_lead_to_nothing_are_named(tmp_path):
         reader(tmp_path / "nowhere", "txt")
     with pytest.raises(InputError, match="no file matches this pattern"):
         reader(tmp_path / "*.txt", "txt")
-    with pytest.raises(InputError, match=r"no file in this folder ends in \.jsonl or \.ndjson"):
+    with pytest.raises(InputError, match=r"no file in this folder ends in \.jsonl or \.ndjson or \.json, as"):
         reader(tmp_path, "jsonl")
 
 

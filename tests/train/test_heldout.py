@@ -1,5 +1,9 @@
+import gzip
+import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from kdcache.errors import InputError
@@ -51,12 +55,12 @@ def test_max_tokens_below_a_window_gives_one_short_window(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("not json", "expected a JSON object"),
-        ("[1, 2]", "expected a JSON object"),
-        ('{"body": "x"}', r"found the keys \['body'\]"),
-        ('{"text": 5}', "expected a string `text`"),
-        ('{"input_ids": [1, 99999999]}', "a list of ids below"),
-        ('{"input_ids": [1, -1]}', "a list of ids below"),
+        ("not json", "not JSON"),
+        ("[1, 2]", "holds a list, but a JSON object"),
+        ('{"body": "x"}', "neither 'text' nor 'input_ids'; the row has 'body'"),
+        ('{"text": 5}', r"field 'text' is 5 \(int\)"),
+        ('{"input_ids": [1, 99999999]}', "token id 99999999 is not one of the vocabulary's"),
+        ('{"input_ids": [1, -1]}', r"\[1\] is -1"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str, message: str) -> None:
@@ -66,7 +70,23 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str, messa
 
 
 def test_a_missing_and_an_empty_file_are_said(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere\.jsonl: held-out data cannot be read: No such file"):
+    with pytest.raises(InputError, match=r"nowhere\.jsonl: held-out data cannot be read: there is no such file"):
         read_heldout(tmp_path / "nowhere.jsonl", TOKENIZER, window=8)
-    with pytest.raises(InputError, match="no line has the two tokens"):
+    with pytest.raises(InputError, match="no row has the two tokens"):
         read_heldout(_file(tmp_path, ""), TOKENIZER, window=8)
+
+
+def test_heldout_text_is_read_by_the_reader_of_training_text(tmp_path: Path) -> None:
+    rows = [{"text": "abcdefgh"}, {"text": "xyz"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    wanted = [s.input_ids_N.tolist() for s in read_heldout(_file(tmp_path, lines), TOKENIZER, window=4)]
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode())
+    (tmp_path / "b").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c").write_text(json.dumps(rows, indent=1))
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "d")
+    with pa.ipc.new_file(tmp_path / "e", table.schema) as file, pa.ipc.new_stream(tmp_path / "f", table.schema) as stream:
+        file.write_table(table)
+        stream.write_table(table)
+    for name in "abcdef":
+        assert [s.input_ids_N.tolist() for s in read_heldout(tmp_path / name, TOKENIZER, window=4)] == wanted, name

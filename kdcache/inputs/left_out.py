@@ -1,0 +1,41 @@
+"""What an input names and nobody reads: counted by reason, with the first names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+MOST_NAMES = 5
+"""Of one reason that are kept; the others are counted."""
+
+
+@dataclass
+class LeftOut:
+    """Files, folders and links that are not read.
+
+    Attributes:
+        counts: reason -> how many.
+        names: reason -> the first of them.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, names: Iterable[str]) -> None:
+        """Count names under a reason, which is a noun in the plural: `hidden files`."""
+        for name in names:
+            self.counts[reason] = self.counts.get(reason, 0) + 1
+            kept = self.names.setdefault(reason, [])
+            if len(kept) < MOST_NAMES:
+                kept.append(name)
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        """One part for each reason: `hidden files: 2 (a, b); links that lead nowhere: 9 (c, d, e, f, g, ...)`."""
+        return "; ".join(f"{reason}: {number:,} ({self._shown(reason)})" for reason, number in self.counts.items())
+
+    def _shown(self, reason: str) -> str:
+        names = self.names[reason]
+        return ", ".join([*names, "..."] if self.counts[reason] > len(names) else names)

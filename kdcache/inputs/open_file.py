@@ -1,0 +1,182 @@
+"""Text files as streams of bytes, decompressed where their content is compressed: gzip or zstd, whatever their names end in."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+
+from kdcache.errors import InputError
+
+MAX_ITEM_BYTES = 2**30
+"""Of a line, of a JSON value, and of a compressed file that is one text: more is refused, not held in memory."""
+MAX_INFLATION = 250
+"""Most bytes that a compressed byte may become, beyond the first FREE_BYTES: text comes to 3 to 50, a bomb to 1,000."""
+FREE_BYTES = 2**26
+
+_GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+_FOREIGN = {
+    b"BZh": "bzip2 data: decompress it, or compress it with gzip or zstd",
+    b"\xfd7zXZ\0": "xz data: decompress it, or compress it with gzip or zstd",
+    b"\x04\x22\x4d\x18": "lz4 data: decompress it, or compress it with gzip or zstd",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"ARROW1\0\0": "an Arrow file: set input.format to 'arrow'",
+    b"PAR1\x15": "a Parquet file: set input.format to 'parquet'",
+    b"\xff\xfe": "UTF-16 text: convert it to UTF-8",
+    b"\xfe\xff": "UTF-16 text: convert it to UTF-8",
+    _GZIP: "compressed twice: decompress it once",
+    _ZSTD: "compressed twice: decompress it once",
+}
+"""How files begin that are no text, and what to do with them."""
+
+
+class TextStream(io.BufferedReader):
+    """A file's bytes; `seek` and `tell` count decompressed ones.
+
+    Attributes:
+        layout: how JSON values stand in it, once somebody has looked.
+    """
+
+    layout: str | None = None
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the bytes are made while they are read."""
+        return isinstance(self.raw, _Inflated)
+
+
+class TextFiles:
+    """Opens text files. The compressed one that was read last stays open: it only goes forward, and units come in order."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[str, TextStream] | None = None
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[TextStream]:
+        """The file, at any offset: `seek` first.
+
+        Raises:
+            InputError: it cannot be opened or decompressed, or is no text.
+        """
+        kept, self._kept = self._kept, None
+        if kept is not None and kept[0] != path:
+            kept[1].close()
+            kept = None
+        stream = kept[1] if kept is not None else _open(path)
+        try:
+            yield stream
+        except BaseException as error:
+            # A generator that is not read to its end leaves by GeneratorExit, and the stream is as good as before.
+            if not isinstance(error, GeneratorExit):
+                stream.close()
+            if isinstance(error, OSError):
+                raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+            raise
+        finally:
+            if not stream.closed and stream.is_compressed:
+                self.close()
+                self._kept = path, stream
+            else:
+                stream.close()
+
+    def close(self) -> None:
+        """Let go of the file that is open."""
+        if self._kept is not None:
+            self._kept[1].close()
+        self._kept = None
+
+
+def _open(path: str) -> TextStream:
+    try:
+        plain = open(path, "rb", buffering=0)  # noqa: SIM115 (its reader closes it)
+        head = plain.read(4)
+        codec = _codec(head)
+        plain.seek(0)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if codec is not None:
+        plain.close()
+        plain = _Inflated(path, codec)
+    stream = TextStream(plain, 2**18)
+    head = stream.peek(512)
+    for beginning, what in _FOREIGN.items():
+        if head.startswith(beginning):
+            stream.close()
+            raise InputError(f"{path}: holds {what}")
+    if head[257:262] == b"ustar":
+        stream.close()
+        raise InputError(f"{path}: holds a tar archive: unpack it")
+    return stream
+
+
+def _codec(head: bytes) -> str | None:
+    if head.startswith(_GZIP):
+        return "gzip"
+    # A file may begin with frames that hold no data.
+    is_skippable = len(head) == 4 and head[1:] == b"\x2a\x4d\x18" and head[0] >> 4 == 5
+    return "zstd" if head == _ZSTD or is_skippable else None
+
+
+class _Inflated(io.RawIOBase):
+    """What a compressed file holds. Memory: the codec's window (zstd: at most 128 MiB) and what a read asks for."""
+
+    def __init__(self, path: str, codec: str) -> None:
+        super().__init__()
+        self._path, self._codec = path, codec
+        self._begin()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._offset
+
+    def readinto(self, buffer: memoryview, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            num_bytes = self._inflated.readinto(buffer)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{self._path}: not a whole {self._codec} file: {_one_line(error)}") from error
+        self._offset += num_bytes
+        if self._offset > FREE_BYTES and self._offset > MAX_INFLATION * self._packed.tell():
+            raise InputError(
+                f"{self._path}: more than {MAX_INFLATION} bytes come out of each byte of this {self._codec} file, as of no "
+                "text; where it is sound, decompress it and read what comes out"
+            )
+        return num_bytes
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        target = offset if whence == os.SEEK_SET else self._offset + offset
+        if whence == os.SEEK_END:
+            raise io.UnsupportedOperation("the end of a compressed file is not known")
+        if target < self._offset:
+            self._end()
+            self._begin()
+        chunk = memoryview(bytearray(2**18))
+        while self._offset < target and self.readinto(chunk[: target - self._offset]):
+            pass
+        return self._offset
+
+    def close(self) -> None:
+        if not self.closed:
+            self._end()
+        super().close()
+
+    def _begin(self) -> None:
+        self._packed = pa.OSFile(self._path)
+        self._inflated = pa.CompressedInputStream(self._packed, self._codec)
+        self._offset = 0
+
+    def _end(self) -> None:
+        self._inflated.close()
+        self._packed.close()
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
