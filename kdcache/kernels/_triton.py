@@ -9,11 +9,12 @@ Shape letters: P positions (rows), L lifted ids per row (the support and the lab
 
 Every gradient is written once, from float32, so that bfloat16 rounds it once. Launched with torch tensors by
 `kdcache.loss.triton_passes`; torch itself is not imported here.
+
+Only `tl.constexpr` parameters have annotations: Triton's compiler looks every other annotation up as a name that the kernel
+uses, and refuses it. Its interpreter does not; `tests/kernels/test_triton_compiles.py` compiles each kernel.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -23,9 +24,7 @@ NUM_WARPS = 8
 
 
 @triton.jit
-def lift(
-    logits: Any, row_stride: Any, ids: Any, lifted: Any, left: Any, V: Any, NUM_IDS: tl.constexpr, BLOCK_IDS: tl.constexpr
-):
+def lift(logits, row_stride, ids, lifted, left, V, NUM_IDS: tl.constexpr, BLOCK_IDS: tl.constexpr):
     """lifted (P, L) float32 = the logits of ids (P, L), -inf where the id is -1; `left` is left in their place.
 
     An id of V or more is no logit of this row: NaN, and nothing is read or written for it.
@@ -42,7 +41,7 @@ def lift(
 
 
 @triton.jit
-def put(logits: Any, row_stride: Any, ids: Any, values: Any, V: Any, NUM_IDS: tl.constexpr, BLOCK_IDS: tl.constexpr):
+def put(logits, row_stride, ids, values, V, NUM_IDS: tl.constexpr, BLOCK_IDS: tl.constexpr):
     """logits at ids (P, L) = values (P, L); nothing where the id is -1, or V or more."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_IDS)
@@ -52,9 +51,7 @@ def put(logits: Any, row_stride: Any, ids: Any, values: Any, V: Any, NUM_IDS: tl
 
 
 @triton.jit
-def tail_statistics(
-    logits: Any, row_stride: Any, inverse_temperature: Any, tops: Any, sums: Any, totals: Any, V: Any, BLOCK: tl.constexpr
-):
+def tail_statistics(logits, row_stride, inverse_temperature, tops, sums, totals, V, BLOCK: tl.constexpr):
     """Of z = logits / T: tops (P,) = max z; sums (P,) = sum exp(z - top), 1 where top is -inf; totals (P,) = sum z.
 
     The running maximum and sum are kept per lane and joined at the end: one read of the row.
@@ -84,8 +81,8 @@ def tail_statistics(
 
 @triton.jit
 def write_gradient(
-    logits: Any, row_stride: Any, inverse_temperature: Any, tops: Any, factors: Any, offsets: Any,
-    label_tops: Any, label_factors: Any, read: Any, V: Any, WITH_LABELS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, row_stride, inverse_temperature, tops, factors, offsets,
+    label_tops, label_factors, read, V, WITH_LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """logits = factor * exp(z / T - top) + offset, plus the labels' at temperature 1 where it is another; 0 for rows unread."""
     row = tl.program_id(0).to(tl.int64)

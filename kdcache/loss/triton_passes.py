@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Triton 3.10 is to change what it does where this is left open, and 3.9 warns of it.
+_COMPILED = {"enable_fp_fusion": True}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TritonPasses:
@@ -53,11 +56,12 @@ class TritonPasses:
 
     def _sizes(self) -> dict[str, Any]:
         num_ids = self.ids_CL.shape[1]
-        return {"V": self.logits_CV.shape[1], "NUM_IDS": num_ids, "BLOCK_IDS": 1 << (num_ids - 1).bit_length()}
+        sizes = {"V": self.logits_CV.shape[1], "NUM_IDS": num_ids, "BLOCK_IDS": 1 << (num_ids - 1).bit_length()}
+        return sizes | _COMPILED
 
     def _block(self) -> dict[str, Any]:
         kernels = _kernels()
-        return {"BLOCK": kernels.BLOCK_SIZE, "num_warps": kernels.NUM_WARPS}
+        return {"BLOCK": kernels.BLOCK_SIZE, "num_warps": kernels.NUM_WARPS} | _COMPILED
 
 
 def _kernels() -> Any:
