@@ -39,9 +39,9 @@ from kdcache.loader.loader import Loader
 from kdcache.store.reader import open_cache
 from kdcache.store.summary import summarize_cache
 from kdcache.teacher import load_tokenizer
+from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.entries import entry_meaning
 from kdcache.train.heldout import HeldoutSequence, read_heldout
-from kdcache.train.packed import hidden_states, output_projection
 from kdcache.train.schedule import learning_rate
 from kdcache.train.scores import score_models
 from kdcache.train.step import make_optimizer, optimize

@@ -21,12 +21,13 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
+from kdcache.teacher._hf_class import class_of_checkpoint
 from kdcache.teacher._hf_features import LayerRows, hidden_shape, joined, needed_layers, rows_of, seen_layers
 from kdcache.teacher._hf_generate import own_end_ids, write_answers
 from kdcache.teacher._select_torch import Selector
@@ -293,7 +294,8 @@ def _probe(model: PreTrainedModel, name: str) -> tuple[bool, int]:
 def _load(config: TeacherConfig) -> PreTrainedModel:
     try:
         with _quiet_progress():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            kind = class_of_checkpoint(config.model, config.revision, **config.engine_options)
+            loaded: Any = kind.from_pretrained(
                 config.model, revision=config.revision, dtype=config.dtype, output_loading_info=True, **config.engine_options
             )
             model, info = loaded

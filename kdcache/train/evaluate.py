@@ -18,7 +18,7 @@ from kdcache.train.compare import compare_models
 from kdcache.train.heldout import HeldoutSequence, read_heldout
 from kdcache.train.run_folder import MODEL, RUN, read_metrics
 from kdcache.train.scores import TEACHER, score_models
-from kdcache.train.student import load_model
+from kdcache.train.student import AttentionError, load_model
 
 RESULTS = "results.json"
 
@@ -117,7 +117,10 @@ def _model_folder(path: Path) -> Path:
 
 def _loaded(name: str, field_name: str) -> PreTrainedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(name, field=field_name, dtype=torch.float32, attn_implementation="sdpa")
+    try:
+        model = load_model(name, field=field_name, dtype=torch.float32, attn_implementation="sdpa")
+    except AttentionError:
+        model = load_model(name, field=field_name, dtype=torch.float32, attn_implementation="eager")
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]
 
 

@@ -1,6 +1,6 @@
-"""The student's forward over packed rows, and a look at whether a model does what the trainer assumes.
+"""A look at whether a student does what the trainer assumes.
 
-Shape letters: B rows, T tokens per row, H hidden, V vocabulary.
+Shape letters: T tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kdcache.errors import ConfigError
 from kdcache.loss.chunks import Head
+from kdcache.train.body import hidden_states, output_projection, positions, text_config, vocab_size
 from kdcache.train.finite import not_finite_weight
 
 # A scale shows in logits of any size, a soft cap in large ones only.
@@ -18,33 +19,12 @@ _MAGNIFIED = (1.0, 1024.0)
 _TOLERANCE = 1e-3
 
 
-def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
-    """(B, T, H) what the output projection reads, for packed rows.
-
-    Without an attention mask and a cache of keys, transformers starts a new document wherever position_ids do not rise by
-    one and masks attention (also in sliding-window layers) to the document; `check_architecture` tests that it did.
-    """
-    return model.base_model(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False).last_hidden_state
-
-
-def output_projection(model: PreTrainedModel) -> torch.nn.Linear:
-    """(V, H) weight and perhaps a bias: what makes logits of hidden states.
-
-    Raises:
-        ConfigError: the model has none.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear):
-        raise ConfigError(f"{type(model).__name__} has no linear output projection; expected a causal language model")
-    return head
-
-
 def logits_head(model: PreTrainedModel) -> Head:
     """What becomes of the output projection's product, as the configuration has it; `has_head` tests that it does.
 
     A scale multiplies as `logit_scale` (Cohere) and divides as `logits_scaling` (Granite); a soft cap is Gemma's.
     """
-    config = model.config.get_text_config()
+    config = text_config(model)
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
 
@@ -71,7 +51,8 @@ def _has_head(model: PreTrainedModel, head: Head, times: float) -> bool:
     projection.weight.mul_(times)
     try:
         ours = apply_head(head, projection(hidden_states(model, ids_1T, positions_1T)).float())
-        return _close(ours, model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False).logits)
+        whole = model(input_ids=ids_1T, use_cache=False, **positions(model, model, positions_1T)).logits
+        return _close(ours, whole)
     finally:
         projection.weight.div_(times)
 
@@ -85,11 +66,25 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     return _close(packed, hidden_states(model, ids_1T[:, 5:], positions_1T[:, 5:]))
 
 
-def check_architecture(model: PreTrainedModel) -> None:
+@torch.no_grad()
+def ignores_what_follows(model: PreTrainedModel) -> bool:
+    """Whether hidden states are the same with padding behind them."""
+    ids_1T = _probe_ids(model)
+    positions_1T = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 0]], device=ids_1T.device)
+    padded = hidden_states(model, ids_1T, positions_1T)[:, :5]
+    return _close(padded, hidden_states(model, ids_1T[:, :5], positions_1T[:, :5]))
+
+
+def check_architecture(model: PreTrainedModel, *, is_packed: bool = True) -> None:
     """Refuse a model for which the trainer would silently compute something else; costs six forwards of eight tokens.
 
+    Args:
+        model: the student.
+        is_packed: several documents share a row.
+
     Raises:
-        ConfigError: attention (or state) crosses packed documents, or logits are made in a way that the loss does not know.
+        ConfigError: weights that are not finite; attention (or state) crosses packed documents, or looks ahead; or logits are
+            made in a way that the loss does not know.
     """
     was_training = model.training
     model.eval()
@@ -97,8 +92,7 @@ def check_architecture(model: PreTrainedModel) -> None:
     weight = not_finite_weight(model)
     if weight is not None:
         raise ConfigError(f"student: the weight {weight!r} of {name} is not finite; take another checkpoint")
-    if not keeps_documents_apart(model):
-        raise ConfigError(f"student.config_from: {name} lets packed documents see each other; this trainer cannot train it")
+    _check_documents(model, name, is_packed)
     if not has_head(model, logits_head(model)):
         raise ConfigError(
             f"student.config_from: the logits of {name} are not its output projection of the hidden states, scaled as "
@@ -108,8 +102,18 @@ def check_architecture(model: PreTrainedModel) -> None:
     model.train(was_training)
 
 
+def _check_documents(model: PreTrainedModel, name: str, is_packed: bool) -> None:
+    if is_packed and not keeps_documents_apart(model):
+        raise ConfigError(
+            f"student.config_from: {name} lets packed documents see each other; set loader.packing to none, one document in "
+            "each row"
+        )
+    if not ignores_what_follows(model):
+        raise ConfigError(f"student.config_from: {name} reads what follows a token; expected a causal language model")
+
+
 def _probe_ids(model: PreTrainedModel) -> Tensor:
-    return (torch.arange(8, device=model.device) * 7 + 1)[None] % int(model.config.vocab_size)
+    return (torch.arange(8, device=model.device) * 7 + 1)[None] % vocab_size(model)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from kdcache.errors import MismatchError, NotFiniteError
 from kdcache.loss.chunks import Head
+from kdcache.train.body import hidden_states, output_projection, vocab_size
 from kdcache.train.heldout import HeldoutSequence
-from kdcache.train.packed import apply_head, has_head, hidden_states, logits_head, output_projection
+from kdcache.train.packed import apply_head, has_head, logits_head
 
 TEACHER = "teacher"
 
@@ -141,10 +142,10 @@ def _gather(logprobs_PV: Tensor, ids_P: Tensor) -> Tensor:
 
 
 def _check_vocabularies(teacher: PreTrainedModel, students: Mapping[str, PreTrainedModel]) -> None:
-    needed = int(teacher.config.vocab_size)
+    needed = vocab_size(teacher)
     for name, model in students.items():
-        if int(model.config.vocab_size) < needed:
+        if vocab_size(model) < needed:
             raise MismatchError(
-                f"student {name!r} has a vocabulary of {model.config.vocab_size}, the teacher one of {needed}: "
+                f"student {name!r} has a vocabulary of {vocab_size(model)}, the teacher one of {needed}: "
                 "the KL over the teacher's vocabulary is not defined"
             )

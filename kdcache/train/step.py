@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from kdcache.config.train import OptimizerConfig, TrainConfig
 from kdcache.loader._torch import TorchBatch
+from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.entries import PLAIN, EntryMeaning
-from kdcache.train.packed import hidden_states, logits_head, output_projection
+from kdcache.train.packed import logits_head
 from kdcache.train.row_loss import RowLoss
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from kdcache.config.train import StudentConfig
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.format.manifest import Identity
 from kdcache.teacher import load_tokenizer
+from kdcache.teacher._hf_class import class_of_checkpoint, language_model_class
+from kdcache.train.body import text_config, vocab_size
 from kdcache.train.digests import DIGESTS, find_damage
 from kdcache.train.finite import not_finite_weight
 
@@ -34,13 +36,14 @@ def build_student(config: StudentConfig, *, seed: int) -> PreTrainedModel:
         ConfigError: the configuration or weights do not load, or an override is unknown or impossible.
     """
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attention}
     if config.init == "pretrained":
         return load_model(config.config_from, revision=config.revision, field="student.config_from", **options)
     model_config = _student_config(config)
     try:
-        return AutoModelForCausalLM.from_config(model_config, **options)
+        return language_model_class(model_config).from_config(model_config, **options)
     except Exception as error:
+        _refuse_attention(error, "student.overrides")
         raise ConfigError(f"student.overrides: {config.overrides!r} does not make a model: {error}") from error
 
 
@@ -58,10 +61,11 @@ def load_model(name: str, *, field: str, revision: str | None = None, **options:
     """
     try:
         with without_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = class_of_checkpoint(name, revision).from_pretrained(
                 name, revision=revision or "main", output_loading_info=True, **options
             )
     except Exception as error:
+        _refuse_attention(error, field)
         raise ConfigError(f"{field}: no model can be loaded from {name!r}: {first_line(error)}") from error
     model, info = loaded
     damage = find_damage(Path(name)) if (Path(name) / DIGESTS).is_file() else None
@@ -91,8 +95,20 @@ def _student_config(config: StudentConfig) -> Any:
         raise ConfigError(
             f"student.config_from: no model configuration can be read from {config.config_from!r}: {first_line(error)}"
         ) from error
+    return _overridden(base, config.overrides)
+
+
+def _overridden(base: Any, overrides: dict[str, Any]) -> Any:
+    """The configuration with some fields changed; those of the text alone may lie below `text_config`."""
+    text = base.get_text_config()
     fields = base.to_dict()
-    for name in config.overrides:
+    inner = {name: value for name, value in overrides.items() if text is not base and name not in fields}
+    if inner:
+        changed = _overridden(text, inner)
+        base = type(base).from_dict(fields | {_place_of(base, text): changed.to_dict()})
+        overrides = {name: value for name, value in overrides.items() if name not in inner}
+        fields = base.to_dict()
+    for name in overrides:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -100,9 +116,13 @@ def _student_config(config: StudentConfig) -> Any:
     derived = [name for name in _DERIVED_FIELDS if _is_derived(base, name)]
     kept = {name: value for name, value in fields.items() if name not in derived}
     try:
-        return type(base).from_dict(kept | config.overrides)
+        return type(base).from_dict(kept | overrides)
     except Exception as error:
-        raise ConfigError(f"student.overrides: {type(base).__name__} refuses {config.overrides!r}: {error}") from error
+        raise ConfigError(f"student.overrides: {type(base).__name__} refuses {overrides!r}: {error}") from error
+
+
+def _place_of(base: Any, text: Any) -> str:
+    return next(name for name, value in vars(base).items() if value is text)
 
 
 def _is_derived(base: Any, name: str) -> bool:
@@ -127,13 +147,13 @@ def check_against_cache(model: PreTrainedModel, config: StudentConfig, identity:
         MismatchError: another tokenizer, a vocabulary too small for the teacher's ids, or too short a context.
     """
     _check_tokenizer(config, identity)
-    size, needed = int(model.config.vocab_size), identity.teacher.vocab_size
+    size, needed = vocab_size(model), identity.teacher.vocab_size
     if size < needed:
         raise MismatchError(
             f"the student's vocabulary of {size} cannot hold the ids of teacher {identity.teacher.model!r}, "
             f"whose vocabulary is {needed}: set student.overrides.vocab_size to {needed}"
         )
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(text_config(model), "max_position_embeddings", None)
     if context is not None and context < longest_sequence:
         raise MismatchError(
             f"the student's max_position_embeddings is {context}, but the cache's longest sequence has {longest_sequence} "
@@ -152,6 +172,18 @@ def _check_tokenizer(config: StudentConfig, identity: Identity) -> None:
             f"cache, {theirs.name!r} ({theirs.fingerprint[:12]}, {theirs.vocab_size} ids): set student.tokenizer to that one, "
             "or student.accept_tokenizer_mismatch to true if both give the same ids"
         )
+
+
+class AttentionError(ConfigError):
+    """The model does not have the attention that was asked for."""
+
+
+def _refuse_attention(error: Exception, field: str) -> None:
+    """Say which field chooses the attention, where that is what transformers complains of."""
+    if "attn_implementation" in str(error) or "attention implementation" in str(error):
+        raise AttentionError(
+            f"{field}: the model has no such attention as student.attention asks for; set it to eager ({first_line(error)})"
+        ) from error
 
 
 @contextmanager

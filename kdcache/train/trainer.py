@@ -232,7 +232,7 @@ def _student(config: TrainConfig, reader: CacheReader) -> PreTrainedModel:
     model = build_student(config.student, seed=config.seed)
     longest = int(reader.num_tokens_S.max())
     check_against_cache(model, config.student, reader.manifest.identity, longest_sequence=longest)
-    check_architecture(model)
+    check_architecture(model, is_packed=config.loader.packing != "none")
     return model.to(device)  # pyright: ignore[reportArgumentType]
 
 

@@ -20,7 +20,7 @@ from kdcache.loader.batch import IGNORED_LABEL, Batch
 from kdcache.loader.loader import Loader
 from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.store.reader import open_cache
-from kdcache.train.packed import hidden_states, output_projection
+from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.run_folder import RunFolder, read_metrics
 from kdcache.train.schedule import learning_rate
 from kdcache.train.step import make_optimizer, student_loss

@@ -20,9 +20,10 @@ from kdcache.errors import ConfigError, MismatchError, NotFiniteError
 from kdcache.loader._torch import TorchBatch
 from kdcache.loader.loader import Loader
 from kdcache.loss.global_mean import global_mean_scale
+from kdcache.train.body import output_projection, positions
 from kdcache.train.entries import entry_meaning
 from kdcache.train.finite import not_finite_weight, shown_sources
-from kdcache.train.packed import check_architecture, logits_head, output_projection
+from kdcache.train.packed import check_architecture, logits_head
 from kdcache.train.row_loss import RowLoss
 
 _SHRUNK = 2.0**-40
@@ -53,7 +54,8 @@ class StudentLoss:
         check_finite: bool = True,
     ) -> None:
         plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
-        check_architecture(plain)
+        check_architecture(plain, is_packed=loader.options.packing != "none")
+        self._plain = plain
         self.head = output_projection(plain)
         identity = loader.readers[0].manifest.identity
         if self.head.out_features < identity.teacher.vocab_size:
@@ -87,7 +89,8 @@ class StudentLoss:
         kind = batch.input_ids_BT.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.weight.dtype
         with _instead_of_forward(self.head, loss_of):
-            outputs = model(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False)
+            where = positions(self._plain, self._plain, batch.position_ids_BT)
+            outputs = model(input_ids=batch.input_ids_BT, use_cache=False, **where)
         # Taken from the output, not from loss_of: wrappers hang their backward hooks on what the forward gives.
         loss = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if loss.ndim:
