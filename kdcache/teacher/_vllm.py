@@ -18,27 +18,41 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from kdcache.config.capture import GenerateConfig, TeacherConfig
-from kdcache.errors import ConfigError, TeacherError
+from kdcache.errors import ConfigError, FormatError, TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
-from kdcache.format.record import Distributions, TokenSequence, sequence_key
+from kdcache.format.record import Distributions, TokenSequence
 from kdcache.teacher import _vllm_engine as engine  # first: it quietens vLLM before that is imported
 from kdcache.teacher._vllm_generate import Writer, check_read_whole, write_answers
-from kdcache.teacher._vllm_worker import CaptureExtension, find_internals
+from kdcache.teacher._vllm_requests import (
+    PROBE_LENGTHS,
+    largest_difference,
+    probe_texts,
+    public_params,
+    read_output,
+    worker_params,
+)
+from kdcache.teacher._vllm_worker import CaptureExtension
 from kdcache.teacher.adapter import adapter_rank
 from kdcache.teacher.base import check_selectable, check_sequences, no_positions, top_k_of
 from kdcache.teacher.batches import groups_of_tokens
 from kdcache.teacher.checkpoint import check_model_name
 from kdcache.teacher.features import HiddenShape, check_askable, layers_of, no_features, with_no_rows
-from kdcache.teacher.found import layout_of, record_of_most_probable
+from kdcache.teacher.found import layout_of
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
 from kdcache.teacher.tokenizer import Tokenizer
 from kdcache.teacher.vllm_features import NOTHING, AskedFeatures, pack_asked, with_features
 from kdcache.teacher.vllm_options import engine_options, positions_per_chunk
 from kdcache.teacher.vllm_packed import pack_requests, read_buffer
+from kdcache.teacher.vllm_signatures import (
+    WORKER_PARTS,
+    WORKER_SAMPLING,
+    WRITING_PARTS,
+    fault_of_sampling,
+    faults_of,
+    version_note,
+)
 
 # isort: split
 import torch
@@ -64,7 +78,7 @@ PUBLIC_KINDS = ("top_k", "top_p_k")
 
 EXTENSION = f"{CaptureExtension.__module__}.{CaptureExtension.__qualname__}"
 
-PROBE_TOKENS, PROBE_K = 8, 8
+PROBE_K = 8
 PROBE_ERROR_NATS = {"float32": 1e-3}
 """Most that the routes may differ on the probe, by dtype."""
 PROBE_ERROR_HALF_NATS = 0.25
@@ -134,6 +148,8 @@ class VllmTeacher:
         if self._llm is None:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_prompts(prompts, config, self._identity)
+        if faults := faults_of(self._llm, WRITING_PARTS):
+            raise TeacherError(f"vLLM {vllm.__version__} cannot be had to write: {faults[0]}; use teacher.backend transformers")
         check_read_whole(self._llm, prompts, config)
         return self._write(prompts, Ending(config, tokenizer, end_tokens(config, tokenizer.end_ids)), tokenizer, observe)
 
@@ -170,10 +186,13 @@ class VllmTeacher:
         Raises:
             TeacherError: it cannot be, and the config leaves no other route.
         """
-        problem = self._try_worker()
+        problem, note = self._try_worker(), version_note(vllm.__version__)
         if problem is None:
+            if note is not None:
+                log.warning("%s: signatures and the proof on eight tokens are in order, selection is in its worker", note)
             return True
         self.close()
+        problem += f" ({note})" if note is not None else ""
         sentence = f"the teacher {self._config.model!r} cannot be captured inside vLLM's worker: {problem}"
         if self._config.adapter is not None:
             raise TeacherError(f"{sentence}; merge teacher.adapter into its model, and name the merged folder as teacher.model")
@@ -187,42 +206,41 @@ class VllmTeacher:
         """Start the engine and prove the worker route on a probe, or give the reason why not."""
         if "worker_extension_cls" in self._config.engine_options:
             return "engine_options has a worker_extension_cls of its own"
-        try:
-            find_internals(vllm.__version__)
-        except TeacherError as error:
-            return str(error)
+        if problem := fault_of_sampling(vllm.SamplingParams, WORKER_SAMPLING):
+            return problem
         self._start(EXTENSION)
+        if faults := faults_of(self._engine, WORKER_PARTS):
+            return faults[0]
         try:
-            problems = [problem for problem in self._call_workers("kdcache_install", vllm.__version__) if problem]
+            problems = [problem for problem in self._call_workers("kdcache_install") if problem]
             return problems[0] if problems else self._misfit_of_adapter() or self._compare_routes()
-        except TeacherError as error:
+        except (TeacherError, FormatError) as error:
             return str(error)
 
     def _misfit_of_adapter(self) -> str | None:
         """Which of the adapter's weights belong to no part of the model on any worker: vLLM leaves them out without a word."""
         if self._adapter is None:
             return None
-        answers = self._call_workers("kdcache_misfits", vllm.__version__)
+        answers = self._call_workers("kdcache_misfits")
         misfits = sorted(set.intersection(*map(set, answers)))
         return f"of teacher.adapter, the weights of {', '.join(misfits[:3])} fit no part of the model" if misfits else None
 
     def _compare_routes(self) -> str | None:
         """A few tokens on both routes: what differs by more than the engine's numerics, if anything."""
         vocab_size = self._identity.vocab_size
-        probe, allowed = [self._probe()], self._engine.llm_engine.model_config.max_logprobs
+        texts, allowed = self._probe(), self._engine.llm_engine.model_config.max_logprobs
         k = min(PROBE_K, vocab_size, allowed if allowed > 0 else vocab_size)
         selection = SelectionInfo(kind="top_k", params={"k": k})
-        (ours,), (theirs,) = self._score_in_worker(probe, selection), self._score_publicly(probe, selection)
-        targets_P = probe[0].target_ids_P
-        pairs = ((ours.logprobs_E, theirs.logprobs_E), (ours.target_logprobs(targets_P), theirs.target_logprobs(targets_P)))
-        error = max(float(np.nanmax(np.abs(a - b), initial=0.0)) for a, b in pairs)
+        ours = list(self._score_in_worker(texts, selection))
+        # One by one: a second way through the batch; and with an adapter, on a CPU, vLLM's own way knows no other.
+        theirs = [answer for text in texts for answer in self._score_publicly([text], selection)]
+        error = max(map(largest_difference, texts, ours, theirs))
         if error <= PROBE_ERROR_NATS.get(self._identity.dtype, PROBE_ERROR_HALF_NATS):
             return None
-        return f"on a probe of {probe[0].num_tokens} tokens its logprobs are {error:.3g} nats away from vLLM's own"
+        return f"on a probe of {sum(PROBE_LENGTHS)} tokens its logprobs are {error:.3g} nats away from vLLM's own"
 
-    def _probe(self) -> TokenSequence:
-        ids_N = (np.arange(min(PROBE_TOKENS, self._identity.context_length)) * 7919 + 11) % self._identity.vocab_size
-        return _plain_sequence(ids_N.astype(np.int32))
+    def _probe(self) -> list[TokenSequence]:
+        return probe_texts(self._identity.vocab_size, self._identity.context_length)
 
     def _show_layers(self, features: Sequence[FeatureInfo]) -> None:
         """Have the worker see layers before the last, where any is asked for, and prove it once.
@@ -234,11 +252,11 @@ class VllmTeacher:
         inner = next((feature for feature in features if feature.layer < last), None)
         if inner is None or self._shows_layers:
             return
-        problems = [problem for problem in self._call_workers("kdcache_watch", vllm.__version__) if problem]
+        problems = [problem for problem in self._call_workers("kdcache_watch") if problem]
         if not problems:
             selection, proof = SelectionInfo(kind="top_k", params={"k": 1}), AskedFeatures([inner], last, proves=True)
             try:
-                list(self._score_in_worker([self._probe()], selection, proof))
+                list(self._score_in_worker(self._probe()[:1], selection, proof))
             except TeacherError as error:
                 problems = [str(error)]
         if problems:
@@ -271,7 +289,7 @@ class VllmTeacher:
         num_rows = sum(len(sequence.positions_P) for sequence in asked)
         plain, wanted = msgspec.to_builtins(selection), pack_asked(features, asked)
         self._call_workers("kdcache_begin", num_rows, self._chunk, plain, self._identity.vocab_size, wanted)
-        self._generate(asked, [_worker_params(extra_args) for extra_args in pack_requests(asked)])
+        self._generate(asked, [worker_params(extra_args) for extra_args in pack_requests(asked)])
         buffer = self._fetch_buffer()
         if wanted is None:
             return read_buffer(group, selection, buffer)
@@ -300,7 +318,7 @@ class VllmTeacher:
     def _score_publicly(self, group: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
         k = selection.params["k"]
         asked = [sequence for sequence in group if sequence.supervised_N.any()]
-        outputs = self._generate(asked, [_public_params(k)] * len(asked))
+        outputs = self._generate(asked, [public_params(k)] * len(asked))
         outputs.reverse()
         for sequence in group:
             # Popped, so that a group's containers are freed as they are read.
@@ -342,55 +360,3 @@ class VllmTeacher:
             self.close()  # requests of the failed call are still in its queue
             model = self._identity.model
             raise TeacherError(f"vLLM failed on the teacher {model!r}: {engine.reason_of(error)}") from error
-
-
-def read_output(output: RequestOutput, sequence: TokenSequence, selection: SelectionInfo) -> Distributions:
-    """One finished request as a record: the shift by one and the extra column are undone here and nowhere else.
-
-    Raises:
-        TeacherError: the engine's rows are not those of the sequence's tokens.
-    """
-    k = selection.params["k"]
-    ids_NK, logprobs_NK = _rows(output.prompt_logprobs, k)
-    last_ids_1K, last_logprobs_1K = _rows(output.outputs[0].logprobs, k)
-    if not np.array_equal(ids_NK[:, 0], sequence.input_ids_N[1:]) or len(last_ids_1K) != 1:
-        raise TeacherError(
-            f"{sequence.source}: vLLM {vllm.__version__} gave {len(ids_NK)} + {len(last_ids_1K)} rows that do not belong to "
-            f"the {sequence.num_tokens} tokens of the sequence; use teacher.backend transformers"
-        )
-    ids_NK = np.concatenate([ids_NK, last_ids_1K])[sequence.supervised_N]
-    logprobs_NK = np.concatenate([logprobs_NK, last_logprobs_1K])[sequence.supervised_N]
-    return record_of_most_probable(sequence, selection, (ids_NK[:, 1:], logprobs_NK[:, 1:], logprobs_NK[:, 0]))
-
-
-def _rows(flat: Any, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """(rows, k+1) ids and logprobs of a `FlatLogprobs`. The None of the first prompt token has no entries in it."""
-    ids, logprobs = np.array(flat.token_ids, np.int32), np.array(flat.logprobs, np.float32)
-    if len(ids) % (k + 1):
-        raise TeacherError(f"vLLM {vllm.__version__} gave {len(ids)} entries, which are not rows of k + 1 = {k + 1}")
-    return ids.reshape(-1, k + 1), logprobs.reshape(-1, k + 1)
-
-
-def _public_params(k: int) -> SamplingParams:
-    return vllm.SamplingParams(
-        prompt_logprobs=k, logprobs=k, max_tokens=1, temperature=0.0, flat_logprobs=True, detokenize=False
-    )
-
-
-def _worker_params(extra_args: dict[str, Any]) -> SamplingParams:
-    # What the prefix cache holds is not computed, and would have no rows.
-    return vllm.SamplingParams(
-        max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True, extra_args=extra_args
-    )
-
-
-def _plain_sequence(input_ids_N: NDArray[np.int32]) -> TokenSequence:
-    supervised_N = np.ones(len(input_ids_N), np.bool_)
-    return TokenSequence(
-        input_ids_N=input_ids_N,
-        supervised_N=supervised_N,
-        roles_N=np.zeros(len(input_ids_N), np.uint8),
-        turn_starts=np.zeros(1, np.int32),
-        source="probe",
-        key=sequence_key(input_ids_N, supervised_N, ""),
-    )

@@ -19,6 +19,7 @@ from kdcache.teacher.base import first_line
 from kdcache.teacher.checkpoint import folder_digest, resolved_revision, short_name, weights_digest
 from kdcache.teacher.engine_identity import vllm_options
 from kdcache.teacher.features import HiddenShape
+from kdcache.teacher.vllm_signatures import ADAPTER_PARTS, PUBLIC_PARTS, PUBLIC_SAMPLING, fault_of_sampling, faults_of
 
 # vLLM and torch read these when they are imported. At its own default vLLM prints some forty lines per engine, at WARNING still
 # twenty, none of them about the user's input; what ends a capture is raised. Some come before it sets its loggers up.
@@ -38,18 +39,6 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 log = logging.getLogger(__name__)
-
-
-ENGINE_PARTS = (
-    "collective_rpc", "enqueue", "generate", "llm_engine.add_lora", "llm_engine.engine_core.shutdown",
-    "llm_engine.has_unfinished_requests", "llm_engine.model_config.get_hidden_size",
-    "llm_engine.model_config.get_total_num_hidden_layers", "llm_engine.model_config.get_vocab_size", "llm_engine.step",
-    "llm_engine.vllm_config.model_config.enforce_eager", "llm_engine.vllm_config.parallel_config.tensor_parallel_size",
-    "llm_engine.vllm_config.parallel_config.pipeline_parallel_size",
-    "llm_engine.vllm_config.scheduler_config.long_prefill_token_threshold",
-    "llm_engine.vllm_config.scheduler_config.max_num_batched_tokens",
-)  # fmt: skip
-"""What both routes use of a `vllm.LLM`, of any release, beyond its documented interface too."""
 
 
 def runs_on_cpu() -> bool:
@@ -79,25 +68,16 @@ def start_engine(model: str, options: dict[str, Any]) -> LLM:
     except Exception as error:  # whatever a checkpoint, the hub client or the engine can raise
         clean_up()
         raise TeacherError(f"the model {model!r} does not load with vLLM: {reason_of(error)}") from error
-    if missing := missing_parts(llm):
-        raise TeacherError(
-            f"vLLM {vllm.__version__} has no {', '.join(missing)}, which kdcache uses; install another release, or use "
-            "teacher.backend transformers"
-        )
+    if problem := unusable(llm):
+        raise TeacherError(f"{problem}; install another release, or use teacher.backend transformers")
     return llm
 
 
-def missing_parts(llm: Any) -> list[str]:
-    """Which of ENGINE_PARTS an engine lacks."""
-    return [path for path in ENGINE_PARTS if not _has(llm, path)]
-
-
-def _has(value: Any, path: str) -> bool:
-    for name in path.split("."):
-        if not hasattr(value, name):
-            return False
-        value = getattr(value, name)
-    return True
+def unusable(llm: Any) -> str | None:
+    """Why kdcache cannot use an engine of this release at all, if so."""
+    lack = fault_of_sampling(vllm.SamplingParams, PUBLIC_SAMPLING)
+    faults = [lack] if lack else faults_of(llm, PUBLIC_PARTS)
+    return f"vLLM {vllm.__version__} is not as kdcache uses it: {'; '.join(faults)}" if faults else None
 
 
 @contextmanager
@@ -146,6 +126,8 @@ def load_adapter(llm: LLM, adapter: str) -> LoRARequest:
     """
     request = LoRARequest("teacher.adapter", 1, str(Path(adapter).resolve()))
     try:
+        if faults := faults_of(llm, ADAPTER_PARTS):
+            raise ValueError(faults[0])
         if not llm.llm_engine.add_lora(request):
             raise ValueError("it is not taken")
     except Exception as error:

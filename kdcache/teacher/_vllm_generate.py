@@ -17,7 +17,7 @@ import vllm
 
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.teacher import _vllm_engine as engine
-from kdcache.teacher._vllm_worker import find_internals
+from kdcache.teacher import _vllm_internals as internals
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt
 from kdcache.teacher.tokenizer import Tokenizer
 from kdcache.teacher.vllm_options import CPU_MAX_SEQUENCES
@@ -131,13 +131,7 @@ def sampling_params(prompt: Prompt, ending: Ending, *, sees_text: bool) -> Sampl
 def give_tokenizer(llm: LLM, tokenizer: Tokenizer) -> bool:
     """Let an engine that was started without a tokenizer turn its tokens into text. Gives whether that can be."""
     underlying = getattr(tokenizer, "underlying", None)
-    if underlying is None:
-        return False
-    try:
-        return find_internals(vllm.__version__).give_tokenizer(llm.llm_engine, underlying)
-    except TeacherError as error:
-        log.debug("%s", error)
-        return False
+    return underlying is not None and internals.give_tokenizer(llm.llm_engine, underlying)
 
 
 def _run(writer: Writer, requests: list[Any], params: list[SamplingParams], observe: Observe) -> list[RequestOutput]:

@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.errors import TeacherError
 from kdcache.format.manifest import SelectionInfo
-from kdcache.teacher import _vllm_internals_v024
+from kdcache.teacher import _vllm_internals as internals
 from kdcache.teacher._select_torch import Selector
 from kdcache.teacher._vllm_features import GroupFeatures, take_rows
 from kdcache.teacher.base import first_line
@@ -30,34 +29,16 @@ from kdcache.teacher.freed_memory import keep_freed_memory
 from kdcache.teacher.uniforms import position_states
 from kdcache.teacher.vllm_packed import NOT_SUPERVISED, TARGETS, Buffer, unpack_request
 
-INTERNALS = (_vllm_internals_v024,)
-"""One module per supported line of vLLM releases."""
-
-
-def find_internals(version: str) -> Any:
-    """The module that knows this vLLM.
-
-    Raises:
-        TeacherError: none does.
-    """
-    parts = version.split("+")[0].split(".")
-    release = tuple(int(part) for part in parts[:2] if part.isdigit())
-    for internals in INTERNALS:
-        if internals.FIRST_VERSION <= release < internals.END_VERSION:
-            return internals
-    raise TeacherError(f"vLLM {version} is not a release that kdcache knows the insides of")
-
 
 class CaptureExtension:
     """What vLLM's worker can do besides. Public names are prefixed: vLLM refuses those that its worker has."""
 
     kdcache_capture: Capture | None = None
 
-    def kdcache_install(self, version: str) -> str | None:
+    def kdcache_install(self) -> str | None:
         """Take part in every step from now on. Gives the reason where that cannot be; then nothing is changed."""
         if self.kdcache_capture is not None:
             return None
-        internals = find_internals(version)
         if not internals.is_last_stage(self):
             return None
         capture = Capture(internals.projection(self), keeps=internals.is_first_of_its_stage(self))
@@ -68,20 +49,20 @@ class CaptureExtension:
                 keep_freed_memory()
         return problem
 
-    def kdcache_watch(self, version: str) -> str | None:
+    def kdcache_watch(self) -> str | None:
         """See decoder layers from now on. Gives the reason where that cannot be; then nothing is changed."""
         capture = self.kdcache_capture
         if capture is None or capture.seen is not None:
             return None
-        seen = find_internals(version).watch_layers(self)
+        seen = internals.watch_layers(self)
         if isinstance(seen, str):
             return seen
         capture.seen = seen
         return None
 
-    def kdcache_misfits(self, version: str) -> list[str]:
+    def kdcache_misfits(self) -> list[str]:
         """Modules that the adapter has weights for and this worker's part of the model has not, or in another size."""
-        return list(find_internals(version).misfits(self))
+        return list(internals.misfits(self))
 
     def kdcache_begin(
         self,
@@ -126,7 +107,7 @@ class Capture:
         """
         self._project = project
         self._keeps = keeps
-        self.seen: _vllm_internals_v024.SeenLayers | None = None
+        self.seen: internals.SeenLayers | None = None
         self._features: GroupFeatures | None = None
         self._buffer: Buffer | None = None
         self._selector: Selector | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,41 @@ def masked_sequences(case: TeacherCase) -> list[TokenSequence]:
     return [*whole, *(make_sequence(s.input_ids_N, rng.random(s.num_tokens) < 0.3) for s in whole if s.num_tokens > 2)]
 
 
+@contextmanager
+def warnings_of_ours() -> Iterator[list[str]]:
+    """What kdcache's side of the engine logs meanwhile; a fixture of a module has no caplog."""
+    from kdcache.teacher import _vllm
+
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    _vllm.log.addHandler(handler)
+    yield messages
+    _vllm.log.removeHandler(handler)
+
+
+@dataclass
+class WorkerAnswers:
+    """Of the worker route, on a release that is newer than any proven one, and what was logged when it started."""
+
+    answers: list[Distributions]
+    warnings: list[str]
+
+
 @pytest.fixture(scope="module")
-def worker_answers(tiny_model_dir: Path) -> Iterator[list[Distributions]]:
-    """Answers of the worker route; its engine is gone by the time that another starts."""
-    teacher: Any = load_teacher(config(tiny_model_dir, route="worker", engine_options={"max_logprobs": 5}))
+def worker(tiny_model_dir: Path) -> WorkerAnswers:
+    """Its engine is gone by the time that another starts."""
+    import vllm
+
+    with pytest.MonkeyPatch.context() as patch, warnings_of_ours() as warnings:
+        patch.setattr(vllm, "__version__", "0.99.0")
+        teacher: Any = load_teacher(config(tiny_model_dir, engine_options={"max_logprobs": 5}))
     assert teacher.route == "worker"
     case = TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5)
     # More than the engine's own limit on logprobs.
     answers = score(case, masked_sequences(case), K)
     teacher.close()
-    return answers
+    return WorkerAnswers(answers, warnings)
 
 
 @dataclass
@@ -65,24 +91,19 @@ class PublicCase:
 
 
 @pytest.fixture(scope="module")
-def public(tiny_model_dir: Path, worker_answers: list[Distributions]) -> Iterator[PublicCase]:
-    from kdcache.teacher import _vllm, _vllm_worker
+def public(tiny_model_dir: Path, worker: WorkerAnswers) -> Iterator[PublicCase]:
+    from kdcache.teacher import _vllm_internals as internals
 
-    select = _vllm_worker.Selector.select
+    span = internals.Span
 
-    def select_the_row_before(selector: Any, logits_CV: Any, targets_C: Any, states_C: Any) -> Any:
-        return select(selector, logits_CV.roll(1, 0), targets_C, states_C)
+    def one_row_early_in_all_texts_but_the_first(extra_args: Any, row: int, position: int, length: int) -> Any:
+        return span(extra_args, max(0, row - 1), position, length)
 
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    _vllm.log.addHandler(handler)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_vllm_worker.Selector, "select", select_the_row_before)
+    with pytest.MonkeyPatch.context() as patch, warnings_of_ours() as warnings:
+        patch.setattr(internals, "Span", one_row_early_in_all_texts_but_the_first)
         teacher: Any = load_teacher(config(tiny_model_dir))
-    _vllm.log.removeHandler(handler)
     assert teacher.route == "public"
-    yield PublicCase(TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5), [r.getMessage() for r in records])
+    yield PublicCase(TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5), warnings)
     teacher.close()
 
 
@@ -96,16 +117,14 @@ def agreement(ours: list[Distributions], theirs: list[Distributions]) -> str:
     return f"max |error| {errors.max():.2e} nats, mean {errors.mean():.2e}, same id at the same rank {same.mean():.4f}"
 
 
-def test_the_routes_and_float32_transformers_agree(
-    worker_answers: list[Distributions], public: PublicCase, tiny_model_dir: Path
-):
+def test_the_routes_and_float32_transformers_agree(worker: WorkerAnswers, public: PublicCase, tiny_model_dir: Path):
     sequences = masked_sequences(public.case)
     public_answers = score(public.case, sequences, K)
     transformers = load_teacher(TeacherConfig(model=str(tiny_model_dir), backend="transformers", dtype="float32"))
     hf_answers = list(transformers.score(sequences, top_k(K)))
-    print(f"worker - public: {agreement(worker_answers, public_answers)}")
-    print(f"worker - transformers: {agreement(worker_answers, hf_answers)}")
-    for sequence, ours, theirs, hf in zip(sequences, worker_answers, public_answers, hf_answers, strict=True):
+    print(f"worker - public: {agreement(worker.answers, public_answers)}")
+    print(f"worker - transformers: {agreement(worker.answers, hf_answers)}")
+    for sequence, ours, theirs, hf in zip(sequences, worker.answers, public_answers, hf_answers, strict=True):
         assert ours.num_positions == len(sequence.positions_P)
         assert largest_difference(ours, theirs) < 2e-5
         assert largest_difference(ours, hf) < 5e-5
@@ -114,6 +133,11 @@ def test_the_routes_and_float32_transformers_agree(
         np.testing.assert_allclose(ours.target_logprobs(targets_P), hf.target_logprobs(targets_P), atol=5e-5)
         same = (ours.token_ids_E == theirs.token_ids_E).mean() if ours.num_entries else 1.0
         assert same > 0.98  # the rest: neighbours that are equal up to rounding
+
+
+def test_a_release_that_nobody_has_tried_takes_the_worker_route_and_one_line_says_which_was_proven_last(worker: WorkerAnswers):
+    (line,) = worker.warnings
+    assert line.startswith("kdcache was last proven with vLLM 0.33, and this is 0.99.0: signatures and the proof")
 
 
 def test_wrong_numbers_are_noticed_at_the_start_and_said_once(public: PublicCase):
@@ -147,24 +171,31 @@ def test_the_public_route_keeps_every_promise(promise: Callable[[TeacherCase], N
     promise(public.case)
 
 
-def test_an_unknown_vllm_is_refused_before_it_is_started(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    from kdcache.teacher import _vllm_worker
+def test_what_an_unusable_vllm_lacks_is_said_before_it_is_started(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    from kdcache.teacher import _vllm
 
-    monkeypatch.setattr(_vllm_worker, "INTERNALS", ())
-    for options in ({"strict": True}, {"route": "worker"}):
-        with pytest.raises(TeacherError, match=r"vLLM \S+ is not a release that kdcache knows .* set teacher\.route to public"):
-            load_teacher(config(tiny_model_dir, **options))
     with pytest.raises(TeacherError, match="engine_options has a worker_extension_cls of its own"):
         load_teacher(config(tiny_model_dir, route="worker", engine_options={"worker_extension_cls": "mine.Extension"}))
+    monkeypatch.setattr(_vllm, "WORKER_SAMPLING", ("extra_args", "gone_field"))
+    for options in ({"strict": True}, {"route": "worker"}):
+        with pytest.raises(TeacherError, match=r"SamplingParams has no gone_field; set teacher\.route to public"):
+            load_teacher(config(tiny_model_dir, **options))
 
 
 @pytest.mark.slow
-def test_an_unknown_vllm_is_captured_on_the_public_route_with_one_warning(
+def test_a_vllm_with_another_signature_is_captured_on_the_public_route_with_one_warning(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    from kdcache.teacher import _vllm_worker
+    import vllm
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    monkeypatch.setattr(_vllm_worker, "INTERNALS", ())
+    original = GPUModelRunner._get_prompt_logprobs_dict
+
+    def changed(self: Any, hidden_states: Any, scheduler_output: Any) -> Any:
+        return original(self, hidden_states, scheduler_output)
+
+    monkeypatch.setattr(GPUModelRunner, "_get_prompt_logprobs_dict", changed)
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
     teacher: Any = load_teacher(config(tiny_model_dir))
     case = TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5)
     for sequence in random_sequences(case, [100, 3]):
@@ -176,13 +207,14 @@ def test_an_unknown_vllm_is_captured_on_the_public_route_with_one_warning(
         record for record in caplog.records if record.name.startswith("kdcache")
     ]  # vLLM and torch have warnings of their own
     (warning,) = [record.getMessage() for record in ours if record.levelno >= logging.WARNING]
-    assert "is not a release that kdcache knows the insides of; using vLLM's own prompt logprobs" in warning
+    assert "_get_prompt_logprobs_dict takes (hidden_states, scheduler_output) (kdcache was last proven with vLLM 0." in warning
+    assert warning.endswith("using vLLM's own prompt logprobs, which are slower")
 
 
 def test_a_projection_that_is_not_as_expected_is_said_at_the_start():
     import torch
 
-    from kdcache.teacher._vllm_internals_v024 import projection_problem
+    from kdcache.teacher._vllm_internals import projection_problem
 
     class Model(torch.nn.Module):
         def compute_logits(self, hidden_states: Any) -> Any:
@@ -235,6 +267,9 @@ class TestWithAPrefixCache:
         first, again = score(case, sequences), score(case, sequences)
         for one, other in zip(first, again, strict=True):
             np.testing.assert_allclose(one.logprobs_E, other.logprobs_E, atol=5e-5)
+        teacher: Any = case.teacher  # vLLM's own way has every row too, or `read_output` would say so
+        for one, other in zip(first, teacher._score_publicly(sequences, top_k(8)), strict=True):
+            np.testing.assert_allclose(one.logprobs_E, other.logprobs_E, atol=5e-5)
 
     def test_a_position_that_was_read_from_the_cache_is_an_error(self, case: TeacherCase, monkeypatch: pytest.MonkeyPatch):
         import vllm
@@ -246,7 +281,7 @@ class TestWithAPrefixCache:
 
         sequences = random_sequences(case, [250, 3], seed=5)
         score(case, sequences)
-        monkeypatch.setattr(_vllm, "_worker_params", params_that_read_the_cache)
+        monkeypatch.setattr(_vllm, "worker_params", params_that_read_the_cache)
         with pytest.raises(TeacherError, match=r"test#250: .* never computed 128 of 250 positions, the first of them 0"):
             score(case, sequences)
 

@@ -1,4 +1,4 @@
-"""What kdcache knows of vLLM's insides, releases 0.24 to 0.32: the one place to look when a new release moves something.
+"""What kdcache knows of vLLM's insides: with `vllm_signatures.py`, the one place to look when a new release moves something.
 
 Each of its two model runners has one method that sees a step's hidden states of the last pipeline stage, right after they are
 computed, in every step and on every tensor-parallel rank: the one that computes prompt logprobs. It is wrapped; what it does
@@ -21,20 +21,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from kdcache.teacher.features import find_decoder
-
-FIRST_VERSION, END_VERSION = (0, 24), (0, 33)
-"""Releases that this file was written for; the second one is not among them."""
-
-_V1_HOOK = "_get_prompt_logprobs_dict"
-_V1_PARAMETERS = ("hidden_states", "num_scheduled_tokens")
-_V2_METHODS = {
-    "compute_prompt_logprobs": (
-        "logits_fn", "hidden_states", "input_batch", "all_token_ids", "num_computed_tokens", "prompt_lens",
-    ),
-    "add_request": ("req_id", "req_idx", "sampling_params"),
-    "remove_request": ("req_id",),
-}  # fmt: skip
-
+from kdcache.teacher.vllm_signatures import V1_HOOKS, V1_RUNNER, V2_HOOKS, fault_of_hook
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
 """What models call the norm behind their last layer."""
@@ -240,11 +227,12 @@ def give_tokenizer(llm_engine: Any, tokenizer: Any) -> bool:
 
 
 def _install_v1(runner: Any, on_step: OnStep) -> str | None:
-    problem = _check(runner, _V1_HOOK, _V1_PARAMETERS)
-    missing = [name for name in ("requests", "query_start_loc", "input_batch") if not hasattr(runner, name)]
+    problem = next(filter(None, (fault_of_hook(runner, *hook) for hook in V1_HOOKS.items())), None)
+    missing = [name for name in V1_RUNNER if not hasattr(runner, name)]
     if problem or missing:
         return problem or f"{type(runner).__name__} has no {', '.join(missing)}"
-    original = getattr(runner, _V1_HOOK)
+    (name,) = V1_HOOKS
+    original = getattr(runner, name)
 
     def spans(num_scheduled_tokens: Mapping[str, int]) -> Iterator[Span]:
         for req_id, num_tokens in num_scheduled_tokens.items():
@@ -261,16 +249,15 @@ def _install_v1(runner: Any, on_step: OnStep) -> str | None:
         on_step(hidden_states, lambda: spans(num_scheduled_tokens))
         return original(hidden_states, num_scheduled_tokens)
 
-    setattr(runner, _V1_HOOK, hook)
+    setattr(runner, name, hook)
     return None
 
 
 def _install_v2(runner: Any, on_step: OnStep) -> str | None:
     target = runner.prompt_logprobs_worker
-    problems = (_check(target, name, parameters) for name, parameters in _V2_METHODS.items())
-    if problem := next(filter(None, problems), None):
+    if problem := next(filter(None, (fault_of_hook(target, *hook) for hook in V2_HOOKS.items())), None):
         return problem
-    originals = {name: getattr(target, name) for name in _V2_METHODS}
+    originals = {name: getattr(target, name) for name in V2_HOOKS}
     arguments: dict[str, Mapping[str, Any]] = {}
 
     def add_request(req_id: str, req_idx: int, sampling_params: Any) -> None:
@@ -289,19 +276,14 @@ def _install_v2(runner: Any, on_step: OnStep) -> str | None:
             if req_id in arguments and length > 0:
                 yield Span(arguments[req_id], int(batch.query_start_loc_np[index]), position, length)
 
-    def compute_prompt_logprobs(logits_fn: Any, hidden_states: Any, input_batch: Any, *rest: Any) -> Any:
-        on_step(hidden_states, lambda: spans(input_batch, rest[-1]))
-        return originals["compute_prompt_logprobs"](logits_fn, hidden_states, input_batch, *rest)
+    # The parameters have vLLM's names: a release may pass them by name.
+    def compute_prompt_logprobs(
+        logits_fn: Any, hidden_states: Any, input_batch: Any, all_token_ids: Any, num_computed_tokens: Any, prompt_lens: Any
+    ) -> Any:
+        on_step(hidden_states, lambda: spans(input_batch, prompt_lens))
+        original = originals["compute_prompt_logprobs"]
+        return original(logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, prompt_lens)
 
     target.add_request, target.remove_request = add_request, remove_request
     target.compute_prompt_logprobs = compute_prompt_logprobs
     return None
-
-
-def _check(owner: Any, name: str, parameters: tuple[str, ...]) -> str | None:
-    """What is wrong with a method, if anything."""
-    method = getattr(owner, name, None)
-    if method is None:
-        return f"{type(owner).__name__} has no {name}"
-    found = tuple(inspect.signature(method).parameters)
-    return None if found == parameters else f"{type(owner).__name__}.{name} takes ({', '.join(found)})"

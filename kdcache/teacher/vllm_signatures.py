@@ -1,0 +1,124 @@
+"""What kdcache hooks and uses of vLLM, by name: looked for when an engine starts, and in sources by `tools/check_vllm.py`.
+
+A release's number decides nothing: these names, and the proof on eight tokens, decide whether selection happens in the engine's
+worker. Pure functions; no vLLM.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+FIRST_PROVEN, LAST_PROVEN = (0, 24), (0, 33)
+"""Releases that the worker's route was proven with, both of them among these; see README.md for how."""
+
+V1_HOOKS = {"_get_prompt_logprobs_dict": ("hidden_states", "num_scheduled_tokens")}
+"""Of the V1 runner: methods that are wrapped, with exactly these parameters."""
+V1_RUNNER = ("requests", "query_start_loc", "input_batch")
+V1_REQUEST = ("CachedRequestState", ("sampling_params", "num_computed_tokens", "num_prompt_tokens"))
+"""A class, and what is read of its objects. That is not looked for when an engine starts: the proof reads all of it."""
+
+V2_HOOKS = {
+    "compute_prompt_logprobs": (
+        "logits_fn", "hidden_states", "input_batch", "all_token_ids", "num_computed_tokens", "prompt_lens",
+    ),
+    "add_request": ("req_id", "req_idx", "sampling_params"),
+    "remove_request": ("req_id",),
+}  # fmt: skip
+"""Of the V2 runner's `prompt_logprobs_worker`."""
+V2_BATCH = (
+    "InputBatch",
+    ("req_ids", "num_computed_prefill_tokens_np", "num_scheduled_tokens", "idx_mapping_np", "query_start_loc_np"),
+)
+
+
+class Call(NamedTuple):
+    """How a method is called: so many positional arguments, and these keywords."""
+
+    num_positional: int
+    keywords: tuple[str, ...] = ()
+
+
+PUBLIC_PARTS: Mapping[str, Call | None] = {
+    "generate": Call(2, ("lora_request", "use_tqdm")),
+    "llm_engine.engine_core.shutdown": Call(0),
+    "llm_engine.model_config.get_hidden_size": Call(0),
+    "llm_engine.model_config.get_total_num_hidden_layers": Call(0),
+    "llm_engine.model_config.get_vocab_size": Call(0),
+    "llm_engine.vllm_config.model_config.enforce_eager": None,
+    "llm_engine.vllm_config.parallel_config.tensor_parallel_size": None,
+    "llm_engine.vllm_config.parallel_config.pipeline_parallel_size": None,
+}
+"""What every capture uses of a `vllm.LLM`, beyond its documented interface too; None: it is read."""
+
+WORKER_PARTS: Mapping[str, Call | None] = {"collective_rpc": Call(1, ("args",))}
+ADAPTER_PARTS: Mapping[str, Call | None] = {"llm_engine.add_lora": Call(1)}
+WRITING_PARTS: Mapping[str, Call | None] = {
+    "enqueue": Call(2, ("lora_request", "use_tqdm")),
+    "llm_engine.has_unfinished_requests": Call(0),
+    "llm_engine.step": Call(0),
+    "llm_engine.vllm_config.scheduler_config.long_prefill_token_threshold": None,
+    "llm_engine.vllm_config.scheduler_config.max_num_batched_tokens": None,
+}
+
+PUBLIC_SAMPLING = ("prompt_logprobs", "logprobs", "max_tokens", "temperature", "flat_logprobs", "detokenize")
+WORKER_SAMPLING = ("max_tokens", "temperature", "detokenize", "skip_reading_prefix_cache", "extra_args")
+"""Fields of `vllm.SamplingParams` that the requests of each route set."""
+
+
+def version_note(version: str) -> str | None:
+    """What to say of a release that the worker's route was not proven with before; None of one that it was."""
+    parts = version.split("+")[0].split(".")[:2]
+    release = tuple(int(part) for part in parts if part.isdigit())
+    if FIRST_PROVEN <= release <= LAST_PROVEN:
+        return None
+    return f"kdcache was last proven with vLLM {LAST_PROVEN[0]}.{LAST_PROVEN[1]}, and this is {version}"
+
+
+def faults_of(owner: Any, parts: Mapping[str, Call | None]) -> list[str]:
+    """Which of some parts an object lacks, or takes otherwise, each in words."""
+    faults = (_fault_of(owner, path, call) for path, call in parts.items())
+    return [fault for fault in faults if fault is not None]
+
+
+def fault_of_hook(owner: Any, name: str, parameters: tuple[str, ...]) -> str | None:
+    """What is wrong with a method that is to be wrapped, if anything: it must have these parameters and no others."""
+    method = getattr(owner, name, None)
+    if method is None:
+        return f"{type(owner).__name__} has no {name}"
+    found = tuple(inspect.signature(method).parameters)
+    return None if found == parameters else f"{type(owner).__name__}.{name} takes ({', '.join(found)})"
+
+
+def lack_of(owner: str, names: Iterable[str], wanted: Iterable[str]) -> str | None:
+    """`OWNER has no A, B`; None where it has them all."""
+    missing = sorted(set(wanted) - set(names))
+    return f"{owner} has no {', '.join(missing)}" if missing else None
+
+
+def fault_of_sampling(sampling_params: Callable[..., Any], wanted: tuple[str, ...]) -> str | None:
+    """What `vllm.SamplingParams` does not take of what a route's requests set, if anything."""
+    return lack_of("SamplingParams", inspect.signature(sampling_params).parameters, wanted)
+
+
+def _fault_of(owner: Any, path: str, call: Call | None) -> str | None:
+    value = owner
+    for name in path.split("."):
+        if not hasattr(value, name):
+            return f"LLM has no {path}"
+        value = getattr(value, name)
+    try:
+        signature = inspect.signature(value) if call is not None else None
+    except (TypeError, ValueError):  # something that does not say: it is asked when it is called
+        signature = None
+    return None if call is None or signature is None or fits(signature, call) else f"LLM.{path} takes {signature}"
+
+
+def fits(signature: inspect.Signature, call: Call) -> bool:
+    """Whether a method, without its self, can be called so."""
+    try:
+        signature.bind(*[None] * call.num_positional, **dict.fromkeys(call.keywords))
+    except TypeError:
+        return False
+    return True
