@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ class CutCounts:
         num_skipped: items and sequences left out because they make their unit fail, under `run.skip_poison`.
         num_long_prompts: prompts skipped because they leave no room for an answer, under `generate.long_prompts`.
         num_dropped_answers: chats whose last words, the assistant's, were left out, under `generate.last_answer`.
+        notes: what the items hold beside that and nobody uses, and the like: a sentence for each kind -> items.
     """
 
     num_sequences: int = 0
@@ -39,11 +40,19 @@ class CutCounts:
     num_skipped: int = 0
     num_long_prompts: int = 0
     num_dropped_answers: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: CutCounts) -> None:
         """Add another account to this one."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for each in fields(self):
+            if each.name != "notes":
+                setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+        self.note(other.notes)
+
+    def note(self, notes: Mapping[str, int]) -> None:
+        """Add some of `notes`."""
+        for sentence, number in notes.items():
+            self.notes[sentence] = self.notes.get(sentence, 0) + number
 
 
 def make_sequences(
@@ -65,7 +74,7 @@ def make_sequences(
     template = tokenizer.identity.chat_template_fingerprint
     made: list[TokenSequence] = []
     for item in items:
-        tokens = None if item.is_empty else _tokenize(item, tokenizer, config)
+        tokens = None if item.is_empty else _tokenize(item, tokenizer, config, counts)
         if tokens is None or len(tokens.input_ids_N) == 0:
             counts.num_empty_items += 1
             continue
@@ -78,9 +87,9 @@ def make_sequences(
     return made, counts
 
 
-def _tokenize(item: Item, tokenizer: Tokenizer, config: InputConfig) -> TokenizedItem:
+def _tokenize(item: Item, tokenizer: Tokenizer, config: InputConfig, counts: CutCounts) -> TokenizedItem:
     if isinstance(item.content, list):
-        return _tokenize_chat(item, item.content, tokenizer, config)
+        return _tokenize_chat(item, item.content, tokenizer, config, counts)
     ids_N = tokenize_plain(item.content, tokenizer, config)
     num_tokens = len(ids_N)
     all_N, none_N = np.ones(num_tokens, np.bool_), np.zeros(num_tokens, np.uint8)
@@ -94,16 +103,19 @@ def tokenize_plain(content: str | NDArray[np.int64], tokenizer: Tokenizer, confi
     return content
 
 
-def _tokenize_chat(item: Item, messages: list[Message], tokenizer: Tokenizer, config: InputConfig) -> TokenizedItem:
+def _tokenize_chat(
+    item: Item, messages: list[Message], tokenizer: Tokenizer, config: InputConfig, counts: CutCounts
+) -> TokenizedItem:
     try:
         chat = tokenizer.encode_chat(messages)
     except InputError as error:
         raise InputError(f"{item.source}: {error}") from error
-    num_tokens = len(chat.input_ids)
+    counts.note(dict.fromkeys(chat.notes, 1))
     if config.supervise == "assistant":
         supervised_N = supervise_assistant(np.asarray(chat.assistant_mask, np.bool_))
     else:
-        supervised_N = np.ones(num_tokens, np.bool_)
+        # The last position has no target yet that could be left out.
+        supervised_N = np.append(~np.asarray(chat.excluded, np.bool_)[1:], True)
     starts, roles_N = np.asarray(chat.turn_starts, np.int32), np.asarray(chat.roles, np.uint8)
     return TokenizedItem(np.asarray(chat.input_ids, np.int64), supervised_N, roles_N, starts, item.source, item.domain)
 

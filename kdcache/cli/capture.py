@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kdcache.cli.config_arguments import add_config_arguments, read_config
@@ -105,12 +106,18 @@ def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:
     ]
     shown["left out"] = "; ".join(f"{count(number, noun)} {what}" for number, noun, what in left_out if number)
     shown["not read"] = str(summary.left_out)
+    shown["noted"] = noted(counts.notes)
     shown["workers"] = f"{count(summary.num_workers_lost, 'worker')} died; others did their units" * (
         summary.num_workers_lost > 0
     )
     shown["set aside"] = "; ".join(f"unit {failed.unit}: {failed.reason}" for failed in summary.set_aside)
     shown["next"] = _next_step(summary, run.world_size > 1)
     return rows({name: text for name, text in shown.items() if text})
+
+
+def noted(notes: Mapping[str, int]) -> str:
+    """What the items hold and nobody uses, and the like."""
+    return "; ".join(f"{count(number, 'item')}: {sentence}" for sentence, number in sorted(notes.items()))
 
 
 def _names(summary: CaptureSummary, most: int = 5) -> str:

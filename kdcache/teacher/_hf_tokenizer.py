@@ -1,28 +1,27 @@
-"""Tokenizers of `transformers`: hub ids and local folders, fingerprints of meaning, chats with roles and assistant masks.
-
-Shape letters: N tokens of a text.
-"""
+"""Tokenizers of `transformers`: hub ids and local folders, fingerprints of meaning, chats with roles and assistant masks."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from kdcache.errors import InputError, TeacherError
 from kdcache.format.manifest import TokenizerIdentity, fingerprint
+from kdcache.inputs.chat import Chat, Message
+from kdcache.teacher._jinja_template import ChatTemplate
 from kdcache.teacher.base import first_line
-from kdcache.teacher.chat_turns import ChatSpans, find_spans
+from kdcache.teacher.chat_tokens import ChatEncoding, words_of
+from kdcache.teacher.chat_turns import ChatSpans, Rendered, find_spans
 from kdcache.teacher.checkpoint import check_model_name, short_name
-from kdcache.teacher.tokenizer import ROLE_CODES, ChatTokens, Message, check_messages
-
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+from kdcache.teacher.marked_chat import MarkedChat, notes_of, shapes
+from kdcache.teacher.tokenizer import ChatTokens, check_chat
 
 PROBES = ("Hello world", " two  spaces\tand\n\nlines", "naive cafe 12345.678", "x = [1, 2]  # \u00e9\u4e2d\U0001f600")
 """Texts whose ids stand for the rules of a tokenizer that has no serialised form."""
@@ -45,13 +44,15 @@ class HfTokenizer:
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
         self._template = _template_of(self._tokenizer)
+        self._templates: dict[str, ChatTemplate] = {}
+        self._moment = datetime.now()
         # Texts longer than the model are cut into windows later; the tokenizer's warning about them would be false alarm.
         self._tokenizer.model_max_length = 2**62
         vocab = self._tokenizer.get_vocab()
         self._identity = TokenizerIdentity(
             name=short_name(name),
             fingerprint=tokenizer_fingerprint(self._tokenizer),
-            chat_template_fingerprint=hashlib.sha256(self._template.encode()).hexdigest() if self._template else "",
+            chat_template_fingerprint=_template_fingerprint(self._tokenizer),
             vocab_size=max(vocab.values()) + 1,
         )
         self._special_ids = np.array([i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special], np.int64)
@@ -69,48 +70,50 @@ class HfTokenizer:
         """See `Tokenizer`."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def encode_chat(self, messages: Sequence[Message]) -> ChatTokens:
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """See `Tokenizer`."""
+        return self._compiled(self._template).variables if self._template else frozenset()
+
+    @property
+    def reads_clock(self) -> bool:
+        """See `Tokenizer`."""
+        return "strftime_now" in self._template
+
+    def set_clock(self, moment: datetime) -> None:
+        """See `Tokenizer`."""
+        self._moment = moment
+
+    def encode_chat(self, chat: Chat | Sequence[Message]) -> ChatTokens:
         """See `Tokenizer`.
 
-        The template's text holds its own special tokens, so none are added: no second BOS. The assistant mask comes from the
-        template's {% generation %} tags where it has them, else from the beginnings of the chat (`chat_turns`).
+        The template's text holds its own special tokens, so none are added: no second BOS. Who wrote what is proven from the
+        text (`chat_turns`), and carried to the tokens by the characters that they cover (`chat_tokens`).
         """
-        checked = check_messages(messages)
-        text = self._render_or_raise(checked)
-        ids_N, offsets_N2 = self._encode_with_offsets(text)
-        if len(ids_N) == 0:
-            raise InputError("the chat template gives an empty text for these messages")
-        tagged_N = self._tagged_mask(checked, ids_N)
-        try:
-            spans = find_spans(checked, text, self._render)
-        except InputError:
-            if tagged_N is None:
-                raise
-            spans = ChatSpans(turn_starts=[0])
-        roles_N, mask_N = self._who_wrote(spans, text, ids_N, offsets_N2)
-        if tagged_N is not None:
-            mask_N = tagged_N
-            roles_N[tagged_N] = ROLE_CODES["assistant"]
-        return ChatTokens(ids_N, roles_N, _first_tokens(offsets_N2, spans.turn_starts), mask_N)
+        chat = check_chat(chat)
+        marked, rendered, notes = self._choose_shape(chat, generation_prompt=False)
+        tokens = self._tokens_of(rendered)
+        whole = tokens.whole(has_tags=self._template_of(chat).has_generation_tags)
+        spans = find_spans(marked.messages, whole, marked.render)
+        if spans.endless:
+            notes.append("an assistant's turn has no token that ends it: where it stops is not learnt")
+        if spans.empty:
+            notes.append("an assistant's turn is empty, and it cannot be proven which token ends it: it is not learnt")
+        return tokens.chat(chat, spans, notes)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> ChatTokens:
-        """See `Tokenizer`. Where the template does not show who wrote what, no roles are told, and all is one turn."""
-        checked = check_messages(messages)
-        text = self._render_or_raise(checked, generation_prompt=True)
-        ids_N, offsets_N2 = self._encode_with_offsets(text)
-        if len(ids_N) == 0:
-            raise InputError("the chat template gives an empty prompt for these messages")
+    def encode_prompt(self, chat: Chat | Sequence[Message]) -> ChatTokens:
+        """See `Tokenizer`. Where the template does not show whose turn is where, all is one turn."""
+        chat = check_chat(chat)
+        marked, rendered, notes = self._choose_shape(chat, generation_prompt=True)
+        tokens = self._tokens_of(rendered)
         # Some templates have no generation prompt; some write what stands before it in another way.
-        given = self._render(checked, False)
-        given = given if given is not None and text.startswith(given) else text
+        closed = marked.render(marked.messages, False)
+        given = closed if closed is not None and rendered.text.startswith(closed.text) else rendered
         try:
-            spans = find_spans(checked, given, self._render)
+            spans = find_spans(marked.messages, replace(tokens.whole(), rendered=given), marked.render)
         except InputError:
-            spans = ChatSpans(turn_starts=[0])
-        roles_N, mask_N = self._who_wrote(spans, given, ids_N, offsets_N2)
-        header = int(np.argmax(offsets_N2[:, 1] > len(given))) if len(text) > len(given) else len(ids_N)
-        starts = np.append(_first_tokens(offsets_N2, spans.turn_starts), header)
-        return ChatTokens(ids_N, roles_N, np.unique(starts).astype(np.int32), mask_N)
+            spans = ChatSpans(contents=words_of(rendered))
+        return tokens.prompt(chat, spans, len(given.text), notes)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -123,65 +126,78 @@ class HfTokenizer:
         """The tokenizer of `transformers`, for an engine that takes one."""
         return self._tokenizer
 
-    def _who_wrote(
-        self, spans: ChatSpans, text: str, ids_N: NDArray[np.int32], offsets_N2: NDArray[np.int64]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """(N,) roles; (N,) whether a token is the assistant's, its end of turn included."""
-        roles_N = np.zeros(len(ids_N), np.uint8)
-        mask_N = np.zeros(len(ids_N), np.bool_)
-        for role, start, end in spans.contents:
-            inside_N = _tokens_in(offsets_N2, start, end)
-            if role == "assistant":
-                inside_N = self._up_to_end_of_turn(inside_N, ids_N, offsets_N2, text[:end])
-                mask_N |= inside_N
-            roles_N[inside_N] = ROLE_CODES[role]
-        return roles_N, mask_N
-
-    def _render_or_raise(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
-        if not self._template:
+    def _template_of(self, chat: Chat) -> ChatTemplate:
+        """The template for a chat: some tokenizers have another one for those with tools."""
+        source = _template_of(self._tokenizer, chat.tools)
+        if not source:
             raise InputError(
                 f"the tokenizer {self._identity.name!r} has no chat template; set input.chat_template to a Jinja file"
             )
+        return self._compiled(source)
+
+    def _compiled(self, source: str) -> ChatTemplate:
+        if source not in self._templates:
+            try:
+                self._templates[source] = ChatTemplate(source)
+            except Exception as error:  # Jinja's, or what its parser runs into
+                raise InputError(f"the chat template refuses these messages: {first_line(error)}") from error
+        return self._templates[source]
+
+    def _choose_shape(self, chat: Chat, *, generation_prompt: bool) -> tuple[MarkedChat, Rendered, list[str]]:
+        """The chat in the first shape of which the template loses nothing, or the least; and what it loses.
+
+        Raises:
+            InputError: it refuses every shape, its text is empty, or transformers writes another one.
+        """
+        template = self._template_of(chat)
+        variables = self._variables(chat)
+        tried = [MarkedChat(shape, variables, template.render) for shape in shapes(chat, template.source)]
+        best: tuple[MarkedChat, Rendered, list[tuple[int, str]]] | None = None
+        for marked in tried:
+            rendered = marked.render(marked.messages, generation_prompt)
+            lost = [] if rendered is None else marked.lost_keys(rendered)
+            if rendered is not None and (best is None or len(lost) < len(best[2])):
+                best = marked, rendered, lost
+            if best is not None and not best[2]:
+                break
+        if best is None:
+            raise InputError(f"the chat template refuses these messages: {first_line(tried[0].failure or InputError(''))}")
+        marked, rendered, lost = best
+        if not rendered.text:
+            what = "prompt" if generation_prompt else "text"
+            raise InputError(f"the chat template gives an empty {what} for these messages")
+        self._compare(chat, marked, rendered, generation_prompt=generation_prompt)
+        return marked, rendered, notes_of(chat, template, lost)
+
+    def _variables(self, chat: Chat) -> dict[str, Any]:
+        return {
+            **self._tokenizer.special_tokens_map, "tools": chat.tools, "documents": chat.documents,
+            "strftime_now": self._moment.strftime, **chat.arguments,
+        }  # fmt: skip
+
+    def _compare(self, chat: Chat, marked: MarkedChat, rendered: Rendered, *, generation_prompt: bool) -> None:
+        variables = self._variables(chat)
+        for name in self._tokenizer.special_tokens_map:
+            variables.pop(name, None)
         try:
-            return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
-        except Exception as error:  # a template is a program: it may raise anything
+            text = self._tokenizer.apply_chat_template(
+                marked.plain, tokenize=False, add_generation_prompt=generation_prompt, **variables | dict(chat.arguments)
+            )
+        except Exception as error:  # as above
             raise InputError(f"the chat template refuses these messages: {first_line(error)}") from error
+        if text != rendered.text:
+            raise InputError("the chat template gives another text when it is rendered a second time, by transformers")
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str | None:
-        try:
-            return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
-        except Exception:  # as above; here it is an answer: there is no such beginning
-            return None
-
-    def _encode_with_offsets(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def _tokens_of(self, rendered: Rendered) -> ChatEncoding:
         if not self._tokenizer.is_fast:
             raise InputError(
                 f"the tokenizer {self._identity.name!r} is not a fast one: it does not say which characters its tokens "
                 "cover, so the assistant's part of a chat cannot be told; tokenize the chats yourself and use content: ids"
             )
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        return np.array(encoded["input_ids"], np.int32), offsets
-
-    def _tagged_mask(self, messages: Sequence[Message], ids_N: NDArray[np.int32]) -> NDArray[np.bool_] | None:
-        """The assistant mask of the template's {% generation %} tags; None where it has none."""
-        if not GENERATION_TAG.search(self._template):
-            return None
-        encoded = self._tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        if not np.array_equal(encoded["input_ids"], ids_N):
-            raise InputError("the chat template gives other tokens when it is rendered a second time")
-        return np.array(encoded["assistant_masks"], np.bool_)
-
-    def _up_to_end_of_turn(
-        self, inside_N: NDArray[np.bool_], ids_N: NDArray[np.int32], offsets_N2: NDArray[np.int64], text: str
-    ) -> NDArray[np.bool_]:
-        """Without what the template writes after the end-of-turn token: white space, in all templates known."""
-        special = np.flatnonzero(inside_N & np.isin(ids_N, self._special_ids))
-        if len(special) and not text[offsets_N2[special[-1], 1] :].strip():
-            return inside_N & (np.arange(len(ids_N)) <= special[-1])
-        return inside_N
+        encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets_N2 = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        input_ids_N = np.array(encoded["input_ids"], np.int32)
+        return ChatEncoding(rendered, input_ids_N, offsets_N2, self._special_ids, self.end_ids, self.decode)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -201,22 +217,18 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return fingerprint({"rules": rules, "special": special})
 
 
-def _template_of(tokenizer: Any) -> str:
-    """The template that a chat without tools is rendered with; "" where there is none."""
+def _template_of(tokenizer: Any, tools: Sequence[Any] | None = None) -> str:
+    """The template that a chat is rendered with; "" where there is none."""
     if not tokenizer.chat_template:
         return ""
     try:
-        return tokenizer.get_chat_template()
+        return tokenizer.get_chat_template(tools=tools)
     except ValueError:  # several named ones, none of them the default
         return ""
 
 
-def _tokens_in(offsets_N2: NDArray[np.int64], start: int, end: int) -> NDArray[np.bool_]:
-    """(N,) whether a token covers any of text[start:end]; one that reaches over the border counts."""
-    return (offsets_N2[:, 1] > start) & (offsets_N2[:, 0] < end)
-
-
-def _first_tokens(offsets_N2: NDArray[np.int64], starts: Sequence[int]) -> NDArray[np.int32]:
-    """Index of the first token that covers something at or after each character; turns without a token are left out."""
-    first = np.array([int(np.argmax(offsets_N2[:, 1] > start)) for start in starts], np.int32)
-    return np.unique(np.append(np.int32(0), first[1:])).astype(np.int32)
+def _template_fingerprint(tokenizer: Any) -> str:
+    """Of both templates, where there is another one for chats with tools."""
+    plain, with_tools = _template_of(tokenizer), _template_of(tokenizer, [{}])
+    both = plain if plain == with_tools else f"{plain}\0{with_tools}"
+    return hashlib.sha256(both.encode()).hexdigest() if both else ""

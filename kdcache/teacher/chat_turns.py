@@ -1,8 +1,18 @@
-"""Which part of a rendered chat is whose: by rendering its beginnings. Characters only; no tokenizer, no template engine.
+"""Which part of a rendered chat is whose, proven per chat. Characters only; no tokenizer, no template engine.
 
-A chat template is a program that gives one text for all messages. Where the text of messages[:i] is the beginning of the whole
-text, message i's part starts at its end; where the text of messages[:i] with the generation prompt is, the assistant's own
-tokens start there. Both are checked, never assumed.
+A chat template is a program that gives one text for all messages. Its output says of each character which message it comes from
+(`marked_text`), so what somebody wrote needs no search. Two borders remain, both in the template's own text:
+
+- *Where the assistant starts:* after what the template writes to prompt it. The chat up to there is rendered with the
+  generation prompt. What then follows the last character of the messages before must follow the same character in the whole
+  text. To a template that has no generation prompt, or always writes one, a made-up answer is shown: what precedes that is the
+  header.
+- *Where its turn ends:* the chat up to and with its message is rendered. What then follows its last character must follow it in
+  the whole text; the turn ends with the last special token in it. Where the template ends earlier turns in another way than the
+  last one, the special token after the message is taken, if it follows others' messages as well and opens no turn.
+
+Nothing hangs on the beginning of a chat being rendered alike when more follows: some templates leave out earlier thoughts, or
+fold the system prompt into the last user's turn.
 """
 
 from __future__ import annotations
@@ -10,11 +20,66 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kdcache.errors import InputError
-from kdcache.teacher.tokenizer import Message
+import numpy as np
+from numpy.typing import NDArray
 
-Render = Callable[[Sequence[Message], bool], "str | None"]
+from kdcache.errors import InputError
+from kdcache.inputs.chat import Message, texts_of
+from kdcache.teacher.marked_text import runs
+
+ASKED = "x"
+"""The made-up answer by which the header of a template without a generation prompt is found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A chat as its template writes it.
+
+    Attributes:
+        text: C characters.
+        message_C: (C,) which message each comes from; -1 for the template's own.
+        origin_C: (C,) a number for each character of each message, the same in every rendering; 0 for the template's own.
+        generated_C: (C,) whether it stands between generation tags.
+    """
+
+    text: str
+    message_C: NDArray[np.int64]
+    origin_C: NDArray[np.int64]
+    generated_C: NDArray[np.bool_]
+
+    def end_of_words(self) -> int:
+        """Where the last message's last character ends; 0 where nobody wrote any."""
+        own = np.flatnonzero(self.message_C >= 0)
+        return int(own[-1]) + 1 if len(own) else 0
+
+
+Render = Callable[[Sequence[Message], bool], "Rendered | None"]
 """(messages, add_generation_prompt) -> text; None where the template refuses these messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The text that the teacher reads.
+
+    Attributes:
+        special: (start, end) of each special token in it that is the template's own.
+        ends: (start, end) of those of them that end a text, by the tokenizer.
+        has_tags: whether the template has generation tags.
+    """
+
+    rendered: Rendered
+    special: Sequence[tuple[int, int]]
+    ends: Sequence[tuple[int, int]]
+    has_tags: bool = False
+
+    def token(self, span: tuple[int, int]) -> str:
+        """A special token's text."""
+        return self.rendered.text[slice(*span)]
+
+    def next_special(self, start: int) -> tuple[int, int] | None:
+        """The special token that follows, if only white space is before it."""
+        found = next((span for span in self.special if span[0] >= start), None)
+        return found if found is not None and not self.rendered.text[start : found[0]].strip() else None
 
 
 @dataclass(slots=True)
@@ -23,15 +88,21 @@ class ChatSpans:
 
     Attributes:
         turn_starts: where each turn starts, its header included; ascending, the first is 0.
-        contents: (role, start, end) of what somebody wrote; between them is the template's own text. The assistant's reach from
-            the end of the generation prompt to the end of the turn.
+        contents: (message, start, end) of what somebody wrote; of the assistant, from the end of what prompts it to the end of
+            its turn.
+        learnt: (message, start, end) of what the assistant is to be learnt of.
+        endless: messages of the assistant after which the template writes no end token.
+        empty: messages of the assistant that say nothing and whose end token cannot be proven: it is not learnt.
     """
 
-    turn_starts: list[int] = field(default_factory=list)
-    contents: list[tuple[str, int, int]] = field(default_factory=list)
+    turn_starts: list[int] = field(default_factory=lambda: [0])
+    contents: list[tuple[int, int, int]] = field(default_factory=list)
+    learnt: list[tuple[int, int, int]] = field(default_factory=list)
+    endless: list[int] = field(default_factory=list)
+    empty: list[int] = field(default_factory=list)
 
 
-def find_spans(messages: Sequence[Message], text: str, render: Render) -> ChatSpans:
+def find_spans(messages: Sequence[Message], whole: Whole, render: Render) -> ChatSpans:
     """Locate every message in the rendered text.
 
     A message that cannot be rendered without its successor (templates that fold the system prompt into the user's turn, or that
@@ -39,61 +110,258 @@ def find_spans(messages: Sequence[Message], text: str, render: Render) -> ChatSp
 
     Args:
         messages: the whole chat.
-        text: `render(messages, False)`.
+        whole: of `render(messages, False)`.
         render: gives the text of a beginning of the chat.
 
     Raises:
-        InputError: the start or the end of an assistant's message cannot be told.
+        InputError: the start or the end of an assistant's message cannot be proven; says which.
     """
+    finder = _Finder(messages, whole, render)
     spans = ChatSpans()
-    start, waiting = 0, []
     for index, message in enumerate(messages):
-        waiting.append(message)
         if message["role"] == "assistant":
-            begin = _prefix_length(messages[:index], True, text, render)
-            end = len(text) if index + 1 == len(messages) else _prefix_length(messages[: index + 1], False, text, render)
-            if begin is None or end is None or not start <= begin <= end:
-                raise InputError(_unclear(index, "starts" if begin is None else "ends"))
-            spans.contents.append(("assistant", begin, end))
+            finder.add_assistant(index, spans)
         else:
-            end = _end_of_turn(messages, index, text, render)
-            if end is None or end < start:
-                continue
-            spans.contents += _locate(waiting, text, start, end)
-        spans.turn_starts.append(start)
-        start, waiting = end, []
+            spans.contents += [(index, start, end) for start, end in runs(whole.rendered.message_C == index)]
+            finder.add_turn(index, spans)
+    spans.contents.sort(key=lambda content: content[1])
+    spans.turn_starts = sorted(set(spans.turn_starts))
     return spans
 
 
-def _end_of_turn(messages: Sequence[Message], index: int, text: str, render: Render) -> int | None:
-    if index + 1 == len(messages):
-        return len(text)
-    end = _prefix_length(messages[: index + 1], False, text, render)
-    if end is None and messages[index + 1]["role"] == "assistant":
-        # The assistant's header is then counted to this turn; it is the template's own text in either.
-        return _prefix_length(messages[: index + 1], True, text, render)
-    return end
+class _Finder:
+    """What is known of one chat while its messages are located."""
+
+    def __init__(self, messages: Sequence[Message], whole: Whole, render: Render) -> None:
+        self._messages, self._whole, self._render = messages, whole, render
+        self._rendered, self._text = whole.rendered, whole.rendered.text
+
+    def add_turn(self, index: int, spans: ChatSpans) -> None:
+        """The turn after a message that is not the assistant's starts where the text of the chat up to it ends."""
+        if index + 1 == len(self._messages):
+            return
+        given = self._render(self._messages[: index + 1], False)
+        if given is None and self._messages[index + 1]["role"] == "assistant":
+            # The assistant's header is then counted to this turn; it is the template's own text in either.
+            given = self._render(self._messages[: index + 1], True)
+        if given is None or not (given.message_C == index).any():
+            return
+        end = self._follow(given)
+        if end is None:
+            own = np.flatnonzero(self._rendered.message_C == index)
+            end = self._after_token(index, int(own[-1]) + 1)[0] if len(own) else None
+        if end is not None and end < len(self._text):
+            spans.turn_starts.append(end)
+
+    def add_assistant(self, index: int, spans: ChatSpans) -> None:
+        """The spans of one message of the assistant: proven, or else what the template's tags mark around its words."""
+        try:
+            self._add_proven(index, spans)
+        except InputError:
+            tagged = self._tagged_words(index)
+            says_nothing = not any(map(str.strip, texts_of({**self._messages[index], "role": ""})))
+            if not tagged and not says_nothing:
+                raise
+            spans.empty += [index] * says_nothing
+            spans.contents += tagged
+            spans.learnt += tagged
+
+    def _add_proven(self, index: int, spans: ChatSpans) -> None:
+        own = np.flatnonzero(self._rendered.message_C == index)
+        start = self._start(index)
+        first = int(own[0]) if len(own) else start
+        if start is None or first is None or start > first:
+            raise InputError(_unproven(index, "starts"))
+        last = int(own[-1]) + 1 if len(own) else start
+        whole_end, end = self._end(index, start, last)
+        if not start <= last <= end or not np.isin(self._rendered.message_C[start:end], (-1, index)).all():
+            raise InputError(_unproven(index, "is: what others wrote is among it"))
+        self._refuse_lost_words(index, start, end, has_words=len(own) > 0)
+        spans.contents.append((index, start, end))
+        if not any(special[1] == end for special in self._whole.special):
+            spans.endless.append(index)
+        spans.learnt += self._tagged(index, start, end) if self._whole.has_tags else [(index, start, end)]
+        if whole_end < len(self._text) and index + 1 < len(self._messages):
+            spans.turn_starts.append(whole_end)
+
+    def _follow(self, given: Rendered, end: int | None = None) -> int | None:
+        """Where given.text[:end] ends in the whole text: found by the last character that somebody wrote, and what follows."""
+        words = given.end_of_words() if end is None else self._end_of_words_before(given, end)
+        rest = given.text[words:end]
+        start = 0
+        if words:
+            # Of several characters where it is escaped; in several places where the template repeats it.
+            same = runs(self._rendered.origin_C == given.origin_C[words - 1])
+            if len(same) != 1:
+                return None
+            start = same[0][1]
+        stop = start + len(rest)
+        is_there = self._text.startswith(rest, start) and (self._rendered.message_C[start:stop] < 0).all()
+        return stop if is_there else None
+
+    @staticmethod
+    def _end_of_words_before(given: Rendered, end: int) -> int:
+        own = np.flatnonzero(given.message_C[:end] >= 0)
+        return int(own[-1]) + 1 if len(own) else 0
+
+    def _start(self, index: int) -> int | None:
+        before = self._messages[:index]
+        opened, closed = self._render(before, True), self._render(before, False)
+        if opened is None or (closed is not None and closed.text == opened.text):
+            return self._start_by_example(index)
+        start = self._follow(opened)
+        return start if start is not None or closed is None else self._start_by_shorter_header(index, opened, closed)
+
+    def _start_by_example(self, index: int) -> int | None:
+        """Of a template that opens the assistant's turn whatever it is asked for, or never does."""
+        asked = self._render([*self._messages[:index], {"role": "assistant", "content": ASKED}], False)
+        words = [] if asked is None else np.flatnonzero(asked.message_C == index)
+        return self._follow(asked, int(words[0])) if asked is not None and len(words) else None
+
+    def _start_by_shorter_header(self, index: int, opened: Rendered, closed: Rendered) -> int | None:
+        """Of a template whose generation prompt opens a thought that the whole text does not have: its words start right after
+        the beginning of the header, up to its last line or tag."""
+        own = np.flatnonzero(self._rendered.message_C == index)
+        header = opened.text[len(closed.text) :] if opened.text.startswith(closed.text) else ""
+        if not len(own) or not header:
+            return None
+        first = int(own[0])
+        before = self._end_of_words_before(self._rendered, first)
+        for length in range(len(header) - 1, 0, -1):
+            if header[length - 1].isspace() or header[length - 1] in ">]|:":
+                given = self._text[before:first]
+                if given.endswith(header[:length]) and self._is_header(header[:length]):
+                    return first
+        return None
+
+    @staticmethod
+    def _is_header(text: str) -> bool:
+        return sum(char.isalpha() for char in text) >= 3
+
+    def _end(self, index: int, start: int, last: int) -> tuple[int, int]:
+        """Where the turn ends, and where the assistant's part of it does: without what the template writes after the token that
+        ends the turn, which at inference the model never produces."""
+        through = self._messages[: index + 1]
+        ended, opened = self._render(through, False), self._render(through, True)
+        end = None if ended is None else self._follow(ended)
+        if end is None or end < last:
+            return self._end_by_token(index, last)
+        special = [span for span in self._whole.special if last <= span[0] < end]
+        if ended is not None and opened is not None and opened.text == ended.text:
+            end = self._end_before_header(index, start, end, special)
+            special = [span for span in special if span[0] < end]
+        return end, self._end_of_tokens(special, end)
+
+    def _end_of_tokens(self, special: Sequence[tuple[int, int]], end: int) -> int:
+        """Where the special tokens that end the text do; of several the first ones that stand together. `end` where none do."""
+        for number, (start, stop) in enumerate(special):
+            rest = self._text[start:end]
+            for span in special[number:]:
+                rest = rest.replace(self._whole.token(span), "", 1)
+            if not rest.strip():
+                together = stop
+                for after in special[number + 1 :]:
+                    together = after[1] if after[0] == together else together
+                return together
+        return end
+
+    def _end_before_header(self, index: int, start: int, end: int, special: Sequence[tuple[int, int]]) -> int:
+        """Of a template that writes the same with a generation prompt and without: it may have opened another turn already."""
+        last = max(start, self._end_of_words_before(self._rendered, end))
+        rest = self._text[last:end]
+        if not special and not rest.strip():
+            return end
+        after = self._whole.next_special(last)
+        is_alone = len(special) == 1 and special[0] == after and not self._text[special[0][1] : end].strip()
+        if is_alone and (special[0] in self._whole.ends or not self._is_opener(special[0], start)):
+            return end
+        if after is not None and after in self._whole.ends:
+            return after[1]
+        why = "it writes the same with a generation prompt and without, so that what follows may open another turn"
+        raise InputError(_unproven(index, f"ends: {why}"))
+
+    def _is_opener(self, span: tuple[int, int], start: int) -> bool:
+        """Whether the same special token is what the assistant's turn was opened with, and all of it."""
+        before = [other for other in self._whole.special if other[1] <= start][-1:]
+        same = bool(before) and self._whole.token(before[0]) == self._whole.token(span)
+        return same and not self._text[before[0][1] : start].strip()
+
+    def _end_by_token(self, index: int, last: int) -> tuple[int, int]:
+        whole_end, end = self._after_token(index, last)
+        if whole_end is None or end is None:
+            raise InputError(_unproven(index, "ends"))
+        return whole_end, end
+
+    def _after_token(self, index: int, last: int) -> tuple[int, int] | tuple[None, None]:
+        """Where the special token that follows ends, with the line after it and without; None where it may be no end."""
+        after = self._whole.next_special(last)
+        if after is None or not (after in self._whole.ends or self._ends_others(index, self._whole.token(after))):
+            return None, None
+        rest = self._text[after[1] :]
+        return after[1] + len(rest) - len(rest.lstrip("\n")), after[1]
+
+    def _ends_others(self, index: int, token: str) -> bool:
+        """Whether a special token follows the words of somebody else too, and opens no turn of the assistant."""
+        opened, closed = self._render(self._messages[:index], True), self._render(self._messages[:index], False)
+        if opened is None or closed is None or token in _beyond(opened.text, closed.text):
+            return False
+        for other, message in enumerate(self._messages):
+            own = np.flatnonzero(self._rendered.message_C == other)
+            follows = self._whole.next_special(int(own[-1]) + 1) if len(own) and message["role"] != "assistant" else None
+            if other != index and follows is not None and self._whole.token(follows) == token:
+                return True
+        return False
+
+    def _refuse_lost_words(self, index: int, start: int, end: int, *, has_words: bool) -> None:
+        """Where the message says something and the text shows no character of it, it may be anywhere in it."""
+        message = self._messages[index]
+        if has_words or not str(message.get("content") or "").strip():
+            return
+        rest = self._text[start:end]
+        for span in self._whole.special:
+            rest = rest.replace(self._whole.token(span), "")
+        if rest.strip():
+            raise InputError(_unproven(index, "is: the template writes something else in its place"))
+
+    def _tagged(self, index: int, start: int, end: int) -> list[tuple[int, int, int]]:
+        """What the template's tags mark of this message; with the token that ends the turn, if only white space is between."""
+        marked = [(max(begin, start), min(stop, end)) for begin, stop in runs(self._rendered.generated_C) if begin < end]
+        marked = [(begin, stop) for begin, stop in marked if begin < stop]
+        if not marked:
+            return []
+        begin, stop = marked[-1]
+        after = self._whole.next_special(stop)
+        if after is not None and after[1] <= end and not self._text[after[1] : end].strip():
+            marked[-1] = (begin, after[1])
+        return [(index, *span) for span in marked]
+
+    def _tagged_words(self, index: int) -> list[tuple[int, int, int]]:
+        """What the tags mark that holds words of this message and of no other; with the token that ends the turn after it."""
+        found = []
+        for begin, stop in runs(self._rendered.generated_C) if self._whole.has_tags else ():
+            if set(self._rendered.message_C[begin:stop].tolist()) - {-1} == {index}:
+                found.append((index, begin, self._end_of_tagged(index, begin, stop)))
+        return found
+
+    def _end_of_tagged(self, index: int, begin: int, stop: int) -> int:
+        inside = [span for span in self._whole.special if begin <= span[0] < stop][-1:]
+        if inside and not self._text[inside[0][1] : stop].strip():
+            return inside[0][1]
+        after = self._whole.next_special(stop)
+        is_end = after is not None and (after in self._whole.ends or self._ends_others(index, self._whole.token(after)))
+        return after[1] if after is not None and is_end else stop
 
 
-def _prefix_length(messages: Sequence[Message], generation_prompt: bool, text: str, render: Render) -> int | None:
-    prefix = render(messages, generation_prompt)
-    return None if prefix is None or not text.startswith(prefix) else len(prefix)
+def _beyond(text: str, other: str) -> str:
+    """The text from the first character on in which it differs from the other."""
+    same = next(
+        (n for n, (ours, theirs) in enumerate(zip(text, other, strict=False)) if ours != theirs), min(len(text), len(other))
+    )
+    return text[same:]
 
 
-def _locate(messages: Sequence[Message], text: str, start: int, end: int) -> list[tuple[str, int, int]]:
-    """Each message's content inside text[start:end], in order; one that the template rewrote is not found and left out."""
-    found: list[tuple[str, int, int]] = []
-    for message in messages:
-        content = message["content"].strip()
-        place = text.find(content, start, end) if content else -1
-        if place >= 0:
-            start = place + len(content)
-            found.append((message["role"], place, start))
-    return found
-
-
-def _unclear(index: int, what: str) -> str:
+def _unproven(index: int, what: str) -> str:
     return (
-        f"the chat template does not show where the assistant's message {index} {what}: the text of the messages before "
-        "is not the beginning of the whole text; set input.chat_template to a template with {% generation %} tags"
+        f"it cannot be proven from the chat template where the assistant's message {index} {what}; "
+        "set input.chat_template to a template that shows it"
     )

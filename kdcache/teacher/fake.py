@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,13 @@ from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity, TokenizerIdentity
 from kdcache.format.record import Distributions, TokenSequence
+from kdcache.inputs.chat import Chat, Message, is_learnt
 from kdcache.teacher.base import answer, check_selectable, check_sequences, no_positions
 from kdcache.teacher.features import HiddenShape, check_askable, features_from
 from kdcache.teacher.found import concatenate
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, draw_from, end_tokens
 from kdcache.teacher.select_reference import select_reference
-from kdcache.teacher.tokenizer import ROLE_CODES, ChatTokens, Message, Tokenizer, check_messages
+from kdcache.teacher.tokenizer import ROLE_CODES, ChatTokens, Tokenizer, check_chat
 from kdcache.teacher.uniforms import GOLDEN, mix64, position_states
 
 FAKE_VERSION = "1"
@@ -223,30 +225,48 @@ class FakeTokenizer:
         """See `Tokenizer`: BOS is the one special token added; a lone surrogate becomes "?"."""
         return [BOS_ID] * add_special_tokens + list(text.encode("utf-8", errors="replace"))
 
-    def encode_chat(self, messages: Sequence[Message]) -> ChatTokens:
+    @property
+    def template_variables(self) -> frozenset[str]:
         """See `Tokenizer`."""
-        ids, roles, starts, mask = [BOS_ID], [0], [], [False]
-        for message in check_messages(messages):
+        return frozenset({"messages"})
+
+    @property
+    def reads_clock(self) -> bool:
+        """See `Tokenizer`."""
+        return False
+
+    def set_clock(self, moment: datetime) -> None:
+        """See `Tokenizer`: it has no use for it."""
+
+    def encode_chat(self, chat: Chat | Sequence[Message]) -> ChatTokens:
+        """See `Tokenizer`: of a message only its content is written."""
+        chat = check_chat(chat)
+        ids, roles, starts, mask, excluded = [BOS_ID], [0], [], [False], [False]
+        for number, message in enumerate(chat.messages):
             role = ROLE_CODES[message["role"]]
-            content = self.encode(message["content"], False)
-            is_assistant = message["role"] == "assistant"
+            content = self.encode(message.get("content", ""), False)
+            is_assistant, is_left_out = message["role"] == "assistant", not is_learnt(message, f"message {number}")
             starts.append(len(ids))
             ids += [END_ID + role, *content, END_ID]
             roles += [0, *[role] * len(content), role if is_assistant else 0]
-            mask += [False, *[is_assistant] * (len(content) + 1)]
+            mask += [False, *[is_assistant and not is_left_out] * (len(content) + 1)]
+            excluded += [False, *[is_left_out] * (len(content) + 1)]
         starts[0] = 0
         return ChatTokens(
-            np.array(ids, np.int32), np.array(roles, np.uint8), np.array(starts, np.int32), np.array(mask, np.bool_)
-        )
+            np.array(ids, np.int32), np.array(roles, np.uint8), np.array(starts, np.int32), np.array(mask, np.bool_),
+            np.array(excluded, np.bool_), chat.unused,
+        )  # fmt: skip
 
-    def encode_prompt(self, messages: Sequence[Message]) -> ChatTokens:
+    def encode_prompt(self, chat: Chat | Sequence[Message]) -> ChatTokens:
         """See `Tokenizer`: the assistant's header is its role's token."""
-        chat = self.encode_chat(messages)
+        tokens = self.encode_chat(chat)
         return ChatTokens(
-            np.append(chat.input_ids, np.int32(END_ID + ROLE_CODES["assistant"])),
-            np.append(chat.roles, np.uint8(0)),
-            np.append(chat.turn_starts, np.int32(len(chat.input_ids))),
-            np.append(chat.assistant_mask, False),
+            np.append(tokens.input_ids, np.int32(END_ID + ROLE_CODES["assistant"])),
+            np.append(tokens.roles, np.uint8(0)),
+            np.append(tokens.turn_starts, np.int32(len(tokens.input_ids))),
+            np.append(tokens.assistant_mask, False),
+            np.append(tokens.excluded, False),
+            tokens.notes,
         )
 
     @property

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,14 +16,12 @@ from numpy.typing import NDArray
 from kdcache.errors import InputError
 from kdcache.format.manifest import TokenizerIdentity
 from kdcache.format.record import ROLES
+from kdcache.inputs.chat import LEARN_KEYS, Chat, Message, is_learnt
 
-Message = Mapping[str, Any]
-"""{"role": one of CHAT_ROLES, "content": text}; further keys are the template's affair."""
+CHAT_ROLES = (*ROLES[1:], "developer")
+"""Who can write a message: all of ROLES but `none`; and `developer`, whose words are counted as the system's."""
 
-CHAT_ROLES = ROLES[1:]
-"""Who can write a message: all of ROLES but `none`."""
-
-ROLE_CODES = {name: code for code, name in enumerate(ROLES)}
+ROLE_CODES = {name: code for code, name in enumerate(ROLES)} | {"developer": ROLES.index("system")}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,14 +34,19 @@ class ChatTokens:
         turn_starts: (M,) int32, ascending: the first token of each turn, its header included; turn 0 starts at 0. A message
             that the template cannot render without its successor (a system prompt that it folds into the user's turn) is
             part of the successor's turn.
-        assistant_mask: (N,) bool, whether the assistant produces token t: its end-of-turn token is included, the header that
-            the generation prompt holds and what follows the end of the turn are not.
+        assistant_mask: (N,) bool, whether the assistant produces token t and is to be learnt: its end-of-turn token is
+            included, the header that the generation prompt holds and what follows the end of the turn are not; nor are messages
+            of weight 0, and where the template has generation tags, what is outside them but for the end-of-turn token.
+        excluded: (N,) bool, whether token t is of a message of weight 0: not to be learnt, whatever else is.
+        notes: sentences about what the chat says and the template does not write, and the like: one for each kind.
     """
 
     input_ids: NDArray[np.int32]
     roles: NDArray[np.uint8]
     turn_starts: NDArray[np.int32]
     assistant_mask: NDArray[np.bool_]
+    excluded: NDArray[np.bool_]
+    notes: tuple[str, ...] = ()
 
 
 class Tokenizer(Protocol):
@@ -57,16 +61,30 @@ class Tokenizer(Protocol):
         """Token ids of a text, never truncated or padded."""
         ...
 
-    def encode_chat(self, messages: Sequence[Message]) -> ChatTokens:
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Names that the chat template reads; none where there is none."""
+        ...
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether the chat template writes what the time is."""
+        ...
+
+    def set_clock(self, moment: datetime) -> None:
+        """Tell the chat template that it is this moment, from now on."""
+        ...
+
+    def encode_chat(self, chat: Chat | Sequence[Message]) -> ChatTokens:
         """Token ids of a chat, through the chat template.
 
         Raises:
-            InputError: malformed messages, no template, or a template that refuses these messages or whose text does not tell
+            InputError: malformed messages, no template, or a template that refuses these messages or whose text does not prove
                 which part is the assistant's.
         """
         ...
 
-    def encode_prompt(self, messages: Sequence[Message]) -> ChatTokens:
+    def encode_prompt(self, chat: Chat | Sequence[Message]) -> ChatTokens:
         """Token ids of a chat up to where the assistant's answer starts, through the chat template's generation prompt.
 
         The last turn is the assistant's, with its header, if it has one: its start may be the number of tokens. Nothing is
@@ -87,27 +105,31 @@ class Tokenizer(Protocol):
         ...
 
 
-def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages as plain dicts.
+def check_chat(chat: Any) -> Chat:
+    """The chat, or the messages as one.
 
     Raises:
         InputError: not a list, an empty list, or a message without a known role and a text; says which message.
     """
+    messages = chat.messages if isinstance(chat, Chat) else chat
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise InputError(f"messages must be a list of {{role, content}}, not {type(messages).__name__}")
     if not messages:
         raise InputError("messages is an empty list; a chat has at least one message")
-    return [_check_message(number, message) for number, message in enumerate(messages)]
+    checked = [_check_message(number, message) for number, message in enumerate(messages)]
+    return replace(chat, messages=checked) if isinstance(chat, Chat) else Chat(checked)
 
 
 def _check_message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InputError(f"message {number} must be a {{role, content}}, not {type(message).__name__}")
-    for name in ("role", "content"):
-        if name not in message:
-            raise InputError(f"message {number} has no {name!r}; its keys are {sorted(map(str, message))}")
+    if "role" not in message:
+        raise InputError(f"message {number} has no 'role'; its keys are {sorted(map(str, message))}")
     if message["role"] not in CHAT_ROLES:
         raise InputError(f"message {number} has the role {message['role']!r}; expected one of {', '.join(CHAT_ROLES)}")
-    if not isinstance(message["content"], str):
+    if len(message.keys() - {"role", *LEARN_KEYS}) == 0:
+        raise InputError(f"message {number} has no 'content'; its keys are {sorted(map(str, message))}")
+    if not isinstance(message.get("content", ""), str):
         raise InputError(f"message {number}: content must be text, not {type(message['content']).__name__}")
+    is_learnt(message, f"message {number}")
     return dict(message)

@@ -1,3 +1,5 @@
+"""Borders of turns from renderings that say who wrote each character: no tokenizer and no template engine."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -5,22 +7,25 @@ from collections.abc import Sequence
 import pytest
 
 from kdcache.errors import InputError
-from kdcache.teacher.chat_turns import find_spans
-from kdcache.teacher.tokenizer import Message
+from kdcache.inputs.chat import Message
+from kdcache.teacher.chat_turns import Rendered, Whole, find_spans
+from kdcache.teacher.marked_chat import MarkedChat
+from kdcache.teacher.marked_text import concatenate
 
 
-def render(messages: Sequence[Message], generation_prompt: bool) -> str:
-    text = "".join(f"[{m['role']}] {m['content'].strip()}\n" for m in messages)
-    return text + "[assistant] " * generation_prompt
+def render(variables) -> str:
+    turns = [part for m in variables["messages"] for part in (f"[{m['role']}] ", m["content"].strip(), "\n")]
+    return concatenate([*turns, "[assistant] " * variables["add_generation_prompt"]])
 
 
-def render_folding(messages: Sequence[Message], generation_prompt: bool) -> str | None:
+def render_folding(variables) -> str:
     """As templates that have no system role: it goes into the user's turn, and a chat without a user is refused."""
+    messages = variables["messages"]
     if not any(m["role"] == "user" for m in messages):
-        return None
+        raise ValueError
     system = messages[0]["content"] + "\n" if messages[0]["role"] == "system" else ""
     rest = [m for m in messages if m["role"] != "system"]
-    return render([{**rest[0], "content": system + rest[0]["content"]}, *rest[1:]], generation_prompt)
+    return render(variables | {"messages": [{**rest[0], "content": system + rest[0]["content"]}, *rest[1:]]})
 
 
 def chat(*turns: str) -> list[Message]:
@@ -30,55 +35,60 @@ def chat(*turns: str) -> list[Message]:
 CHAT = chat("system:short", "user: hi ", "assistant:yo", "user:and?", "assistant:so")
 
 
-def cut(text: str, contents: Sequence[tuple[str, int, int]]) -> list[tuple[str, str]]:
-    return [(role, text[start:end]) for role, start, end in contents]
+def spans_of(messages: Sequence[Message], template=render):
+    marked = MarkedChat(messages, {}, template)
+    rendered = marked.render(marked.messages, False)
+    assert isinstance(rendered, Rendered)
+    return rendered.text, find_spans(marked.messages, Whole(rendered, [], []), marked.render)
+
+
+def cut(text: str, contents: Sequence[tuple[int, int, int]]) -> list[tuple[int, str]]:
+    return [(index, text[start:end]) for index, start, end in contents]
 
 
 def test_every_message_is_found_and_the_assistants_reaches_to_the_end_of_its_turn():
-    text = render(CHAT, False)
-    spans = find_spans(CHAT, text, render)
-    assert cut(text, spans.contents) == [
-        ("system", "short"),
-        ("user", "hi"),
-        ("assistant", "yo\n"),
-        ("user", "and?"),
-        ("assistant", "so\n"),
-    ]
-    assert [text[start:].split("]")[0] for start in spans.turn_starts] == [
-        "[system",
-        "[user",
-        "[assistant",
-        "[user",
-        "[assistant",
-    ]
+    text, spans = spans_of(CHAT)
+    assert cut(text, spans.contents) == [(0, "short"), (1, "hi"), (2, "yo\n"), (3, "and?"), (4, "so\n")]
+    assert cut(text, spans.learnt) == [(2, "yo\n"), (4, "so\n")]
+    headers = ["[system", "[user", "[assistant", "[user", "[assistant"]
+    assert [text[start:].split("]")[0] for start in spans.turn_starts] == headers
 
 
 def test_a_system_prompt_folded_into_the_users_turn_shares_it_and_keeps_its_role():
-    text = render_folding(CHAT, False)
-    assert text is not None
-    spans = find_spans(CHAT, text, render_folding)
-    assert cut(text, spans.contents)[:3] == [("system", "short"), ("user", "hi"), ("assistant", "yo\n")]
+    text, spans = spans_of(CHAT, render_folding)
+    assert cut(text, spans.contents)[:3] == [(0, "short"), (1, " hi"), (2, "yo\n")]
     assert len(spans.turn_starts) == 4
     assert spans.turn_starts[0] == 0
 
 
-def test_the_same_words_in_two_messages_are_told_apart():
-    same = chat("user:yo", "assistant:yo", "user:yo")
-    text = render(same, False)
-    spans = find_spans(same, text, render)
-    assert [start for _, start, _ in spans.contents] == [7, 22, 32]
+@pytest.mark.parametrize("word", ["yo", "user", "[", "assistant"])
+def test_the_same_words_in_two_messages_and_in_the_template_are_told_apart(word: str):
+    text, spans = spans_of(chat(f"user:{word}", f"assistant:{word}", f"user:{word}"))
+    starts = [7, 7 + len(word) + 13, 7 + 2 * len(word) + 13 + 8]
+    assert [start for _, start, _ in spans.contents] == starts
+    assert cut(text, spans.learnt) == [(1, word + "\n")]
+
+
+def test_thoughts_that_earlier_turns_lose_are_no_hindrance():
+    def dropping(variables):
+        *before, last = variables["messages"]
+        return render(variables | {"messages": [{**m, "content": m["content"].split("/")[-1]} for m in before] + [last]})
+
+    text, spans = spans_of(chat("user:hi", "assistant:hm/yo", "user:and?", "assistant:so/no"), dropping)
+    assert cut(text, spans.learnt) == [(1, "yo\n"), (3, "so/no\n")]
 
 
 @pytest.mark.parametrize(
     ("broken", "what"),
     [
-        # Thoughts that the template drops from all turns but the last: the beginning of the chat reads otherwise.
-        (lambda m, g: render(m, g).replace("yo", "<think>") if len(m) == 3 else render(m, g), "message 2 ends"),
-        # A generation prompt that opens a thought which the final text does not have.
-        (lambda m, g: render(m, g) + "<think>" * g, "message 2 starts"),
-        (lambda m, g: None if g else render(m, g), "message 2 starts"),
+        # The assistant's words are others'.
+        (lambda v: str.__str__(render(v)).replace("yo", "YO"), "message 2 is: the template writes something else"),
+        # Another text before the answer when it is there.
+        (lambda v: render(v | {"messages": [m | {"role": "bot"} if m["content"] == "so" else m for m in v["messages"]]}),
+         "message 4 starts"),
+        (lambda v: render(v) + "." * (len(v["messages"]) == 3), "message 2 ends"),
     ],
-)
-def test_a_template_that_hides_the_assistants_part_is_refused_in_words(broken: object, what: str):
+)  # fmt: skip
+def test_a_template_that_hides_the_assistants_part_is_refused_in_words(broken, what: str):
     with pytest.raises(InputError, match=what):
-        find_spans(CHAT, render(CHAT, False), broken)  # pyright: ignore[reportArgumentType]
+        spans_of(CHAT, broken)

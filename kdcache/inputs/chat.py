@@ -1,0 +1,78 @@
+"""A chat as data: messages, and what its row says beside them that decides what a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdcache.errors import InputError
+
+Message = Mapping[str, Any]
+"""{"role": who, "content": text}; further keys are the template's affair, but for those of LEARN_KEYS."""
+
+LEARN_KEYS = ("weight", "train", "training")
+"""Keys of a message that say whether it is to be learnt: 1 or true, 0 or false. Templates do not see them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """One chat.
+
+    Attributes:
+        messages: in order.
+        tools: what the assistant may call, for the template; None for none.
+        documents: what it may look things up in, for the template; None for none.
+        arguments: further variables of the template.
+        unused: sentences about what the row holds beside it that nobody uses.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+    documents: list[Any] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of all that the messages say."""
+        return sum(len(text) for message in self.messages for name, value in message.items() if name != "role"
+                   for text in texts_of(value))  # fmt: skip
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody says anything."""
+        return self.num_chars == 0
+
+    def to_builtins(self) -> Any:
+        """What a fingerprint is made of: the messages alone where there is nothing else."""
+        extras = {"tools": self.tools, "documents": self.documents, "arguments": dict(self.arguments)}
+        extras = {name: value for name, value in extras.items() if value}
+        return {"messages": self.messages, **extras} if extras else self.messages
+
+
+def is_learnt(message: Message, where: str) -> bool:
+    """Whether a message is to be learnt, by its LEARN_KEYS; true where it has none.
+
+    Raises:
+        InputError: one that is neither 0 nor 1, or two that disagree.
+    """
+    said = {name: message[name] for name in LEARN_KEYS if message.get(name) is not None}
+    for name, value in said.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise InputError(f"{where}.{name} is {value!r}, but must be 0 or 1 (false or true)")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise InputError(f"{where}: {' and '.join(said)} disagree about whether it is to be learnt")
+    return all(said.values())
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Every text in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for child in value.values():
+            yield from texts_of(child)
+    elif isinstance(value, (list, tuple)):
+        for child in value:
+            yield from texts_of(child)

@@ -1,0 +1,115 @@
+"""One chat on its way through a template: marked, in the shape that the template takes, with a word about what is lost.
+
+Templates differ in what they take: a message without content as "" or as null, content as text or as a list of parts, the role
+`developer` or not. Whether a shape is right shows in the text: all that the messages say is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kdcache.inputs.chat import LEARN_KEYS, Chat, Message, texts_of
+from kdcache.teacher.chat_turns import Rendered
+from kdcache.teacher.marked_text import GENERATED, MarkedText, mark, origins_of, sources_of
+
+RenderTemplate = Callable[[Mapping[str, Any]], MarkedText]
+
+
+class MarkedChat:
+    """A chat in one shape. Renderings are kept: the same beginnings are asked for again and again.
+
+    Attributes:
+        plain: the messages as the template sees them, without marks.
+        messages: the same, marked.
+        failure: what the template raised last; None where it has not.
+    """
+
+    def __init__(self, plain: Sequence[Message], variables: Mapping[str, Any], render: RenderTemplate) -> None:
+        self.plain = list(plain)
+        self.failure: Exception | None = None
+        self._variables, self._render_template = variables, render
+        self._sources: list[tuple[int, str]] = []
+        self._rendered: dict[tuple[int, bool, bool], Rendered | None] = {}
+        self.messages: list[Message] = [self._mark(index, message) for index, message in enumerate(plain)]
+
+    def render(self, messages: Sequence[Message], generation_prompt: bool) -> Rendered | None:
+        """The text of a beginning of the chat, with or without one message that is not of it; None where it is refused."""
+        number = len(messages)
+        is_own = number == 0 or (number <= len(self.messages) and messages[-1] is self.messages[number - 1])
+        key = (number, generation_prompt, is_own)
+        if key not in self._rendered:
+            given = list(messages) if is_own else [*messages[:-1], self._mark(number - 1, messages[-1])]
+            self._rendered[key] = self._render(given, generation_prompt)
+        return self._rendered[key]
+
+    def lost_keys(self, rendered: Rendered) -> list[tuple[int, str]]:
+        """(message, key) of what a message says that the text does not: none of its characters is there."""
+        there = set(np.unique(sources_of(rendered.origin_C)).tolist())
+        said: dict[tuple[int, str], bool] = {}
+        for source, place in enumerate(self._sources):
+            said[place] = said.get(place, False) or source in there
+        # White space may be trimmed: nothing is lost then.
+        words = {place for place in said if any(map(str.strip, texts_of(self.plain[place[0]][place[1]])))}
+        return [place for place, is_there in said.items() if not is_there and place in words]
+
+    def _render(self, messages: list[Message], generation_prompt: bool) -> Rendered | None:
+        try:
+            text = self._render_template({**self._variables, "messages": messages, "add_generation_prompt": generation_prompt})
+        except Exception as error:  # a template is a program: it may raise anything
+            self.failure = error
+            return None
+        table, all_C = np.array([*(message for message, _ in self._sources), -1]), origins_of(text)
+        origins_C = all_C & ~GENERATED
+        return Rendered(str.__str__(text), table[sources_of(origins_C)], origins_C, (all_C & GENERATED) != 0)
+
+    def _mark(self, index: int, message: Message) -> Message:
+        return {name: value if name == "role" else self._marked(value, index, name) for name, value in message.items()}
+
+    def _marked(self, value: Any, index: int, name: str) -> Any:
+        if isinstance(value, str):
+            self._sources.append((index, name))
+            return mark(value, len(self._sources) - 1)
+        if isinstance(value, Mapping):
+            return {key: self._marked(child, index, name) for key, child in value.items()}
+        return [self._marked(child, index, name) for child in value] if isinstance(value, (list, tuple)) else value
+
+
+def shapes(chat: Chat, template_source: str) -> list[list[Message]]:
+    """The messages in the shapes that templates take, the usual one first."""
+    shown = [{name: value for name, value in message.items() if name not in LEARN_KEYS} for message in chat.messages]
+    if "developer" not in template_source:
+        shown = [message | {"role": "system"} if message["role"] == "developer" else message for message in shown]
+    usual = [_with_content(message, "") for message in shown]
+    found: list[list[Message]] = [list(usual)]
+    if any("content" not in message for message in shown):
+        found.append([_with_content(message, None) for message in shown])
+    found.append([message | {"content": _parts(message["content"])} for message in usual])
+    return found
+
+
+def _with_content(message: Message, content: str | None) -> Message:
+    return message if "content" in message else {**message, "content": content}
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) and content else content
+
+
+def notes_of(chat: Chat, template: Any, lost: Sequence[tuple[int, str]]) -> list[str]:
+    """A sentence for each kind of thing that a chat holds and its template does not write.
+
+    Args:
+        chat: as it came.
+        template: a `ChatTemplate`.
+        lost: (message, key) of what the text does not show.
+    """
+    notes = [f"{name!r} of the row: the chat template does not read it" for name in chat.arguments
+             if name not in template.variables]  # fmt: skip
+    notes += [f"{name!r} of the row: the chat template does not read it" for name in ("tools", "documents")
+              if getattr(chat, name) and name not in template.variables]  # fmt: skip
+    for role, name in sorted({(chat.messages[index]["role"], name) for index, name in lost}):
+        notes.append(f"{name!r} of a message of role {role!r}: the chat template does not write it")
+    return [*notes, *chat.unused]
