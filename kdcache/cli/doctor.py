@@ -52,6 +52,14 @@ def run(args: argparse.Namespace) -> int:
     return 0 if examination.is_sound else 1
 
 
+def mending_command(examination: Examination) -> str | None:
+    """One command that mends everything that was found; None where there is nothing to mend, or where something cannot be."""
+    repairs = [finding.repair for finding in examination.findings if finding.severity == "repairable"]
+    if not repairs or any(finding.severity in ("fatal", "undecided") for finding in examination.findings):
+        return None
+    return " ".join(["kdcache convert", examination.path, "DST --tokenizer NAME", *dict.fromkeys(filter(None, repairs))])
+
+
 def _as_json(examination: Examination) -> str:
     import msgspec
 
@@ -62,4 +70,5 @@ def _as_text(examination: Examination) -> str:
     number = sum(finding.severity != "note" for finding in examination.findings)
     verdict = "nothing wrong" if examination.is_sound else f"{number} thing{'s' * (number > 1)} wrong or unclear"
     shown = {"cache": f"{examination.path}: {examination.title}: {verdict}", **examination.facts}
-    return "\n".join([rows(shown), *finding_lines(examination)])
+    command = mending_command(examination)
+    return "\n".join([rows(shown), *finding_lines(examination), *([f"mended by: {command}"] if command else [])])

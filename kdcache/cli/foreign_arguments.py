@@ -33,7 +33,9 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         "(lists of {token_id, logprob}), log_z, labels, loss_mask or attention_mask",
     )  # fmt: skip
     parser.add_argument(
-        "--values", choices=("logprobs", "logits", "probs"), help="what the values are, whatever they are called"
+        "--values",
+        choices=("logprobs", "logits", "probs", "nll"),
+        help="what the values are, whatever they are called; nll: -log p",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="DistillKit's compression_config.yaml, or a training config that repeats it"

@@ -6,6 +6,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
+from kdcache.cli.nll_wording import alignment, left_out
 from kdcache.cli.wording import count, duration, rows, size
 from kdcache.config.capture import GenerateConfig
 
@@ -52,7 +53,8 @@ def _as_text(path: str, summary: CacheSummary) -> str:
         "size": f"{size(summary.num_bytes)}, {_number(summary.bytes_per_position)} bytes per position",
         **_selection_rows(summary),
         "entropy": f"{_number(summary.entropy_floor, 4)} to {_number(summary.entropy_ceiling, 4)} nats per position",
-        "NLL": f"{_number(summary.teacher_nll, 4)} nats per target, the text under the teacher",
+        "NLL": _nll(summary),
+        **alignment(manifest),
     }
     if summary.num_finished:
         ways = [f"{number:,} ended by {way}" for way, number in summary.num_finished.items()]
@@ -60,6 +62,14 @@ def _as_text(path: str, summary: CacheSummary) -> str:
     shown |= _account_rows(path, summary)
     columns = {f"  {name}": _number(value) for name, value in summary.column_bytes_per_position.items()}
     return f"{rows(shown)}\nbytes per position by column\n{rows(columns)}"
+
+
+def _nll(summary: CacheSummary) -> str:
+    nll, missing = _number(summary.teacher_nll, 4), left_out(summary.manifest)
+    if not missing:
+        return f"{nll} nats per target, the text under the teacher"
+    num_used = summary.manifest.total("num_targets") - summary.num_impossible_targets
+    return f"{nll} nats for each of {count(num_used, 'target')}; {missing}"
 
 
 def _selection_rows(summary: CacheSummary) -> dict[str, str]:

@@ -7,6 +7,7 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
+from kdcache.cli.nll_wording import alignment, conversion, left_out
 from kdcache.cli.teacher_arguments import add_teacher_arguments, at_least, loaded, teacher_config
 from kdcache.cli.wording import count, rows, size
 from kdcache.errors import ConfigError
@@ -87,6 +88,9 @@ def _as_json(report: VerifyReport, deep: DeepReport | None) -> str:
     import msgspec
 
     fields = {name: value for name, value in vars(report).items() if name != "manifest"} | {"sound": report.is_sound}
+    manifest, notes = report.manifest, conversion(report.manifest)
+    fields |= {name: manifest.total(name) for name in ("num_targets", "num_impossible_targets")}
+    fields |= {"alignment": None if notes is None else notes.get("alignment", {"proven_by": None})}
     fields |= {"snapshot": report.manifest.digest, "deep": None if deep is None else deep.to_builtins()}
     return msgspec.json.format(msgspec.json.encode(fields), indent=2).decode()  # NaN becomes null
 
@@ -115,13 +119,23 @@ def _spread(mean: float, high: float, most: float) -> str:
     return f"mean {mean:.3g}, 99% {high:.3g}, max {most:.3g} nats"
 
 
+def _verdict(report: VerifyReport) -> str:
+    if not report.is_sound:
+        return f"{count(len(report.problems), 'problem')} found"
+    notes = conversion(report.manifest)
+    proof = None if notes is None else notes.get("alignment")
+    if notes is None or (isinstance(proof, dict) and proof.get("proven_by")):
+        return "sound"
+    return "its bytes are sound, its alignment was not proven"
+
+
 def _report_text(path: str, report: VerifyReport) -> str:
     manifest = report.manifest
     num_done, num_units = len(manifest.shards), manifest.plan.num_units
     command = "derive" if manifest.lineage else "capture"  # UNSET is false
     state = "complete" if manifest.is_complete else f"{num_done:,} of {count(num_units, 'unit')}; `kdcache {command}` goes on"
     shown = {
-        "cache": f"{path}: {'sound' if report.is_sound else count(len(report.problems), 'problem') + ' found'} ({state})",
+        "cache": f"{path}: {_verdict(report)} ({state})",
         "read": f"{count(report.num_sequences, 'sequence')}, {count(report.num_positions, 'position')}, "
         f"{size(report.num_bytes)}",
     }
@@ -130,4 +144,6 @@ def _report_text(path: str, report: VerifyReport) -> str:
             f"teacher {report.teacher_nll:.6f} nats per target, recomputed from the cache {report.cached_nll:.6f} "
             f"(difference {abs(report.teacher_nll - report.cached_nll):.1e}, the codec's bound {report.nll_bound:.1e})"
         )
-    return rows(shown)
+    if missing := left_out(manifest):
+        shown["left out"] = missing
+    return rows(shown | alignment(manifest))

@@ -6,12 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from kdcache.foreign.blocks import SHIFTS
 from kdcache.foreign.probes import CLAIMED, INVERSE_TEMPERATURES, Tally
 
 MIN_ROWS = 32
 MIN_MARGIN_NATS = 0.05
 MIN_DEVIATIONS = 4.0
+UNTEMPERED = int(np.abs(INVERSE_TEMPERATURES - 1).argmin())
+MIN_LIKELIHOOD_RATIO = 4.5
+"""Nats: three standard deviations."""
+
 MIN_CALIBRATION_ROWS = 200
 """Below this the peak over inverse temperatures is noise: its standard error is about 1 / sqrt(rows x variance of a
 logprob)."""
@@ -74,7 +80,11 @@ def applied_temperature(tally: Tally, shift: int) -> float | None:
     index = SHIFTS.index(shift)
     if tally.hits[index] < MIN_CALIBRATION_ROWS:
         return None
-    return float(INVERSE_TEMPERATURES[int(tally.calibration_sum[index].argmax())])
+    likelihoods = tally.calibration_sum[index]
+    peak = int(likelihoods.argmax())
+    if not likelihoods[peak] - likelihoods[UNTEMPERED] > MIN_LIKELIHOOD_RATIO:  # rows of one entry say the same at any
+        return 1.0
+    return float(INVERSE_TEMPERATURES[peak])
 
 
 def _standard_error(tally: Tally, index: int) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import InputError
+from kdcache.foreign.advice import ADVICE
 from kdcache.teacher.tokenizer import Tokenizer
 
 ValueKind = Literal["logprobs", "logits", "probs", "nll"]
@@ -73,6 +74,10 @@ class Finding:
     severity: Severity
     sentence: str
     repair: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.repair is not None and self.repair not in ADVICE.get(self.name, ()):
+            raise ValueError(f"the finding {self.name!r} advises {self.repair!r}, which is not in ADVICE")
 
 
 @dataclass(frozen=True)

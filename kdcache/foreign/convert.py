@@ -14,7 +14,7 @@ from kdcache.errors import ConfigError, InputError
 from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence
 from kdcache.foreign.detect import is_own_cache, open_foreign
 from kdcache.foreign.doctor import Examination, ExamineOptions, Progress, examine_opened
-from kdcache.foreign.records import Account, RecordOptions, Repair, to_record
+from kdcache.foreign.records import Account, RecordOptions, Repair, to_record, without_fitted
 from kdcache.format.manifest import (
     CodecInfo,
     Identity,
@@ -103,7 +103,10 @@ def convert(
     """
     if is_own_cache(source):
         raise InputError(f"{source} is a cache of kdcache already; there is nothing to convert")
-    hashed = _Hashed(cache := open_foreign(source, options.examine.read))
+    cache = open_foreign(source, options.examine.read)
+    if "tails" in options.repairs:  # judged as it will be written: fitted entries bring rows above 1 that are sound without
+        cache = without_fitted(cache)
+    hashed = _Hashed(cache)
     examination = examine_opened(replace(cache, read=hashed), options.examine, teacher=teacher, progress=progress)
     refuse_unsound(examination, options)
     record_options = _record_options(cache, examination, options)
@@ -154,7 +157,6 @@ def _record_options(cache: ForeignCache, examination: Examination, options: Conv
         vocab_size=examination.tally.vocab_size or options.tokenizer.vocab_size,
         shift=options.shift,
         repairs=options.repairs,
-        first_fitted=cache.approximate_from,
         widest=max(examination.tally.sizes, default=0),
         has_extra="k_plus_1_rows" in names,
     )
@@ -172,8 +174,6 @@ def _plan(
     except ValueError as error:
         raise ConfigError(f"--codec {options.codec}: {error}") from error
     k = records.widest - records.has_extra
-    if "tails" in records.repairs and records.first_fitted is not None:
-        k = min(k, records.first_fitted)
     plan = {
         "input": hashed.hasher.hexdigest(),
         "per_unit": per_unit,
@@ -188,6 +188,7 @@ def _plan(
         input_fingerprint=fingerprint(plan),
     )
     notes = {"converted_from": cache.title, "path": Path(cache.path).name, **plan, "facts": dict(cache.facts)}
+    notes["alignment"] = examination.alignment_proof()
     manifest = Manifest(
         number=0,
         parent=None,

@@ -30,6 +30,7 @@ from kdcache.foreign.distillkit_codec import (
     fit_quality,
     parse_config,
 )
+from kdcache.foreign.distillkit_config import wrong_config
 from kdcache.foreign.tables import Table, flat, nested
 
 CONFIG_NAME = "compression_config.yaml"
@@ -38,6 +39,8 @@ LEGACY = ("packed_indices", "exact_values", "coeffs")
 MAX_CONFIG_BYTES = 2**20
 
 _ROWS_AT_ONCE = 256
+ROWS_LOOKED_AT = 512
+"""Rows that are decoded under other configs, where they look wrong under the one that was named."""
 
 
 def open_distillkit(path: str, table: Table, options: ReadOptions) -> ForeignCache | None:
@@ -63,8 +66,33 @@ def open_distillkit(path: str, table: Table, options: ReadOptions) -> ForeignCac
         facts=_facts(config, where, fit),
         vocab_size=config.vocab_size if isinstance(config, LegacyConfig) else config.d,
         approximate_from=config.exact_k if config.exact_k < config.k else None,
-        findings=_fit_findings(fit),
+        findings=(*_fit_findings(fit), *_config_findings(table, config)),
     )
+
+
+def _config_findings(table: Table, config: Config | LegacyConfig) -> Iterator[Finding]:
+    """What the first rows say of the config; nothing of the older layout, whose columns are of fixed widths."""
+    if isinstance(config, LegacyConfig):
+        return
+    parts: list[NDArray[np.uint8]] = []
+    hits: list[NDArray[np.bool_]] = []
+    for where, row in table.rows(["input_ids", *COMPRESSED]):
+        tokens = flat(row.get("input_ids"), f"{where}: input_ids")
+        values, ids = (_rectangle(row.get(name), f"{where}: {name}") for name in COMPRESSED)
+        number = 0 if tokens is None else min(len(values), len(ids), len(tokens) - 1, ROWS_LOOKED_AT)
+        if number < 1 or values.shape[1] != config.value_bytes or ids.shape[1] != config.id_bytes:
+            continue  # reading says so, in words
+        parts.append(_as_bytes(values[:number]))
+        named_RK = decode_ids(_as_bytes(ids[:number]), config)
+        text_N = np.append(to_ids(where, tokens), (-1, -1))
+        hits.append(np.stack([(named_RK == text_N[at : at + number, None]).any(axis=1) for at in (0, 1, 2)]))  # of each shift
+        if sum(map(len, parts)) >= ROWS_LOOKED_AT:
+            break
+    found = (
+        wrong_config(np.concatenate(parts), float(np.concatenate(hits, axis=1).mean(axis=1).max()), config) if parts else None
+    )
+    if found is not None:
+        yield found
 
 
 def _sequences(table: Table, config: Config | LegacyConfig) -> Iterator[ForeignSequence]:

@@ -15,7 +15,9 @@ from kdcache.foreign.detect import open_foreign
 from kdcache.foreign.findings import all_findings
 from kdcache.foreign.live import Comparison, compare_with_teacher, reservoir
 from kdcache.foreign.live_findings import with_teacher
+from kdcache.foreign.placement import evidence_of
 from kdcache.foreign.probes import Tally
+from kdcache.foreign.proof import Evidence
 from kdcache.teacher.base import Teacher
 
 Progress = Callable[[int], object]
@@ -50,6 +52,7 @@ class Examination:
         findings: everything that is to be said; empty or notes alone for a sound cache.
         tally: totals over all rows.
         alignment: the verdict of the text; None where there are no tokens.
+        evidence: targets in the support beside the rows' masses, under the shift that the text speaks for; None as above.
         comparison: with the teacher, where one was asked.
     """
 
@@ -60,12 +63,40 @@ class Examination:
     findings: tuple[Finding, ...]
     tally: Tally
     alignment: Alignment | None
+    evidence: Evidence | None = None
     comparison: Comparison | None = None
 
     @property
     def is_sound(self) -> bool:
         """Whether there is nothing but notes."""
         return all(finding.severity == "note" for finding in self.findings)
+
+    def alignment_proof(self) -> dict[str, Any]:
+        """What shows that the rows belong to their tokens, once they are moved as the findings say, for a manifest.
+
+        `proven_by` is `teacher`, `text` (see README.md), or None with the reason beside it.
+        """
+        if self.comparison is not None and any(finding.name == "teacher_agrees" for finding in self.findings):
+            c = self.comparison
+            asked = {"num_sequences": c.num_sequences, "num_rows": c.num_rows, "kl_nats": c.kl[SHIFTS.index(c.shift)]}
+            return {"proven_by": "teacher", **asked}
+        e = self.evidence
+        if e is None:
+            return {"proven_by": None, "reason": "there is no text"}
+        numbers = {
+            "num_rows": e.num_rows, "hits_claimed": e.claimed, "hits_found": e.found, "hits_by_chance": e.chance,
+            "deviations": e.deviations, "worst_sequence": e.worst, "other_shift": e.rival,
+        }  # fmt: skip
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        if e.verdict == "proven":
+            return {"proven_by": "text", **finite}
+        reasons = {
+            "consistent": "another shift of the rows fits the text too",
+            "untested": "there are too few rows, or rows that hit any text",
+            "unclear": "targets are in their row's support less often than its mass says",
+            "foreign": "targets are in their row's support far less often than its mass says",
+        }
+        return {"proven_by": None, "reason": reasons[e.verdict], **finite}
 
     def to_builtins(self) -> dict[str, Any]:
         """Everything for JSON, without what is not a number."""
@@ -74,6 +105,8 @@ class Examination:
             "findings": [vars(finding) for finding in self.findings],
             "totals": numbers(self.tally),
             "alignment": None if self.alignment is None else vars(self.alignment),
+            "evidence": None if self.evidence is None else _plain(self.evidence),
+            "alignment_proof": self.alignment_proof(),
             "comparison": None if self.comparison is None else vars(self.comparison) | {
                 "line": vars(self.comparison.line), "exact_line": vars(self.comparison.exact_line),
             },
@@ -99,6 +132,8 @@ def examine_opened(
     tally = Tally(vocab_size=vocab_size, tokenizer_size=options.tokenizer_size, approximate_from=cache.approximate_from)
     sample = fill(tally, cache, options, progress)
     findings = all_findings(cache, tally)
+    alignment = judge(tally) if tally.num_tokens else None
+    evidence = None if alignment is None else evidence_of(tally, alignment)
     comparison = None
     if teacher is not None and tally.num_tokens and sample:
         # Sequences that the text speaks against are asked about too: chance would seldom draw them.
@@ -110,10 +145,11 @@ def examine_opened(
         title=cache.title,
         format=cache.format,
         path=cache.path,
-        facts=dict(cache.facts) | _facts(tally),
+        facts=dict(cache.facts) | _facts(tally) | _hit_facts(evidence),
         findings=tuple(findings),
         tally=tally,
-        alignment=judge(tally) if tally.num_tokens else None,
+        alignment=alignment,
+        evidence=evidence,
         comparison=comparison,
     )
 
@@ -133,6 +169,25 @@ def numbers(tally: Tally) -> dict[str, Any]:
     plain = {name: value for name, value in vars(tally).items() if isinstance(value, int | float) or value is None}
     shown = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in plain.items()}
     return shown | {"sizes": {str(size): number for size, number in sorted(tally.sizes.items())}}
+
+
+def _plain(evidence: Evidence) -> dict[str, Any]:
+    fields = {name: getattr(evidence, name) for name in evidence.__dataclass_fields__}
+    shown = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
+    return shown | {"suspects": [vars(suspect) for suspect in evidence.suspects]}
+
+
+def _hit_facts(evidence: Evidence | None) -> dict[str, str]:
+    if evidence is None or not evidence.num_rows or not math.isfinite(evidence.claimed):
+        return {}
+    e = evidence
+    known = {"proven": "proven from the text", "consistent": "fits, and so does another shift"}
+    shown = (
+        f"{known.get(e.verdict, e.verdict)}; of the targets {e.found:.1%} are in the support, masses say {e.claimed:.1%} and "
+        f"chance gives {e.chance:.1%}: {e.deviations:+.1f} standard deviations, {e.worst:+.1f} in the worst of "
+        f"{e.num_sequences:,} sequences, {e.rival:+.1f} under another shift"
+    )
+    return {"placement": shown}
 
 
 def _facts(tally: Tally) -> dict[str, str]:

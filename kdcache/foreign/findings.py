@@ -212,7 +212,7 @@ def _ids(tally: Tally) -> Iterator[Finding]:
         )
         yield Finding("ids_outside_vocabulary", "fatal", sentence)
     elif tally.tokenizer_size is not None and tally.max_id >= tally.tokenizer_size:
-        if tally.padded_mass > PADDED_MASS * max(tally.mass_sum, 1.0):
+        if tally.vocab_size is None and tally.padded_mass > PADDED_MASS * max(tally.mass_sum, 1.0):
             share = tally.padded_mass / max(tally.mass_sum, 1.0)
             sentence = (
                 f"{tally.num_padded_ids:,} entries, with {share:.1%} of all probability, have ids up to {tally.max_id}, which "

@@ -58,20 +58,21 @@ def open_megatron(path: str, options: ReadOptions) -> ForeignCache | None:
         files = sorted((f for f in named.iterdir() if TAR_NAME.fullmatch(f.name)), key=lambda f: [*map(int, _numbers(f))])
     if not files:
         return None
-    meta = _read_meta(files[0])
+    metas = {file: _read_meta(file) for file in files}
+    meta = metas[files[0]]
     saver = _saver(meta, files[0])
     return ForeignCache(
         format="megatron",
         title="Megatron-LM offline logprobs (tar)",
         path=path,
         values=options.values or "logprobs",
-        read=partial(_sequences, files, saver),
+        read=partial(_sequences, {file: _saver(found, file) for file, found in metas.items()}),
         facts={
             "files": f"{len(files)}, of {len({_numbers(f)[:2] for f in files})} context and data ranks",
             "entries": f"top {saver.k}{f' within top-p {saver.p}' if saver.p else ''}, {saver.dtype}",
             "data": json.dumps(meta.get("identifiers"))[:500],
         },
-        findings=tuple(_findings(meta, saver)),
+        findings=(*_findings(meta, saver), *_mixed_runs(metas)),
     )
 
 
@@ -100,11 +101,28 @@ def _findings(meta: dict[str, Any], saver: Saver) -> Iterator[Finding]:
         )
 
 
-def _sequences(files: list[Path], saver: Saver) -> Iterator[ForeignSequence]:
-    if saver.p is not None:
-        return
-    for path in files:
-        for name, data in _members(path):
+def _mixed_runs(metas: dict[Path, dict[str, Any]]) -> Iterator[Finding]:
+    """Tars of runs over other data, or saved in another way, in one folder: a student's data order fits one of them at most."""
+    for field, what in (("hash", "hash"), ("saver", "saver settings")):
+        of_value: dict[str, list[str]] = {}
+        for path, meta in metas.items():
+            of_value.setdefault(json.dumps(meta.get(field), sort_keys=True), []).append(path.name)
+        if len(of_value) > 1:
+            shown = "; ".join(
+                f"{value} in {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+                for value, names in of_value.items()
+            )
+            sentence = (
+                f"the tars are of {len(of_value)} runs, by the {what} in their metadata: {shown}; keep each run in a folder of "
+                "its own"
+            )
+            yield Finding("mixed_runs", "fatal", sentence)
+            return
+
+
+def _sequences(files: dict[Path, Saver]) -> Iterator[ForeignSequence]:
+    for path, saver in files.items():
+        for name, data in _members(path) if saver.p is None else ():
             if PAYLOAD.fullmatch(name):
                 yield from _microbatches(data, saver, f"{path}:{name}")
 

@@ -12,11 +12,16 @@ import numpy as np
 from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence
 from kdcache.foreign.deep import exact_rows
 from kdcache.foreign.doctor import Examination, ExamineOptions, Progress, examine_opened
-from kdcache.format.manifest import SelectionInfo
+from kdcache.format.manifest import Manifest, SelectionInfo
 from kdcache.format.record import SequenceRecord
 from kdcache.store.reader import open_cache
 from kdcache.store.verify import verify_cache
 from kdcache.teacher.base import Teacher
+
+PLACEMENT = ("alignment_unclear", "foreign_rows", "foreign_sequences", "few_hits")
+"""Doubts that the text raises: it may be one that the teacher knows nothing of."""
+
+FEW_IMPOSSIBLE = 0.01
 
 
 def examine_own(
@@ -36,7 +41,8 @@ def examine_own(
         "teacher": f"{teller.model}, {teller.dtype}, by {teller.engine} {teller.engine_version}",
         "selection": f"{manifest.identity.selection.kind} {manifest.identity.selection.params}",
         "plan": state,
-        "verified": f"{report.num_positions:,} positions, NLL {report.cached_nll:.6f} (teacher's own {report.teacher_nll:.6f})",
+        "verified": f"{report.num_positions:,} positions, NLL {report.cached_nll:.6f} "
+        f"(teacher's own {report.teacher_nll:.6f}), {_left_out(manifest)}",
     }
     read = partial(_sequences, path) if report.is_sound else partial(iter, ())
     cache = ForeignCache(
@@ -46,13 +52,24 @@ def examine_own(
     tokenizer_size = options.tokenizer_size or manifest.identity.tokenizer.vocab_size
     found = examine_opened(cache, replace(options, tokenizer_size=tokenizer_size), teacher=teacher, progress=progress)
     selection = manifest.identity.selection
-    return replace(found, findings=tuple(_for_own(finding, selection) for finding in found.findings))
+    is_placed = _knows_its_places(manifest)
+    return replace(found, findings=tuple(_for_own(finding, selection, is_placed=is_placed) for finding in found.findings))
 
 
-def _for_own(finding: Finding, selection: SelectionInfo) -> Finding:
+def _left_out(manifest: Manifest) -> str:
+    return f"{manifest.total('num_impossible_targets'):,} of {manifest.total('num_targets'):,} targets left out"
+
+
+def _knows_its_places(manifest: Manifest) -> bool:
+    """Whether a teacher was asked and gave the targets' logprobs, so that the NLL kept at capture says where rows belong."""
+    is_converted = "converted_from" in manifest.config.get("notes", {})
+    return not is_converted and manifest.total("num_impossible_targets") <= FEW_IMPOSSIBLE * manifest.total("num_targets")
+
+
+def _for_own(finding: Finding, selection: SelectionInfo, *, is_placed: bool) -> Finding:
     """What is no defect of ours: the capture compared the NLL, so where rows belong is known; a selection may keep no exact
     entry, or hold what a sampler's filters left, on purpose."""
-    if finding.name == "alignment_unclear":
+    if is_placed and finding.name in PLACEMENT:
         return replace(finding, severity="note", sentence=f"{finding.sentence}; the NLL that was kept at capture agrees")
     if finding.name in ("renormalised", "temperature_applied") and selection.filters:
         why = f"the distributions are those after the sampler's filters {selection.filters}, as asked for at capture"

@@ -6,14 +6,16 @@ Shape letters: N tokens, R rows, E entries of all rows (ragged), P positions.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import ForeignSequence, ValueKind
+from kdcache.foreign.base import ForeignCache, ForeignSequence, ValueKind
 from kdcache.foreign.blocks import as_logprobs
 from kdcache.format.record import NO_TARGET, Distributions, SequenceRecord, TokenSequence, sequence_key
 
@@ -33,7 +35,6 @@ class RecordOptions:
         vocab_size: every id must be below it.
         shift: added to each row's position.
         repairs: of REPAIRS.
-        first_fitted: rank from which on entries are fitted; they are left out by the repair `tails`.
         widest: entries of the widest rows, for `k+1`.
         has_extra: whether the widest rows hold the target beside their top k; else a row that starts with its least entry does.
     """
@@ -42,7 +43,6 @@ class RecordOptions:
     vocab_size: int
     shift: int = 0
     repairs: frozenset[Repair] = frozenset()
-    first_fitted: int | None = None
     widest: int = 0
     has_extra: bool = False
 
@@ -70,6 +70,28 @@ class _Entries:
     def keep(self, kept_E: NDArray[np.bool_] | NDArray[np.int64]) -> None:
         self.rows_E, self.ids_E = self.rows_E[kept_E], self.ids_E[kept_E]
         self.logprobs_E, self.ranks_E = self.logprobs_E[kept_E], self.ranks_E[kept_E]
+
+
+def without_fitted(cache: ForeignCache) -> ForeignCache:
+    """The same cache with its exact entries alone: what the repair `tails` makes of it, to be examined as such."""
+    first = cache.approximate_from
+    if first is None:
+        return cache
+    findings = tuple(finding for finding in cache.findings if finding.name != "broken_tails")
+    read = partial(_exact_sequences, cache.read, first)
+    return replace(cache, read=read, approximate_from=None, findings=findings)
+
+
+def _exact_sequences(read: Callable[[], Iterator[ForeignSequence]], first: int) -> Iterator[ForeignSequence]:
+    for sequence in read():
+        ranks_E = np.arange(len(sequence.values_E)) - np.repeat(sequence.offsets_R1[:-1], sequence.counts_R)
+        kept_E = ranks_E < first
+        yield replace(
+            sequence,
+            counts_R=np.minimum(sequence.counts_R, first),
+            token_ids_E=sequence.token_ids_E[kept_E],
+            values_E=sequence.values_E[kept_E],
+        )
 
 
 def to_record(sequence: ForeignSequence, options: RecordOptions, account: Account) -> SequenceRecord | None:
@@ -166,8 +188,6 @@ def _entries(
     if "k+1" in options.repairs:
         _take_targets_out(entries, counts_R, targets_R, known_R, options)
         account.repaired["k+1"] += int((~np.isnan(known_R)).sum())
-    if "tails" in options.repairs and options.first_fitted is not None:
-        entries.keep(entries.ranks_E < options.first_fitted)
     entries.keep(entries.logprobs_E > -np.inf)
     if "duplicates" in options.repairs:
         before = len(entries.rows_E)

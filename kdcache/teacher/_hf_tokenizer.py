@@ -36,7 +36,7 @@ class HfTokenizer:
         Raises:
             TeacherError: it does not load.
         """
-        check_model_name(name)
+        check_model_name(name, is_tokenizer=True)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
         except Exception as error:  # whatever a file, remote code or the hub client can raise

@@ -21,19 +21,28 @@ MEANING_FILES = frozenset(
 
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
+)  # fmt: skip
+"""Any of them makes a folder one that a tokenizer can be loaded from, with or without a model."""
 
 
-def check_model_name(model: str) -> None:
+def check_model_name(model: str, *, is_tokenizer: bool = False) -> None:
     """Refuse a path that leads nowhere, in better words than a hub client's: it would ask the hub for it.
+
+    Args:
+        model: hub id or folder.
+        is_tokenizer: whether a tokenizer alone is enough.
 
     Raises:
         TeacherError: `model` is written as a path, or has more parts than a hub id, and is not a folder; or it is a folder
-            without a config.json.
+            without a config.json, and without a tokenizer's files where that is enough.
     """
     path = Path(model)
     if path.is_dir():
-        if not (path / CONFIG_FILE).is_file():
-            raise TeacherError(f"{model}: no {CONFIG_FILE} in this folder; expected a model in the Hugging Face layout")
+        needed, what = ((*TOKENIZER_FILES, CONFIG_FILE), "tokenizer") if is_tokenizer else ((CONFIG_FILE,), "model")
+        if not any((path / name).is_file() for name in needed):
+            raise TeacherError(f"{model}: no {needed[0]} in this folder; expected a {what} in the Hugging Face layout")
     elif path.is_file():
         raise TeacherError(f"{model} is a file; expected a hub id or a folder in the Hugging Face layout")
     elif model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model:

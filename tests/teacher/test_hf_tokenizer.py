@@ -144,6 +144,16 @@ def test_another_template_is_another_template_fingerprint_and_the_same_tokenizer
     assert other.chat_template_fingerprint != ours.chat_template_fingerprint
 
 
+@pytest.mark.parametrize("names", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
+def test_a_folder_with_a_tokenizer_alone_is_enough(folder: str, tmp_path: Path, names: list[str]):
+    for name in names:
+        shutil.copy(Path(folder) / name, tmp_path)
+    alone = load_tokenizer(str(tmp_path))
+    assert alone.identity.fingerprint == load_tokenizer(folder).identity.fingerprint
+    with pytest.raises(TeacherError, match=r"no tokenizer\.json in this folder; expected a tokenizer"):
+        load_tokenizer(str(tmp_path.parent))
+
+
 def test_a_tokenizer_that_does_not_load_is_one_sentence(tiny_model_dir: Path, tmp_path: Path):
     with pytest.raises(TeacherError, match="no such folder"):
         load_tokenizer(str(tmp_path / "none"))

@@ -1,0 +1,62 @@
+"""What `info` and `verify` say of a cache's NLL, and of whether its rows belong to their tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdcache.format.manifest import Manifest
+
+
+def left_out(manifest: Manifest) -> str:
+    """How many targets the NLL leaves out, and what the number is then not; empty where it leaves out none."""
+    num_targets, num_left_out = manifest.total("num_targets"), manifest.total("num_impossible_targets")
+    if not num_left_out:
+        return ""
+    why = "are outside their support" if conversion(manifest) is not None else "have probability 0 or are outside their support"
+    return (
+        f"{num_left_out:,} of {num_targets:,} targets {why} and have no logprob: they are left out, and the text is less "
+        "likely than this"
+    )
+
+
+def conversion(manifest: Manifest) -> dict[str, Any] | None:
+    """What `kdcache convert` has noted; None for a cache that a teacher was asked for."""
+    notes = manifest.config.get("notes")
+    return notes if isinstance(notes, dict) and "converted_from" in notes else None
+
+
+def alignment(manifest: Manifest) -> dict[str, str]:
+    """A line on whether the rows of a converted cache were shown to belong to their tokens; none for a capture."""
+    notes = conversion(manifest)
+    if notes is None:
+        return {}
+    proof = notes.get("alignment")
+    return {"alignment": f"{_proof(proof if isinstance(proof, dict) else {})} (from {notes['converted_from']})"}
+
+
+def _proof(proof: dict[str, Any]) -> str:
+    by = proof.get("proven_by")
+    if by == "teacher":
+        return (
+            f"proven at conversion by the teacher, which was asked about {proof.get('num_sequences', 0):,} sequences: KL "
+            f"{_number(proof.get('kl_nats'))} nats"
+        )
+    if by == "text":
+        return (
+            f"proven at conversion from the text: {_percent(proof.get('hits_found'))} of the targets are in their support, "
+            f"masses say {_percent(proof.get('hits_claimed'))}, chance gives {_percent(proof.get('hits_by_chance'))}"
+        )
+    reason = proof.get("reason", "it was converted before this was recorded")
+    return (
+        f"NOT proven: {reason}; whether rows belong to their tokens is taken on trust. `kdcache doctor --teacher MODEL` tells"
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, int | float) and math.isfinite(value) else "-"
+
+
+def _percent(value: Any) -> str:
+    return f"{value:.1%}" if isinstance(value, int | float) and math.isfinite(value) else "-"
