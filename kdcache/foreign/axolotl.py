@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence, ReadOptions, ragged, to_ids
+from kdcache.foreign.base import NO_ROWS, Finding, ForeignCache, ForeignSequence, ReadOptions, ragged, to_ids
 from kdcache.foreign.chats import chat_ids, find_messages
 from kdcache.foreign.columns import no_tokens
 from kdcache.foreign.padding import without_padding
@@ -100,9 +100,7 @@ def _template_fact(layout: _Layout, options: ReadOptions) -> dict[str, str]:
 def _sequences(table: Table, layout: _Layout, options: ReadOptions) -> Iterator[ForeignSequence]:
     first = options.first_position
     for where, row in table.rows([*layout.columns, "labels", "attention_mask"]):
-        rows = _rows(where, row, layout)
-        if rows is None:
-            continue
+        rows = _rows(where, row, layout) or NO_ROWS
         ids_N = _text(where, row, layout, options)
         labels = flat(row.get("labels"), f"{where}: labels")
         if ids_N is not None and len(rows[0][1]) > len(ids_N):

@@ -126,6 +126,16 @@ class ReadOptions:
     tokenizer: Tokenizer | None = None
 
 
+NO_ROWS = ((np.zeros(0), np.zeros(0, np.int64)), (np.zeros(0), np.zeros(0, np.int64)))
+"""Ids and values, for `ragged`, of a sequence whose cells are null: it is counted, and not passed over."""
+
+
+def without_rows(source: str, input_ids_N: NDArray[np.int64] | None) -> ForeignSequence:
+    """A sequence that has no row."""
+    none = np.zeros(0, np.int64)
+    return ForeignSequence(source, input_ids_N, none, none, none, np.zeros(0))
+
+
 def ragged(
     source: str, ids: tuple[Any, Any], values: tuple[Any, Any]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:

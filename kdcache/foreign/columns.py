@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence, ReadOptions, ValueKind, ragged, to_ids
+from kdcache.foreign.base import NO_ROWS, Finding, ForeignCache, ForeignSequence, ReadOptions, ValueKind, ragged, to_ids
 from kdcache.foreign.padding import without_padding
 from kdcache.foreign.pairs import PairColumn, find_pairs, read_pairs
 from kdcache.foreign.tables import Row, Table, flat, nested
@@ -115,12 +115,10 @@ def _kind_by_name(column: str) -> ValueKind:
 def _sequences(table: Table, names: dict[str, str], pairs: PairColumn | None, first: int) -> Iterator[ForeignSequence]:
     for where, row in table.rows(list(names.values())):
         rows = _rows(where, row, names, pairs)
-        if rows is None:
-            continue
-        counts_R, token_ids_E, values_E = ragged(where, *rows)
+        counts_R, token_ids_E, values_E = ragged(where, *(rows or NO_ROWS))
         cells = {ours: flat(row.get(theirs), f"{where}: {theirs}") for ours, theirs in names.items() if ours in _FLAT}
         log_z_R, mask_N = cells.get("log_z"), cells.get("attention_mask")
-        if log_z_R is not None and len(log_z_R) != len(counts_R):
+        if log_z_R is not None and rows is not None and len(log_z_R) != len(counts_R):
             raise InputError(f"{where}: {len(log_z_R)} values of {names['log_z']} for {len(counts_R)} rows")
         ids_N = None if cells.get("tokens") is None else to_ids(where, cells["tokens"])
         sequence = ForeignSequence(
@@ -130,7 +128,7 @@ def _sequences(table: Table, names: dict[str, str], pairs: PairColumn | None, fi
             counts_R=counts_R,
             token_ids_E=token_ids_E,
             values_E=values_E,
-            log_z_R=None if log_z_R is None else log_z_R.astype(np.float64),
+            log_z_R=None if log_z_R is None or rows is None else log_z_R.astype(np.float64),
             learnt_N=None if ids_N is None else _learnt(where, row, names, len(ids_N)),
         )
         yield without_padding(sequence, mask_N, where)

@@ -18,7 +18,7 @@ import yaml
 from numpy.typing import NDArray
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence, ReadOptions, check_size, to_ids
+from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence, ReadOptions, check_size, to_ids, without_rows
 from kdcache.foreign.distillkit_codec import (
     MAX_CONDITION,
     Config,
@@ -100,6 +100,7 @@ def _sequences(table: Table, config: Config | LegacyConfig) -> Iterator[ForeignS
     for where, row in table.rows(names):
         tokens = flat(row.get("input_ids"), f"{where}: input_ids")
         if tokens is None:
+            yield without_rows(where, None)
             continue
         ids_RK, values_RK = _decode(row, config, where)
         documents = flat(row.get("attention_mask"), f"{where}: attention_mask")

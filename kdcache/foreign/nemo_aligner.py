@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import ForeignCache, ForeignSequence, ReadOptions, ragged, to_ids
+from kdcache.foreign.base import ForeignCache, ForeignSequence, ReadOptions, ragged, to_ids, without_rows
 from kdcache.foreign.tables import Row, Table, flat, nested
 
 LOG_Z = "log_sum_exp_logits"
@@ -42,6 +42,7 @@ def _sequences(table: Table) -> Iterator[ForeignSequence]:
         nested_values = nested(row.get("topk_logits"), f"{where}: topk_logits")
         tokens = flat(row.get("tokens"), f"{where}: tokens")
         if nested_ids is None or nested_values is None or tokens is None:
+            yield without_rows(where, None if tokens is None else to_ids(where, tokens))
             continue
         counts_R, token_ids_E, values_E = ragged(where, nested_ids, nested_values)
         ids_N, learnt_N = _text(where, row, to_ids(where, tokens))

@@ -221,3 +221,67 @@ def test_columns_of_other_names_are_named(truth: Truth, tmp_path: Path):
 def test_an_empty_cache(tmp_path: Path):
     found = look(write_rows(tmp_path / "a.jsonl", [{"input_ids": [1, 2], "ids": [], "logprobs": []}]))
     assert defects(found) == {"no_rows": None}
+
+
+def test_sequences_without_rows_and_counts_that_do_not_fit_are_counted(truth: Truth, tmp_path: Path):
+    made = items(truth)
+    rows = [{"input_ids": i.input_ids, "topk_ids": i.ids, "topk_logprobs": i.values} for i in made]
+    rows[1] |= {"topk_ids": None, "topk_logprobs": None}
+    rows[2] |= {"topk_ids": [], "topk_logprobs": []}
+    rows[3] |= {"topk_ids": made[3].ids[:30], "topk_logprobs": made[3].values[:30]}
+    rows[4] |= {"topk_ids": made[4].ids + made[4].ids[:4], "topk_logprobs": made[4].values + made[4].values[:4]}
+    found = look(write_rows(tmp_path / "a.parquet", rows))
+    assert (defects(found), notes(found)) == ({}, {"sequences_without_rows", "rows_for_a_part", "rows_outside_text"})
+    tally = found.tally
+    assert (tally.num_sequences, tally.num_rowless_sequences) == (8, 2)
+    assert (tally.num_shorter_sequences, tally.num_uncovered) == (1, 33)
+    assert (tally.num_longer_sequences, tally.num_rows_outside) == (1, 3)
+    told = {finding.name: finding.sentence for finding in found.findings}
+    assert told["sequences_without_rows"].startswith("2 of 8 sequences have no row")
+
+
+def test_rows_that_are_wholly_minus_infinity_are_missing(truth: Truth, tmp_path: Path):
+    def lose(item: Item) -> None:
+        for number in (3, 4, 40):
+            item.values[number] = [-np.inf] * len(item.values[number])
+
+    found = look(write_columns(tmp_path / "a.parquet", changed(items(truth), lose)))
+    assert (defects(found), notes(found)) == ({}, {"missing_rows", "missing_entries"})
+    assert found.tally.num_missing_rows == 24
+
+
+def test_ids_that_no_engine_gave_are_not_looked_at(truth: Truth, tmp_path: Path):
+    def spoil(item: Item) -> None:
+        item.ids[3][-1], item.values[3][-1] = 2**30, -np.inf  # uninitialised memory beside a rank that was not given
+
+    path = write_columns(tmp_path / "a.parquet", changed(items(truth), spoil))
+    assert defects(look(path, vocab_size=520)) == {}
+
+
+def test_negated_logprobs_and_counts_of_draws_are_named(truth: Truth, tmp_path: Path):
+    def negate(item: Item) -> None:
+        item.values = (-np.array(item.values)).tolist()
+
+    path = write_columns(tmp_path / "a.parquet", changed(items(truth), negate))
+    assert defects(look(path)) == {"negated_logprobs": "--values nll"}
+    assert defects(look(path, ReadOptions(values="nll"))) == {}
+
+    rng = np.random.default_rng(0)
+    made = items(truth)
+    for item, logprobs_NV in zip(made, truth.logprobs_SNV, strict=True):
+        draws = [rng.choice(520, 50, p=np.exp(row) / np.exp(row).sum()) for row in logprobs_NV[:-1]]
+        found = [np.unique(drawn, return_counts=True) for drawn in draws]
+        item.ids = [ids[np.argsort(-counts, kind="stable")].tolist() for ids, counts in found]
+        item.values = [np.log(np.sort(counts)[::-1] / 50).tolist() for _, counts in found]
+    spoken = look(write_columns(tmp_path / "b.parquet", made))
+    assert set(defects(spoken)) == {"sampled_counts"}
+    assert "counts of 50 random draws" in spoken.findings[0].sentence
+
+
+def test_ids_with_much_probability_are_no_padding(truth: Truth, tmp_path: Path):
+    def move(item: Item) -> None:
+        item.ids = (np.array(item.ids) + 600).tolist()
+
+    assert "ids_outside_vocabulary" in defects(
+        look(write_columns(tmp_path / "a.parquet", changed(items(truth), move)), tokenizer_size=512)
+    )
