@@ -145,6 +145,7 @@ def load_job_tokenizer(config: CaptureConfig) -> Tokenizer:
         teacher.tokenizer or default,
         revision=teacher.revision if own else None,
         chat_template=_read_template(config.input.chat_template),
+        trust_remote_code=teacher.trusts_remote_code,
     )
 
 

@@ -12,7 +12,7 @@ from kdcache.cli.foreign_arguments import (
     named_tokenizer,
     progress_bar,
 )
-from kdcache.cli.teacher_arguments import loaded, teacher_config
+from kdcache.cli.teacher_arguments import asks_teacher, loaded, teacher_config
 from kdcache.cli.wording import count, rows
 from kdcache.errors import ConfigError
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from kdcache.foreign.convert import convert
 
     options = _options(args)
-    with loaded(teacher_config(args) if args.teacher else None) as teacher, progress_bar("examining") as progress:
+    with loaded(teacher_config(args) if asks_teacher(args) else None) as teacher, progress_bar("examining") as progress:
         conversion = convert(args.source, args.target, options, teacher=teacher, progress=progress)
     print(_as_text(args, conversion))
     return 0
@@ -67,7 +67,7 @@ def _options(args: argparse.Namespace) -> ConvertOptions:
         raise ConfigError("--tokenizer NAME is needed: without it nobody can tell later what the ids mean")
     return ConvertOptions(
         tokenizer=tokenizer.identity,
-        model=args.model or args.teacher or "unknown",
+        model=args.model or (teacher_config(args).model if asks_teacher(args) else "unknown"),
         codec=args.codec,
         shift=args.shift,
         repairs=frozenset(args.repairs),

@@ -12,7 +12,7 @@ from kdcache.cli.foreign_arguments import (
     named_tokenizer,
     progress_bar,
 )
-from kdcache.cli.teacher_arguments import loaded, teacher_config
+from kdcache.cli.teacher_arguments import asks_teacher, loaded, teacher_config
 from kdcache.cli.wording import rows
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     options = examine_options(args, named_tokenizer(args))
     is_own = is_own_cache(args.path)
     cache = None if is_own else open_foreign(args.path, options.read)  # before a model is loaded for nothing
-    with loaded(teacher_config(args) if args.teacher else None) as teacher, progress_bar("examining") as progress:
+    with loaded(teacher_config(args) if asks_teacher(args) else None) as teacher, progress_bar("examining") as progress:
         if cache is None:
             examination = examine_own(args.path, options, teacher=teacher, progress=progress)
         else:

@@ -1,4 +1,4 @@
-"""What `doctor`, `convert` and `verify --deep` share: which teacher to ask, by flags or by what a cache's manifest says."""
+"""What `doctor`, `convert` and `verify --deep` share: which teacher to ask, by the user's flags and config alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kdcache.config.capture import TeacherConfig
+    from kdcache.config.teacher import TeacherConfig
     from kdcache.teacher.base import Teacher
 
 BACKENDS = ("auto", "vllm", "transformers", "served", "fake")
@@ -18,33 +18,74 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_teacher_arguments(parser: argparse.ArgumentParser, *, what: str) -> None:
-    """Declare --teacher, --backend and --dtype."""
+    """Declare --teacher, --teacher-config, --backend and --dtype."""
     parser.add_argument("--teacher", metavar="MODEL", help=what)
-    parser.add_argument("--backend", choices=BACKENDS, help="what runs the teacher (default: auto, or the capture's own)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the teacher's weights (default: auto, or the capture's own)")
+    parser.add_argument(
+        "--teacher-config", metavar="CONFIG.yaml", help="a capture config of yours: its section `teacher` says how to run it"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, help="what runs the teacher (default: auto)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the teacher's weights (default: auto)")
 
 
-def teacher_config(args: argparse.Namespace, captured: Mapping[str, Any] | None = None) -> TeacherConfig:
-    """The teacher's config: that of a capture, with what the flags say in its place.
+def asks_teacher(args: argparse.Namespace) -> bool:
+    """Whether the flags name a teacher."""
+    return args.teacher is not None or args.teacher_config is not None
+
+
+def teacher_config(args: argparse.Namespace) -> TeacherConfig:
+    """The teacher's config, from the flags and from the user's own file alone.
+
+    Never from a cache: a model runs code, reads files and calls servers, and whoever wrote the cache would choose which.
 
     Raises:
-        ConfigError: no model is named, or the manifest's section is not one of this version.
+        ConfigError: no model is named, or the file holds no section `teacher` that makes sense.
     """
-    import msgspec
+    from kdcache.config.load import convert_config, read_yaml_mapping
+    from kdcache.config.teacher import TeacherConfig
 
-    from kdcache.config.capture import TeacherConfig
-
-    fields = dict(captured or {})
+    fields: dict[str, Any] = {}
+    if args.teacher_config is not None:
+        section = read_yaml_mapping(args.teacher_config).get("teacher")
+        if not isinstance(section, dict):
+            raise ConfigError(f"{args.teacher_config}: has no section `teacher`, as a capture config has")
+        fields = dict(section)
     given = {"model": args.teacher, "backend": args.backend, "dtype": args.dtype}
     fields |= {name: value for name, value in given.items() if value is not None}
-    if "model" not in fields:
-        raise ConfigError("the cache does not say which model to load; name it with --teacher MODEL")
-    try:
-        return msgspec.convert(fields, TeacherConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigError(
-            f"the teacher section of the cache's config is not one of this version: {error}; use --teacher"
-        ) from error
+    return convert_config(fields, TeacherConfig, where=args.teacher_config or "--teacher")
+
+
+def captured_teacher(captured: Any) -> dict[str, Any]:
+    """What a cache's manifest says of how its teacher was run, to be shown and compared; empty where it says nothing."""
+    return {str(name): value for name, value in captured.items()} if isinstance(captured, Mapping) else {}
+
+
+def unnamed_teacher(cache: str, captured: Any) -> ConfigError:
+    """What to say where nobody names the teacher."""
+    said = captured_teacher(captured)
+    shown = ", ".join(f"{name} {shorten(said[name])}" for name in ("model", "revision", "backend", "dtype") if said.get(name))
+    return ConfigError(
+        f"{cache}: name the teacher to ask with --teacher MODEL or --teacher-config CONFIG.yaml; it is never taken from the "
+        f"cache, since a model can run code and call servers (the cache says: {shown or 'nothing'})"
+    )
+
+
+def setting_differences(config: TeacherConfig, captured: Any) -> list[str]:
+    """A line for each setting of the cache's own account that is not what will be asked."""
+    import msgspec
+
+    ours, theirs = msgspec.to_builtins(config), captured_teacher(captured)
+    return [
+        f"note: the cache says that its teacher had {shorten(name)[1:-1]} {shorten(value)}; "
+        f"asked with {shorten(ours.get(name))}"
+        for name, value in sorted(theirs.items())
+        if value != ours.get(name)
+    ]
+
+
+def shorten(value: Any, most: int = 100) -> str:
+    """A value from a file for one line of a terminal: control characters escaped, of bounded length."""
+    text = ascii(value)
+    return text if len(text) <= most else f"{text[: most - 5]}...{text[-2:]}"
 
 
 @contextmanager

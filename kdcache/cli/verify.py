@@ -8,7 +8,15 @@ import sys
 from typing import TYPE_CHECKING
 
 from kdcache.cli.nll_wording import alignment, conversion, left_out
-from kdcache.cli.teacher_arguments import add_teacher_arguments, at_least, loaded, teacher_config
+from kdcache.cli.teacher_arguments import (
+    add_teacher_arguments,
+    asks_teacher,
+    at_least,
+    loaded,
+    setting_differences,
+    teacher_config,
+    unnamed_teacher,
+)
 from kdcache.cli.wording import count, rows, size
 from kdcache.errors import ConfigError
 
@@ -29,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
     parser.add_argument("--deep", action="store_true", help="ask the teacher again about a random sample of the sequences")
-    add_teacher_arguments(parser, what="--deep: hub id or folder of the teacher (default: what the capture's config names)")
+    add_teacher_arguments(parser, what="--deep: hub id or folder of the teacher; never taken from the cache")
     parser.add_argument(
         "--sample", type=at_least(1), default=16, metavar="N", help="--deep: sequences to ask about (default: 16)"
     )
@@ -46,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verify with a progress bar; damage goes to stderr, a sentence each."""
     _check_flags(args)
+    if args.deep and not asks_teacher(args):
+        raise _unnamed(args.cache)
     from tqdm import tqdm
 
     from kdcache.store.verify import verify_cache
@@ -67,11 +77,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    for_deep = [name for name in ("teacher", "backend", "dtype", "tolerance") if getattr(args, name) is not None]
+    names = ("teacher", "teacher_config", "backend", "dtype", "tolerance")
+    for_deep = [name.replace("_", "-") for name in names if getattr(args, name) is not None]
     if for_deep and not args.deep:
         raise ConfigError(f"--{for_deep[0]} is for --deep: without it no teacher is asked")
     if args.tolerance is not None and not args.tolerance >= 0:
         raise ConfigError(f"--tolerance is {args.tolerance}, expected nats, 0 or more")
+
+
+def _unnamed(cache: str) -> ConfigError:
+    from kdcache.store.reader import open_cache
+
+    with open_cache(cache) as reader:
+        return unnamed_teacher(cache, reader.manifest.config.get("teacher"))
 
 
 def _ask_teacher(args: argparse.Namespace) -> DeepReport:
@@ -79,9 +97,13 @@ def _ask_teacher(args: argparse.Namespace) -> DeepReport:
     from kdcache.store.reader import open_cache
 
     options = DeepOptions(num_sequences=args.sample, seed=args.seed, tolerance_nats=args.tolerance)
-    with open_cache(args.cache) as reader, loaded(teacher_config(args, reader.manifest.config.get("teacher"))) as teacher:
-        assert teacher is not None
-        return verify_deep(reader, teacher, options)
+    with open_cache(args.cache) as reader:
+        config = teacher_config(args)
+        for line in setting_differences(config, reader.manifest.config.get("teacher")):
+            print(line, file=sys.stderr)
+        with loaded(config) as teacher:
+            assert teacher is not None
+            return verify_deep(reader, teacher, options)
 
 
 def _as_json(report: VerifyReport, deep: DeepReport | None) -> str:

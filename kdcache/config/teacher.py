@@ -35,7 +35,8 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             where a server's tokenizer cannot be compared with ours.
         quantization: vLLM's name of a method, or null for what the checkpoint says.
         engine_options: further keyword arguments of `vllm.LLM` or `from_pretrained`. Those that can move the teacher's numbers
-            are part of its identity.
+            are part of its identity. `trust_remote_code: true` runs Python code that lies beside the model, with your rights:
+            read that code first.
         vocab_size: `fake` only.
         context_length: `fake` only.
         seed: `fake` only.
@@ -61,6 +62,11 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     context_length: Positive = 4096
     seed: int = 0
     server: ServerConfig = ServerConfig()
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        """Whether Python code that lies beside the model may run: only where this config itself says so."""
+        return self.engine_options.get("trust_remote_code") is True
 
     def __post_init__(self) -> None:
         secret = next((name for name in self.engine_options if name in ("token", "hf_token")), None)

@@ -189,7 +189,7 @@ def _manifest(
         identity=identity,
         plan=PlanInfo(fingerprint=plan, num_units=-(-num_sequences // per_unit)),
         versions={"kdcache": kdcache.__version__, "python": platform.python_version(), "numpy": np.__version__},
-        # The config of the capture names the teacher, for `kdcache verify --deep`; of a mixture there is none to ask.
+        # The config of the capture says how the teacher was run, to be compared by `kdcache verify --deep`; a mixture has none.
         config=readers[0].manifest.config if options.mix is None else {},
         lineage=lineage,
     )

@@ -42,16 +42,24 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         TeacherError: the model does not load.
     """
     backend = _choose_backend(strict=config.strict) if config.backend == "auto" else config.backend
+    if config.trusts_remote_code:
+        log.warning(
+            "teacher.engine_options.trust_remote_code is on: Python code that lies beside %r runs with your rights",
+            config.model,
+        )
     return _backend_class(_TEACHERS, backend, f"teacher.backend {backend!r}")(config)
 
 
-def load_tokenizer(name: str, revision: str | None = None, chat_template: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    name: str, revision: str | None = None, chat_template: str | None = None, *, trust_remote_code: bool = False
+) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
         name: hub id or local folder; "fake" for bytes, which needs no package.
         revision: hub commit or tag.
         chat_template: text of a Jinja template to use in place of the tokenizer's own.
+        trust_remote_code: run Python code that lies beside the tokenizer, with the rights of this process.
 
     Raises:
         ConfigError: a chat template for the fake tokenizer.
@@ -60,7 +68,8 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template: str | 
     """
     if name == "fake":
         return _backend_class(_TOKENIZERS, "fake", "")(chat_template)
-    return _backend_class(_TOKENIZERS, "transformers", f"the tokenizer {name!r}")(name, revision, chat_template)
+    tokenizer = _backend_class(_TOKENIZERS, "transformers", f"the tokenizer {name!r}")
+    return tokenizer(name, revision, chat_template, trust_remote_code=trust_remote_code)
 
 
 def _choose_backend(*, strict: bool) -> str:

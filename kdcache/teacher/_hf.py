@@ -294,9 +294,10 @@ def _probe(model: PreTrainedModel, name: str) -> tuple[bool, int]:
 def _load(config: TeacherConfig) -> PreTrainedModel:
     try:
         with _quiet_progress():
-            kind = class_of_checkpoint(config.model, config.revision, **config.engine_options)
+            options = {"trust_remote_code": False} | config.engine_options  # not told, transformers asks on the terminal
+            kind = class_of_checkpoint(config.model, config.revision, **options)
             loaded: Any = kind.from_pretrained(
-                config.model, revision=config.revision, dtype=config.dtype, output_loading_info=True, **config.engine_options
+                config.model, revision=config.revision, dtype=config.dtype, output_loading_info=True, **options
             )
             model, info = loaded
     except Exception as error:  # whatever a checkpoint, its remote code or the hub client can raise

@@ -17,9 +17,9 @@ def language_model_class(config: Any) -> Any:
 
 def class_of_checkpoint(name: str, revision: str | None = None, **options: Any) -> Any:
     """As `language_model_class`, for a folder or hub id; its errors are left to whatever loads the model."""
-    trusted = {key: options[key] for key in ("trust_remote_code",) if key in options}
+    trusted = options.get("trust_remote_code", False)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, **trusted)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
     except Exception:  # the loader's own words are better
         return AutoModelForCausalLM
     return language_model_class(config)

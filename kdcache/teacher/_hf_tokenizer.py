@@ -30,15 +30,17 @@ PROBES = ("Hello world", " two  spaces\tand\n\nlines", "naive cafe 12345.678", "
 class HfTokenizer:
     """A tokenizer of `transformers`; see `Tokenizer`."""
 
-    def __init__(self, name: str, revision: str | None = None, chat_template: str | None = None) -> None:
-        """Load it.
+    def __init__(
+        self, name: str, revision: str | None = None, chat_template: str | None = None, *, trust_remote_code: bool = False
+    ) -> None:
+        """Load it; trust_remote_code: run Python code that lies beside it.
 
         Raises:
             TeacherError: it does not load.
         """
         check_model_name(name, is_tokenizer=True)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         except Exception as error:  # whatever a file, remote code or the hub client can raise
             raise TeacherError(f"the tokenizer {name!r} does not load with transformers: {first_line(error)}") from error
         if chat_template is not None:

@@ -185,7 +185,8 @@ class ServedTeacher:
         """The server's tokenizer makes the ids that ours makes of a text, where it can be asked."""
         config, url = self._config, self._server.url
         name = config.tokenizer or config.model
-        tokenizer = load_tokenizer(name, revision=config.revision if config.tokenizer is None else None)
+        revision = config.revision if config.tokenizer is None else None
+        tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=config.trusts_remote_code)
         plain, special = tokenizer_texts(tokenizer)
         try:
             problem = self._compare_tokens(tokenizer, plain)

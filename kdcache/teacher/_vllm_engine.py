@@ -49,8 +49,7 @@ def runs_on_cpu() -> bool:
 def model_fields(config: TeacherConfig) -> dict[str, Any]:
     """The model's config.json, also of a hub id; empty where it cannot be read, which the engine will then say."""
     try:
-        trust_remote_code = bool(config.engine_options.get("trust_remote_code", False))
-        return get_config(config.model, trust_remote_code=trust_remote_code, revision=config.revision).to_dict()
+        return get_config(config.model, trust_remote_code=config.trusts_remote_code, revision=config.revision).to_dict()
     except Exception as error:
         log.debug("%s: %s", config.model, first_line(error))
         return {}

@@ -20,6 +20,8 @@ MEANING_FILES = frozenset(
 """Files that say what the weights are to be taken for: shapes, rope, quantisation, an adapter's scale."""
 
 CONFIG_FILE = "config.json"
+_IMPLEMENTATION = "_implementation"
+"""How the fields end that choose code: attn_implementation, experts_implementation."""
 ADAPTER_FILE = "adapter_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
@@ -36,17 +38,32 @@ def check_model_name(model: str, *, is_tokenizer: bool = False) -> None:
 
     Raises:
         TeacherError: `model` is written as a path, or has more parts than a hub id, and is not a folder; or it is a folder
-            without a config.json, and without a tokenizer's files where that is enough.
+            without a config.json, and without a tokenizer's files where that is enough; or one whose config.json has a kernel
+            of a hub loaded.
     """
     path = Path(model)
     if path.is_dir():
         needed, what = ((*TOKENIZER_FILES, CONFIG_FILE), "tokenizer") if is_tokenizer else ((CONFIG_FILE,), "model")
         if not any((path / name).is_file() for name in needed):
             raise TeacherError(f"{model}: no {needed[0]} in this folder; expected a {what} in the Hugging Face layout")
+        _refuse_kernels_of_a_hub(model, config_fields(model))
     elif path.is_file():
         raise TeacherError(f"{model} is a file; expected a hub id or a folder in the Hugging Face layout")
     elif model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model:
         raise TeacherError(f"{model}: no such folder; expected a hub id or a folder in the Hugging Face layout")
+
+
+def _refuse_kernels_of_a_hub(model: str, fields: dict[str, Any]) -> None:
+    """A config.json can name a repository whose code transformers then downloads and runs, without being asked."""
+    for name, value in fields.items():
+        chosen = list(value.values()) if isinstance(value, dict) else [value]
+        if name.endswith(_IMPLEMENTATION) and (kernel := next((v for v in chosen if isinstance(v, str) and "/" in v), None)):
+            raise TeacherError(
+                f"{model}: {CONFIG_FILE} asks for the code of another repository, {name} {ascii(kernel)[:100]}; take the line "
+                "out, and name that kernel in your own config's engine_options if you trust it"
+            )
+        if isinstance(value, dict):
+            _refuse_kernels_of_a_hub(model, value)
 
 
 def short_name(model: str) -> str:

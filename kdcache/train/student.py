@@ -17,6 +17,7 @@ from kdcache.errors import ConfigError, MismatchError
 from kdcache.format.manifest import Identity
 from kdcache.teacher import load_tokenizer
 from kdcache.teacher._hf_class import class_of_checkpoint, language_model_class
+from kdcache.teacher.checkpoint import check_model_name
 from kdcache.train.body import text_config, vocab_size
 from kdcache.train.digests import DIGESTS, find_damage
 from kdcache.train.finite import not_finite_weight
@@ -60,8 +61,10 @@ def load_model(name: str, *, field: str, revision: str | None = None, **options:
         ConfigError: it does not load, or weights are missing, damaged or not finite.
     """
     try:
+        check_model_name(name)
         with without_progress_bars():
-            loaded: Any = class_of_checkpoint(name, revision).from_pretrained(
+            options = {"trust_remote_code": False} | options
+            loaded: Any = class_of_checkpoint(name, revision, **options).from_pretrained(
                 name, revision=revision or "main", output_loading_info=True, **options
             )
     except Exception as error:
@@ -90,7 +93,7 @@ def load_model(name: str, *, field: str, revision: str | None = None, **options:
 
 def _student_config(config: StudentConfig) -> Any:
     try:
-        base = AutoConfig.from_pretrained(config.config_from, revision=config.revision or "main")
+        base = AutoConfig.from_pretrained(config.config_from, revision=config.revision or "main", trust_remote_code=False)
     except Exception as error:
         raise ConfigError(
             f"student.config_from: no model configuration can be read from {config.config_from!r}: {first_line(error)}"

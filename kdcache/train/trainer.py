@@ -206,7 +206,7 @@ class Trainer:
         name = self.config.student.tokenizer or self.config.student.config_from
         with without_progress_bars():
             self.model.save_pretrained(path)
-            AutoTokenizer.from_pretrained(name).save_pretrained(path)
+            AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(path)
 
 
 def num_batches(loader: Loader, num_epochs: int) -> int:

@@ -47,23 +47,24 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 def test_verify_deep_prints_a_table_and_json_and_tells_a_wrong_teacher(
     folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    status, out, _ = run(capsys, "verify", folder / "ours", "--deep", "--sample", "4")
+    deep = ("--deep", "--teacher-config", folder / "c.yaml")
+    status, out, _ = run(capsys, "verify", folder / "ours", *deep, "--sample", "4")
     assert status == 0
     assert "agrees: asked again about 4 sequences, 256 positions" in out
     for row in ("KL(live || cached)", "KL(live || live)", "rows shifted", "NLL", "kept mass"):
         assert row in out
-    status, out, _ = run(capsys, "verify", folder / "ours", "--deep", "--json", "--seed", "3")
+    status, out, _ = run(capsys, "verify", folder / "ours", *deep, "--json", "--seed", "3")
     report = json.loads(out)
     assert (status, report["sound"], report["deep"]["sound"]) == (0, True, True)
     assert report["deep"]["shift_kl"][1] < 1e-4 < min(report["deep"]["shift_kl"][::2])
-    status, _, err = run(capsys, "verify", folder / "ours", "--deep", "--tolerance", "0")
+    status, _, err = run(capsys, "verify", folder / "ours", *deep, "--tolerance", "0")
     assert status == 1
     assert "wrong: KL(live || cached) is" in err
 
     from tiny_model import build_tiny_model
 
     other = build_tiny_model(tmp_path / "other", seed=1)
-    status, out, err = run(capsys, "verify", folder / "ours", "--deep", "--teacher", other)
+    status, out, err = run(capsys, "verify", folder / "ours", "--deep", "--teacher", other, "--backend", "transformers")
     assert (status, out) == (2, "")
     assert "the teacher 'other' is not the one that was captured, 'tiny-llama': weights_digest" in err
 
@@ -73,6 +74,8 @@ def test_verify_deep_prints_a_table_and_json_and_tells_a_wrong_teacher(
     [
         (["--teacher", "x"], "--teacher is for --deep"),
         (["--tolerance", "1"], "--tolerance is for --deep"),
+        (["--deep"], "name the teacher to ask with --teacher MODEL or --teacher-config CONFIG.yaml"),
+        (["--deep", "--teacher-config", "nowhere.yaml"], "nowhere.yaml: no such config file"),
         (["--deep", "--tolerance", "-1"], "--tolerance is -1.0, expected nats, 0 or more"),
     ],
 )

@@ -1,0 +1,150 @@
+"""A cache from a stranger, its digests right: nothing in it chooses what runs, what is called, or which variable is read."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tiny_model import build_tiny_model
+
+from kdcache.cli.main import main
+from kdcache.errors import TeacherError
+from kdcache.format import paths
+from kdcache.format.manifest import manifest_to_json
+from kdcache.store.reader import open_cache
+from kdcache.teacher.checkpoint import check_model_name
+
+SECRET = "s3cr3t-of-the-user"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A sound cache of the fake teacher."""
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"input_ids": [1, 2, 3 + n]}) + "\n" for n in range(4)))
+    (tmp_path / "c.yaml").write_text(
+        f"""
+input: {{format: jsonl, content: ids, paths: ['{tmp_path}/ids.jsonl'], window: {{size: 8}}}}
+teacher: {{model: fake, backend: fake, vocab_size: 50}}
+selection: {{k: 4}}
+output: {{path: '{tmp_path}/cache'}}
+"""
+    )
+    assert main(["capture", str(tmp_path / "c.yaml")]) == 0
+    return tmp_path / "cache"
+
+
+def claim(cache: Path, **teacher: Any) -> None:
+    """Have the cache's newest manifest say this of its teacher, and sign it."""
+    with open_cache(cache) as reader:
+        manifest = reader.manifest
+    changed = msgspec.structs.replace(manifest, config={"teacher": teacher})
+    (cache / paths.manifest_name(manifest.number)).write_bytes(manifest_to_json(changed))
+
+
+@pytest.fixture
+def model_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose own Python code, where it runs, leaves a file `ran` beside it."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = build_tiny_model(tmp_path / "evil")
+    fields = json.loads((folder / "config.json").read_text())
+    fields |= {"model_type": "evil", "auto_map": {"AutoConfig": "code.EvilConfig", "AutoModelForCausalLM": "code.Evil"}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "code.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class EvilConfig(LlamaConfig):\n    model_type = 'evil'\n"
+        "class Evil(LlamaForCausalLM):\n    config_class = EvilConfig\n"
+    )
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    return status, capsys.readouterr().err
+
+
+def test_code_beside_a_model_runs_for_the_user_s_own_config_alone(
+    cache: Path,
+    model_with_code: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+):
+    trusting = {"model": str(model_with_code), "backend": "transformers", "engine_options": {"trust_remote_code": True}}
+    claim(cache, **trusting)
+    asked = ("verify", cache, "--deep")
+    status, err = run(capsys, *asked)
+    assert status == 2
+    assert "name the teacher to ask with --teacher MODEL" in err
+    assert "the cache says: model" in err
+    status, err = run(capsys, *asked, "--teacher", model_with_code, "--backend", "transformers")
+    assert (status, (tmp_path / "ran").exists()) == (2, False)
+    assert "note: the cache says that its teacher had engine_options {'trust_remote_code': True}; asked with {}" in err
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(json.dumps({"teacher": trusting}))
+    run(capsys, *asked, "--teacher-config", mine)
+    assert (tmp_path / "ran").exists()  # the case is a real one: where the user says so, it runs, and is said to
+    assert "Python code that lies beside" in caplog.text
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[str | None]]]:
+    """An address, and the Authorization header of each request that came."""
+    asked: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("Authorization"))
+            self.send_response(401)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}/v1", asked
+        served.shutdown()
+
+
+def test_a_server_that_a_cache_names_is_never_asked(
+    cache: Path, server: tuple[str, list[str | None]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    url, asked = server
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    claim(cache, model="x/y", backend="served", server={"url": url, "api_key_env": "AWS_SECRET_ACCESS_KEY"})
+    for flags in ([], ["--teacher", "fake", "--backend", "fake"]):
+        _, err = run(capsys, "verify", cache, "--deep", *flags)
+        assert asked == []
+        assert SECRET not in err
+    _, err = run(capsys, "verify", cache, "--deep", "--teacher", "x/y", "--backend", "served")
+    assert "needs server.url" in err
+
+
+def test_what_a_cache_says_of_its_teacher_is_shown_on_one_line_of_bounded_length(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+):
+    claim(cache, model="\x1b[31mred\nnote: all is well", **{"\x1b" * 500: "x" * 10_000})
+    _, err = run(capsys, "verify", cache, "--deep")
+    assert "\x1b" not in err
+    _, err = run(capsys, "verify", cache, "--deep", "--teacher", "fake", "--backend", "fake")
+    assert "\x1b" not in err
+    assert max(map(len, err.splitlines())) < 400
+    assert "\nnote: all is well" not in err
+
+
+@pytest.mark.parametrize(
+    "fields", [{"attn_implementation": "who/ever"}, {"text_config": {"_attn_implementation": {"": "who/ever"}}}]
+)
+def test_a_config_json_that_asks_for_code_of_another_repository_is_refused(tmp_path: Path, fields: dict[str, Any]):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    with pytest.raises(TeacherError, match=r"config.json asks for the code of another repository, \w+ 'who/ever'"):
+        check_model_name(str(tmp_path))
