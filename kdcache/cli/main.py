@@ -8,10 +8,12 @@ the chosen subcommand is imported, so that `--help` is instant.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -48,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Usage mistakes and `--help` leave through SystemExit, as argparse has it."""
     # Before anything imports torch: it would otherwise print where it binds memory, into every command's output.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not faulthandler.is_enabled():
+        with suppress(OSError, ValueError):  # where stderr is no file
+            faulthandler.enable()  # a process that dies in native code, as of a file cut while it is mapped, says where
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((argument for argument in arguments if argument in COMMANDS), None)
     parser, subparsers = _parser()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -26,8 +26,10 @@ class RemoteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         deadline_seconds: how long a request is tried again, with growing waits, before the store counts as out of reach.
         timeout_seconds: of one attempt, to which is added the time that its bytes take at 1 MB/s.
         spool_dir: local folder where a shard is written before it is uploaded; null for the system's folder for such files.
-        options: further arguments of the file system (fsspec's storage options: `endpoint_url`, `anon`, ...). Credentials
-            belong in the store's own environment variables or files: what stands here is kept in training runs' records.
+        options: further arguments of the file system (fsspec's storage options: `endpoint_url`, `anon`, `config_kwargs`, ...).
+            They go before fsspec's own files and variables, and those before our timeouts; what does not clash is merged.
+            Credentials belong in the store's own environment variables or files: what stands here is kept in training runs'
+            records.
     """
 
     block_dir: str | None = None
@@ -37,4 +39,4 @@ class RemoteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     deadline_seconds: Seconds = 300.0
     timeout_seconds: Seconds = 30.0
     spool_dir: str | None = None
-    options: dict[str, str | int | float | bool | None] = msgspec.field(default_factory=dict)
+    options: dict[str, Any] = msgspec.field(default_factory=dict)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.config import conf as fsspec_settings
 
 from kdcache.config.remote import RemoteConfig
-from kdcache.errors import ConfigError, MissingDependencyError
+from kdcache.errors import ConfigError, MissingDependencyError, StorageError
+from kdcache.store.remote_errors import http_status, translated
 
 PART_BYTES = 16 * 2**20
 """Of a multipart upload; an object of fewer than two parts is put at once."""
 
+_BEYOND_THE_END = 416
+_PUTTING = {"pipe_file", "put_file"}
 EXTRAS = {"s3": "s3", "gs": "gs", "hf": "hf", "memory": "remote"}
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "memory": "fsspec"}
-_OCCUPIED = {"PreconditionFailed", "412"}
-_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError"}
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,18 @@ class ObjectStore:
     """The requests, one attempt each. Safe to use from several threads and after a fork."""
 
     def __init__(self, scheme: str, config: RemoteConfig) -> None:
-        self._scheme, self._options = scheme, _options(scheme, config)
+        self._scheme, self._config = scheme, config
         self._lock = threading.Lock()
         self._filesystem: tuple[int, Any] | None = None
 
     def read(self, uri: str, start: int, stop: int, seconds: float) -> bytes:
         """Bytes start..stop-1 of an object, or fewer where it is shorter or the answer is cut."""
-        return self._call("cat_file", uri, seconds, start=start, end=stop)
+        try:
+            return self._call("cat_file", uri, seconds, start=start, end=stop)
+        except StorageError as error:
+            if error.__cause__ is not None and http_status(error.__cause__) == _BEYOND_THE_END:
+                return b""
+            raise
 
     def entry(self, uri: str, seconds: float) -> Entry:
         """What the store says of this name. Raises FileNotFoundError."""
@@ -91,10 +98,17 @@ class ObjectStore:
                 return sync(filesystem.loop, getattr(filesystem, f"_{method}"), *args, timeout=seconds, **kwargs)
             return getattr(filesystem, method)(*args, **kwargs)
         except Exception as error:
-            raise _translated(error, uri) from error
+            raise translated(error, uri, is_put=method in _PUTTING) from error
 
     def _path(self, uri: str) -> str:
-        return self._open()._strip_protocol(uri)
+        """The name as the file system takes it. Raises ConfigError where it would read another name than stands there."""
+        filesystem = self._open()
+        path = filesystem._strip_protocol(uri)
+        parts = filesystem.split_path(path)[:2] if hasattr(filesystem, "split_path") else (path,)
+        written = uri.partition("://")[2].strip("/")
+        if path.strip("/") != written or "/".join(parts).strip("/") != written:
+            raise ConfigError(f"{uri!r}: {self._scheme}:// reads this name as {'/'.join(parts)!r}; take a plainer one")
+        return path
 
     def _if_taken(self, method: str, **kwargs: Any) -> dict[str, Any]:
         """The arguments if this file system has them: they are not part of fsspec's own interface."""
@@ -106,7 +120,7 @@ class ObjectStore:
         # A fork inherits neither fsspec's event loop nor its connections: each process opens its own.
         with self._lock:
             if self._filesystem is None or self._filesystem[0] != os.getpid():
-                self._filesystem = os.getpid(), _filesystem(self._scheme, self._options)
+                self._filesystem = os.getpid(), _filesystem(self._scheme, self._config)
             return self._filesystem[1]
 
     def renew_after_fork(self) -> None:
@@ -117,8 +131,9 @@ class ObjectStore:
 _memory_lock = threading.Lock()
 
 
-def _options(scheme: str, config: RemoteConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"use_listings_cache": False, **config.options}
+def _own_options(scheme: str, config: RemoteConfig) -> dict[str, Any]:
+    """What we ask of a file system, where the user says nothing else."""
+    options: dict[str, Any] = {"use_listings_cache": False}
     if scheme == "s3":
         # botocore's own attempts would multiply ours.
         timeouts = {"connect_timeout": min(10.0, config.timeout_seconds), "read_timeout": config.timeout_seconds}
@@ -127,15 +142,29 @@ def _options(scheme: str, config: RemoteConfig) -> dict[str, Any]:
     return options
 
 
-def _filesystem(scheme: str, options: dict[str, Any]) -> Any:
+def _merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, with `high` where they differ; mappings in them are merged in the same way."""
+    merged = {**low, **high}
+    for name in low.keys() & high.keys():
+        if isinstance(low[name], Mapping) and isinstance(high[name], Mapping):
+            merged[name] = _merged(low[name], high[name])
+    return merged
+
+
+def _filesystem(scheme: str, config: RemoteConfig) -> Any:
     try:
         kind = fsspec.get_filesystem_class(scheme)
     except ImportError as error:
         raise MissingDependencyError(_PACKAGES[scheme], extra=EXTRAS[scheme], purpose=f"{scheme}://") from error
+    options = _own_options(scheme, config)
+    # fsspec itself would put ours in place of what its files and variables (FSSPEC_S3_...) set, whole dictionaries at once.
+    for protocol in (kind.protocol,) if isinstance(kind.protocol, str) else kind.protocol:
+        options = _merged(options, fsspec_settings.get(protocol, {}))
+    options = _merged(options, config.options)
     try:
         return kind(**options)
-    except TypeError as error:
-        raise ConfigError(f"remote.options: {scheme}:// does not take {options}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"remote.options: {scheme}:// does not take {sorted(options)}: {error}") from error
 
 
 def _entry(info: dict[str, Any]) -> Entry:
@@ -143,31 +172,3 @@ def _entry(info: dict[str, Any]) -> Entry:
     at = modified.timestamp() if hasattr(modified, "timestamp") else 0.0  # pyright: ignore[reportOptionalMemberAccess]
     name = info["name"].rstrip("/").rpartition("/")[2]
     return Entry(name, int(info.get("size") or 0), at, info.get("type") == "directory")
-
-
-def _translated(error: Exception, uri: str) -> Exception:
-    """An OSError that says by its type what to do: missing, occupied and refused are answers, all others can be tried again."""
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri)
-    codes = {_code(cause) for cause in _causes(error)}
-    if isinstance(error, FileExistsError) or codes & _OCCUPIED:
-        return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), uri)
-    if any(type(cause).__name__ in _NO_CREDENTIALS for cause in _causes(error)):
-        return PermissionError(errno.EACCES, str(error), uri)
-    if isinstance(error, OSError):
-        return error
-    return OSError(errno.EIO, f"{type(error).__name__}: {error}", uri)
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    causes: list[BaseException] = []
-    while error is not None and error not in causes:
-        causes.append(error)
-        error = error.__cause__ or error.__context__
-    return causes
-
-
-def _code(error: BaseException) -> str:
-    response = getattr(error, "response", None)
-    found = response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
-    return str(found)

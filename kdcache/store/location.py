@@ -37,12 +37,13 @@ def locate(place: str | os.PathLike[str] | RemotePath, remote: RemoteConfig | No
         remote: how an object store is reached; the defaults for None.
 
     Raises:
-        ConfigError: an unknown scheme, or a `file://` URI of another machine.
+        ConfigError: an unknown scheme, a `file://` URI of another machine, or a name that a store would read otherwise.
     """
     if isinstance(place, RemotePath):
         return place
     match = _URI.fullmatch(place) if isinstance(place, str) else None
     if match is None:
+        _check_path(os.fspath(place))
         return Path(place)
     scheme, rest = match[1].lower(), match[2]
     if scheme == "file":
@@ -54,7 +55,27 @@ def locate(place: str | os.PathLike[str] | RemotePath, remote: RemoteConfig | No
         raise ConfigError(f"{place!r}: unknown scheme {scheme!r}; expected a path or one of {known}")
     if not rest.strip("/"):
         raise ConfigError(f"{place!r}: names no place in the store; expected {scheme}://BUCKET/PREFIX")
-    return RemotePath(f"{scheme}://{rest.rstrip('/')}", remote or RemoteConfig())
+    name = rest.rstrip("/") if scheme != "memory" else rest.strip("/")
+    _check_name(scheme, name)
+    return RemotePath(f"{scheme}://{name}", remote or RemoteConfig())
+
+
+def _check_path(path: str) -> None:
+    """Raise ConfigError for a URI that has lost a slash, as `Path("s3://bucket/x")` does: a folder `s3:` would be made."""
+    scheme, colon, rest = path.partition(":")
+    if colon and scheme.lower() in ("file", *SCHEMES) and rest.startswith("/"):
+        uri = f"{scheme}://{'/' if scheme == 'file' else ''}{rest.strip('/')}"
+        raise ConfigError(f"{path!r}: expected a URI, as text: {uri}")
+
+
+def _check_name(scheme: str, name: str) -> None:
+    """Raise ConfigError for a name that stores, their libraries and listings do not all read the same way."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        plain = "/".join(part for part in parts if part not in ("", ".", ".."))
+        raise ConfigError(f"{scheme}://{name}: a part of the name is empty, '.' or '..'; did you mean {scheme}://{plain}?")
+    if not name.isprintable():
+        raise ConfigError(f"{f'{scheme}://{name}'!r}: holds a control character; take a name without")
 
 
 @dataclass(frozen=True)

@@ -94,3 +94,40 @@ def test_no_byte_of_a_shard_can_be_damaged_to_harm(tmp_path, codec_id, step):
     shard = newest_file(cache, "data")
     bits = [8 * byte + byte * 7 % 8 for byte in range(0, shard.stat().st_size, step)]
     assert_no_harm(probe_in_halves(cache, f"data/{shard.name}", bits))
+
+
+CUT_WHILE_MAPPED = """
+import os, sys
+import numpy as np
+import kdcache
+from kdcache.errors import CorruptCacheError
+cache, shard = kdcache.open(sys.argv[1]), sys.argv[2]
+cache[0], cache.mapped_rows(np.arange(2))
+if sys.argv[3] == "deleted":
+    os.unlink(shard)
+    print(cache[1].sequence.num_tokens > 0, cache.mapped_rows(np.arange(2)) is not None)
+else:
+    os.truncate(shard, 64)
+    print(cache.mapped_rows(np.arange(2)) is None)
+    for read in (lambda: cache[0], lambda: cache.encoded(1)):
+        try:
+            read()
+        except CorruptCacheError as error:
+            print(error)
+"""
+
+
+@pytest.mark.parametrize("harm", ["cut", "deleted"])
+def test_a_shard_that_is_cut_while_it_is_mapped_is_named(tmp_path, harm):
+    make_cache(tmp_path / "cache", record_batch_bytes=10**6)
+    shard = min((tmp_path / "cache" / "data").iterdir())
+    command = [sys.executable, "-c", CUT_WHILE_MAPPED, str(tmp_path / "cache"), str(shard), harm]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"died of {done.returncode} at {done.stderr[-1000:]}"
+    if harm == "deleted":  # its bytes are there as long as somebody has them mapped
+        assert done.stdout == "True True\n"
+    else:
+        said = done.stdout.splitlines()
+        assert said[0] == "True"
+        assert len(said) == 3
+        assert all(f"{shard}: has 64 bytes" in line for line in said[1:])
