@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args, TrainConfig)
     from kdcache.report.evaluation import curve_lines
     from kdcache.train.evaluate import heldout_curve
+    from kdcache.train.run_folder import read_metrics
     from kdcache.train.trainer import train
 
     result = train(config)
@@ -27,6 +28,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"{result.num_steps:,} steps{resumed}, {result.num_tokens:,} tokens; {new_steps:,} steps in {result.seconds:.1f} s")
     if result.num_skipped:
         print(f"{result.num_skipped:,} of the steps made no update: a loss or gradient was not finite; see metrics.jsonl")
+    masses = [line["padding_mass"] for line in read_metrics(result.out) if "padding_mass" in line]
+    if masses:
+        print(f"teacher's mass on ids that the student does not have: {sum(masses) / len(masses):.3g} on average, left out")
     for line in curve_lines({"held-out nats per token": heldout_curve(result.out)}, encoding=sys.stdout.encoding):
         print(line)
     print(f"model: {result.model}")

@@ -66,7 +66,8 @@ class LossConfig(Config, frozen=True, kw_only=True):
             error where the student is close to the teacher; on a CPU the product then takes several times as long.
         train_padding: of a student with more ids than the cache's vocabulary: false leaves them out, as if they did not exist:
             no probability, no gradient, so mask them when generating. true counts them as ids to which the teacher gives
-            nothing.
+            nothing. A teacher may have more ids than its student if no token of the tokenizer uses them: what it gives them
+            counts to its tail, and is in `metrics.jsonl` as `padding_mass`.
     """
 
     alpha: Fraction = 1.0

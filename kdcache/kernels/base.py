@@ -187,7 +187,10 @@ def make_targets(
 
 
 def _outside(vocab_size: int) -> str:
-    return f"which is outside the student's vocabulary of {vocab_size}; was the cache made with another tokenizer?"
+    return (
+        f"which is outside the student's vocabulary of {vocab_size}; was the cache made with another tokenizer? Ids that are "
+        "no token's (padding of the teacher's embeddings) are left out by kdcache.loss.padding.entries_within"
+    )
 
 
 def _check_shape(name: str, array: NDArray[Any], expected: tuple[int, ...]) -> None:

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from kdcache.errors import ConfigError
 from kdcache.teacher import load_tokenizer
+from kdcache.train.body import vocab_size
 from kdcache.train.compare import compare_models
 from kdcache.train.heldout import HeldoutSequence, read_heldout
 from kdcache.train.run_folder import MODEL, RUN, read_metrics
-from kdcache.train.scores import TEACHER, score_models
+from kdcache.train.scores import TEACHER, common_vocabulary, score_models
 from kdcache.train.student import AttentionError, load_model
 
 RESULTS = "results.json"
@@ -72,7 +73,7 @@ def evaluate(
     Raises:
         ConfigError: a model does not load, `out` cannot be written, or a name is taken or unknown.
         InputError: held-out data that cannot be read.
-        MismatchError: a student's vocabulary is smaller than the teacher's.
+        MismatchError: a student's vocabulary is smaller than the tokenizer's.
         NotFiniteError: a model whose loss or KL on some text is not a finite number.
     """
     baseline = options.baseline or next(iter(options.students), "")
@@ -82,9 +83,8 @@ def evaluate(
             f"least one student, none named {TEACHER!r}, and the baseline among them"
         )
     out = _made(Path(options.out))
-    sequences = read_heldout(
-        options.data, load_tokenizer(options.teacher), window=options.window, max_tokens=options.max_tokens
-    )
+    tokenizer = load_tokenizer(options.teacher)
+    sequences = read_heldout(options.data, tokenizer, window=options.window, max_tokens=options.max_tokens)
     teacher = _loaded(options.teacher, "--teacher")
     students = {name: _loaded(str(_model_folder(Path(path))), f"--student {name}") for name, path in options.students.items()}
     advance = on_start(sum(s.num_targets for s in sequences))
@@ -92,8 +92,10 @@ def evaluate(
     def on_sequence(sequence: HeldoutSequence) -> None:
         advance(sequence.num_targets)
 
-    scores = score_models(teacher, students, sequences, on_sequence=on_sequence)
+    num_tokens = tokenizer.identity.vocab_size
+    scores = score_models(teacher, students, sequences, on_sequence=on_sequence, num_tokens=num_tokens)
     inputs = {"teacher": options.teacher, "students": dict(options.students), "data": options.data, "window": options.window}
+    inputs |= {"vocabulary": common_vocabulary(teacher, students, num_tokens), "teacher's vocabulary": vocab_size(teacher)}
     results = {"inputs": inputs, **compare_models(scores, sequences, baseline=baseline, seed=options.seed)}
     _write(out / RESULTS, results)
     return Evaluation(results, {name: heldout_curve(path) for name, path in options.students.items()})

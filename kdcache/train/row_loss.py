@@ -16,6 +16,7 @@ from kdcache.loader._torch import TorchBatch
 from kdcache.loader.batch import IGNORED_LABEL
 from kdcache.loss.chunks import Head
 from kdcache.loss.fused import PLAIN_HEAD, fused_sparse_kd_loss
+from kdcache.loss.padding import EntriesWithin, entries_within
 from kdcache.train.entries import PLAIN, EntryMeaning
 
 
@@ -62,11 +63,9 @@ class RowLoss:
         """
         # Under autocast a norm's output is float32, as its weight; but the projection is most of a small student's work.
         hidden_PH = hidden_BTH.flatten(0, -2).index_select(0, batch.rows_P).to(dtype)
-        teacher, of_teacher = (batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P), {}
-        if self.config.alpha == 0:
-            teacher = (None, None, None)
-        else:
-            of_teacher = self._teacher_options(batch)
+        teacher, of_teacher = (None, None, None), {}
+        if self.config.alpha > 0:
+            teacher, of_teacher = self._teacher(batch, len(head.weight)), self._teacher_options(batch)
         return fused_sparse_kd_loss(
             hidden_PH,
             head.weight.to(dtype),
@@ -87,6 +86,24 @@ class RowLoss:
         known = self.meaning.vocab_size
         is_padded = known is not None and known < num_rows and not self.config.train_padding
         return replace(self.scaled, float32_logits=self.config.float32_logits, vocab_size=known if is_padded else None)
+
+    def padding_mass(self, batch: TorchBatch, num_rows: int) -> float | None:
+        """The mean mass of entries whose ids the student does not have, see `entries_within`; None where it has all."""
+        if self.meaning.vocab_size is None or self.meaning.vocab_size <= num_rows:
+            return None
+        left_out_P = self._within(batch, num_rows).left_out_P
+        return float(left_out_P.mean()) if len(left_out_P) else 0.0
+
+    def _teacher(self, batch: TorchBatch, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, logprobs and tail; without the entries of ids that the student does not have, see `check_against_cache`."""
+        if self.meaning.vocab_size is None or self.meaning.vocab_size <= num_rows:
+            return batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P
+        within = self._within(batch, num_rows)
+        return within.token_ids_PK, batch.logprobs_PK, within.tail_mass_P
+
+    def _within(self, batch: TorchBatch, num_rows: int) -> EntriesWithin:
+        teacher = (batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P)
+        return entries_within(num_rows, *teacher, num_exact_P=batch.num_exact_P)
 
     def _teacher_options(self, batch: TorchBatch) -> dict[str, Any]:
         log_z_PC, column = batch.log_z_PC, self.meaning.log_z_column

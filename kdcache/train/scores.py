@@ -52,6 +52,7 @@ def score_models(
     *,
     positions_per_chunk: int = 256,
     on_sequence: Callable[[HeldoutSequence], object] = lambda _: None,
+    num_tokens: int | None = None,
 ) -> dict[str, Scores]:
     """Score the teacher (under the name `teacher`) and every student on the same tokens.
 
@@ -60,18 +61,22 @@ def score_models(
         sequences: what they read, one at a time.
         positions_per_chunk: positions whose float32 distributions exist at once, for two models at a time.
         on_sequence: called after each sequence, for progress.
+        num_tokens: ids of the tokenizer; None for all of the teacher's.
 
     Raises:
-        MismatchError: a student's vocabulary is smaller than the teacher's.
+        MismatchError: a student's vocabulary is smaller than the tokenizer's.
         NotFiniteError: a model whose loss or KL on some text is not a finite number.
     """
-    _check_vocabularies(teacher, students)
+    known = common_vocabulary(teacher, students, num_tokens)
     models = {TEACHER: teacher, **students}
     heads = {name: head if has_head(model, head := logits_head(model)) else None for name, model in models.items()}
     sums = {name: np.zeros((len(sequences), 4)) for name in models}
     for row, sequence in enumerate(sequences):
         ids_T = torch.from_numpy(sequence.input_ids_N).to(teacher.device)
-        chunks = {name: _logprob_chunks(model, ids_T, positions_per_chunk, heads[name]) for name, model in models.items()}
+        chunks = {
+            name: _logprob_chunks(model, ids_T, positions_per_chunk, heads[name], known if name == TEACHER else None)
+            for name, model in models.items()
+        }
         for targets_P in ids_T[1:].split(positions_per_chunk):
             teacher_PV = next(chunks[TEACHER])
             for name in models:
@@ -99,17 +104,22 @@ def heldout_nats_per_token(
     return total / sum(sequence.num_targets for sequence in sequences)
 
 
-def _logprob_chunks(model: PreTrainedModel, ids_T: Tensor, positions_per_chunk: int, head: Head | None) -> Iterator[Tensor]:
-    """(P, V) float32 logprobs of positions 0..T-2, a chunk at a time; with a head that nobody knows (None) of whole logits."""
+def _logprob_chunks(
+    model: PreTrainedModel, ids_T: Tensor, positions_per_chunk: int, head: Head | None, known: int | None = None
+) -> Iterator[Tensor]:
+    """(P, V) float32 logprobs of positions 0..T-2, a chunk at a time; with a head that nobody knows (None) of whole logits.
+
+    Over the first `known` ids, normalised there; None for all.
+    """
     ids_1T = ids_T[None, :-1]
     positions_1T = torch.arange(ids_1T.shape[1], device=ids_T.device)[None]
     if head is None:
         for logits_PV in model(input_ids=ids_1T, use_cache=False).logits[0].split(positions_per_chunk):
-            yield torch.log_softmax(logits_PV.float(), dim=-1)
+            yield torch.log_softmax(logits_PV[:, :known].float(), dim=-1)
         return
     projection = output_projection(model)
     for hidden_PH in hidden_states(model, ids_1T, positions_1T)[0].split(positions_per_chunk):
-        yield torch.log_softmax(apply_head(head, projection(hidden_PH).float()), dim=-1)
+        yield torch.log_softmax(apply_head(head, projection(hidden_PH)[:, :known].float()), dim=-1)
 
 
 def _chunk_sums(teacher_PV: Tensor, own_PV: Tensor, targets_P: Tensor) -> NDArray[np.float64]:
@@ -141,11 +151,20 @@ def _gather(logprobs_PV: Tensor, ids_P: Tensor) -> Tensor:
     return logprobs_PV.gather(1, ids_P[:, None])[:, 0]
 
 
-def _check_vocabularies(teacher: PreTrainedModel, students: Mapping[str, PreTrainedModel]) -> None:
-    needed = vocab_size(teacher)
+def common_vocabulary(teacher: PreTrainedModel, students: Mapping[str, PreTrainedModel], num_tokens: int | None = None) -> int:
+    """The teacher's ids that every student has: all, or those without some of its padding.
+
+    The teacher is normalised over them, so that a student without the teacher's padding is not infinitely far from it.
+
+    Raises:
+        MismatchError: a student lacks the id of a token.
+    """
+    size = vocab_size(teacher)
+    needed = size if num_tokens is None else min(size, num_tokens)
     for name, model in students.items():
         if vocab_size(model) < needed:
             raise MismatchError(
-                f"student {name!r} has a vocabulary of {vocab_size(model)}, the teacher one of {needed}: "
-                "the KL over the teacher's vocabulary is not defined"
+                f"student {name!r} has a vocabulary of {vocab_size(model)}, the teacher one of {needed} tokens: the KL over "
+                "the teacher's vocabulary is not defined"
             )
+    return min([size, *(vocab_size(model) for model in students.values())])

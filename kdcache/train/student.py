@@ -150,17 +150,35 @@ def check_against_cache(model: PreTrainedModel, config: StudentConfig, identity:
         MismatchError: another tokenizer, a vocabulary too small for the teacher's ids, or too short a context.
     """
     _check_tokenizer(config, identity)
-    size, needed = vocab_size(model), identity.teacher.vocab_size
-    if size < needed:
-        raise MismatchError(
-            f"the student's vocabulary of {size} cannot hold the ids of teacher {identity.teacher.model!r}, "
-            f"whose vocabulary is {needed}: set student.overrides.vocab_size to {needed}"
+    advice = f"set student.overrides.vocab_size to {identity.teacher.vocab_size}"
+    if config.init == "pretrained":
+        advice = (
+            f"load it with transformers, call resize_token_embeddings({identity.teacher.vocab_size}), save it with its "
+            "tokenizer, and name that folder as student.config_from"
         )
+    check_vocabulary(vocab_size(model), identity, advice)
     context = getattr(text_config(model), "max_position_embeddings", None)
     if context is not None and context < longest_sequence:
         raise MismatchError(
             f"the student's max_position_embeddings is {context}, but the cache's longest sequence has {longest_sequence} "
             "tokens: set student.overrides.max_position_embeddings, or capture shorter windows"
+        )
+
+
+def check_vocabulary(size: int, identity: Identity, advice: str) -> None:
+    """Refuse a student that has no row for some token of the cache's tokenizer.
+
+    Ids from the tokenizer's size on are padding: a teacher that has more of them than the student gives them next to nothing,
+    which counts to its tail (`kdcache.loss.padding`), and a student that has more leaves its own out (`loss.train_padding`).
+
+    Raises:
+        MismatchError: names all three sizes, and ends with the advice.
+    """
+    needed = min(identity.teacher.vocab_size, identity.tokenizer.vocab_size)
+    if size < needed:
+        raise MismatchError(
+            f"the student's vocabulary of {size} cannot hold the {needed} token ids of the cache's tokenizer (teacher "
+            f"{identity.teacher.model!r} has {identity.teacher.vocab_size}): {advice}"
         )
 
 

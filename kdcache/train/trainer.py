@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,11 +23,13 @@ from kdcache.loader._torch import TorchBatch, to_torch
 from kdcache.loader.loader import Loader
 from kdcache.store.reader import CacheReader, open_cache
 from kdcache.teacher import load_tokenizer
+from kdcache.train.body import vocab_size
 from kdcache.train.checkpoint import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from kdcache.train.entries import entry_meaning
 from kdcache.train.finite import batch_reason, check_weights, not_finite_weight, shown_sources
 from kdcache.train.heldout import HeldoutSequence, read_heldout
 from kdcache.train.packed import check_architecture
+from kdcache.train.row_loss import RowLoss
 from kdcache.train.run_folder import RunFolder
 from kdcache.train.schedule import learning_rate
 from kdcache.train.scores import heldout_nats_per_token
@@ -97,6 +100,7 @@ class Trainer:
         self.config, self.model, self.loader, self.folder, self.heldout = config, model, loader, folder, heldout
         identity = loader.readers[0].manifest.identity
         self.meaning = entry_meaning(config.loss, identity.selection, identity.teacher.vocab_size)
+        self._rows = RowLoss(config.loss, self.meaning)
         self.optimizer = make_optimizer(model, config.optimizer)
         self.num_steps = config.steps or num_batches(loader, config.epochs or 1)
         self.step = self.num_tokens = self.num_skipped = 0
@@ -134,8 +138,11 @@ class Trainer:
         self.step += 1
         self.num_tokens += int((batch.segment_ids_BT > 0).sum())
         reason = batch_reason(loss, grad_norm)
-        left_out = {} if reason is None else {"left_out": reason}
-        self.folder.append_metrics(step=self.step, tokens=self.num_tokens, loss=loss, lr=rate, grad_norm=grad_norm, **left_out)
+        further: dict[str, Any] = {} if reason is None else {"left_out": reason}
+        padding_mass = self._rows.padding_mass(batch, vocab_size(self.model))
+        if padding_mass is not None:
+            further["padding_mass"] = padding_mass
+        self.folder.append_metrics(step=self.step, tokens=self.num_tokens, loss=loss, lr=rate, grad_norm=grad_norm, **further)
         if reason is not None:
             self._skip(reason)
         is_last = self.step == self.num_steps

@@ -77,5 +77,5 @@ def test_the_mean_loss_is_that_of_the_scores_and_leaves_the_mode(teacher: PreTra
 
 
 def test_a_student_with_fewer_ids_than_the_teacher_is_refused(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    with pytest.raises(MismatchError, match="student 'small' has a vocabulary of 520, the teacher one of 530"):
+    with pytest.raises(MismatchError, match="student 'small' has a vocabulary of 520, the teacher one of 530 tokens"):
         score_models(student, {"small": teacher}, SEQUENCES)

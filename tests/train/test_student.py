@@ -98,8 +98,8 @@ def test_a_tokenizer_with_one_more_token_is_another(tiny_model_dir: Path, identi
 
 
 def test_a_vocabulary_too_small_for_the_teachers_ids_is_refused(tiny_model_dir: Path, identity: Identity) -> None:
-    config = _config(tiny_model_dir, overrides={"vocab_size": 512})
-    with pytest.raises(MismatchError, match=r"vocabulary of 512 .* is 520: set student\.overrides\.vocab_size to 520"):
+    config = _config(tiny_model_dir, overrides={"vocab_size": 511})
+    with pytest.raises(MismatchError, match=r"vocabulary of 511 .* 512 token ids .* student\.overrides\.vocab_size to 520"):
         check_against_cache(build_student(config, seed=0), config, identity, longest_sequence=10)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.config.train import LossConfig
-from kdcache.errors import ConfigError, MismatchError, NotFiniteError
+from kdcache.errors import ConfigError, NotFiniteError
 from kdcache.loader._torch import TorchBatch
 from kdcache.loader.loader import Loader
 from kdcache.loss.global_mean import global_mean_scale
@@ -25,6 +25,7 @@ from kdcache.train.entries import entry_meaning
 from kdcache.train.finite import not_finite_weight, shown_sources
 from kdcache.train.packed import check_architecture, logits_head
 from kdcache.train.row_loss import RowLoss
+from kdcache.train.student import check_vocabulary
 
 _SHRUNK = 2.0**-40
 
@@ -41,7 +42,7 @@ class StudentLoss:
 
     Raises:
         ConfigError: a model that would silently be trained wrongly, see `check_architecture`.
-        MismatchError: the model's vocabulary cannot hold the teacher's ids.
+        MismatchError: the model's vocabulary cannot hold the tokenizer's ids.
         LossError: a loss that would be wrong for the cache's selection.
     """
 
@@ -58,11 +59,8 @@ class StudentLoss:
         self._plain = plain
         self.head = output_projection(plain)
         identity = loader.readers[0].manifest.identity
-        if self.head.out_features < identity.teacher.vocab_size:
-            raise MismatchError(
-                f"the student's vocabulary of {self.head.out_features} cannot hold the ids of teacher "
-                f"{identity.teacher.model!r}, whose vocabulary is {identity.teacher.vocab_size}: resize its embeddings"
-            )
+        advice = f"call its resize_token_embeddings({identity.teacher.vocab_size}) first"
+        check_vocabulary(self.head.out_features, identity, advice)
         meaning = entry_meaning(config, identity.selection, identity.teacher.vocab_size)
         self.rows = RowLoss(config, meaning, logits_head(plain))
         self._loader, self._check_finite = loader, check_finite
