@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,12 +23,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdcache.config.capture import GenerateConfig, TeacherConfig
-from kdcache.errors import ConfigError, TeacherError
+from kdcache.errors import TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
-from kdcache.teacher._hf_class import class_of_checkpoint
 from kdcache.teacher._hf_features import LayerRows, hidden_shape, joined, needed_layers, rows_of, seen_layers
 from kdcache.teacher._hf_generate import own_end_ids, write_answers
+from kdcache.teacher._hf_load import load_checked
+from kdcache.teacher._hf_proof import (
+    Sharing,
+    Texts,
+    asked_again,
+    longest_text,
+    looked_at,
+    prove_sharing,
+    reads_ahead,
+    untouched_generators,
+)
+from kdcache.teacher._hf_rotary import TextRotary, mend_rotary
 from kdcache.teacher._select_torch import Selector
 from kdcache.teacher.base import check_selectable, check_sequences, first_line, no_positions
 from kdcache.teacher.batches import batches_by_length, groups_of_tokens
@@ -75,17 +85,19 @@ class HfTeacher:
         """Load the model.
 
         Raises:
-            ConfigError: a setting that only vLLM has.
-            TeacherError: the model does not load, or its logits cannot be had in chunks.
+            ConfigError: a setting that only vLLM has, or an attention that leaves out what the model's config asks.
+            TeacherError: the model does not load, its logits cannot be had in chunks, or they are another at each asking.
         """
-        _refuse_vllm_settings(config)
         check_model_name(config.model)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._config = config
-        self._model: PreTrainedModel | None = _load(config)
-        self._is_separable, vocab_size = _probe(self._model, config.model)
-        self._identity = _identity(config, self._model, vocab_size)
+        self._model: PreTrainedModel | None = load_checked(config)
+        self._rotary = mend_rotary(self._model)
+        with untouched_generators(self._model):
+            self._is_separable, vocab_size = _probe(self._model, config.model)
+        self._sharing: Sharing = self._proven(self._model)
+        self._identity = _identity(config, self._model, vocab_size, _batching(self._rotary, self._sharing))
         self._hidden_shape = hidden_shape(self._model)
 
     @property
@@ -118,7 +130,7 @@ class HfTeacher:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_prompts(prompts, config, self._identity)
         ending = Ending(config, tokenizer, end_tokens(config, tokenizer.end_ids, own_end_ids(self._model)))
-        return write_answers(self._model, prompts, ending, self._config.batch_tokens, observe)
+        return write_answers(self._model, self._rotary, prompts, ending, self._config.batch_tokens, observe)
 
     def close(self) -> None:
         """See `Teacher`."""
@@ -127,13 +139,24 @@ class HfTeacher:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def _proven(self, model: PreTrainedModel) -> Sharing:
+        """Which texts may share a forward, by comparing a few alone and beside one another."""
+        longest = longest_text(model, context=_context_length(model), most=self._config.batch_tokens // 2)
+
+        def logits_of(texts: Texts) -> list[Tensor]:
+            with self._rotary.texts([len(text) for text in texts]):
+                return _logits_at(model, texts) if self._is_separable else [_whole_logits_at(model, text) for text in texts]
+
+        return prove_sharing(logits_of, model, longest=longest, name=self._config.model)
+
     def _score_all(self, model: PreTrainedModel, sequences: Sequence[TokenSequence], asked: _Asked) -> Iterator[Distributions]:
         group_tokens = BATCHES_PER_GROUP * self._config.batch_tokens
         if per_position := bytes_per_position(asked.features):
             group_tokens = min(group_tokens, max(self._config.batch_tokens, FEATURE_BYTES_PER_GROUP // per_position))
         for group in groups_of_tokens(sequences, group_tokens):
             answers: dict[int, Distributions] = {}
-            for batch in batches_by_length([sequence.num_tokens for sequence in group], self._config.batch_tokens):
+            lengths = [sequence.num_tokens for sequence in group]
+            for batch in batches_by_length(lengths, self._config.batch_tokens, self._sharing):
                 members = [group[index] for index in batch]
                 answers |= zip(batch, self._score_batch(model, members, asked), strict=True)
             yield from (answers[index] for index in range(len(group)))
@@ -153,9 +176,12 @@ class HfTeacher:
         chunk = self._config.positions_per_chunk
         if not self._is_separable:
             for sequence in batch:
-                yield _record(sequence, asked, *_score_chunked_prefill(model, sequence, asked, chunk))
+                with self._rotary.texts([sequence.num_tokens]):
+                    found, rows = _score_chunked_prefill(model, sequence, asked, chunk)
+                yield _record(sequence, asked, found, rows)
         elif batch:
-            found, rows = _score_separable(model, batch, asked, chunk)
+            with self._rotary.texts([sequence.num_tokens for sequence in batch]):
+                found, rows = _score_separable(model, batch, asked, chunk)
             start = 0
             for sequence in batch:
                 end = start + len(sequence.positions_P)
@@ -227,6 +253,19 @@ def _score_chunked_prefill(
     return _concatenate(parts), joined(rows)
 
 
+def _logits_at(model: PreTrainedModel, texts: Texts) -> list[Tensor]:
+    ids_BT = np.zeros((len(texts), max(map(len, texts))), np.int64)
+    for row, text in enumerate(texts):
+        ids_BT[row, : len(text)] = text
+    hidden_BTH = _hidden(model, torch.from_numpy(ids_BT).to(model.device))
+    return [_logits(model, hidden_BTH[row, torch.from_numpy(looked_at(len(text)))]) for row, text in enumerate(texts)]
+
+
+def _whole_logits_at(model: PreTrainedModel, text: NDArray[np.int64]) -> Tensor:
+    logits_NV = model(input_ids=torch.from_numpy(text)[None].to(model.device), use_cache=False).logits[0]
+    return logits_NV[torch.from_numpy(looked_at(len(text)))]
+
+
 def _states(sequence: TokenSequence, selector: Selector) -> NDArray[np.int64]:
     """(P,) where the draws at the sequence's positions start; 0 without any."""
     if selector.seed is None:
@@ -280,72 +319,47 @@ def _probe(model: PreTrainedModel, name: str) -> tuple[bool, int]:
         log.debug("%s: body and head cannot be run apart: %s", name, error)
     half = PROBE_TOKENS // 2
     first = model(input_ids=ids_1T[:, :half], use_cache=True)
+    if getattr(first, "past_key_values", None) is None:
+        raise TeacherError(
+            f"the model {name!r} makes its logits in a way of its own and keeps no key-value cache to read a text in chunks; "
+            "use teacher.backend vllm, or teacher.dtype float32 where it is not"
+        )
     second = model(input_ids=ids_1T[:, half:], past_key_values=first.past_key_values, use_cache=True)
     # Two steps add up in another order than one; a model that ignores the cache is off by far more.
     if not torch.allclose(torch.cat([first.logits[0], second.logits[0]]).float(), whole_TV.float(), rtol=0.05, atol=0.05):
-        raise TeacherError(
-            f"the model {name!r} gives its logits neither as a projection of its last state nor step by step; "
-            "use teacher.backend vllm"
-        )
+        raise TeacherError(_why_not_in_chunks(model, ids_1T, whole_TV, name))
     log.info("%s: logits are more than a projection of the last state; scoring one sequence at a time", name)
     return False, whole_TV.shape[-1]
 
 
-def _load(config: TeacherConfig) -> PreTrainedModel:
-    try:
-        with _quiet_progress():
-            options = {"trust_remote_code": False} | config.engine_options  # not told, transformers asks on the terminal
-            kind = class_of_checkpoint(config.model, config.revision, **options)
-            loaded: Any = kind.from_pretrained(
-                config.model, revision=config.revision, dtype=config.dtype, output_loading_info=True, **options
-            )
-            model, info = loaded
-    except Exception as error:  # whatever a checkpoint, its remote code or the hub client can raise
-        raise TeacherError(f"the model {config.model!r} does not load with transformers: {first_line(error)}") from error
-    problems = [*info["missing_keys"], *info["mismatched_keys"]]
-    # transformers fills missing weights with random numbers and goes on: the cache would be noise.
-    if problems:
-        names = ", ".join(sorted(map(str, problems))[:3])
-        raise TeacherError(f"the checkpoint {config.model!r} does not fit its config: missing or of another shape: {names}")
-    if "device_map" not in config.engine_options and torch.cuda.is_available():
-        model = model.to("cuda")
-    return model.eval()
+def _why_not_in_chunks(model: PreTrainedModel, ids_1T: Tensor, whole_TV: Tensor, name: str) -> str:
+    again_TV = model(input_ids=ids_1T, use_cache=False).logits[0]
+    if not torch.allclose(again_TV.float(), whole_TV.float(), rtol=0.05, atol=0.05):
+        return asked_again(name)
+    ids_1T = torch.cat([ids_1T[:, :-1], ids_1T[:, :1]], dim=1)
+    changed_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1]
+    if not torch.allclose(changed_TV.float(), whole_TV[:-1].float(), rtol=0.05, atol=0.05):
+        return reads_ahead(name)
+    return (
+        f"the model {name!r} gives its logits neither as a projection of its last state nor step by step; "
+        "use teacher.backend vllm"
+    )
 
 
-@contextmanager
-def _quiet_progress() -> Iterator[None]:
-    """No "Loading weights" bar from transformers: progress is the caller's to show."""
-    was_enabled = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers.utils.logging.enable_progress_bar()
+def _context_length(model: PreTrainedModel) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
 
 
-def _refuse_vllm_settings(config: TeacherConfig) -> None:
-    if config.tensor_parallel_size != 1:
-        raise ConfigError(
-            f"teacher.tensor_parallel_size is {config.tensor_parallel_size}, but the transformers teacher knows 1 only"
-        )
-    if config.adapter is not None:
-        raise ConfigError(
-            f"teacher.adapter is {config.adapter!r}, but the transformers teacher puts none on; merge it into its model and "
-            "name the merged folder as teacher.model, or use teacher.backend vllm"
-        )
-    if config.quantization is not None:
-        raise ConfigError(
-            f"teacher.quantization is {config.quantization!r}, but the transformers teacher takes what the checkpoint says; "
-            "set it to null or use teacher.backend vllm"
-        )
+def _batching(rotary: TextRotary, sharing: Sharing) -> dict[str, str]:
+    """What was decided about batches at load, where it is not the plain way; numbers follow from it, so the identity has it."""
+    decided = {"rotary_factors": "per text"} if rotary.depends_within_context else {}
+    return decided if sharing == "any" else decided | {"batches": sharing}
 
 
-def _identity(config: TeacherConfig, model: PreTrainedModel, vocab_size: int) -> TeacherIdentity:
+def _identity(config: TeacherConfig, model: PreTrainedModel, vocab_size: int, batching: dict[str, str]) -> TeacherIdentity:
     quantization = getattr(model.config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
-    text_config = model.config.get_text_config()
     loaded = getattr(model.config, "_commit_hash", None)
     return TeacherIdentity(
         model=short_name(config.model),
@@ -357,6 +371,6 @@ def _identity(config: TeacherConfig, model: PreTrainedModel, vocab_size: int) ->
         quantization=None if quantization is None else str(quantization.get("quant_method")),
         engine="transformers",
         engine_version=transformers.__version__,
-        engine_options=transformers_options(model, config.engine_options),
-        context_length=getattr(text_config, "max_position_embeddings", None) or NO_LIMIT,
+        engine_options=transformers_options(model, config.engine_options) | batching,
+        context_length=_context_length(model),
     )

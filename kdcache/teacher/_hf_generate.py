@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from kdcache.config.capture import GenerateConfig
 from kdcache.errors import TeacherError
+from kdcache.teacher._hf_proof import Sharing, Texts, longest_text, prove_sharing
+from kdcache.teacher._hf_rotary import TextRotary
 from kdcache.teacher.batches import batches_by_length
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt
 
@@ -33,12 +35,18 @@ def own_end_ids(model: PreTrainedModel) -> int | list[int] | None:
 
 
 def write_answers(
-    model: PreTrainedModel, prompts: Sequence[Prompt], ending: Ending, batch_tokens: int, observe: Observe
+    model: PreTrainedModel,
+    rotary: TextRotary,
+    prompts: Sequence[Prompt],
+    ending: Ending,
+    batch_tokens: int,
+    observe: Observe,
 ) -> Iterator[Generated]:
     """The answers, in order, all at the end.
 
     Args:
         model: with a key-value cache.
+        rotary: the model's, mended.
         prompts: checked.
         ending: where answers end, and how tokens are drawn.
         batch_tokens: most tokens of prompts that are read at once. Keys and values of CACHED_BATCHES times as many, prompts and
@@ -46,18 +54,42 @@ def write_answers(
         observe: told of each step.
 
     Raises:
-        TeacherError: the model keeps no cache, gives NaN, or memory runs out.
+        TeacherError: the model keeps no cache, gives NaN, or memory runs out; or its answers are another at each asking.
     """
     answers: dict[int, Generated] = {}
-    lengths = [_weight(prompt.sequence.num_tokens, ending.config.max_tokens) for prompt in prompts]
-    for batch in batches_by_length(lengths, batch_tokens):
+    sharing = _sharing(model) if len(prompts) > 1 else "any"
+    for batch in batches_to_write([p.sequence.num_tokens for p in prompts], ending.config.max_tokens, batch_tokens, sharing):
         try:
-            answers |= zip(batch, _write_batch(model, [prompts[index] for index in batch], ending, observe), strict=True)
+            members = [prompts[index] for index in batch]
+            answers |= zip(batch, _write_batch(model, rotary, members, ending, observe), strict=True)
         except torch.OutOfMemoryError as error:
             raise TeacherError(
                 f"the teacher ran out of memory while it wrote; make teacher.batch_tokens ({batch_tokens}) smaller"
             ) from error
     yield from (answers[index] for index in range(len(prompts)))
+
+
+def batches_to_write(lengths: Sequence[int], max_tokens: int, batch_tokens: int, sharing: Sharing) -> Iterator[list[int]]:
+    """Indices of the prompts of each batch; where only equal lengths may share a forward, batches hold one length each."""
+    kinds = sorted(set(lengths), reverse=True) if sharing == "equal" else [None]
+    for kind in kinds:
+        indices = [index for index, length in enumerate(lengths) if kind in (None, length)]
+        weights = [_weight(lengths[index], max_tokens) for index in indices]
+        for batch in batches_by_length(weights, batch_tokens, "alone" if sharing == "alone" else "any"):
+            yield [indices[place] for place in batch]
+
+
+def _sharing(model: PreTrainedModel) -> Sharing:
+    """Which prompts may share a forward, by comparing a few alone and beside one another, padded on the left."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+    def logits_of(texts: Texts) -> list[Tensor]:
+        ids_BT, mask_BT = _padded_on_the_left(texts, model.device)
+        return list(_step(model, ids_BT, mask_BT, None)[0][:, None])
+
+    return prove_sharing(
+        logits_of, model, longest=longest_text(model, context=context, most=1024), name=str(model.name_or_path), what="answers"
+    )
 
 
 def _weight(num_prompt_tokens: int, max_tokens: int) -> int:
@@ -66,8 +98,12 @@ def _weight(num_prompt_tokens: int, max_tokens: int) -> int:
 
 
 @torch.inference_mode()
-def _write_batch(model: PreTrainedModel, prompts: Sequence[Prompt], ending: Ending, observe: Observe) -> list[Generated]:
-    ids_BT, mask_BT = _padded_on_the_left(prompts, model.device)
+def _write_batch(
+    model: PreTrainedModel, rotary: TextRotary, prompts: Sequence[Prompt], ending: Ending, observe: Observe
+) -> list[Generated]:
+    texts = [prompt.sequence.input_ids_N.astype("int64") for prompt in prompts]
+    ids_BT, mask_BT = _padded_on_the_left(texts, model.device)
+    whole_BT = ids_BT
     generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
@@ -84,6 +120,10 @@ def _write_batch(model: PreTrainedModel, prompts: Sequence[Prompt], ending: Endi
         # A row that has ended goes on with what is drawn, unseen, until the batch's last one has.
         ids_BT = drawn_B[:, None]
         mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], dim=1)
+        whole_BT = torch.cat([whole_BT, ids_BT], dim=1)
+        if rotary.depends_on_length and any(map(rotary.changes_at, mask_BT.sum(dim=1).tolist())):
+            # The cached keys were turned by factors that a text of the new length does not have.
+            ids_BT, cache = whole_BT, None
     return [ending.cut(answer) for answer in answers]
 
 
@@ -138,13 +178,13 @@ def _drop_below(probabilities_BV: Tensor, least: Tensor) -> Tensor:
     return torch.where(probabilities_BV < least.to(probabilities_BV.device), 0.0, probabilities_BV)
 
 
-def _padded_on_the_left(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor, Tensor]:
+def _padded_on_the_left(texts: Texts, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, T) int64 ids and (B, T) int64 mask, 1 where there is a token."""
-    longest = max(prompt.sequence.num_tokens for prompt in prompts)
-    ids_BT = torch.zeros((len(prompts), longest), dtype=torch.int64)
+    longest = max(map(len, texts))
+    ids_BT = torch.zeros((len(texts), longest), dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        start = longest - prompt.sequence.num_tokens
-        ids_BT[row, start:] = torch.from_numpy(prompt.sequence.input_ids_N.astype("int64"))
+    for row, text in enumerate(texts):
+        start = longest - len(text)
+        ids_BT[row, start:] = torch.from_numpy(text)
         mask_BT[row, start:] = 1
     return ids_BT.to(device), mask_BT.to(device)

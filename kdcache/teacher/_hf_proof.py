@@ -1,0 +1,165 @@
+"""What a model says of a text beside others, compared at load with what it says of the text alone: on a few tokens.
+
+Whatever a forward derives from its batch (factors from the longest text, statistics, padding) shows as a difference. It is
+mended by what the texts of a forward must have in common, or the model is refused.
+
+Shape letters: B texts, N tokens of a text, J positions looked at, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.errors import TeacherError
+
+log = logging.getLogger(__name__)
+
+Sharing = Literal["any", "equal", "alone"]
+"""Which texts may share a forward: any, those of equal length, none."""
+
+Texts = Sequence[NDArray[np.int64]]
+LogitsOf = Callable[[Texts], list[Tensor]]
+"""(J, V) logits of each text, from one forward over all of them, padded as the backend pads."""
+
+LENGTHS = (2, 5, 12, 12)
+LOOKED_AT = 16
+BEST = 8
+
+_FLOOR_NATS = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.05}
+_FLOOR_HALF_NATS = 0.25
+"""What rounding may change in the mean of the BEST logprobs of a position: kernels are chosen by shape."""
+
+_OPERATIONS = {"cpu": 1e11, "cuda": 1e13}
+"""Weights times tokens that the longest text of the proof may cost."""
+_LONGEST = {"cpu": 512, "cuda": 4096}
+
+
+def longest_text(model: Any, *, context: int, most: int) -> int:
+    """Tokens of the proof's longest text: up to the context for a small model, a few for a large one."""
+    kind = model.device.type
+    weights = max(sum(weight.numel() for weight in model.parameters()), 1)
+    affordable = int(_OPERATIONS.get(kind, 1e13) / (weights * (len(LENGTHS) + 2)))
+    return max(min(affordable, context, most, _LONGEST.get(kind, 4096)), min(LENGTHS[-1], context))
+
+
+@torch.inference_mode()
+def prove_sharing(logits_of: LogitsOf, model: Any, *, longest: int, name: str, what: str = "") -> Sharing:
+    """Find out which texts may share a forward.
+
+    Args:
+        logits_of: the backend's own way to compute.
+        model: for its vocabulary and dtype.
+        longest: tokens of the longest text, see `longest_text`.
+        name: the model's, for the message.
+        what: is written after the texts, and `logits_of` gives the last position alone; "" where they are read.
+
+    Raises:
+        TeacherError: the model gives other numbers when it is asked the same again, or reads what comes later in a text.
+    """
+    with untouched_generators(model):
+        proof = _Proof(logits_of, model, longest)
+        _check_repeats(proof, name)
+        if not what:
+            _check_causal(proof, name)
+        gaps = {"any": proof.gap(proof.texts), "equal": proof.gap([text for text in proof.texts if len(text) == proof.middle])}
+    kinds: tuple[Sharing, ...] = ("any", "equal")
+    found: list[Sharing] = [kind for kind in kinds if gaps[kind] <= proof.explained]
+    sharing = found[0] if found else "alone"
+    if sharing != "any":
+        log.warning(
+            "%s: %s texts of other lengths together changes an answer by %.2g nats (rounding explains %.2g); %s",
+            name, f"writing {what} after" if what else "reading", gaps["any"], proof.explained,
+            "texts of equal length share a forward" if sharing == "equal" else "one text at a time, which is slow",
+        )  # fmt: skip
+    return sharing
+
+
+class _Proof:
+    """A few texts, what the model says of each alone, and what rounding explains."""
+
+    def __init__(self, logits_of: LogitsOf, model: Any, longest: int) -> None:
+        self._logits_of = logits_of
+        vocab_size = int(model.config.get_text_config().vocab_size)
+        rng = np.random.default_rng(20261128)
+        lengths = [min(length, longest) for length in LENGTHS]
+        self.middle = lengths[-1]
+        # The longest comes first and is followed by a short one: what a model keeps of it shows in the next.
+        order = [longest, *lengths] if longest > self.middle else lengths
+        self.texts: list[NDArray[np.int64]] = [rng.integers(0, vocab_size, length) for length in order]
+        self.alone = {id(text): self.logprobs([text])[0] for text in self.texts}
+        copies = self.logprobs([self.texts[-1]] * len(self.texts))
+        noise = max(distance(copy, self.alone[id(self.texts[-1])]) for copy in copies)
+        self.explained = max(_FLOOR_NATS.get(model.dtype, _FLOOR_HALF_NATS), 4 * min(noise, _FLOOR_HALF_NATS))
+
+    def logprobs(self, texts: Texts) -> list[Tensor]:
+        return [torch.log_softmax(logits_JV.float(), dim=-1) for logits_JV in self._logits_of(texts)]
+
+    def gap(self, texts: Texts) -> float:
+        """Greatest distance of a text's answer in this batch from that alone, in this order and the other."""
+        batches = [texts, texts[::-1], [text for text in texts if len(text) <= self.middle]]
+        pairs = [(text, found) for batch in batches for text, found in zip(batch, self.logprobs(batch), strict=True)]
+        return max(distance(found, self.alone[id(text)]) for text, found in pairs)
+
+
+def _check_repeats(proof: _Proof, name: str) -> None:
+    for text in reversed(proof.texts):
+        again = distance(proof.logprobs([text])[0], proof.alone[id(text)])
+        if again > proof.explained:
+            raise TeacherError(asked_again(name))
+
+
+def _check_causal(proof: _Proof, name: str) -> None:
+    text = proof.texts[-1]
+    kept = len(text) // 2
+    changed = np.concatenate([text[:kept], (text[kept:] + 1) % max(int(text.max()) + 1, 2)])
+    places = looked_at(len(text)) < kept
+    found = [logprobs_JV[torch.from_numpy(places).to(logprobs_JV.device)] for logprobs_JV in proof.logprobs([changed, changed])]
+    later = distance(found[0], proof.alone[id(text)][torch.from_numpy(places).to(found[0].device)])
+    if later > proof.explained:
+        raise TeacherError(reads_ahead(name))
+
+
+def asked_again(name: str) -> str:
+    """What to say of a model whose answers are another at each asking."""
+    return (
+        f"the model {name!r} gives other numbers for the same text when it is asked again, by more than rounding: it draws at "
+        "random, or keeps something of the text before; its answers cannot be cached"
+    )
+
+
+def reads_ahead(name: str) -> str:
+    """What to say of a model that is not causal."""
+    return (
+        f"the model {name!r} reads the tokens that come later in a text: its distributions change with them; a teacher must be "
+        "a causal language model"
+    )
+
+
+def looked_at(length: int) -> NDArray[np.int64]:
+    """(J,) the positions of a text that are compared, its first and last among them."""
+    return np.unique(np.linspace(0, length - 1, min(LOOKED_AT, length)).astype(np.int64))
+
+
+def distance(found_JV: Tensor, expected_JV: Tensor) -> float:
+    """Greatest over positions of the mean difference in nats of the tokens that are likely alone; NaN beside NaN is none."""
+    if not len(expected_JV):
+        return 0.0
+    best_JK = expected_JV.topk(min(BEST, expected_JV.shape[-1]), dim=-1).indices
+    gap_JK = (found_JV.gather(1, best_JK) - expected_JV.gather(1, best_JK)).abs()
+    return float(gap_JK.nan_to_num(nan=0.0).mean(dim=-1).max())
+
+
+@contextmanager
+def untouched_generators(model: Any) -> Iterator[None]:
+    """Leave torch's random numbers where they were, whatever the model draws."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
