@@ -320,6 +320,10 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
         self._check_features()
         if self.generate is None:
             return
+        if self.teacher.backend == "served":
+            raise ValueError(
+                "generate: the served teacher only reads; use teacher.backend vllm or transformers to have the teacher answer"
+            )
         if self.generate.max_tokens >= self.input.window.size:
             raise ValueError(
                 f"generate.max_tokens is {self.generate.max_tokens} and input.window.size, for prompt and answer together, "

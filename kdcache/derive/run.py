@@ -7,7 +7,7 @@ published are not done again. Nothing is visible to readers until all of them ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from kdcache.derive.options import DeriveOptions
 from kdcache.derive.positions import keep_positions
 from kdcache.derive.reduce import reduce_record
 from kdcache.derive.scalars import record_values
-from kdcache.errors import ConfigError, InputError, MismatchError
+from kdcache.errors import CaptureError, ConfigError, InputError, KdcacheError, MismatchError, StorageError
+from kdcache.format import paths
 from kdcache.format.manifest import LineageInfo, Manifest
 from kdcache.format.record import SequenceRecord
-from kdcache.store import chain
-from kdcache.store.location import Location, locate
+from kdcache.store import chain, fs
+from kdcache.store.location import Location, children, locate
 from kdcache.store.reader import open_cache
 from kdcache.store.writer import CacheWriter
 
@@ -53,7 +54,8 @@ def derive(
 ) -> Derived:
     """Make a cache of one or several others, without asking a teacher.
 
-    An interrupted derivation is resumed by the same call.
+    An interrupted derivation is resumed by the same call. One that fails leaves nothing behind, unless the disk or the store
+    has failed after units were published.
 
     Args:
         sources: addresses of caches; their newest snapshots are read as they are.
@@ -78,8 +80,24 @@ def derive(
             _refuse_incomplete(source, reader.manifest, options)
         job = make_job(readers, [str(reader.root).rstrip("/").rsplit("/", 1)[-1] for reader in readers], options)
         _refuse_other(root, job.manifest.lineage)
-        writer = CacheWriter.open(root, job.manifest, record_batch_bytes=options.record_batch_bytes)
-        return Derived(_write(job, writer, progress), len(job.numbers_SC), job.num_missing)
+        with _nothing_left_behind(root):
+            writer = CacheWriter.open(root, job.manifest, record_batch_bytes=options.record_batch_bytes)
+            return Derived(_write(job, writer, progress), len(job.numbers_SC), job.num_missing)
+
+
+@contextmanager
+def _nothing_left_behind(root: Location) -> Iterator[None]:
+    """Remove what was begun here where it fails: all of it where it would fail again, and nothing where the disk or the store
+    refused and there are units to go on with. What an earlier call has begun stays."""
+    is_new, made = not chain.manifest_numbers(root), fs.missing_directories(root)
+    try:
+        yield
+    except (KdcacheError, OSError) as error:
+        may_pass = isinstance(error, CaptureError | StorageError)
+        if is_new and not isinstance(error, MismatchError) and not (may_pass and children(root / paths.JOURNAL)):
+            with suppress(KdcacheError, OSError):
+                fs.remove_cache(root, made)
+        raise
 
 
 def _write(job: Job, writer: CacheWriter, progress: Progress | None) -> Manifest:

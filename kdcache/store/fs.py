@@ -14,11 +14,13 @@ import secrets
 import socket
 import tempfile
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from kdcache.errors import CaptureError
 from kdcache.format import paths
-from kdcache.store.location import Location
+from kdcache.store.location import Location, children
 
 ABANDONED_SECONDS = 24 * 3600
 """A temp file of a writer elsewhere (another machine or container) is swept when nothing was written to it for so long."""
@@ -68,7 +70,7 @@ def make_directories(root: Location) -> None:
     """The cache's directories, made where they are missing."""
     if not isinstance(root, Path):
         return
-    missing = [path for path in (root, *root.parents) if not path.exists()]
+    missing = missing_directories(root)
     try:
         for name in paths.DIRECTORIES:
             (root / name).mkdir(parents=True, exist_ok=True)
@@ -154,6 +156,30 @@ def publish_new(root: Location, data: bytes, name: str) -> bool:
     sync_directory((root / name).parent)
     reached("linked and synced")
     return True
+
+
+def missing_directories(root: Location) -> list[Path]:
+    """Which of a cache's directory and its parents are not there yet; none in an object store, which has no directories."""
+    return [path for path in (root, *root.parents) if not path.exists()] if isinstance(root, Path) else []
+
+
+def remove_cache(root: Location, made: Iterable[Path]) -> None:
+    """Remove a cache that was not finished, and the directories that were made for it.
+
+    The manifests go last: what is left by a kill in between is a cache that can still be gone on with.
+
+    Args:
+        made: as `missing_directories` gave them before the cache was started.
+    """
+    for name in (paths.JOURNAL, paths.DATA, paths.INDEX, paths.FAILED, paths.TMP, paths.MANIFESTS):
+        for path in sorted(children(root / name), key=str, reverse=True):
+            path.unlink(missing_ok=True)
+        if isinstance(root, Path):
+            with suppress(OSError):
+                (root / name).rmdir()
+    with suppress(OSError):  # not empty: somebody else's
+        for directory in made:
+            directory.rmdir()
 
 
 def sha256_of(path: Path) -> str:

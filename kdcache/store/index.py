@@ -71,11 +71,15 @@ def open_index(root: Location, info: IndexInfo | None) -> pa.Table:
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise CorruptCacheError(f"{path}: cannot be read: {error}") from error
-    if not table.schema.equals(INDEX_SCHEMA):
+    if any(
+        table.schema.names.count(field.name) != 1 or table.schema.field(field.name).type != field.type for field in INDEX_SCHEMA
+    ):
         raise CorruptCacheError(f"{path}: the schema is not an index's")
+    # Others are of a later minor version.
+    table = table.select(INDEX_SCHEMA.names)
     if any(column.null_count for column in table.columns):
         raise CorruptCacheError(f"{path}: the index holds nulls")
-    return table
+    return table.replace_schema_metadata(INDEX_SCHEMA.metadata)
 
 
 def _index_file(path: Location, sha256: str) -> pa.RecordBatchFileReader:

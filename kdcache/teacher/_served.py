@@ -221,22 +221,36 @@ class ServedTeacher:
         """Raise ConfigError where the server does not give so many entries."""
         if k in self._known_ks:
             return
-        prompt = probe_prompts(self._identity.vocab_size)[0]
+        problem, limits = self._try_k(k)
+        if problem is not None:
+            # Proven, not believed: what a server says or gives is about its limit, or about something else.
+            limit = next((limit for limit in limits if 0 < limit < k and self._try_k(limit)[0] is None), None)
+            allowed = "set a smaller selection.k" if limit is None else f"set selection.k to {limit} or less"
+            raise ConfigError(
+                f"selection.k is {k}, but the server {self._server.url} {problem}; {allowed}, or start the server with more "
+                f"(vLLM: --max-logprobs {k})"
+            )
+        self._known_ks.add(k)
+
+    def _try_k(self, k: int) -> tuple[str | None, list[int]]:
+        """Why the server does not give k entries, or None; and where it does not, how many it may give, likely ones first."""
+        prompt = list(probe_prompts(self._identity.vocab_size)[0])
         try:
-            completion = self._complete(self._api, prompt, k=k)
+            rows, came = read_rows(self._complete(self._api, prompt, k=k), self._api, prompt)
+            # A row of one too few looks whole where the token that came is outside of it: it must be inside once.
+            best = max(rows[-1], key=lambda token: rows[-1][token])
+            longer = read_rows(self._complete(self._api, [*prompt, best], k=k), self._api, [*prompt, best])
         except ServerRefusedError as error:
             limit = limit_in(error.sentence)
-            allowed = f"set selection.k to {limit} or less" if limit else "set a smaller selection.k"
-            raise ConfigError(
-                f"selection.k is {k}, but the server {self._server.url} refuses it, {error.sentence}; {allowed}, or start the "
-                f"server with more (vLLM: --max-logprobs {k})"
-            ) from error
+            return f"refuses it, {error.sentence}", [] if limit is None else [limit]
+        rows, came = [*rows, *longer[0]], [*came, *longer[1]]
         try:  # Some give what they can, without a word.
-            for row, came in zip(*read_rows(completion, self._api, prompt), strict=True):
-                split_row(row, came, k)
+            for row, token in zip(rows, came, strict=True):
+                split_row(row, token, k)
         except TeacherError as error:
-            raise ConfigError(str(error)) from error
-        self._known_ks.add(k)
+            fewest = min(map(len, rows))  # the token that came is one of the limit's, or one more
+            return f"gives fewer: {error}", [fewest, fewest - 1]
+        return None, []
 
     def _check_maker(self, completion: Completion) -> None:
         maker = (completion.model, completion.system_fingerprint)

@@ -25,7 +25,7 @@ import msgspec
 from kdcache.config.server import ServerConfig
 from kdcache.errors import TeacherError
 from kdcache.teacher.base import first_line
-from kdcache.teacher.served_retry import is_transient, refusal, seconds_to_wait
+from kdcache.teacher.served_retry import error_in, is_transient, refusal, seconds_to_wait, unreadable
 
 T = TypeVar("T")
 
@@ -154,8 +154,6 @@ class ServerClient:
         try:
             async with asyncio.timeout(seconds_left):
                 response = await self._send(request)
-            if response.status_code == 200:
-                return request.read(response.content), None, None
         except TimeoutError:
             return None, "no answer before the deadline", None
         except httpx2.TimeoutException as error:
@@ -163,12 +161,24 @@ class ServerClient:
             return None, f"no answer within {min(waited, self._config.timeout_seconds):g} seconds", None
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             return None, self._clean(first_line(error)), None
-        except msgspec.DecodeError as error:
-            return None, f"an answer that is cut off or no JSON ({error})", None
-        sentence = self._clean(refusal(response.status_code, response.content))
-        if not is_transient(response.status_code):
-            raise ServerRefusedError(response.status_code, sentence)
-        return None, sentence, response.headers.get("Retry-After")
+        status, body = response.status_code, response.content
+        if status == 200:
+            # What is not below the base URL is asked on the chance that it is there.
+            found = error_in(body, status_without_one=404 if "://" in request.path else 503)
+            if found is None:
+                return self._read(request, body)
+            status, sentence = found
+        else:
+            sentence = refusal(status, body, response.headers.get("Location"))
+        if not is_transient(status):
+            raise ServerRefusedError(status, self._clean(sentence))
+        return None, self._clean(sentence), response.headers.get("Retry-After")
+
+    def _read(self, request: Request[T], body: bytes) -> tuple[T | None, str | None, str | None]:
+        try:
+            return request.read(body), None, None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            return None, self._clean(unreadable(body, error)), None
 
     async def _send(self, request: Request[Any]) -> httpx2.Response:
         if request.body is None:

@@ -180,8 +180,7 @@ def split_row(row: Row, came: int, k: int) -> tuple[Row, float]:
     support = {token: logprob for token, logprob in row.items() if token != came}
     if len(support) < k:
         raise TeacherError(
-            f"the server gives {len(support)} tokens per position where selection.k asks for {k}; "
-            f"make selection.k {len(support)} or less"
+            f"the server gives {len(row)} tokens at a position, that which came among them, where selection.k asks for {k}"
         )
     if len(support) > k or of_came > min(support.values()):
         raise TeacherError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import random
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -18,6 +20,13 @@ TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 52
 
 LIMIT_WORDS = ("max allowed:", "less than or equal to", "at most", "maximum", "<=")
 """What stands before the number in the sentences with which servers refuse a k."""
+
+
+_HEAD_BYTES = 4096
+_SECONDS = re.compile(r"[0-9]{1,9}")
+_PAGE = re.compile(r"\s*<(!doctype|html|head|body)\b", re.IGNORECASE)
+_UNSEEN = re.compile(r"<(script|style)\b.*?(</\1>|$)", re.IGNORECASE | re.DOTALL)
+_MARKUP = re.compile(r"<[^>]*>?")
 
 
 def is_transient(status: int) -> bool:
@@ -43,20 +52,52 @@ def retry_after_seconds(header: str | None, now: datetime) -> float:
     """What a Retry-After header asks for (RFC 9110, 10.2.3); 0 where it is absent or cannot be read."""
     if header is None:
         return 0.0
-    if header.strip().isdecimal():
+    if _SECONDS.fullmatch(header.strip()):
         return float(header.strip())
     try:
         moment = parsedate_to_datetime(header)
-    except ValueError:
+        moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+        return max(0.0, (moment - now).total_seconds())
+    except (ValueError, OverflowError, TypeError, IndexError):
         return 0.0
-    moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - now).total_seconds())
 
 
-def refusal(status: int, body: bytes) -> str:
-    """What a server says of a request that it refused, in one line: its own sentence where there is one."""
+def refusal(status: int, body: bytes, location: str | None = None) -> str:
+    """What a server says of a request that it refused, in one line: its own sentence where there is one.
+
+    Args:
+        location: the header of that name: where the server sends the request instead.
+    """
     text = _message(body)
-    return f"status {status}" + (f": {text}" if text else "")
+    elsewhere = f" (it redirects to {location}: set teacher.server.url to where that leads)" if location else ""
+    return f"status {status}{elsewhere}" + (f": {text}" if text else "")
+
+
+def error_in(body: bytes, *, status_without_one: int) -> tuple[int, str] | None:
+    """What a server says that sends an error with status 200: the status that it names, or the one given, and its sentence.
+    None for any other answer."""
+    if len(body) > _HEAD_BYTES and b"error" not in body[:_HEAD_BYTES]:
+        return None  # of a whole answer, which would be decoded twice
+    try:
+        fields: Any = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    if not isinstance(fields, Mapping) or fields.get("choices"):
+        return None
+    error = fields.get("error") or (fields if fields.get("object") == "error" else None)
+    if not error:
+        return None
+    named = [part.get(name) for part in (error, fields) if isinstance(part, Mapping) for name in ("code", "status")]
+    statuses = [int(value) for value in map(str, named) if value.isdecimal() and 400 <= int(value) < 600]
+    return (statuses or [status_without_one])[0], f"status 200 with an error: {_message(body)}"
+
+
+def unreadable(body: bytes, error: Exception) -> str:
+    """What came in place of a JSON answer, in one line: a page's own words, or where the answer is cut off."""
+    if body.lstrip()[:1] in (b"{", b"["):
+        return f"an answer that is cut off or no JSON ({error})"
+    words = _message(body)
+    return f"an answer that is no JSON: {words}" if words else "an empty answer"
 
 
 def limit_in(sentence: str) -> int | None:
@@ -73,13 +114,22 @@ def limit_in(sentence: str) -> int | None:
 def _message(body: bytes) -> str:
     try:
         fields: Any = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return _one_line(body[:300].decode("utf-8", "replace"))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _one_line(_words(body[:4000].decode("utf-8", "replace")))
     # {"error": {"message": ...}} (OpenAI, vLLM), {"message": ...}, {"detail": ...} (FastAPI), {"error": "..."}
     for name in ("error", "message", "detail"):
         if isinstance(fields, Mapping) and name in fields:
             fields = fields[name]
-    return _one_line(fields if isinstance(fields, str) else msgspec.json.encode(fields).decode())
+    if isinstance(fields, str):
+        return _one_line(fields)
+    return _one_line(msgspec.json.encode(fields).decode()) if fields else ""
+
+
+def _words(text: str) -> str:
+    """What a page says, without its markup."""
+    if not _PAGE.match(text):
+        return text
+    return html.unescape(_MARKUP.sub(" ", _UNSEEN.sub(" ", text)))
 
 
 def _one_line(text: str) -> str:

@@ -304,3 +304,7 @@ def test_a_teacher_that_only_reads_is_refused_in_words():
 
     with pytest.raises(ConfigError, match="the fake teacher only reads"):
         writer_of(Reader())
+    served = {"model": "m", "backend": "served", "server": {"url": "http://127.0.0.1:9/v1"}}
+    fields = {"input": {"format": "lines", "paths": ["x"]}, "teacher": served, "output": {"path": "x"}, "generate": {}}
+    with pytest.raises(ConfigError, match="the served teacher only reads"):  # before any server is asked
+        convert_config(fields, CaptureConfig)

@@ -19,9 +19,12 @@ from kdcache.derive.choose import Select
 from kdcache.derive.options import DeriveOptions
 from kdcache.derive.reduce import Reduction
 from kdcache.derive.run import derive
-from kdcache.errors import CacheNotFoundError, ConfigError, InputError, MismatchError
+from kdcache.errors import CacheNotFoundError, CaptureError, ConfigError, CorruptCacheError, InputError, MismatchError
+from kdcache.format import paths
 from kdcache.format.manifest import LineageInfo, manifest_from_json, manifest_to_json
 from kdcache.format.record import SequenceRecord
+from kdcache.store import fs
+from kdcache.store.location import children, locate
 from kdcache.store.reader import open_cache
 from kdcache.store.verify import verify_cache
 
@@ -220,3 +223,41 @@ def test_a_sequence_whose_last_position_goes_is_left_out(tmp_path):
     derive([a], tmp_path / "b", DeriveOptions(where_position="position >= 4"))
     assert [r.sequence.source for r in records_of(tmp_path / "b")] == ["made#0"]
     assert np.array_equal(records_of(tmp_path / "b")[0].sequence.positions_P, np.arange(4, 11))
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder"])
+def test_a_derivation_that_fails_leaves_nothing_behind(tmp_path, there):
+    source, target = make_cache(tmp_path / "a"), tmp_path / "not" / "there" / "out"
+    if there == "an empty folder":
+        target.mkdir(parents=True)
+    shards = sorted((source / "data").iterdir())
+    shards[1].write_bytes(shards[1].read_bytes()[:-200])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CorruptCacheError, match=shards[1].name):  # after the first unit was published
+        derive([source], target, DeriveOptions(unit_sequences=1))
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(CorruptCacheError):
+        derive([source], f"memory://{tmp_path.name}/out", DeriveOptions(unit_sequences=1))
+    left = locate(f"memory://{tmp_path.name}/out")
+    assert [path for name in paths.DIRECTORIES for path in children(left / name)] == []
+
+
+def test_what_a_full_disk_has_left_is_gone_on_with(tmp_path, monkeypatch):
+    source, room = make_cache(tmp_path / "a"), []
+    publish = fs.publish_file
+
+    def until_full(root, temp, name):
+        if not room:
+            raise OSError(28, "No space left on device")
+        room.pop()
+        publish(root, temp, name)
+
+    monkeypatch.setattr(fs, "publish_file", until_full)
+    for num_files, is_left in ((0, False), (1, False), (4, True)):  # a unit has two, a shard and its record
+        room[:] = [None] * num_files
+        with pytest.raises(CaptureError, match="No space left"):
+            derive([source], tmp_path / "out", DeriveOptions(unit_sequences=1))
+        assert (tmp_path / "out").exists() == is_left
+    monkeypatch.undo()
+    derive([source], tmp_path / "out", DeriveOptions(unit_sequences=1))
+    assert len(records_of(tmp_path / "out")) == 9

@@ -10,10 +10,12 @@ import threading
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pytest
 from cache_making import assert_same_record, make_cache, make_manifest, make_record, make_unit
 
 from kdcache.errors import CacheNotFoundError, CorruptCacheError, MismatchError
+from kdcache.format import paths
 from kdcache.format.manifest import FORMAT_VERSION, manifest_from_json, manifest_to_json
 from kdcache.store import reader as reader_module
 from kdcache.store.reader import open_cache
@@ -221,10 +223,23 @@ def test_a_cache_of_a_newer_minor_version_is_read_and_its_unknown_fields_passed_
     import json
 
     make_cache(tmp_path, num_units=2)
+    (index,) = (tmp_path / "index").iterdir()
+    with pa.ipc.open_file(index.read_bytes()) as file:
+        table = file.read_all()
+    later = pa.array(["x"] * len(table))
+    table = table.add_column(1, "domain", later).append_column("lengths", later).replace_schema_metadata({"later": "yes"})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    (tmp_path / paths.index_name(sha256)).write_bytes(data)
     parent = None
     for path in sorted((tmp_path / "manifests").iterdir()):
         fields = json.loads(path.read_bytes())
         del fields["digest"]
+        if fields["index"] is not None:
+            fields["index"] = {"name": paths.index_name(sha256), "sha256": sha256}
         fields |= {"format_version": [FORMAT_VERSION[0], FORMAT_VERSION[1] + 1], "novelty": [1, {"a": 2}], "parent": parent}
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         parent = hashlib.sha256(text.encode()).hexdigest()

@@ -132,6 +132,13 @@ class _Refusal(Exception):
         self.status, self.message, self.headers = status, message, {n.replace("_", "-"): v for n, v in headers.items()}
 
 
+class _Instead(Exception):
+    """This body in place of an answer."""
+
+    def __init__(self, status: int, body: str) -> None:
+        self.status, self.body = status, body
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # headers and body in one packet: in two the second waits for the first's acknowledgement
@@ -162,7 +169,9 @@ class _Handler(BaseHTTPRequestHandler):
         except _Refusal as refusal:
             status, headers = refusal.status, refusal.headers
             fields = {"error": {"message": refusal.message, "type": "BadRequestError", "code": refusal.status}}
-        data = json.dumps(fields).encode()
+        except _Instead as instead:
+            status, fields, headers = instead.status, instead.body, {}
+        data = (fields if isinstance(fields, str) else json.dumps(fields)).encode()
         if isinstance(fields, dict) and fields.pop("cut", False):
             data = data[: len(data) // 2]
         self.send_response(status)
@@ -219,6 +228,10 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(30)
         elif fault.isdecimal():
             raise _Refusal(int(fault), "so it is" if fault != "503" else "Service Unavailable", Retry_After="0")
+        elif fault.startswith("answers "):
+            raise _Instead(200, fault.removeprefix("answers "))
+        elif fault.startswith("moved "):
+            raise _Refusal(307, "", Location=fault.removeprefix("moved "))
         elif fault.startswith("wait "):
             raise _Refusal(429, "Too Many Requests", Retry_After=fault.removeprefix("wait "))
         manners, prompt = self._manners, body["prompt"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from msgspec.structs import replace
 
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import SelectionInfo
+from kdcache.teacher import _served
 
 pytest.importorskip("httpx2")
 
@@ -167,9 +169,42 @@ def test_a_k_beyond_the_servers_limit_is_refused_before_anything_is_computed(ser
 def test_a_server_that_gives_fewer_entries_without_a_word_is_refused(server: CompletionsServer):
     server.manners.max_logprobs, server.manners.caps = 5, True
     case = case_of(server)
-    with pytest.raises(ConfigError, match=r"gives 5 tokens per position where selection\.k asks for 8; make selection\.k 5"):
-        case.teacher.score(random_sequences(case, [40]), top_k(8))
+    for k in (6, 7, 8, 100):  # one too many looks right wherever the token that came is outside
+        with pytest.raises(ConfigError, match=r"gives fewer: .*; set selection\.k to 5 or less"):
+            case.teacher.score(random_sequences(case, [40]), top_k(k))
     assert score(case, random_sequences(case, [5]), 5)[0].num_entries == 25
+
+
+def test_advice_about_k_is_proven_before_it_is_given(server: CompletionsServer, monkeypatch: pytest.MonkeyPatch):
+    server.manners.max_logprobs = 20
+    case = case_of(server)
+    monkeypatch.setattr(_served, "limit_in", lambda sentence: 30)  # as of a sentence about something else
+    with pytest.raises(ConfigError, match=r"max allowed: 20; set a smaller selection\.k, or start"):
+        case.teacher.score(random_sequences(case, [5]), top_k(64))
+
+
+def test_the_servers_own_words_are_shown_whatever_status_it_gives_them(server: CompletionsServer):
+    case = case_of(server, server={"retries": 1})
+    sequences = random_sequences(case, [9])
+    expected = score(case, sequences)
+    page = "<!DOCTYPE html><html><head><title>Sign in</title><style>b {}</style></head><b>to go &amp; on</b></html>"
+    error = json.dumps({"error": {"message": "upstream timeout"}})
+    server.manners.faults.extend([f"answers {error}", "", f"answers {page}", ""])
+    for _ in range(2):  # which may pass
+        np.testing.assert_array_equal(score(case, sequences)[0].logprobs_E, expected[0].logprobs_E)
+    for body, sentence in (
+        ({"error": {"message": "The prompt is too long", "code": 400}}, "status 200 with an error: The prompt is too long"),
+        ({"object": "error", "message": "no such model", "code": 404}, "status 200 with an error: no such model"),
+    ):
+        server.manners.faults.append("answers " + json.dumps(body))
+        with pytest.raises(TeacherError, match=sentence):
+            score(case, sequences)
+    server.manners.faults.append("moved https://elsewhere.example/v1/completions")
+    with pytest.raises(TeacherError, match=r"status 307 \(it redirects to https://elsewhere\.example/v1/completions: set"):
+        score(case, sequences)
+    server.manners.faults.extend([f"answers {page}"] * 2)
+    with pytest.raises(TeacherError, match="the last time: an answer that is no JSON: Sign in to go & on"):
+        score(case, sequences)
 
 
 def test_only_top_k_can_be_had(server: CompletionsServer):
