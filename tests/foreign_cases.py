@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from kdcache.foreign.distillkit_codec import Config, polynomial_basis
+
 if TYPE_CHECKING:
     from kdcache.foreign.doctor import Examination
 
@@ -125,6 +127,36 @@ def with_extra_target(truth: Truth) -> list[Item]:
                 item.ids[t].append(target)
                 item.values[t].append(float(np.float32(logprobs_NV[t, target])))
     return made
+
+
+def write_distillkit(folder: Path, made: list[Item], settings: dict[str, Any], **said: Any) -> Path:
+    """The items as DistillKit compresses them with these settings, beside a config that says so, but for what is `said`."""
+    config = Config(**settings)
+    rows = [
+        {"input_ids": item.input_ids, "compressed_logprobs": _packed_values(np.array(item.values), config),
+         "bytepacked_indices": _packed_ids(np.array(item.ids), config)}
+        for item in made
+    ]  # fmt: skip
+    folder.mkdir()
+    (folder / "compression_config.yaml").write_text("# rows: *all*\n" + json.dumps(settings | said))
+    write_rows(folder / "data_0.parquet", rows)
+    return folder
+
+
+def _packed_values(values_RK: NDArray[np.float64], config: Config) -> list[list[int]]:
+    if config.delta_encoding:
+        values_RK = np.diff(values_RK, axis=1, prepend=0.0)
+    exact_RK, fitted_RK = np.split(values_RK, [config.exact_k], axis=1)
+    parts = [exact_RK.astype(np.float32)]
+    if config.polynomial_terms:
+        basis_KC = polynomial_basis(config.polynomial_terms, config.num_fitted, normalize_t=config.normalize_t)
+        parts.append((fitted_RK @ np.linalg.pinv(basis_KC).T).astype(np.float32))
+    return [[*row.tobytes()] for row in np.concatenate(parts, axis=1)]
+
+
+def _packed_ids(ids_RK: NDArray[np.int64], config: Config) -> list[list[int]]:
+    bits = (ids_RK[:, :, None] >> np.arange(config.id_bits)[::-1]) & 1
+    return np.packbits(bits.reshape(len(ids_RK), -1).astype(np.uint8), axis=1).tolist()
 
 
 def defects(examination: Examination) -> dict[str, str | None]:

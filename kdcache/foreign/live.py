@@ -43,6 +43,7 @@ class Comparison:
         kl: for each of SHIFTS, mean nats of KL(live || stored) over the rows that have a live row there.
         shift: that of the least, where it is far less than elsewhere; else 0.
         line: how the stored values differ under it; `exact_line` the same over the ranks that are stored and not fitted.
+        common_share: of the stored entries under it, those that the live rows name too: near 1 for any distortion of values.
         kept_mass, renormalisation_cost: means of the live mass of the stored supports, and of -log of it: the KL that a student
             pays who takes the support for the whole.
         exact_kl: KL of the ranks that are stored and not fitted; that of all where nothing is fitted.
@@ -59,6 +60,7 @@ class Comparison:
     shift: int
     line: LineFit
     exact_line: LineFit
+    common_share: float
     kept_mass: float
     renormalisation_cost: float
     exact_kl: float
@@ -106,6 +108,7 @@ def compare_with_teacher(
         shift=shift,
         line=line,
         exact_line=fit_line(exact, live),
+        common_share=line.num_entries / max(len(stored.rows_E), 1),
         kept_mass=float(kept_R.mean()),
         renormalisation_cost=float(-np.log(np.maximum(kept_R, 1e-12)).mean()),
         exact_kl=_mean([divergence(live, exact)]),

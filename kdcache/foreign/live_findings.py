@@ -19,6 +19,9 @@ TOLERANCE_NATS = 0.02
 not."""
 
 SLOPE_TOLERANCE = 0.05
+SAME_SUPPORT, RESIDUAL_SHARE = 0.7, 0.5
+"""A temperature leaves the order of a row, so its support, and a line: rows of another text share few ids, off any line."""
+
 OFFSET_NATS = 0.02
 """Mean difference of stored and live logprobs that rounding does not explain."""
 
@@ -56,7 +59,11 @@ def _findings(cache: ForeignCache, c: Comparison) -> Iterator[Finding]:
         yield foreign
         return
     # The slope is not a number where every row has one exact entry, or is flat: nothing can be said of a temperature then.
-    if abs(line.slope - 1) > SLOPE_TOLERANCE and line.residual < abs(line.slope - 1):
+    if (
+        c.common_share > SAME_SUPPORT
+        and abs(line.slope - 1) > SLOPE_TOLERANCE
+        and line.residual < RESIDUAL_SHARE * abs(line.slope - 1)
+    ):
         sentence = (
             f"a temperature of {1 / line.slope:.3g} was applied to the stored values (they are {line.slope:.3g} times the "
             f"teacher's, within {line.residual:.2g} nats); this cannot be undone from a truncated row"
@@ -64,7 +71,11 @@ def _findings(cache: ForeignCache, c: Comparison) -> Iterator[Finding]:
         yield Finding("temperature_applied", "fatal", sentence)
         return
     cost = c.renormalisation_cost
-    if line.offset_mean > OFFSET_NATS and abs(line.offset_mean - cost) < 0.2 * cost + line.residual:
+    if (
+        c.common_share > SAME_SUPPORT
+        and line.offset_mean > OFFSET_NATS
+        and abs(line.offset_mean - cost) < 0.2 * cost + line.residual
+    ):
         sentence = (
             f"the values were renormalised over the support: they lie {line.offset_mean:.3f} nats above the teacher's, and its "
         )

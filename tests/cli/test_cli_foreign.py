@@ -148,3 +148,43 @@ def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
         assert (status, out) == (2, "")
         assert sentence in err
         assert "Traceback" not in err
+
+
+def test_what_the_nll_leaves_out_and_whether_rows_were_placed_is_said(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    status, out, _ = run(capsys, "doctor", folder / "rows.parquet", "--vocab-size", "520")
+    assert status == 0
+    assert "placement" in out
+    assert "proven from the text" in out
+    said = ["--tokenizer", tiny_model_dir, "--vocab-size", "520"]
+    assert run(capsys, "convert", folder / "rows.parquet", tmp_path / "text", *said)[0] == 0
+    asking = ["--teacher", tiny_model_dir, "--backend", "transformers"]
+    assert run(capsys, "convert", folder / "rows.parquet", tmp_path / "asked", *said, *asking)[0] == 0
+    for name, how in (("text", "from the text: "), ("asked", "by the teacher, which was asked about 8 sequences")):
+        status, verified, _ = run(capsys, "verify", tmp_path / name)
+        assert (status, f"{name}: sound (complete)" in verified) == (0, True)
+        for shown in (verified, run(capsys, "info", tmp_path / name)[1]):
+            assert f"alignment  proven at conversion {how}" in " ".join(shown.split("  ")).replace("alignment ", "alignment  ")
+            assert "of 504 targets are outside their support and have no logprob: they are left out" in shown
+            assert "the text under the teacher" not in shown
+    report = json.loads(run(capsys, "verify", tmp_path / "text", "--json")[1])
+    assert report["num_targets"] == 504
+    assert report["num_impossible_targets"] > 50
+    assert report["alignment"]["proven_by"] == "text"
+    _, out, _ = run(capsys, "info", folder / "ours")
+    assert "nats per target, the text under the teacher" in out
+    assert "alignment" not in out
+
+
+def test_a_conversion_on_trust_is_not_called_sound(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from foreign_cases import few_rows
+
+    path = write_columns(tmp_path / "few.parquet", few_rows(write_truth(tiny_model_dir)))
+    said = ["--tokenizer", tiny_model_dir, "--vocab-size", "520", "--accept", "alignment_unclear"]
+    assert run(capsys, "convert", path, tmp_path / "cache", *said)[0] == 0
+    status, out, _ = run(capsys, "verify", tmp_path / "cache")
+    assert (status, "its bytes are sound, its alignment was not proven (complete)" in out) == (0, True)
+    assert "NOT proven: there are too few rows" in out

@@ -275,3 +275,36 @@ def test_the_same_call_again_finds_it_done_and_another_source_is_refused(truth: 
     other = write_columns(tmp_path / "b.parquet", items(truth)[:4])
     with pytest.raises(MismatchError, match="holds another capture"):
         convert(other, tmp_path / "cache", OPTIONS)
+
+
+def test_rows_of_minus_infinity_are_left_out_and_not_learnt_as_a_tail(truth: Truth, tmp_path: Path):
+    def lose(item: Item) -> None:
+        for number in (3, 4, 40):
+            item.values[number] = [-np.inf] * K
+
+    made = converted(write_columns(tmp_path / "a.parquet", changed(items(truth), lose)), tmp_path / "cache")
+    assert +made.account.left_out == {"empty rows": 24}
+    assert made.account.num_positions == 8 * 60
+    assert_is_truth(tmp_path / "cache", truth)
+    with kdcache.open(tmp_path / "cache") as reader:
+        positions = reader[0].sequence.positions_P.tolist()
+        assert not {3, 4, 40} & set(positions)
+        assert float(reader[0].distributions.tail_mass_P.max()) < 0.99
+
+
+def test_how_the_alignment_was_proven_is_recorded(truth: Truth, tmp_path: Path):
+    by_text = converted(write_columns(tmp_path / "a.parquet", items(truth)), tmp_path / "cache").manifest.config["notes"]
+    assert by_text["alignment"]["proven_by"] == "text"
+    assert by_text["alignment"]["hits_found"] == pytest.approx(by_text["alignment"]["hits_claimed"], abs=0.05)
+    assert by_text["alignment"]["other_shift"] < -6 < -3 < by_text["alignment"]["worst_sequence"]
+    few = write_columns(tmp_path / "b.parquet", few_rows(truth))
+    on_trust = converted(few, tmp_path / "few", accept=frozenset({"alignment_unclear"})).manifest.config["notes"]
+    assert on_trust["alignment"]["proven_by"] is None
+    assert "too few rows" in on_trust["alignment"]["reason"]
+
+
+def test_sequences_without_rows_are_left_out_and_said(truth: Truth, tmp_path: Path):
+    rows = [{"input_ids": i.input_ids, "topk_ids": i.ids, "topk_logprobs": i.values} for i in items(truth)]
+    rows[1] |= {"topk_ids": None, "topk_logprobs": None}
+    made = converted(write_rows(tmp_path / "a.jsonl", rows), tmp_path / "cache")
+    assert (made.account.num_records, made.account.left_out["sequences without a row"]) == (7, 1)

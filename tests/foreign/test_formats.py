@@ -161,3 +161,34 @@ def test_a_folder_that_the_datasets_library_saved_is_read(tmp_path: Path):
     found = look(tmp_path / "saved")
     assert (found.title, wrong(found)) == ("Axolotl v2 logprob columns (arrow)", {"shifted_rows"})
     assert found.tally.num_rows == 48
+
+
+def test_tars_of_two_runs_in_one_folder_are_named(tmp_path: Path):
+    import io
+    import tarfile
+
+    (first,) = (DATA / "megatron" / "top_k").glob("*.tar")
+    shutil.copy(first, tmp_path / "cp0_dp0__7.tar")
+    with tarfile.open(first) as archive:
+        meta = json.loads(archive.extractfile("_meta.json").read())  # pyright: ignore[reportOptionalMemberAccess]
+    other = json.dumps(meta | {"hash": "0" * 32}).encode()
+    with tarfile.open(tmp_path / "cp0_dp0__9.tar", "w") as archive:
+        member = tarfile.TarInfo("_meta.json")
+        member.size = len(other)
+        archive.addfile(member, io.BytesIO(other))
+    found = look(tmp_path)
+    assert wrong(found) == {"no_tokens", "mixed_runs"}
+    (sentence,) = [finding.sentence for finding in found.findings if finding.name == "mixed_runs"]
+    assert f'"{meta["hash"]}" in cp0_dp0__7.tar' in sentence
+    assert f'"{"0" * 32}" in cp0_dp0__9.tar' in sentence
+
+
+def test_a_star_in_a_config_is_no_alias(tmp_path: Path):
+    shutil.copytree(DATA / "distillkit" / "exact", tmp_path / "c")
+    config = tmp_path / "c" / "compression_config.yaml"
+    own = config.read_text()
+    config.write_text(f"# rows: *.parquet\nfiles: ['*.parquet']\n{own}")
+    assert wrong(look(tmp_path / "c")) == set()
+    config.write_text(f"a: &a [1]\nb: *a\n{own}")
+    with pytest.raises(InputError, match="holds YAML aliases"):
+        look(tmp_path / "c")

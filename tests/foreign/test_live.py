@@ -7,7 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign_cases import Item, Truth, changed, defects, items, log_softmax, notes, write_columns
+from foreign_cases import (
+    Item,
+    Truth,
+    changed,
+    defects,
+    items,
+    log_softmax,
+    notes,
+    write_columns,
+    write_distillkit,
+    write_rows,
+)
 
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import InputError
@@ -132,3 +143,87 @@ def test_the_sample_is_a_function_of_the_seed_and_fair():
             counts[name] += 1
     # Each is kept by 100 of 400 draws in the mean; the standard deviation is 8.7.
     assert all(60 < count < 140 for count in counts.values())
+
+
+def told(found: Examination) -> dict[str, str]:
+    return {finding.name: finding.sentence for finding in found.findings}
+
+
+def test_rows_that_differ_by_more_than_rounding_are_counted_and_named(truth: Truth, tmp_path: Path, teacher: Teacher):
+    made = items(truth, dtype=np.float16)
+    made[2].values[7][3] -= 4.0
+    made[2].ids[9][5] = next(i for i in range(500) if i not in made[2].ids[9])
+    made[5].values[30][0] += 0.6
+    found = look(write_columns(tmp_path / "a.parquet", made), teacher, sample=8)
+    assert set(defects(found)) == {"outlier_rows"}
+    assert told(found)["outlier_rows"].startswith("3 of 504 rows differ from the teacher's by far more than rounding")
+    assert "a.parquet#2 position 7 (4)" in told(found)["outlier_rows"]
+    assert found.comparison is not None
+    assert {(source[-2:], position) for source, position, _ in found.comparison.outliers} == {("#2", 7), ("#2", 9), ("#5", 30)}
+
+
+def test_the_teacher_is_asked_about_the_sequence_that_the_text_speaks_against(truth: Truth, tmp_path: Path, teacher: Teacher):
+    made = items(truth)
+    made[6].ids, made[6].values = (np.roll(rows, 1, axis=0).tolist() for rows in (made[6].ids, made[6].values))
+    found = look(write_columns(tmp_path / "a.parquet", made), teacher, sample=1)
+    assert set(defects(found)) == {"foreign_sequences"}
+    assert "1 of 2 sequences" in told(found)["foreign_sequences"]
+    assert "a.parquet#6 (" in told(found)["foreign_sequences"]
+
+
+SETTINGS = {"d": 520, "k": 32, "exact_k": 16, "polynomial_terms": [0, 1, 2], "delta_encoding": True}
+
+
+def test_one_exact_entry_is_no_other_teacher(truth: Truth, tmp_path: Path, teacher: Teacher):
+    """No slope can be had from one entry per row; README's budget config of DistillKit keeps one."""
+    made = items(truth, 32)
+    for item in made:
+        for row in item.values:
+            row[1:] = [value - 1.0 if rank < 6 else value + 0.3 for rank, value in enumerate(row[1:])]
+    one = SETTINGS | {"exact_k": 1, "polynomial_terms": [0, 1, 2, 3], "delta_encoding": False}
+    found = look(write_distillkit(tmp_path / "a", made, one), teacher)
+    assert defects(found) == {"broken_tails": "--repair tails"}
+    assert found.comparison is not None
+    assert np.isnan(found.comparison.exact_line.slope)
+
+
+def test_a_fit_that_wavers_by_little_is_sound(truth: Truth, tmp_path: Path, teacher: Teacher):
+    made = items(truth, 32)
+    for item in made:
+        for row in item.values[::8]:
+            row[16:] = [value + 0.25 for value in row[16:]]
+    path = write_distillkit(tmp_path / "a", made, SETTINGS | {"delta_encoding": False})
+    found = examine(path, ExamineOptions())
+    assert found.tally.num_rising_tail_rows > 0.02 * found.tally.num_rows
+    assert defects(found) == {}
+    assert (defects(asked := look(path, teacher)), "teacher_agrees" in notes(asked)) == ({}, True)
+
+
+def test_a_curve_of_another_config_is_found_with_and_without_the_teacher(truth: Truth, tmp_path: Path, teacher: Teacher):
+    path = write_distillkit(tmp_path / "a", items(truth, 32), SETTINGS, normalize_t=True)
+    alone, asked = examine(path, ExamineOptions()), look(path, teacher)
+    assert defects(alone) == defects(asked) == {"broken_tails": "--repair tails"}
+    assert "with normalize_t: false" in told(alone)["broken_tails"]
+    right = write_distillkit(tmp_path / "b", items(truth, 32), SETTINGS)
+    assert (defects(examine(right, ExamineOptions())), defects(look(right, teacher))) == ({}, {})
+
+
+def test_short_answers_of_nemo_aligner_agree_with_their_teacher(truth: Truth, tmp_path: Path, teacher: Teacher):
+    """The file's row at the text's last token is that of padding, and was compared as if it were the text's."""
+    rows = []
+    for ids_N, logits_NV in zip(truth.ids_SN, truth.logits_SNV, strict=True):
+        ids, logits = ids_N[:13], logits_NV[:13]
+        top = np.argsort(-logits, axis=1)[:, :16]
+        values = np.take_along_axis(logits, top, axis=1)
+        log_z = np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1))
+        mask = [*[0] * 3, *[1] * 9, 0, 0]
+        rows.append(
+            {"tokens": [*ids.tolist(), 0], "labels": [*ids[1:].tolist(), 0, 0], "loss_mask": mask,
+             "topk_logits": [*(values - values.max(axis=1, keepdims=True)).tolist(), values[0].tolist()],
+             "topk_token_ids": [*np.roll(top, 0, axis=0)[:12].tolist(), top[3].tolist(), top[3].tolist()],
+             "log_sum_exp_logits": [*log_z.tolist(), 1.0]}
+        )  # fmt: skip
+    found = look(write_rows(tmp_path / "a.jsonl", rows), teacher, sample=8)
+    assert "teacher_agrees" in notes(found)
+    assert found.comparison is not None
+    assert found.comparison.line.max_difference < 1e-3
