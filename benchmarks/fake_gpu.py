@@ -94,7 +94,7 @@ class _Watch(TorchDispatchMode):
 
 
 class _Indexing(TorchFunctionMode):
-    """tensor[...] and ~tensor by operations: torch's own ask for the device before they come to a fake tensor."""
+    """tensor[...], ~tensor and copy_ by other operations: torch's own ask for the device before they see a fake tensor."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__ and isinstance(args[0], FakeTensor):
@@ -103,16 +103,20 @@ class _Indexing(TorchFunctionMode):
             part, value = _item(*args[:2]), args[2]
             if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == part.untyped_storage()._cdata:
                 return None  # the end of x[...] += y, which is done
-            raise NotImplementedError("only x[...] += y")
+            return part.add_(value)
         if func is torch.Tensor.__invert__:
             return torch.bitwise_not(*args)
+        if func is torch.Tensor.copy_ and isinstance(args[0], FakeTensor):
+            return args[0].add_(args[1])  # as much work in as much memory
         return func(*args, **(kwargs or {}))
 
 
 def _item(tensor: torch.Tensor, index: Any) -> torch.Tensor:
-    dim = 0
-    for part in index if isinstance(index, tuple) else (index,):
-        if isinstance(part, slice):
+    dim, parts = 0, index if isinstance(index, tuple) else (index,)
+    for number, part in enumerate(parts):
+        if part is Ellipsis:
+            dim = tensor.ndim - sum(later is not None for later in parts[number + 1 :])
+        elif isinstance(part, slice):
             if part != slice(None):
                 tensor = torch.ops.aten.slice.Tensor(tensor, dim, part.start, part.stop, part.step or 1)
             dim += 1

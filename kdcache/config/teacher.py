@@ -25,7 +25,8 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         tokenizer: hub id or folder; null for the model's own.
         dtype: of weights and activations; `auto` takes the checkpoint's.
         batch_tokens: most tokens in one forward pass (transformers) or one scheduler step (vLLM).
-        positions_per_chunk: positions whose logits exist at once (vLLM: worker route); memory is this x vocabulary x 4 bytes.
+        positions_per_chunk: positions whose logits exist at once (vLLM: worker route); memory is this x vocabulary x 2 bytes (4
+            in float32), and on a GPU up to 256 MiB beside them for the selection, 512 MiB with a sampler's filters.
         num_threads: CPU threads of the model; null for the library's default.
         gpu_memory_utilization: vLLM on a GPU: share of its memory.
         tensor_parallel_size: vLLM: GPUs that hold one model.

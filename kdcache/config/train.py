@@ -61,7 +61,7 @@ class LossConfig(Config, frozen=True, kw_only=True):
         temperature: of both sides; other than 1 must be one of the cache's selection.temperatures.
         backend: `numba`, `torch` or `triton`; `auto` takes the fastest that fits the device and has been tested on one.
         positions_per_chunk: positions whose logits exist at once; memory is this x vocabulary x 2 or 4 bytes. null: 512 on a
-            CPU (1024 in bfloat16), 4096 on a GPU.
+            CPU (1024 in bfloat16); on a GPU 4096, or as many as make 2^29 logits (16,384 of 32,000 ids).
         float32_logits: with dtype bfloat16, logits in float32 of the same numbers. Their rounding is most of the gradient's
             error where the student is close to the teacher; on a CPU the product then takes several times as long.
         train_padding: of a student with more ids than the cache's vocabulary: false leaves them out, as if they did not exist:

@@ -25,7 +25,8 @@ _WIDENED_ROWS = 8192
 _SUMMED_ELEMENTS = 1 << 21
 # Rows per chunk by default. Reading and writing dW once per chunk costs a share of the products that falls with its rows.
 _CPU_BYTES_PER_ID = 2048
-_DEVICE_ROWS = 4096
+# On a device, where each chunk also costs about a hundred small launches: more rows of a small vocabulary, in the same memory.
+_DEVICE_ROWS, _DEVICE_LOGITS = 4096, 1 << 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +96,15 @@ def run_chunks(
             elif projection.head.logit_scale != 1:
                 gradient_CV.mul_(projection.head.logit_scale)
             gradients.add(gradient_CV.to(hidden_PH.dtype), projection, start)
+            del losses_C, logits_CV, slope_CV, gradient_CV  # else the buffer lives until the gradients are rounded
     return loss.to(loss_dtype(hidden_PH.dtype)), gradients.finish(hidden_PH.dtype)
 
 
-def default_chunk_size(hidden_PH: Tensor) -> int:
-    """4096 rows on a device; on a CPU 512 of float32 and 1024 in half precision, the same bytes."""
-    return _DEVICE_ROWS if hidden_PH.device.type != "cpu" else max(1, _CPU_BYTES_PER_ID // hidden_PH.element_size())
+def default_chunk_size(hidden_PH: Tensor, vocab_size: int) -> int:
+    """On a CPU 512 rows of float32, 1024 in half precision: the same bytes. On a device 4096, more of a small vocabulary."""
+    if hidden_PH.device.type == "cpu":
+        return max(1, _CPU_BYTES_PER_ID // hidden_PH.element_size())
+    return max(_DEVICE_ROWS, _DEVICE_LOGITS // max(vocab_size, 1) // 1024 * 1024)
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -135,8 +139,9 @@ class _Gradients:
             torch.mm(gradient_CV, projection.weight_VH, out=self.hidden_PH[rows])
         if self.weight_VH is not None and self.weight_VH.dtype == gradient_CV.dtype:
             self.weight_VH.addmm_(gradient_CV.T, hidden_CH)
-        elif self.weight_VH is not None and gradient_CV.is_cuda:
-            self.weight_VH += torch.mm(gradient_CV.T, hidden_CH, out_dtype=torch.float32)
+        elif self.weight_VH is not None and has_mixed_product(gradient_CV):
+            # Summed within the product: no float32 product beside dW, and no pass over both.
+            torch.addmm(self.weight_VH, gradient_CV.T, hidden_CH, out_dtype=torch.float32, out=self.weight_VH)
         elif self.weight_VH is not None:
             _add_product(self.weight_VH, gradient_CV, hidden_CH)
         if self.bias_V is not None:
@@ -146,8 +151,13 @@ class _Gradients:
         return tuple(None if g is None else g.to(dtype) for g in (self.hidden_PH, self.weight_VH, self.bias_V))
 
 
+def has_mixed_product(tensor: Tensor) -> bool:
+    """Whether torch multiplies half precision into float32 there: on NVIDIA's GPUs."""
+    return tensor.is_cuda and torch.version.hip is None
+
+
 def _add_product(weight_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
-    """weight += gradient^T hidden, the weight float32 and the others in half precision, of which a CPU has no mixed product.
+    """weight += gradient^T hidden, the weight float32 and the others in half precision, where there is no mixed product.
 
     Some rows of the weight at a time, through one block that stays in the cache: a whole half precision product, written to
     fresh memory and read again, took as long for that as for the product.
@@ -198,13 +208,16 @@ def _multiply(part_CH: Tensor, projection: Projection, logits_CV: Tensor) -> Non
         if bias_V is not None:
             logits_CV += bias_V
     else:
-        _multiply_widened(part_CH.float(), weight_VH, logits_CV)
+        if has_mixed_product(part_CH):
+            torch.mm(part_CH, weight_VH.T, out_dtype=torch.float32, out=logits_CV)
+        else:
+            _multiply_widened(part_CH.float(), weight_VH, logits_CV)
         if bias_V is not None:
             logits_CV += bias_V
 
 
 def _multiply_widened(part_CH: Tensor, weight_VH: Tensor, logits_CV: Tensor) -> None:
-    """A float32 product of half precision numbers, the weight widened a part at a time: a CPU has no mixed one."""
+    """A float32 product of half precision numbers, the weight widened a part at a time where there is no mixed one."""
     for start in range(0, len(weight_VH), _WIDENED_ROWS):
         rows = slice(start, start + _WIDENED_ROWS)
         torch.mm(part_CH, weight_VH[rows].float().T, out=logits_CV[:, rows])

@@ -19,7 +19,7 @@ from kdcache.kernels.divergences import Divergence, get_divergence
 from kdcache.loss import arguments, operators
 from kdcache.loss.arguments import Options, TargetTensors
 from kdcache.loss.chunks import Head, Projection, default_chunk_size, run_chunks
-from kdcache.loss.gradients import refuse_second_derivative, scale_gradient
+from kdcache.loss.gradients import may_overwrite, refuse_second_derivative, scale_gradient
 from kdcache.loss.row_steps import RowStep, make_step
 
 PLAIN_HEAD = Head()
@@ -60,9 +60,10 @@ def fused_sparse_kd_loss(
         bias: (V,) of the output projection, or None.
         head: what the model does with the product before the softmax: scale, softcap, padded vocabulary, float32 logits.
         reduction: `mean` or `sum`.
-        chunk_size: rows per chunk; the buffer takes chunk_size * V elements. None for 512 on a CPU, 1024 there in half
-            precision, and 4096 on a device, where reading and writing dW once per chunk costs 420 / chunk_size of the products
-            (calculated for an H100: 10% at 4096, 330% at 128).
+        chunk_size: rows per chunk; the buffer takes chunk_size * V elements (with a softcap two of float32, and one of hidden's
+            dtype beside; with float32 logits of half precision likewise one beside). None for 512 on a CPU, 1024 there in half
+            precision, and on a device 4096, or as many as make 2^29 logits: there reading and writing dW once per chunk costs
+            420 / chunk_size of the products (calculated for an H100: 10% at 4096, 330% at 128).
 
     Returns:
         A scalar; float64 for float64 hidden states, else float32.
@@ -81,7 +82,7 @@ def fused_sparse_kd_loss(
             "reduction='none' is not possible in the fused loss, whose gradients are summed over rows; use weights_P"
         )
     if chunk_size is None:
-        chunk_size = default_chunk_size(hidden_PH)
+        chunk_size = default_chunk_size(hidden_PH, len(weight_VH))
     if chunk_size < 1:
         raise LossError(f"chunk_size is {chunk_size}, but must be at least 1")
     arguments.check_tensors(hidden_PH, teacher, log_z_P)
@@ -120,7 +121,9 @@ class _FusedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("use sparse_kd_loss with backend='torch'")
-        scaled = [None if gradient is None else scale_gradient(gradient, upstream[0]) for gradient in ctx.saved_tensors]
+        # dW is as large as the logits: no copy of it where autograd lets go of this one after the call.
+        in_place = may_overwrite(upstream[0])
+        scaled = [None if g is None else scale_gradient(g, upstream[0], in_place=in_place) for g in ctx.saved_tensors]
         return (*scaled, None)
 
 

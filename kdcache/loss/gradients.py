@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, is_grad_enabled
+import torch
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from kdcache.errors import LossError
 
@@ -16,18 +18,30 @@ def refuse_second_derivative(advice: str) -> None:
     Raises:
         LossError: this backward is run with create_graph=True.
     """
-    if is_grad_enabled():
+    if torch.is_grad_enabled():
         raise LossError(f"this gradient was computed in the forward pass and has no derivative (create_graph=True); {advice}")
 
 
-def scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient * upstream, a scalar or one number per row; a new tensor, or the same one where upstream is 1 on a CPU.
+def may_overwrite(upstream: Tensor) -> bool:
+    """Within a backward: whether it is the last one through this graph, so that saved tensors may be written over.
 
-    Not in place: the saved gradient is needed again when backward runs twice.
+    torch has no public way to ask (its own compiled backwards ask this one); where it is gone, nothing is overwritten.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # pyright: ignore[reportAttributeAccessIssue]
+    if ask is None or torch.compiler.is_compiling() or type(upstream) is not Tensor:
+        return False
+    return not ask() and not is_batchedtensor(upstream)
+
+
+def scale_gradient(gradient: Tensor, upstream: Tensor, *, in_place: bool = False) -> Tensor:
+    """gradient * upstream, a scalar or one number per row; the same tensor where `in_place`, or upstream is 1 on a CPU.
+
+    `in_place` only where `may_overwrite`: the saved gradient is needed again when backward runs twice. For a scalar alone.
     """
     if upstream.ndim == 0:
         # Asking costs nothing on a CPU; elsewhere it would wait for the device, and while tracing there is no answer.
         if upstream.device.type == "cpu" and type(upstream) is Tensor and upstream.item() == 1.0:
             return gradient
-        return gradient * upstream.to(gradient.dtype)
+        upstream = upstream.to(gradient.dtype)
+        return gradient.mul_(upstream) if in_place else gradient * upstream
     return (gradient * upstream[:, None]).to(gradient.dtype)

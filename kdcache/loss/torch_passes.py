@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kdcache.loss.torch_rows import widened
 
-# Logits that are worked on at a time on a CPU: temporaries of this size stay in its cache, those of a chunk do not.
-_LOGITS_PER_BLOCK = 1 << 18
+# Logits that are worked on at a time. On a CPU temporaries of this size stay in its cache, those of a chunk do not; on a device
+# three float32 ones of a chunk of 4096 rows would be several times the chunk, and of this size they are 64 MiB each.
+_CPU_LOGITS, _DEVICE_LOGITS = 1 << 18, 1 << 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +52,9 @@ class TorchPasses:
             z_BV = self._working(block_BV)
             top_B = z_BV.amax(dim=1)
             shift_B = torch.where(top_B == -torch.inf, 0.0, top_B)
-            sum_B = ((z_BV - shift_B[:, None]) / temperature).exp_().sum(dim=1)
-            parts.append((top_B / temperature, torch.where(top_B == -torch.inf, 1.0, sum_B), z_BV.sum(dim=1) / temperature))
+            total_B = z_BV.sum(dim=1) / temperature
+            z_BV = _divided(z_BV - shift_B[:, None], temperature)
+            parts.append((top_B / temperature, torch.where(top_B == -torch.inf, 1.0, z_BV.exp_().sum(dim=1)), total_B))
         top_C, sum_C, total_C = (widened(torch.cat(column)) for column in zip(*parts, strict=True))
         return top_C, top_C + sum_C.log(), total_C
 
@@ -63,23 +65,29 @@ class TorchPasses:
             start += len(block_BV)
             top_B1, factor_B1, offset_B1, label_top_B1, label_factor_B1, is_read_B1 = (column[part] for column in columns)
             z_BV = self._working(block_BV)
-            gradient_BV = _scaled_exp(z_BV / temperature, top_B1, factor_B1).add_(offset_B1.to(z_BV.dtype))
-            if with_labels:
-                gradient_BV += _scaled_exp(z_BV, label_top_B1, label_factor_B1)
+            label_BV = _scaled_exp(z_BV.clone(), label_top_B1, label_factor_B1) if with_labels else None
+            if z_BV.dtype == block_BV.dtype:
+                z_BV = z_BV.clone()
+            gradient_BV = _scaled_exp(_divided(z_BV, temperature), top_B1, factor_B1).add_(offset_B1.to(z_BV.dtype))
+            if label_BV is not None:
+                gradient_BV += label_BV
             block_BV.copy_(gradient_BV.masked_fill_(~is_read_B1, 0.0))
 
     def _blocks(self) -> Iterator[Tensor]:
-        rows = len(self.logits_CV)
-        if self.logits_CV.device.type == "cpu":
-            rows = max(1, _LOGITS_PER_BLOCK // self.logits_CV.shape[1])
-        return iter(self.logits_CV.split(rows))
+        at_once = _CPU_LOGITS if self.logits_CV.device.type == "cpu" else _DEVICE_LOGITS
+        return iter(self.logits_CV.split(max(1, at_once // self.logits_CV.shape[1])))
 
     @staticmethod
     def _working(values: Tensor) -> Tensor:
         return values if values.dtype == torch.float64 else values.float()
 
 
+def _divided(z_BV: Tensor, temperature: float) -> Tensor:
+    """In place."""
+    return z_BV if temperature == 1 else z_BV.div_(temperature)
+
+
 def _scaled_exp(z_BV: Tensor, top_B1: Tensor, factor_B1: Tensor) -> Tensor:
-    """factor * exp(z - top), a new tensor."""
+    """factor * exp(z - top), in place."""
     shift_B1 = torch.where(top_B1 == -torch.inf, 0.0, top_B1).to(z_BV.dtype)
-    return (z_BV - shift_B1).exp_().mul_(factor_B1.to(z_BV.dtype))
+    return z_BV.sub_(shift_B1).exp_().mul_(factor_B1.to(z_BV.dtype))

@@ -21,12 +21,9 @@ from torch import Tensor
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import PADDING_ID
 from kdcache.teacher import _draw_numba, _draw_torch, _topk_numba
-from kdcache.teacher._topk_torch import bits_of, select_top_k
+from kdcache.teacher._topk_torch import MAX_ELEMENTS, bits_of, select_top_k
 from kdcache.teacher.found import Layout, layout_of
 from kdcache.teacher.uniforms import uniforms_of
-
-MAX_ELEMENTS = 2**24
-"""Logits that are in float32 at once on a device: 64 MiB, a few times over, whatever the chunk."""
 
 
 class Selected(NamedTuple):

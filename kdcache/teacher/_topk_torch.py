@@ -15,6 +15,10 @@ from torch import Tensor
 
 from kdcache.teacher import _topk_numba
 
+MAX_ELEMENTS = 2**24
+"""Logits that are in float32 at once on a device, whatever the chunk: 64 MiB. Twice over for plain top-k, four times for the
+other selections, eight times where a sampler's filters are applied (and what torch takes within a sort)."""
+
 
 class Selected(NamedTuple):
     """What was found at C positions.
@@ -34,16 +38,22 @@ def select_top_k(logits_CV: Tensor, targets_C: Tensor, k: int) -> Selected:
     """The k largest of each row and the target, normalised over the row.
 
     Args:
-        logits_CV: any floating dtype; not changed. On a CPU no copy of it is made (of float16, one of the chunk); elsewhere one
-            in float32 of the chunk.
+        logits_CV: any floating dtype; not changed. On a CPU no copy of it is made (of float16, one of the chunk); elsewhere
+            float32 copies of MAX_ELEMENTS at a time: two of 64 MiB at most, whatever the chunk.
         targets_C: int64 on the same device; negative where there is no target.
         k: from 1 to V.
     """
     if logits_CV.device.type == "cpu":
         return _select_on_cpu(logits_CV, targets_C, k)
+    return select_on_device(logits_CV, targets_C, k)
+
+
+def select_on_device(logits_CV: Tensor, targets_C: Tensor, k: int) -> Selected:
+    """`select_top_k` by torch operations, on any device."""
     # Selected before it is widened: half the bytes to read.
     values_CK, ids_CK = logits_CV.topk(k, dim=-1)
-    log_z_C1 = logits_CV.float().logsumexp(dim=-1, keepdim=True)
+    parts = logits_CV.split(max(1, MAX_ELEMENTS // logits_CV.shape[1]))
+    log_z_C1 = torch.cat([_log_sum_exp(part_PV) for part_PV in parts])
     target_logits_C1 = logits_CV.gather(-1, targets_C.clamp_min(0)[:, None]).float()
     return Selected(ids_CK.to(torch.int32), values_CK.float() - log_z_C1, (target_logits_C1 - log_z_C1)[:, 0])
 
@@ -58,6 +68,13 @@ def select_top_k_reference(logits_CV: Tensor, targets_C: Tensor, k: int) -> Sele
         logprobs_CV.gather(-1, order_CK).float(),
         logprobs_CV.gather(-1, targets_C1)[:, 0].float(),
     )
+
+
+def _log_sum_exp(logits_PV: Tensor) -> Tensor:
+    """(P, 1) in float32; written out, since `logsumexp` would keep a third copy."""
+    z_PV = logits_PV.float()
+    top_P1 = z_PV.amax(dim=-1, keepdim=True)
+    return top_P1 + (z_PV - top_P1).exp_().sum(dim=-1, keepdim=True).log_()
 
 
 def _select_on_cpu(logits_CV: Tensor, targets_C: Tensor, k: int) -> Selected:

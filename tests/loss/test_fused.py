@@ -170,7 +170,7 @@ def test_the_weights_gradient_may_be_summed_in_any_number_of_blocks(elements, mo
 
 
 def test_chunks_of_every_dtype_take_the_same_bytes():
-    sizes = [chunks.default_chunk_size(torch.zeros(1, 1, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    sizes = [chunks.default_chunk_size(torch.zeros(1, 1, dtype=dtype), 32_000) for dtype in (torch.float32, torch.bfloat16)]
     assert sizes == [512, 1024]
 
 
