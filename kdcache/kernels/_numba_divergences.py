@@ -68,17 +68,17 @@ def _log_mix(log_share, log_p, log_rest, log_q):
 
 
 @compiled
-def _interior_jensen_shannon(x_6B, beta):
+def _interior_jensen_shannon(x_6B, beta, factor):
     loss, log_beta, log_rest = 0.0, math.log(beta), math.log1p(-beta)
     for b in range(x_6B.shape[1]):
         log_m = _log_mix(log_beta, x_6B[LOG_P, b], log_rest, x_6B[LOG_Q, b])
         h = 0.0
         if x_6B[Q, b] != 0:
-            h = x_6B[Q, b] * (x_6B[LOG_Q, b] - log_m) / beta
+            h = factor * x_6B[Q, b] * (x_6B[LOG_Q, b] - log_m) / beta
         x_6B[H, b] = h
         loss += h
         if x_6B[P, b] > 0:
-            loss += x_6B[P, b] * (x_6B[LOG_P, b] - log_m) / (1 - beta)
+            loss += factor * x_6B[P, b] * (x_6B[LOG_P, b] - log_m) / (1 - beta)
     return loss
 
 
@@ -86,7 +86,8 @@ def _jensen_shannon(x_6B, options):
     if options[0] == 1:
         return _reverse_kl_with_floor(x_6B, options[1])
     if options[0] > 0:
-        return _interior_jensen_shannon(x_6B, options[0])
+        factor = options[0] * (1 - options[0]) if options[2] != 0 else 1.0
+        return _interior_jensen_shannon(x_6B, options[0], factor)
     loss = 0.0
     for b in range(x_6B.shape[1]):
         x_6B[H, b] = -x_6B[P, b]

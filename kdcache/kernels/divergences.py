@@ -109,15 +109,25 @@ class JensenShannon(Divergence):
     Attributes:
         beta: the teacher's share of the mixture, in [0, 1].
         floor: see `ReverseKL`; for beta = 1 only.
+        gkd_scale: 1 leaves the division out, as the GKD paper and TRL do: at beta 0.5 a quarter of the loss and its gradient,
+            towards beta 0 and 1 nothing, and with a jump at both. 0 divides.
     """
 
     name = "jensen_shannon"
     beta: float = 0.5
     floor: float = SMALLEST_KNOWN_MASS
+    gkd_scale: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        """What loss and gradient are multiplied with."""
+        return self.beta * (1 - self.beta) if self.gkd_scale and 0 < self.beta < 1 else 1.0
 
     def __post_init__(self) -> None:
         self._check("beta", 0, 1)
         self._check("floor", 0, 1, ends="()")
+        if self.gkd_scale not in (0, 1):
+            raise LossError(f"{self.name}: gkd_scale is {self.gkd_scale!r}, but must be 0 or 1")
 
 
 @dataclass(frozen=True, slots=True)

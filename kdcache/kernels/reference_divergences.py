@@ -51,15 +51,16 @@ def jensen_shannon(options: d.JensenShannon, log_p_PB: Floats, log_q_PB: Floats)
     """With M = b P + (1 - b) Q: L = KL(P || M) / (1 - b) + KL(Q || M) / b; h = Q log(Q / M) / b, less a multiple of Q.
 
     The generalised JSD of GKD (arXiv 2306.13649), b KL(P || M) + (1 - b) KL(Q || M), vanishes towards b = 0 and 1. Over
-    b (1 - b) it becomes the forward KL at 0 and the reverse KL at 1, which are computed as such there.
+    b (1 - b) it becomes the forward KL at 0 and the reverse KL at 1, which are computed as such there. With `gkd_scale` it is
+    GKD's own.
     """
     if options.beta == 0:
         return forward_kl(options, log_p_PB, log_q_PB)
     if options.beta == 1:
         return reverse_kl(options, log_p_PB, log_q_PB)
     log_m_PB = _log_mix(options.beta, log_p_PB, log_q_PB)
-    h_PB = _times(np.exp(log_q_PB), log_q_PB - log_m_PB) / options.beta
-    losses_PB = _times(np.exp(log_p_PB), log_p_PB - log_m_PB) / (1 - options.beta) + h_PB
+    h_PB = options.factor * _times(np.exp(log_q_PB), log_q_PB - log_m_PB) / options.beta
+    losses_PB = options.factor * _times(np.exp(log_p_PB), log_p_PB - log_m_PB) / (1 - options.beta) + h_PB
     return losses_PB.sum(axis=1), h_PB
 
 

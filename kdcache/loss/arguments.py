@@ -149,7 +149,7 @@ def at_temperature(targets: TargetTensors, log_z_P: Tensor | None, objective: Ob
     logprobs_PK = targets.logprobs_PK.detach().double() / temperature - log_z_P.detach().double()[:, None]
     logprobs_PK = logprobs_PK.masked_fill(~stored_PK, -torch.inf)
     mass_P = logprobs_PK.exp().sum(dim=1)
-    if mass_P.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((mass_P <= _LARGEST_MASS).all()):
+    if _can_look_at(mass_P) and not bool((mass_P <= _LARGEST_MASS).all()):
         row = int((~(mass_P <= _LARGEST_MASS)).int().argmax())
         raise LossError(
             f"row {row} has the mass {mass_P[row].item():.6g} on its support at temperature {temperature!r}; log_z_P must be "
@@ -189,6 +189,19 @@ def check_tensors(student: Tensor, targets: TargetTensors, log_z_P: Tensor | Non
             raise LossError(f"{name} has the dtype {tensor.dtype}, but must hold integers")
 
 
+def is_transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp, ...) is at work: its tensors have no memory that a kernel or NumPy could look at."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def refuse_transform(advice: str) -> None:
+    """Raise LossError under torch.func, which cannot see into a kernel."""
+    if is_transformed():
+        raise LossError(
+            f"torch.func cannot see into this loss, whose gradient is made by kernels in the forward pass; {advice}"
+        )
+
+
 def choose_backend(backend: str, student: Tensor) -> str:
     """`numba`, `triton` or `torch`.
 
@@ -217,8 +230,12 @@ def choose_backend(backend: str, student: Tensor) -> str:
 
 def check_values(targets: TargetTensors, vocab_size: int) -> None:
     """Raise LossError for ids outside the vocabulary and the like; only on a CPU, where looking does not wait for a device."""
-    if targets.token_ids_PK.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _can_look_at(targets.token_ids_PK):
         _to_checked(targets, vocab_size)
+
+
+def _can_look_at(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
 
 
 def to_kernel_targets(targets: TargetTensors, vocab_size: int, scales_P: Tensor) -> Targets:

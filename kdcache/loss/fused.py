@@ -71,6 +71,7 @@ def fused_sparse_kd_loss(
     Raises:
         LossError: an argument is impossible, or does not fit the others.
     """
+    arguments.refuse_transform("use sparse_kd_loss with backend='torch'")
     objective = Objective(tail, alpha, get_divergence(divergence), float(temperature))
     _check_projection(hidden_PH, weight_VH, bias)
     per_row = (labels_P, weights_P, num_exact_P)

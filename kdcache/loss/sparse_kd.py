@@ -70,7 +70,7 @@ def sparse_kd_loss(
             `none` gives (P,) weight * loss. A row without label counts in the mean: give it weight 0 to leave it out.
         backend: `numba` (CPU, float32 and bfloat16; the gradient is computed in the forward pass, once differentiable),
             `triton` (the same on a GPU; so far tested in Triton's interpreter only, and so not what `auto` takes),
-            `torch` (anything, with [P, V] temporaries; differentiable twice), or `auto`.
+            `torch` (anything, with [P, V] temporaries; differentiable twice, and by torch.func), or `auto`.
 
     Returns:
         A scalar, or (P,) for `none`; float64 for float64 logits, else float32.
@@ -91,11 +91,14 @@ def sparse_kd_loss(
     teacher = arguments.at_temperature(arguments.used_entries(teacher, options), log_z_P, objective)
     scales_P = arguments.row_scales(teacher, reduction)
     chosen = arguments.choose_backend(backend, student_logits_PV)
+    if arguments.is_transformed() and backend == "auto":
+        chosen = "torch"
     if chosen == "torch":
         arguments.check_values(teacher, student_logits_PV.shape[1])
         losses_P = torch_rows.row_losses(student_logits_PV, teacher, objective)
         scaled_P = losses_P * scales_P.to(losses_P.dtype)
         return scaled_P if reduction == "none" else scaled_P.sum()
+    arguments.refuse_transform("use backend='torch'")
     want_gradient = torch.is_grad_enabled() and student_logits_PV.requires_grad
     if torch.compiler.is_compiling():
         scaled_P = operators.rows(student_logits_PV, teacher, scales_P, objective, chosen, want_gradient)

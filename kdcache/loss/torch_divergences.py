@@ -61,7 +61,7 @@ def jensen_shannon(options: d.JensenShannon, x: Masses) -> Tensor:
         return reverse_kl(options, x) if options.beta else forward_kl(options, x)
     log_m_PB = log_mix(options.beta, x)
     forward_PB = _times(x.p_PB, x.log_p_PB - log_m_PB) / (1 - options.beta)
-    return (forward_PB + _times(x.q_PB, x.log_q_PB - log_m_PB) / options.beta).sum(dim=1)
+    return options.factor * (forward_PB + _times(x.q_PB, x.log_q_PB - log_m_PB) / options.beta).sum(dim=1)
 
 
 def skew_kl(options: d.SkewKL, x: Masses) -> Tensor:

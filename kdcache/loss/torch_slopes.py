@@ -35,7 +35,7 @@ def reverse_kl(options: d.ReverseKL | d.JensenShannon | d.AdaptiveKL, x: Masses)
 def jensen_shannon(options: d.JensenShannon, x: Masses) -> Tensor:
     if options.beta in (0, 1):
         return reverse_kl(options, x) if options.beta else forward_kl(options, x)
-    return _times(x.q_PB, x.log_q_PB - values.log_mix(options.beta, x)) / options.beta
+    return options.factor * _times(x.q_PB, x.log_q_PB - values.log_mix(options.beta, x)) / options.beta
 
 
 def skew_kl(options: d.SkewKL, x: Masses) -> Tensor:

@@ -26,6 +26,7 @@ FORWARD_KL = [Objective(tail, alpha) for tail in TAIL_POLICIES for alpha in (1.0
 DIVERGENCES = [
     d.ReverseKL(),
     d.JensenShannon(0.3),
+    d.JensenShannon(0.3, gkd_scale=1),
     d.JensenShannon(1e-5),
     d.JensenShannon(0.0),
     d.JensenShannon(1.0),

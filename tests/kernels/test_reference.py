@@ -63,7 +63,7 @@ def textbook(
             return kl(p, q)
         case d.JensenShannon(beta=b):
             m = b * p + (1 - b) * q
-            return (b * kl(p, m) + (1 - b) * kl(q, m)) / (b * (1 - b))
+            return (b * kl(p, m) + (1 - b) * kl(q, m)) / (1 if divergence.gkd_scale else b * (1 - b))
         case d.SkewKL(skew=s):
             return kl(p, s * p + (1 - s) * q)
         case d.SkewReverseKL(skew=s):
