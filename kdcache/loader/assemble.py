@@ -27,6 +27,9 @@ from kdcache.store.rows import EncodedRecord
 
 Record = SequenceRecord | EncodedRecord
 
+MOST_FIXED = 4096
+"""Of k: a cache that says more gets batches as wide as what they hold."""
+
 
 @dataclass(frozen=True, slots=True)
 class EntryColumns:
@@ -44,12 +47,14 @@ class EntryColumns:
     num_temperatures: int = 0
 
     @classmethod
-    def of(cls, selections: Sequence[SelectionInfo]) -> EntryColumns:
-        """For caches with these selections: K is fixed where each of them fixes it."""
+    def of(cls, selections: Sequence[SelectionInfo], vocab_size: int) -> EntryColumns:
+        """For caches with these selections: K is fixed where each of them fixes it, at most at the vocabulary, and is not
+        larger than any real k; else a few bytes could ask for any amount of memory."""
         widths = [fixed_entries(selection) for selection in selections]
+        most = 0 if None in widths else min(max(width or 0 for width in widths), vocab_size)
         first = selections[0]
         return cls(
-            num_columns=None if None in widths else max(width or 0 for width in widths),
+            num_columns=None if None in widths or most > MOST_FIXED else most,
             has_exact=fixed_exact(first) is not None or stores_num_exact(first),
             has_entropy=first.entropy,
             num_temperatures=len(first.temperatures),

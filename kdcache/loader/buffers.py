@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from kdcache.errors import StorageError
+
 Allocate = Callable[[int], NDArray[np.uint8]]
 """Number of bytes -> an uninitialised C-contiguous array of at least so many."""
 
@@ -55,7 +57,13 @@ class BufferPool:
                 return buffer
             # Too small once, too small again: batches differ little. Left to go, so that the pool's sizes grow to the largest.
         self.num_allocated += 1
-        return self._allocate(num_bytes + num_bytes // 8)
+        try:
+            return self._allocate(num_bytes + num_bytes // 8)
+        except (MemoryError, ValueError) as error:  # NumPy's words for a size beyond any machine's
+            raise StorageError(
+                f"a batch takes {num_bytes / 2**30:.1f} GiB, which this machine does not have: its widest position decides; "
+                "make batches smaller, or leave wide positions out with `kdcache derive`"
+            ) from error
 
 
 class _Lease:

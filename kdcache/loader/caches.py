@@ -64,7 +64,9 @@ class CacheSet:
             self.close()
             raise
         self._bases = [0, *accumulate(len(reader) for reader in self.readers)]
-        self.columns = EntryColumns.of([reader.manifest.identity.selection for reader in self.readers])
+        identities = [reader.manifest.identity for reader in self.readers]
+        vocab_size = max(identity.teacher.vocab_size for identity in identities)
+        self.columns = EntryColumns.of([identity.selection for identity in identities], vocab_size)
 
     def __len__(self) -> int:
         return self._bases[-1]

@@ -1,7 +1,9 @@
 """Open Arrow files that may be hostile: memory-mapped, and refused where Arrow would decompress what they claim.
 
 Arrow allocates what a compressed buffer says it holds: 33 kB of zstd become 1 GB. The format has no compressed buffers, but
-pyarrow does not say whether a file has; so the few flatbuffer fields that do are read here, in front of Arrow.
+pyarrow does not say whether a file has; so the few flatbuffer fields that do are read here, in front of Arrow. Arrow has two
+ways to say it: a field of the record batch and, in messages of its metadata version V4, a key beside them. Record batches that
+overlap, or that are named again and again, are refused for the same reason: their rows would be more than the file holds.
 """
 
 from __future__ import annotations
@@ -15,8 +17,13 @@ import pyarrow as pa
 from kdcache.errors import CorruptCacheError
 
 # Numbers of the fields in Arrow's File.fbs and Message.fbs.
-_FOOTER_DICTIONARIES, _FOOTER_RECORD_BATCHES = 2, 3
-_MESSAGE_HEADER, _RECORD_BATCH_COMPRESSION = 2, 3
+_FOOTER_VERSION, _FOOTER_DICTIONARIES, _FOOTER_RECORD_BATCHES = 0, 2, 3
+_MESSAGE_VERSION, _MESSAGE_HEADER, _MESSAGE_METADATA = 0, 2, 4
+_RECORD_BATCH_COMPRESSION = 3
+_V5 = 4
+"""Arrow's metadata version since 2020 (1.0), as its enumeration counts."""
+_MAGIC_BYTES = 8
+"""In front of the first message: the magic word, padded."""
 _BLOCK_BYTES = 24
 TRAILER_BYTES = 10
 """Behind the footer: its length and the magic word."""
@@ -54,7 +61,9 @@ def open_arrow_buffer(data: pa.Buffer, *, where: str) -> pa.RecordBatchFileReade
     try:
         reader = pa.ipc.open_file(data)  # verifies the footer
         if _has_compression_or_dictionaries(memoryview(data)):
-            raise CorruptCacheError(f"{where}: has compressed buffers or dictionaries, which no file of a cache has")
+            raise CorruptCacheError(
+                f"{where}: has compressed buffers or dictionaries, or another metadata version than V5, as no file of a cache"
+            )
     except (pa.ArrowException, OSError, struct.error) as error:
         raise CorruptCacheError(f"{where}: cannot be read as an Arrow file: {error}") from error
     return reader
@@ -68,21 +77,35 @@ def footer_bytes(data: memoryview) -> int:
     return num_bytes
 
 
-def record_batch_places(data: memoryview) -> list[RecordBatchPlace] | None:
-    """From a file's last bytes, the footer among them: where its record batches are; None where there are dictionaries.
+def record_batch_places(data: memoryview, file_bytes: int) -> list[RecordBatchPlace] | None:
+    """Where a file's record batches are, from its last bytes, the footer among them; None where there are dictionaries.
+
+    Args:
+        data: the end of the file.
+        file_bytes: of the whole file.
 
     Raises:
-        struct.error: no Arrow footer.
+        struct.error: no Arrow footer of metadata version V5, or record batches that do not lie one after another in the file.
     """
     footer = data[len(data) - TRAILER_BYTES - footer_bytes(data) : len(data) - TRAILER_BYTES]
     root = _follow(footer, 0)
+    if not _is_v5(footer, _field(footer, root, _FOOTER_VERSION)):
+        raise struct.error("a footer of another metadata version than V5")
     if _blocks(footer, _field(footer, root, _FOOTER_DICTIONARIES)):
         return None
-    return _blocks(footer, _field(footer, root, _FOOTER_RECORD_BATCHES))
+    places = _blocks(footer, _field(footer, root, _FOOTER_RECORD_BATCHES))
+    end = _MAGIC_BYTES
+    for place in places:
+        if place.offset < end:
+            raise struct.error("record batches that overlap, are named twice, or do not stand in the file's order")
+        end = place.stop
+    if end > max(file_bytes - TRAILER_BYTES - len(footer), _MAGIC_BYTES):
+        raise struct.error("a record batch that ends behind its file's data")
+    return places
 
 
 def _has_compression_or_dictionaries(data: memoryview) -> bool:
-    places = record_batch_places(data)
+    places = record_batch_places(data, len(data))
     return places is None or any(is_compressed(data[place.offset :]) for place in places)
 
 
@@ -101,11 +124,19 @@ def _blocks(footer: memoryview, field: int | None) -> list[RecordBatchPlace]:
 
 
 def is_compressed(message: memoryview) -> bool:
-    """Whether a record batch's message says that its buffers are compressed."""
+    """Whether a record batch's message says that its buffers are compressed, or may be: in another metadata version than V5, or
+    with keys of its own, which no file of a cache has."""
     (marker,) = struct.unpack_from("<I", message, 0)
     metadata = message[8 if marker == 0xFFFFFFFF else 4 :]
-    header = _field(metadata, _follow(metadata, 0), _MESSAGE_HEADER)
+    root = _follow(metadata, 0)
+    if not _is_v5(metadata, _field(metadata, root, _MESSAGE_VERSION)) or _field(metadata, root, _MESSAGE_METADATA) is not None:
+        return True
+    header = _field(metadata, root, _MESSAGE_HEADER)
     return header is not None and _field(metadata, _follow(metadata, header), _RECORD_BATCH_COMPRESSION) is not None
+
+
+def _is_v5(data: memoryview, field: int | None) -> bool:
+    return field is not None and struct.unpack_from("<h", data, field) == (_V5,)
 
 
 def _follow(data: memoryview, place: int) -> int:

@@ -8,12 +8,13 @@ Shape letters: S sequences of a record batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.codec.archive_model import MOST_ENTRIES_PER_BYTE
 from kdcache.codec.base import ids_fit
 from kdcache.format.record import FINISHES, ROLES
 from kdcache.format.schema import FINISH_FIELD
@@ -49,6 +50,35 @@ def all_sound(views: Mapping[str, ColumnView], num_positions_S: NDArray[np.int64
         and (fixed is not None or views["num_entries"].valid_S is None)
         and (fixed is None or views["num_entries"].values.max(initial=0) <= fixed)
     )
+
+
+def entries_fit(
+    views: Mapping[str, ColumnView],
+    codec_names: Sequence[str],
+    num_positions_S: NDArray[np.int64],
+    most: tuple[int | None, int],
+) -> NDArray[np.bool_]:
+    """(S,) whether each row's bytes can hold the entries that it claims: no array is made for more.
+
+    Args:
+        views: of the columns.
+        codec_names: the columns that hold entries.
+        num_positions_S: as above.
+        most: entries of every position by the selection, or None; and the ids that there are.
+    """
+    fixed, vocab_size = most
+    view = views["num_entries"]
+    sums = np.append(0, np.cumsum(view.values, dtype=np.int64))
+    num_entries_S = sums[view.offsets_S1[1:]] - sums[view.offsets_S1[:-1]]
+    fits_S = np.ones(len(num_positions_S), np.bool_)
+    if fixed is not None and view.valid_S is not None:
+        # As float64: k x positions may leave int64.
+        num_entries_S = np.where(view.valid_S, num_entries_S, num_positions_S * float(fixed))
+        fits_S = view.valid_S | (fixed <= vocab_size) | (num_positions_S == 0)
+    num_bytes_S = np.zeros(len(num_positions_S), np.int64)
+    for name in codec_names:
+        num_bytes_S += np.asarray(views[name].lengths_S, np.int64) * views[name].values.itemsize
+    return fits_S & (num_entries_S <= MOST_ENTRIES_PER_BYTE * num_bytes_S)
 
 
 def _null_or(view: ColumnView, lengths_S: NDArray[Any]) -> bool:

@@ -32,7 +32,7 @@ from kdcache.format.schema import (
 )
 from kdcache.format.selection import fixed_entries
 from kdcache.store.column_view import RowValues, column_view
-from kdcache.store.row_checks import all_sound, num_positions
+from kdcache.store.row_checks import all_sound, entries_fit, num_positions
 from kdcache.store.row_table import NUM_POSITIONS, NUM_TOKENS, ROW_DIGEST, row_table
 
 _SMALL_BYTES = 4096
@@ -172,9 +172,12 @@ class BatchReader:
         num_positions_S = num_positions(self.views["supervised"])
         self.num_positions: list[int] = num_positions_S.tolist()
         self.num_tokens: list[int] = self.views["input_ids"].lengths_S.tolist()
-        self._is_sound = all_sound(self.views, num_positions_S, self._vocab_size, self._fixed)
+        self._entries_fit_S = entries_fit(self.views, self.codec_names, num_positions_S, (self._fixed, self._vocab_size))
+        self._is_sound = bool(self._entries_fit_S.all()) and all_sound(
+            self.views, num_positions_S, self._vocab_size, self._fixed
+        )
         # One array for all rows.
-        most = max(self.num_positions, default=0) + 1 if self._fixed is not None else 0
+        most = max(self.num_positions, default=0) + 1 if self._fixed is not None and self._entries_fit_S.any() else 0
         self._fixed_offsets = np.arange(most, dtype=np.int64) * (self._fixed or 0)
         self._fixed_offsets.flags.writeable = False
         self._tables: list[NDArray[np.int64] | None] = []
@@ -220,7 +223,9 @@ class BatchReader:
     def most_entries(self, row: int) -> int:
         """Of any position of a row, as it says."""
         num_entries_P = self.views["num_entries"][row]
-        return (self._fixed or 0) if num_entries_P is None else int(num_entries_P.max(initial=0))
+        if num_entries_P is None:
+            return (self._fixed or 0) if self.num_positions[row] else 0
+        return int(num_entries_P.max(initial=0))
 
     @property
     def fixed(self) -> int | None:
@@ -251,6 +256,8 @@ class BatchReader:
         try:
             self.sequence(row)
             self.entry_offsets(row)
+            if not self._entries_fit_S[row]:
+                raise CorruptCacheError("claims more entries than its bytes can hold, or than there are ids")
         except KdcacheError as error:
             raise CorruptCacheError(f"{self.where(row)}: {error}") from error
 

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from memory_reader import STRIDE, assert_same, make_record
 
 from kdcache.config.loader import MaskConfig
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import CorruptCacheError, StorageError
+from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import PADDING_ID, SequenceRecord
 from kdcache.loader.assemble import BatchLayout, EntryColumns, assemble, assemble_reference
 from kdcache.loader.batch import IGNORED_LABEL, Batch, stack_batches
+from kdcache.loader.buffers import BufferPool
 
 ROWS = st.lists(st.lists(st.integers(1, 6), max_size=4), min_size=1, max_size=4)
 MASKS = st.sampled_from(["all", "none", "random"])
@@ -150,3 +152,16 @@ def test_records_that_do_not_fit_are_refused_naming_their_source() -> None:
         assemble([record], BatchLayout((1,), seq_len=8, columns=EntryColumns(2)))
     with pytest.raises(CorruptCacheError, match="memory#0: 0 distributions for 5 supervised"):
         assemble([SequenceRecord(record.sequence, masked.distributions)], BatchLayout((1,), seq_len=8, columns=EntryColumns(3)))
+
+
+def test_the_width_of_a_batch_follows_what_there_is_and_not_what_a_selection_claims():
+    def width(k: int, vocab_size: int) -> int | None:
+        return EntryColumns.of([SelectionInfo(kind="top_k", params={"k": k})], vocab_size).num_columns
+
+    assert (width(5, 97), width(98, 97), width(2**31, 97)) == (5, 97, 97)
+    assert width(2**31, 2**31) is None  # as wide as the widest position
+
+
+def test_a_batch_beyond_the_machine_s_memory_is_said_in_words():
+    with pytest.raises(StorageError, match=r"a batch takes \d+\.\d GiB, which this machine does not have"):
+        BufferPool(1).take((2**40, 2**20), np.int32)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from kdcache.format import paths
 from kdcache.format.schema import DIGEST, INDEX_SCHEMA, METADATA_KEY, row_digest
+from kdcache.store.arrow_file import record_batch_places
 from kdcache.store.column_view import column_view
 
 Fields = dict[str, Any]
@@ -139,6 +141,37 @@ def compress_index(cache: Path) -> None:
     zeros = [pa.array([bytes(16)] * 10**6, pa.binary(16)), *[pa.array(np.zeros(10**6, np.uint32))] * 5]
     batch = pa.RecordBatch.from_arrays(zeros, schema=INDEX_SCHEMA)
     replace_index(cache, file_bytes([batch], INDEX_SCHEMA, compression="zstd"))
+
+
+def older_arrow(cache: Path) -> None:
+    """Arrow's metadata version V4, in which a key beside a message may say that its buffers are compressed."""
+    batches = shard_batches(cache)
+    replace_shard(cache, file_bytes(batches, batches[0].schema, metadata_version=pa.ipc.MetadataVersion.V4))
+
+
+def with_keys_beside(cache: Path) -> None:
+    """A record batch that carries keys of its own."""
+    batches, sink = shard_batches(cache), pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch, custom_metadata={"ARROW:experimental_compression": "ZSTD"})
+    replace_shard(cache, sink.getvalue().to_pybytes())
+
+
+def repeat_a_batch(data: bytes) -> bytes:
+    """The footer names the first record batch where it named the second."""
+    places = record_batch_places(memoryview(data), len(data))
+    assert places is not None
+    first, second = (struct.pack("<qi4xq", *place) for place in places[:2])
+    at = data.rindex(second)
+    return data[:at] + first + data[at + len(second) :]
+
+
+def repeat_in_index(cache: Path) -> None:
+    """An index of three rows in two record batches of which the second is the first again."""
+    name = json.loads(manifest_path(cache).read_bytes())["index"]["name"]
+    table = pa.ipc.open_file((cache / name).read_bytes()).read_all().combine_chunks()
+    replace_index(cache, repeat_a_batch(file_bytes(table.to_batches(max_chunksize=2), INDEX_SCHEMA)))
 
 
 def unsigned_row(cache: Path) -> None:

@@ -87,6 +87,15 @@ REFUSALS = {
     "an empty shard": corrupt(lambda c: hostile.replace_shard(c, b""), "000000-", "cannot be read as an Arrow file"),
     "compressed buffers": corrupt(hostile.compress, "000000-", "compressed"),
     "a compressed index": corrupt(hostile.compress_index, "index/", "compressed"),
+    "an older version of Arrow's metadata": corrupt(hostile.older_arrow, "000000-", "another metadata version than V5"),
+    "keys beside a record batch": corrupt(hostile.with_keys_beside, "000000-", "compressed"),
+    "a record batch that is named twice": corrupt(
+        lambda c: hostile.replace_shard(c, hostile.repeat_a_batch(hostile.shard_path(c).read_bytes())), "000000-", "overlap"
+    ),
+    "an index whose record batches are named twice": corrupt(hostile.repeat_in_index, "index/", "overlap"),
+    "more entries by the selection than there are ids": corrupt(
+        hostile.replaced_selection({"kind": "top_k", "params": {"k": 2**31}}), "record batch 0, row 0", "claims more entries"
+    ),
     "a path out of the cache": corrupt(
         edit_manifest(lambda f: f["shards"][0].update(name="../../etc/passwd")), "000001.json", "'../../etc/passwd'"
     ),
