@@ -16,7 +16,9 @@ TABLE = "evaluation.md"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--teacher", required=True, metavar="DIR", help="the teacher: a folder or a hub id")
-    parser.add_argument("--data", required=True, metavar="FILE", help="held-out JSON lines with `text` or `input_ids`")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="held-out JSON lines, Parquet or Arrow: `text` or `input_ids`"
+    )
     parser.add_argument(
         "--student",
         dest="students",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdcache.errors import InputError
-from kdcache.inputs.left_out import LeftOut
+from kdcache.inputs.left_out import LeftOut, shown_name
 
 _COMPRESSED = ("", ".gz", ".zst")
 ENDINGS = {
@@ -45,13 +45,18 @@ def find_files(paths: Iterable[str], input_format: str) -> FoundFiles:
     found: set[str] = set()
     for path in paths:
         here = LeftOut()
-        matches = _matches(path, ENDINGS[input_format], here)
+        try:
+            matches = _matches(path, ENDINGS[input_format], here)
+        except OSError as error:  # a name that is too long, a folder on the way that may not be looked into
+            raise InputError(f"{path:.200}: cannot be looked for: {error.strerror}") from error
         if not matches:
             raise InputError(_nothing(path, input_format, here))
         found.update(matches)
         _take(here, left_out)
     files: dict[str, str] = {}
     for path in sorted(found):
+        if path.encode(errors="replace").decode() != path:
+            raise InputError(f"{shown_name(path)}: the file's name is not UTF-8, and the cache would hold it; rename it")
         if files.setdefault(_real(path), path) != path:
             left_out.add("other names of files that are read", [path])
     return FoundFiles(list(files.values()), left_out)
@@ -62,7 +67,7 @@ def _matches(path: str, endings: tuple[str, ...], left_out: LeftOut) -> list[str
     if named.is_file():
         return [named.as_posix()]
     if named.is_dir():
-        return list(_search(path, endings, left_out))
+        return list(_search(named.as_posix(), endings, left_out))
     return list(_match_pattern(path, left_out))
 
 

@@ -130,7 +130,7 @@ class _Objects:
     def _object(self, at: int, where: str) -> tuple[int, int]:
         if self._data[at : at + 1] != b"{":
             shown = self._data[at : at + 40].decode("utf-8", "replace").split("\n")[0]
-            raise InputError(f"{where}: not JSON objects in a row: expected '{{' here, found {shown!r}")
+            raise InputError(f"{where}: expected a JSON object, which starts with '{{', and found {shown!r}")
         scan = _end_of_object(self._data, at)
         while not scan.end:
             if len(self._data) - at > MAX_ITEM_BYTES:

@@ -9,6 +9,11 @@ MOST_NAMES = 5
 """Of one reason that are kept; the others are counted."""
 
 
+def shown_name(name: str) -> str:
+    """A file's name as it can be printed, also where it is not UTF-8 or holds a line break."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+
+
 @dataclass
 class LeftOut:
     """Files, folders and links that are not read.
@@ -27,7 +32,7 @@ class LeftOut:
             self.counts[reason] = self.counts.get(reason, 0) + 1
             kept = self.names.setdefault(reason, [])
             if len(kept) < MOST_NAMES:
-                kept.append(name)
+                kept.append(shown_name(name))
 
     def __bool__(self) -> bool:
         return bool(self.counts)

@@ -127,4 +127,5 @@ def _bucket(uri: str) -> str:
 
 
 def _shown(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 200 else f"{text[:197]}...") or type(error).__name__

@@ -53,7 +53,8 @@ def read_heldout(
         InputError: an unreadable file or line (named), or a file without two tokens to predict.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path}: held-out data cannot be read: there is no such file")
+        there = "it is a folder; name one of its files" if Path(path).is_dir() else "there is no such file"
+        raise InputError(f"{path}: held-out data cannot be read: {there}")
     size = min(window, max_tokens) if max_tokens is not None else window
     pieces = [
         (number, ids[start : start + size])

@@ -87,6 +87,17 @@ def test_files_after_the_limit_are_named(tmp_path):
     assert reader.left_out.counts == {"files after input.limit was reached": 2}
 
 
+def test_odd_names_are_sentences_and_no_tracebacks(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xff.md", "w"):
+        (tmp_path / "a.jsonl").write_text(line("a"))
+    assert str(find_files([str(tmp_path)], "jsonl").left_out).endswith(r"/\udcff.md)")
+    with pytest.raises(InputError, match=r"\\udcff\.md: the file's name is not UTF-8.*rename it"):
+        find_files([f"{tmp_path}/*"], "jsonl")
+    for path, sentence in (("x" * 5000, "cannot be looked for: File name too long"), ("a\0b", "no such file or folder")):
+        with pytest.raises(InputError, match=sentence):
+            find_files([path], "jsonl")
+
+
 def test_the_names_are_bounded():
     left_out = LeftOut()
     left_out.add("hidden files", map(str, range(1000)))
