@@ -30,8 +30,8 @@ class StudentConfig(Config, frozen=True, kw_only=True):
         init: `random` builds new weights from the configuration; `pretrained` loads those of `config_from`.
         overrides: fields of that configuration to change, as in {hidden_size: 128}; none with `pretrained`.
         tokenizer: folder or hub id of the student's tokenizer; null for `config_from`. Its fingerprint must be the cache's.
-        attention: transformers' name of the attention: `sdpa`, or `eager` for models that have no other (gpt-oss), and for
-            those whose attention does what sdpa leaves out (soft caps).
+        attention: transformers' name of the attention; `auto` is sdpa where the model has it and it does all that the
+            configuration asks, and eager elsewhere (no sdpa in gpt-oss, a soft cap that sdpa leaves out in Gemma 2).
         accept_tokenizer_mismatch: train although the fingerprints differ. For tokenizers known to give the same ids.
     """
 
@@ -40,7 +40,7 @@ class StudentConfig(Config, frozen=True, kw_only=True):
     init: Literal["random", "pretrained"] = "random"
     overrides: dict[str, Scalar | list[Scalar]] = msgspec.field(default_factory=dict)
     tokenizer: str | None = None
-    attention: str = "sdpa"
+    attention: str = "auto"
     accept_tokenizer_mismatch: bool = False
 
     def __post_init__(self) -> None:

@@ -59,13 +59,13 @@ def attention_gap(model: Any) -> AttentionGap:
         return AttentionGap(_run(_layers_gap, model), _run(_whole_gap, model))
 
 
-def must_be_eager(model: Any, *, named: bool, field: str) -> bool:
+def must_be_eager(model: Any, *, named: bool, field: str | None) -> bool:
     """Whether the model has to run with eager attention, because the one it was loaded with leaves out what the config asks.
 
     Args:
         model: as it was loaded.
         named: whether the user named the implementation.
-        field: the config field that does, for messages.
+        field: the config field that does, for messages; None where there is none.
 
     Raises:
         ConfigError: the user named one that leaves something out; or nobody named one, and which is right cannot be told.
@@ -82,8 +82,8 @@ def must_be_eager(model: Any, *, named: bool, field: str) -> bool:
             kind, name, 100 * gap.layers,
         )  # fmt: skip
         return True
-    if gap.whole and named:
-        log.warning("%s: %s and eager attention differ (%.2g of the last states); %s has it so", kind, name, gap.whole, field)
+    if gap.whole and (named or field is None):
+        log.warning("%s: %s and eager attention differ (%.2g of the last states); it runs with %s", kind, name, gap.whole, name)
     elif gap.whole:
         raise ConfigError(
             f"{kind} gives other numbers with {name!r} attention than with 'eager' ({gap.whole:.1%} of its last states in the "
@@ -151,13 +151,13 @@ def _gap(
 def _whole_gap(model: Any) -> float:
     """Of the model's last hidden state, in its own precision."""
     ids_1T = _ids(model)
-    own = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
+    own = _last(model, ids_1T)
     if model._can_set_attn_implementation():
         with _attention(model, EAGER):
-            eager = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
+            eager = _last(model, ids_1T)
     else:
-        eager = _twin(model).base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
-    again = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
+        eager = _last(_twin(model), ids_1T)
+    again = _last(model, ids_1T)
     gap = _mean_share(own, eager)
     # A model that is never the same twice is refused elsewhere, and not for its attention.
     if _mean_share(own, again) > gap / 10:
@@ -165,6 +165,13 @@ def _whole_gap(model: Any) -> float:
     # Two ways of rounding, layer after layer.
     explained = 16 * torch.finfo(own.dtype).eps * math.sqrt(model.config.get_text_config().num_hidden_layers)
     return gap if gap > max(_TOLERANCE, explained) else 0.0
+
+
+def _last(model: Any, ids_1T: Tensor) -> Tensor:
+    """The last states, or the logits of a model whose body is not found."""
+    output = model.base_model(input_ids=ids_1T, use_cache=False)
+    found = getattr(output, "last_hidden_state", None)
+    return output.logits if found is None else found
 
 
 def _twin(model: Any) -> PreTrainedModel:

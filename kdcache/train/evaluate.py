@@ -19,7 +19,7 @@ from kdcache.train.compare import compare_models
 from kdcache.train.heldout import HeldoutSequence, read_heldout
 from kdcache.train.run_folder import MODEL, RUN, read_metrics
 from kdcache.train.scores import TEACHER, common_vocabulary, score_models
-from kdcache.train.student import AttentionError, load_model
+from kdcache.train.student import load_model, with_attention
 
 RESULTS = "results.json"
 
@@ -119,10 +119,11 @@ def _model_folder(path: Path) -> Path:
 
 def _loaded(name: str, field_name: str) -> PreTrainedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model = load_model(name, field=field_name, dtype=torch.float32, attn_implementation="sdpa")
-    except AttentionError:
-        model = load_model(name, field=field_name, dtype=torch.float32, attn_implementation="eager")
+
+    def load(attention: str) -> PreTrainedModel:
+        return load_model(name, field=field_name, dtype=torch.float32, attn_implementation=attention)
+
+    model = with_attention(load, "auto", field=None)
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]
 
 

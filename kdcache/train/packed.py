@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kdcache.errors import ConfigError
 from kdcache.loss.chunks import Head
+from kdcache.teacher._hf_rotary import mend_rotary
 from kdcache.train.body import hidden_states, output_projection, positions, text_config, vocab_size
 from kdcache.train.finite import not_finite_weight
 
@@ -61,9 +62,22 @@ def _has_head(model: PreTrainedModel, head: Head, times: float) -> bool:
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
     """Whether a packed document's hidden states are those it has alone."""
     ids_1T = _probe_ids(model)
-    positions_1T = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]], device=ids_1T.device)
+    last = getattr(text_config(model), "max_position_embeddings", None) or 2**15
+    # The other document stands far out, where a long one ends.
+    positions_1T = torch.tensor([[*(max(last - 5, 0) + i for i in range(5)), 0, 1, 2]], device=ids_1T.device)
     packed = hidden_states(model, ids_1T, positions_1T)[:, 5:]
     return _close(packed, hidden_states(model, ids_1T[:, 5:], positions_1T[:, 5:]))
+
+
+@torch.no_grad()
+def ignores_batch_mates(model: PreTrainedModel) -> bool:
+    """Whether hidden states are the same beside another row, and in a packed row beside a document, that is far longer."""
+    ids_1T = _probe_ids(model)
+    most = getattr(text_config(model), "max_position_embeddings", None) or 2**15
+    near_1T = torch.arange(8, device=ids_1T.device)[None]
+    alone = hidden_states(model, ids_1T, near_1T)
+    rows = hidden_states(model, torch.cat([ids_1T, ids_1T.flip(1)]), torch.cat([near_1T, near_1T + max(most - 8, 0)]))
+    return _close(rows[:1], alone)
 
 
 @torch.no_grad()
@@ -76,7 +90,7 @@ def ignores_what_follows(model: PreTrainedModel) -> bool:
 
 
 def check_architecture(model: PreTrainedModel, *, is_packed: bool = True) -> None:
-    """Refuse a model for which the trainer would silently compute something else; costs six forwards of eight tokens.
+    """Refuse a model for which the trainer would silently compute something else; costs about ten forwards of eight tokens.
 
     Args:
         model: the student.
@@ -88,6 +102,7 @@ def check_architecture(model: PreTrainedModel, *, is_packed: bool = True) -> Non
     """
     was_training = model.training
     model.eval()
+    mend_rotary(model)
     name = type(model).__name__
     weight = not_finite_weight(model)
     if weight is not None:
@@ -107,6 +122,11 @@ def _check_documents(model: PreTrainedModel, name: str, is_packed: bool) -> None
         raise ConfigError(
             f"student.config_from: {name} lets packed documents see each other; set loader.packing to none, one document in "
             "each row"
+        )
+    if not ignores_batch_mates(model):
+        raise ConfigError(
+            f"student.config_from: {name} says something else of a text when another row is in the batch (it takes statistics "
+            "or factors from it); this trainer cannot train it"
         )
     if not ignores_what_follows(model):
         raise ConfigError(f"student.config_from: {name} reads what follows a token; expected a causal language model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from kdcache.config.train import StudentConfig
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.format.manifest import Identity
 from kdcache.teacher import load_tokenizer
+from kdcache.teacher._hf_attention import must_be_eager, use_eager
 from kdcache.teacher._hf_class import class_of_checkpoint, language_model_class
+from kdcache.teacher._hf_rotary import mend_rotary
 from kdcache.teacher.checkpoint import check_model_name
 from kdcache.train.body import text_config, vocab_size
 from kdcache.train.digests import DIGESTS, find_damage
@@ -36,8 +38,37 @@ def build_student(config: StudentConfig, *, seed: int) -> PreTrainedModel:
     Raises:
         ConfigError: the configuration or weights do not load, or an override is unknown or impossible.
     """
+    return with_attention(lambda attention: _built(config, seed, attention), config.attention, field="student.attention")
+
+
+def with_attention(load: Callable[[str], PreTrainedModel], asked: str, *, field: str | None) -> PreTrainedModel:
+    """A model with an attention that does what its configuration asks, and each text's own rotary factors.
+
+    Args:
+        load: the model with the attention of this name.
+        asked: that name, or `auto`.
+        field: that asks, for messages; None where nothing can be asked for.
+
+    Raises:
+        ConfigError: it does not load, or what is asked for leaves something out.
+    """
+    try:
+        model = load("sdpa" if asked == "auto" else asked)
+    except AttentionError:
+        if asked != "auto":
+            raise
+        model = load("eager")
+    was_training = model.training
+    model.eval()
+    if must_be_eager(model, named=asked != "auto", field=field) and not use_eager(model):
+        model = load("eager")
+    mend_rotary(model.eval())
+    return model.train(was_training)
+
+
+def _built(config: StudentConfig, seed: int, attention: str) -> PreTrainedModel:
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attention}
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
     if config.init == "pretrained":
         return load_model(config.config_from, revision=config.revision, field="student.config_from", **options)
     model_config = _student_config(config)

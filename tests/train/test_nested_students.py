@@ -124,8 +124,7 @@ def test_a_student_without_sdpa_or_packing_trains_as_the_advice_says(
         train(run_config(small_cache, tiny_model_dir, tmp_path / "run", **changes), show_progress=False)
 
     with pytest.raises(ConfigError, match=r"student.attention asks for; set it to eager"):
-        run(student)
-    student["attention"] = "eager"
+        run(student | {"attention": "sdpa"})
     with pytest.raises(ConfigError, match=r"set loader.packing to none"):
         run(student)
     run(student, packing="none")

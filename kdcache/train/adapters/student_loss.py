@@ -8,6 +8,7 @@ whole. It is, with its output projection exchanged for the time of the call for 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,12 +21,15 @@ from kdcache.errors import ConfigError, NotFiniteError
 from kdcache.loader._torch import TorchBatch
 from kdcache.loader.loader import Loader
 from kdcache.loss.global_mean import global_mean_scale
+from kdcache.teacher._hf_attention import attention_gap, attention_of
 from kdcache.train.body import output_projection, positions
 from kdcache.train.entries import entry_meaning
 from kdcache.train.finite import not_finite_weight, shown_sources
 from kdcache.train.packed import check_architecture, logits_head
 from kdcache.train.row_loss import RowLoss
 from kdcache.train.student import check_vocabulary
+
+log = logging.getLogger(__name__)
 
 _SHRUNK = 2.0**-40
 
@@ -56,6 +60,7 @@ class StudentLoss:
     ) -> None:
         plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
         check_architecture(plain, is_packed=loader.options.packing != "none")
+        _warn_of_attention(plain)
         self._plain = plain
         self.head = output_projection(plain)
         identity = loader.readers[0].manifest.identity
@@ -118,6 +123,19 @@ class StudentLoss:
         """For all batches of one optimiser step: what makes their losses add up, and average over ranks, to the mean over all
         positions of all ranks. A collective, see `global_mean_scale`."""
         return global_mean_scale(self.weights(batches))
+
+
+def _warn_of_attention(model: Any) -> None:
+    """The model is the caller's, who may know what was left out: it is said, and not changed."""
+    was_training = model.training
+    gap, name = attention_gap(model.eval()), attention_of(model)
+    model.train(was_training)
+    if gap.layers:
+        log.warning(
+            "the student's %s attention leaves out what its configuration asks (its output is up to %.0f%% of the most off); "
+            "load it with attn_implementation='eager'",
+            name, 100 * gap.layers,
+        )  # fmt: skip
 
 
 @contextmanager
