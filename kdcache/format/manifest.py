@@ -240,7 +240,9 @@ def manifest_from_json(data: bytes, *, where: str) -> Manifest:
     if units != sorted(set(units)):
         raise CorruptCacheError(f"{where}: the shards are not in the order of their units, one each")
     index = manifest.index
-    if index is not None and not (paths.is_index_name(index.name) and index.name == paths.index_name(index.sha256)):
+    if index is not None and not (
+        paths.is_sha256(index.sha256) and paths.is_index_name(index.name) and index.name == paths.index_name(index.sha256)
+    ):
         raise CorruptCacheError(f"{where}: {index.name!r} is not the name of an index with SHA-256 {index.sha256!r}")
     msgspec.structs.force_setattr(manifest, "digest", digest)
     return manifest
@@ -293,8 +295,12 @@ def _convert(fields: dict[str, Any], kind: type[_T], where: str) -> _T:
 
 
 def _check_shard_name(shard: ShardInfo, where: str) -> None:
-    # The pattern first: it is what keeps a name inside the cache's directory.
-    if not paths.is_shard_name(shard.name) or shard.name != paths.shard_name(shard.unit, shard.sha256):
+    # The patterns first: they are what keeps a name inside the cache's directory.
+    if (
+        not paths.is_sha256(shard.sha256)
+        or not paths.is_shard_name(shard.name)
+        or shard.name != paths.shard_name(shard.unit, shard.sha256)
+    ):
         raise CorruptCacheError(
             f"{where}: {shard.name!r} is not the name of a shard of unit {shard.unit} with SHA-256 {shard.sha256!r}"
         )

@@ -17,6 +17,7 @@ DATA, JOURNAL, MANIFESTS, INDEX, TMP = "data", "journal", "manifests", "index", 
 DIRECTORIES = (DATA, JOURNAL, MANIFESTS, INDEX, TMP)
 FAILED = "failed"
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARD = re.compile(r"data/[0-9]{6,}-[0-9a-f]{16}\.arrow")
 _INDEX = re.compile(r"index/[0-9a-f]{16}\.arrow")
 _MANIFEST = re.compile(r"([0-9]{6,})\.json")
@@ -73,6 +74,11 @@ def is_own_name(name: str) -> bool:
         directory == FAILED and parse_failed_name(base_name) is not None
     )
     return is_shard_name(name) or is_index_name(name) or is_record
+
+
+def is_sha256(text: str) -> bool:
+    """Whether a text is a SHA-256, whole, in lower-case hex digits."""
+    return _SHA256.fullmatch(text) is not None
 
 
 def is_shard_name(name: str) -> bool:

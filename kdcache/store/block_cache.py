@@ -1,9 +1,9 @@
 """Record batches of remote shards, kept on this machine: in memory, or in a folder that any number of processes share.
 
-A block's key names its content (the shard's SHA-256 and the number of the record batch), so that a block is right whatever
-cache, snapshot or process put it there. A folder holds one file per block and nothing else: no index that a crash could leave
-wrong, no lock that it could leave held. A file appears by a rename, carries a checksum that is looked at on each reading, and
-may vanish at any time, which is a miss.
+A block's key names where it was read from (the shard's address and SHA-256, and the number of the record batch), so that a
+block is right whatever snapshot or process put it there, and is never taken for another cache's. A folder holds one file per
+block and nothing else: no index that a crash could leave wrong, no lock that it could leave held. A file appears by a rename,
+carries a checksum that is looked at on each reading, and may vanish at any time, which is a miss.
 """
 
 from __future__ import annotations

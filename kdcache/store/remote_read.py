@@ -40,6 +40,7 @@ class RemoteShards:
     def __init__(self, root: RemotePath, shards: dict[int, ShardInfo]) -> None:
         self.root, self._shards = root, shards
         self.blocks = open_blocks(root.config)
+        self._address = address_of(root)
         self._layouts: dict[int, Layout] = {}
         self._renew()
 
@@ -172,10 +173,17 @@ class RemoteShards:
         return self.root / self._shards[unit].name
 
     def _key(self, unit: int, number: int) -> str:
-        return f"{self._shards[unit].sha256}-{number}"
+        return f"{self._origin(unit)}-{number}"
 
     def _footer_key(self, unit: int) -> str:
-        return f"{self._shards[unit].sha256}-footer"
+        return f"{self._origin(unit)}-footer"
+
+    def _origin(self, unit: int) -> str:
+        """Names what a block was read from, in 64 hex digits. The address is part of it: a manifest only claims its shards'
+        SHA-256, which nobody can check of a part, so that a cache elsewhere could put blocks in this one's place."""
+        shard = self._shards[unit]
+        parts = (self._address, shard.name, shard.sha256, str(shard.num_bytes))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 class RemoteFile:
@@ -225,6 +233,14 @@ def read_content(path: RemotePath, sha256: str) -> pa.Buffer:
             put = blocks.put(key, data)
             return blocks.get(key) or put  # mapped, so that it is no memory of this process
     raise CorruptCacheError(f"{path}: its SHA-256 is not the one in the manifest; the index is damaged")
+
+
+def address_of(path: RemotePath) -> str:
+    """The URI, and the server behind it where that is not the usual one."""
+    options = path.config.options
+    client = options.get("client_kwargs")
+    named = options.get("endpoint_url") or (client.get("endpoint_url") if isinstance(client, dict) else None)
+    return f"{path.uri} {named or os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL') or ''}"
 
 
 def open_blocks(config: RemoteConfig) -> Blocks:

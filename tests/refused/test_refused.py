@@ -99,6 +99,14 @@ REFUSALS = {
     "a path out of the cache": corrupt(
         edit_manifest(lambda f: f["shards"][0].update(name="../../etc/passwd")), "000001.json", "'../../etc/passwd'"
     ),
+    "half a SHA-256": corrupt(
+        edit_manifest(lambda f: f["shards"][0].update(sha256=f["shards"][0]["sha256"][:16] + "/../../../x")),
+        "000001.json",
+        "SHA",
+    ),
+    "half a SHA-256 of the index": corrupt(
+        edit_manifest(lambda f: f["index"].update(sha256=f["index"]["sha256"][:16] + "\0")), "000001.json", "SHA"
+    ),
     "a manifest edited by hand": corrupt(
         lambda c: hostile.manifest_path(c).write_text(hostile.manifest_path(c).read_text().replace('"k": 5', '"k": 6')),
         "000001.json",

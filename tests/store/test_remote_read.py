@@ -6,11 +6,13 @@ import itertools
 import multiprocessing
 import pickle
 import random
+import shutil
 import threading
 
+import hostile
 import numpy as np
 import pytest
-from cache_making import assert_same_record, make_cache, make_unit
+from cache_making import assert_same_record, make_cache, make_record, make_unit
 from fault_proxy import FaultProxy, Request
 
 from kdcache.config.remote import RemoteConfig
@@ -294,3 +296,21 @@ def test_compressed_buffers_in_a_store_are_refused_before_anything_is_allocated_
         parse_record_batch(pa.py_buffer(block), layout.schema)
     with pytest.raises(CorruptCacheError, match="compressed buffers"):
         open_columns(path, num_bytes, ["key"])
+
+
+def test_a_cache_that_claims_another_s_shards_puts_no_blocks_in_their_place(tmp_path):
+    """A manifest's SHA-256 of a shard is a claim that no reader of parts can check."""
+    sound = make_cache(tmp_path / "sound", units=[[make_record(0)]])
+    lying = shutil.copytree(sound, tmp_path / "lying")
+    (name,) = [path.relative_to(sound) for path in (sound / "data").iterdir()]
+    claims = (sound / "manifests/000001.json").read_bytes()
+    (before,) = [record.distributions.logprobs_E for record in open_cache(sound)]
+    hostile.edit_rows(lying, hostile.set_list("logprobs", (before - 1).tolist()))
+    hostile.shard_path(lying).rename(lying / name)
+    (lying / "manifests/000001.json").write_bytes(claims)
+    uris = [copy_to_store(folder, f"memory://claims/{folder.name}") for folder in (lying, sound)]
+    config = RemoteConfig(block_dir=str(tmp_path / "blocks"), block_bytes=2**20)
+    with open_cache(uris[0], remote=config) as first, open_cache(uris[1], remote=config) as second:
+        np.testing.assert_array_equal(first[0].distributions.logprobs_E, before - 1)  # it reads, as its rows are signed
+        np.testing.assert_array_equal(second[0].distributions.logprobs_E, before)
+        assert first.snapshot == second.snapshot
