@@ -36,7 +36,9 @@ def translated(error: Exception, uri: str, *, is_put: bool = False) -> Exception
     causes = _causes(error)
     codes = {_code(cause) for cause in causes}
     status = http_status(error)
-    if "NoSuchBucket" in codes or (is_put and isinstance(error, FileNotFoundError)):
+    # A put finds nothing missing but its bucket; a missing local file has a name of its own.
+    is_missing_bucket = is_put and isinstance(error, FileNotFoundError) and error.filename is None
+    if "NoSuchBucket" in codes or is_missing_bucket:
         return StorageError(f"{uri}: the store has no bucket {_bucket(uri)!r}; make it, or correct the name")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri)

@@ -171,3 +171,9 @@ def test_what_may_pass_is_an_oserror_that_is_tried_again(error):
 @pytest.mark.parametrize("error", FINAL, ids=repr)
 def test_what_cannot_pass_is_an_error_of_ours(error):
     assert isinstance(translated(error, "s3://b/x"), ConfigError | StorageError)
+
+
+def test_a_missing_local_file_is_no_missing_bucket():
+    local = FileNotFoundError(2, "No such file or directory", "/spool/x")
+    assert type(translated(local, "s3://b/x", is_put=True)) is FileNotFoundError
+    assert "no bucket 'b'" in str(translated(FileNotFoundError("b/x"), "gs://b/x", is_put=True))
