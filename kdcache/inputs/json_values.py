@@ -40,7 +40,8 @@ def read_values(stream: TextStream, path: str, file: int, start: Place) -> Itera
     if stream.layout == "lines":
         for line, place in read_lines(stream, path, file, start):
             if line.strip():
-                yield Value(line, f"{path}:{place.number + 1}", place)
+                # Also of a file that was put behind another: a value does not begin with it.
+                yield Value(line.removeprefix(codecs.BOM_UTF8), f"{path}:{place.number + 1}", place)
     else:
         yield from _Objects(stream, path, stream.layout == "array").read(file, start)
 

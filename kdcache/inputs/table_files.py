@@ -114,10 +114,33 @@ def _rows(batches: Iterator[Any], path: str, start: Place, first_row: int, field
         if skipped < batch.num_rows:
             used = batch.select(fields.names).slice(skipped)
             # Offsets that lead out of a buffer would be followed, and end the process.
-            used.validate(full=True)
+            _validate(used, path, row + skipped)
             for index, (value, domain) in enumerate(row_values(used, fields), row + skipped):
                 yield item_of(value, domain, fields, f"{path}#{index}", Place(start.file, index, index))
         row += batch.num_rows
+
+
+def _validate(batch: Any, path: str, first_row: int) -> None:
+    """Raise pa.ArrowInvalid for offsets that lead nowhere, and InputError, with the row, for text that is not UTF-8."""
+    types = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if column.type not in types and not _is_binary(column.type):
+            continue
+        data = column.cast(types.get(column.type, column.type))
+        data.validate(full=True)
+        try:
+            data.cast(pa.large_string())
+        except pa.ArrowInvalid:
+            for row, cell in enumerate(data.to_pylist(), first_row):
+                _check_text(cell, f"{path}#{row}: column {name!r}")
+    batch.validate(full=True)
+
+
+def _check_text(cell: bytes | None, where: str) -> None:
+    try:
+        (cell or b"").decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text (byte 0x{error.object[error.start]:02x})") from error
 
 
 def _while_whole(batches: Iterator[Any], path: str, num_bytes: int) -> Iterator[Any]:

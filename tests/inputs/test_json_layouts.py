@@ -20,6 +20,7 @@ ROWS = [
 ]
 LAYOUTS = {
     "lines": "".join(json.dumps(row) + "\n" for row in ROWS),
+    "files one after another": "".join(f"\ufeff{json.dumps(row)}\n" for row in ROWS),
     "crlf": "\ufeff" + "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS),
     "array": json.dumps(ROWS),
     "printed array": " \n" + json.dumps(ROWS, indent=2, ensure_ascii=False) + "\n",

@@ -108,6 +108,15 @@ def test_every_other_column_is_refused_in_a_sentence(tmp_path, suffix):
                 read(path)
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_text_that_is_not_utf8_is_named_by_row(tmp_path, suffix):
+    path, data = tmp_path / f"x{suffix}", pa.array([b"fine", None, b"half a pair: \xed\xa0\x80"], pa.binary())
+    for column in (data, pa.Array.from_buffers(pa.string(), 3, data.buffers()), data.cast(pa.binary_view())):
+        if written(path, pa.table({"x": column})):
+            with pytest.raises(InputError, match=r"x\.\w+#2: column 'x' is not UTF-8 text \(byte 0xed\)"):
+                read(path, field="x")
+
+
 def test_a_table_that_is_cut_while_it_is_read_is_named(tmp_path):
     path = tmp_path / "x.arrow"
     with pa.ipc.new_file(path, pa.schema({"text": pa.string()})) as writer:
