@@ -288,7 +288,8 @@ class VllmTeacher:
             return (with_no_rows(no_positions(selection), features.features) for _ in group)
         num_rows = sum(len(sequence.positions_P) for sequence in asked)
         plain, wanted = msgspec.to_builtins(selection), pack_asked(features, asked)
-        self._call_workers("kdcache_begin", num_rows, self._chunk, plain, self._identity.vocab_size, wanted)
+        began = self._call_workers("kdcache_begin", num_rows, self._chunk, plain, self._identity.vocab_size, wanted)
+        self._raise_for(next(filter(None, began), None))
         self._generate(asked, [worker_params(extra_args) for extra_args in pack_requests(asked)])
         buffer = self._fetch_buffer()
         if wanted is None:
@@ -308,12 +309,15 @@ class VllmTeacher:
     def _fetch_buffer(self) -> list[Any]:
         """The rows of the group; raises TeacherError where the selection failed."""
         problem, *buffer = self._fetch("kdcache_end")
+        self._raise_for(problem)
+        return buffer
+
+    def _raise_for(self, problem: str | None) -> None:
         if problem is not None:
             raise TeacherError(
                 f"the selection in vLLM's worker failed on the teacher {self._identity.model!r}: {problem}; where memory ran "
                 f"out, make teacher.positions_per_chunk ({self._config.positions_per_chunk}) smaller"
             )
-        return buffer
 
     def _score_publicly(self, group: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
         k = selection.params["k"]

@@ -105,6 +105,39 @@ def projection(worker: Any) -> Callable[[Any], Any]:
     return project
 
 
+def num_ranks(worker: Any) -> int:
+    """How many workers take part in one projection, and wait for one another in it."""
+    from vllm.distributed import get_tensor_model_parallel_world_size
+
+    del worker
+    return int(get_tensor_model_parallel_world_size())
+
+
+def hidden_layout(worker: Any) -> tuple[int, Any, Any]:
+    """Of the hidden states that the projection takes: size, dtype and device."""
+    return worker.model_config.get_hidden_size(), worker.model_config.dtype, worker.device
+
+
+def project_alone(worker: Any, hidden_CH: Any) -> Any:
+    """Logits (C, V) that mean nothing, on this rank alone: the room of a projection is taken, and no rank waits for another.
+
+    Raises whatever the projection would.
+    """
+    several = num_ranks(worker)
+    processors = [module for module in worker.model_runner.model.modules() if hasattr(module, "_gather_logits")]
+
+    def gathered(logits_CV: Any) -> Any:
+        return logits_CV.new_zeros((len(logits_CV), several * logits_CV.shape[1]))
+
+    try:
+        for processor in processors:
+            processor._gather_logits = gathered
+        return projection(worker)(hidden_CH)
+    finally:
+        for processor in processors:
+            del processor._gather_logits
+
+
 def projection_problem(model: Any) -> str | None:
     """What `projection` relies upon and the model does not have, if anything."""
     compute = getattr(model, "compute_logits", None)

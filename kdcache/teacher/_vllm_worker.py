@@ -10,8 +10,9 @@ Shape letters: X rows of a step (all its tokens), P those that are wanted, C pos
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 import numpy as np
@@ -29,6 +30,8 @@ from kdcache.teacher.freed_memory import keep_freed_memory
 from kdcache.teacher.uniforms import position_states
 from kdcache.teacher.vllm_packed import NOT_SUPERVISED, TARGETS, Buffer, unpack_request
 
+log = logging.getLogger(__name__)
+
 
 class CaptureExtension:
     """What vLLM's worker can do besides. Public names are prefixed: vLLM refuses those that its worker has."""
@@ -41,7 +44,8 @@ class CaptureExtension:
             return None
         if not internals.is_last_stage(self):
             return None
-        capture = Capture(internals.projection(self), keeps=internals.is_first_of_its_stage(self))
+        alone = internals.num_ranks(self) == 1
+        capture = Capture(internals.projection(self), keeps=internals.is_first_of_its_stage(self), alone=alone)
         problem = internals.install(self, capture.on_step)
         if problem is None:
             self.kdcache_capture = capture
@@ -71,12 +75,20 @@ class CaptureExtension:
         selection: dict[str, Any] | None,
         vocab_size: int,
         features: dict[str, Any] | None = None,
-    ) -> None:
+    ) -> str | None:
         """Expect the requests of a group; see `Capture.begin`. The selection comes as plain values: it crosses processes; so do
-        the features, see `vllm_features.pack_asked`."""
-        if self.kdcache_capture is not None:
-            selector = None if selection is None else Selector(msgspec.convert(selection, SelectionInfo), vocab_size)
-            self.kdcache_capture.begin(num_rows, chunk, selector, None if features is None else GroupFeatures(features))
+        the features, see `vllm_features.pack_asked`. Gives the reason where a chunk has no room on this rank."""
+        if self.kdcache_capture is None:
+            return None
+        selector = None if selection is None else Selector(msgspec.convert(selection, SelectionInfo), vocab_size)
+        if problem := self.kdcache_capture.try_chunk(chunk, selector, self._kdcache_trial):
+            return problem
+        self.kdcache_capture.begin(num_rows, chunk, selector, None if features is None else GroupFeatures(features))
+        return None
+
+    def _kdcache_trial(self, chunk: int) -> Tensor | None:
+        size, dtype, device = internals.hidden_layout(self)
+        return internals.project_alone(self, torch.zeros(chunk, size, dtype=dtype, device=device))
 
     def kdcache_end(self) -> list[Any] | None:
         """What came of the group: an error's text or None, and `Buffer.pack`. None on workers whose answer does not count."""
@@ -85,6 +97,10 @@ class CaptureExtension:
     def kdcache_features(self) -> list[Any] | None:
         """After `kdcache_end`: the group's features, see `GroupFeatures.pack`. None on workers whose answer does not count."""
         return None if self.kdcache_capture is None else self.kdcache_capture.end_features()
+
+
+class _LeftError(RuntimeError):
+    """A rank left a projection that the others are in."""
 
 
 class _Pending(NamedTuple):
@@ -98,15 +114,18 @@ class _Pending(NamedTuple):
 class Capture:
     """One worker's part in a group, between `begin` and `end`."""
 
-    def __init__(self, project: Callable[[Tensor], Tensor | None], *, keeps: bool) -> None:
+    def __init__(self, project: Callable[[Tensor], Tensor | None], *, keeps: bool, alone: bool = True) -> None:
         """Idle.
 
         Args:
             project: hidden states (C, H) to logits (C, V).
             keeps: whether this rank selects. Others only take part in the projection, which may be collective.
+            alone: whether no other rank takes part in it.
         """
         self._project = project
         self._keeps = keeps
+        self._alone = alone
+        self._tried: tuple[int, Selector | None] | None = None
         self.seen: internals.SeenLayers | None = None
         self._features: GroupFeatures | None = None
         self._buffer: Buffer | None = None
@@ -114,6 +133,27 @@ class Capture:
         self._chunk = 0
         self._pending: list[_Pending] = []
         self._error: str | None = None
+
+    def try_chunk(self, chunk: int, selector: Selector | None, trial: Callable[[int], Tensor | None]) -> str | None:
+        """Find out, before a rank waits for this one in a projection, whether a chunk has room here. Gives what is wrong.
+
+        Args:
+            chunk: positions.
+            selector: what will be kept of them.
+            trial: the logits of so many positions, without the other ranks.
+        """
+        if self._alone or self._tried == (chunk, selector):
+            return None
+        try:
+            with torch.inference_mode():
+                logits_CV = trial(chunk)
+                if self._keeps and selector is not None and logits_CV is not None:
+                    nothing_C = torch.zeros(len(logits_CV), dtype=torch.int64, device=logits_CV.device)
+                    selector.select(logits_CV, nothing_C, nothing_C)
+        except Exception as error:
+            return f"a chunk of {chunk} positions fails on one rank: {type(error).__name__}: {first_line(error)}"
+        self._tried = (chunk, selector)
+        return None
 
     def begin(self, num_rows: int, chunk: int, selector: Selector | None, features: GroupFeatures | None = None) -> None:
         """Drop what was begun before, and make room.
@@ -150,12 +190,14 @@ class Capture:
         return None if features is None or not self._keeps else features.pack()
 
     def on_step(self, hidden_XH: Tensor, spans: Callable[[], Iterator[Any]]) -> None:
-        """Handle a step. Never raises: that would end the engine, and with it every other request."""
+        """Handle a step. Does not raise, for that would end the engine; where others would wait for this rank, see `_leave`."""
         if self._buffer is None:
             return
         try:
             with torch.inference_mode():
                 self._select(hidden_XH, spans())
+        except _LeftError:
+            raise
         except Exception as error:  # memory above all
             self._error = self._error or f"{type(error).__name__}: {first_line(error)}"
 
@@ -168,10 +210,27 @@ class Capture:
         # Chunks of equal size: a last one of a few rows would cost the projection as much as a whole one.
         for here_C in np.array_split(np.arange(num_rows), -(-num_rows // self._chunk)):
             chunk = WantedRows(*(array_P[here_C[0] : here_C[-1] + 1] for array_P in wanted))
-            logits_CV = self._project(_rows_of(hidden_XH, chunk.places_P))
+            try:
+                logits_CV = self._project(_rows_of(hidden_XH, chunk.places_P))
+            except Exception as error:
+                if self._alone:
+                    raise
+                self._leave(error)
             if self._keeps and self._selector is not None and logits_CV is not None and self._error is None:
                 self._keep(self._selector, logits_CV, chunk, states)
             del logits_CV  # before the next chunk's are made: one at a time
+
+    def _leave(self, error: Exception) -> NoReturn:
+        """End the engine: the other ranks are in this projection, and would wait for this one until their time is out.
+
+        vLLM hears an exception of the first rank; that another one fails it notices when its process has ended.
+        """
+        log.error(
+            "a projection failed on one of several ranks, which ends vLLM: %s: %s", type(error).__name__, first_line(error)
+        )
+        if self._keeps:
+            raise _LeftError(f"{type(error).__name__}: {first_line(error)}") from error
+        raise SystemExit(1) from error
 
     def _states(self, hidden_XH: Tensor) -> dict[int, Tensor]:
         """Of the layers that are wanted, in this step."""

@@ -228,3 +228,81 @@ def test_strict_stops_at_a_vllm_that_does_not_import(tmp_path: Path):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "vllm is installed but does not import: built for another machine" in result.stdout
+
+
+class TestOneOfSeveralRanks:
+    """Whatever fails on one rank must not leave the others waiting in a projection."""
+
+    def test_a_chunk_without_room_is_said_before_any_rank_projects_and_is_tried_once(self):
+        capture = Capture(project, keeps=True, alone=False)
+        tried: list[int] = []
+
+        def fails(num_positions: int) -> torch.Tensor:
+            raise MemoryError("no room for the logits")
+
+        def fits(num_positions: int) -> torch.Tensor:
+            tried.append(num_positions)
+            return torch.zeros(num_positions, V)
+
+        selector = Selector(top_k(2), V)
+        problem = capture.try_chunk(7, selector, fails)
+        assert problem == "a chunk of 7 positions fails on one rank: MemoryError: no room for the logits"
+        for chunk in (7, 7, 9):
+            assert capture.try_chunk(chunk, Selector(top_k(2), V), fits) is None
+        assert tried == [7, 9]
+
+    def test_the_trial_makes_the_selection_too_where_the_answer_counts(self):
+        def narrow(num_positions: int) -> torch.Tensor:
+            return torch.zeros(num_positions, V - 1)
+
+        answers = [
+            Capture(project, keeps=keeps, alone=False).try_chunk(4, Selector(top_k(2), V), narrow) for keeps in (True, False)
+        ]
+        assert answers[0] is not None
+        assert answers[1] is None
+
+    def test_alone_nothing_is_tried(self):
+        assert Capture(project, keeps=True).try_chunk(4, Selector(top_k(2), V), lambda _: 1 / 0) is None  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(("keeps", "leaves_by"), [(True, RuntimeError), (False, SystemExit)])
+    def test_a_projection_that_fails_in_a_step_ends_the_rank(
+        self, keeps: bool, leaves_by: type[BaseException], caplog: pytest.LogCaptureFixture
+    ):
+        def fails(hidden_CH: torch.Tensor) -> torch.Tensor:
+            raise MemoryError("no room for the logits")
+
+        capture = Capture(fails, keeps=keeps, alone=False)
+        capture.begin(4, 2, Selector(top_k(2), V))
+        spans = spans_of(pack_requests([make_sequence([5, 6, 7, 8])]), [(0, 0, 0, 4)])
+        with pytest.raises(leaves_by):
+            capture.on_step(torch.randn(4, H), lambda: iter(spans))
+        assert "one of several ranks, which ends vLLM: MemoryError: no room for the logits" in caplog.text
+
+    def test_what_fails_on_all_ranks_alike_is_told_at_the_end(self):
+        capture = Capture(project, keeps=True, alone=False)
+        capture.begin(4, 2, Selector(top_k(2), V))
+        capture.on_step(torch.randn(4, H), lambda: iter([SimpleNamespace()]))
+        answer = capture.end()
+        assert answer is not None
+        assert "AttributeError" in answer[0]
+
+
+def test_the_trial_projects_without_the_gather_and_puts_it_back(monkeypatch: pytest.MonkeyPatch):
+    class Processor(torch.nn.Module):
+        def _gather_logits(self, logits_CV: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("another rank is waited for")
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits_processor = Processor()
+
+        def compute_logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
+            return self.logits_processor._gather_logits(hidden_CH @ torch.ones(H, V // 2))[:, :V]  # type: ignore[operator]
+
+    monkeypatch.setattr(internals, "num_ranks", lambda _: 2)
+    model = Model()
+    worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
+    assert internals.project_alone(worker, torch.zeros(3, H)).shape == (3, V // 2 * 2)
+    with pytest.raises(AssertionError, match="another rank"):
+        model.compute_logits(torch.zeros(3, H))
