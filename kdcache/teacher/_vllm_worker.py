@@ -104,7 +104,7 @@ class _LeftError(RuntimeError):
 
 
 class _Pending(NamedTuple):
-    """Selected rows on their way to the host."""
+    """Selected rows, on the device or on their way to the host; found is empty of those that are hidden states alone."""
 
     rows_C: NDArray[np.int64]
     found: tuple[Tensor, ...]
@@ -131,6 +131,7 @@ class Capture:
         self._buffer: Buffer | None = None
         self._selector: Selector | None = None
         self._chunk = 0
+        self._arrived: list[_Pending] = []
         self._pending: list[_Pending] = []
         self._error: str | None = None
 
@@ -166,7 +167,7 @@ class Capture:
         """
         layout = Layout(0, False, 0) if selector is None else selector.layout
         self._buffer, self._selector, self._chunk = Buffer.empty(num_rows, layout), selector, chunk
-        self._pending, self._error = [], None
+        self._arrived, self._pending, self._error = [], [], None
         self._features = features
         if features is not None and self._keeps:
             features.watch(self.seen)
@@ -219,6 +220,7 @@ class Capture:
             if self._keeps and self._selector is not None and logits_CV is not None and self._error is None:
                 self._keep(self._selector, logits_CV, chunk, states)
             del logits_CV  # before the next chunk's are made: one at a time
+        self._send()
 
     def _leave(self, error: Exception) -> NoReturn:
         """End the engine: the other ranks are in this projection, and would wait for this one until their time is out.
@@ -251,12 +253,26 @@ class Capture:
             # Not raised: the other ranks go on to the next chunk's projection, and would wait for this one for ever.
             self._error = f"{type(error).__name__}: {first_line(error)}"
             return
-        # From a device: into pinned memory, without waiting for it, so that the next step can be prepared meanwhile.
-        pending = _Pending(chunk.rows_P, tuple(tensor.to("cpu", non_blocking=True) for tensor in found), taken)
-        if logits_CV.device.type == "cpu" and self._buffer is not None:
-            _write(self._buffer, self._features, [pending])
-        else:
-            self._pending.append(pending)
+        self._arrived.append(_Pending(chunk.rows_P, tuple(found), taken))
+        if _is_on_host(logits_CV):
+            self._send()
+
+    def _send(self) -> None:
+        """Of what arrived: into the buffer, or on its way there.
+
+        From a device into pinned memory, without waiting for it, so that the next step can be prepared meanwhile. The chunks of
+        a step go as one: each copy takes a piece of pinned memory of its own, which the first group has to ask CUDA for.
+        """
+        arrived, self._arrived = self._arrived, []
+        if not arrived or self._buffer is None:
+            return
+        if all(map(_is_on_host, arrived[0].found)):
+            _write(self._buffer, self._features, arrived)
+            return
+        found = (torch.cat(parts).to("cpu", non_blocking=True) for parts in zip(*(each.found for each in arrived), strict=True))
+        self._pending.append(_Pending(np.concatenate([each.rows_C for each in arrived]), tuple(found), {}))
+        # Hidden states have a copy each, taken with their chunk: a step's at once would be another step's on the device.
+        self._pending += [_Pending(each.rows_C, (), each.states) for each in arrived if each.states]
 
 
 class WantedRows(NamedTuple):
@@ -293,8 +309,13 @@ def _rows_of(hidden_XH: Tensor, places_C: NDArray[np.int64]) -> Tensor:
     return hidden_XH[torch.from_numpy(places_C).to(hidden_XH.device, non_blocking=True)]
 
 
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _write(buffer: Buffer, features: GroupFeatures | None, pending: Iterable[_Pending]) -> None:
     for rows_C, found, states in pending:
-        buffer.write(rows_C, [tensor.numpy() for tensor in found])
+        if found:
+            buffer.write(rows_C, [tensor.numpy() for tensor in found])
         if features is not None:
             features.write(rows_C, states)

@@ -19,6 +19,7 @@ from kdcache.config.capture import TeacherConfig  # noqa: E402
 from kdcache.errors import TeacherError  # noqa: E402
 from kdcache.format.record import NO_TARGET  # noqa: E402
 from kdcache.teacher import _vllm_internals as internals  # noqa: E402
+from kdcache.teacher import _vllm_worker  # noqa: E402
 from kdcache.teacher._select_torch import Selector  # noqa: E402
 from kdcache.teacher._vllm_worker import Capture, wanted_rows  # noqa: E402
 from kdcache.teacher.found import Layout  # noqa: E402
@@ -94,8 +95,14 @@ def test_the_rows_of_a_step_are_found_in_the_order_of_its_hidden_states():
     assert len(set(later.tolist())) == 5
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 100])
-def test_a_group_cut_into_any_steps_and_chunks_gives_the_same_records(chunk: int):
+def test_a_group_cut_into_any_steps_and_chunks_gives_the_same_records(
+    chunk: int, on_device: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if on_device:  # as it goes there: a copy per tensor and step, which is waited for at the end
+        monkeypatch.setattr(_vllm_worker, "_is_on_host", lambda tensor: False)
+        monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     sequences = [make_sequence([5, 6, 7]), make_sequence([8, 9, 1, 2], [False, True, False, True])]
     hidden = [torch.randn(3, H), torch.randn(4, H)]
     extra_args = pack_requests(sequences)
@@ -103,6 +110,7 @@ def test_a_group_cut_into_any_steps_and_chunks_gives_the_same_records(chunk: int
     capture.begin(5, chunk, Selector(top_k(3), V))
     capture.on_step(torch.cat([hidden[0], hidden[1][:1]]), lambda: iter(spans_of(extra_args, [(0, 0, 0, 3), (1, 3, 0, 1)])))
     capture.on_step(hidden[1][1:], lambda: iter(spans_of(extra_args, [(1, 0, 1, 3)])))
+    assert len(capture._pending) == (2 if on_device else 0)
     error, *packed = capture.end()
     assert error is None
     for sequence, hidden_NH, answer in zip(sequences, hidden, read_buffer(sequences, top_k(3), packed), strict=True):
