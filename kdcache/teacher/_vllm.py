@@ -46,10 +46,11 @@ from kdcache.teacher.vllm_features import NOTHING, AskedFeatures, pack_asked, wi
 from kdcache.teacher.vllm_options import engine_options, positions_per_chunk
 from kdcache.teacher.vllm_packed import pack_requests, read_buffer
 from kdcache.teacher.vllm_signatures import (
+    WORKER_OPTIONS,
     WORKER_PARTS,
     WORKER_SAMPLING,
     WRITING_PARTS,
-    fault_of_sampling,
+    fault_of_parameters,
     faults_of,
     version_note,
 )
@@ -206,7 +207,8 @@ class VllmTeacher:
         """Start the engine and prove the worker route on a probe, or give the reason why not."""
         if "worker_extension_cls" in self._config.engine_options:
             return "engine_options has a worker_extension_cls of its own"
-        if problem := fault_of_sampling(vllm.SamplingParams, WORKER_SAMPLING):
+        wanted = ((vllm.SamplingParams, WORKER_SAMPLING), (vllm.EngineArgs, WORKER_OPTIONS))
+        if problem := next(filter(None, (fault_of_parameters(*each) for each in wanted)), None):
             return problem
         self._start(EXTENSION)
         if faults := faults_of(self._engine, WORKER_PARTS):

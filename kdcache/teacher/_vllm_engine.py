@@ -19,7 +19,7 @@ from kdcache.teacher.base import first_line
 from kdcache.teacher.checkpoint import folder_digest, resolved_revision, short_name, weights_digest
 from kdcache.teacher.engine_identity import vllm_options
 from kdcache.teacher.features import HiddenShape
-from kdcache.teacher.vllm_signatures import ADAPTER_PARTS, PUBLIC_PARTS, PUBLIC_SAMPLING, fault_of_sampling, faults_of
+from kdcache.teacher.vllm_signatures import ADAPTER_PARTS, PUBLIC_PARTS, PUBLIC_SAMPLING, fault_of_parameters, faults_of
 
 # vLLM and torch read these when they are imported. At its own default vLLM prints some forty lines per engine, at WARNING still
 # twenty, none of them about the user's input; what ends a capture is raised. Some come before it sets its loggers up.
@@ -74,7 +74,7 @@ def start_engine(model: str, options: dict[str, Any]) -> LLM:
 
 def unusable(llm: Any) -> str | None:
     """Why kdcache cannot use an engine of this release at all, if so."""
-    lack = fault_of_sampling(vllm.SamplingParams, PUBLIC_SAMPLING)
+    lack = fault_of_parameters(vllm.SamplingParams, PUBLIC_SAMPLING)
     faults = [lack] if lack else faults_of(llm, PUBLIC_PARTS)
     return f"vLLM {vllm.__version__} is not as kdcache uses it: {'; '.join(faults)}" if faults else None
 

@@ -66,6 +66,9 @@ PUBLIC_SAMPLING = ("prompt_logprobs", "logprobs", "max_tokens", "temperature", "
 WORKER_SAMPLING = ("max_tokens", "temperature", "detokenize", "skip_reading_prefix_cache", "extra_args")
 """Fields of `vllm.SamplingParams` that the requests of each route set."""
 
+WORKER_OPTIONS = ("worker_extension_cls",)
+"""Of `vllm.EngineArgs`, what the worker's route needs; the others of `vllm_options` both do."""
+
 
 def version_note(version: str) -> str | None:
     """What to say of a release that the worker's route was not proven with before; None of one that it was."""
@@ -97,9 +100,9 @@ def lack_of(owner: str, names: Iterable[str], wanted: Iterable[str]) -> str | No
     return f"{owner} has no {', '.join(missing)}" if missing else None
 
 
-def fault_of_sampling(sampling_params: Callable[..., Any], wanted: tuple[str, ...]) -> str | None:
-    """What `vllm.SamplingParams` does not take of what a route's requests set, if anything."""
-    return lack_of("SamplingParams", inspect.signature(sampling_params).parameters, wanted)
+def fault_of_parameters(function: Callable[..., Any], wanted: Iterable[str]) -> str | None:
+    """What a function, or the constructor of a class, does not take of the keywords that we give it, if anything."""
+    return lack_of(getattr(function, "__name__", str(function)), inspect.signature(function).parameters, wanted)
 
 
 def _fault_of(owner: Any, path: str, call: Call | None) -> str | None:

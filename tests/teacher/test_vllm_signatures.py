@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdcache.teacher.vllm_signatures import Call, fault_of_sampling, faults_of, version_note
+from kdcache.teacher.vllm_signatures import Call, fault_of_parameters, faults_of, version_note
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.32.0", "0.28.1+cpu", "0.33.0rc1", "0.33.1.dev3+g4ba787ec9"])
@@ -46,5 +46,5 @@ def test_sampling_parameters_that_are_gone_are_named():
     def sampling_params(max_tokens: int = 16, temperature: float = 1.0) -> None:
         """Of a release without a field."""
 
-    assert fault_of_sampling(sampling_params, ("max_tokens", "extra_args")) == "SamplingParams has no extra_args"
-    assert fault_of_sampling(sampling_params, ("max_tokens",)) is None
+    assert fault_of_parameters(sampling_params, ("max_tokens", "extra_args")) == "sampling_params has no extra_args"
+    assert fault_of_parameters(sampling_params, ("max_tokens",)) is None
