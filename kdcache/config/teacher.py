@@ -30,7 +30,7 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         num_threads: CPU threads of the model; null for the library's default.
         gpu_memory_utilization: vLLM on a GPU: share of its memory.
         tensor_parallel_size: vLLM: GPUs that hold one model.
-        route: vLLM: where entries are selected. `worker`: inside the engine, for releases whose insides are known; `public`:
+        route: vLLM: where entries are selected. `worker`: inside the engine, where that proves right at its start; `public`:
             vLLM's own prompt logprobs, the same numbers several times slower; `auto`: `worker`, else `public` with a warning.
         strict: stop instead of warning where `auto` would take second best (`public`, or transformers for a broken vLLM), and
             where a server's tokenizer cannot be compared with ours.
