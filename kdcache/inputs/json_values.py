@@ -11,7 +11,7 @@ import msgspec
 
 from kdcache.errors import InputError
 from kdcache.inputs.content import Place
-from kdcache.inputs.open_file import MAX_ITEM_BYTES, TextStream
+from kdcache.inputs.open_file import TextStream
 
 _CHUNK_BYTES = 2**18
 _SPACE = b" \t\r\n"
@@ -50,10 +50,11 @@ def read_lines(stream: TextStream, path: str, file: int, start: Place) -> Iterat
     """The lines from a place on, without their ends; without a byte order mark before the first."""
     offset, number = start.offset, start.number
     stream.seek(offset)
-    while line := stream.readline(MAX_ITEM_BYTES):
+    most = stream.max_item_bytes
+    while line := stream.readline(most):
         content = line.removesuffix(b"\n")
-        if len(line) == MAX_ITEM_BYTES and not line.endswith(b"\n"):
-            raise InputError(f"{path}:{number + 1}: a line of more than {MAX_ITEM_BYTES:,} bytes; split it")
+        if len(line) == most and not line.endswith(b"\n"):
+            raise InputError(f"{path}:{number + 1}: a line of more than {most:,} bytes; split it")
         yield content.removeprefix(codecs.BOM_UTF8) if offset == 0 else content, Place(file, offset, number)
         offset, number = offset + len(line), number + 1
 
@@ -134,8 +135,8 @@ class _Objects:
             raise InputError(f"{where}: expected a JSON object, which starts with '{{', and found {shown!r}")
         scan = _end_of_object(self._data, at)
         while not scan.end:
-            if len(self._data) - at > MAX_ITEM_BYTES:
-                raise InputError(f"{where}: an object of more than {MAX_ITEM_BYTES:,} bytes; split it")
+            if len(self._data) - at > self._stream.max_item_bytes:
+                raise InputError(f"{where}: an object of more than {self._stream.max_item_bytes:,} bytes; split it")
             dropped = at
             if not self._more(at):
                 raise InputError(f"{where}: not JSON: the file ends within this object")

@@ -11,11 +11,12 @@ import pyarrow as pa
 
 from kdcache.errors import InputError
 
-MAX_ITEM_BYTES = 2**30
-"""Of a line, of a JSON value, and of a compressed file that is one text: more is refused, not held in memory."""
+MAX_ITEM_BYTES, MAX_INFLATED_ITEM_BYTES = 2**30, 2**28
+"""Of a line or a JSON value, in a plain and in a compressed file, and of a compressed file that is one text: more is refused,
+not held in memory."""
 MAX_INFLATION = 250
 """Most bytes that a compressed byte may become, beyond the first FREE_BYTES: text comes to 3 to 50, a bomb to 1,000."""
-FREE_BYTES = 2**26
+FREE_BYTES = 2**30
 
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 _FOREIGN = {
@@ -47,6 +48,11 @@ class TextStream(io.BufferedReader):
     def is_compressed(self) -> bool:
         """Whether the bytes are made while they are read."""
         return isinstance(self.raw, _Inflated)
+
+    @property
+    def max_item_bytes(self) -> int:
+        """See MAX_ITEM_BYTES."""
+        return MAX_INFLATED_ITEM_BYTES if self.is_compressed else MAX_ITEM_BYTES
 
 
 class TextFiles:

@@ -16,7 +16,7 @@ from kdcache.inputs.content import Fields, Item, Place, parse_content, parse_dom
 from kdcache.inputs.json_faults import json_fault
 from kdcache.inputs.json_values import read_lines as _lines
 from kdcache.inputs.json_values import read_values
-from kdcache.inputs.open_file import MAX_ITEM_BYTES, TextFiles
+from kdcache.inputs.open_file import TextFiles
 
 
 def read_txt(path: str, file: int, start: Place, *, opener: TextFiles) -> Iterator[Item]:
@@ -24,9 +24,9 @@ def read_txt(path: str, file: int, start: Place, *, opener: TextFiles) -> Iterat
     if start.number:
         return
     with opener.open(path) as stream:
-        data = stream.read() if not stream.is_compressed else stream.read(MAX_ITEM_BYTES)
+        data = stream.read(stream.max_item_bytes) if stream.is_compressed else stream.read()
         if stream.is_compressed and stream.read(1):
-            raise InputError(f"{path}: more than {MAX_ITEM_BYTES:,} bytes come out of this file: decompress it")
+            raise InputError(f"{path}: more than {stream.max_item_bytes:,} bytes come out of this file: decompress it")
     yield Item(_decode(data.removeprefix(codecs.BOM_UTF8), path, first_line=1), path, Place(file, 0, 0))
 
 

@@ -110,11 +110,13 @@ def test_a_bomb_is_refused_and_a_long_line_too(tmp_path, monkeypatch):
     monkeypatch.setattr(open_file, "FREE_BYTES", 2**20)
     for data in (gzip.compress(b"\n" * 2**22), zstandard.compress(b'{"text": ""}\n' * 2**20)):
         assert "more than 250 bytes come out of each byte" in refusal(tmp_path / "x.jsonl", data)
-    monkeypatch.setattr(json_values, "MAX_ITEM_BYTES", 2**10)
+    monkeypatch.setattr(open_file, "MAX_ITEM_BYTES", 2**10)
+    monkeypatch.setattr(open_file, "MAX_INFLATED_ITEM_BYTES", 2**9)
     assert ":2: a line of more than 1,024 bytes" in refusal(
         tmp_path / "x.jsonl", b'{"text": ""}\n' + b'{"text": "' + b"a" * 2000
     )
     monkeypatch.setattr(json_values, "_CHUNK_BYTES", 100)
+    assert ":1: a line of more than 512 bytes" in refusal(tmp_path / "x.jsonl", gzip.compress(b"a" * 600))
     assert "#0: an object of more than 1,024 bytes" in refusal(tmp_path / "x.jsonl", b'[{"text": "' + b"a" * 5000)
 
 
