@@ -2,7 +2,9 @@
 
 Method: random Llama models made on the fly, vLLM's engine in this process, sequences of random tokens. All variants of a model
 run in one engine, interleaved; a ratio is the median over rounds of (floor's CPU seconds / variant's), of the same round. CPU
-seconds of the process, since wall time measures the machine's other jobs; wall time is in the JSON too. Variants:
+seconds of the process, since wall time measures the machine's other jobs; wall time is in the JSON too. On a GPU the engine is
+a process of its own and the host waits for it: there the figures are of wall time, steps have 8192 tokens, the body is `1b`,
+and no peaks are read (vLLM takes its share of the memory at the start). Variants:
 
 - prefill: one token generated after each prompt, nothing else. Projects one position per sequence.
 - limit: prefill and the output projection of every position, in the worker's chunks, its logits thrown away.
@@ -25,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -43,12 +44,14 @@ os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no warm-up: the first round is 
 
 import numpy as np
 from capture_peaks import Prepared, in_fork, memory_table, memory_target, peak_of
+from device import Device, add_argument, chosen
 
-BODIES = {"thin": (2, 256), "deep": (12, 768)}
+BODIES = {"thin": (2, 256), "deep": (12, 768), "1b": (16, 2048)}
 """Layers and hidden size."""
 
 RESULT = "RESULT "
-STEP_TOKENS = 2048
+STEP_TOKENS = {"cpu": 2048, "cuda": 8192}
+CLOCKS = {"cpu": "cpu_seconds", "cuda": "wall_seconds"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Case:
     tokens: int
     chunk: int
     kinds: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,11 @@ class Variants:
         from kdcache.config.capture import TeacherConfig
         from kdcache.teacher import load_teacher
 
-        common: dict[str, Any] = {"batch_tokens": STEP_TOKENS, "positions_per_chunk": case.chunk, "num_threads": case.threads}
+        common: dict[str, Any] = {
+            "batch_tokens": STEP_TOKENS[case.device],
+            "positions_per_chunk": case.chunk,
+            "num_threads": case.threads,
+        }
         self._case, self._sequences = case, make_sequences(case)
         self._vllm: Any = load_teacher(TeacherConfig(model=str(folder), backend="vllm", route="worker", **common))
         self._load_hf = lambda: load_teacher(TeacherConfig(model=str(folder), backend="transformers", **common))
@@ -248,19 +256,21 @@ def make_table(report: dict[str, Any]) -> str:
     for result in report["results"]:
         case = result["case"]
         layers, hidden = BODIES[case["body"]]
+        clock = CLOCKS[case.get("device", "cpu")]
+        unit = clock.removesuffix("_seconds").replace("cpu", "CPU")
         lines += [
             f"## {case['body']} body ({layers} x {hidden}), vocabulary {case['vocab_size']}",
             "",
             f"{case['tokens']} tokens, {case['rounds']} rounds, {case['threads']} thread(s).",
             "",
-            "| variant, K | tokens per CPU s | of prefill | of limit (rounds) | of limit, wall |",
+            f"| variant, K | tokens per {unit} s | of prefill | of limit (rounds) | of limit, wall |",
             "|---|---|---|---|---|",
         ]
         for variant in dict.fromkeys(sample["variant"] for sample in result["samples"]):
-            of_limit = ratios(result, "limit", variant, "cpu_seconds")
+            of_limit = ratios(result, "limit", variant, clock)
             lines.append(
-                f"| {variant} | {case['tokens'] / median_of(result, variant, lambda s: s['cpu_seconds']):,.0f} "
-                f"| {statistics.median(ratios(result, 'prefill', variant, 'cpu_seconds')):.3f} "
+                f"| {variant} | {case['tokens'] / median_of(result, variant, lambda s, clock=clock: s[clock]):,.0f} "
+                f"| {statistics.median(ratios(result, 'prefill', variant, clock)):.3f} "
                 f"| {statistics.median(of_limit):.3f} ({min(of_limit):.2f}-{max(of_limit):.2f}) "
                 f"| {statistics.median(ratios(result, 'limit', variant, 'wall_seconds')):.3f} |"
             )
@@ -270,13 +280,13 @@ def make_table(report: dict[str, Any]) -> str:
 
 def targets(result: dict[str, Any]) -> list[str]:
     """What was aimed at, and what came out."""
-    lines = []
+    lines, clock = [], CLOCKS[result["case"].get("device", "cpu")]
     for k in result["case"]["entries"]:
-        of_limit = statistics.median(ratios(result, "limit", f"worker {k}", "cpu_seconds"))
+        of_limit = statistics.median(ratios(result, "limit", f"worker {k}", clock))
         lines.append(f"- K = {k}: {of_limit:.2f} of the limit; {'at least' if of_limit >= 0.9 else 'below'} 0.9")
         if k in result["case"]["slow_entries"]:
-            faster = statistics.median(ratios(result, f"flat {k}", f"worker {k}", "cpu_seconds"))
-            most = statistics.median(ratios(result, f"flat {k}", "limit", "cpu_seconds"))
+            faster = statistics.median(ratios(result, f"flat {k}", f"worker {k}", clock))
+            most = statistics.median(ratios(result, f"flat {k}", "limit", clock))
             verdict = "at least 2" if faster >= 2 else f"below 2{', which is out of reach' if most < 2 else ''}"
             lines.append(f"- K = {k}: {faster:.1f} times flat logprobs, the limit {most:.1f} times; {verdict}")
     case = result["case"]
@@ -287,6 +297,8 @@ def targets(result: dict[str, Any]) -> list[str]:
 
 def tokens_for(body: str, vocab_size: int) -> int:
     """A few seconds per variant."""
+    if body == "1b":
+        return 262_144
     return {("thin", True): 16384, ("thin", False): 4096, ("deep", True): 4096, ("deep", False): 2048}[
         body, vocab_size < 100_000
     ]
@@ -298,8 +310,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kernel", action="store_true", help="the selections alone, per logit; no model")
     parser.add_argument("--peaks", action="store_true", help="peak memory alone; times are left as they are")
     parser.add_argument("--kinds", action="store_true", help="also the worker's other selections")
+    add_argument(parser)
     for name, default in (
-        ("bodies", "thin,deep"),
+        ("bodies", ""),
         ("vocabs", "8192,32768,151936"),
         ("entries", "16,64,256"),
         ("slow-entries", "64"),
@@ -314,7 +327,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
     if args.quick:
-        return [Case("thin", 8192, (16,), (16,), 1, args.threads, 2048, args.chunk, args.kinds)]
+        return [Case("thin", 8192, (16,), (16,), 1, args.threads, 2048, args.chunk, args.kinds, args.device)]
     entries, slow = (tuple(int(k) for k in text.split(",") if k) for text in (args.entries, args.slow_entries))
     models = [(body, int(vocab)) for body in args.bodies.split(",") for vocab in args.vocabs.split(",")]
     return [
@@ -328,6 +341,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
             args.tokens or tokens_for(body, vocab),
             args.chunk,
             args.kinds,
+            args.device,
         )
         for body, vocab in models
     ]
@@ -339,37 +353,42 @@ def run_kernels(args: argparse.Namespace) -> None:
 
     selections = {f"top_k {k}": top_k(int(k)) for k in args.entries.split(",")}
     selections |= {name: selection_of(*kind) for name, kind in KINDS.items()}
-    table = kernel_table(machine(), [int(vocab) for vocab in args.vocabs.split(",")], selections, args.chunk)
+    table = kernel_table(
+        machine(args.device), [int(vocab) for vocab in args.vocabs.split(",")], selections, args.chunk, Device(args.device)
+    )
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "capture_kernels.md").write_text(table + "\n")
     print(table)
 
 
-def machine() -> str:
+def machine(device: str) -> str:
     import torch
     import vllm
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return f"{cpu or platform.machine()}, {os.cpu_count()} cores, vLLM {vllm.__version__}, torch {torch.__version__}, bfloat16"
+    return f"{Device(device).name}, {os.cpu_count()} cores, vLLM {vllm.__version__}, torch {torch.__version__}, bfloat16"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
+    args.device = chosen(args.device).kind
+    args.bodies = args.bodies or {"cpu": "thin,deep", "cuda": "1b"}[args.device]
     if args.case:
         case = Case(**json.loads(args.case))
         print(RESULT + json.dumps(run_peaks(case) if args.peaks else [asdict(sample) for sample in run_case(case)]))
         return
+    if args.peaks and args.device != "cpu":
+        raise SystemExit("--peaks reads the memory of a process on a CPU; on a GPU vLLM takes its share at the start")
     if args.kernel:
         run_kernels(args)
         return
-    report = kept_report(args.out) if args.peaks else {"machine": machine(), "results": []}
+    report = kept_report(args.out) if args.peaks else {"machine": machine(args.device), "results": []}
     for case in cases_of(args):
         if args.peaks:
             result_of(report, case)["peaks"] = run_apart(case, "--peaks")
         else:
-            found = {"case": asdict(case), "samples": run_apart(case), "peaks": run_apart(case, "--peaks")}
+            found = {"case": asdict(case), "samples": run_apart(case)}
+            found |= {"peaks": run_apart(case, "--peaks")} if args.device == "cpu" else {}
             report["results"].append(found)
         if args.out:  # after each model: a later one may be stopped
             args.out.mkdir(parents=True, exist_ok=True)

@@ -97,6 +97,42 @@ def linear_cross_entropy(inputs: Inputs) -> None:
     torch.nn.functional.linear_cross_entropy(inputs.hidden_PH, inputs.weight_VH, inputs.labels_P).backward()
 
 
+def dense_probabilities(inputs: Inputs) -> torch.Tensor:
+    """(P, V) of the entries, in the student's dtype: what a loss that takes no entries must be given."""
+    token_ids_PK, logprobs_PK, _ = inputs.targets
+    p_PV = torch.zeros(len(token_ids_PK), len(inputs.weight_VH), dtype=inputs.hidden_PH.dtype)
+    return p_PV.scatter_(1, token_ids_PK.long(), logprobs_PK.exp().to(p_PV.dtype))
+
+
+def liger_kl(inputs: Inputs, loss: Callable[..., torch.Tensor]) -> None:
+    loss(inputs.hidden_PH, inputs.weight_VH, dense_probabilities(inputs)).backward()
+
+
+def _liger() -> dict[str, Variant]:
+    """Liger's fused loss of dense cached targets, the nearest rival: its Triton kernels need a GPU."""
+    try:
+        from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
+    except ImportError:
+        return {}
+    kinds = {"": {}, ", dW in float32": {"accum_dtype": torch.float32}}
+    return {
+        f"Liger fused linear KL{name} (dense teacher)": partial(liger_kl, loss=LigerFusedLinearKLDivLoss(**options))
+        for name, options in kinds.items()
+    }
+
+
+def groups_of(device: str) -> dict[str, dict[str, Variant]]:
+    """What is timed there: on a GPU `auto` and `triton` in numba's place, and Liger's loss where it is installed."""
+    if device == "cpu":
+        return GROUPS
+    ours: dict[str, Variant] = {"fused, auto": fused, "fused, triton": partial(fused, backend="triton")}
+    ours |= {f"fused, triton, chunk {c}": partial(fused, backend="triton", chunk_size=c) for c in (1024, 2048, 4096, 8192)}
+    ours |= {f"fused, triton, {d}": partial(fused, backend="triton", divergence=d) for d in ("reverse_kl", "jensen_shannon")}
+    others = {name.replace("numba", "auto"): variant for name, variant in GROUPS["torch"].items()}
+    groups = GROUPS | {"ours": ours, "torch": others}
+    return groups | ({"liger": liger} if (liger := _liger()) else {})
+
+
 def _groups() -> dict[str, dict[str, Variant]]:
     ours: dict[str, Variant] = {"fused, numba": fused}
     ours |= {f"fused, numba, chunk {c}": partial(fused, chunk_size=c) for c in (512, 1024, 2048)}

@@ -2,7 +2,8 @@
 
 Method: a Llama-shaped student of random weights, one packed batch, steps of forward, loss, backward, clipping and AdamW. Ours
 are `kdcache.train.step.optimize`, as the trainer calls it. The baselines train on the labels alone: `F.cross_entropy` over
-whole logits, and torch's fused `F.linear_cross_entropy`. Process CPU seconds, variants interleaved; each ratio is the median
+whole logits, and torch's fused `F.linear_cross_entropy`. Seconds of the process on a CPU, of the device on a GPU, where there
+are larger cases and ours is timed with Triton's loss as well (`device.py`); variants interleaved; each ratio is the median
 over rounds of variant / cross-entropy over whole logits of the same round. The loss's share of a step is what it takes beyond
 the same step with next to no loss (means of the hidden states and of the weight).
 
@@ -10,7 +11,7 @@ the same step with next to no loss (means of the hidden states and of the weight
     python benchmarks/train_step.py --case 32k-512-float32        a minute or two
     python benchmarks/train_step.py --quick --output FOLDER       a toy: shows that the script works
 
-A case is merged into results/train_step.json under the processor's name; results/train_step.md is made of that file.
+A case is merged into results/train_step.json under the device's name; results/train_step.md is made of that file.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import argparse
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from loss import RESULTS, processor_name
+from device import add_argument, chosen
+from loss import RESULTS
 from loss_variants import make_inputs
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -98,6 +99,9 @@ CASES = {
     for hidden in (512, 1024)
     for dtype in ("float32", "bfloat16")
 }
+GPU_CASES = {
+    f"{label}-2048-bfloat16-gpu": Case(2048, 8, vocab, "bfloat16", 32) for label, vocab in (("32k", 32_000), ("152k", 151_936))
+}
 QUICK = {"toy": Case(32, 1, 500, "float32", 2)}
 Step = Callable[[], object]
 
@@ -117,7 +121,7 @@ def by_hand(student: LlamaForCausalLM, batch: TorchBatch, dtype: str, loss: Call
     optimizer, labels_P = make_optimizer(student, config.optimizer), batch.labels_BT.flatten()
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(labels_P.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             hidden_PH = hidden_states(student, batch.input_ids_BT, batch.position_ids_BT).flatten(0, 1)
         hidden_PH = hidden_PH.to(getattr(torch, dtype))
         loss(hidden_PH, output_projection(student).weight.to(hidden_PH.dtype), labels_P).backward()
@@ -148,6 +152,8 @@ def steps_of(case: Case) -> dict[str, Step]:
         "ours, cached entries (alpha 1)": ours(student, batch, dtype, alpha=1.0),
         "ours, both (alpha 0.5)": ours(student, batch, dtype, alpha=0.5),
     }
+    if batch.labels_BT.is_cuda:
+        steps["ours, cached entries, triton"] = ours(student, batch, dtype, alpha=1.0, backend="triton")
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
         fused = torch.nn.functional.linear_cross_entropy
         steps["F.linear_cross_entropy"] = by_hand(student, batch, dtype, fused)
@@ -156,25 +162,24 @@ def steps_of(case: Case) -> dict[str, Step]:
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One case, as it is kept in the results."""
-    case, load = (CASES | QUICK)[name], os.getloadavg()[0]
+    case, load, device = (CASES | GPU_CASES | QUICK)[name], os.getloadavg()[0], chosen(args.device)
     steps = steps_of(case)
     seconds: dict[str, list[float]] = {variant: [] for variant in steps}
     for round_number in range(args.rounds + 1):
         for variant, step in steps.items():
-            start = time.process_time()
-            step()
+            spent = device.clock(step)
             if round_number > 0:  # the first compiles and touches memory
-                seconds[variant].append(time.process_time() - start)
+                seconds[variant].append(spent)
     variants = {
         variant: {
-            "cpu_s": statistics.median(spent),
+            f"{device.unit.lower()}_s": statistics.median(spent),
             "ratios": [own / plain for own, plain in zip(spent, seconds[PLAIN], strict=True)],
             "loss_share": statistics.median(1 - none / own for own, none in zip(spent, seconds[NO_LOSS], strict=True)),
         }
         for variant, spent in seconds.items()
     }
     said = {"case": name, **asdict(case), "threads": args.threads, "rounds": args.rounds}
-    return said | {"cpu": processor_name(), "torch": torch.__version__, "load_before": round(load, 1), "variants": variants}
+    return said | {"cpu": device.name, "torch": torch.__version__, "load_before": round(load, 1), "variants": variants}
 
 
 def merge(result: dict[str, Any], folder: Path) -> None:
@@ -189,7 +194,7 @@ def merge(result: dict[str, Any], folder: Path) -> None:
 
 def report(results: list[dict[str, Any]]) -> str:
     lines = ["<!-- made by benchmarks/train_step.py of train_step.json -->", ""]
-    for r in sorted(results, key=lambda r: (r["cpu"], list(CASES | QUICK).index(r["case"]))):
+    for r in sorted(results, key=lambda r: (r["cpu"], list(CASES | GPU_CASES | QUICK).index(r["case"]))):
         shape = f"{r['layers']} layers, H {r['hidden']}, V {r['vocab']}, {r['dtype']}, {r['rows']} x {SEQUENCE} tokens"
         lines += [
             f"## {r['case']}",
@@ -197,10 +202,14 @@ def report(results: list[dict[str, Any]]) -> str:
             f"{r['cpu']}, torch {r['torch']}, {r['threads']} thread(s); {shape}; load {r['load_before']}",
             "",
         ]
-        lines += ["| step | CPU s | / cross-entropy over whole logits | loss's share of the step |", "|---|---|---|---|"]
+        unit = "gpu" if any("gpu_s" in v for v in r["variants"].values()) else "cpu"
+        lines += [
+            f"| step | {unit.upper()} s | / cross-entropy over whole logits | loss's share of the step |",
+            "|---|---|---|---|",
+        ]
         for name, v in r["variants"].items():
             spread = f"{statistics.median(v['ratios']):.2f} ({min(v['ratios']):.2f}-{max(v['ratios']):.2f})"
-            lines.append(f"| {name} | {v['cpu_s']:.3f} | {spread} | {v['loss_share']:.0%} |")
+            lines.append(f"| {name} | {v[f'{unit}_s']:.3f} | {spread} | {v['loss_share']:.0%} |")
         ratio = statistics.median(r["variants"]["ours, cached entries (alpha 1)"]["ratios"])
         met = "met" if ratio <= 1.1 else "NOT met"
         lines += ["", f"A step with distillation within 1.10 of one with plain cross-entropy: {ratio:.2f}, {met}.", ""]
@@ -211,15 +220,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true")
-    what.add_argument("--case", choices=[*CASES, *QUICK])
+    what.add_argument("--case", choices=[*CASES, *GPU_CASES, *QUICK])
     what.add_argument("--all", action="store_true")
     what.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    add_argument(parser)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of train_step.json and train_step.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    for name in [args.case] if args.case else QUICK if args.quick else CASES:
+    device = chosen(args.device)
+    device.use()
+    cases = CASES if device.kind == "cpu" else GPU_CASES
+    for name in [args.case] if args.case else QUICK if args.quick else cases:
         if args.list:
             print(name)
             continue

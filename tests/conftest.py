@@ -20,6 +20,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked vllm assume its CPU build, whose engine runs in this process; on a GPU they would find another."""
+    marked = [item for item in items if item.get_closest_marker("vllm")]
+    if not marked or find_spec("torch") is None:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="assumes vLLM's CPU build, with the engine in this process"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def freeze() -> Iterator[Callable[[], None]]:
     """gc.freeze, which nobody else can call or undo: vLLM does both for each engine."""
