@@ -20,6 +20,7 @@ from kdcache.loss.arguments import TargetTensors
 from kdcache.loss.chunks import Head, Projection, default_chunk_size, run_chunks
 from kdcache.loss.fused import fused_sparse_kd_loss
 from kdcache.loss.row_steps import make_step
+from kdcache.loss.sparse_kd import sparse_kd_loss
 
 MIB = 2**20
 H, K = 2048, 64
@@ -100,3 +101,21 @@ def test_the_last_backward_writes_over_the_saved_gradient_and_an_earlier_one_doe
         torch.testing.assert_close(loss.grad_fn.saved_tensors[1], before_VH, rtol=0, atol=0)
         (3 * loss).backward()
         torch.testing.assert_close(weight_VH.grad, 6 * before_VH)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"divergence": "reverse_kl", "alpha": 0.5}, {"temperature": 2.0, "alpha": 0.5}], ids=str
+)
+def test_the_public_losses_check_their_arguments_without_waiting(options):
+    """Forward alone: autograd would ask for the device."""
+    with FakeGpu(), torch.no_grad():
+        hidden_PH, weight_VH = (torch.empty(n, 8, dtype=torch.bfloat16, device="cuda") for n in (12, 300))
+        ids_PK, logprobs_PK = torch.empty(12, 5, dtype=torch.int64, device="cuda"), torch.empty(12, 5, device="cuda")
+        floats_P, labels_P = torch.empty(12, device="cuda"), torch.empty(12, dtype=torch.int64, device="cuda")
+        teacher = (ids_PK, logprobs_PK, floats_P)
+        more = {"labels_P": labels_P, "weights_P": floats_P, "num_exact_P": labels_P, **options}
+        more |= {"log_z_P": floats_P} if "temperature" in options else {}
+        losses = [fused_sparse_kd_loss(hidden_PH, weight_VH, *teacher, **more)]
+        logits_PV = hidden_PH @ weight_VH.T
+        losses += [sparse_kd_loss(logits_PV, *teacher, **more, reduction=kind) for kind in ("mean", "sum", "none")]
+        assert [loss.is_cuda for loss in losses] == [True] * 4
