@@ -64,7 +64,10 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
     module, _, attribute = _EXPORTS[name].partition(":")
-    value = getattr(import_module(module), attribute)
+    from kdcache.extras import needed_for
+
+    with needed_for(f"kdcache.{name}"):
+        value = getattr(import_module(module), attribute)
     globals()[name] = value
     return value
 

@@ -28,7 +28,8 @@ from kdcache.capture.signals import StopRequest
 from kdcache.capture.tally import CaptureSummary, Tally
 from kdcache.capture.unit import UnitFailed
 from kdcache.config.capture import RunConfig
-from kdcache.errors import CaptureError, KdcacheError, MissingDependencyError
+from kdcache.errors import CaptureError, KdcacheError
+from kdcache.extras import needed_for
 from kdcache.store import chain
 from kdcache.store.set_aside import FailedUnit
 from kdcache.store.writer import CacheWriter
@@ -37,11 +38,9 @@ from kdcache.store.writer import CacheWriter
 # GPUs from an actor that asks for none, with a warning that this will change.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-try:
+with needed_for("run.executor 'ray'"):
     import ray
     from ray.exceptions import RayActorError, RayError, RayTaskError
-except ImportError as import_error:
-    raise MissingDependencyError("ray", extra="ray", purpose="run.executor 'ray'") from import_error
 
 log = logging.getLogger(__name__)
 

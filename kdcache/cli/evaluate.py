@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kdcache.errors import ConfigError
+from kdcache.extras import require
 
 PLOT = "evaluation.png"
 TABLE = "evaluation.md"
@@ -41,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate; prints the table, the verdicts and the curves, and writes results.json, the table and the plot."""
     students = _students(args.students)
+    # Before hours of scoring, not after them.
+    require("torch", "transformers", "matplotlib", purpose="kdcache evaluate", extra="train")
     from kdcache.report.evaluation import curve_lines, evaluation_sentences, evaluation_table
     from kdcache.report.plot import plot_evaluation
     from kdcache.train.evaluate import EvaluateOptions, evaluate

@@ -19,6 +19,7 @@ from typing import Protocol, cast
 
 from kdcache import __version__
 from kdcache.errors import KdcacheError
+from kdcache.extras import needed_for
 
 COMMANDS = {
     "capture": ("kdcache.cli.capture", "run a teacher over text and write what it says into a cache"),
@@ -32,6 +33,9 @@ COMMANDS = {
     "evaluate": ("kdcache.cli.evaluate", "compare students with their teacher on held-out text"),
 }
 """name -> (module, one line of help)."""
+
+_EXTRAS = {"train": "train", "evaluate": "train"}
+"""What brings all that a command needs."""
 
 
 class Command(Protocol):
@@ -92,8 +96,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 def run_command(command: Command, args: argparse.Namespace) -> int:
     """Run a command; its exit status, or that of the error it raised. What is no KdcacheError is a bug and is raised."""
+    name = getattr(command, "__name__", "").rpartition(".")[2]
     try:
-        return command.run(args)
+        with needed_for(f"kdcache {name}", _EXTRAS.get(name)):
+            return command.run(args)
     except KdcacheError as error:
         if getattr(args, "verbose", False):
             traceback.print_exc()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.config.capture import InputConfig
-from kdcache.errors import InputError, MissingDependencyError
+from kdcache.errors import InputError
+from kdcache.extras import needed_for
 from kdcache.inputs.content import Fields, Item, Place
 from kdcache.inputs.table_files import check_names, item_of, row_values
 
@@ -34,10 +35,8 @@ def read_dataset(config: InputConfig, start: Place, fields: Fields) -> Iterator[
 
 
 def _open(config: InputConfig, name: str) -> Any:
-    try:
+    with needed_for("input.format 'dataset'"):
         import datasets
-    except ImportError as error:
-        raise MissingDependencyError("datasets", extra="datasets", purpose="input.format 'dataset'") from error
     assert config.dataset is not None
     folder = Path(config.dataset)
     try:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import ConfigError, MissingDependencyError
+from kdcache.errors import ConfigError
+from kdcache.extras import needed_for
 from kdcache.report.evaluation import Curves
 
 
@@ -22,10 +23,8 @@ def plot_evaluation(results: Mapping[str, Any], curves: Curves, path: str | Path
         MissingDependencyError: matplotlib is not installed.
         ConfigError: the file cannot be written.
     """
-    try:
+    with needed_for("the plot of an evaluation"):
         from kdcache.report import _matplotlib
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", extra="report", purpose="the plot of an evaluation") from error
     try:
         _matplotlib.draw_evaluation(results, curves, Path(path))
     except OSError as error:

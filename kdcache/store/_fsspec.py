@@ -15,7 +15,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.config import conf as fsspec_settings
 
 from kdcache.config.remote import RemoteConfig
-from kdcache.errors import ConfigError, MissingDependencyError, StorageError
+from kdcache.errors import ConfigError, StorageError
 from kdcache.store.remote_errors import http_status, translated
 
 PART_BYTES = 16 * 2**20
@@ -23,8 +23,6 @@ PART_BYTES = 16 * 2**20
 
 _BEYOND_THE_END = 416
 _PUTTING = {"pipe_file", "put_file"}
-EXTRAS = {"s3": "s3", "gs": "gs", "hf": "hf", "memory": "remote"}
-_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "memory": "fsspec"}
 
 
 @dataclass(frozen=True)
@@ -152,10 +150,7 @@ def _merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _filesystem(scheme: str, config: RemoteConfig) -> Any:
-    try:
-        kind = fsspec.get_filesystem_class(scheme)
-    except ImportError as error:
-        raise MissingDependencyError(_PACKAGES[scheme], extra=EXTRAS[scheme], purpose=f"{scheme}://") from error
+    kind = fsspec.get_filesystem_class(scheme)
     options = _own_options(scheme, config)
     # fsspec itself would put ours in place of what its files and variables (FSSPEC_S3_...) set, whole dictionaries at once.
     for protocol in (kind.protocol,) if isinstance(kind.protocol, str) else kind.protocol:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from urllib.parse import unquote
 
 from kdcache.config.remote import RemoteConfig
-from kdcache.errors import ConfigError, CorruptCacheError, MissingDependencyError
+from kdcache.errors import ConfigError, CorruptCacheError
+from kdcache.extras import EXTRAS, STORES, require
 from kdcache.store.retry import RetryPolicy, retried
 
 if TYPE_CHECKING:
@@ -258,10 +259,10 @@ def _key_of(config: RemoteConfig) -> _ConfigKey:
 
 @lru_cache(maxsize=64)
 def _store_of(scheme: str, key: _ConfigKey) -> ObjectStore:
-    try:
-        from kdcache.store import _fsspec
-    except ImportError as error:
-        raise MissingDependencyError("fsspec", extra="remote", purpose=f"{scheme}://") from error
+    package = STORES.get(scheme, "fsspec")
+    require(package, "fsspec", purpose=f"{scheme}://", extra=EXTRAS[package])
+    from kdcache.store import _fsspec
+
     store = _fsspec.ObjectStore(scheme, key.config)
     _stores.append(store)
     return store

@@ -10,7 +10,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import MissingDependencyError, TeacherError
+from kdcache.errors import TeacherError
+from kdcache.extras import require
 
 if TYPE_CHECKING:
     from kdcache.config.capture import TeacherConfig
@@ -89,9 +90,7 @@ def _choose_backend(*, strict: bool) -> str:
 
 
 def _backend_class(table: dict[str, str], backend: str, purpose: str) -> Any:
-    for package in _PACKAGES[backend]:
-        if find_spec(package) is None:
-            raise MissingDependencyError(package, extra=backend, purpose=purpose)
+    require(*_PACKAGES[backend], purpose=purpose, extra=backend)
     module, _, name = table[backend].partition(":")
     try:
         return getattr(import_module(module), name)

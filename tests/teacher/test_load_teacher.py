@@ -33,7 +33,7 @@ print([name for name in ("torch", "transformers", "vllm", "pyarrow", "numba") if
 
 
 def test_a_backend_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("kdcache.teacher.find_spec", lambda name: None)
+    monkeypatch.setattr("kdcache.extras.find_spec", lambda name: None)
     for backend in ("vllm", "transformers"):
         with pytest.raises(MissingDependencyError, match=rf"teacher.backend '{backend}' .* pip install 'kdcache\[{backend}\]'"):
             load_teacher(TeacherConfig(model="x", backend=backend))

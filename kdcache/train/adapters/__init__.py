@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kdcache.extras import needed_for
+
 if TYPE_CHECKING:
     from kdcache.train.adapters._accelerate import AcceleratedStream as AcceleratedStream
     from kdcache.train.adapters._datasets import iterable_dataset as iterable_dataset
@@ -33,6 +35,9 @@ _EXPORTS = {
     "num_stream_batches": "kdcache.train.adapters.stream:num_stream_batches",
 }
 
+_EXTRAS = {"AcceleratedStream": "accelerate", "KDDataModule": "lightning", "KDSFTTrainer": "trl", "KDTrainer": "accelerate"}
+"""What brings a trainer and all that it needs, where one package's own extra would not."""
+
 __all__ = [*_EXPORTS]  # noqa: PLE0604  # pyright: ignore[reportUnsupportedDunderAll]
 
 
@@ -40,6 +45,7 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'kdcache.train.adapters' has no attribute {name!r}")
     module, _, attribute = _EXPORTS[name].partition(":")
-    value = getattr(import_module(module), attribute)
+    with needed_for(f"kdcache.train.adapters.{name}", _EXTRAS.get(name)):
+        value = getattr(import_module(module), attribute)
     globals()[name] = value
     return value
