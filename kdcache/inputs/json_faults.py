@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+_KEY = "(key)"
 _SURROGATES = range(0xD800, 0xE000)
 
 
@@ -50,7 +51,7 @@ def _faults(value: Any, at: str) -> Iterator[str]:
             )
     elif isinstance(value, dict):
         for key, entry in value.items():
-            yield from _faults(key, at)
+            yield from _faults(key, _KEY)
             yield from _faults(entry, f"{at}.{key}" if at else repr(key))
     elif isinstance(value, list):
         for index, entry in enumerate(value):
@@ -58,4 +59,6 @@ def _faults(value: Any, at: str) -> Iterator[str]:
 
 
 def _named(at: str) -> str:
-    return f"field {at}" if at else "a key"
+    if at is _KEY:
+        return "a key"
+    return f"field {at}" if at else "the value"

@@ -67,8 +67,11 @@ def _layout(stream: TextStream, path: str) -> str:
     if head.startswith(b"["):  # whose one line may be the whole file
         return "array"
     first = next(lines, b"")
-    if not first.lstrip().startswith(b"{") or _is_object(first) or _end_of_object(first, first.index(b"{"))[0]:
+    if not first.lstrip().startswith(b"{") or _is_object(first):
         return "lines"
+    end = _end_of_object(first, first.index(b"{")).end
+    if end:  # more stands behind it: another object, or a line that is no JSON
+        return "printed" if _is_object(first[:end]) and first[end:].lstrip().startswith(b"{") else "lines"
     second = next(lines, b"")
     return "lines" if not second or _is_object(second) else "printed"
 

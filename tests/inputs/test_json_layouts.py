@@ -25,6 +25,8 @@ LAYOUTS = {
     "array": json.dumps(ROWS),
     "printed array": " \n" + json.dumps(ROWS, indent=2, ensure_ascii=False) + "\n",
     "array of lines": "\ufeff[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n",
+    "one line": "".join(map(json.dumps, ROWS)),
+    "old line ends": "\r".join(map(json.dumps, ROWS)),
     "printed objects": "\n".join(json.dumps(row, indent=2) for row in ROWS),
     "objects in a row": "".join(json.dumps(row, indent=1) for row in ROWS),
 }
@@ -90,6 +92,9 @@ def test_one_object_is_one_item_and_an_empty_array_is_none(tmp_path):
         (b'{"text": "a"}\n{"text": "b", "s": [1, NaN]}\n', ":2: field 's'[1] is NaN, which is no JSON (write null"),
         (b'[{"text": "a", "s": {"t": -Infinity}}]', "#0: field 's'.t is -Infinity, which is no JSON"),
         (b'{"text": "a", "s": 1e999}', ":1: field 's' is 1e999, a number out of range"),
+        (b"NaN", ":1: the value is NaN, which is no JSON"),
+        (b'{"\\udc00": 1}', ":1: a key holds \\udc00, a lone surrogate"),
+        (b'{"text": "a"},\n{"text": "b"},\n', ":1: not JSON: JSON is malformed: trailing characters"),
         (b'{"text": "x\\ud800y"}', ":1: field 'text' holds \\ud800, a lone surrogate, which is half a character"),
         (b'{"a": [{"b": "\\udc00"}], "text": ""}', ":1: field 'a'[0].b holds \\udc00, a lone surrogate"),
         (b'{"text": "\xed\xa0\x80"}', ":1: not UTF-8 text (byte 0xed); convert the file to UTF-8"),
