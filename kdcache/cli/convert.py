@@ -91,5 +91,8 @@ def _as_text(args: argparse.Namespace, conversion: Conversion) -> str:
             "impossible "
             "and are in no NLL"
         )
+    if conversion.examination.tally.vocab_size is None:
+        width = manifest.identity.teacher.vocab_size
+        shown["vocabulary"] = f"{width:,} ids, the tokenizer's; where the teacher's output is wider, say so with --vocab-size V"
     lines = finding_lines(conversion.examination)
     return "\n".join([rows({name: text for name, text in shown.items() if text}), *lines])

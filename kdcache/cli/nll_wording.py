@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdcache.format.manifest import Manifest
 
+FEW = 0.01
+"""Share of targets without a logprob up to which the NLL speaks for a whole cache."""
+
 
 def left_out(manifest: Manifest) -> str:
     """How many targets the NLL leaves out, and what the number is then not; empty where it leaves out none."""
@@ -28,10 +31,16 @@ def conversion(manifest: Manifest) -> dict[str, Any] | None:
 
 
 def alignment(manifest: Manifest) -> dict[str, str]:
-    """A line on whether the rows of a converted cache were shown to belong to their tokens; none for a capture."""
+    """A line on whether rows were shown to belong to their tokens; none for a capture whose NLL shows it for nearly all."""
     notes = conversion(manifest)
     if notes is None:
-        return {}
+        num_targets, num_left_out = manifest.total("num_targets"), manifest.total("num_impossible_targets")
+        if num_left_out <= FEW * num_targets:
+            return {}
+        shown = (
+            f"the NLL shows it for {num_targets - num_left_out:,} of {num_targets:,} targets, and says nothing of the others"
+        )
+        return {"alignment": f"{shown}; `kdcache verify --deep` compares all rows"}
     proof = notes.get("alignment")
     return {"alignment": f"{_proof(proof if isinstance(proof, dict) else {})} (from {notes['converted_from']})"}
 
@@ -50,7 +59,8 @@ def _proof(proof: dict[str, Any]) -> str:
         )
     reason = proof.get("reason", "it was converted before this was recorded")
     return (
-        f"NOT proven: {reason}; whether rows belong to their tokens is taken on trust. `kdcache doctor --teacher MODEL` tells"
+        f"NOT proven: {reason}; whether rows belong to their tokens is taken on trust. "
+        "`kdcache verify --deep --teacher MODEL` tells"
     )
 
 

@@ -36,7 +36,7 @@ from kdcache.foreign.tables import Table, flat, nested
 CONFIG_NAME = "compression_config.yaml"
 COMPRESSED = ("compressed_logprobs", "bytepacked_indices")
 LEGACY = ("packed_indices", "exact_values", "coeffs")
-MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 2**20, 50
 
 _ROWS_AT_ONCE = 256
 ROWS_LOOKED_AT = 512
@@ -66,7 +66,7 @@ def open_distillkit(path: str, table: Table, options: ReadOptions) -> ForeignCac
         facts=_facts(config, where, fit),
         vocab_size=config.vocab_size if isinstance(config, LegacyConfig) else config.d,
         approximate_from=config.exact_k if config.exact_k < config.k else None,
-        findings=(*_fit_findings(fit), *_config_findings(table, config)),
+        findings=(*_fit_findings(fit), *(() if fit is not None and fit.is_broken else _config_findings(table, config))),
     )
 
 
@@ -184,11 +184,21 @@ def _read_config(path: Path, named: str | None) -> tuple[Config | LegacyConfig, 
     if len(text) > MAX_CONFIG_BYTES:
         raise InputError(f"{where}: not a compression config of DistillKit: longer than {MAX_CONFIG_BYTES:,} bytes")
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise InputError(f"{where}: holds YAML aliases, of which a few can make gigabytes; write their values out")
+        _refuse_growth(text, where)
         return parse_config(yaml.safe_load(text), str(where)), str(where)
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: not YAML: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_growth(text: bytes, where: str) -> None:
+    """Raise InputError for YAML of which a little makes a lot; a star in a comment or in a name is none."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise InputError(f"{where}: holds YAML aliases, of which a few can make gigabytes; write their values out")
+        if depth > MAX_CONFIG_DEPTH:
+            raise InputError(f"{where}: not a compression config of DistillKit: nested more than {MAX_CONFIG_DEPTH} deep")
 
 
 def _facts(config: Config | LegacyConfig, where: str, fit: FitQuality | None) -> dict[str, str]:

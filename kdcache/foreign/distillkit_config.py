@@ -30,6 +30,10 @@ RISING_SHARE, MASS_OFF = 0.5, 0.15
 FALLING_SHARE, MASS_NEAR = 0.95, 0.1
 """What another config must reach to be named."""
 
+FAR_NATS, FAR_RATIO, NEARLY = 1.0, 0.25, 1.25
+"""A sound curve is a few tenths off the line; beyond this one is sought that is a quarter as far off, and of those that are
+nearly the nearest the one that takes the fewest changes."""
+
 MIN_EXACT = 8
 LINE_NATS, LINE_RATIO, LINE_ERRORS = 0.03, 0.75, 6.0
 """The curve must leave the line by so much more than under the other setting, in nats, as a ratio and in standard errors."""
@@ -67,9 +71,31 @@ def wrong_config(rows_RQ: NDArray[np.uint8], hits: float, config: Config) -> Fin
         others = (look for other in _same_bytes(config) if (look := _look(rows_RQ, other)) is not None and look.fits(hits))
         best = min(others, key=lambda look: (_num_changes(config, look.config), abs(look.mass - hits)), default=None)
         return None if best is None else _of_values(stated, best, hits)
+    if _can_be_extrapolated(stated) and float(_off_the_line(stated).mean()) > FAR_NATS:
+        return _far_off_the_line(rows_RQ, stated, hits)
     others = [_look(rows_RQ, other) for other in _switched(config)]
     fitting = [look for look in others if look is not None and look.fits(hits) and _stays_on_the_line(stated, look)]
     return _of_tails(stated, fitting[0]) if fitting else None
+
+
+def _far_off_the_line(rows_RQ: NDArray[np.uint8], stated: _Look, hits: float) -> Finding | None:
+    """Tails that are nowhere near where the exact ranks lead; any config of as many bytes that leads there is to be named."""
+    limit = FAR_RATIO * float(_off_the_line(stated).mean())
+    looks = (look for other in _same_bytes(stated.config) if (look := _look(rows_RQ, other)) is not None)
+    fitting = [look for look in looks if look.fits(hits) and _can_be_extrapolated(look) and _off_the_line(look).mean() < limit]
+    if not fitting:
+        return None
+    nearest = NEARLY * min(float(_off_the_line(look).mean()) for look in fitting)
+    near = (look for look in fitting if float(_off_the_line(look).mean()) <= nearest)
+    best = min(near, key=lambda look: _num_changes(stated.config, look.config))
+    same = all(getattr(best.config, name) == getattr(stated.config, name) for name in ("delta_encoding", "exact_dtype"))
+    if same and stated.config.exact_k <= best.config.exact_k:
+        return _of_tails(stated, best)
+    return _of_values(stated, best, hits)
+
+
+def _can_be_extrapolated(look: _Look) -> bool:
+    return look.config.exact_k >= MIN_EXACT and look.config.num_fitted > 0
 
 
 def _look(rows_RQ: NDArray[np.uint8], config: Config) -> _Look | None:
@@ -106,7 +132,9 @@ def _same_bytes(config: Config) -> Iterator[Config]:
     dtypes = sorted(halves) if config.exact_dtype in halves else [config.exact_dtype]
     for (exact_k, other_terms), dtype in itertools.product(splits, dtypes):
         try:
-            other = msgspec.structs.replace(config, exact_k=exact_k, polynomial_terms=list(other_terms), exact_dtype=dtype)
+            other = msgspec.structs.replace(
+                config, exact_k=exact_k, polynomial_terms=list(other_terms) or None, exact_dtype=dtype
+            )
             other.__post_init__()
         except ValueError:
             continue
@@ -118,7 +146,7 @@ def _num_changes(config: Config, other: Config) -> int:
 
 
 def _stays_on_the_line(stated: _Look, other: _Look) -> bool:
-    if stated.config.exact_k < MIN_EXACT or stated.config.num_fitted == 0:
+    if not _can_be_extrapolated(stated):
         return False
     stated_R, other_R = _off_the_line(stated), _off_the_line(other)
     better_R = stated_R - other_R

@@ -61,6 +61,7 @@ def _findings(cache: ForeignCache, c: Comparison) -> Iterator[Finding]:
     # The slope is not a number where every row has one exact entry, or is flat: nothing can be said of a temperature then.
     if (
         c.common_share > SAME_SUPPORT
+        and line.slope > 0
         and abs(line.slope - 1) > SLOPE_TOLERANCE
         and line.residual < RESIDUAL_SHARE * abs(line.slope - 1)
     ):
@@ -90,6 +91,8 @@ def _findings(cache: ForeignCache, c: Comparison) -> Iterator[Finding]:
             f"the fitted tails are {c.fitted_error:.2f} nats off the teacher's in the mean, up to {c.line.max_difference:.1f} "
             f"(KL {_kl(c):.3g}), while the exact entries are at most {line.max_difference:.2g} off"
         )
+        causes = [finding.sentence for finding in cache.findings if finding.name == "broken_tails"]
+        sentence = "; ".join([sentence, *causes])
         yield Finding("broken_tails", "repairable", sentence, "--repair tails")
         return
     yield from _agreement(c, listed)

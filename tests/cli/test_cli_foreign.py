@@ -188,3 +188,6 @@ def test_a_conversion_on_trust_is_not_called_sound(
     status, out, _ = run(capsys, "verify", tmp_path / "cache")
     assert (status, "its bytes are sound, its alignment was not proven (complete)" in out) == (0, True)
     assert "NOT proven: there are too few rows" in out
+    assert "`kdcache verify --deep --teacher MODEL` tells" in out
+    asked = ["--deep", "--teacher", tiny_model_dir, "--backend", "transformers"]
+    assert "teacher" in run(capsys, "verify", tmp_path / "cache", *asked)[1]

@@ -203,7 +203,7 @@ CASES: dict[tuple[str, str], Case] = {
     ),
     ("broken_tails", "--repair tails"): Case(noisy_curves, repair("tails")),
     ("broken_tails", "--config FILE"): Case(distillkit(FINE, normalize_t=True), right_config),
-    ("displaced_entries", "--repair k+1"): Case(displaced, repair("k+1")),
+    ("displaced_entries", "--repair k+1"): Case(displaced, repair("k+1"), with_teacher=True),
     ("duplicate_ids", "--repair duplicates"): Case(columns(repeat), repair("duplicates")),
     ("few_hits", "--teacher MODEL"): Case(a_third_moved, tell),
     ("few_hits", "--accept"): Case(a_third_moved, accept("few_hits")),

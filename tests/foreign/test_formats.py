@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from foreign_cases import Truth, items, log_softmax, write_distillkit
 
 from kdcache.errors import InputError
 from kdcache.foreign.base import ForeignSequence, ReadOptions
@@ -192,3 +194,45 @@ def test_a_star_in_a_config_is_no_alias(tmp_path: Path):
     config.write_text(f"a: &a [1]\nb: *a\n{own}")
     with pytest.raises(InputError, match="holds YAML aliases"):
         look(tmp_path / "c")
+
+
+FINE = {"d": 520, "k": 32, "exact_k": 16, "polynomial_terms": [0, 1, 2], "delta_encoding": True}
+PLAIN = FINE | {"delta_encoding": False}
+EXACT = {"d": 520, "k": 16, "exact_k": 16}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "cause"),
+    [
+        (FINE, {"delta_encoding": False}, "with delta_encoding: true"),
+        (PLAIN, {"delta_encoding": True}, "with delta_encoding: false"),
+        (FINE | {"normalize_t": True}, {"normalize_t": False}, "with normalize_t: true"),
+        (PLAIN, {"normalize_t": True}, "with normalize_t: false"),
+        (PLAIN, {"exact_k": 17, "polynomial_terms": [0, 1]}, "with exact_k: 16, polynomial_terms: [0, 1, 2]"),
+        (PLAIN, {"exact_k": 14, "polynomial_terms": [0, 1, 2, 3, 4]}, "with exact_k: 16, polynomial_terms: [0, 1, 2]"),
+        (EXACT | {"delta_encoding": True}, {"delta_encoding": False}, "with delta_encoding: true"),
+        (EXACT | {"delta_encoding": False}, {"delta_encoding": True}, "with delta_encoding: false"),
+    ],
+)
+def test_another_config_of_as_many_bytes_is_named(truth: Truth, tmp_path: Path, settings: Any, said: Any, cause: str):
+    found = look(write_distillkit(tmp_path / "c", items(truth, settings["k"]), settings, **said))
+    told = [finding.sentence for finding in found.findings if finding.name in ("wrong_config", "broken_tails")]
+    assert cause in told[0]
+    assert "the config is probably not the one that wrote" in told[0]
+    right = look(write_distillkit(tmp_path / "right", items(truth, settings["k"]), settings))
+    assert wrong(right) == set()
+
+
+def test_damage_of_other_kinds_is_not_put_down_to_the_config(truth: Truth, tmp_path: Path):
+    late = items(truth, 32)
+    for item in late:
+        item.ids, item.values = (np.roll(rows, 1, axis=0).tolist() for rows in (item.ids, item.values))
+    assert wrong(look(write_distillkit(tmp_path / "late", late, FINE))) == {"shifted_rows"}
+    other = items(truth, 32)
+    for item in other:
+        item.input_ids = [(7 * i + 3) % 500 for i in item.input_ids]
+    assert wrong(look(write_distillkit(tmp_path / "other", other, FINE))) == {"foreign_rows"}
+    flat = items(truth, 32)
+    for item, logits_NV in zip(flat, truth.logits_SNV, strict=True):
+        item.values = np.take_along_axis(log_softmax(logits_NV[:-1] / 2), np.array(item.ids), axis=1).tolist()
+    assert wrong(look(write_distillkit(tmp_path / "flat", flat, FINE))) == {"temperature_applied"}
