@@ -184,7 +184,7 @@ def _read_config(path: Path, named: str | None) -> tuple[Config | LegacyConfig, 
     if len(text) > MAX_CONFIG_BYTES:
         raise InputError(f"{where}: not a compression config of DistillKit: longer than {MAX_CONFIG_BYTES:,} bytes")
     try:
-        _refuse_growth(text, where)
+        _refuse_growth(text, str(where))
         return parse_config(yaml.safe_load(text), str(where)), str(where)
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: not YAML: {str(error).splitlines()[0]}") from error

@@ -82,20 +82,24 @@ def _findings(cache: ForeignCache, c: Comparison) -> Iterator[Finding]:
         )
         yield Finding("renormalised", "fatal", f"{sentence}mass there is {c.kept_mass:.4f}; what the tail held is lost")
         return
-    if (
-        cache.approximate_from is not None
-        and c.exact_kl <= TOLERANCE_NATS
-        and (c.fitted_error > BROKEN_TAIL_NATS or _kl(c) > TOLERANCE_NATS)
-    ):
-        sentence = (
-            f"the fitted tails are {c.fitted_error:.2f} nats off the teacher's in the mean, up to {c.line.max_difference:.1f} "
-            f"(KL {_kl(c):.3g}), while the exact entries are at most {line.max_difference:.2g} off"
-        )
-        causes = [finding.sentence for finding in cache.findings if finding.name == "broken_tails"]
-        sentence = "; ".join([sentence, *causes])
-        yield Finding("broken_tails", "repairable", sentence, "--repair tails")
+    broken = _broken_tails(cache, c)
+    if broken is not None:
+        yield broken
         return
     yield from _agreement(c, listed)
+
+
+def _broken_tails(cache: ForeignCache, c: Comparison) -> Finding | None:
+    """Exact entries are the teacher's, and fitted ones are not."""
+    is_off = c.fitted_error > BROKEN_TAIL_NATS or _kl(c) > TOLERANCE_NATS
+    if cache.approximate_from is None or c.exact_kl > TOLERANCE_NATS or not is_off:
+        return None
+    sentence = (
+        f"the fitted tails are {c.fitted_error:.2f} nats off the teacher's in the mean, up to {c.line.max_difference:.1f} "
+        f"(KL {_kl(c):.3g}), while the exact entries are at most {c.exact_line.max_difference:.2g} off"
+    )
+    causes = [finding.sentence for finding in cache.findings if finding.name == "broken_tails"]
+    return Finding("broken_tails", "repairable", "; ".join([sentence, *causes]), "--repair tails")
 
 
 def _kl(c: Comparison) -> float:

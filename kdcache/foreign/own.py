@@ -70,7 +70,8 @@ def _for_own(finding: Finding, selection: SelectionInfo, *, is_placed: bool) -> 
     """What is no defect of ours: the capture compared the NLL, so where rows belong is known; a selection may keep no exact
     entry, or hold what a sampler's filters left, on purpose."""
     if is_placed and finding.name in PLACEMENT:
-        return replace(finding, severity="note", sentence=f"{finding.sentence}; the NLL that was kept at capture agrees")
+        sentence = "the text alone does not show where rows belong, as it is not one that this teacher would write"
+        return replace(finding, severity="note", sentence=f"{sentence}; the NLL that was kept at capture agrees, and shows it")
     if finding.name in ("renormalised", "temperature_applied") and selection.filters:
         why = f"the distributions are those after the sampler's filters {selection.filters}, as asked for at capture"
         return replace(finding, severity="note", sentence=why)
