@@ -9,7 +9,7 @@ from kdcache.capture._nvml import GpuState
 from kdcache.capture.executor import open_writer
 from kdcache.capture.heartbeat import Heartbeat, end_process
 from kdcache.capture.inputs import InputReader
-from kdcache.capture.job import Job, load_job_tokenizer
+from kdcache.capture.job import Job, load_job_tokenizer, template_moment
 from kdcache.capture.meter import GpuReadings
 from kdcache.capture.plan import Plan, Unit
 from kdcache.capture.signals import StopRequest
@@ -46,7 +46,10 @@ class CaptureWorker:
         os.chdir(self._directory)  # paths mean what they mean to the driver
         self._heart.load(f"loading the teacher {self._config.teacher.model!r}")
         with self._heart.watching():
-            job = Job(self._config, InputReader(self._config.input), load_job_tokenizer(self._config), self._plan)
+            tokenizer = load_job_tokenizer(self._config)
+            variables = tokenizer.template_variables if self._config.input.content == "messages" else frozenset()
+            reader = InputReader(self._config.input, variables)
+            job = Job(self._config, reader, tokenizer, self._plan, template_moment(self._config))
             self._slot = TeacherSlot(self._config)
             self._heart.beat("opening the cache")
             reporter = Reporter(self._readings, StopRequest(), self._heart)

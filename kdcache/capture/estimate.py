@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
@@ -25,6 +25,7 @@ from kdcache.config.capture import CaptureConfig
 from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import fixed_entries, fixed_exact, has_estimates, most_entries
+from kdcache.inputs.chat import Chat
 from kdcache.inputs.content import Item
 from kdcache.inputs.left_out import LeftOut
 from kdcache.store import chain
@@ -64,6 +65,7 @@ class CaptureEstimate:
         bytes_are: `expected`; `most`, where the number of entries follows from the teacher, which has not been asked; or
             `measured`, by the probe.
         num_bytes: of all, the features included.
+        notes: what the sampled items hold and nobody uses: a sentence for each kind -> items.
         tokens_per_second: measured, by a probe or by the units already published; None where nothing has been measured.
         left_out: files, folders and links of the input that are not read.
     """
@@ -81,6 +83,7 @@ class CaptureEstimate:
     tokens_per_second: float | None
     features: tuple[FeatureEstimate, ...] = ()
     left_out: LeftOut = field(default_factory=LeftOut)
+    notes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def seconds_left(self) -> float | None:
@@ -116,11 +119,11 @@ def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = N
     with closing(prepare(config, progress)) as job:
         items = _sample(job)
         vocab_size = job.tokenizer.identity.vocab_size
-        work, _ = make_work(items, job.tokenizer, config, vocab_size=2**31)
+        work, counts = make_work(items, job.tokenizer, config, vocab_size=2**31)
         probed = _probe(job, work) if probe else None
         if probed is None:
             probed = _Probed(_past_speed(job), _expected_bytes(config, vocab_size), known_features(config))
-        return _scale(job, items, work, probed)
+        return replace(_scale(job, items, work, probed), notes=counts.notes)
 
 
 def _sample(job: Job) -> list[Item]:
@@ -138,7 +141,7 @@ def _sample(job: Job) -> list[Item]:
 
 def _clip(item: Item, config: CaptureConfig) -> Item:
     # A chat cannot be clipped without breaking its template, nor a text that is refused, truncated or answered as a whole.
-    if isinstance(item.content, list) or config.input.window.policy != "split" or config.generate is not None:
+    if isinstance(item.content, Chat) or config.input.window.policy != "split" or config.generate is not None:
         return item
     return replace(item, content=item.content[:SAMPLE_CHARS_PER_ITEM])
 

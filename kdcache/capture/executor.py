@@ -8,12 +8,13 @@ from contextlib import closing, contextmanager
 
 from kdcache.capture.features import features_of
 from kdcache.capture.heartbeat import Heartbeat, interrupting
-from kdcache.capture.job import Job, check_fits, first_manifest
+from kdcache.capture.job import Job, check_fits, first_manifest, recorded_moment
 from kdcache.capture.progress import CaptureProgress
 from kdcache.capture.signals import Interrupted, StopRequest
 from kdcache.capture.tally import CaptureSummary, Tally
 from kdcache.capture.unit import Reporter, TeacherSlot, UnitWorker
 from kdcache.errors import CaptureError
+from kdcache.store import chain
 from kdcache.store.writer import CacheWriter
 
 
@@ -45,7 +46,12 @@ def open_writer(job: Job, slot: TeacherSlot) -> CacheWriter:
     """A writer of the job's cache, which is started if it is not there; raises MismatchError where it is another capture's."""
     check_fits(job.config, slot.teacher)
     manifest = first_manifest(job, slot.teacher.identity, features_of(job.config, slot.teacher))
-    return CacheWriter.open(job.path, manifest, record_batch_bytes=job.config.output.record_batch_bytes)
+    writer = CacheWriter.open(job.path, manifest, record_batch_bytes=job.config.output.record_batch_bytes)
+    # Of processes that start at once one has begun the cache: its moment counts.
+    begun = recorded_moment(chain.read_manifest(job.path, 0)) if job.tokenizer.reads_clock else None
+    if begun is not None:
+        job.tokenizer.set_clock(begun)
+    return writer
 
 
 @contextmanager

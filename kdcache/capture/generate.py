@@ -13,11 +13,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from kdcache.capture.sequences import CutCounts, check_ids, tokenize_plain
+from kdcache.capture.sequences import CutCounts, check_ids, tokenize_plain, with_arguments
 from kdcache.config.capture import CaptureConfig, GenerateConfig, InputConfig
 from kdcache.errors import ConfigError, InputError, TeacherError
 from kdcache.format.manifest import GenerationInfo
 from kdcache.format.record import TokenSequence, sequence_key
+from kdcache.inputs.chat import Chat
 from kdcache.inputs.content import Item
 from kdcache.teacher.base import Teacher
 from kdcache.teacher.generation import Generated, GeneratingTeacher, Observe, Prompt, answer_seed
@@ -80,7 +81,7 @@ def make_prompts(
     counts = CutCounts()
     prompts: list[Prompt] = []
     for item in (_without_last_answer(item, asked, counts) for item in items):
-        sequence = None if item.is_empty else _prompt_sequence(item, tokenizer, config.input, vocab_size)
+        sequence = None if item.is_empty else _prompt_sequence(item, tokenizer, config.input, vocab_size, counts)
         if sequence is None:
             counts.num_empty_items += 1
         elif _fits(sequence, asked, config.input):
@@ -130,8 +131,9 @@ def answered(prompt: Prompt, answer: Generated, template_fingerprint: str) -> To
 
 
 def _without_last_answer(item: Item, asked: GenerateConfig, counts: CutCounts) -> Item:
-    messages = item.content
-    if not isinstance(messages, list) or not messages or messages[-1]["role"] != "assistant":
+    chat = item.content
+    messages = chat.messages if isinstance(chat, Chat) else []
+    if not isinstance(chat, Chat) or not messages or messages[-1]["role"] != "assistant":
         return item
     if asked.last_answer == "error":
         raise InputError(
@@ -140,17 +142,20 @@ def _without_last_answer(item: Item, asked: GenerateConfig, counts: CutCounts) -
         )
     kept = max((index + 1 for index, message in enumerate(messages) if message["role"] != "assistant"), default=0)
     counts.num_dropped_answers += 1
-    return replace(item, content=messages[:kept])
+    return replace(item, content=replace(chat, messages=messages[:kept]))
 
 
-def _prompt_sequence(item: Item, tokenizer: Tokenizer, config: InputConfig, vocab_size: int) -> TokenSequence | None:
+def _prompt_sequence(
+    item: Item, tokenizer: Tokenizer, config: InputConfig, vocab_size: int, counts: CutCounts
+) -> TokenSequence | None:
     """What comes before the answer, nothing of it supervised; None where it has no token. Its last turn is the answer's, which
     may start where it ends."""
-    if isinstance(item.content, list):
+    if isinstance(item.content, Chat):
         try:
-            chat = tokenizer.encode_prompt(item.content)
+            chat = tokenizer.encode_prompt(with_arguments(item.content, config))
         except InputError as error:
             raise InputError(f"{item.source}: {error}") from error
+        counts.note(dict.fromkeys(chat.notes, 1))
         ids_N, roles_N, starts = np.asarray(chat.input_ids, np.int64), chat.roles, chat.turn_starts
     else:
         ids_N = tokenize_plain(item.content, tokenizer, config)

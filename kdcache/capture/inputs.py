@@ -15,9 +15,9 @@ from kdcache.inputs.reader import ItemReader
 class InputReader(ItemReader):
     """The items behind an InputConfig. Units read one after another are read in one pass; close it when done."""
 
-    def __init__(self, config: InputConfig) -> None:
+    def __init__(self, config: InputConfig, variables: frozenset[str] = frozenset()) -> None:
         """List the files, as `ItemReader`."""
-        super().__init__(config)
+        super().__init__(config, variables)
         self._open: Iterator[Item] = iter(())
         self._next_item = -1
         self._stream_end: int | None = None

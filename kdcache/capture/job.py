@@ -6,9 +6,11 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import kdcache
 from kdcache.capture.features import features_of
@@ -18,11 +20,13 @@ from kdcache.capture.plan import Plan
 from kdcache.capture.progress import CaptureProgress
 from kdcache.codec import get_codec
 from kdcache.config.capture import CaptureConfig
+from kdcache.config.chat import parse_moment
 from kdcache.config.load import config_to_builtins
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import CodecInfo, FeatureInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import selection_params
+from kdcache.store import chain
 from kdcache.store.location import Location, locate
 from kdcache.teacher import load_tokenizer
 from kdcache.teacher.base import Teacher
@@ -39,6 +43,7 @@ class Job:
     reader: InputReader
     tokenizer: Tokenizer
     plan: Plan
+    moment: datetime = field(default_factory=datetime.now)
 
     @property
     def path(self) -> Location:
@@ -61,15 +66,19 @@ def prepare(config: CaptureConfig, progress: CaptureProgress) -> Job:
     Raises:
         ConfigError, InputError, TeacherError: the chat template, the input or the tokenizer cannot be read.
     """
-    reader = InputReader(config.input)
+    reader = InputReader(config.input)  # before the tokenizer: a path that leads nowhere needs none
     tokenizer = load_job_tokenizer(config)
+    if config.input.content == "messages":
+        reader = InputReader(config.input, tokenizer.template_variables)
+    moment = template_moment(config)
+    tokenizer.set_clock(moment)
     with closing(reader):
         plan = reader.plan(
             config.output,
             template_fingerprint=tokenizer.identity.chat_template_fingerprint,
             observe=progress.scanning,
         )
-    return Job(config, reader, tokenizer, plan)
+    return Job(config, reader, tokenizer, plan, moment)
 
 
 def first_manifest(job: Job, teacher: TeacherIdentity, features: tuple[FeatureInfo, ...] = ()) -> Manifest:
@@ -78,7 +87,11 @@ def first_manifest(job: Job, teacher: TeacherIdentity, features: tuple[FeatureIn
     plan = job.plan
     config = config_to_builtins(job.config)
     del config["run"]
-    notes = {"num_items": plan.num_items, "num_empty_items": plan.num_empty_items, "num_chars": plan.num_chars}
+    notes: dict[str, Any] = {
+        "num_items": plan.num_items, "num_empty_items": plan.num_empty_items, "num_chars": plan.num_chars,
+    }  # fmt: skip
+    if job.tokenizer.reads_clock and job.config.input.content == "messages":
+        notes["template_time"] = job.moment.isoformat(timespec="seconds")
     return Manifest(
         number=0,
         parent=None,
@@ -136,8 +149,39 @@ def codec_info(config: CaptureConfig, vocab_size: int) -> CodecInfo:
     return CodecInfo(codec_id=codec.codec_id, params=codec.params())
 
 
+def template_moment(config: CaptureConfig) -> datetime:
+    """What time it is for the chat template: as the config says, or as the cache that is there was begun with, or now."""
+    if config.input.template_time is not None:
+        return parse_moment(config.input.template_time)
+    path = output_location(config)
+    noted = recorded_moment(chain.read_manifest(path, 0)) if chain.manifest_numbers(path) else None
+    return noted or datetime.now().replace(microsecond=0)
+
+
+def recorded_moment(manifest: Manifest) -> datetime | None:
+    """The moment that a cache's chats were rendered at; None where its template reads no clock."""
+    noted = manifest.config.get("notes", {}).get("template_time")
+    return None if noted is None else datetime.fromisoformat(noted)
+
+
 def load_job_tokenizer(config: CaptureConfig) -> Tokenizer:
-    """The tokenizer that a capture's config names; raises ConfigError or TeacherError where it cannot be had."""
+    """The tokenizer that a capture's config names.
+
+    Raises:
+        ConfigError, TeacherError: it cannot be had, or its chat template does not read an argument that is set.
+    """
+    tokenizer = _load_tokenizer(config)
+    variables = tokenizer.template_variables
+    unread = [name for name in config.input.template_arguments if name not in variables]
+    if unread:
+        there = ", ".join(sorted(variables - {"messages", "add_generation_prompt"})) or "none"
+        raise ConfigError(
+            f"input.template_arguments: the chat template reads no variable {unread[0]!r}; those that it reads are {there}"
+        )
+    return tokenizer
+
+
+def _load_tokenizer(config: CaptureConfig) -> Tokenizer:
     teacher = config.teacher
     default = "fake" if teacher.backend == "fake" else teacher.model
     own = teacher.tokenizer is None

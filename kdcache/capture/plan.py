@@ -139,7 +139,10 @@ def _meaning(config: InputConfig, template_fingerprint: str) -> dict[str, Any]:
     settings = {name: getattr(config, name) for name in names}
     window = msgspec.to_builtins(config.window)
     domains = {} if config.domain_field is None else {"domains": config.domain_field}
-    return settings | domains | {"window": window, "template": template_fingerprint, "version": 1}
+    names = ("one_item_per", "template_arguments", "template_time")
+    chats = {name: getattr(config, name) for name in names if getattr(config, name) not in ("chat", {}, None)}
+    version = 2 if config.content == "messages" else 1  # of chats: since who wrote what is proven
+    return settings | domains | chats | {"window": window, "template": template_fingerprint, "version": version}
 
 
 class _OpenUnit:

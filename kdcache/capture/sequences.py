@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,8 @@ from kdcache.capture.windows import TokenizedItem, cut_windows, num_truncated_to
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError, MismatchError
 from kdcache.format.record import TokenSequence
-from kdcache.inputs.content import Item, Message
+from kdcache.inputs.chat import Chat
+from kdcache.inputs.content import Item
 from kdcache.teacher.tokenizer import Tokenizer
 
 
@@ -74,26 +75,37 @@ def make_sequences(
     template = tokenizer.identity.chat_template_fingerprint
     made: list[TokenSequence] = []
     for item in items:
-        tokens = None if item.is_empty else _tokenize(item, tokenizer, config, counts)
-        if tokens is None or len(tokens.input_ids_N) == 0:
+        given = [] if item.is_empty else _tokenize(item, tokenizer, config, counts)
+        if not any(len(tokens.input_ids_N) for tokens in given):
             counts.num_empty_items += 1
             continue
-        check_ids(tokens.input_ids_N, tokens.source, config, tokenizer, vocab_size)
-        sequences = cut_windows(tokens, config.window, template)
-        supervised = [sequence for sequence in sequences if sequence.supervised_N.any()]
-        made += supervised
-        truncated = num_truncated_tokens(len(tokens.input_ids_N), config.window)
-        counts.add(CutCounts(len(supervised), 0, len(sequences) - len(supervised), int(truncated > 0), truncated))
+        for tokens in given:
+            check_ids(tokens.input_ids_N, tokens.source, config, tokenizer, vocab_size)
+            sequences = cut_windows(tokens, config.window, template)
+            supervised = [sequence for sequence in sequences if sequence.supervised_N.any()]
+            made += supervised
+            truncated = num_truncated_tokens(len(tokens.input_ids_N), config.window)
+            counts.add(CutCounts(len(supervised), 0, len(sequences) - len(supervised), int(truncated > 0), truncated))
     return made, counts
 
 
-def _tokenize(item: Item, tokenizer: Tokenizer, config: InputConfig, counts: CutCounts) -> TokenizedItem:
-    if isinstance(item.content, list):
-        return _tokenize_chat(item, item.content, tokenizer, config, counts)
+def _tokenize(item: Item, tokenizer: Tokenizer, config: InputConfig, counts: CutCounts) -> list[TokenizedItem]:
+    if isinstance(item.content, Chat):
+        chat = with_arguments(item.content, config)
+        if config.one_item_per == "chat":
+            return [_tokenize_chat(item, chat, tokenizer, config, counts)]
+        answers = [(replace(item, source=f"{item.source}@{index}"), each) for index, each in chat.answers()]
+        counts.num_unsupervised += not answers
+        return [_tokenize_chat(part, each, tokenizer, config, counts) for part, each in answers]
     ids_N = tokenize_plain(item.content, tokenizer, config)
     num_tokens = len(ids_N)
     all_N, none_N = np.ones(num_tokens, np.bool_), np.zeros(num_tokens, np.uint8)
-    return TokenizedItem(ids_N, all_N, none_N, np.zeros(1, np.int32), item.source, item.domain)
+    return [TokenizedItem(ids_N, all_N, none_N, np.zeros(1, np.int32), item.source, item.domain)]
+
+
+def with_arguments(chat: Chat, config: InputConfig) -> Chat:
+    """The chat with the config's arguments of the template beside its own."""
+    return replace(chat, arguments={**config.template_arguments, **chat.arguments})
 
 
 def tokenize_plain(content: str | NDArray[np.int64], tokenizer: Tokenizer, config: InputConfig) -> NDArray[np.int64]:
@@ -103,11 +115,9 @@ def tokenize_plain(content: str | NDArray[np.int64], tokenizer: Tokenizer, confi
     return content
 
 
-def _tokenize_chat(
-    item: Item, messages: list[Message], tokenizer: Tokenizer, config: InputConfig, counts: CutCounts
-) -> TokenizedItem:
+def _tokenize_chat(item: Item, given: Chat, tokenizer: Tokenizer, config: InputConfig, counts: CutCounts) -> TokenizedItem:
     try:
-        chat = tokenizer.encode_chat(messages)
+        chat = tokenizer.encode_chat(given)
     except InputError as error:
         raise InputError(f"{item.source}: {error}") from error
     counts.note(dict.fromkeys(chat.notes, 1))

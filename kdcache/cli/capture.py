@@ -161,6 +161,7 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
             **({"not read": str(estimate.left_out)} if estimate.left_out else {}),
             "plan": f"{count(len(plan.units), 'unit')}, {estimate.num_units_before:,} of them published already",
             **_tokens_row(config, estimate),
+            **({"noted": f"of the sampled items {noted(estimate.notes)}"} if estimate.notes else {}),
             "positions": f"{at_most} {estimate.num_positions:,}, {most}{estimate.bytes_per_position:.1f} bytes each "
             f"({config.codec.id}, {config.selection.kind}: {params})",
             **_feature_rows(estimate),

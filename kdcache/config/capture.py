@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from kdcache.config.chat import check_arguments, parse_moment
 from kdcache.config.remote import RemoteConfig
 from kdcache.config.teacher import TeacherConfig
 
@@ -59,12 +60,21 @@ class InputConfig(Config, frozen=True, kw_only=True):
         streaming: `dataset` only: read without downloading it whole; needs `limit`.
         limit: most items to read; null for all.
         content: what an item is: `text`, `messages` (a chat: list of {role, content}), or `ids` (token ids).
-        field: the column or key that holds it; null for `text`, `messages` or `input_ids`, by content.
+        field: the column or key that holds it; null for `text`, `messages` or `input_ids`, by content. A chat is looked for in
+            `conversations`, `conversation`, `chat` and `prompt` with `completion` as well.
         domain_field: the column or key that holds an item's domain (`wiki`, `code`): text that is kept with its sequences, for
             `kdcache derive --where "domain == 'code'"`; null for none.
-        supervise: `all` positions, or only those that predict what the assistant says (`messages` only).
+        supervise: `all` positions, or only those that predict what the assistant says (`messages` only). Messages of weight 0
+            (keys `weight`, `train`, `training`) are left out of either.
+        one_item_per: `messages` only: `chat`, in which every answer is learnt as the template writes it there; or `answer`:
+            each of the assistant's messages is the last one of an item of its own, and alone learnt there. For templates that
+            write a message otherwise when more follows, such as those that leave out earlier thoughts.
         add_special_tokens: text only: let the tokenizer add its own (usually BOS).
         chat_template: path of a Jinja file to use in place of the tokenizer's template; null for the tokenizer's own.
+        template_arguments: variables for the chat template, as in {enable_thinking: false}; a row's `chat_template_kwargs` come
+            before them.
+        template_time: what time it is for a chat template that writes the date, as in 2026-01-31; null for when the capture
+            began, which is kept for every rank and resume.
         window: how long texts are treated.
     """
 
@@ -81,7 +91,10 @@ class InputConfig(Config, frozen=True, kw_only=True):
     domain_field: str | None = None
     supervise: Literal["all", "assistant"] = "all"
     add_special_tokens: bool = True
+    one_item_per: Literal["chat", "answer"] = "chat"
     chat_template: str | None = None
+    template_arguments: dict[str, Any] = {}
+    template_time: str | None = None
     window: WindowConfig = WindowConfig()
 
     def __post_init__(self) -> None:
@@ -98,6 +111,12 @@ class InputConfig(Config, frozen=True, kw_only=True):
             raise ValueError(f"format {self.format!r} has no fields, so that it cannot have domain_field {self.domain_field!r}")
         if self.supervise == "assistant" and self.content != "messages":
             raise ValueError("supervise 'assistant' needs content 'messages'")
+        is_of_chats = self.one_item_per != "chat" or self.template_arguments or self.template_time is not None
+        if is_of_chats and self.content != "messages":
+            raise ValueError("one_item_per, template_arguments and template_time are for content 'messages' alone")
+        check_arguments(self.template_arguments)
+        if self.template_time is not None:
+            parse_moment(self.template_time)
 
 
 class SelectionConfig(Config, frozen=True, kw_only=True):
@@ -329,10 +348,12 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
                 f"generate.max_tokens is {self.generate.max_tokens} and input.window.size, for prompt and answer together, "
                 f"{self.input.window.size}; raise the window, up to the teacher's context, or make max_tokens smaller"
             )
-        if self.input.window.policy == "truncate" or self.input.window.overlap or self.input.supervise != "all":
+        cuts = self.input.window.policy == "truncate" or self.input.window.overlap
+        if cuts or self.input.supervise != "all" or self.input.one_item_per != "chat":
             raise ValueError(
                 "with `generate`, prompts are not cut and the answers are what is recorded: leave out input.window.policy, "
-                "input.window.overlap and input.supervise; generate.long_prompts says what becomes of long prompts"
+                "input.window.overlap, input.supervise and input.one_item_per; generate.long_prompts says what becomes of long "
+                "prompts"
             )
 
     def _check_features(self) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kdcache.errors import InputError
 from kdcache.foreign.tables import Table, plain
+from kdcache.inputs.chat_rows import parse_messages, without_nulls
 from kdcache.teacher.tokenizer import Tokenizer
 
 NAMES = ("messages", "messages_combined", "conversations", "conversation", "chat")
@@ -36,7 +37,7 @@ def chat_ids(cell: Any, tokenizer: Tokenizer | None, where: str) -> NDArray[np.i
     if messages is None or tokenizer is None:
         return None
     try:
-        return tokenizer.encode_chat(messages).input_ids.astype(np.int64)
+        return tokenizer.encode_chat(parse_messages(without_nulls(messages), "messages")).input_ids.astype(np.int64)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 

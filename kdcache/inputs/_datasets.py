@@ -30,8 +30,8 @@ def read_dataset(config: InputConfig, start: Place, fields: Fields) -> Iterator[
     dataset = _open(config, name)
     if dataset.column_names is not None:
         check_names(dataset.column_names, f"dataset {name}", fields)
-    for row, (value, domain) in enumerate(_values(dataset, start.offset, fields, config, name), start.offset):
-        yield item_of(value, domain, fields, f"{name}#{row}", Place(0, row, row))
+    for row, values in enumerate(_values(dataset, start.offset, fields, config, name), start.offset):
+        yield item_of(values, fields, f"{name}#{row}", Place(0, row, row))
 
 
 def _open(config: InputConfig, name: str) -> Any:
@@ -61,15 +61,16 @@ def _split_of(dataset: Any, config: InputConfig, name: str) -> Any:
     return dataset.to_iterable_dataset() if config.streaming else dataset
 
 
-def _values(dataset: Any, start: int, fields: Fields, config: InputConfig, name: str) -> Iterator[tuple[Any, Any]]:
-    """Content and domain of each row."""
+def _values(dataset: Any, start: int, fields: Fields, config: InputConfig, name: str) -> Iterator[dict[str, Any]]:
+    """What is read of each row, by name."""
     try:
         if config.streaming:
             for row in dataset.skip(start):
                 check_names(list(row), f"dataset {name}", fields)
-                yield row[fields.content], row[fields.domain] if fields.domain else None
+                yield {column: row[column] for column in fields.read_names(list(row))}
         else:
-            rows = dataset.select(range(min(start, len(dataset)), len(dataset))).select_columns(fields.names)
+            columns = fields.read_names(dataset.column_names)
+            rows = dataset.select(range(min(start, len(dataset)), len(dataset))).select_columns(columns)
             for table in rows.with_format("arrow").iter(batch_size=_ROWS_PER_READ):
                 for batch in table.to_batches():
                     yield from row_values(batch, fields)

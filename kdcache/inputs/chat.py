@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdcache.errors import InputError
@@ -43,6 +43,14 @@ class Chat:
     def is_empty(self) -> bool:
         """Whether nobody says anything."""
         return self.num_chars == 0
+
+    def answers(self) -> Iterator[tuple[int, Chat]]:
+        """(index, the chat up to it) of each message of the assistant that is to be learnt; there it alone is."""
+        for index, message in enumerate(self.messages):
+            if message["role"] == "assistant" and is_learnt(message, f"message {index}"):
+                before = [each | {LEARN_KEYS[0]: 0} if each["role"] == "assistant" else each for each in self.messages[:index]]
+                cleared = [{name: value for name, value in each.items() if name not in LEARN_KEYS[1:]} for each in before]
+                yield index, replace(self, messages=[*cleared, message])
 
     def to_builtins(self) -> Any:
         """What a fingerprint is made of: the messages alone where there is nothing else."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import InputError
-from kdcache.format.record import ROLES
+from kdcache.inputs.chat import Chat
+from kdcache.inputs.chat_rows import chat_of, content_names, parse_messages, read_names, shown
 
 DEFAULT_FIELDS = {"text": "text", "messages": "messages", "ids": "input_ids"}
 
-Message = dict[str, Any]
-Content = str | list[Message] | NDArray[np.int64]
-"""text: a str; messages: dicts with `role` and `content`; ids: (N,) int64, not yet checked against a vocabulary."""
+Content = str | Chat | NDArray[np.int64]
+"""text: a str; messages: a chat; ids: (N,) int64, not yet checked against a vocabulary."""
 
 
 class Fields(NamedTuple):
@@ -27,16 +27,31 @@ class Fields(NamedTuple):
         content: the column or key that holds it.
         kind: `text`, `messages` or `ids`.
         domain: the column or key of the item's domain; None where none is read.
+        variables: of chats: names that the chat template reads.
+        is_named: the user has named the content's column or key.
     """
 
     content: str
     kind: str
     domain: str | None = None
+    variables: frozenset[str] = frozenset()
+    is_named: bool = True
 
     @property
     def names(self) -> list[str]:
-        """The columns or keys."""
+        """The columns or keys that must be there; of a chat whose place is looked for, see `content_names`."""
         return [self.content, *([] if self.domain is None else [self.domain])]
+
+    def content_names(self, there: Sequence[str]) -> list[str]:
+        """Of what is there, what the content is made of; the one name that it should have where it has none."""
+        found = content_names(there, self.content if self.is_named else None) if self.kind == "messages" else []
+        return found or [self.content]
+
+    def read_names(self, there: Sequence[str]) -> list[str]:
+        """Of what is there, all that is to be read; what must be there in any case."""
+        chat = read_names(there, self.content if self.is_named else None, self.variables) if self.kind == "messages" else []
+        domain = [] if self.domain is None else [self.domain]
+        return list(dict.fromkeys([*self.content_names(there), *chat, *domain]))
 
     def option(self, name: str) -> str:
         """The option that asked for one of the names."""
@@ -79,21 +94,19 @@ class Item:
     @property
     def num_chars(self) -> int:
         """Characters of its text, or tokens of its ids: the measure by which units are cut."""
-        if isinstance(self.content, list):
-            return sum(len(message["content"]) for message in self.content)
-        return len(self.content)
+        return self.content.num_chars if isinstance(self.content, Chat) else len(self.content)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing for a teacher to read: no text, no message, no id, or null."""
-        return len(self.content) == 0 or (isinstance(self.content, list) and self.num_chars == 0)
+        return self.num_chars == 0
 
     def content_bytes(self) -> bytes:
         """The content's meaning as bytes, the same from whatever format it was read."""
         if isinstance(self.content, str):
             return self.content.encode()
-        if isinstance(self.content, list):
-            return msgspec.json.encode(self.content, order="sorted")
+        if isinstance(self.content, Chat):
+            return msgspec.json.encode(self.content.to_builtins(), order="sorted")
         return np.ascontiguousarray(self.content, "<i8").tobytes()
 
 
@@ -111,8 +124,27 @@ def parse_content(value: Any, kind: str, where: str) -> Content:
     if kind == "text":
         return _parse_text(value, where)
     if kind == "messages":
-        return _parse_messages(value, where)
+        return Chat([] if value is None else parse_messages(value, where))
     return _parse_ids(value, where)
+
+
+def parse_row(row: Mapping[str, Any], fields: Fields, where: str, what: str, *, is_table: bool) -> Content:
+    """The content of a row.
+
+    Args:
+        row: what `fields.read_names` names of it.
+        fields: what is read.
+        where: file and line or row.
+        what: a row's values are called: `field` or `column`.
+        is_table: nulls in structs are keys that other rows have.
+
+    Raises:
+        InputError: as `parse_content`.
+    """
+    if fields.kind == "messages":
+        named = fields.content if fields.is_named else None
+        return chat_of(row, named, f"{where}: {what}", is_table=is_table, variables=fields.variables)
+    return parse_content(row[fields.content], fields.kind, f"{where}: {what} {fields.content!r}")
 
 
 def parse_domain(value: Any, where: str) -> str:
@@ -122,7 +154,7 @@ def parse_domain(value: Any, where: str) -> str:
         InputError: it is no text.
     """
     if value is not None and not isinstance(value, str):
-        raise InputError(f"{where} is {_shown(value)}, but a domain is text (see input.domain_field)")
+        raise InputError(f"{where} is {shown(value)}, but a domain is text (see input.domain_field)")
     return value or ""
 
 
@@ -130,29 +162,8 @@ def _parse_text(value: Any, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InputError(f"{where} is {_shown(value)}, but content 'text' needs text")
+        raise InputError(f"{where} is {shown(value)}, but content 'text' needs text")
     return value
-
-
-def _parse_messages(value: Any, where: str) -> list[Message]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise InputError(f"{where} is {_shown(value)}, but content 'messages' needs a list of {{role, content}}")
-    return [_parse_message(message, f"{where}[{index}]") for index, message in enumerate(value)]
-
-
-def _parse_message(message: Any, where: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise InputError(f"{where} is {_shown(message)}, but a message is an object with `role` and `content`")
-    # A table gives null for every key that any message of the column has; a JSON file leaves it out. Both mean the same.
-    fields = {str(name): value for name, value in message.items() if value is not None}
-    role, content = fields.get("role"), fields.setdefault("content", "")
-    if role not in ROLES[1:]:
-        raise InputError(f"{where}.role is {_shown(role)}, but must be one of {', '.join(ROLES[1:])}")
-    if not isinstance(content, str):
-        raise InputError(f"{where}.content is {_shown(content)}, but must be text")
-    return fields
 
 
 def _parse_ids(value: Any, where: str) -> NDArray[np.int64]:
@@ -161,15 +172,8 @@ def _parse_ids(value: Any, where: str) -> NDArray[np.int64]:
     if isinstance(value, np.ndarray) and value.ndim == 1 and np.issubdtype(value.dtype, np.integer):
         return value.astype(np.int64)
     if not isinstance(value, list):
-        raise InputError(f"{where} is {_shown(value)}, but content 'ids' needs a list of token ids")
+        raise InputError(f"{where} is {shown(value)}, but content 'ids' needs a list of token ids")
     for index, token_id in enumerate(value):
         if type(token_id) is not int or not 0 <= token_id < 2**31:
-            raise InputError(f"{where}[{index}] is {_shown(token_id)}, but a token id is a whole number from 0 on")
+            raise InputError(f"{where}[{index}] is {shown(token_id)}, but a token id is a whole number from 0 on")
     return np.array(value, np.int64)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

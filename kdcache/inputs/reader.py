@@ -27,10 +27,16 @@ class ItemReader:
         num_files_opened: up to now; all files before that one are read.
     """
 
-    def __init__(self, config: InputConfig) -> None:
-        """List the files, in the order in which they will be read; raises InputError where a path leads to none."""
+    def __init__(self, config: InputConfig, variables: frozenset[str] = frozenset()) -> None:
+        """List the files, in the order in which they will be read; raises InputError where a path leads to none.
+
+        Args:
+            config: what is read.
+            variables: names that the chat template reads; a row's values of these names are not passed over in silence.
+        """
         self.config = config
-        self.fields = Fields(config.field or DEFAULT_FIELDS[config.content], config.content, config.domain_field)
+        field = config.field or DEFAULT_FIELDS[config.content]
+        self.fields = Fields(field, config.content, config.domain_field, variables, is_named=config.field is not None)
         self.files, self.left_out = ([], LeftOut()) if config.format == "dataset" else find_files(config.paths, config.format)
         self.num_files_opened = 0
         self._opener = TextFiles()

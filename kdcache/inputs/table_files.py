@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from itertools import repeat
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdcache.errors import InputError
-from kdcache.inputs.content import Fields, Item, Place, parse_content, parse_domain
+from kdcache.inputs.content import Fields, Item, Place, parse_domain, parse_row
 
 _ROWS_PER_READ = 1024
 _ARROW_FILE_MAGIC = b"ARROW1"
@@ -29,7 +28,8 @@ def read_parquet(path: str, file: int, start: Place, *, fields: Fields) -> Itera
         with pq.ParquetFile(path) as table:
             _check_columns(table.schema_arrow, path, fields)
             groups, first_row = _groups_from(table.metadata, start.offset)
-            batches = table.iter_batches(batch_size=_ROWS_PER_READ, row_groups=groups, columns=fields.names)
+            columns = fields.read_names(table.schema_arrow.names)
+            batches = table.iter_batches(batch_size=_ROWS_PER_READ, row_groups=groups, columns=columns)
             yield from _rows(batches, path, Place(file, start.offset, start.number), first_row, fields)
     except InputError:
         raise
@@ -89,22 +89,28 @@ def column_values(column: pa.Array, kind: str) -> list[Any]:
         column = column.cast(pa.large_string())
     types = pa.types
     is_list = types.is_list(column.type) or types.is_large_list(column.type)
+    if kind == "messages":
+        return column.to_pylist(maps_as_pydicts="strict")
     if kind != "ids" or not is_list or not types.is_integer(column.type.value_type):
         return column.to_pylist()
     cells = [cell.values for cell in column]
     return [None if cell is None else cell.to_numpy() if not cell.null_count else cell.to_pylist() for cell in cells]
 
 
-def item_of(value: Any, domain: Any, fields: Fields, source: str, place: Place) -> Item:
+def item_of(row: Mapping[str, Any], fields: Fields, source: str, place: Place) -> Item:
     """The item of a row's cells; raises InputError where they are not what they are to be."""
-    content = parse_content(value, fields.kind, f"{source}: column {fields.content!r}")
+    content = parse_row(row, fields, source, "column", is_table=True)
+    domain = None if fields.domain is None else row[fields.domain]
     return Item(content, source, place, parse_domain(domain, f"{source}: column {fields.domain!r}"))
 
 
-def row_values(table: Any, fields: Fields) -> Iterator[tuple[Any, Any]]:
-    """Content and domain (None where none is read) of each row of a record batch or of a table's chunk."""
-    domains = repeat(None) if fields.domain is None else column_values(table.column(fields.domain), "text")
-    yield from zip(column_values(table.column(fields.content), fields.kind), domains, strict=False)
+def row_values(table: Any, fields: Fields) -> Iterator[dict[str, Any]]:
+    """What is read of each row of a record batch or of a table's chunk, by name."""
+    names = fields.read_names(table.schema.names)
+    kinds = [fields.kind if name != fields.domain or name == fields.content else "text" for name in names]
+    columns = [column_values(table.column(name), kind) for name, kind in zip(names, kinds, strict=True)]
+    for cells in zip(*columns, strict=True):
+        yield dict(zip(names, cells, strict=True))
 
 
 def _rows(batches: Iterator[Any], path: str, start: Place, first_row: int, fields: Fields) -> Iterator[Item]:
@@ -112,11 +118,11 @@ def _rows(batches: Iterator[Any], path: str, start: Place, first_row: int, field
     for batch in batches:
         skipped = min(max(start.offset - row, 0), batch.num_rows)
         if skipped < batch.num_rows:
-            used = batch.select(fields.names).slice(skipped)
+            used = batch.select(fields.read_names(batch.schema.names)).slice(skipped)
             # Offsets that lead out of a buffer would be followed, and end the process.
             _validate(used, path, row + skipped)
-            for index, (value, domain) in enumerate(row_values(used, fields), row + skipped):
-                yield item_of(value, domain, fields, f"{path}#{index}", Place(start.file, index, index))
+            for index, values in enumerate(row_values(used, fields), row + skipped):
+                yield item_of(values, fields, f"{path}#{index}", Place(start.file, index, index))
         row += batch.num_rows
 
 
@@ -166,17 +172,16 @@ def _groups_from(metadata: Any, start: int) -> tuple[list[int], int]:
 
 def _check_columns(schema: pa.Schema, path: str, fields: Fields) -> None:
     check_names(schema.names, path, fields)
-    column_type = schema.field(fields.content).type
-    if not _fits(column_type, fields.kind):
-        wanted = {"text": "text", "messages": "a list of {role, content}", "ids": "a list of integers"}[fields.kind]
-        raise InputError(
-            f"{path}: column {fields.content!r} is of type {column_type}, but content {fields.kind!r} needs {wanted}"
-        )
+    for name in fields.content_names(schema.names):
+        column_type = schema.field(name).type
+        if not _fits(column_type, fields.kind):
+            wanted = {"text": "text", "messages": "a list of {role, content}", "ids": "a list of integers"}[fields.kind]
+            raise InputError(f"{path}: column {name!r} is of type {column_type}, but content {fields.kind!r} needs {wanted}")
 
 
 def check_names(names: Sequence[str], where: str, fields: Fields) -> None:
     """Raise InputError where a column that is to be read is not there, or is there twice."""
-    for name in fields.names:
+    for name in fields.read_names(names):
         if name not in names:
             columns = f"the columns are {', '.join(map(repr, names))}" if names else "there are no columns at all"
             raise InputError(f"{where}: no column {name!r}; {columns} (see {fields.option(name)})")
@@ -192,6 +197,8 @@ def _fits(column_type: pa.DataType, kind: str) -> bool:
     is_text = types.is_string(column_type) or types.is_large_string(column_type) or types.is_string_view(column_type)
     if kind == "text":
         return is_text or _is_binary(column_type)
+    if kind == "messages" and (is_text or types.is_struct(column_type)):
+        return True
     if not _is_list(column_type):
         return False
     entry_type = _plain_type(column_type.value_type)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from kdcache.errors import InputError
-from kdcache.inputs.content import Fields, Item, Place, parse_content, parse_domain
+from kdcache.inputs.content import Fields, Item, Place, parse_domain, parse_row
 from kdcache.inputs.json_faults import json_fault
 from kdcache.inputs.json_values import read_lines as _lines
 from kdcache.inputs.json_values import read_values
@@ -45,10 +45,10 @@ def read_jsonl(path: str, file: int, start: Place, *, fields: Fields, opener: Te
         InputError: a line that is no JSON object, that lacks a field, or whose field is of the wrong type.
     """
     for value, where, place in read_objects(path, file, start, opener=opener):
-        for name in fields.names:
+        for name in [*fields.content_names(list(value)), *([fields.domain] if fields.domain else [])]:
             if name not in value:
                 raise InputError(f"{where}: {_missing(name, value, path, fields)}")
-        content = parse_content(value[fields.content], fields.kind, f"{where}: field {fields.content!r}")
+        content = parse_row(value, fields, where, "field", is_table=False)
         domain = parse_domain(value[fields.domain], f"{where}: field {fields.domain!r}") if fields.domain else ""
         yield Item(content, where, place, domain)
 

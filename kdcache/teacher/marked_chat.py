@@ -110,6 +110,15 @@ def notes_of(chat: Chat, template: Any, lost: Sequence[tuple[int, str]]) -> list
              if name not in template.variables]  # fmt: skip
     notes += [f"{name!r} of the row: the chat template does not read it" for name in ("tools", "documents")
               if getattr(chat, name) and name not in template.variables]  # fmt: skip
-    for role, name in sorted({(chat.messages[index]["role"], name) for index, name in lost}):
+    unread = {
+        (message["role"], name)
+        for message in chat.messages
+        for name, value in message.items()
+        if name not in ("role", "content", *LEARN_KEYS)
+        and name not in template.source
+        and value not in (None, [], {})
+        and not any(texts_of(value))
+    }
+    for role, name in sorted({(chat.messages[index]["role"], name) for index, name in lost} | unread):
         notes.append(f"{name!r} of a message of role {role!r}: the chat template does not write it")
     return [*notes, *chat.unused]

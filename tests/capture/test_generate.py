@@ -21,6 +21,7 @@ from kdcache.config.load import convert_config
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError, InputError, MismatchError
 from kdcache.format.record import ROLES
+from kdcache.inputs.chat import Chat
 from kdcache.inputs.content import Item, Place
 from kdcache.store.summary import summarize_cache
 from kdcache.store.verify import verify_cache
@@ -53,7 +54,9 @@ def written(path):
 
 def prompts(content, **generate):
     kind = {str: "text", list: "messages"}.get(type(content[0]), "ids")
-    items = [Item(value, f"x:{n}", Place(0, n, n)) for n, value in enumerate(content)]
+    items = [
+        Item(Chat(value) if isinstance(value, list) else value, f"x:{n}", Place(0, n, n)) for n, value in enumerate(content)
+    ]
     fields = {
         "input": {"format": "jsonl", "paths": ["x"], "content": kind, "window": {"size": 40}},
         "teacher": {"model": "fake", "backend": "fake"},

@@ -11,6 +11,7 @@ import pytest
 from kdcache.capture.inputs import InputReader
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError
+from kdcache.inputs.chat import Chat
 from kdcache.inputs.content import START
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -18,6 +19,11 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes
 
 def reader(path, input_format, **fields):
     return InputReader(InputConfig(format=input_format, paths=(str(path),), **fields))
+
+
+def plain(content):
+    """Messages and ids as lists."""
+    return content if isinstance(content, str) else content.messages if isinstance(content, Chat) else content.tolist()
 
 
 def contents(path, input_format, **fields):
@@ -82,7 +88,7 @@ def test_the_same_values_come_out_of_every_format_from_any_place_on(tmp_path, in
     source = reader(path, name, content=content, field=None if field != "body" else field)
     items = list(source.items(START))
     empty = {"text": "", "messages": [], "ids": []}[content]
-    assert [item.content if content != "ids" else item.content.tolist() for item in items] == [v or empty for v in values]
+    assert [plain(item.content) for item in items] == [v or empty for v in values]
     assert [item.is_empty for item in items] == [not value for value in values]
     for number, item in enumerate(items):
         rest = list(source.items(item.place))

@@ -15,6 +15,7 @@ import pytest
 
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError, KdcacheError
+from kdcache.inputs.chat import Chat
 from kdcache.inputs.reader import ItemReader
 
 TEXT = ["one", None, "", "two"]
@@ -60,9 +61,14 @@ def write(path: Path, table: pa.Table) -> None:
         writer.write_table(table)
 
 
+def plain(content):
+    """Messages and ids as lists."""
+    return content if isinstance(content, str) else content.messages if isinstance(content, Chat) else content.tolist()
+
+
 def read(path: Path, **fields) -> list:
     items = ItemReader(InputConfig(format=path.suffix[1:], paths=(str(path),), **fields)).items()
-    return [item.content if isinstance(item.content, str | list) else item.content.tolist() for item in items]
+    return [plain(item.content) for item in items]
 
 
 def written(path: Path, table: pa.Table) -> bool:

@@ -1,0 +1,227 @@
+"""A row -> a chat: the shapes that people's data has, and what the row holds beside it that decides what a model reads.
+
+| the row has | the chat |
+|---|---|
+| `messages`, `conversations`, `conversation`, `chat` (or `input.field`) | that list: {role, content}, or {from, value} |
+| `prompt` and `completion`, lists | the one, then the other, of which alone the answers are learnt |
+| `prompt` and `completion`, texts | a user's turn and an answer |
+| `prompt` alone, a list | that list, for the teacher to answer |
+| `system` | a first message, where the chat has none of that role |
+| `tools`, or `functions`; `documents` | for the template |
+| `chat_template_kwargs` | arguments of the template |
+
+Lists and objects may be JSON text.
+
+Of a table, a null in a struct is a key that another row has: it is left out, at every depth. JSON says what it means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from kdcache.config.chat import RESERVED_ARGUMENTS
+from kdcache.errors import InputError
+from kdcache.inputs.chat import LEARN_KEYS, Chat, is_learnt
+
+MESSAGE_NAMES = ("messages", "conversations", "conversation", "chat")
+PAIR = ("prompt", "completion")
+READ_BESIDE = ("system", "tools", "functions", "documents", "chat_template_kwargs")
+UNUSED = (
+    "system_prompt", "image", "images", "video", "videos", "audio", "audios", "label", "weight", "weights", "train", "training",
+    "chosen", "rejected", "tool_choice", "parallel_tool_calls", "response_format", "response", "history", "loss_mask",
+)  # fmt: skip
+"""Names that bear on the prompt or the mask in some data and that nobody uses here; and whatever the template reads."""
+
+ROLES_BY_NAME = {
+    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+    "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool", "function": "tool", "ipython": "tool",
+    "observation": "tool", "function_response": "tool", "function_call": "function_call",
+}  # fmt: skip
+
+
+def content_names(names: Sequence[str], field: str | None) -> list[str]:
+    """Which of a row's names hold its messages; none where there are none."""
+    if field is not None:
+        return [field] if field in names else []
+    found = [name for name in MESSAGE_NAMES if name in names][:1]
+    return found or ([name for name in PAIR if name in names] if PAIR[0] in names else [])
+
+
+def read_names(names: Sequence[str], field: str | None, variables: frozenset[str]) -> list[str]:
+    """All names of a row that a chat is made of, or that must not be passed over in silence."""
+    content = content_names(names, field)
+    beside = {*READ_BESIDE, *UNUSED, *MESSAGE_NAMES, *PAIR, *variables}
+    return [*content, *(name for name in names if name in beside and name not in content)]
+
+
+def chat_of(row: Mapping[str, Any], field: str | None, where: str, *, is_table: bool, variables: frozenset[str]) -> Chat:
+    """The chat of a row.
+
+    Args:
+        row: what `read_names` names of it; null is as good as absent.
+        field: `input.field`.
+        where: file and line or row, for messages.
+        is_table: nulls in structs are absent keys.
+        variables: names that the chat template reads.
+
+    Raises:
+        InputError: something is of another type; names it.
+    """
+    names = content_names(list(row), field)
+    row = {name: value for name, value in row.items() if not _is_nothing(value)}
+    if is_table:
+        row = {name: without_nulls(value) for name, value in row.items()}
+    messages = _messages_of(row, names, where)
+    used = {*names, *READ_BESIDE}
+    unused = [name for name in row if name not in used and name in {*UNUSED, *MESSAGE_NAMES, *PAIR, *variables}]
+    sentences = [f"{name!r} of the row is not used" for name in unused]
+    system = row.get("system")
+    if messages and isinstance(system, str) and system.strip():
+        if messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": system}, *messages]
+        elif messages[0].get("content") != system:
+            sentences.append("'system' of the row is not used: the chat has a system message of its own")
+    elif system is not None and not isinstance(system, str):
+        raise InputError(f"{where}: 'system' is {shown(system)}, but must be text")
+    tools = _listed(row, "tools", where)
+    functions = [{"type": "function", "function": each} for each in _listed(row, "functions", where) or ()] or None
+    if tools and functions:
+        sentences.append("'functions' of the row is not used: it has 'tools' too")
+    return Chat(messages, tools or functions, _listed(row, "documents", where), _arguments(row, where), tuple(sentences))
+
+
+def parse_messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """Messages with a known role, and with text for content where they have any.
+
+    Raises:
+        InputError: as `chat_of`.
+    """
+    value = _from_json(value, where)
+    if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
+        value = value["messages"]
+    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
+        value = [dict(zip(value, cells, strict=False)) for cells in zip(*value.values(), strict=False)]
+    if not isinstance(value, list):
+        raise InputError(f"{where} is {shown(value)}, but content 'messages' needs a list of {{role, content}}")
+    return [_parse_message(message, f"{where}[{index}]") for index, message in enumerate(value)]
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the keys whose value is null, at every depth; a null in a list stays."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(child) for key, child in value.items() if child is not None}
+    return [without_nulls(child) for child in value] if isinstance(value, list) else value
+
+
+def _messages_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> list[dict[str, Any]]:
+    there = [name for name in names if name in row]
+    if not there:
+        return []
+    if names[0] != PAIR[0] or names == [PAIR[0]]:
+        return parse_messages(row[there[0]], f"{where} {there[0]!r}")
+    prompt, completion = (_from_json(row.get(name, ""), f"{where} {name!r}", lenient=True) for name in PAIR)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    if isinstance(completion, Mapping):
+        completion = [completion]
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
+        raise InputError(f"{where}: 'prompt' and 'completion' are {kinds}, but must be two texts or two lists of messages")
+    given = [message | {"weight": 0} if message["role"] == "assistant" else message
+             for message in parse_messages(prompt, f"{where} 'prompt'")]  # fmt: skip
+    return [*given, *parse_messages(completion, f"{where} 'completion'")]
+
+
+def _parse_message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where} is {shown(message)}, but a message is an object with `role` and `content`")
+    fields = {str(name): value for name, value in message.items() if value is not None}
+    if "role" not in fields and "from" in fields:
+        fields = {{"from": "role", "value": "content"}.get(name, name): value for name, value in fields.items()}
+    role = fields.get("role")
+    if not isinstance(role, str) or role not in ROLES_BY_NAME:
+        raise InputError(f"{where}.role is {shown(role)}, but must be one of {', '.join(ROLES_BY_NAME)}")
+    fields["role"] = ROLES_BY_NAME[role]
+    if isinstance(fields.get("content"), list):
+        fields["content"] = _joined(fields["content"], f"{where}.content")
+    if not isinstance(fields.get("content", ""), str):
+        raise InputError(f"{where}.content is {shown(fields['content'])}, but must be text")
+    if role == "function_call":
+        fields = _as_call(fields, where)
+    if is_learnt(fields, where) and fields["role"] != "assistant" and any(name in fields for name in LEARN_KEYS):
+        name = next(name for name in LEARN_KEYS if name in fields)
+        # 1 is what some writers put everywhere.
+        if name != "weight":
+            raise InputError(f"{where}.{name} asks to learn a message of the {role}, but only the assistant's are learnt")
+    if not fields.keys() - {"role", *LEARN_KEYS}:
+        fields["content"] = ""
+    return fields
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """The text of parts, one after another, as templates that take parts write them."""
+    texts = []
+    for index, part in enumerate(parts):
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if isinstance(part, Mapping) and part.get("type", "text") != "text":
+            raise InputError(f"{where}[{index}] is of type {part['type']!r}, but only text is read")
+        if not isinstance(text, str):
+            raise InputError(f"{where} is {shown(parts)}, but must be text, or a list of {{type: text, text}}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _as_call(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """ShareGPT's `function_call`: {"name", "arguments"} as JSON text, in place of what the assistant says."""
+    call = _from_json(fields.pop("content", ""), f"{where}.content")
+    calls = call if isinstance(call, list) else [call]
+    if not all(isinstance(each, Mapping) and isinstance(each.get("name"), str) for each in calls):
+        raise InputError(f"{where} is a function_call, but its text is no JSON object with a `name`")
+    return fields | {"role": "assistant", "tool_calls": [{"type": "function", "function": dict(each)} for each in calls]}
+
+
+def _listed(row: Mapping[str, Any], name: str, where: str) -> list[Any] | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    value = _from_json(value, f"{where}: {name!r}")
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
+        raise InputError(f"{where}: {name!r} is {shown(value)}, but must be a list of objects, or that as JSON text")
+    return [dict(each) for each in value] or None
+
+
+def _arguments(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    name = "chat_template_kwargs"
+    value = _from_json(row.get(name, {}), f"{where}: {name!r}")
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where}: {name!r} is {shown(value)}, but must be an object of the template's arguments")
+    for argument in RESERVED_ARGUMENTS & set(value):
+        raise InputError(f"{where}: {name!r} sets {argument!r}, which is not the row's to set")
+    return dict(value)
+
+
+def _from_json(value: Any, where: str, *, lenient: bool = False) -> Any:
+    """A value that may be JSON text. `lenient`: text that is no JSON list is text."""
+    if not isinstance(value, str) or (lenient and not value.lstrip().startswith(("[{", "[ {"))):
+        return value
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        if lenient:
+            return value
+        raise InputError(f"{where} is {shown(value)}, and that is not JSON: {error}") from error
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list, dict)) and not value)
+
+
+def shown(value: Any) -> str:
+    """A value in an error's sentence, cut short."""
+    if value is None:
+        return "null"
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
