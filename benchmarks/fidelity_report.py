@@ -8,8 +8,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from device import processor_name
 from fidelity_students import cost, result_path
-from loss import processor_name
 
 GOAL_SHARE, GOAL_BYTES = 0.99, 24
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
