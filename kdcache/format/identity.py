@@ -27,7 +27,8 @@ class TeacherIdentity(msgspec.Struct, frozen=True, kw_only=True):
         quantization: method, or None.
         engine: `vllm`, `transformers`, `served` or `fake`.
         engine_version: of that package.
-        engine_options: settings that move numerics (head dtype, attention backend, rope), as JSON values.
+        engine_options: settings that move numerics (head dtype, attention backend, rope), as JSON values; and what was decided
+            about batches where it is not the plain way: `rotary_factors` per text, `batches` of equal lengths or of one text.
         context_length: most tokens per sequence that this teacher scores.
     """
 

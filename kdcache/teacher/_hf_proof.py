@@ -8,6 +8,7 @@ Shape letters: B texts, N tokens of a text, J positions looked at, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,16 +30,19 @@ Texts = Sequence[NDArray[np.int64]]
 LogitsOf = Callable[[Texts], list[Tensor]]
 """(J, V) logits of each text, from one forward over all of them, padded as the backend pads."""
 
-LENGTHS = (2, 5, 12, 12)
+LENGTHS = (2, 12, 12)
 LOOKED_AT = 16
 BEST = 8
+FAR_TOKENS, UNKNOWN_CONTEXT = 8, 2**15
 
 _FLOOR_NATS = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.05}
 _FLOOR_HALF_NATS = 0.25
 """What rounding may change in the mean of the BEST logprobs of a position: kernels are chosen by shape."""
 
-_OPERATIONS = {"cpu": 1e11, "cuda": 1e13}
-"""Weights times tokens that the longest text of the proof may cost."""
+_OPERATIONS = {"cpu": 2e10, "cuda": 1e13}
+"""Weights times tokens that the longest text of the proof may cost: a second or two."""
+_TIMES_READ = 4
+"""How often it is read: alone, and as the length of a batch of three."""
 _LONGEST = {"cpu": 512, "cuda": 4096}
 
 
@@ -46,7 +50,7 @@ def longest_text(model: Any, *, context: int, most: int) -> int:
     """Tokens of the proof's longest text: up to the context for a small model, a few for a large one."""
     kind = model.device.type
     weights = max(sum(weight.numel() for weight in model.parameters()), 1)
-    affordable = int(_OPERATIONS.get(kind, 1e13) / (weights * (len(LENGTHS) + 2)))
+    affordable = int(_OPERATIONS.get(kind, 1e13) / (weights * _TIMES_READ))
     return max(min(affordable, context, most, _LONGEST.get(kind, 4096)), min(LENGTHS[-1], context))
 
 
@@ -69,7 +73,10 @@ def prove_sharing(logits_of: LogitsOf, model: Any, *, longest: int, name: str, w
         _check_repeats(proof, name)
         if not what:
             _check_causal(proof, name)
-        gaps = {"any": proof.gap(proof.texts), "equal": proof.gap([text for text in proof.texts if len(text) == proof.middle])}
+        far = far_gap(model)
+        *others, short, middle, last = proof.texts
+        gaps = {"any": proof.gap([*others, short, middle], [last, short]), "equal": proof.gap([middle, last])}
+    gaps["any"] = max(gaps["any"], far)
     kinds: tuple[Sharing, ...] = ("any", "equal")
     found: list[Sharing] = [kind for kind in kinds if gaps[kind] <= proof.explained]
     sharing = found[0] if found else "alone"
@@ -90,27 +97,28 @@ class _Proof:
         vocab_size = int(model.config.get_text_config().vocab_size)
         rng = np.random.default_rng(20261128)
         lengths = [min(length, longest) for length in LENGTHS]
-        self.middle = lengths[-1]
         # The longest comes first and is followed by a short one: what a model keeps of it shows in the next.
-        order = [longest, *lengths] if longest > self.middle else lengths
+        order = [longest, *lengths] if longest > lengths[-1] else lengths
         self.texts: list[NDArray[np.int64]] = [rng.integers(0, vocab_size, length) for length in order]
         self.alone = {id(text): self.logprobs([text])[0] for text in self.texts}
-        copies = self.logprobs([self.texts[-1]] * len(self.texts))
-        noise = max(distance(copy, self.alone[id(self.texts[-1])]) for copy in copies)
-        self.explained = max(_FLOOR_NATS.get(model.dtype, _FLOOR_HALF_NATS), 4 * min(noise, _FLOOR_HALF_NATS))
+        self.explained = _FLOOR_NATS.get(model.dtype, _FLOOR_HALF_NATS)
+        if model.dtype in (torch.float16, torch.bfloat16):
+            # Beside itself nothing but rounding moves a text.
+            copies = self.logprobs([self.texts[-1]] * 2)
+            noise = max(distance(copy, self.alone[id(self.texts[-1])]) for copy in copies)
+            self.explained = max(self.explained, 4 * min(noise, _FLOOR_HALF_NATS))
 
     def logprobs(self, texts: Texts) -> list[Tensor]:
         return [torch.log_softmax(logits_JV.float(), dim=-1) for logits_JV in self._logits_of(texts)]
 
-    def gap(self, texts: Texts) -> float:
-        """Greatest distance of a text's answer in this batch from that alone, in this order and the other."""
-        batches = [texts, texts[::-1], [text for text in texts if len(text) <= self.middle]]
+    def gap(self, *batches: Texts) -> float:
+        """Greatest distance of a text's answer in one of these batches from that alone."""
         pairs = [(text, found) for batch in batches for text, found in zip(batch, self.logprobs(batch), strict=True)]
         return max(distance(found, self.alone[id(text)]) for text, found in pairs)
 
 
 def _check_repeats(proof: _Proof, name: str) -> None:
-    for text in reversed(proof.texts):
+    for text in (proof.texts[-1], proof.texts[-len(LENGTHS)]):
         again = distance(proof.logprobs([text])[0], proof.alone[id(text)])
         if again > proof.explained:
             raise TeacherError(asked_again(name))
@@ -121,7 +129,7 @@ def _check_causal(proof: _Proof, name: str) -> None:
     kept = len(text) // 2
     changed = np.concatenate([text[:kept], (text[kept:] + 1) % max(int(text.max()) + 1, 2)])
     places = looked_at(len(text)) < kept
-    found = [logprobs_JV[torch.from_numpy(places).to(logprobs_JV.device)] for logprobs_JV in proof.logprobs([changed, changed])]
+    found = [logprobs_JV[torch.from_numpy(places).to(logprobs_JV.device)] for logprobs_JV in proof.logprobs([changed])]
     later = distance(found[0], proof.alone[id(text)][torch.from_numpy(places).to(found[0].device)])
     if later > proof.explained:
         raise TeacherError(reads_ahead(name))
@@ -141,6 +149,31 @@ def reads_ahead(name: str) -> str:
         f"the model {name!r} reads the tokens that come later in a text: its distributions change with them; a teacher must be "
         "a causal language model"
     )
+
+
+def far_gap(model: Any) -> float:
+    """How far a text's answer moves when another row stands at the end of the context: what follows from the greatest position.
+
+    So a model that is too large for long texts is asked about long ones. 0.0 where it takes no positions.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return 0.0
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
+    near_1T = torch.arange(min(FAR_TOKENS, context), device=model.device)[None]
+    ids_1T = (near_1T * 37 + 11) % config.vocab_size
+    rows = {
+        "input_ids": torch.cat([ids_1T, ids_1T]),
+        "position_ids": torch.cat([near_1T, near_1T + context - near_1T.shape[1]]),
+    }
+    try:
+        both, alone = (
+            model(**{name: row_BT[:number] for name, row_BT in rows.items()}, use_cache=False).logits[0] for number in (2, 1)
+        )
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # positions of another shape
+        log.debug("positions of %s cannot be chosen: %s", type(model).__name__, error)
+        return 0.0
+    return distance(*(torch.log_softmax(logits_TV.float(), dim=-1) for logits_TV in (both, alone)))
 
 
 def looked_at(length: int) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.teacher._hf_proof import untouched_generators
+from kdcache.teacher._hf_proof import UNKNOWN_CONTEXT, untouched_generators
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,6 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 PROBE_TOKENS = 8
 LARGEST_SCAN, BEYOND = 2**22, 4
 """Lengths up to here, and to this many times the context, are scanned for other factors: students are trained beyond it too."""
-
-UNKNOWN_CONTEXT = 2**15
 
 
 class TextRotary:

@@ -12,6 +12,7 @@ from contracts.teacher import make_sequence, top_k
 
 from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
+from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.teacher import load_teacher, load_tokenizer
 from kdcache.teacher.generation import Prompt
@@ -19,8 +20,9 @@ from kdcache.teacher.generation import Prompt
 pytest.importorskip("transformers")
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from kdcache.teacher._hf_attention import attention_gap
 from kdcache.teacher._hf_rotary import mend_rotary
 
 LONG = 32
@@ -171,6 +173,28 @@ def test_what_is_taken_from_the_batch_is_found_and_mended(
     teacher.close()
 
 
+def test_what_follows_from_far_positions_is_found_in_a_model_too_large_for_long_texts(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    from kdcache.teacher import _hf_load, _hf_proof
+
+    load, greatest = _hf_load._load, []
+
+    def hooked(*given: Any) -> Any:
+        model: Any = load(*given)
+        model.model.rotary_emb.register_forward_pre_hook(
+            lambda _, args, kwargs: greatest.append(int([*args, *kwargs.values()][1].max())), with_kwargs=True
+        )
+        model.model.layers[0].register_forward_hook(lambda _, __, hidden_BTH: hidden_BTH * (1 + (greatest[-1] > 100)))
+        return model
+
+    monkeypatch.setattr(_hf_load, "_load", hooked)
+    monkeypatch.setitem(_hf_proof._LONGEST, "cpu", 12)
+    teacher = teacher_of(folders["experts"])
+    assert teacher.identity.engine_options["batches"] == "equal"
+    teacher.close()
+
+
 class Keeper:
     """Adds what it saw of the text before."""
 
@@ -214,6 +238,41 @@ def test_two_attentions_of_which_nobody_knows_the_right_one_are_refused(
     with caplog.at_level("WARNING", "kdcache"):
         teacher_of(folders["experts"], engine_options={"attn_implementation": "sdpa"}).close()
     assert "sdpa and eager attention differ" in caplog.text
+
+
+class ChosenWhenBuilt(LlamaForCausalLM):
+    """Attention is chosen for good when the model is built, as in code from before transformers' attention interface."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.factor = 0.5 if config._attn_implementation == "eager" else 1.0
+        self.model.layers[0].register_forward_hook(lambda _, __, hidden_BTH: hidden_BTH * (1 + self.factor * torch.arange(64)))
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return False
+
+
+def test_a_model_that_chose_its_attention_when_it_was_built_is_compared_with_a_copy(folders: dict[str, Path]):
+    model = ChosenWhenBuilt.from_pretrained(folders["dynamic"], dtype=torch.float32).eval()
+    before = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    gap = attention_gap(model)
+    assert gap.whole > 0.01 > gap.layers
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == before
+    model.factor = 0.5
+    assert attention_gap(model).whole == 0
+
+
+def test_features_of_a_batch_are_those_of_each_text_alone(folders: dict[str, Path]):
+    teacher = teacher_of(folders["longrope"])
+    asked = [FeatureInfo(name="early", layer=1, size=64)]
+    for sequence, answer in zip(texts(), list(teacher.score(texts(), top_k(8), asked)), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(folders["longrope"], dtype=torch.float32).eval()
+        ids_1N = torch.from_numpy(sequence.input_ids_N.astype(np.int64))[None]
+        with torch.no_grad():
+            expected = model(input_ids=ids_1N, use_cache=False, output_hidden_states=True).hidden_states[1][0]
+        np.testing.assert_allclose(answer.features["early"], expected, atol=1e-5)
+    teacher.close()
 
 
 def test_answers_are_written_as_if_each_prompt_were_alone(folders: dict[str, Path]):
