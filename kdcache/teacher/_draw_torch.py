@@ -1,10 +1,10 @@
 """The random selections, scalars and samplers' filters in torch operations whose shapes depend on no value.
 
-A point's token is found in two steps: its block by the blocks' sums in float64, then the token by the block's cumulative sum in
-float32, so that a token of 1e-9 is not lost in rounding.
+A point's token is found in two steps, its strip and then the token, in whole units: `exact_weights` says how, and that the
+bits are those of every other backend.
 
-Shape letters: C positions, V vocabulary, K entries (padded), H columns of exact entries, D draws, L points, N blocks, W tokens
-of a block, X = N x W.
+Shape letters: C positions, V vocabulary, K entries (padded), H columns of exact entries, D draws, L points, G strips, W tokens
+of a strip.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from kdcache.format.manifest import SelectionInfo
-from kdcache.teacher.select_reference import MIN_LOGPROB
+from kdcache.teacher.exact_weights import COEFFICIENTS, LOG2_E, LOWEST_WEIGHT_EXPONENT, MAGIC, STRIP, UNITS
 from kdcache.teacher.uniforms import GOLDEN, MIX_1, MIX_2
-
-BLOCK = 512
-"""W: about the square root of a vocabulary, so that neither search is long."""
 
 
 class Entries(NamedTuple):
@@ -63,72 +60,100 @@ def spread(logprobs_CV: Tensor, selection: SelectionInfo) -> list[Tensor]:
     return columns
 
 
-def rest_of(logprobs_CV: Tensor, heads_CH: Tensor, num_exact_C: Tensor) -> Tensor:
-    """(C, V) probabilities, 0 for exact entries: the first num_exact_C of a row of heads_CH."""
-    rest_CV = logprobs_CV.exp().masked_fill_(logprobs_CV <= MIN_LOGPROB, 0.0)
+def weights_of(logits_CV: Tensor, reference_C1: Tensor) -> Tensor:
+    """(C, V) float32, `exact_weights` relative to a float32 logit of each row. One operation a step: nothing is fused."""
+    scaled_CV = logits_CV.float().sub(reference_C1).mul_(LOG2_E)
+    t_CV = scaled_CV + MAGIC
+    f_CV = scaled_CV.sub_(t_CV - MAGIC)
+    weights_CV = f_CV * COEFFICIENTS[0]
+    for coefficient in COEFFICIENTS[1:-1]:
+        weights_CV.add_(coefficient).mul_(f_CV)
+    weights_CV.add_(COEFFICIENTS[-1])
+    del scaled_CV, f_CV
+    is_none_CV = t_CV < MAGIC + LOWEST_WEIGHT_EXPONENT
+    return weights_CV.mul_(t_CV.view(torch.int32).bitwise_left_shift_(23).view(torch.float32)).masked_fill_(is_none_CV, 0.0)
+
+
+def sum_strips(weights_CV: Tensor) -> Tensor:
+    """(C, G) float32, in the order of `exact_weights`."""
+    parts_CGLW = _strips_of(weights_CV).unflatten(-1, (4, STRIP // 4))
+    sums_CGW = (parts_CGLW[:, :, 0] + parts_CGLW[:, :, 1]) + (parts_CGLW[:, :, 2] + parts_CGLW[:, :, 3])
+    while sums_CGW.shape[-1] > 1:
+        half = sums_CGW.shape[-1] // 2
+        sums_CGW = sums_CGW[..., :half] + sums_CGW[..., half:]
+    return sums_CGW[..., 0]
+
+
+def _strips_of(weights_CV: Tensor) -> Tensor:
+    """(C, G, W), filled up with 0."""
+    return torch.nn.functional.pad(weights_CV, (0, -weights_CV.shape[1] % STRIP)).unflatten(-1, (-1, STRIP))
+
+
+def units_of(weights: Tensor) -> Tensor:
+    """int64 of float32 weights or sums."""
+    return (weights.double() * UNITS).long()
+
+
+def rest_of(weights_CV: Tensor, heads_CH: Tensor, num_exact_C: Tensor) -> Tensor:
+    """The weights with 0 for exact entries, the first num_exact_C of a row of heads_CH; in place."""
     is_exact_CH = torch.arange(heads_CH.shape[1], device=heads_CH.device) < num_exact_C[:, None]
-    return rest_CV.scatter_(-1, heads_CH, rest_CV.gather(-1, heads_CH).masked_fill_(is_exact_CH, 0.0))
+    return weights_CV.scatter_(-1, heads_CH, weights_CV.gather(-1, heads_CH).masked_fill_(is_exact_CH, 0.0))
 
 
 class Cumulative(NamedTuple):
-    """Weights as two levels of cumulative sums.
+    """Weights that can be drawn from.
 
     Attributes:
-        weights_CV: float32.
-        edges_CX: float32, (C, N x W): cumulative sums within blocks.
-        sums_CN: float64, cumulative sums of blocks.
+        weights_CGW: float32, in strips.
+        edges_CG: int64, cumulative sums of strips.
+        mass_C1: float64, their probability.
     """
 
-    weights_CV: Tensor
-    edges_CX: Tensor
-    sums_CN: Tensor
+    weights_CGW: Tensor
+    edges_CG: Tensor
+    mass_C1: Tensor
 
     @classmethod
-    def of(cls, weights_CV: Tensor) -> Cumulative:
-        """Of weights >= 0."""
-        padded_CX = torch.nn.functional.pad(weights_CV, (0, -weights_CV.shape[1] % BLOCK))
-        edges_CNW = padded_CX.view(len(weights_CV), -1, BLOCK).cumsum(dim=-1)
-        return cls(weights_CV, edges_CNW.flatten(1), edges_CNW[..., -1].double().cumsum(dim=-1))
+    def of(cls, weights_CV: Tensor, above_C1: Tensor) -> Cumulative:
+        """Of weights relative to a token whose logprob is given."""
+        sums_CG = sum_strips(weights_CV)
+        mass_C1 = sums_CG.sum(dim=-1, keepdim=True, dtype=torch.float64) * above_C1.double().exp()
+        return cls(_strips_of(weights_CV), units_of(sums_CG).cumsum(dim=-1), mass_C1)
 
     @property
-    def totals_C1(self) -> Tensor:
-        """(C, 1) float64."""
-        return self.sums_CN[:, -1:]
+    def units_C1(self) -> Tensor:
+        """(C, 1) int64, the sum."""
+        return self.edges_CG[:, -1:]
 
-    def find(self, points_CL: Tensor) -> Tensor:
-        """(C, L) int64: the token in whose stretch of the cumulative sum each point lies."""
-        points_CL = torch.minimum(points_CL, _just_below(self.totals_C1))
-        blocks_CL = torch.searchsorted(self.sums_CN, points_CL, right=True).clamp_max_(self.sums_CN.shape[1] - 1)
-        before_CL = torch.nn.functional.pad(self.sums_CN, (1, 0)).gather(-1, blocks_CL)
-        starts_CL = blocks_CL * BLOCK
-        # A block's sum in float64 and its last edge are the same number, but what is left of a point is rounded once more.
-        left_CL = torch.minimum((points_CL - before_CL).float(), _just_below(self.edges_CX.gather(-1, starts_CL + BLOCK - 1)))
-        step, found_CL = BLOCK // 2, starts_CL
-        while step:
-            found_CL = found_CL + step * (self.edges_CX.gather(-1, found_CL + step - 1) <= left_CL)
-            step //= 2
-        return found_CL.clamp_max(self.weights_CV.shape[1] - 1)
+    def find(self, points_CL: Tensor) -> tuple[Tensor, Tensor]:
+        """(C, L) int64: the token in whose stretch of the cumulative sum each point lies; and whether it can be drawn."""
+        strips_CL = torch.searchsorted(self.edges_CG, points_CL, right=True).clamp_max_(self.edges_CG.shape[1] - 1)
+        left_CL = points_CL - torch.nn.functional.pad(self.edges_CG, (1, 0)).gather(-1, strips_CL)
+        weights_CLW = self.weights_CGW.gather(1, strips_CL[..., None].expand(-1, -1, STRIP))
+        is_behind_CLW = units_of(weights_CLW).cumsum(dim=-1) <= left_CL[..., None]
+        places_W = torch.arange(STRIP, device=points_CL.device)
+        # The strip's sum and the sum of its tokens differ by rounding.
+        last_CL = ((weights_CLW > 0) * places_W).amax(dim=-1)
+        places_CL = torch.minimum(is_behind_CLW.sum(dim=-1), last_CL)
+        return strips_CL * STRIP + places_CL, weights_CLW.gather(-1, places_CL[..., None])[..., 0] > 0
 
 
-def _just_below(x: Tensor) -> Tensor:
-    return torch.nextafter(x, torch.zeros_like(x))
-
-
-def draw(cumulative: Cumulative, selection: SelectionInfo, states_C: Tensor, num_columns: int) -> Entries:
+def draw(
+    cumulative: Cumulative, total_units_C1: Tensor, selection: SelectionInfo, states_C: Tensor, num_columns: int
+) -> Entries:
     """The estimates of a random kind, by falling count, then rising id; see `select_reference`."""
-    totals_C1, params = cumulative.totals_C1, selection.params
+    rest_C1, mass_C1, params = cumulative.units_C1, cumulative.mass_C1, selection.params
     if selection.kind == "threshold":
         numbers_L = torch.arange(num_columns, device=states_C.device)
-        points_CL = (numbers_L + uniforms_of(states_C, 1)) * params["tau"]
-        log_unit_C1 = torch.full_like(totals_C1, math.log(params["tau"]))
+        points_CL = ((numbers_L + uniforms_of(states_C, 1)) * (params["tau"] * total_units_C1.double())).long()
+        log_unit_C1 = torch.full_like(mass_C1, math.log(params["tau"]))
     else:
-        points_CL = uniforms_of(states_C, params["num_draws"]).sort(dim=-1).values * totals_C1
-        mass_C1 = totals_C1 if selection.kind == "top_k_sampled" else torch.ones_like(totals_C1)
+        uniforms_CL = uniforms_of(states_C, params["num_draws"]).sort(dim=-1).values
+        points_CL = torch.minimum((uniforms_CL * rest_C1.double()).long(), rest_C1 - 1)
+        mass_C1 = mass_C1 if selection.kind == "top_k_sampled" else torch.ones_like(mass_C1)
         log_unit_C1 = mass_C1.log() - math.log(params["num_draws"])
-    ids_CL = cumulative.find(points_CL)
-    # A parallel sum may put an edge before a token of weight 0.
-    is_drawn_CL = (points_CL < totals_C1) & (cumulative.weights_CV.gather(-1, ids_CL) > 0)
-    entries = _counted(ids_CL, is_drawn_CL, log_unit_C1, cumulative.weights_CV.shape[1])
+    ids_CL, is_some_CL = cumulative.find(points_CL.clamp_min(0))
+    entries = _counted(ids_CL, is_some_CL & (points_CL < rest_C1), log_unit_C1, cumulative.weights_CGW[0].numel())
     # One point each, or two by rounding where p is nearly tau.
     return entries._replace(logprobs_CK=log_unit_C1.expand_as(ids_CL).float()) if selection.kind == "threshold" else entries
 

@@ -16,12 +16,28 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kdcache.teacher._numba_compile import inlined
-from kdcache.teacher._numba_vectors import FLOAT, FLOATS, LANES, LONG, WORD, WORDS, Array, Exp, call, fill, fma, splat, sum_of
+from kdcache.teacher._numba_vectors import (
+    FLOAT,
+    FLOATS,
+    LANES,
+    LONG,
+    WORD,
+    WORDS,
+    Array,
+    Exp,
+    Weight,
+    call,
+    fill,
+    fma,
+    splat,
+    sum_of,
+)
+from kdcache.teacher.exact_weights import STRIP
 
 BLOCK = 4096
 """Logits that are read twice or more while they are in the core's first cache."""
 
-UNIT, SPAN = 64, 256
+UNIT, SPAN = STRIP, 256
 """What is looked at in one step, in tokens; blocks are of whole spans."""
 
 FEWEST_LANES = 128
@@ -98,11 +114,11 @@ def _emit_falls(typing_context, block, top):  # noqa: ARG001
 def _emit_strips(typing_context, block, top, sums):  # noqa: ARG001
     def generate(context, builder, signature, arguments):
         source, target = (Array(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
-        exp, zero = Exp(builder, arguments[1], ir.Constant(FLOAT, 1.0)), fill(FLOATS, 0.0)
+        weight = Weight(builder, arguments[1])
         with cgutils.for_range(builder, target.size) as loop:
             address = source.at(builder.mul(loop.index, ir.Constant(LONG, UNIT)))
             _prefetch(builder, source, address)
-            parts = [exp.add(source.floats(address, i), zero) for i in range(0, UNIT, LANES)]
+            parts = [weight.of(source.floats(address, i)) for i in range(0, UNIT, LANES)]
             target.store(sum_of(builder, parts), target.at(loop.index))
         return context.get_dummy_value()
 
@@ -113,13 +129,31 @@ def _emit_strips(typing_context, block, top, sums):  # noqa: ARG001
 def _emit_weights(typing_context, unit, top, out):  # noqa: ARG001
     def generate(context, builder, signature, arguments):
         source, target = (Array(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
-        exp, first = Exp(builder, arguments[1], ir.Constant(FLOAT, 1.0)), ir.Constant(LONG, 0)
+        weight, first = Weight(builder, arguments[1]), ir.Constant(LONG, 0)
         for i in range(0, UNIT, LANES):
-            weights = exp.add(source.floats(source.at(first), i), fill(FLOATS, 0.0))
-            target.store(weights, target.at(first), i)
+            target.store(weight.of(source.floats(source.at(first), i)), target.at(first), i)
         return context.get_dummy_value()
 
     return types.void(unit, types.float32, out), generate
+
+
+@_intrinsic
+def weight_of(typing_context, logit, top):  # noqa: ARG001
+    """`exact_weights` of one logit."""
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        return Weight(builder, arguments[1]).of(arguments[0])
+
+    return types.float32(types.float32, types.float32), generate
+
+
+@_intrinsic
+def _emit_sum_of_unit(typing_context, weights):  # noqa: ARG001
+    def generate(context, builder, signature, arguments):
+        source = Array(context, builder, signature.args[0], arguments[0])
+        return sum_of(builder, [source.load(source.at(ir.Constant(LONG, 0)), FLOATS, i) for i in range(0, UNIT, LANES)])
+
+    return types.float32(weights), generate
 
 
 @contextmanager
@@ -238,14 +272,20 @@ def sum_falls(block, top):
 
 @inlined()
 def sum_strips(block, top, sums):
-    """sums[g] = sum of exp(x - top) over the g-th unit. Asks the memory for the block behind this one."""
+    """sums[g] = sum of weights over the g-th unit. Asks the memory for the block behind this one."""
     _emit_strips(block, top, sums)
 
 
 @inlined()
 def weigh(unit, top, out):
-    """out = exp(x - top) of one unit; 0 for what is below 2^-126."""
+    """out = the weights of one unit, `exact_weights`: exp(x - top), 0 for what is below 2^-100."""
     _emit_weights(unit, top, out)
+
+
+@inlined()
+def sum_unit(weights):
+    """Sum of one unit's weights, in the order of `sum_strips`."""
+    return _emit_sum_of_unit(weights)
 
 
 @inlined()

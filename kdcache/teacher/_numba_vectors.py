@@ -1,7 +1,8 @@
 """LLVM's own vectors for numba's intrinsics: logits and keys of an array, exp, sums.
 
 numba's loops lose much of what a processor has: bits that are seen as floats go through memory, for one. LLVM makes of a vector
-what the processor has, 512 bits or less, so there is no second version for others.
+what the processor has, 512 bits or less, so there is no second version for others. A sum has the same lanes everywhere, joined
+in one order.
 
 Keys: integers in the order of the logits, as wide as these: their bits, all but the first inverted where they are negative. A
 NaN is above all numbers or below, by its sign.
@@ -15,11 +16,8 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
-# 2^f = 1 + f p(f) for |f| <= 1/2, of least relative error (1e-7) for polynomials that are 1 at 0, found with Lawson's weights.
-_COEFFICIENTS = (1.326472717e-3, 9.671512642e-3, 5.550733743e-2, 2.402224209e-1, 6.931469776e-1, 1.0)
-_LOG2_E = 1.4426950408889634
-# A float32 this large has no bits behind the point; the lowest ones are the biased exponent of 2^n.
-_MAGIC = 1.5 * 2**23 + 127
+from kdcache.teacher.exact_weights import COEFFICIENTS, LOG2_E, LOWEST_WEIGHT_EXPONENT, MAGIC
+
 _LOWEST_EXPONENT = -126
 FLOAT, BIT, HALF, WORD, LONG = ir.FloatType(), ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 LANES = 16
@@ -104,25 +102,26 @@ class Array:
 class Exp:
     """exp((x - top) * scale) for x <= top; 0 below 2^-126; NaN for NaN.
 
-    Within 3e-7 of its value, and 7.5e-8 more for each nat that it lies below 1: x - top and log2(e) are rounded.
+    Within 3e-7 of its value, and 7.5e-8 more for each nat that it lies below 1: x - top and log2(e) are rounded. The same bits
+    on all processors that have fma; others round multiply-adds twice, so their last bits are others.
     """
 
     def __init__(self, builder: Any, top: Any, scale: Any) -> None:
         self._builder = builder
         self._top = splat(builder, top)
-        self._factor = splat(builder, builder.fmul(scale, ir.Constant(FLOAT, float(np.float32(_LOG2_E)))))
+        self._factor = splat(builder, builder.fmul(scale, ir.Constant(FLOAT, float(np.float32(LOG2_E)))))
 
     def terms(self, x: Any) -> tuple[Any, Any, Any, Any]:
         """Whether it is not 0; 2^f and 2^n, its factors; x - top."""
-        builder, magic = self._builder, fill(FLOATS, _MAGIC)
+        builder, magic = self._builder, fill(FLOATS, MAGIC)
         difference = builder.fsub(x, self._top)
         t = fma(builder, difference, self._factor, magic)
         f = fma(builder, difference, self._factor, builder.fsub(magic, t))
-        power = fill(FLOATS, _COEFFICIENTS[0])
-        for coefficient in _COEFFICIENTS[1:]:
+        power = fill(FLOATS, COEFFICIENTS[0])
+        for coefficient in COEFFICIENTS[1:]:
             power = fma(builder, power, f, fill(FLOATS, coefficient))
         exponent = builder.bitcast(builder.shl(builder.bitcast(t, WORDS), fill(WORDS, 23)), FLOATS)
-        is_some = builder.fcmp_unordered(">=", t, fill(FLOATS, _MAGIC + _LOWEST_EXPONENT))
+        is_some = builder.fcmp_unordered(">=", t, fill(FLOATS, MAGIC + _LOWEST_EXPONENT))
         return is_some, power, exponent, difference
 
     def add(self, x: Any, total: Any) -> Any:
@@ -131,9 +130,40 @@ class Exp:
         return self._builder.select(is_some, fma(self._builder, power, exponent, total), total)
 
 
+class Weight:
+    """exp(x - top) of a number or a vector; 0 below 2^-100, NaN for NaN. The same bits on every processor: see `exact_weights`.
+
+    Within 4e-7 of its value, and 1.5e-7 more for each nat that it lies below 1. Means nothing for x > top.
+    """
+
+    def __init__(self, builder: Any, top: Any) -> None:
+        self._builder, self._top = builder, top
+
+    def of(self, x: Any) -> Any:
+        builder, is_vector = self._builder, isinstance(x.type, ir.VectorType)
+
+        def constant(value: float, kind: Any = x.type) -> ir.Constant:
+            return fill(kind, value) if is_vector else ir.Constant(kind, float(np.float32(value)) if kind == FLOAT else value)
+
+        words = WORDS if is_vector else WORD
+        difference = builder.fsub(x, splat(builder, self._top) if is_vector else self._top)
+        scaled = builder.fmul(difference, constant(LOG2_E))
+        t = builder.fadd(scaled, constant(MAGIC))
+        f = builder.fsub(scaled, builder.fsub(t, constant(MAGIC)))
+        power = constant(COEFFICIENTS[0])
+        for coefficient in COEFFICIENTS[1:]:
+            power = builder.fadd(builder.fmul(power, f), constant(coefficient))
+        exponent = builder.bitcast(builder.shl(builder.bitcast(t, words), constant(23, words)), x.type)
+        is_some = builder.fcmp_unordered(">=", t, constant(MAGIC + LOWEST_WEIGHT_EXPONENT))
+        return builder.select(is_some, builder.fmul(power, exponent), constant(0.0))
+
+
 def sum_of(builder: Any, vectors: list[Any]) -> Any:
+    """Pairs of vectors first, then halves of the last one: `_draw_torch.sum_strips` adds in this order too."""
     while len(vectors) > 1:
         vectors = [builder.fadd(one, other) for one, other in zip(vectors[::2], vectors[1::2], strict=True)]
-    function = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
-    reduce = cgutils.get_or_insert_function(builder.module, function, f"llvm.vector.reduce.fadd.v{LANES}f32")
-    return builder.call(reduce, [ir.Constant(FLOAT, -0.0), vectors[0]], fastmath=("reassoc",))
+    (found,) = vectors
+    for half in (8, 4, 2, 1):
+        upper = ir.Constant(ir.VectorType(WORD, LANES), [(lane + half) % LANES for lane in range(LANES)])
+        found = builder.fadd(found, builder.shuffle_vector(found, found, upper))
+    return builder.extract_element(found, ir.Constant(WORD, 0))

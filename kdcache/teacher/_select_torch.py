@@ -8,7 +8,6 @@ Shape letters: C positions of a chunk, V vocabulary, K columns, H columns of exa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import PADDING_ID
 from kdcache.teacher import _draw_numba, _draw_torch, _topk_numba
 from kdcache.teacher._topk_torch import MAX_ELEMENTS, bits_of, select_top_k
+from kdcache.teacher.exact_weights import MIN_LOGPROB, STRIP
 from kdcache.teacher.found import Layout, layout_of
 from kdcache.teacher.uniforms import uniforms_of
 
@@ -87,7 +87,7 @@ class Selector:
 
     def _parts(self, num_rows: int, at_once: bool) -> Iterator[slice]:
         """Rows at a time, so that what is made of them stays small."""
-        widest = max(self.vocab_size, self.selection.params.get("num_draws", 0))
+        widest = max(self.vocab_size, STRIP * self.selection.params.get("num_draws", 0))
         size = num_rows if at_once else max(1, MAX_ELEMENTS // widest)
         return (slice(start, start + size) for start in range(0, num_rows, max(1, size)))
 
@@ -102,24 +102,28 @@ class Selector:
 
     def _on_cpu(self, logits_CV: Tensor, targets_C: Tensor, states_C: Tensor) -> Selected:
         bits_CV, num_threads, params = bits_of(logits_CV), torch.get_num_threads(), self.selection.params
-        num_heads, num_columns = self._head_columns(), self.layout.num_columns
-        top = _topk_numba.select_top_k(bits_CV, targets_C.numpy(), num_heads, num_threads=num_threads)
+        num_heads, num_columns, is_ragged = self._head_columns(), self.layout.num_columns, self.layout.is_ragged
+        num_found = min(num_heads + 1, self.vocab_size) if self.selection.kind == "top_k_sampled" else num_heads
+        top = _topk_numba.select_top_k(bits_CV, targets_C.numpy(), num_found, num_threads=num_threads)
         heads_CH, head_logprobs_CH, target_logprobs_C, log_z_C = top
         ids_CK = np.full((len(bits_CV), num_columns), PADDING_ID, np.int32)
         logprobs_CK = np.full(ids_CK.shape, np.nan, np.float32)
-        ids_CK[:, :num_heads], logprobs_CK[:, :num_heads] = heads_CH[:, :num_columns], head_logprobs_CH[:, :num_columns]
-        counts_C2 = np.repeat(self._num_exact(torch.from_numpy(head_logprobs_CH)).numpy()[:, None], 2, axis=1)
+        kept = slice(min(num_heads, num_columns))
+        ids_CK[:, kept], logprobs_CK[:, kept] = heads_CH[:, kept], head_logprobs_CH[:, kept]
+        counts_C2 = np.full((len(bits_CV), 2), 0 if self.selection.kind == "sampled" else num_heads, np.int32)
         scalars_CS = np.empty((len(bits_CV), self.layout.num_scalars), np.float32)
-        tops_C = np.take_along_axis(bits_CV, heads_CH[:, :1].astype(np.int64), axis=-1)
-        tops_C = (tops_C.astype(np.int32) << _topk_numba.shift_of(bits_CV)).view(np.float32)[:, 0]
+        ends_C2 = np.take_along_axis(bits_CV, heads_CH[:, [0, num_found - 1]].astype(np.int64), axis=-1)
+        ends_C2 = (ends_C2.astype(np.int32) << _topk_numba.shift_of(bits_CV)).view(np.float32)
+        has_rest_C = (num_found > num_heads) & np.isfinite(ends_C2[:, 1])
+        references_C = np.where(has_rest_C, ends_C2[:, 1], ends_C2[:, 0])
         uniforms_CD = np.sort(uniforms_of(states_C.numpy().view(np.uint64), self._num_uniforms()), axis=-1)
         inverse_T = 1.0 / np.array(self.selection.temperatures, np.float64)
-        tau, is_ragged = float(params.get("tau", 0.0)), self.layout.is_ragged
-        options = (tau, self.selection.kind == "top_k_sampled", is_ragged, self.selection.entropy, inverse_T)
+        mass = (float(params.get("tau", 0.0)), float(params.get("p", 0.0)))
+        options = (*mass, self.selection.kind == "top_k_sampled", is_ragged, self.selection.entropy, inverse_T)
         found = (ids_CK, logprobs_CK, counts_C2, scalars_CS)
 
         def work(rows: slice) -> None:
-            known = (tops_C[rows], log_z_C[rows], uniforms_CD[rows])
+            known = (ends_C2[rows, 0], references_C[rows], log_z_C[rows], uniforms_CD[rows])
             _draw_numba.draw_rows(bits_CV[rows], known, options, tuple(array[rows] for array in found))
 
         _topk_numba.in_parts(work, len(bits_CV), num_threads)
@@ -132,41 +136,56 @@ class Selector:
             return 0
         return 1 if self.selection.kind == "threshold" else self.selection.params["num_draws"]
 
-    def _num_exact(self, logprobs_CH: Tensor) -> Tensor:
-        """(C,) int32 exact entries, of the most probable tokens' logprobs."""
-        params, kind = self.selection.params, self.selection.kind
+    def _num_exact(self, weights_CH: Tensor, total_units_C1: Tensor) -> Tensor:
+        """(C,) int32 exact entries, of the most probable tokens' weights and the sum of all in `exact_weights`' units."""
+        params, kind, units_CH = self.selection.params, self.selection.kind, _draw_torch.units_of(weights_CH)
         if kind == "threshold":
-            return (logprobs_CH >= math.log(params["tau"])).sum(dim=-1, dtype=torch.int32)
+            is_exact_CH = units_CH.double() >= params["tau"] * total_units_C1.double()
+            return is_exact_CH.int().cumprod(dim=-1).sum(dim=-1, dtype=torch.int32)
         if kind == "top_p_k":
-            short_CH = logprobs_CH.double().exp().cumsum(dim=-1) < params["p"]
-            return (1 + short_CH.sum(dim=-1, dtype=torch.int32)).clamp_max(logprobs_CH.shape[1])
-        fixed = 0 if kind == "sampled" else logprobs_CH.shape[1]
-        return torch.full(logprobs_CH.shape[:1], fixed, dtype=torch.int32, device=logprobs_CH.device)
+            short_CH = units_CH.cumsum(dim=-1).double() < params["p"] * total_units_C1.double()
+            return (1 + short_CH.sum(dim=-1, dtype=torch.int32)).clamp_max(weights_CH.shape[1])
+        fixed = 0 if kind == "sampled" else weights_CH.shape[1]
+        return torch.full(weights_CH.shape[:1], fixed, dtype=torch.int32, device=weights_CH.device)
 
     def on_device(self, logits_CV: Tensor, targets_C: Tensor, states_C: Tensor) -> Selected:
         """`select` by torch operations, on any device: no shape depends on a value, so the host does not wait."""
-        kind, num_columns = self.selection.kind, self.layout.num_columns
-        heads_CH = logits_CV.topk(self._head_columns(), dim=-1).indices
+        kind, num_columns, num_heads = self.selection.kind, self.layout.num_columns, self._head_columns()
+        num_found = min(num_heads + 1, self.vocab_size) if kind == "top_k_sampled" else num_heads
+        found_CH = logits_CV.topk(num_found, dim=-1).indices
+        heads_CH = found_CH[:, :num_heads]
         # Less the maximum first: a logit of 100 less its normaliser would be good to 1e-5 only.
         logprobs_CV = logits_CV.log_softmax(dim=-1, dtype=torch.float32)
-        head_logprobs_CH = logprobs_CV.gather(-1, heads_CH)
-        num_exact_C = self._num_exact(head_logprobs_CH)
+        found_logprobs_CH = logprobs_CV.gather(-1, found_CH)
         scalars = _draw_torch.spread(logprobs_CV, self.selection)
         target_logprobs_C = logprobs_CV.gather(-1, targets_C.clamp_min(0)[:, None])[:, 0]
-        cumulative = _draw_torch.Cumulative.of(_draw_torch.rest_of(logprobs_CV, heads_CH, num_exact_C))
         del logprobs_CV
-        entries = _draw_torch.Entries(heads_CH, head_logprobs_CH, num_exact_C)
-        if self.seed is not None:
-            drawn = _draw_torch.draw(cumulative, self.selection, states_C, num_columns)
-            entries = _draw_torch.join(entries, drawn, num_columns)
+        num_exact_C = torch.full_like(heads_CH[:, 0], num_heads, dtype=torch.int32)
+        entries = _draw_torch.Entries(heads_CH, found_logprobs_CH[:, :num_heads], num_exact_C)
         if self.layout.is_ragged:
-            tail_C1 = cumulative.totals_C1 if kind != "sampled" else cumulative.totals_C1 * 0 + 1
-            scalars = [tail_C1.float(), *scalars]
+            # Relative to the largest that can be drawn: the one after the exact entries, where their number is known.
+            is_after = num_found > num_heads
+            tops_C1, edges_C1 = (logits_CV.gather(-1, found_CH[:, at]).float() for at in (slice(1), slice(-1, None)))
+            has_rest_C1 = edges_C1.isfinite() & is_after
+            reference_C1 = torch.where(has_rest_C1, edges_C1, tops_C1)
+            above_C1 = torch.where(has_rest_C1, found_logprobs_CH[:, -1:], found_logprobs_CH[:, :1])
+            weights_CV = _draw_torch.weights_of(logits_CV, reference_C1)
+            total_units_C1 = _draw_torch.units_of(_draw_torch.sum_strips(weights_CV)).sum(dim=-1, keepdim=True)
+            num_exact_C = self._num_exact(weights_CV.gather(-1, heads_CH), total_units_C1)
+            rest_CV = _draw_torch.rest_of(weights_CV, heads_CH, num_exact_C)
+            rest_CV.masked_fill_(reference_C1 - tops_C1 <= MIN_LOGPROB, 0.0)
+            cumulative = _draw_torch.Cumulative.of(rest_CV, above_C1)
+            entries = entries._replace(num_C=num_exact_C)
+            if self.seed is not None:
+                drawn = _draw_torch.draw(cumulative, total_units_C1, self.selection, states_C, num_columns)
+                entries = _draw_torch.join(entries, drawn, num_columns)
+            mass_C1 = cumulative.mass_C1 if kind != "sampled" else cumulative.mass_C1 * 0 + 1
+            scalars = [mass_C1.float(), *scalars]
         counts_C2 = torch.stack([num_exact_C, entries.num_C.int()], dim=-1)
         return Selected(
             entries.ids_CK.int(),
             entries.logprobs_CK,
             target_logprobs_C,
             counts_C2 if self.layout.is_ragged else counts_C2[:, :0],
-            torch.cat([head_logprobs_CH[:, :0], *scalars], dim=-1),
+            torch.cat([found_logprobs_CH[:, :0], *scalars], dim=-1),
         )

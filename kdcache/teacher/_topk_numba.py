@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.teacher import _numba_blocks, _numba_vectors
+from kdcache.teacher import _numba_blocks, _numba_vectors, exact_weights
 from kdcache.teacher._numba_blocks import (
     BLOCK,
     FEWEST_LANES,
@@ -42,7 +42,7 @@ GROUPS_PER_ENTRY, FEWEST_GROUPS = 4, 64
 MOST_MOVES = 16
 """Per candidate, behind the buckets; where more would be needed, all are sorted."""
 
-_VERSION = version_of(_numba_blocks, _numba_vectors)
+_VERSION = version_of(_numba_blocks, _numba_vectors, exact_weights)
 
 
 @inlined()

@@ -9,8 +9,8 @@ probabilities of the tokens that are no exact entry (0 for those that are), R th
   its fixed threshold this is the VarOpt estimate of Cohen, Duffield, Kaplan, Lund, Thorup (SODA 2009) but for the stored mass,
   which is within tau of 1 and not 1, since one tau serves all positions.
 
-A backend whose cumulative sums are rounded otherwise may take the neighbour of a token at whose edge a point lies, and may call
-a token exact whose p is tau but for rounding; nothing else may differ.
+The fast paths, whose weights are rounded (`exact_weights`, the same for all of them), may take the neighbour of a token at
+whose edge a point lies, and may call a token exact whose p is tau but for rounding; nothing else may differ.
 
 Shape letters: P positions, V vocabulary, E entries of all positions, T further temperatures.
 """
@@ -25,10 +25,8 @@ from numpy.typing import NDArray
 
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import NO_TARGET, Distributions
+from kdcache.teacher.exact_weights import MIN_LOGPROB
 from kdcache.teacher.uniforms import uniforms_of
-
-MIN_LOGPROB = -87.0
-"""Tokens below e^-87 are never drawn: float32 has no exp of less."""
 
 
 def select_reference(
@@ -79,7 +77,7 @@ def _select(logprobs_V: NDArray[np.float64], selection: SelectionInfo, state: np
     kind, params = selection.kind, selection.params
     by_probability = np.argsort(-logprobs_V, kind="stable")
     exact = by_probability[: _num_exact(logprobs_V[by_probability], selection)]
-    p_V = np.where(logprobs_V > MIN_LOGPROB, np.exp(logprobs_V), 0.0)
+    p_V = np.where(logprobs_V - logprobs_V.max() > MIN_LOGPROB, np.exp(logprobs_V), 0.0)
     rest_V = p_V.copy()
     rest_V[exact] = 0.0
     tail_mass = float(rest_V.sum())

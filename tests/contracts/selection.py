@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
 from kdcache.format.selection import has_estimates
-from kdcache.teacher.select_reference import MIN_LOGPROB, draw_reference
+from kdcache.teacher.exact_weights import MIN_LOGPROB
+from kdcache.teacher.select_reference import draw_reference
 from kdcache.teacher.uniforms import uniforms_of
 
 
@@ -39,7 +40,7 @@ def check_draws(
         return
     for position, (logprobs_V, state) in enumerate(zip(logprobs_PV, states_P, strict=True)):
         start = int(record.offsets_P1[position])
-        rest_V = np.where(logprobs_V > MIN_LOGPROB, np.exp(logprobs_V), 0.0)
+        rest_V = np.where(logprobs_V - logprobs_V.max() > MIN_LOGPROB, np.exp(logprobs_V), 0.0)
         rest_V[record.token_ids_E[start : start + int(record.num_exact_P[position])]] = 0.0  # type: ignore[index]
         total = float(rest_V.sum())
         if 0 < total < 1e-30:

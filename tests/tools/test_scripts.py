@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,26 @@ def test_train_teacher_says_how_to_get_its_environment(tmp_path: Path) -> None:
     done = run(["bash", "tools/train_teacher"], tmp_path, environment)
     assert done.returncode == 2
     assert "run: bash tools/setup" in done.stderr
+
+
+def test_the_switch_for_processors_is_known_or_refused(tmp_path: Path) -> None:
+    command = ["bash", "-c", "cd ..; source tools/processor/restrict; echo $ATEN_CPU_CAPABILITY $NUMBA_CPU_NAME"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("KDCACHE_", "ATEN_", "NUMBA_"))}
+    assert run(command, TOOLS, environment).stdout.strip() == ""
+    assert run(command, TOOLS, environment | {"KDCACHE_CPU": "avx2"}).stdout.strip() == "avx2 haswell"
+    refused = run(command, TOOLS, environment | {"KDCACHE_CPU": "sse"})
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "KDCACHE_CPU is sse, but must be avx2" in refused.stderr
+
+
+def test_under_the_switch_torch_hides_what_newer_processors_have() -> None:
+    pytest.importorskip("torch")
+    code = (
+        "import torch; from kdcache.codec import _numba_into; from llvmlite import binding as b; "
+        "capabilities = torch.cpu.get_capabilities(); print(torch.cpu._is_avx512_supported(), "
+        "any(value for name, value in capabilities.items() if name.startswith('avx512')), "
+        "_numba_into.HAS_SHUFFLES or 'avx2' not in b.get_host_cpu_features())"
+    )
+    command = ["bash", "-c", f'cd ..; source tools/processor/restrict; exec "$0" -c "{code}"', sys.executable]
+    done = run(command, TOOLS, os.environ | {"KDCACHE_CPU": "avx2"})
+    assert done.stdout.split() == ["False", "False", "True"], done.stderr
