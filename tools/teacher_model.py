@@ -6,7 +6,6 @@ Shape letters: B sequences, T positions per sequence, P = B * T, H hidden, V voc
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,11 +92,13 @@ def train(model: Any, ids_N: NDArray[np.int32], recipe: Recipe, num_threads: int
     """Train the model in place until the time is up."""
     from tqdm import tqdm
 
+    from kdcache.bars import bar_options
+
     num_threads = min(num_threads, recipe.batch_size)
     optimizers = make_optimizers(model, recipe, num_threads)
     batches = draw_batches(torch.from_numpy(ids_N), recipe)
     losses: list[float] = []
-    with single_threads(num_threads) as pool, tqdm(total=100, desc="training", mininterval=interval(), bar_format=BAR) as bar:
+    with single_threads(num_threads) as pool, tqdm(**bar_options(total=100, desc="training", bar_format=BAR)) as bar:
         replicas = Replicas(model, pool, num_threads, recipe.dtype)
         # Compiling the loss's kernels is no part of the time; at the rate 0 the step changes nothing but the running means.
         set_rates(optimizers, 0.0)
@@ -182,11 +183,6 @@ def mean_nll(model: Any, ids_N: NDArray[np.int32], seq_len: int, num_threads: in
 
 
 BAR = "{desc}: {n:3.0f}% {bar} {elapsed}{postfix}"
-
-
-def interval() -> float:
-    """Seconds between two pictures of a progress bar: few where it ends up in a log."""
-    return 0.5 if sys.stderr.isatty() else 15.0
 
 
 def show(bar: Any, elapsed: float, losses: list[float], recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from kdcache.bars import bar_options
 from kdcache.capture import _nvml
 from kdcache.capture.plan import Unit
 from kdcache.inputs.content import Item
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from kdcache.store.set_aside import FailedUnit
 
 _DELAY_SECONDS = 1.0
-_SECONDS_BETWEEN_LINES = 10.0
-"""Between two states of a bar that goes to a file, where each is a line and none is overwritten."""
 
 
 class CaptureProgress:
@@ -140,28 +139,15 @@ class BarProgress(CaptureProgress):
         self._computes_here = True
 
     def scanning(self, items: Iterable[Item]) -> Iterable[Item]:
-        return tqdm(
-            items,
-            desc="reading the input",
-            unit=" items",
-            unit_scale=True,
-            delay=_DELAY_SECONDS,
-            mininterval=_interval(),
-            file=sys.stderr,
-        )
+        return tqdm(items, **bar_options(desc="reading the input", unit=" items", unit_scale=True, delay=_DELAY_SECONDS))
 
     def loading(self, model: str) -> None:
         tqdm.write(f"loading the teacher {model}", file=sys.stderr)
 
     def start(self, units: Sequence[Unit]) -> None:
         self._to_come = TokensToCome(units)
-        self._bar = tqdm(
-            desc=f"capturing {len(units)} unit{'' if len(units) == 1 else 's'}",
-            unit=" tok",
-            unit_scale=True,
-            mininterval=_interval(),
-            file=sys.stderr,
-        )
+        what = f"capturing {len(units)} unit{'' if len(units) == 1 else 's'}"
+        self._bar = tqdm(**bar_options(desc=what, unit=" tok", unit_scale=True))
 
     def start_unit(self, unit: Unit, num_tokens: int) -> None:
         self._to_come.read(unit, num_tokens)
@@ -202,7 +188,3 @@ def _gpu_text(gpu: _nvml.GpuState) -> str:
     memory = "" if gpu.memory_used_bytes is None else f" {tqdm.format_sizeof(gpu.memory_used_bytes, 'B')}"
     busy = "" if gpu.utilization_percent is None else f" {gpu.utilization_percent}%"
     return f"GPU {gpu.index}{memory}{busy}"
-
-
-def _interval() -> float:
-    return 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES

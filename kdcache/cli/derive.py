@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,9 +88,10 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     from tqdm import tqdm
 
+    from kdcache.bars import bar_options
     from kdcache.derive.run import derive
 
-    with tqdm(desc="deriving", unit="seq", unit_scale=True, delay=1.0, file=sys.stderr) as bar:
+    with tqdm(**bar_options(desc="deriving", unit="seq", unit_scale=True, delay=1.0)) as bar:
 
         def progress(num_done: int, num_all: int) -> None:
             bar.total = num_all

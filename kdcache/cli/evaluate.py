@@ -85,7 +85,9 @@ def _students(arguments: list[str]) -> dict[str, str]:
 def _progress(num_tokens: int) -> Callable[[int], object]:
     from tqdm import tqdm
 
-    bar = tqdm(total=num_tokens, delay=2, unit="tok", unit_scale=True, file=sys.stderr)
+    from kdcache.bars import bar_options
+
+    bar = tqdm(**bar_options(total=num_tokens, delay=2, unit="tok", unit_scale=True))
 
     def advance(done: int) -> None:
         bar.update(done)

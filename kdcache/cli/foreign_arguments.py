@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -93,7 +92,9 @@ def progress_bar(text: str) -> Iterator[Progress]:
     """A bar on stderr that counts rows."""
     from tqdm import tqdm
 
-    with tqdm(desc=text, unit="row", unit_scale=True, delay=1.0, file=sys.stderr) as bar:
+    from kdcache.bars import bar_options
+
+    with tqdm(**bar_options(desc=text, unit="row", unit_scale=True, delay=1.0)) as bar:
         yield bar.update
 
 

@@ -58,9 +58,10 @@ def run(args: argparse.Namespace) -> int:
         raise _unnamed(args.cache)
     from tqdm import tqdm
 
+    from kdcache.bars import bar_options
     from kdcache.store.verify import verify_cache
 
-    with tqdm(desc="verifying", unit="B", unit_scale=True, delay=1.0, file=sys.stderr) as bar:
+    with tqdm(**bar_options(desc="verifying", unit="B", unit_scale=True, delay=1.0)) as bar:
 
         def progress(num_done: int, num_all: int) -> None:
             bar.total = num_all

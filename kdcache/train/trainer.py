@@ -6,7 +6,6 @@ It proves the pipeline and serves as the example; run again on the same director
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
+from kdcache.bars import bar_options
 from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError, InputError, NotFiniteError
 from kdcache.loader._torch import TorchBatch, to_torch
@@ -111,7 +111,8 @@ class Trainer:
         """Train to the end, save the model, and say what was done."""
         start, first_step = time.perf_counter(), self.step
         self.model.train()
-        bar = tqdm(total=self.num_steps, initial=self.step, delay=2, unit="step", file=sys.stderr, disable=not show_progress)
+        options = bar_options(total=self.num_steps, initial=self.step, delay=2, unit="step", disable=not show_progress)
+        bar = tqdm(**options)
         with bar:
             if self.step == 0:
                 self._measure()
