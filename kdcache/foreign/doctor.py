@@ -93,6 +93,7 @@ class Examination:
         reasons = {
             "consistent": "another shift of the rows fits the text too",
             "untested": "there are too few rows, or rows that hit any text",
+            "doubtful": "targets are in their row's support less often than its mass says",
             "unclear": "targets are in their row's support less often than its mass says",
             "foreign": "targets are in their row's support far less often than its mass says",
         }
@@ -181,9 +182,16 @@ def _hit_facts(evidence: Evidence | None) -> dict[str, str]:
     if evidence is None or not evidence.num_rows or not math.isfinite(evidence.claimed):
         return {}
     e = evidence
-    known = {"proven": "proven from the text", "consistent": "fits, and so does another shift"}
+    known = {
+        "proven": "proven from the text",
+        "consistent": "fits, and so does another shift",
+        "foreign": "not proven: rows are not about their text",
+        "doubtful": "not proven: few hits",
+        "unclear": "not proven: too few hits",
+        "untested": "cannot be tested",
+    }
     shown = (
-        f"{known.get(e.verdict, e.verdict)}; of the targets {e.found:.1%} are in the support, masses say {e.claimed:.1%} and "
+        f"{known[e.verdict]}; of the targets {e.found:.1%} are in the support, masses say {e.claimed:.1%} and "
         f"chance gives {e.chance:.1%}: {e.deviations:+.1f} standard deviations, {e.worst:+.1f} in the worst of "
         f"{e.num_sequences:,} sequences, {e.rival:+.1f} under another shift"
     )

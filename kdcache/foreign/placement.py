@@ -76,16 +76,24 @@ def placement(alignment: Alignment, evidence: Evidence | None, *, is_tempered: b
             f"{_listed(alignment)} nats; --teacher MODEL tells exactly"
         )
         yield Finding("alignment_unclear", "undecided", sentence)
-    if evidence is not None and verdict in ("proven", "consistent") and evidence.deviations >= BEYOND:
+    if evidence is not None:
+        yield from _calibration(evidence, is_tempered=is_tempered)
+
+
+def _calibration(evidence: Evidence, *, is_tempered: bool) -> Iterator[Finding]:
+    """Notes on hits that chance does not explain, where rows are about their text all the same."""
+    if evidence.verdict in ("proven", "consistent") and evidence.deviations >= BEYOND:
         sentence = (
             f"{_hits(evidence)}: more than the rows claim. The text was written greedily or after filters, or a temperature "
             "above 1 was applied to the values; --teacher MODEL tells which"
         )
         yield Finding("many_hits", "note", sentence)
-    elif evidence is not None and verdict in ("proven", "consistent") and evidence.deviations <= -BEYOND and not is_tempered:
+    is_short = evidence.verdict in ("proven", "consistent") and evidence.deviations <= -BEYOND
+    if not is_tempered and (is_short or evidence.verdict == "doubtful"):
         sentence = (
             f"{_hits(evidence)}: fewer than the rows claim, though far more than chance. The teacher is surer of this text "
-            "than it should be, as chat models are, or a temperature below 1 was applied; --teacher MODEL tells which"
+            "than it should be, as chat models are, or a temperature below 1 was applied, or a few rows are out of place; "
+            "--teacher MODEL tells which"
         )
         yield Finding("few_hits", "note", sentence)
 
@@ -151,7 +159,7 @@ def temperature(tally: Tally, alignment: Alignment) -> Iterator[Finding]:
     if alignment.verdict != "unclear" and applied is not None and not low <= applied <= high:
         sentence = (
             f"the text would be likelier if the values were {'sharper' if applied > 1 else 'flatter'}: it looks as if a "
-            "temperature "
-            f"of about {applied:.2g} had been applied to them, which cannot be undone; --teacher MODEL tells exactly"
+            f"temperature of about {applied:.2g} had been applied to them, which cannot be undone"
+            f"{', or as if the text had been written greedily' if applied > 1 else ''}; --teacher MODEL tells exactly"
         )
         yield Finding("temperature_applied", "undecided", sentence)

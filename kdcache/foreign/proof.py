@@ -29,9 +29,10 @@ LEAST_MISS = 4e-3
 BEYOND, WITHIN = 6.0, 3.0
 """Deviations from which on chance is no explanation, and up to which it is."""
 
-FOREIGN_SHARE, SOUND_SHARE = 0.7, 0.85
+FOREIGN_SHARE, SOUND_SHARE, PROVEN_SHARE = 0.7, 0.85, 0.9
 """How much of the way from chance hits to those that the rows claim must be found. A chat model that is surer of plain text
-than it should be stays above the upper one; half of the rows out of place stay below the lower one."""
+than it should be stays above the second; half of the rows out of place stay below the first. Between
+the last two nothing is proven."""
 
 MIN_COMMON_SHARE = 0.3
 """Of all rows together; below it they are all foreign, and none is to be named."""
@@ -43,7 +44,7 @@ MIN_CLAIM = 0.05
 NUM_SUSPECTS, NUM_ASKED = 1000, 4
 """Sequences that are kept by name, and those that are kept whole for a teacher to be asked about."""
 
-Verdict = Literal["proven", "consistent", "unclear", "foreign", "untested"]
+Verdict = Literal["proven", "consistent", "doubtful", "unclear", "foreign", "untested"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class Evidence:
         worst: that of the worst sequence, with the number of sequences taken into account; 0 where chance explains it.
         rival: of the other shift that fits best.
         suspects: sequences beyond chance and below FOREIGN_SHARE, the worst first; NUM_SUSPECTS at most.
-        verdict: `proven`: this shift fits, and the others do not; `consistent`: it fits, and so does another; `unclear`;
-            `foreign`; `untested`: too few rows, or rows that hit any text.
+        verdict: `proven`: this shift fits, and the others do not; `consistent`: it fits, and so does another; `doubtful`,
+            `unclear`, `foreign`: it fits less and less; `untested`: too few rows, or rows that hit any text.
     """
 
     shift: int
@@ -225,6 +226,8 @@ def _verdict(evidence: Evidence, rows_of_rivals: float) -> Verdict:
         return "foreign"
     if e.deviations <= -BEYOND and e.share < SOUND_SHARE:
         return "unclear"
+    if e.deviations <= -WITHIN and e.share < PROVEN_SHARE:
+        return "doubtful"
     return "proven" if e.rival <= -BEYOND and rows_of_rivals and e.found > e.chance else "consistent"
 
 

@@ -137,6 +137,19 @@ def test_a_teacher_that_is_surer_than_it_should_be_is_not_accused():
     assert (found.verdict, found.suspects) == ("proven", ())
 
 
+def test_a_few_rows_of_another_text_are_no_proof_either_way():
+    sequences = made(12)
+    mixed = [
+        with_rows(
+            s, *(np.concatenate([mine[:-12], others[:12]]) for mine, others in zip(rows_of(s, 0), rows_of(o, 0), strict=True))
+        )
+        for s, o in zip(sequences, [*sequences[1:], sequences[0]], strict=True)
+    ]
+    found = evidence(mixed)
+    assert (found.verdict, found.suspects) == ("doubtful", ())
+    assert found.deviations < -WITHIN
+
+
 def test_a_surprise_in_rows_that_hold_nearly_everything_is_no_proof():
     """Where (hits - masses) / sqrt(sum m (1 - m)) says 9 standard deviations, Chernoff's bound says what two misses are."""
     ids, logprobs = teacher_text(1, 60)
