@@ -65,6 +65,7 @@ class CaptureEstimate:
         bytes_are: `expected`; `most`, where the number of entries follows from the teacher, which has not been asked; or
             `measured`, by the probe.
         num_bytes: of all, the features included.
+        template_time: what time it is for the chat template; None where it does not ask.
         notes: what the sampled items hold and nobody uses: a sentence for each kind -> items.
         tokens_per_second: measured, by a probe or by the units already published; None where nothing has been measured.
         left_out: files, folders and links of the input that are not read.
@@ -84,6 +85,7 @@ class CaptureEstimate:
     features: tuple[FeatureEstimate, ...] = ()
     left_out: LeftOut = field(default_factory=LeftOut)
     notes: Mapping[str, int] = field(default_factory=dict)
+    template_time: str | None = None
 
     @property
     def seconds_left(self) -> float | None:
@@ -123,7 +125,7 @@ def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = N
         probed = _probe(job, work) if probe else None
         if probed is None:
             probed = _Probed(_past_speed(job), _expected_bytes(config, vocab_size), known_features(config))
-        return replace(_scale(job, items, work, probed), notes=counts.notes)
+        return replace(_scale(job, items, work, probed), notes=counts.notes, template_time=job.template_time)
 
 
 def _sample(job: Job) -> list[Item]:

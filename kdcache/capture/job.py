@@ -50,6 +50,12 @@ class Job:
         """Where the cache is or will be."""
         return output_location(self.config)
 
+    @property
+    def template_time(self) -> str | None:
+        """The moment that the chats are rendered at; None where their template reads no clock."""
+        is_read = self.tokenizer.reads_clock and self.config.input.content == "messages"
+        return self.moment.isoformat(timespec="seconds") if is_read else None
+
     def close(self) -> None:
         """Let go of the input."""
         self.reader.close()
@@ -90,8 +96,8 @@ def first_manifest(job: Job, teacher: TeacherIdentity, features: tuple[FeatureIn
     notes: dict[str, Any] = {
         "num_items": plan.num_items, "num_empty_items": plan.num_empty_items, "num_chars": plan.num_chars,
     }  # fmt: skip
-    if job.tokenizer.reads_clock and job.config.input.content == "messages":
-        notes["template_time"] = job.moment.isoformat(timespec="seconds")
+    if job.template_time is not None:
+        notes["template_time"] = job.template_time
     return Manifest(
         number=0,
         parent=None,

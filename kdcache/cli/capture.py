@@ -107,12 +107,18 @@ def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:
     shown["left out"] = "; ".join(f"{count(number, noun)} {what}" for number, noun, what in left_out if number)
     shown["not read"] = str(summary.left_out)
     shown["noted"] = noted(counts.notes)
+    shown["clock"] = clock(manifest.config.get("notes", {}).get("template_time"))
     shown["workers"] = f"{count(summary.num_workers_lost, 'worker')} died; others did their units" * (
         summary.num_workers_lost > 0
     )
     shown["set aside"] = "; ".join(f"unit {failed.unit}: {failed.reason}" for failed in summary.set_aside)
     shown["next"] = _next_step(summary, run.world_size > 1)
     return rows({name: text for name, text in shown.items() if text})
+
+
+def clock(moment: str | None) -> str:
+    """What time it is for the chat template, where that matters."""
+    return f"the chat template writes the time as if it were {moment} (input.template_time)" if moment else ""
 
 
 def noted(notes: Mapping[str, int]) -> str:
@@ -161,6 +167,7 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
             **({"not read": str(estimate.left_out)} if estimate.left_out else {}),
             "plan": f"{count(len(plan.units), 'unit')}, {estimate.num_units_before:,} of them published already",
             **_tokens_row(config, estimate),
+            **({"clock": clock(estimate.template_time)} if estimate.template_time else {}),
             **({"noted": f"of the sampled items {noted(estimate.notes)}"} if estimate.notes else {}),
             "positions": f"{at_most} {estimate.num_positions:,}, {most}{estimate.bytes_per_position:.1f} bytes each "
             f"({config.codec.id}, {config.selection.kind}: {params})",

@@ -71,7 +71,7 @@ def chat_of(row: Mapping[str, Any], field: str | None, where: str, *, is_table: 
         InputError: something is of another type; names it.
     """
     names = content_names(list(row), field)
-    row = {name: value for name, value in row.items() if not _is_nothing(value)}
+    row = _unpacked({name: value for name, value in row.items() if not _is_nothing(value)}, names, where)
     if is_table:
         row = {name: without_nulls(value) for name, value in row.items()}
     messages = _messages_of(row, names, where)
@@ -100,8 +100,6 @@ def parse_messages(value: Any, where: str) -> list[dict[str, Any]]:
         InputError: as `chat_of`.
     """
     value = _from_json(value, where)
-    if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
-        value = value["messages"]
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, cells, strict=False)) for cells in zip(*value.values(), strict=False)]
     if not isinstance(value, list):
@@ -114,6 +112,17 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_nulls(child) for key, child in value.items() if child is not None}
     return [without_nulls(child) for child in value] if isinstance(value, list) else value
+
+
+def _unpacked(row: dict[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:
+    """The row, with what an object of messages and more in the place of its messages holds."""
+    name = next((name for name in names if name in row), None)
+    value = row.get(name) if name is not None and name != PAIR[0] else None
+    value = _from_json(value, f"{where} {name!r}")
+    if name is None or not isinstance(value, Mapping) or "messages" not in value:
+        return row
+    beside = {key: child for key, child in value.items() if key != "messages" and not _is_nothing(child)}
+    return {**beside, **row, name: value["messages"] or []}
 
 
 def _messages_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> list[dict[str, Any]]:

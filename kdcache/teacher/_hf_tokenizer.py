@@ -95,10 +95,13 @@ class HfTokenizer:
         chat = check_chat(chat)
         marked, rendered, notes = self._choose_shape(chat, generation_prompt=False)
         tokens = self._tokens_of(rendered)
+        lost_calls = [index for index, name in marked.lost_keys(rendered) if name == "tool_calls"]
         whole = tokens.whole(has_tags=self._template_of(chat).has_generation_tags)
-        spans = find_spans(marked.messages, whole, marked.render)
+        spans = find_spans(marked.messages, replace(whole, lost_calls=lost_calls), marked.render)
         if spans.endless:
             notes.append("an assistant's turn has no token that ends it: where it stops is not learnt")
+        if spans.lost:
+            notes.append("an assistant's message of which the template leaves out what it says, or its calls: it is not learnt")
         if spans.empty:
             notes.append("an assistant's turn is empty, and it cannot be proven which token ends it: it is not learnt")
         return tokens.chat(chat, spans, notes)

@@ -17,7 +17,7 @@ fold the system prompt into the last user's turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,12 +65,14 @@ class Whole:
         special: (start, end) of each special token in it that is the template's own.
         ends: (start, end) of those of them that end a text, by the tokenizer.
         has_tags: whether the template has generation tags.
+        lost_calls: messages whose calls of tools it does not write.
     """
 
     rendered: Rendered
     special: Sequence[tuple[int, int]]
     ends: Sequence[tuple[int, int]]
     has_tags: bool = False
+    lost_calls: Collection[int] = ()
 
     def token(self, span: tuple[int, int]) -> str:
         """A special token's text."""
@@ -93,6 +95,7 @@ class ChatSpans:
         learnt: (message, start, end) of what the assistant is to be learnt of.
         endless: messages of the assistant after which the template writes no end token.
         empty: messages of the assistant that say nothing and whose end token cannot be proven: it is not learnt.
+        lost: messages of the assistant of which the template leaves out what they say: they are not learnt.
     """
 
     turn_starts: list[int] = field(default_factory=lambda: [0])
@@ -100,6 +103,7 @@ class ChatSpans:
     learnt: list[tuple[int, int, int]] = field(default_factory=list)
     endless: list[int] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
 
 
 def find_spans(messages: Sequence[Message], whole: Whole, render: Render) -> ChatSpans:
@@ -176,11 +180,12 @@ class _Finder:
         whole_end, end = self._end(index, start, last)
         if not start <= last <= end or not np.isin(self._rendered.message_C[start:end], (-1, index)).all():
             raise InputError(_unproven(index, "is: what others wrote is among it"))
-        self._refuse_lost_words(index, start, end, has_words=len(own) > 0)
         spans.contents.append((index, start, end))
-        if not any(special[1] == end for special in self._whole.special):
-            spans.endless.append(index)
-        spans.learnt += self._tagged(index, start, end) if self._whole.has_tags else [(index, start, end)]
+        if self._is_lost(index, start, end, has_words=len(own) > 0):
+            spans.lost.append(index)
+        else:
+            spans.learnt += self._tagged(index, start, end) if self._whole.has_tags else [(index, start, end)]
+            spans.endless += [index] * (not any(special[1] == end for special in self._whole.special))
         if whole_end < len(self._text) and index + 1 < len(self._messages):
             spans.turn_starts.append(whole_end)
 
@@ -216,7 +221,13 @@ class _Finder:
         """Of a template that opens the assistant's turn whatever it is asked for, or never does."""
         asked = self._render([*self._messages[:index], {"role": "assistant", "content": ASKED}], False)
         words = [] if asked is None else np.flatnonzero(asked.message_C == index)
-        return self._follow(asked, int(words[0])) if asked is not None and len(words) else None
+        if asked is None or not len(words):
+            return None
+        end = int(words[0])
+        start = self._follow(asked, end)
+        # Of a call there may be no space between.
+        before = self._end_of_words_before(asked, end)
+        return start if start is not None else self._follow(asked, max(before, len(asked.text[:end].rstrip())))
 
     def _start_by_shorter_header(self, index: int, opened: Rendered, closed: Rendered) -> int | None:
         """Of a template whose generation prompt opens a thought that the whole text does not have: its words start right after
@@ -272,9 +283,10 @@ class _Finder:
         if not special and not rest.strip():
             return end
         after = self._whole.next_special(last)
-        is_alone = len(special) == 1 and special[0] == after and not self._text[special[0][1] : end].strip()
-        if is_alone and (special[0] in self._whole.ends or not self._is_opener(special[0], start)):
-            return end
+        if special and not self._text[special[-1][1] : end].strip():
+            is_alone = len(special) == 1 and special[0] == after and not self._is_opener(special[0], start)
+            if is_alone or special[-1] in self._whole.ends:
+                return end
         if after is not None and after in self._whole.ends:
             return after[1]
         why = "it writes the same with a generation prompt and without, so that what follows may open another turn"
@@ -312,16 +324,23 @@ class _Finder:
                 return True
         return False
 
-    def _refuse_lost_words(self, index: int, start: int, end: int, *, has_words: bool) -> None:
-        """Where the message says something and the text shows no character of it, it may be anywhere in it."""
+    def _is_lost(self, index: int, start: int, end: int, *, has_words: bool) -> bool:
+        """Whether the template leaves out all that a message says, or its calls: its end would be learnt in their place.
+
+        Raises:
+            InputError: the text shows no character of it, and has something else there: it may be anywhere in it.
+        """
         message = self._messages[index]
-        if has_words or not str(message.get("content") or "").strip():
-            return
+        if index in self._whole.lost_calls:
+            return True
+        if has_words or not any(map(str.strip, texts_of({**message, "role": ""}))):
+            return False
         rest = self._text[start:end]
         for span in self._whole.special:
             rest = rest.replace(self._whole.token(span), "")
         if rest.strip():
             raise InputError(_unproven(index, "is: the template writes something else in its place"))
+        return True
 
     def _tagged(self, index: int, start: int, end: int) -> list[tuple[int, int, int]]:
         """What the template's tags mark of this message; with the token that ends the turn, if only white space is between."""

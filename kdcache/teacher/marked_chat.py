@@ -1,12 +1,15 @@
 """One chat on its way through a template: marked, in the shape that the template takes, with a word about what is lost.
 
-Templates differ in what they take: a message without content as "" or as null, content as text or as a list of parts, the role
-`developer` or not. Whether a shape is right shows in the text: all that the messages say is there.
+Templates differ in what they take: a message without content as "" or as null, arguments of a call as an object or as JSON
+text, content as text or as a list of parts, the role `developer` or not. Whether a shape is right shows in the text: all that
+the messages say is there.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -82,12 +85,39 @@ def shapes(chat: Chat, template_source: str) -> list[list[Message]]:
     shown = [{name: value for name, value in message.items() if name not in LEARN_KEYS} for message in chat.messages]
     if "developer" not in template_source:
         shown = [message | {"role": "system"} if message["role"] == "developer" else message for message in shown]
-    usual = [_with_content(message, "") for message in shown]
-    found: list[list[Message]] = [list(usual)]
-    if any("content" not in message for message in shown):
-        found.append([_with_content(message, None) for message in shown])
-    found.append([message | {"content": _parts(message["content"])} for message in usual])
-    return found
+    # Arguments of a call are an object by transformers' convention, and JSON text by OpenAI's.
+    parsed = [_with_arguments(message, as_text=False) for message in shown]
+    texts = [_with_arguments(message, as_text=True) for message in shown]
+    found = [
+        [_with_content(message, content) for message in messages] for messages in (parsed, texts) for content in ("", None)
+    ]
+    found.append([message | {"content": _parts(message["content"])} for message in found[0]])
+    different: list[list[Message]] = []
+    for shape in found:
+        different += [shape] * (shape not in different)
+    return different
+
+
+def _with_arguments(message: Message, *, as_text: bool) -> Message:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_call_with_arguments(call, as_text=as_text) for call in calls]}
+
+
+def _call_with_arguments(call: Any, *, as_text: bool) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _call_with_arguments(call["function"], as_text=as_text)}
+    arguments = call.get("arguments")
+    if as_text and isinstance(arguments, Mapping):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    if not as_text and isinstance(arguments, str):
+        with suppress(ValueError):
+            parsed = json.loads(arguments)
+            return {**call, "arguments": parsed} if isinstance(parsed, Mapping) else call
+    return call
 
 
 def _with_content(message: Message, content: str | None) -> Message:
@@ -119,6 +149,7 @@ def notes_of(chat: Chat, template: Any, lost: Sequence[tuple[int, str]]) -> list
         and value not in (None, [], {})
         and not any(texts_of(value))
     }
-    for role, name in sorted({(chat.messages[index]["role"], name) for index, name in lost} | unread):
+    kinds = {(chat.messages[index]["role"], name) for index, name in lost} | unread
+    for role, name in sorted(kind for kind in kinds if kind[1] != "tool_call_id"):  # which call: the order says it
         notes.append(f"{name!r} of a message of role {role!r}: the chat template does not write it")
     return [*notes, *chat.unused]

@@ -66,6 +66,8 @@ def test_what_stands_beside_the_messages_goes_to_the_template():
         assert made.unused == ()
     assert chat({"messages": [USER], "functions": [TOOL]}).tools == [{"type": "function", "function": TOOL}]
     assert chat({"messages": [USER], "tools": "[]"}).tools is None
+    packed = chat({"chat": json.dumps({"messages": [USER], "tools": [TOOL], "label": 1})})
+    assert (packed.messages, packed.tools, packed.unused) == ([USER], [TOOL], ("'label' of the row is not used",))
 
 
 def test_what_bears_on_prompt_or_mask_and_is_not_used_is_named():

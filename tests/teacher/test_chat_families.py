@@ -123,10 +123,39 @@ def test_tool_calls_are_learnt_whole_and_tool_results_are_the_tools(folders):
     assert '{"name": "find"}' in tokenizer.decode(tokens.input_ids.tolist())
     # A template that does not write the calls is named, and so is a row's tools.
     notes = load(folders["bytes"], CHATML).encode_chat(Chat(chat, tools=[{"name": "find"}])).notes
-    assert notes == (
+    assert notes[:2] == (
         "'tools' of the row: the chat template does not read it",
         "'tool_calls' of a message of role 'assistant': the chat template does not write it",
     )
+
+
+CALLS_AS_TEXT = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% elif m.content is none %}<|Assistant|>"
+    "{% for call in m.tool_calls %}{{ '<|start|>' + call.function.name + ' ' + call.function.arguments + '<|end|>' }}"
+    "{% endfor %}</s>{% else %}<|Assistant|>{{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+)
+CALLS_WITHOUT_PROMPT = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% elif m.tool_calls %}<|tool|>"
+    "[{{ m.tool_calls[0].function | tojson }}]</s>{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("arguments", [{"q": "x"}, '{"q": "x"}'])
+def test_arguments_of_calls_take_the_shape_that_the_template_takes(folders, arguments):
+    call = {"type": "function", "function": {"name": "find", "arguments": arguments}}
+    chat = [CHAT[1], {"role": "assistant", "tool_calls": [call]}, CHAT[3], CHAT[4]]
+    said = {
+        CALLS_AS_TEXT: '<|start|>find {"q": "x"}<|end|></s>',
+        CALLS_WITHOUT_PROMPT: '<|tool|>[{"name": "find", "arguments": {"q": "x"}}]</s>',
+        QWEN: '\n<tool_call>\n{"name": "find", "arguments": {"q": "x"}}\n</tool_call><|im_end|>',
+    }
+    for template, wanted in said.items():
+        assert learnt(load(folders["bytes"], template), chat)[0] == wanted
+    # A template without calls would have the end of the turn learnt in their place.
+    tokens = load(folders["bytes"], CHATML).encode_chat(chat)
+    assert learnt(load(folders["bytes"], CHATML), chat) == ["no and no<|im_end|>"]
+    assert any("or its calls: it is not learnt" in note for note in tokens.notes)
 
 
 def test_a_template_that_opens_a_turn_with_nothing_before_it_is_refused(folders):
