@@ -268,3 +268,15 @@ def test_a_teacher_that_moves_with_its_neighbours_is_a_finding_and_not_a_toleran
     assert ask(cache, teacher, num_sequences=8).is_sound != finds
     found = {finding.name: finding for finding in examine_own(cache, ExamineOptions(), teacher=moving).findings}
     assert any("depends on the texts beside it" in finding.sentence for finding in found.values()) == finds
+
+
+def test_one_text_among_many_that_is_a_little_off_is_found(truth: Truth, tmp_path: Path, teacher: Teacher):
+    seen: list[SequenceRecord] = []
+
+    def move_the_first(record: SequenceRecord) -> SequenceRecord:
+        seen.append(record)
+        return with_logprobs(record, lambda logprobs: logprobs * 1.01) if len(seen) == 1 else record
+
+    report = ask(capture(tmp_path / "c", truth, teacher, change=move_the_first), teacher, num_sequences=8)
+    assert report.kl_mean < 1e-4
+    assert not report.is_sound
