@@ -97,7 +97,8 @@ class Examination:
             "unclear": "targets are in their row's support less often than its mass says",
             "foreign": "targets are in their row's support far less often than its mass says",
         }
-        return {"proven_by": None, "reason": reasons[e.verdict], **finite}
+        reason = f"{len(e.suspects):,} sequences hold rows that are not about their text" if e.suspects else reasons[e.verdict]
+        return {"proven_by": None, "reason": reason, **finite}
 
     def to_builtins(self) -> dict[str, Any]:
         """Everything for JSON, without what is not a number."""

@@ -115,7 +115,8 @@ def _foreign_sequences(c: Comparison) -> Finding | None:
     named = ", ".join(f"{source} ({kl:.2g})" for source, kl in sorted(foreign, key=lambda item: -item[1])[:NAMED_SEQUENCES])
     sentence = (
         f"{len(foreign):,} of {len(c.sequence_kl):,} sequences hold rows that the teacher does not give for their text, by KL "
-        f"in nats: {named}; the others are within {max(others):.2g}. Their rows are shifted, or of another text"
+        f"in nats: {named}; the others are within {max(others):.2g}. Their rows are shifted, or of another text; take them "
+        "out, or make their rows again"
     )
     return Finding("foreign_sequences", "fatal", sentence)
 

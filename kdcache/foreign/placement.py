@@ -118,7 +118,7 @@ def _few_hits(evidence: Evidence) -> Finding:
         number = f"{len(evidence.suspects):,}{' or more' * (len(evidence.suspects) == NUM_SUSPECTS)}"
         sentence = (
             f"{number} of {evidence.num_sequences:,} sequences hold rows that are not about their text: {shown}; "
-            "--teacher MODEL tells exactly"
+            "--teacher MODEL tells exactly. Take them out, or make their rows again"
         )
         return Finding("foreign_sequences", "fatal", sentence)
     if evidence.verdict == "unclear":
