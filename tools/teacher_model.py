@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from teacher_muon import Muon
 from teacher_replicas import Replicas, single_threads
 from teacher_text import TextError
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class Recipe:
         matrix_lr: peak learning rate of the matrices, under Muon.
         lr: peak learning rate of the rest (embeddings, norms), under AdamW.
         warmup: share of the time over which the rates rise.
-        dtype: of the matrix products; weights and optimiser are float32.
+        dtype: of the model's matrix products; weights and optimiser are float32.
+        matrix_dtype: of the products in Muon.
     """
 
     vocab_size: int
@@ -49,6 +51,7 @@ class Recipe:
     weight_decay: float = 0.1
     warmup: float = 0.03
     dtype: torch.dtype = torch.float32
+    matrix_dtype: torch.dtype = torch.float32
     seed: int = 0
 
 
@@ -128,7 +131,10 @@ def make_optimizers(model: Any, recipe: Recipe, num_parts: int) -> list[torch.op
     parts = [matrices[start::num_parts] for start in range(min(num_parts, len(matrices)))]
     return [
         torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        *(torch.optim.Muon(part, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, momentum=0.95) for part in parts),
+        *(
+            Muon(part, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, momentum=0.95, dtype=recipe.matrix_dtype)
+            for part in parts
+        ),
     ]
 
 

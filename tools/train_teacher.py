@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the matrix products; auto: bfloat16 where the processor computes in it (default: auto)",
+        help="of the matrix products; auto: whichever is faster here, by measuring (default: auto)",
     )
     arguments = parser.parse_args(argv)
     check_arguments(parser, arguments)
@@ -79,12 +79,12 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
 
 
 def choose_dtype(name: str) -> Any:
-    """float32 or bfloat16; where bfloat16 is only emulated it is slower than float32."""
+    """float32 or bfloat16: for `auto`, whichever is faster on this processor by a small product."""
     import torch
 
-    capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(feature, False) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and native) else torch.float32
+    from kdcache.teacher._half_torch import is_emulated
+
+    return torch.float32 if name == "float32" or (name == "auto" and is_emulated(torch.bfloat16)) else torch.bfloat16
 
 
 def report(message: str) -> None:
@@ -139,6 +139,7 @@ def train_and_save(arguments: argparse.Namespace, splits: dict[Split, list[Docum
         steps=arguments.steps,
         min_steps=arguments.min_steps,
         dtype=choose_dtype(arguments.dtype),
+        matrix_dtype=choose_dtype("auto"),
         seed=arguments.seed,
     )
     model = build_model(recipe, tokenizer.bos_token_id)
@@ -155,7 +156,9 @@ def train_and_save(arguments: argparse.Namespace, splits: dict[Split, list[Docum
         "num_parameters": num_parameters,
         "tokens_in_text": len(ids_N),
         **{f"trained_{name}": value for name, value in asdict(trained).items()},
-        "recipe": {**asdict(recipe), "dtype": str(recipe.dtype).removeprefix("torch.")},
+        "recipe": {
+            name: str(value).removeprefix("torch.") if "dtype" in name else value for name, value in asdict(recipe).items()
+        },
     }
 
 

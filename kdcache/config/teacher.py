@@ -23,7 +23,8 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         adapter: vLLM, worker route: local folder of a LoRA adapter (PEFT's format) to put on the model; null for none. One that
             changes embeddings or output projection is refused: merge it into the model.
         tokenizer: hub id or folder; null for the model's own.
-        dtype: of weights and activations; `auto` takes the checkpoint's.
+        dtype: of weights and activations; `auto` takes the checkpoint's. Where a CPU only emulates it, one warning says how
+            much faster float32 would be.
         batch_tokens: most tokens in one forward pass (transformers) or one scheduler step (vLLM).
         positions_per_chunk: positions whose logits exist at once (vLLM: worker route); memory is this x vocabulary x 2 bytes (4
             in float32), and on a GPU up to 256 MiB beside them for the selection, 512 MiB with a sampler's filters.

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
+from kdcache.teacher._half_torch import warn_if_emulated
 from kdcache.teacher._hf_attention import EAGER, must_be_eager, use_eager
 from kdcache.teacher._hf_class import class_of_checkpoint
 from kdcache.teacher.base import first_line
@@ -53,6 +54,7 @@ def _load(config: TeacherConfig, options: dict[str, Any]) -> PreTrainedModel:
         raise TeacherError(f"the checkpoint {config.model!r} does not fit its config: missing or of another shape: {names}")
     if "device_map" not in config.engine_options and torch.cuda.is_available():
         model = model.to("cuda")
+    warn_if_emulated(str(model.dtype).removeprefix("torch."), model.device.type)
     return model.eval()
 
 

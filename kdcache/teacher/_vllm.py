@@ -24,6 +24,7 @@ from kdcache.errors import ConfigError, FormatError, TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.teacher import _vllm_engine as engine  # first: it quietens vLLM before that is imported
+from kdcache.teacher._half_torch import warn_if_emulated
 from kdcache.teacher._vllm_generate import Writer, check_read_whole, write_answers
 from kdcache.teacher._vllm_requests import (
     PROBE_LENGTHS,
@@ -43,7 +44,7 @@ from kdcache.teacher.found import layout_of
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
 from kdcache.teacher.tokenizer import Tokenizer
 from kdcache.teacher.vllm_features import NOTHING, AskedFeatures, pack_asked, with_features
-from kdcache.teacher.vllm_options import engine_options, positions_per_chunk
+from kdcache.teacher.vllm_options import engine_options, positions_per_chunk, stored_dtype
 from kdcache.teacher.vllm_packed import pack_requests, read_buffer
 from kdcache.teacher.vllm_signatures import (
     WORKER_OPTIONS,
@@ -162,8 +163,10 @@ class VllmTeacher:
             engine.clean_up()
 
     def _start(self, extension: str | None) -> None:
-        config, is_cpu = self._config, engine.runs_on_cpu()
-        options = engine_options(config, engine.model_fields(config), is_cpu=is_cpu, extension=extension, rank=self._rank)
+        config, is_cpu, model_fields = self._config, engine.runs_on_cpu(), engine.model_fields(self._config)
+        options = engine_options(config, model_fields, is_cpu=is_cpu, extension=extension, rank=self._rank)
+        # Before the engine binds its threads: to measure would unbind them.
+        warn_if_emulated(config.dtype if config.dtype != "auto" else stored_dtype(model_fields), "cpu" if is_cpu else "cuda")
         self._eager_python = is_cpu and bool(options["enforce_eager"])
         self._llm = engine.start_engine(config.model, options)
         self._identity = engine.identity_of(config, self._llm)

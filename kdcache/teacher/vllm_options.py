@@ -125,9 +125,13 @@ def kv_bytes_per_token(model_fields: Mapping[str, Any]) -> int | None:
 
 def _dtype(asked: str, model_fields: Mapping[str, Any]) -> str:
     """vLLM's own `auto` makes bfloat16 of a float32 checkpoint; ours takes the checkpoint's, as with transformers."""
+    return "float32" if asked == "auto" and stored_dtype(model_fields) == "float32" else asked
+
+
+def stored_dtype(model_fields: Mapping[str, Any]) -> str:
+    """Of a checkpoint's weights, as its config.json says; empty where it does not."""
     found = (fields.get(name) for fields in (model_fields, _text_fields(model_fields)) for name in ("dtype", "torch_dtype"))
-    stored = str(next(filter(None, found), "")).removeprefix("torch.")
-    return "float32" if asked == "auto" and stored == "float32" else asked
+    return str(next(filter(None, found), "")).removeprefix("torch.")
 
 
 def _text_fields(model_fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,7 +14,10 @@ transformers = pytest.importorskip("transformers")
 import teacher_model  # noqa: E402
 import teacher_tokenizer  # noqa: E402
 import train_teacher  # noqa: E402
+from teacher_muon import Muon  # noqa: E402
 from teacher_replicas import Replicas, single_threads  # noqa: E402
+
+from kdcache.teacher import _half_torch  # noqa: E402
 
 SMALL = [
     *("--steps", "40", "--hidden-size", "64", "--num-layers", "1", "--vocab-size", "360"),
@@ -161,6 +164,36 @@ def test_every_weight_has_one_optimizer() -> None:
         optimizers = teacher_model.make_optimizers(model, recipe, num_parts)
         owned = [id(weight) for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
         assert sorted(owned) == sorted(map(id, model.parameters()))
+
+
+def test_muon_is_torchs_own_and_runs_in_float32_where_asked() -> None:
+    matrices = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((48, 16), (16, 40))]
+    recipe = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
+    makers = (
+        torch.optim.Muon,
+        lambda weights, **options: Muon(weights, dtype=torch.bfloat16, **options),
+        lambda weights, **options: Muon(weights, dtype=torch.float32, **options),
+    )
+    results = []
+    for make in makers:
+        weights = [torch.nn.Parameter(matrix.clone()) for matrix in matrices]
+        optimizer = make(weights, **recipe)
+        for step in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        results.append([weight.detach() for weight in weights])
+    torchs, halves, singles = results
+    torch.testing.assert_close(halves, torchs, rtol=0, atol=0)
+    torch.testing.assert_close(singles, torchs, rtol=0, atol=2e-3)
+    assert not torch.equal(singles[0], torchs[0])
+
+
+@pytest.mark.parametrize(("name", "gain", "dtype"), [("auto", 60.0, "float32"), ("auto", 0.4, "bfloat16"),
+                                                    ("bfloat16", 60.0, "bfloat16"), ("float32", 0.4, "float32")])  # fmt: skip
+def test_products_run_in_what_is_faster_here(name: str, gain: float, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_half_torch, "float32_gain", lambda _: gain)
+    assert train_teacher.choose_dtype(name) == getattr(torch, dtype)
 
 
 def test_the_same_steps_give_the_same_weights(text_dir: Path, tmp_path: Path) -> None:
