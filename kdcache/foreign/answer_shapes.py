@@ -92,7 +92,7 @@ def answers_of(row: Mapping[str, Any]) -> Iterator[Answer]:
         return
     prompt = body.get("prompt_token_ids") or row.get("prompt_token_ids") or row.get("input_ids")
     if isinstance(body.get("prompt_logprobs"), list):
-        yield Answer("vLLM's prompt_logprobs", True, [_item(cell) for cell in body["prompt_logprobs"]], prompt_ids=prompt)
+        yield Answer("vLLM's prompt_logprobs", True, [_by_id(cell) for cell in body["prompt_logprobs"]], prompt_ids=prompt)
         return
     for choice in (*_dicts(body.get("choices")), *_dicts(body.get("outputs"))):
         yield from _choice(choice, prompt, messages)
@@ -102,9 +102,9 @@ def _choice(choice: Mapping[str, Any], prompt: Any, messages: Any) -> Iterator[A
     prompt = choice.get("prompt_token_ids") or prompt
     logprobs, written = choice.get("logprobs"), choice.get("token_ids")
     if isinstance(choice.get("prompt_logprobs"), list):
-        yield Answer("vLLM's prompt_logprobs", True, [_item(cell) for cell in choice["prompt_logprobs"]], prompt_ids=prompt)
+        yield Answer("vLLM's prompt_logprobs", True, [_by_id(cell) for cell in choice["prompt_logprobs"]], prompt_ids=prompt)
     elif isinstance(logprobs, list):
-        yield Answer("vLLM's outputs", False, [_item(cell) for cell in logprobs], written, prompt, messages)
+        yield Answer("vLLM's outputs", False, [_by_id(cell) for cell in logprobs], written, prompt, messages)
     elif isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list):
         content = list(_dicts(logprobs["content"]))
         rows = [_item(part.get("top_logprobs")) for part in content]
@@ -137,6 +137,11 @@ def _input_ids(about: Mapping[str, Any]) -> list[int] | None:
     if not isinstance(tokens, list) or len(tokens) != about.get("prompt_tokens"):
         return None
     return [entry[1] for entry in tokens] if all(isinstance(entry, list) and len(entry) > 1 for entry in tokens) else None
+
+
+def _by_id(cell: Any) -> Item:
+    """The same of vLLM's own objects, whose keys are ids: JSON makes text of them, and some tokens' text is a number."""
+    return [(int(token) if isinstance(token, str) and token.isdecimal() else token, value) for token, value in _item(cell)]
 
 
 def _item(cell: Any) -> Item:

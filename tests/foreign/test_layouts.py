@@ -125,6 +125,8 @@ def test_answers_about_a_prompt_are_its_rows(tmp_path: Path, truth: Truth, shape
     made = items(truth)
     path = write_rows(tmp_path / "a.jsonl", [SHAPES[shape](item) for item in made])
     assert_same_rows(read(path), made)
+    # A tokenizer must be named to convert: ids that JSON has written as text are no tokens' text for it, "7" least of all.
+    assert_same_rows(read(path, tokenizer=load_tokenizer(str(truth.model))), made)
     assert defects(examine(path, ExamineOptions())) == {}
 
 
