@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.format import paths
+from kdcache.format.arrow_messages import record_batch_places
 from kdcache.format.schema import DIGEST, INDEX_SCHEMA, METADATA_KEY, row_digest
-from kdcache.store.arrow_file import record_batch_places
 from kdcache.store.column_view import column_view
 
 Fields = dict[str, Any]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from kdcache.errors import CorruptCacheError
-from kdcache.store.arrow_file import TRAILER_BYTES, RecordBatchPlace, footer_bytes, is_compressed, record_batch_places
+from kdcache.format.arrow_messages import TRAILER_BYTES, MessagePlace, footer_bytes, is_compressed, record_batch_places
 from kdcache.store.location import RemotePath
 
 TAIL_BYTES = 64 * 1024
@@ -29,7 +29,7 @@ class Layout:
     """A footer, understood: the schema, and where each record batch is."""
 
     schema: pa.Schema
-    places: Sequence[RecordBatchPlace]
+    places: Sequence[MessagePlace]
 
 
 def read_tail(read: ReadRange, num_bytes: int) -> bytes:
