@@ -21,7 +21,7 @@ def find_messages(table: Table) -> str | None:
     names = [name for name in NAMES if name in table.columns] + [name for name in table.columns if name not in NAMES]
     for row in table.first_rows(names):
         for name in names:
-            cell = plain(row.get(name)) if name in NAMES or _may_be_chat(row.get(name)) else None
+            cell = plain(row.get(name)) if _may_be_chat(row.get(name)) else None
             if isinstance(cell, list) and cell and isinstance(cell[0], dict) and {"role", "content"} <= cell[0].keys():
                 return name
     return None

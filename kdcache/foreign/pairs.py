@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kdcache.errors import InputError
 from kdcache.foreign.base import ValueKind
-from kdcache.foreign.tables import Table, list_lengths, plain
+from kdcache.foreign.tables import ROWS_TO_LOOK_AT, Table, check_num_rows, list_lengths
 
 ID_FIELDS = ("token_id", "tokenId", "id", "token", "index", "idx")
 VALUE_FIELDS: dict[str, ValueKind] = {
@@ -54,7 +54,7 @@ def find_pairs(table: Table, candidates: Sequence[str]) -> PairColumn | None:
     for row in table.first_rows(candidates):
         for name in candidates:
             cell = row.get(name)
-            if (entry := _first_entry(plain(cell))) is not None:
+            if (entry := _first_entry(cell)) is not None:
                 ids = next((field for field in ID_FIELDS if field in entry), None)
                 values = next((field for field in VALUE_FIELDS if field in entry), None)
                 if ids is not None and values is not None:
@@ -78,6 +78,7 @@ def read_pairs(
             raise InputError(
                 f"{where}: expected a list of lists of {{{pairs.id_field}, {pairs.value_field}}}, found {cell.type}"
             )
+        check_num_rows(rows, where)
         entries, counts_R = rows.flatten(), list_lengths(rows)
         ids = pc.call_function("struct_field", [entries], pc.StructFieldOptions([pairs.id_field])).to_pylist()
         values = pc.call_function("struct_field", [entries], pc.StructFieldOptions([pairs.value_field])).to_pylist()
@@ -106,6 +107,10 @@ def to_id(token: Any, where: str) -> int:
 
 
 def _first_entry(cell: Any) -> dict[str, Any] | None:
+    if isinstance(cell, pa.Scalar):
+        rows: Any = getattr(cell, "values", None)
+        is_nested = isinstance(rows, pa.Array) and pa.types.is_struct(getattr(rows.type, "value_type", pa.null()))
+        cell = rows[:ROWS_TO_LOOK_AT].to_pylist() if is_nested else None
     for row in cell if isinstance(cell, list) else ():
         for entry in row if isinstance(row, list) else ():
             return entry if isinstance(entry, dict) else None

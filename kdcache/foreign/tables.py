@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,7 +19,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdcache.errors import InputError
+from kdcache.inputs.arrow_files import open_arrow
+from kdcache.inputs.content import START
+from kdcache.inputs.open_file import TextFiles
+from kdcache.inputs.text_files import read_objects
 
+COMPRESSED = (".gz", ".zst")
 ENDINGS = {
     ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow", ".jsonl": "jsonl", ".ndjson": "jsonl",
     ".json": "jsonl",
@@ -29,7 +33,7 @@ ROWS_PER_READ = 8
 ROWS_TO_LOOK_AT = 16
 """To tell a layout by: the first answers of an engine may be empty."""
 
-MAX_LINE_BYTES = 2**28
+MAX_ROWS_PER_SEQUENCE = 2**24
 MAX_VALUES_PER_ROW = 2**29
 """Values of one column in one Parquet row, by the file's own account; a row of 10^5 positions of 350 packed bytes has 2^25."""
 _DESCRIPTIONS = {
@@ -40,7 +44,6 @@ _DESCRIPTIONS = {
     "README.md",
     ".gitattributes",
 }
-_ARROW_FILE_MAGIC = b"ARROW1"
 
 Row = Mapping[str, Any]
 
@@ -100,7 +103,7 @@ def open_table(path: str | Path) -> Table | None:
         InputError: a file cannot be read or names a column twice, or a folder holds several kinds.
     """
     files, left_out = _files(Path(path))
-    kinds = {ENDINGS[file.suffix.lower()] for file in files}
+    kinds = {str(_kind_of(file)) for file in files}
     if not files:
         return None
     if len(kinds) > 1:
@@ -145,23 +148,41 @@ def nested(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64]] | No
     return _joined(rows), np.array([len(row) for row in rows], np.int64)
 
 
-def plain(cell: Any) -> Any:
-    """Any cell as lists, dicts, numbers and text."""
-    return cell.as_py() if isinstance(cell, pa.Scalar) else cell
+def plain(cell: Any, where: str = "") -> Any:
+    """Any cell as lists, dicts, numbers and text.
+
+    Raises:
+        InputError: it holds more values than any real one: nulls and empty lists take no bytes in a file, and many here.
+    """
+    if not isinstance(cell, pa.Scalar):
+        return cell
+    values: Any = getattr(cell, "values", None)
+    while isinstance(values, pa.Array):
+        check_num_rows(values, where or "a cell")
+        values = values.flatten() if _is_list(values.type) else None
+    return cell.as_py()
 
 
 def _nested_arrow(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     rows: Any = getattr(cell, "values", None)
     if isinstance(rows, pa.Array) and pa.types.is_null(rows.type):
+        check_num_rows(rows, where)
         return np.zeros(0), np.zeros(len(rows), np.int64)
     if not isinstance(rows, pa.Array) or not _is_list(rows.type):
         raise InputError(f"{where}: expected a list of lists of numbers, found {cell.type}")
+    check_num_rows(rows, where)
     values = rows.flatten()
     if not _is_number(values.type) or values.null_count:
         raise InputError(
             f"{where}: expected a list of lists of numbers, found {cell.type}{' with nulls' * bool(values.null_count)}"
         )
     return values.to_numpy(zero_copy_only=False), list_lengths(rows)
+
+
+def check_num_rows(rows: pa.Array, where: str) -> None:
+    """Raise InputError for more rows than any real sequence has: rows of nothing take no bytes in a file, and eight here."""
+    if len(rows) > MAX_ROWS_PER_SEQUENCE:
+        raise InputError(f"{where}: {len(rows):,} rows of one sequence; at most {MAX_ROWS_PER_SEQUENCE:,} are read")
 
 
 def list_lengths(rows: pa.Array) -> NDArray[np.int64]:
@@ -202,14 +223,22 @@ def _is_list(kind: pa.DataType) -> bool:
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
     """The files to read, and those of a folder that are passed over."""
     if path.is_file():
-        return [path] if path.suffix.lower() in ENDINGS else [], []
+        return [path] if _kind_of(path) else [], []
     if not path.is_dir():
         return [], []
     there = sorted(file for file in path.rglob("*") if not file.is_dir())
     # `datasets` writes dataset_info.json and state.json beside its Arrow files: descriptions, not rows.
-    found = [file for file in there if file.suffix.lower() in ENDINGS and file.suffix != ".json" and file.is_file()]
+    found = [file for file in there if _kind_of(file) and file.suffix != ".json" and file.is_file()]
     wanted = [file for file in found if not file.name.startswith((".", "cache-"))]
     return wanted, [file for file in there if file not in set(wanted) and file.name not in _DESCRIPTIONS]
+
+
+def _kind_of(path: Path) -> str | None:
+    """By its ending; JSON lines may be compressed."""
+    ending = path.suffix.lower()
+    if ending not in COMPRESSED:
+        return ENDINGS.get(ending)
+    return "jsonl" if ENDINGS.get(path.with_suffix("").suffix.lower()) == "jsonl" else None
 
 
 def _columns(kind: str, path: Path) -> tuple[str, ...]:
@@ -220,7 +249,7 @@ def _columns(kind: str, path: Path) -> tuple[str, ...]:
             names = pq.read_schema(path).names
         else:
             with pa.memory_map(str(path)) as source:
-                names = _open_arrow(source)[0].names
+                names = open_arrow(source, str(path))[0].names
     twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
     if twice is not None:
         raise InputError(f"{path}: has two columns {twice!r}; which of them is meant cannot be told: rename one")
@@ -239,26 +268,18 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[str, 
 
 def _arrow_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[str, Row]]:
     with _translated(path), pa.memory_map(str(path)) as source:
-        schema, batches = _open_arrow(source)
+        schema, batches = open_arrow(source, str(path))
         names = [name for name in schema.names if columns is None or name in columns]
         number = 0
         for batch in batches:
-            batch.validate(full=True)  # offsets in bounds: no view below may leave its buffer
             yield from _batch_rows(batch.select(names), path, number)
             number += batch.num_rows
 
 
 def _jsonl_rows(path: Path, _columns: list[str] | None) -> Iterator[tuple[str, Row]]:
-    decoder = msgspec.json.Decoder()
-    with _translated(path), path.open("rb") as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            where = f"{path}:{number}"
-            if len(line) > MAX_LINE_BYTES:
-                raise InputError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; one JSON object per line was expected")
-            if line.strip():
-                yield where, _json_object(decoder, line, where)
+    with _translated(path):
+        for row, where, _ in read_objects(str(path), 0, START, opener=TextFiles()):
+            yield where, row
 
 
 _READERS: dict[str, Callable[[Path, list[str] | None], Iterator[tuple[str, Row]]]] = {
@@ -266,29 +287,10 @@ _READERS: dict[str, Callable[[Path, list[str] | None], Iterator[tuple[str, Row]]
 }  # fmt: skip
 
 
-def _json_object(decoder: msgspec.json.Decoder[Any], line: bytes, where: str) -> Row:
-    # NaN and Infinity are what Python's json writes for them; they are not JSON, and say that values are missing.
-    try:
-        row = decoder.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        hint = "; it holds NaN or Infinity" if b"NaN" in line or b"Infinity" in line else ""
-        raise InputError(f"{where}: not a JSON object on one line: {error}{hint}") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: holds a {type(row).__name__}, but a JSON object was expected")
-    return row
-
-
 def _batch_rows(batch: pa.RecordBatch, path: Path, first: int) -> Iterator[tuple[str, Row]]:
     for index in range(batch.num_rows):
         cells = {name: batch.column(column)[index] for column, name in enumerate(batch.schema.names)}
         yield f"{path}#{first + index}", cells
-
-
-def _open_arrow(source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    is_file = source.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
-    source.seek(0)
-    reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-    return reader.schema, map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
 
 
 def _refuse_bombs(metadata: Any, path: Path) -> None:

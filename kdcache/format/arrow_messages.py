@@ -9,12 +9,17 @@ again and again, are refused for the same reason: their rows would be more than 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 # Numbers of the fields in Arrow's File.fbs and Message.fbs.
 _FOOTER_VERSION, _FOOTER_DICTIONARIES, _FOOTER_RECORD_BATCHES = 0, 2, 3
-_MESSAGE_VERSION, _MESSAGE_HEADER, _MESSAGE_METADATA = 0, 2, 4
-_RECORD_BATCH_COMPRESSION = 3
+_MESSAGE_VERSION, _MESSAGE_HEADER_TYPE, _MESSAGE_HEADER, _MESSAGE_BODY_BYTES, _MESSAGE_METADATA = 0, 1, 2, 3, 4
+_DICTIONARY, _RECORD_BATCH = 2, 3
+"""Of the kinds of a message."""
+_DICTIONARY_DATA, _RECORD_BATCH_BUFFERS, _RECORD_BATCH_COMPRESSION = 1, 2, 3
+_CONTINUATION = 0xFFFFFFFF
+_MAGIC = b"ARROW1"
 _V5 = 4
 """Arrow's metadata version since 2020 (1.0), as its enumeration counts."""
 _MAGIC_BYTES = 8
@@ -89,13 +94,92 @@ def _blocks(footer: memoryview, field: int | None) -> list[MessagePlace]:
 def is_compressed(message: memoryview) -> bool:
     """Whether a record batch's message says that its buffers are compressed, or may be: in another metadata version than V5, or
     with keys of its own, which no file of a cache has."""
-    (marker,) = struct.unpack_from("<I", message, 0)
-    metadata = message[8 if marker == 0xFFFFFFFF else 4 :]
+    metadata = _metadata(message)
     root = _follow(metadata, 0)
     if not _is_v5(metadata, _field(metadata, root, _MESSAGE_VERSION)) or _field(metadata, root, _MESSAGE_METADATA) is not None:
         return True
-    header = _field(metadata, root, _MESSAGE_HEADER)
-    return header is not None and _field(metadata, _follow(metadata, header), _RECORD_BATCH_COMPRESSION) is not None
+    kind, header = _field(metadata, root, _MESSAGE_HEADER_TYPE), _field(metadata, root, _MESSAGE_HEADER)
+    if header is None:
+        return False
+    batch = _batch_of(metadata, header, is_dictionary=kind is not None and metadata[kind] == _DICTIONARY)
+    return _field(metadata, batch, _RECORD_BATCH_COMPRESSION) is not None
+
+
+def message_sizes(data: memoryview) -> Iterator[tuple[int, int]]:
+    """The bytes of each message's body in an Arrow IPC file or stream, and the bytes that its buffers claim to be once they are
+    decompressed.
+
+    Raises:
+        struct.error: no Arrow data, or messages that overlap or leave it.
+    """
+    for message, body in _file_messages(data) if bytes(data[: len(_MAGIC)]) == _MAGIC else _stream_messages(data):
+        yield len(body), _claimed_bytes(message, body)
+
+
+def _file_messages(data: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
+    footer_at = len(data) - TRAILER_BYTES - footer_bytes(data)
+    footer = data[footer_at : len(data) - TRAILER_BYTES]
+    root, end = _follow(footer, 0), _MAGIC_BYTES
+    places = [
+        place
+        for field in (_FOOTER_DICTIONARIES, _FOOTER_RECORD_BATCHES)
+        for place in _blocks(footer, _field(footer, root, field))
+    ]
+    for place in sorted(places):
+        if place.offset < end or place.stop > footer_at:
+            raise struct.error("messages that overlap, are named twice, or leave the file")
+        end, body_at = place.stop, place.offset + place.metadata_bytes
+        yield data[place.offset : body_at], data[body_at : place.stop]
+
+
+def _stream_messages(data: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
+    at = 0
+    while at + 8 <= len(data):
+        marker, num_bytes = struct.unpack_from("<Ii", data, at)
+        is_old = marker != _CONTINUATION
+        num_bytes, body_at = (marker, at + 4 + marker) if is_old else (num_bytes, at + 8 + num_bytes)
+        if num_bytes == 0:
+            return
+        message = data[at:body_at]
+        body_field = _field(_metadata(message), _follow(_metadata(message), 0), _MESSAGE_BODY_BYTES)
+        (body_bytes,) = (0,) if body_field is None else struct.unpack_from("<q", _metadata(message), body_field)
+        if num_bytes < 0 or body_bytes < 0 or body_at + body_bytes > len(data):
+            raise struct.error("a message that leaves its stream")
+        yield message, data[body_at : body_at + body_bytes]
+        at = body_at + body_bytes
+
+
+def _claimed_bytes(message: memoryview, body: memoryview) -> int:
+    """Of the decompressed buffers of a dictionary or record batch; the body's own for any other message."""
+    metadata = _metadata(message)
+    root = _follow(metadata, 0)
+    kind, header = _field(metadata, root, _MESSAGE_HEADER_TYPE), _field(metadata, root, _MESSAGE_HEADER)
+    if kind is None or header is None or metadata[kind] not in (_DICTIONARY, _RECORD_BATCH) or not is_compressed(message):
+        return len(body)
+    batch = _batch_of(metadata, header, is_dictionary=metadata[kind] == _DICTIONARY)
+    buffers = _field(metadata, batch, _RECORD_BATCH_BUFFERS)
+    if buffers is None:
+        return len(body)
+    vector, total = _follow(metadata, buffers), 0
+    for i in range(struct.unpack_from("<I", metadata, vector)[0]):
+        offset, num_bytes = struct.unpack_from("<qq", metadata, vector + 4 + 16 * i)
+        claimed = struct.unpack_from("<q", body, offset)[0] if num_bytes >= 8 and offset >= 0 else 0
+        total += num_bytes if claimed == -1 else claimed  # -1: this one is not compressed
+        if claimed < -1 or num_bytes < 0:
+            raise struct.error("a buffer of less than nothing")
+    return total
+
+
+def _batch_of(metadata: memoryview, header: int, *, is_dictionary: bool) -> int:
+    """Where the table of a record batch is: a dictionary's is inside it."""
+    table = _follow(metadata, header)
+    inner = _field(metadata, table, _DICTIONARY_DATA) if is_dictionary else None
+    return table if inner is None else _follow(metadata, inner)
+
+
+def _metadata(message: memoryview) -> memoryview:
+    (marker,) = struct.unpack_from("<I", message, 0)
+    return message[8 if marker == _CONTINUATION else 4 :]
 
 
 def _is_v5(data: memoryview, field: int | None) -> bool:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdcache.errors import InputError
+from kdcache.inputs.arrow_files import check_inflation
 from kdcache.inputs.content import Fields, Item, Place, parse_domain, parse_row
 
 _ROWS_PER_READ = 1024
@@ -46,6 +47,8 @@ def read_arrow(path: str, file: int, start: Place, *, fields: Fields) -> Iterato
     try:
         with pa.memory_map(path) as source:
             is_file = source.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
+            source.seek(0)
+            check_inflation(memoryview(source.read_buffer()), path)
             source.seek(0)
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
             _check_columns(reader.schema, path, fields)

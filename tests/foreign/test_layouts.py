@@ -240,6 +240,24 @@ def test_a_mask_in_the_second_file_alone_is_refused_too(tmp_path: Path, truth: T
         read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json"])
+def test_json_lines_are_read_compressed_and_as_an_array(tmp_path: Path, truth: Truth, name: str):
+    made = items(truth)
+    data = write_columns(tmp_path / "plain.jsonl", made).read_bytes()
+    if name == "a.json":
+        (tmp_path / name).write_bytes(b"[" + b",".join(data.splitlines()) + b"]")
+    else:
+        with pa.CompressedOutputStream(str(tmp_path / name), "gzip" if name.endswith("gz") else "zstd") as out:
+            out.write(data)
+    assert_same_rows(read(tmp_path / name), made)
+
+
+def test_what_a_folder_holds_beside_is_named(tmp_path: Path, truth: Truth):
+    write_columns(tmp_path / "a.jsonl", items(truth))
+    (tmp_path / "a.npz").write_bytes(b"x")
+    assert examine(tmp_path, ExamineOptions()).facts["not read"] == "1 files: a.npz"
+
+
 def test_a_column_that_is_there_twice_is_refused(tmp_path: Path):
     ids = pa.array([[1, 2]])
     pq.write_table(pa.table([ids, ids], names=["input_ids", "input_ids"]), tmp_path / "a.parquet")
