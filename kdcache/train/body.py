@@ -64,7 +64,16 @@ def output_projection(model: PreTrainedModel) -> torch.nn.Linear:
     Raises:
         ConfigError: the model has none.
     """
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
+    # The copy that is trained, where peft was told to train and save the projection whole.
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, torch.nn.ModuleDict):
+        head = copies[head.active_adapter]
+    if hasattr(head, "base_layer"):
+        raise ConfigError(
+            "the output projection has an adapter of its own (LoRA with lm_head among target_modules), and the fused loss "
+            "reads one weight: name lm_head in modules_to_save instead of target_modules, which trains it whole, or leave it"
+        )
     if not isinstance(head, torch.nn.Linear):
         raise ConfigError(f"{type(model).__name__} has no linear output projection; expected a causal language model")
     return head

@@ -50,6 +50,32 @@ def test_setup_does_not_take_an_unfinished_environment_for_a_finished_one(tmp_pa
     assert "PYTHON is /nowhere/python3" in done.stderr
 
 
+FAILING_PYTHON = """#!/usr/bin/env bash
+# A Python that makes an environment, in which pip says much and then fails.
+case "$*" in
+    *--version*) echo "Python 3.11.0" ;;
+    -c*) exit 0 ;;
+    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    "-m pip install"*) for i in $(seq 300); do echo "noise $i"; done; echo "no torch to be had"; exit 1 ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+def test_setup_says_a_line_per_step_and_shows_the_end_of_what_failed(tmp_path: Path) -> None:
+    root = bare_checkout(tmp_path)
+    (root / "python").write_text(FAILING_PYTHON)
+    (root / "python").chmod(0o755)
+    done = run_setup(root, PYTHON=str(root / "python"), KDCACHE_NO_VLLM="1")
+    assert (done.returncode, done.stdout) == (1, "")
+    lines = done.stderr.splitlines()
+    steps = [line for line in lines if line.startswith("setup: ")]
+    assert [line.split()[1] for line in steps] == ["making", "installing", "failed:"]
+    assert "no torch to be had" in lines[-2]
+    assert len(lines) == 3 + 25
+    assert "noise 1\n" in (root / ".venv" / "kdcache-setup.log").read_text()
+
+
 def test_train_teacher_says_how_to_get_its_environment(tmp_path: Path) -> None:
     (tmp_path / "tools").mkdir()
     shutil.copy(TOOLS / "train_teacher", tmp_path / "tools")
