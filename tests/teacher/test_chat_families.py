@@ -210,7 +210,7 @@ CONTENTS = st.one_of(
 )
 
 
-NUM_EXAMPLES = int(os.environ.get("CHAT_EXAMPLES", "12"))
+NUM_EXAMPLES, KIND = int(os.environ.get("CHAT_EXAMPLES", "12")), os.environ.get("CHAT_TOKENIZER", "bytes")
 
 
 @st.composite
@@ -227,11 +227,13 @@ def chats(draw):
 @given(chats())
 def test_what_is_learnt_is_what_the_assistant_says_and_its_end_or_the_chat_is_refused(folders, chat):
     for family, (template, end) in FAMILIES.items():
-        tokenizer = load(folders["bytes"], template)
+        tokenizer = load(folders[KIND], template)
         answers = [message["content"] for message in chat if message["role"] == "assistant"]
         try:
             tokens = tokenizer.encode_chat(chat)
         except InputError:
+            continue
+        if any("turn is empty" in note for note in tokens.notes):
             continue
         got = tokenizer.decode(tokens.input_ids[tokens.assistant_mask].tolist())
         ends = [end] * len(answers)
