@@ -18,10 +18,12 @@ from kdcache.capture.generate import write_sequences
 from kdcache.capture.job import Job, ask, check_fits, codec_info, output_location, prepare, selection_info
 from kdcache.capture.plan import Plan
 from kdcache.capture.progress import CaptureProgress
+from kdcache.capture.sequences import CutCounts
 from kdcache.capture.unit import Work, make_work, most_tokens
 from kdcache.codec import get_codec
 from kdcache.codec.features import bytes_per_row
 from kdcache.config.capture import CaptureConfig
+from kdcache.errors import InputError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import fixed_entries, fixed_exact, has_estimates, most_entries
@@ -121,11 +123,27 @@ def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = N
     with closing(prepare(config, progress)) as job:
         items = _sample(job)
         vocab_size = job.tokenizer.identity.vocab_size
-        work, counts = make_work(items, job.tokenizer, config, vocab_size=2**31)
+        work, counts = _work_of(items, job)
         probed = _probe(job, work) if probe else None
         if probed is None:
             probed = _Probed(_past_speed(job), _expected_bytes(config, vocab_size), known_features(config))
         return replace(_scale(job, items, work, probed), notes=counts.notes, template_time=job.template_time)
+
+
+def _work_of(items: list[Item], job: Job) -> tuple[list[Work], CutCounts]:
+    """What the teacher would be given; without what cannot be read, where a capture would leave that out too."""
+    if not job.config.run.skip_poison:
+        return make_work(items, job.tokenizer, job.config, vocab_size=2**31)
+    work, counts = [], CutCounts()
+    for item in items:
+        try:
+            of_item, counted = make_work([item], job.tokenizer, job.config, vocab_size=2**31)
+        except InputError as error:
+            counts.note({f"left out by run.skip_poison, as in {error}": 1})
+            continue
+        work += of_item
+        counts.add(counted)
+    return work, counts
 
 
 def _sample(job: Job) -> list[Item]:
