@@ -10,7 +10,10 @@ import pyarrow as pa
 
 from kdcache.errors import InputError
 from kdcache.format.arrow_messages import message_sizes
-from kdcache.inputs.open_file import FREE_BYTES, MAX_INFLATION
+from kdcache.inputs.open_file import MAX_INFLATION
+
+FREE_BYTES = 2**26
+"""That a record batch may claim, whatever the factor: those of real files are smaller."""
 
 _FILE_MAGIC = b"ARROW1"
 
@@ -46,7 +49,7 @@ def check_inflation(data: memoryview, where: str) -> None:
                     "times as many, as of no real data; where it is sound, write it without compression"
                 )
     except struct.error as error:
-        raise InputError(f"{where}: cannot be read as Arrow data: {error}") from error
+        raise InputError(f"{where}: not a readable Arrow IPC file or stream: a message leaves the file, or is none") from error
     if total > FREE_BYTES and total > MAX_INFLATION * len(data):
         raise InputError(f"{where}: {total:,} bytes are to come out of a file of {len(data):,}, as of no real data")
 
