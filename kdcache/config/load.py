@@ -1,7 +1,6 @@
 """A config file on disk -> a config struct, or one sentence that says which field is wrong, what it is and what it may be.
 
-YAML, with two changes to PyYAML's safe loader: a key given twice in one mapping is refused (the first value would be lost
-without a word), and `3e-4` is a number (YAML 1.1 reads it as text, because it lacks the dot).
+yaml_text.py says how YAML is read.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import yaml
 
 from kdcache.config.describe import choices_of, element_type, nearest, section_fields, type_at
+from kdcache.config.yaml_text import MAX_YAML_BYTES, check_yaml_size, parse_yaml
 from kdcache.errors import ConfigError
 
 C = TypeVar("C", bound=msgspec.Struct)
@@ -46,7 +45,10 @@ def load_config(path: str | Path, config_type: type[C], overrides: Sequence[str]
 def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; raises ConfigError, naming the file and the line, where it holds none."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as stream:
+            data = stream.read(MAX_YAML_BYTES + 1)
+        check_yaml_size(data, where=str(path))
+        text = data.decode("utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such config file") from error
     except IsADirectoryError as error:
@@ -55,7 +57,7 @@ def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}), but a YAML file was expected") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    fields = _parse_yaml(text, where=str(path))
+    fields = parse_yaml(text, where=str(path))
     if fields is None:
         raise ConfigError(f"{path}: empty, but a mapping of sections was expected; configs/ holds complete examples")
     if not isinstance(fields, dict):
@@ -82,8 +84,9 @@ def apply_override(fields: dict[str, Any], config_type: type[msgspec.Struct], ov
     section = fields
     for part in parts[:-1]:
         child = section.get(part)
-        section[part] = section = child if isinstance(child, dict) else {}
-    section[parts[-1]] = _parse_yaml(text, where=name)
+        # A copy: by an alias it may be another section's value too.
+        section[part] = section = dict(child) if isinstance(child, dict) else {}
+    section[parts[-1]] = parse_yaml(text, where=name)
 
 
 def convert_config(fields: Mapping[str, Any], config_type: type[C], *, where: str = "") -> C:
@@ -101,33 +104,6 @@ def convert_config(fields: Mapping[str, Any], config_type: type[C], *, where: st
 def config_to_builtins(config: msgspec.Struct) -> dict[str, Any]:
     """The resolved config, defaults included, as JSON values: what a manifest keeps for people."""
     return msgspec.to_builtins(config)
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, refusing repeated keys and reading `3e-4` as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in seen and isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
-
-
-def _parse_yaml(text: str, *, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}" if mark is not None else where
-        raise ConfigError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not YAML: {error}") from error
 
 
 def _refuse_unknown_path(parts: Sequence[str], config_type: type[msgspec.Struct]) -> None:

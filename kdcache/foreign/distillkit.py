@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from kdcache.errors import InputError
+from kdcache.config.yaml_text import parse_yaml
+from kdcache.errors import ConfigError, InputError
 from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence, ReadOptions, check_size, to_ids, without_rows
 from kdcache.foreign.distillkit_codec import (
     MAX_CONDITION,
@@ -36,7 +36,7 @@ from kdcache.foreign.tables import Table, flat, nested
 CONFIG_NAME = "compression_config.yaml"
 COMPRESSED = ("compressed_logprobs", "bytepacked_indices")
 LEGACY = ("packed_indices", "exact_values", "coeffs")
-MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 2**20, 50
+MAX_CONFIG_BYTES = 2**20
 
 _ROWS_AT_ONCE = 256
 ROWS_LOOKED_AT = 512
@@ -184,21 +184,9 @@ def _read_config(path: Path, named: str | None) -> tuple[Config | LegacyConfig, 
     if len(text) > MAX_CONFIG_BYTES:
         raise InputError(f"{where}: not a compression config of DistillKit: longer than {MAX_CONFIG_BYTES:,} bytes")
     try:
-        _refuse_growth(text, str(where))
-        return parse_config(yaml.safe_load(text), str(where)), str(where)
-    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
-        raise InputError(f"{where}: not YAML: {str(error).splitlines()[0]}") from error
-
-
-def _refuse_growth(text: bytes, where: str) -> None:
-    """Raise InputError for YAML of which a little makes a lot; a star in a comment or in a name is none."""
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent):
-            raise InputError(f"{where}: holds YAML aliases, of which a few can make gigabytes; write their values out")
-        if depth > MAX_CONFIG_DEPTH:
-            raise InputError(f"{where}: not a compression config of DistillKit: nested more than {MAX_CONFIG_DEPTH} deep")
+        return parse_config(parse_yaml(text, where=str(where)), str(where)), str(where)
+    except ConfigError as error:
+        raise InputError(str(error)) from error
 
 
 def _facts(config: Config | LegacyConfig, where: str, fit: FitQuality | None) -> dict[str, str]:
