@@ -1,7 +1,7 @@
 """YAML text -> plain values, within bounds: no little text becomes much, and nothing holds itself.
 
 PyYAML's safe loader with three changes: a key given twice in one mapping is refused (the first value would be lost without a
-word), `3e-4` is a number (YAML 1.1 reads it as text, because it lacks the dot), and what aliases stand for is counted each time.
+word), `3e-4` is a number (YAML 1.1 reads it as text, because it lacks the dot), and what an alias stands for counts each time.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             name = (key.tag, key.value)
             if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r:.80} is given twice", key.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r:.80} is given twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 

@@ -25,6 +25,7 @@ from kdcache.teacher.served_answers import (
     APIS,
     Completion,
     completion_request,
+    max_answer_bytes,
     read_answer,
     read_completion,
     read_rows,
@@ -46,6 +47,9 @@ from kdcache.teacher.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+MAX_NAME_CHARACTERS = 200
+"""Of a version: it goes into manifests."""
 
 PROBE_K = 5
 """The older API gives no more."""
@@ -257,7 +261,9 @@ class ServedTeacher:
         if maker != self._maker:
             # Closed: it must be found and identified anew before it is asked for more.
             self.close()
-            raise TeacherError(f"the server {self._server.url} answers as {maker!r} now, and was {self._maker!r} at the start")
+            raise TeacherError(
+                f"the server {self._server.url} answers as {maker!r:.200} now, and was {self._maker!r} at the start"
+            )
 
     def _version(self) -> str:
         """vLLM's; `unknown` of a server that does not say."""
@@ -273,7 +279,8 @@ class ServedTeacher:
     def _request(
         self, prompt: Sequence[int], k: int, *, api: str | None = None, temperature: float = 1.0
     ) -> Request[Completion]:
-        return Request("completions", read_completion, completion_request(api or self._api, self._name, prompt, k, temperature))
+        body = completion_request(api or self._api, self._name, prompt, k, temperature)
+        return Request("completions", read_completion, body, max_answer_bytes(len(prompt), k))
 
     def _ask(self, request: Request[T]) -> T:
         client = self._client
@@ -302,6 +309,6 @@ def _field_of(data: bytes, name: str, kind: type[T]) -> T:
     """A field of a JSON object; another program's answer on the same path counts as a refusal."""
     fields = msgspec.json.decode(data)
     value = fields.get(name) if isinstance(fields, dict) else None
-    if not value or not isinstance(value, kind):
+    if not value or not isinstance(value, kind) or (isinstance(value, str) and len(value) > MAX_NAME_CHARACTERS):
         raise ServerRefusedError(200, f"an answer without {name!r}")
     return value

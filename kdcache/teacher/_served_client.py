@@ -11,6 +11,7 @@ import itertools
 import threading
 import time
 import weakref
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -30,6 +31,15 @@ from kdcache.teacher.served_retry import error_in, is_transient, refusal, second
 T = TypeVar("T")
 
 CONNECT_SECONDS = 20.0
+MAX_SMALL_ANSWER_BYTES = 2**22
+"""Of an answer without logprobs: a list of models or of a few tokens, a version."""
+
+MAX_REFUSAL_BYTES = 2**20
+"""Of a refusal so much is read; what comes after is not wanted."""
+
+ENCODING = "gzip"
+"""The only compression that is asked for: it is taken apart piece by piece here, up to the bound and no further."""
+
 POLL_SECONDS = 0.5
 """How often a waiting thread looks up: where it is not the main one, an interrupt cannot wake it."""
 
@@ -59,11 +69,13 @@ class Request(Generic[T]):
         path: below the base URL; an absolute URL leaves that.
         read: the answer's bytes to what is wanted; a msgspec.DecodeError of it is an answer that was cut off.
         body: of a POST; None for a GET.
+        max_bytes: of the answer, decompressed; follows from what is asked.
     """
 
     path: str
     read: Callable[[bytes], T]
     body: Any = None
+    max_bytes: int = MAX_SMALL_ANSWER_BYTES
 
 
 class ServerClient:
@@ -127,7 +139,7 @@ class ServerClient:
         config = self._config
         http = httpx2.AsyncClient(
             base_url=str(config.url).rstrip("/") + "/",
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            headers={"Accept-Encoding": ENCODING} | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
             timeout=httpx2.Timeout(config.timeout_seconds, connect=min(config.timeout_seconds, CONNECT_SECONDS)),
             # The slots bound the connections. A bound here would make requests wait inside their own time limits.
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
@@ -153,15 +165,15 @@ class ServerClient:
         """The answer; or what went wrong this time, with the server's Retry-After."""
         try:
             async with asyncio.timeout(seconds_left):
-                response = await self._send(request)
+                response, body = await self._send(request)
         except TimeoutError:
             return None, "no answer before the deadline", None
         except httpx2.TimeoutException as error:
             waited = CONNECT_SECONDS if isinstance(error, httpx2.ConnectTimeout) else self._config.timeout_seconds
             return None, f"no answer within {min(waited, self._config.timeout_seconds):g} seconds", None
-        except (httpx2.TransportError, httpx2.DecodingError) as error:
+        except (httpx2.TransportError, zlib.error) as error:
             return None, self._clean(first_line(error)), None
-        status, body = response.status_code, response.content
+        status = response.status_code
         if status == 200:
             # What is not below the base URL is asked on the chance that it is there.
             found = error_in(body, status_without_one=404 if "://" in request.path else 503)
@@ -179,12 +191,40 @@ class ServerClient:
             return request.read(body), None, None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return None, self._clean(unreadable(body, error)), None
+        except RecursionError as error:
+            raise TeacherError(f"the server {self._config.url} gave an answer that is nested too deep to be read") from error
 
-    async def _send(self, request: Request[Any]) -> httpx2.Response:
+    async def _send(self, request: Request[Any]) -> tuple[httpx2.Response, bytes]:
+        """The response and its body, which is read only as far as it may be long."""
         if request.body is None:
-            return await self._http.get(request.path)
-        headers = {"Content-Type": "application/json"}
-        return await self._http.post(request.path, content=msgspec.json.encode(request.body), headers=headers)
+            streamed = self._http.stream("GET", request.path)
+        else:
+            content, headers = msgspec.json.encode(request.body), {"Content-Type": "application/json"}
+            streamed = self._http.stream("POST", request.path, content=content, headers=headers)
+        async with streamed as response:
+            return response, await self._body(request, response)
+
+    async def _body(self, request: Request[Any], response: httpx2.Response) -> bytes:
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in (ENCODING, "identity", ""):
+            raise TeacherError(
+                f"the server {self._config.url} compresses its answers by {encoding!r:.60}, and was not asked to"
+            )
+        is_answer = response.status_code == 200
+        limit, body = request.max_bytes if is_answer else MAX_REFUSAL_BYTES, bytearray()
+        unpack = zlib.decompressobj(wbits=31) if encoding == ENCODING else None  # 31: gzip's framing
+        async for piece in response.aiter_raw():
+            body += unpack.decompress(piece, limit + 1 - len(body)) if unpack else piece
+            # What came is counted too: compressed data without end may be of no bytes at all.
+            if len(body) <= limit and response.num_bytes_downloaded <= limit:
+                continue
+            if not is_answer:
+                return bytes(body[:limit])
+            raise TeacherError(
+                f"the server {self._config.url} gave an answer of more than {limit:,} bytes, which is more than what was asked "
+                "for can take"
+            )
+        return bytes(body)
 
     def _lost(self, problem: str, attempts: int, seconds: float, wait: float) -> str:
         server = self._config

@@ -15,7 +15,7 @@ Shape letters: N tokens of a sequence, P supervised positions, K entries per pos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -37,8 +37,18 @@ IMPOSSIBLE_NATS = -9999.0
 MAX_EXCESS = 1e-3
 """Most that the probabilities of a support may sum to above 1: float32 rounding, and no more."""
 
+MAX_BYTES_PER_ENTRY = 256
+"""vLLM's take about 90: an id, a logprob, a rank and the token's text, which may be long but is not at every position."""
+
+MAX_BYTES_OF_THE_REST = 2**22
+MAX_TOKEN_ID = 2**31 - 1
+
 Row = dict[int, float]
 """Token id -> logprob in nats."""
+
+
+Name = Annotated[str, msgspec.Meta(max_length=1000)]
+"""It is compared with every answer's, and goes into manifests."""
 
 
 class Entry(msgspec.Struct, gc=False):
@@ -65,8 +75,8 @@ class Completion(msgspec.Struct):
     """An answer of the completions endpoint, as far as it is read."""
 
     choices: list[Choice]
-    model: str | None = None
-    system_fingerprint: str | None = None
+    model: Name | None = None
+    system_fingerprint: Name | None = None
 
 
 def completion_request(api: str, model: str, prompt: Sequence[int], k: int, temperature: float = 1.0) -> dict[str, Any]:
@@ -95,6 +105,11 @@ def completion_request(api: str, model: str, prompt: Sequence[int], k: int, temp
     # A server takes from the model's own generation config what a request does not set.
     filters = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     return body | filters | {"prompt_logprobs": k}
+
+
+def max_answer_bytes(num_tokens: int, k: int) -> int:
+    """Most bytes of an answer about a prompt: the token that comes may be one more entry, and so is each token by itself."""
+    return MAX_BYTES_OF_THE_REST + (num_tokens + 1) * (k + 2) * MAX_BYTES_PER_ENTRY
 
 
 def read_completion(data: bytes) -> Completion:
@@ -134,15 +149,16 @@ def read_rows(completion: Completion, api: str, prompt: Sequence[int]) -> tuple[
         last_rows, last_tokens = _token_rows(choice.logprobs)
         came = [*prompt[1:], *last_tokens]
     else:
-        (first, *last_rows), tokens = _token_rows(choice.logprobs)
-        rows, came = [], tokens[1:]
+        last_rows, tokens = _token_rows(choice.logprobs)
+        first, rows, came = (last_rows.pop(0) if last_rows else None), [], tokens[1:]
         if [*tokens[: len(prompt)]] != list(prompt):
             raise TeacherError(f"the server read {tokens[: len(prompt)]!r:.60}, and not the prompt {list(prompt)!r:.60}")
     rows += last_rows
     if first is not None or len(rows) != len(prompt) or len(came) != len(prompt):
         raise TeacherError(f"the server gave {len(rows)} rows of logprobs for the {len(prompt)} tokens of a prompt")
-    if None in rows:
-        raise TeacherError(f"the server gave no logprobs for position {rows.index(None)} of a prompt of {len(prompt)} tokens")
+    if not all(rows):
+        without = next(position for position, row in enumerate(rows) if not row)
+        raise TeacherError(f"the server gave no logprobs for position {without} of a prompt of {len(prompt)} tokens")
     return [row for row in rows if row is not None], came
 
 
@@ -163,6 +179,9 @@ def read_answer(completion: Completion, api: str, sequence: TokenSequence, k: in
         target_logprobs.append(of_came)
     logprobs_PK = _nats(logprobs)
     check_normalised(logprobs_PK)
+    highest = max((max(row, default=0) for row in ids), default=0)
+    if highest > MAX_TOKEN_ID:
+        raise TeacherError(f"the server names a token {highest}, and no vocabulary has so many")
     return answer(sequence, np.array(ids, np.int32), logprobs_PK, _nats(target_logprobs))
 
 
@@ -219,6 +238,8 @@ def _id_of(text: str) -> int:
             f"the server names tokens by their text ({text!r:.40}) and not by their id, and many tokens have the same text; "
             "a server is needed that knows return_tokens_as_token_ids, as vLLM does"
         )
+    if len(digits) > len(str(MAX_TOKEN_ID)):
+        raise TeacherError(f"the server names a token {digits:.40}, and no vocabulary has so many")
     return int(digits)
 
 

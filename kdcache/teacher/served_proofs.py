@@ -67,7 +67,7 @@ def compare_ids(ours: Sequence[int], theirs: Sequence[int]) -> str | None:
     """Where two tokenizers' ids of the same text part; None where they do not."""
     for place, (mine, yours) in enumerate(zip(ours, theirs, strict=False)):
         if mine != yours:
-            return f"of the same text token {place} is {yours!r} there and {mine} here"
+            return f"of the same text token {place} is {yours!r:.40} there and {mine} here"
     if len(ours) != len(theirs):
         return f"of the same text it makes {len(theirs)} tokens, and ours {len(ours)}"
     return None

@@ -22,7 +22,7 @@ LIMIT_WORDS = ("max allowed:", "less than or equal to", "at most", "maximum", "<
 """What stands before the number in the sentences with which servers refuse a k."""
 
 
-_HEAD_BYTES = 4096
+_HEAD_BYTES, _MAX_ERROR_BYTES = 4096, 2**20
 _SECONDS = re.compile(r"[0-9]{1,9}")
 _PAGE = re.compile(r"\s*<(!doctype|html|head|body)\b", re.IGNORECASE)
 _UNSEEN = re.compile(r"<(script|style)\b.*?(</\1>|$)", re.IGNORECASE | re.DOTALL)
@@ -78,6 +78,8 @@ def error_in(body: bytes, *, status_without_one: int) -> tuple[int, str] | None:
     None for any other answer."""
     if len(body) > _HEAD_BYTES and b"error" not in body[:_HEAD_BYTES]:
         return None  # of a whole answer, which would be decoded twice
+    if len(body) > _MAX_ERROR_BYTES:
+        return None
     try:
         fields: Any = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -88,8 +90,14 @@ def error_in(body: bytes, *, status_without_one: int) -> tuple[int, str] | None:
     if not error:
         return None
     named = [part.get(name) for part in (error, fields) if isinstance(part, Mapping) for name in ("code", "status")]
-    statuses = [int(value) for value in map(str, named) if value.isdecimal() and 400 <= int(value) < 600]
+    statuses = [
+        int(value) for value in map(_in_short, named) if len(value) == 3 and value.isdecimal() and 400 <= int(value) < 600
+    ]
     return (statuses or [status_without_one])[0], f"status 200 with an error: {_message(body)}"
+
+
+def _in_short(value: Any) -> str:
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
 
 
 def unreadable(body: bytes, error: Exception) -> str:

@@ -14,6 +14,9 @@ from kdcache.errors import ConfigError
 ENGINE_SETTINGS = ("engine_options", "tensor_parallel_size", "route", "num_threads")
 """Settings of an engine that we start."""
 
+MAX_NAME_CHARACTERS, MAX_NAMES = 1000, 20
+"""Of a model, which may be a path; and of a server's models in a message."""
+
 
 def refuse_settings(config: TeacherConfig) -> None:
     """Raise ConfigError for an address that is none or tells a secret, and for settings of an engine that is not ours."""
@@ -56,8 +59,9 @@ def choose_card(listed: Any, server: ServerConfig) -> dict[str, Any]:
         ConfigError: it is not there, or there are several and none is named.
     """
     data = listed.get("data") if isinstance(listed, Mapping) else None
-    cards = [card for card in data or [] if isinstance(card, dict) and isinstance(card.get("id"), str)]
-    names = ", ".join(repr(card["id"]) for card in cards) or "no model"
+    cards = [card for card in (data if isinstance(data, list) else []) if isinstance(card, dict) and _is_name(card.get("id"))]
+    names = ", ".join(f"{card['id']!r:.100}" for card in cards[:MAX_NAMES]) or "no model"
+    names += f" and {len(cards) - MAX_NAMES} more" if len(cards) > MAX_NAMES else ""
     found = [card for card in cards if server.model in (None, card["id"])]
     if not found:
         wanted = "" if server.model is None else f".model is {server.model!r}, but the server"
@@ -65,6 +69,10 @@ def choose_card(listed: Any, server: ServerConfig) -> dict[str, Any]:
     if len(found) > 1:
         raise ConfigError(f"teacher.server.model is not given, and the server {server.url} serves {names}; name the teacher")
     return found[0]
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS
 
 
 def name_for_identity(served: str) -> str:

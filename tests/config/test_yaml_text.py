@@ -1,5 +1,7 @@
 """Aliases and merge keys are read as YAML means them; what would grow without bound or hold itself is refused."""
 
+from itertools import pairwise
+
 import pytest
 
 from kdcache.config.capture import CaptureConfig
@@ -11,7 +13,7 @@ from kdcache.errors import ConfigError
 def laughs(start: str, level: str) -> str:
     """Lines of which each names the one before nine times."""
     names = "abcdefghijk"
-    lines = (f"{name}: &{name} {level % ', '.join(9 * ['*' + last])}" for last, name in zip(names, names[1:], strict=False))
+    lines = (f"{name}: &{name} {level % ', '.join(9 * ['*' + last])}" for last, name in pairwise(names))
     return "\n".join([f"a: &a {start}", *lines])
 
 

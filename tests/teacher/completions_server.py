@@ -5,11 +5,15 @@ Its numbers have a closed form, so the teacher that asks it can be held to every
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import socket
 import threading
 import time
+import zlib
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -139,6 +143,13 @@ class _Instead(Exception):
         self.status, self.body = status, body
 
 
+class _Raw(Exception):
+    """This, byte for byte, piece by piece, until it ends or nobody reads it."""
+
+    def __init__(self, pieces: Iterable[bytes], **headers: str) -> None:
+        self.pieces, self.headers = pieces, {name.replace("_", "-"): value for name, value in headers.items()}
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # headers and body in one packet: in two the second waits for the first's acknowledgement
@@ -171,6 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
             fields = {"error": {"message": refusal.message, "type": "BadRequestError", "code": refusal.status}}
         except _Instead as instead:
             status, fields, headers = instead.status, instead.body, {}
+        except _Raw as raw:
+            self._pour(raw)
+            return
         data = (fields if isinstance(fields, str) else json.dumps(fields)).encode()
         if isinstance(fields, dict) and fields.pop("cut", False):
             data = data[: len(data) // 2]
@@ -179,6 +193,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
+
+    def _pour(self, raw: _Raw) -> None:
+        self.close_connection = True
+        self.send_response(200)
+        for name, value in raw.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with suppress(OSError):
+            for piece in raw.pieces:
+                self.wfile.write(piece)
+                self.wfile.flush()
 
     @property
     def _manners(self) -> Manners:
@@ -230,6 +255,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(int(fault), "so it is" if fault != "503" else "Service Unavailable", Retry_After="0")
         elif fault.startswith("answers "):
             raise _Instead(200, fault.removeprefix("answers "))
+        elif fault in HOSTILE:
+            raise HOSTILE[fault]()
         elif fault.startswith("moved "):
             raise _Refusal(307, "", Location=fault.removeprefix("moved "))
         elif fault.startswith("wait "):
@@ -273,3 +300,37 @@ class _Handler(BaseHTTPRequestHandler):
         name = (lambda i: f"token_id:{i}") if self._manners.names_ids else (lambda i: f"t{i % 9}")
         tops = [None if row is None else {name(i): nats for i, nats in row.items()} for row, _ in rows]
         return {"tokens": [name(i) for i in tokens], "top_logprobs": tops, "token_logprobs": [None] * len(tokens)}
+
+
+def _dripping() -> Iterator[bytes]:
+    yield b'{"choices": ['
+    while True:
+        time.sleep(0.05)
+        yield b" "
+
+
+def _empty_blocks() -> Iterator[bytes]:
+    yield gzip.compress(b"")[:10]
+    yield from itertools.repeat(b"\0\0\0\xff\xff" * 2**14)
+
+
+def _inflating() -> Iterator[bytes]:
+    pack = zlib.compressobj(9, wbits=31)
+    yield pack.compress(b'{"choices": [')
+    while True:
+        yield pack.compress(b" " * 2**20)
+
+
+HOSTILE: dict[str, Callable[[], _Raw]] = {
+    "endless": lambda: _Raw(itertools.repeat(b" " * 2**16)),
+    "endless nothing": lambda: _Raw(_empty_blocks(), Content_Encoding="gzip"),
+    "bomb": lambda: _Raw(_inflating(), Content_Encoding="gzip"),
+    "bomb in a bomb": lambda: _Raw(_inflating(), Content_Encoding="gzip, gzip"),
+    "other compression": lambda: _Raw([b"x"], Content_Encoding="zstd"),
+    "deep": lambda: _Raw([b'{"choices": ' + b"[" * 10**6]),
+    "deep and ignored": lambda: _Raw([b'{"other": ' + b"[" * 10**6]),
+    "drip": lambda: _Raw(_dripping()),
+    "long header": lambda: _Raw([b"{}"], X_Long="x" * 10**7),
+    "many headers": lambda: _Raw([b"{}"], **{f"X_{number}": "x" * 1000 for number in range(10**4)}),
+}
+"""What becomes of a completion that is meant to harm."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -136,6 +137,64 @@ def test_a_server_that_stays_broken_is_given_up_in_one_sentence_and_must_be_foun
     with pytest.raises(TeacherError, match="is closed"):
         score(case, random_sequences(case, [5]))
     score(case_of(server), random_sequences(case, [5]))
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("endless", "an answer of more than 4,"),
+        ("endless nothing", "an answer of more than 4,"),
+        ("bomb", "an answer of more than 4,"),
+        ("bomb in a bomb", "compresses its answers by 'gzip, gzip'"),
+        ("other compression", "compresses its answers by 'zstd'"),
+        ("deep", "not a completion with logprobs"),
+        ("deep and ignored", "nested too deep"),
+        ("drip", "no answer before the deadline"),
+        ("long header", "the last time"),
+        ("many headers", "the last time"),
+    ],
+)
+def test_an_answer_without_end_is_refused_after_as_many_bytes_as_were_asked_for(
+    server: CompletionsServer, fault: str, sentence: str
+):
+    case = case_of(server, server={"retries": 0, "deadline_seconds": 1.0 if fault == "drip" else 60.0})
+    score(case, random_sequences(case, [5]))
+    server.manners.faults.append(fault)
+    peak = tracemalloc_peak(lambda: score(case, random_sequences(case, [5])), sentence)
+    assert peak < 40e6
+
+
+def tracemalloc_peak(run: Callable[[], object], sentence: str) -> int:
+    """Bytes that were held at most while something ended in a TeacherError that says this."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(TeacherError, match=sentence) as caught:
+            run()
+        assert len(str(caught.value)) < 500
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"logprobs": {"tokens": ["token_id:1"] * 9, "top_logprobs": []}},
+        {"logprobs": {"tokens": [f"token_id:{'9' * 5000}"] * 9, "top_logprobs": [None]}},
+        {"prompt_logprobs": [None] + [{}] * 7, "logprobs": {"tokens": ["token_id:1"], "top_logprobs": [{}]}},
+        {"prompt_logprobs": [None] + [{str(2**40): {"logprob": -1.0}}] * 7},
+        {"prompt_logprobs": []},
+    ],
+)
+def test_answers_of_odd_rows_are_one_sentence(server: CompletionsServer, choice: dict[str, object]):
+    for api in ("prompt_logprobs", "echo"):
+        server.manners.faults = deque(["answers " + json.dumps({"choices": [choice]})] * 5)
+        refused(server, server={"api": api})
+
+
+def test_lists_of_models_that_are_none_are_one_sentence(server: CompletionsServer):
+    server.manners.models = ({"id": "x" * 5000}, *({"id": f"m{number}"} for number in range(1000)))
+    assert len(refused(server, ConfigError)) < 1000
 
 
 def test_a_server_that_is_gone_is_one_sentence(server: CompletionsServer):
