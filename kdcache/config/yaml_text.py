@@ -83,8 +83,8 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if event.anchor is not None:
             self._nodes_of[event.anchor] = self._num_nodes - before
-        if node.tag in _NUMBERS and len(str(event.value if isinstance(node, yaml.ScalarNode) else "")) > MAX_NUMBER_CHARACTERS:
-            raise _TooMuchError(event, f"a number of {len(event.value):,} characters")
+        if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and len(node.value) > MAX_NUMBER_CHARACTERS:
+            raise _TooMuchError(event, f"a number of {len(node.value):,} characters")
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
