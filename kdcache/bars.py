@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from typing import Any, TextIO
 
+from kdcache.shown import shown
+
 SECONDS_BETWEEN_LINES = 60.0
 """Between two states of a bar that goes to a file or a pipe, where none is overwritten."""
 
 
 def bar_options(**options: Any) -> dict[str, Any]:
     """The arguments of a `tqdm` on stderr, with what the place needs; `options` are tqdm's own."""
+    if "desc" in options:
+        options["desc"] = shown(options["desc"], 100)
     if sys.stderr.isatty():
         return {"file": sys.stderr, **options}
     lines = {"file": _Lines(sys.stderr), "mininterval": SECONDS_BETWEEN_LINES, "maxinterval": SECONDS_BETWEEN_LINES}

@@ -1,4 +1,4 @@
-"""One exception tree. Standard library only.
+"""One exception tree. Standard library and `kdcache.shown` alone.
 
 ::
 
@@ -22,9 +22,23 @@ A message is one sentence or two: what, which value, what was expected, what to 
 with status 2; anything that is not a KdcacheError is a bug of ours and is shown with its traceback.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
+from kdcache.shown import Lines, shown, shown_lines
+
 
 class KdcacheError(Exception):
-    """Base of every error kdcache raises on purpose."""
+    """Base of every error kdcache raises on purpose. Its message is one line of bounded length, without control characters,
+    whatever was put into it; `kdcache.shown.Lines` keep their breaks."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(_plain(argument) if isinstance(argument, str) else argument for argument in args))
+
+
+def _plain(text: str) -> str:
+    return shown_lines(text) if isinstance(text, Lines) else shown(text)
 
 
 class ConfigError(KdcacheError, ValueError):

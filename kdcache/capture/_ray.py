@@ -30,6 +30,7 @@ from kdcache.capture.unit import UnitFailed
 from kdcache.config.capture import RunConfig
 from kdcache.errors import CaptureError, KdcacheError
 from kdcache.extras import needed_for
+from kdcache.shown import get_logger
 from kdcache.store import chain
 from kdcache.store.set_aside import FailedUnit
 from kdcache.store.writer import CacheWriter
@@ -42,7 +43,7 @@ with needed_for("run.executor 'ray'"):
     import ray
     from ray.exceptions import RayActorError, RayError, RayTaskError
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MAX_DEATHS_PER_UNIT = 3
 """Workers that may die with the same unit in their hands: a machine that is taken away is no fault of the unit, three are."""

@@ -12,6 +12,7 @@ from kdcache.bars import bar_options
 from kdcache.capture import _nvml
 from kdcache.capture.plan import Unit
 from kdcache.inputs.content import Item
+from kdcache.shown import shown
 
 if TYPE_CHECKING:
     from kdcache.format.manifest import ShardInfo
@@ -142,7 +143,7 @@ class BarProgress(CaptureProgress):
         return tqdm(items, **bar_options(desc="reading the input", unit=" items", unit_scale=True, delay=_DELAY_SECONDS))
 
     def loading(self, model: str) -> None:
-        tqdm.write(f"loading the teacher {model}", file=sys.stderr)
+        tqdm.write(shown(f"loading the teacher {model}"), file=sys.stderr)
 
     def start(self, units: Sequence[Unit]) -> None:
         self._to_come = TokensToCome(units)
@@ -169,7 +170,8 @@ class BarProgress(CaptureProgress):
 
     def set_aside(self, failed: FailedUnit) -> None:
         self._num_set_aside += 1
-        tqdm.write(f"unit {failed.unit} is set aside after {failed.attempts} attempts: {failed.reason}", file=sys.stderr)
+        sentence = f"unit {failed.unit} is set aside after {failed.attempts} attempts: {failed.reason}"
+        tqdm.write(shown(sentence), file=sys.stderr)
 
     def _gpu_texts(self) -> list[str]:
         return [_gpu_text(gpu) for gpu in _nvml.gpu_states()] if self._computes_here else []

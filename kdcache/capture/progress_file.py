@@ -6,7 +6,6 @@ still while `state` is `capturing` looks at a process that is stuck or gone.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
@@ -22,13 +21,14 @@ from kdcache.capture import _nvml
 from kdcache.capture.plan import Unit
 from kdcache.capture.progress import CaptureProgress, TokensToCome
 from kdcache.config.capture import CaptureConfig
+from kdcache.shown import get_logger
 from kdcache.store.location import locate
 
 if TYPE_CHECKING:
     from kdcache.format.manifest import ShardInfo
     from kdcache.store.set_aside import FailedUnit
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 SECONDS_BETWEEN_WRITES = 2.0
 SPEED_WINDOW_SECONDS = 60.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,10 +17,11 @@ from kdcache.errors import CaptureError, KdcacheError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, SkippedSequence
 from kdcache.inputs.left_out import LeftOut
+from kdcache.shown import get_logger
 from kdcache.store.set_aside import FailedUnit, record_failure
 from kdcache.store.writer import CacheWriter
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MIN_UNITS_PER_FOLD = 32
 FOLD_GROWTH = 1 / 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +31,7 @@ from kdcache.format.manifest import FeatureInfo, ShardInfo, SkippedSequence, Tea
 from kdcache.format.record import SequenceRecord, TokenSequence, check_distributions, check_mass
 from kdcache.format.selection import fixed_entries
 from kdcache.inputs.content import Item
+from kdcache.shown import get_logger
 from kdcache.store.admission import check_record
 from kdcache.store.set_aside import FailedUnit
 from kdcache.store.writer import CacheWriter
@@ -40,7 +40,7 @@ from kdcache.teacher.base import Teacher
 from kdcache.teacher.generation import Prompt
 from kdcache.teacher.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 Work = TokenSequence | Prompt
 """What the teacher is given: a text to read, or a prompt to answer."""

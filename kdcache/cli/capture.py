@@ -11,6 +11,7 @@ from kdcache.cli.config_arguments import add_config_arguments, read_config
 from kdcache.cli.wording import count, duration, rows, size
 from kdcache.config.capture import CaptureConfig
 from kdcache.format.selection import selection_params
+from kdcache.shown import say
 
 if TYPE_CHECKING:
     from kdcache.capture.estimate import CaptureEstimate
@@ -60,10 +61,10 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from kdcache.capture.estimate import estimate_capture
 
-        print(_estimate_text(config, estimate_capture(config, BarProgress(), probe=args.probe)))
+        say(_estimate_text(config, estimate_capture(config, BarProgress(), probe=args.probe)))
         return 0
     if args.probe:
-        print("kdcache: --probe does something with --dry-run only", file=sys.stderr)
+        say("kdcache: --probe does something with --dry-run only", sys.stderr)
         return 2
     from kdcache.capture.run import run_capture
     from kdcache.capture.signals import Interrupted, StopRequest, stopping_on_signals
@@ -73,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
         with stopping_on_signals(stop):
             summary = run_capture(config, BarProgress(), stop)
     except Interrupted as interrupt:
-        print(f"\nkdcache: interrupted{': ' if interrupt.args else ''}{interrupt}", file=sys.stderr)
+        say(f"\nkdcache: interrupted{': ' if interrupt.args else ''}{interrupt}", sys.stderr)
         return 128 + interrupt.signum
-    print(_summary_text(config, summary))
+    say(_summary_text(config, summary))
     if summary.is_stopped:
         return args.stop_status
     return 1 if summary.set_aside else 0

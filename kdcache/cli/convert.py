@@ -15,6 +15,7 @@ from kdcache.cli.foreign_arguments import (
 from kdcache.cli.teacher_arguments import asks_teacher, loaded, teacher_config
 from kdcache.cli.wording import count, rows
 from kdcache.errors import ConfigError
+from kdcache.shown import say
 
 if TYPE_CHECKING:
     from kdcache.foreign.convert import Conversion, ConvertOptions
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     with loaded(teacher_config(args) if asks_teacher(args) else None) as teacher, progress_bar("examining") as progress:
         conversion = convert(args.source, args.target, options, teacher=teacher, progress=progress)
-    print(_as_text(args, conversion))
+    say(_as_text(args, conversion))
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kdcache.cli.teacher_arguments import at_least
 from kdcache.cli.wording import count, rows, size
 from kdcache.errors import ConfigError, InputError
+from kdcache.shown import say
 
 if TYPE_CHECKING:
     from kdcache.derive.choose import Select
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             bar.update(num_done - bar.n)
 
         derived = derive(args.sources, args.target, options, progress=progress)
-    print(_as_text(args.target, derived))
+    say(_as_text(args.target, derived))
     return 0
 
 

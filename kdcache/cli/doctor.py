@@ -13,7 +13,8 @@ from kdcache.cli.foreign_arguments import (
     progress_bar,
 )
 from kdcache.cli.teacher_arguments import asks_teacher, loaded, teacher_config
-from kdcache.cli.wording import rows
+from kdcache.cli.wording import rows, say_json
+from kdcache.shown import say
 
 if TYPE_CHECKING:
     from kdcache.foreign.doctor import Examination
@@ -48,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
             examination = examine_own(args.path, options, teacher=teacher, progress=progress)
         else:
             examination = examine_opened(cache, options, teacher=teacher, progress=progress)
-    print(_as_json(examination) if args.json else _as_text(examination))
+    if args.json:
+        say_json(examination.to_builtins())
+    else:
+        say(_as_text(examination))
     return 0 if examination.is_sound else 1
 
 
@@ -58,12 +62,6 @@ def mending_command(examination: Examination) -> str | None:
     if not repairs or any(finding.severity in ("fatal", "undecided") for finding in examination.findings):
         return None
     return " ".join(["kdcache convert", examination.path, "DST --tokenizer NAME", *dict.fromkeys(filter(None, repairs))])
-
-
-def _as_json(examination: Examination) -> str:
-    import msgspec
-
-    return msgspec.json.format(msgspec.json.encode(examination.to_builtins()), indent=2).decode()
 
 
 def _as_text(examination: Examination) -> str:

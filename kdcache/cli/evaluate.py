@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kdcache.errors import ConfigError
 from kdcache.extras import require
+from kdcache.shown import say
 
 PLOT = "evaluation.png"
 TABLE = "evaluation.md"
@@ -60,13 +61,13 @@ def run(args: argparse.Namespace) -> int:
     )
     evaluation = evaluate(options, on_start=_progress)
     table = evaluation_table(evaluation.results)
-    print(table.to_text())
+    say(table.to_text())
     lines = [*evaluation_sentences(evaluation.results), *curve_lines(evaluation.curves, encoding=sys.stdout.encoding)]
-    print("\n".join(["", *lines]) if lines else "")
+    say("\n".join(["", *lines]) if lines else "")
     out = Path(args.out)
     (out / TABLE).write_text(table.to_markdown() + "\n")
     plot_evaluation(evaluation.results, evaluation.curves, out / PLOT)
-    print(f"\nwritten to {out}: results.json, {TABLE}, {PLOT}")
+    say(f"\nwritten to {out}: results.json, {TABLE}, {PLOT}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from kdcache.cli.wording import count
+from kdcache.shown import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     manifest = CacheWriter.open(root, chain.read_manifest(root, 0)).fold()
     num_new = len(manifest.shards) - len(before.shards)
     state = "complete" if manifest.is_complete else "not complete"
-    print(
+    say(
         f"{root}: {count(num_new, 'unit')} added, {len(manifest.shards):,} of {count(manifest.plan.num_units, 'unit')} in "
         f"snapshot {manifest.number} ({state})"
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kdcache.cli.teacher_arguments import add_teacher_arguments, at_least
 from kdcache.errors import ConfigError
+from kdcache.shown import shown
 
 if TYPE_CHECKING:
     from kdcache.foreign.base import ReadOptions
@@ -105,5 +106,5 @@ def finding_lines(examination: Examination) -> list[str]:
     lines = []
     for finding in sorted(examination.findings, key=lambda finding: order.index(finding.severity)):
         mended = f" [kdcache convert {finding.repair}]" if finding.repair else ""
-        lines.append(f"{labels[finding.severity]}: {finding.name}: {finding.sentence}{mended}")
+        lines.append(shown(f"{labels[finding.severity]}: {finding.name}: {finding.sentence}{mended}"))
     return lines

@@ -7,8 +7,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.nll_wording import alignment, left_out
-from kdcache.cli.wording import count, duration, rows, size
+from kdcache.cli.wording import count, duration, rows, say_json, size
 from kdcache.config.capture import GenerateConfig
+from kdcache.shown import say, shown, write
 
 if TYPE_CHECKING:
     from kdcache.format.manifest import FeatureInfo, Identity, Manifest
@@ -29,20 +30,24 @@ def run(args: argparse.Namespace) -> int:
 
     summary = summarize_cache(args.cache)
     if args.skipped:
-        print("\n".join(f"{sequence.source}\t{sequence.reason}" for sequence in summary.skipped))
+        for sequence in summary.skipped:
+            write(f"{shown(sequence.source)}\t{shown(sequence.reason)}")
         return 0
-    print(_as_json(summary) if args.json else _as_text(args.cache, summary))
+    if args.json:
+        say_json(_fields(summary))
+    else:
+        say(_as_text(args.cache, summary))
     return 0
 
 
-def _as_json(summary: CacheSummary) -> str:
+def _fields(summary: CacheSummary) -> dict[str, Any]:
     import msgspec
 
     fields: dict[str, Any] = msgspec.to_builtins(summary)
-    # Shards are many and are in the manifest's own file; NaN (an empty cache) becomes null.
+    # Shards are many and are in the manifest's own file.
     manifest = fields.pop("manifest") | {"digest": summary.manifest.digest, "num_shards": len(summary.manifest.shards)}
     manifest.pop("shards")
-    return msgspec.json.format(msgspec.json.encode(fields | {"manifest": manifest}), indent=2).decode()
+    return fields | {"manifest": manifest}
 
 
 def _as_text(path: str, summary: CacheSummary) -> str:

@@ -15,11 +15,13 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from types import TracebackType
 from typing import Protocol, cast
 
 from kdcache import __version__
 from kdcache.errors import KdcacheError
 from kdcache.extras import needed_for
+from kdcache.shown import say
 
 COMMANDS = {
     "capture": ("kdcache.cli.capture", "run a teacher over text and write what it says into a cache"),
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not faulthandler.is_enabled():
         with suppress(OSError, ValueError):  # where stderr is no file
             faulthandler.enable()  # a process that dies in native code, as of a file cut while it is mapped, says where
+    if argv is None:
+        sys.excepthook = _show_bug
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((argument for argument in arguments if argument in COMMANDS), None)
     parser, subparsers = _parser()
@@ -69,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     return run_command(command, args)
+
+
+def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback as Python prints it, without what a file's text in it would do to a terminal."""
+    say("".join(traceback.format_exception(kind, error, trace)), sys.stderr)
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -102,11 +111,11 @@ def run_command(command: Command, args: argparse.Namespace) -> int:
             return command.run(args)
     except KdcacheError as error:
         if getattr(args, "verbose", False):
-            traceback.print_exc()
-        print(f"kdcache: error: {error}", file=sys.stderr)
+            say(traceback.format_exc(), sys.stderr)
+        say(f"kdcache: error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\nkdcache: interrupted{': ' if interrupt.args else ''}{interrupt}", file=sys.stderr)
+        say(f"\nkdcache: interrupted{': ' if interrupt.args else ''}{interrupt}", sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our stdout has gone (`| head`). Python would complain once more when it flushes stdout at exit.

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import ConfigError
+from kdcache.shown import shown
 
 if TYPE_CHECKING:
     from kdcache.config.teacher import TeacherConfig
     from kdcache.teacher.base import Teacher
 
 BACKENDS = ("auto", "vllm", "transformers", "served", "fake")
+_MOST = 100
+"""Characters of a setting that are shown."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -62,10 +65,11 @@ def captured_teacher(captured: Any) -> dict[str, Any]:
 def unnamed_teacher(cache: str, captured: Any) -> ConfigError:
     """What to say where nobody names the teacher."""
     said = captured_teacher(captured)
-    shown = ", ".join(f"{name} {shorten(said[name])}" for name in ("model", "revision", "backend", "dtype") if said.get(name))
+    names = [name for name in ("model", "revision", "backend", "dtype") if said.get(name)]
+    says = ", ".join(f"{name} {shown(repr(said[name]), _MOST)}" for name in names)
     return ConfigError(
         f"{cache}: name the teacher to ask with --teacher MODEL or --teacher-config CONFIG.yaml; it is never taken from the "
-        f"cache, since a model can run code and call servers (the cache says: {shown or 'nothing'})"
+        f"cache, since a model can run code and call servers (the cache says: {says or 'nothing'})"
     )
 
 
@@ -75,17 +79,11 @@ def setting_differences(config: TeacherConfig, captured: Any) -> list[str]:
 
     ours, theirs = msgspec.to_builtins(config), captured_teacher(captured)
     return [
-        f"note: the cache says that its teacher had {shorten(name)[1:-1]} {shorten(value)}; "
-        f"asked with {shorten(ours.get(name))}"
+        f"note: the cache says that its teacher had {shown(name, _MOST)} {shown(repr(value), _MOST)}; "
+        f"asked with {shown(repr(ours.get(name)), _MOST)}"
         for name, value in sorted(theirs.items())
         if value != ours.get(name)
     ]
-
-
-def shorten(value: Any, most: int = 100) -> str:
-    """A value from a file for one line of a terminal: control characters escaped, of bounded length."""
-    text = ascii(value)
-    return text if len(text) <= most else f"{text[: most - 5]}...{text[-2:]}"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import sys
 
 from kdcache.cli.config_arguments import add_config_arguments, read_config
 from kdcache.config.train import TrainConfig
+from kdcache.shown import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +26,13 @@ def run(args: argparse.Namespace) -> int:
     result = train(config)
     new_steps = result.num_steps - result.num_resumed
     resumed = f", {result.num_resumed:,} of them in an earlier run" if result.num_resumed else ""
-    print(f"{result.num_steps:,} steps{resumed}, {result.num_tokens:,} tokens; {new_steps:,} steps in {result.seconds:.1f} s")
+    say(f"{result.num_steps:,} steps{resumed}, {result.num_tokens:,} tokens; {new_steps:,} steps in {result.seconds:.1f} s")
     if result.num_skipped:
-        print(f"{result.num_skipped:,} of the steps made no update: a loss or gradient was not finite; see metrics.jsonl")
+        say(f"{result.num_skipped:,} of the steps made no update: a loss or gradient was not finite; see metrics.jsonl")
     masses = [line["padding_mass"] for line in read_metrics(result.out) if "padding_mass" in line]
     if masses:
-        print(f"teacher's mass on ids that the student does not have: {sum(masses) / len(masses):.3g} on average, left out")
+        say(f"teacher's mass on ids that the student does not have: {sum(masses) / len(masses):.3g} on average, left out")
     for line in curve_lines({"held-out nats per token": heldout_curve(result.out)}, encoding=sys.stdout.encoding):
-        print(line)
-    print(f"model: {result.model}")
+        say(line)
+    say(f"model: {result.model}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.nll_wording import alignment, conversion, left_out
 from kdcache.cli.teacher_arguments import (
@@ -17,8 +17,9 @@ from kdcache.cli.teacher_arguments import (
     teacher_config,
     unnamed_teacher,
 )
-from kdcache.cli.wording import count, rows, size
+from kdcache.cli.wording import count, rows, say_json, size
 from kdcache.errors import ConfigError
+from kdcache.shown import say, shown
 
 if TYPE_CHECKING:
     from kdcache.foreign.deep import DeepReport
@@ -69,11 +70,14 @@ def run(args: argparse.Namespace) -> int:
 
         report = verify_cache(args.cache, progress)
     for problem in report.problems:
-        print(f"damaged: {problem}", file=sys.stderr)
+        say(f"damaged: {shown(problem)}", sys.stderr)
     deep = _ask_teacher(args) if args.deep and report.is_sound else None
     for problem in deep.problems if deep is not None else ():
-        print(f"wrong: {problem}", file=sys.stderr)
-    print(_as_json(report, deep) if args.json else _as_text(args.cache, report, deep))
+        say(f"wrong: {shown(problem)}", sys.stderr)
+    if args.json:
+        say_json(_fields(report, deep))
+    else:
+        say(_as_text(args.cache, report, deep))
     return 0 if report.is_sound and (deep is None or deep.is_sound) else 1
 
 
@@ -101,21 +105,18 @@ def _ask_teacher(args: argparse.Namespace) -> DeepReport:
     with open_cache(args.cache) as reader:
         config = teacher_config(args)
         for line in setting_differences(config, reader.manifest.config.get("teacher")):
-            print(line, file=sys.stderr)
+            say(line, sys.stderr)
         with loaded(config) as teacher:
             assert teacher is not None
             return verify_deep(reader, teacher, options)
 
 
-def _as_json(report: VerifyReport, deep: DeepReport | None) -> str:
-    import msgspec
-
+def _fields(report: VerifyReport, deep: DeepReport | None) -> dict[str, Any]:
     fields = {name: value for name, value in vars(report).items() if name != "manifest"} | {"sound": report.is_sound}
     manifest, notes = report.manifest, conversion(report.manifest)
     fields |= {name: manifest.total(name) for name in ("num_targets", "num_impossible_targets")}
     fields |= {"alignment": None if notes is None else notes.get("alignment", {"proven_by": None})}
-    fields |= {"snapshot": report.manifest.digest, "deep": None if deep is None else deep.to_builtins()}
-    return msgspec.json.format(msgspec.json.encode(fields), indent=2).decode()  # NaN becomes null
+    return fields | {"snapshot": report.manifest.digest, "deep": None if deep is None else deep.to_builtins()}
 
 
 def _as_text(path: str, report: VerifyReport, deep: DeepReport | None) -> str:
@@ -157,16 +158,16 @@ def _report_text(path: str, report: VerifyReport) -> str:
     num_done, num_units = len(manifest.shards), manifest.plan.num_units
     command = "derive" if manifest.lineage else "capture"  # UNSET is false
     state = "complete" if manifest.is_complete else f"{num_done:,} of {count(num_units, 'unit')}; `kdcache {command}` goes on"
-    shown = {
+    lines = {
         "cache": f"{path}: {_verdict(report)} ({state})",
         "read": f"{count(report.num_sequences, 'sequence')}, {count(report.num_positions, 'position')}, "
         f"{size(report.num_bytes)}",
     }
     if not math.isnan(report.teacher_nll):
-        shown["NLL"] = (
+        lines["NLL"] = (
             f"teacher {report.teacher_nll:.6f} nats per target, recomputed from the cache {report.cached_nll:.6f} "
             f"(difference {abs(report.teacher_nll - report.cached_nll):.1e}, the codec's bound {report.nll_bound:.1e})"
         )
     if missing := left_out(manifest):
-        shown["left out"] = missing
-    return rows(shown | alignment(manifest))
+        lines["left out"] = missing
+    return rows(lines | alignment(manifest))

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
+
+from kdcache.shown import as_printed, shown, write
+
+_NAME_CHARACTERS = 60
 
 
 def count(number: int, noun: str) -> str:
@@ -33,6 +38,14 @@ def duration(seconds: float) -> str:
 
 
 def rows(values: Mapping[str, str]) -> str:
-    """One line per entry, the names in one column and the values in the next."""
-    width = max(map(len, values), default=0)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in values.items())
+    """One line per entry, the names in one column and the values in the next. Names may be a file's, as columns' are."""
+    plain = [(shown(name, _NAME_CHARACTERS), shown(value)) for name, value in values.items()]
+    width = max((len(name) for name, _ in plain), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in plain)
+
+
+def say_json(value: Any) -> None:
+    """Print one JSON object, whole; NaN becomes null, and what a terminal would obey or hide is written as `\\u` escapes."""
+    import msgspec
+
+    write(as_printed(msgspec.json.format(msgspec.json.encode(value), indent=2).decode()))

@@ -26,6 +26,7 @@ from kdcache.format.manifest import (
     fingerprint,
 )
 from kdcache.format.record import SequenceRecord
+from kdcache.shown import shown_lines
 from kdcache.store.writer import CacheWriter
 from kdcache.teacher.base import Teacher
 
@@ -124,8 +125,8 @@ def refuse_unsound(examination: Examination, options: ConvertOptions) -> None:
     """Raise InputError, naming everything that stands in the way and what would mend it, unless nothing does."""
     standing = [finding for finding in examination.findings if not _is_settled(finding, options)]
     if standing:
-        told = "\n".join(f"  {finding.name}: {finding.sentence}{_advice(finding)}" for finding in standing)
-        raise InputError(f"{examination.path} is not converted:\n{told}")
+        told = (f"  {finding.name}: {finding.sentence}{_advice(finding)}" for finding in standing)
+        raise InputError(shown_lines([f"{examination.path} is not converted:", *told]))
     shifted = any(finding.name == "shifted_rows" for finding in examination.findings)
     unclear = any(finding.name == "alignment_unclear" for finding in examination.findings)
     if options.shift and not shifted and not unclear:

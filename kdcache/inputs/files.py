@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdcache.errors import InputError
-from kdcache.inputs.left_out import LeftOut, shown_name
+from kdcache.inputs.left_out import LeftOut
 
 _COMPRESSED = ("", ".gz", ".zst")
 ENDINGS = {
@@ -56,7 +56,7 @@ def find_files(paths: Iterable[str], input_format: str) -> FoundFiles:
     files: dict[str, str] = {}
     for path in sorted(found):
         if path.encode(errors="replace").decode() != path:
-            raise InputError(f"{shown_name(path)}: the file's name is not UTF-8, and the cache would hold it; rename it")
+            raise InputError(f"{path}: the file's name is not UTF-8, and the cache would hold it; rename it")
         if files.setdefault(_real(path), path) != path:
             left_out.add("other names of files that are read", [path])
     return FoundFiles(list(files.values()), left_out)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from kdcache.shown import shown
+
 MOST_NAMES = 5
 """Of one reason that are kept; the others are counted."""
-
-
-def shown_name(name: str) -> str:
-    """A file's name as it can be printed, also where it is not UTF-8 or holds a line break."""
-    return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+MOST_CHARACTERS = 200
+"""Of a name."""
 
 
 @dataclass
@@ -32,7 +31,7 @@ class LeftOut:
             self.counts[reason] = self.counts.get(reason, 0) + 1
             kept = self.names.setdefault(reason, [])
             if len(kept) < MOST_NAMES:
-                kept.append(shown_name(name))
+                kept.append(shown(name, MOST_CHARACTERS))
 
     def __bool__(self) -> bool:
         return bool(self.counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
@@ -25,8 +24,9 @@ from kdcache.loader.prefetch import prefetch
 from kdcache.loader.read import read_rows
 from kdcache.loader.report import EpochCheck, EpochReport
 from kdcache.loader.state import LoaderState, as_json, parse_state, stream_options
+from kdcache.shown import get_logger
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 _BATCHES_BEFORE_WARNING = 10
 

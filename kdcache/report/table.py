@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kdcache.shown import shown
+
+MOST_CHARACTERS = 100
+"""Of a cell, whose width is its column's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -20,18 +25,23 @@ class Table:
 
     def to_text(self) -> str:
         """Lines with columns two blanks apart and a rule under the headers."""
-        widths = _widths([self.headers, *self.rows])
-        lines = [_aligned(row, widths) for row in (self.headers, *self.rows)]
+        cells = _plain([self.headers, *self.rows])
+        widths = _widths(cells)
+        lines = [_aligned(row, widths) for row in cells]
         rule = "  ".join("-" * width for width in widths)
         return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:]))
 
     def to_markdown(self) -> str:
         """A GitHub table; readable as text too."""
-        escaped = [[cell.replace("|", "\\|") for cell in row] for row in (self.headers, *self.rows)]
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in _plain([self.headers, *self.rows])]
         widths = [max(3, width) for width in _widths(escaped)]
         rule = [":" + "-" * (width - 1) if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
         lines = [_aligned(row, widths, " | ") for row in (escaped[0], rule, *escaped[1:])]
         return "\n".join(f"| {line} |" for line in lines)
+
+
+def _plain(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[shown(cell, MOST_CHARACTERS) for cell in row] for row in rows]
 
 
 def _widths(rows: Sequence[Sequence[str]]) -> list[int]:

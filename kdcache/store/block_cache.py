@@ -21,9 +21,10 @@ import pyarrow as pa
 import xxhash
 
 from kdcache.errors import ConfigError
+from kdcache.shown import get_logger
 from kdcache.store import fs
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 _BLOCK = re.compile(r"[0-9a-f]{64}-(?:[0-9]+|footer|index)\.block")
 _CHECKSUM_BYTES = 16

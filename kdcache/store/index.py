@@ -5,7 +5,6 @@ index before it, and those of the shards that are new.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,13 +16,14 @@ from kdcache.errors import CorruptCacheError
 from kdcache.format import paths
 from kdcache.format.manifest import IndexInfo, Manifest, ShardInfo
 from kdcache.format.schema import INDEX_SCHEMA
+from kdcache.shown import get_logger
 from kdcache.store import fs
 from kdcache.store.arrow_file import open_arrow_buffer, open_arrow_file
 from kdcache.store.location import Location, each
 from kdcache.store.remote_file import open_columns
 from kdcache.store.remote_read import read_content
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 _SOURCES = ("key", "input_ids", "supervised")
 """The columns of a shard that its rows in the index are made of."""

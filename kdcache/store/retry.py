@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kdcache.errors import KdcacheError, StorageError
+from kdcache.shown import get_logger
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 Answer = TypeVar("Answer")
 

@@ -7,7 +7,6 @@ again. So the records need no digest and no fold; a damaged one is passed over.
 from __future__ import annotations
 
 import hashlib
-import logging
 import socket
 import time
 from collections.abc import Collection
@@ -16,10 +15,11 @@ import msgspec
 
 from kdcache.errors import CaptureError
 from kdcache.format import paths
+from kdcache.shown import get_logger
 from kdcache.store import fs
 from kdcache.store.location import Location, children
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class FailedUnit(msgspec.Struct, frozen=True, kw_only=True):

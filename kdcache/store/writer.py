@@ -7,7 +7,6 @@ next run sweeps or publishes again under the same content-derived name.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from kdcache.format.manifest import Manifest, ShardInfo, UnitAccount, shard_to_j
 from kdcache.format.record import SequenceRecord
 from kdcache.format.schema import optional_fields, shard_schema
 from kdcache.format.selection import fixed_entries
+from kdcache.shown import get_logger
 from kdcache.store import chain, fs
 from kdcache.store.admission import check_record, refuse_foreign_directory, refuse_other_capture
 from kdcache.store.chain import read_journal_record
@@ -32,7 +32,7 @@ from kdcache.store.location import Location, children, each, locate
 from kdcache.store.rows import encode_records
 from kdcache.store.statistics import ShardStatistics
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 DEFAULT_RECORD_BATCH_BYTES = 4 * 1024 * 1024
 MAX_RECORD_BATCH_BYTES = 2**30

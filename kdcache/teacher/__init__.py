@@ -5,20 +5,20 @@ Backends are named in tables and imported on use: this module loads nothing heav
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import TeacherError
 from kdcache.extras import require
+from kdcache.shown import get_logger
 
 if TYPE_CHECKING:
     from kdcache.config.capture import TeacherConfig
     from kdcache.teacher.base import Teacher
     from kdcache.teacher.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _TEACHERS = {
     "fake": "kdcache.teacher.fake:FakeTeacher",

@@ -10,7 +10,6 @@ V vocabulary.
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
+from kdcache.shown import get_logger
 from kdcache.teacher._hf_features import LayerRows, hidden_shape, joined, needed_layers, rows_of, seen_layers
 from kdcache.teacher._hf_generate import own_end_ids, write_answers
 from kdcache.teacher._hf_load import load_checked
@@ -51,7 +51,7 @@ from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check
 from kdcache.teacher.tokenizer import Tokenizer
 from kdcache.teacher.uniforms import position_states
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 BATCHES_PER_GROUP = 8
 """Sequences are sorted by length within groups of about this many batches: the answers of one group wait in memory."""

@@ -8,7 +8,6 @@ large scores, or is smaller than the rounding of half precision, shows.
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -22,9 +21,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from kdcache.errors import ConfigError
+from kdcache.shown import get_logger
 from kdcache.teacher._hf_proof import untouched_generators
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 EAGER = "eager"
 _PROOF = "kdcache_proof"

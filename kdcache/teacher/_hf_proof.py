@@ -9,7 +9,6 @@ Shape letters: B texts, N tokens of a text, J positions looked at, V vocabulary.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -20,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.errors import TeacherError
+from kdcache.shown import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 Sharing = Literal["any", "equal", "alone"]
 """Which texts may share a forward: any, those of equal length, none."""

@@ -9,7 +9,6 @@ Shape letters: B rows, T tokens per row, X all tokens of a batch, R runs of risi
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcache.shown import get_logger
 from kdcache.teacher._hf_proof import UNKNOWN_CONTEXT, untouched_generators
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""

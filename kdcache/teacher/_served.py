@@ -6,7 +6,6 @@ A server is not ours: what can be found out is proven before anything is capture
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
+from kdcache.shown import get_logger
 from kdcache.teacher import load_tokenizer
 from kdcache.teacher._served_client import Request, ServerClient, ServerLostError, ServerRefusedError
 from kdcache.teacher.base import check_sequences, no_positions, top_k_of
@@ -44,7 +44,7 @@ from kdcache.teacher.served_settings import (
 )
 from kdcache.teacher.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 T = TypeVar("T")
 

@@ -12,7 +12,6 @@ Shape letters: N tokens of a sequence, P supervised positions, K entries per pos
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, FormatError, TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
+from kdcache.shown import get_logger
 from kdcache.teacher import _vllm_engine as engine  # first: it quietens vLLM before that is imported
 from kdcache.teacher._half_torch import warn_if_emulated
 from kdcache.teacher._vllm_generate import Writer, check_read_whole, write_answers
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
     from vllm.lora.request import LoRARequest
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 PUBLIC_STEPS_PER_GROUP = 4
 """Sequences are given to the engine in groups of about this many scheduler steps. The flat container holds some 85 bytes per

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import TeacherError
 from kdcache.format.manifest import TeacherIdentity
+from kdcache.shown import get_logger
 from kdcache.teacher.base import first_line
 from kdcache.teacher.checkpoint import folder_digest, resolved_revision, short_name, weights_digest
 from kdcache.teacher.engine_identity import vllm_options
@@ -38,7 +39,7 @@ with warnings.catch_warnings():
 if TYPE_CHECKING:
     from vllm import LLM
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def runs_on_cpu() -> bool:

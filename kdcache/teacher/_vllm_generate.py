@@ -7,7 +7,6 @@ whole: a group's fit into one step, and with their answers into the cache, so th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import numpy as np
 import vllm
 
 from kdcache.errors import ConfigError, TeacherError
+from kdcache.shown import get_logger
 from kdcache.teacher import _vllm_engine as engine
 from kdcache.teacher import _vllm_internals as internals
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from kdcache.config.capture import GenerateConfig
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ Shape letters: X rows of a step (all its tokens), P those that are wanted, C pos
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.format.manifest import SelectionInfo
+from kdcache.shown import get_logger
 from kdcache.teacher import _vllm_internals as internals
 from kdcache.teacher._select_torch import Selector
 from kdcache.teacher._vllm_features import GroupFeatures, take_rows
@@ -30,7 +30,7 @@ from kdcache.teacher.freed_memory import keep_freed_memory
 from kdcache.teacher.uniforms import position_states
 from kdcache.teacher.vllm_packed import NOT_SUPERVISED, TARGETS, Buffer, unpack_request
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class CaptureExtension:

@@ -8,7 +8,6 @@ whole. It is, with its output projection exchanged for the time of the call for 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from kdcache.errors import ConfigError, NotFiniteError
 from kdcache.loader._torch import TorchBatch
 from kdcache.loader.loader import Loader
 from kdcache.loss.global_mean import global_mean_scale
+from kdcache.shown import get_logger
 from kdcache.teacher._hf_attention import attention_gap, attention_of
 from kdcache.train.body import output_projection, positions
 from kdcache.train.entries import entry_meaning
@@ -29,7 +29,7 @@ from kdcache.train.packed import check_architecture, logits_head
 from kdcache.train.row_loss import RowLoss
 from kdcache.train.student import check_vocabulary
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _SHRUNK = 2.0**-40
 
