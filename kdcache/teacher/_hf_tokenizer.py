@@ -18,9 +18,10 @@ from kdcache.inputs.chat import Chat, Message
 from kdcache.teacher._jinja_template import ChatTemplate
 from kdcache.teacher.base import first_line
 from kdcache.teacher.chat_tokens import ChatEncoding, words_of
-from kdcache.teacher.chat_turns import ChatSpans, Rendered, find_spans
+from kdcache.teacher.chat_turns import find_spans
 from kdcache.teacher.checkpoint import check_model_name, short_name
 from kdcache.teacher.marked_chat import MarkedChat, notes_of, shapes
+from kdcache.teacher.rendered_chat import ChatSpans, Rendered
 from kdcache.teacher.tokenizer import ChatTokens, check_chat
 
 PROBES = ("Hello world", " two  spaces\tand\n\nlines", "naive cafe 12345.678", "x = [1, 2]  # \u00e9\u4e2d\U0001f600")
@@ -172,7 +173,7 @@ class HfTokenizer:
             what = "prompt" if generation_prompt else "text"
             raise InputError(f"the chat template gives an empty {what} for these messages")
         self._compare(chat, marked, rendered, generation_prompt=generation_prompt)
-        return marked, rendered, notes_of(chat, template, lost)
+        return marked, rendered, notes_of(chat, template, lost, marked.lost_parts(rendered))
 
     def _variables(self, chat: Chat) -> dict[str, Any]:
         return {

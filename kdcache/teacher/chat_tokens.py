@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from kdcache.errors import InputError
 from kdcache.inputs.chat import Chat, is_learnt
-from kdcache.teacher.chat_turns import ChatSpans, Rendered, Whole
 from kdcache.teacher.marked_text import runs
+from kdcache.teacher.rendered_chat import ChatSpans, Rendered, Whole
 from kdcache.teacher.tokenizer import ROLE_CODES, ChatTokens
 
 

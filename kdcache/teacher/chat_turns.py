@@ -17,8 +17,7 @@ fold the system prompt into the last user's turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,84 +25,10 @@ from numpy.typing import NDArray
 from kdcache.errors import InputError
 from kdcache.inputs.chat import Message, texts_of
 from kdcache.teacher.marked_text import runs
+from kdcache.teacher.rendered_chat import ChatSpans, Render, Rendered, Whole
 
 ASKED = "x"
 """The made-up answer by which the header of a template without a generation prompt is found."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A chat as its template writes it.
-
-    Attributes:
-        text: C characters.
-        message_C: (C,) which message each comes from; -1 for the template's own.
-        origin_C: (C,) a number for each character of each message, the same in every rendering; 0 for the template's own.
-        generated_C: (C,) whether it stands between generation tags.
-    """
-
-    text: str
-    message_C: NDArray[np.int64]
-    origin_C: NDArray[np.int64]
-    generated_C: NDArray[np.bool_]
-
-    def end_of_words(self) -> int:
-        """Where the last message's last character ends; 0 where nobody wrote any."""
-        own = np.flatnonzero(self.message_C >= 0)
-        return int(own[-1]) + 1 if len(own) else 0
-
-
-Render = Callable[[Sequence[Message], bool], "Rendered | None"]
-"""(messages, add_generation_prompt) -> text; None where the template refuses these messages."""
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """The text that the teacher reads.
-
-    Attributes:
-        special: (start, end) of each special token in it that is the template's own.
-        ends: (start, end) of those of them that end a text, by the tokenizer.
-        has_tags: whether the template has generation tags.
-        lost_calls: messages whose calls of tools it does not write.
-    """
-
-    rendered: Rendered
-    special: Sequence[tuple[int, int]]
-    ends: Sequence[tuple[int, int]]
-    has_tags: bool = False
-    lost_calls: Collection[int] = ()
-
-    def token(self, span: tuple[int, int]) -> str:
-        """A special token's text."""
-        return self.rendered.text[slice(*span)]
-
-    def next_special(self, start: int) -> tuple[int, int] | None:
-        """The special token that follows, if only white space is before it."""
-        found = next((span for span in self.special if span[0] >= start), None)
-        return found if found is not None and not self.rendered.text[start : found[0]].strip() else None
-
-
-@dataclass(slots=True)
-class ChatSpans:
-    """Character ranges of a rendered chat.
-
-    Attributes:
-        turn_starts: where each turn starts, its header included; ascending, the first is 0.
-        contents: (message, start, end) of what somebody wrote; of the assistant, from the end of what prompts it to the end of
-            its turn.
-        learnt: (message, start, end) of what the assistant is to be learnt of.
-        endless: messages of the assistant after which the template writes no end token.
-        empty: messages of the assistant that say nothing and whose end token cannot be proven: it is not learnt.
-        lost: messages of the assistant of which the template leaves out what they say: they are not learnt.
-    """
-
-    turn_starts: list[int] = field(default_factory=lambda: [0])
-    contents: list[tuple[int, int, int]] = field(default_factory=list)
-    learnt: list[tuple[int, int, int]] = field(default_factory=list)
-    endless: list[int] = field(default_factory=list)
-    empty: list[int] = field(default_factory=list)
-    lost: list[int] = field(default_factory=list)
 
 
 def find_spans(messages: Sequence[Message], whole: Whole, render: Render) -> ChatSpans:
@@ -176,7 +101,7 @@ class _Finder:
         first = int(own[0]) if len(own) else start
         if start is None or first is None or start > first:
             raise InputError(_unproven(index, "starts"))
-        last = int(own[-1]) + 1 if len(own) else start
+        last = self._last_written(own) if len(own) else start
         whole_end, end = self._end(index, start, last)
         if not start <= last <= end or not np.isin(self._rendered.message_C[start:end], (-1, index)).all():
             raise InputError(_unproven(index, "is: what others wrote is among it"))
@@ -189,20 +114,27 @@ class _Finder:
         if whole_end < len(self._text) and index + 1 < len(self._messages):
             spans.turn_starts.append(whole_end)
 
+    def _last_written(self, own: NDArray[np.intp]) -> int:
+        """Where the last character of a message ends that is there for the first time: some templates write the name of a
+        call again, before its result."""
+        origins_C = self._rendered.origin_C
+        place = int(own[np.unique(origins_C[own], return_index=True)[1].max()])
+        other = np.flatnonzero(origins_C[place:] != origins_C[place])
+        return place + int(other[0]) if len(other) else len(origins_C)
+
     def _follow(self, given: Rendered, end: int | None = None) -> int | None:
         """Where given.text[:end] ends in the whole text: found by the last character that somebody wrote, and what follows."""
         words = given.end_of_words() if end is None else self._end_of_words_before(given, end)
         rest = given.text[words:end]
-        start = 0
+        starts = [0]
         if words:
             # Of several characters where it is escaped; in several places where the template repeats it.
-            same = runs(self._rendered.origin_C == given.origin_C[words - 1])
-            if len(same) != 1:
-                return None
-            start = same[0][1]
-        stop = start + len(rest)
-        is_there = self._text.startswith(rest, start) and (self._rendered.message_C[start:stop] < 0).all()
-        return stop if is_there else None
+            starts = [stop for _, stop in runs(self._rendered.origin_C == given.origin_C[words - 1])]
+        if len(starts) > 1 and not rest.strip():
+            return None
+        stops = [start + len(rest) for start in starts if self._text.startswith(rest, start)]
+        stops = [stop for stop in stops if (self._rendered.message_C[stop - len(rest) : stop] < 0).all()]
+        return stops[0] if len(stops) == 1 else None
 
     @staticmethod
     def _end_of_words_before(given: Rendered, end: int) -> int:
@@ -215,7 +147,10 @@ class _Finder:
         if opened is None or (closed is not None and closed.text == opened.text):
             return self._start_by_example(index)
         start = self._follow(opened)
-        return start if start is not None or closed is None else self._start_by_shorter_header(index, opened, closed)
+        if start is not None or closed is None:
+            return start
+        start = self._start_by_shorter_header(index, opened, closed)
+        return self._start_by_example(index) if start is None else start
 
     def _start_by_example(self, index: int) -> int | None:
         """Of a template that opens the assistant's turn whatever it is asked for, or never does."""
@@ -230,24 +165,32 @@ class _Finder:
         return start if start is not None else self._follow(asked, max(before, len(asked.text[:end].rstrip())))
 
     def _start_by_shorter_header(self, index: int, opened: Rendered, closed: Rendered) -> int | None:
-        """Of a template whose generation prompt opens a thought that the whole text does not have: its words start right after
-        the beginning of the header, up to its last line or tag."""
+        """Of a template whose generation prompt opens a thought that the whole text does not have: its part starts after the
+        beginning of the header that both have, up to a line's or tag's end. It is looked for right before the words, and, of
+        calls, where the text before the turn ends."""
         own = np.flatnonzero(self._rendered.message_C == index)
         header = opened.text[len(closed.text) :] if opened.text.startswith(closed.text) else ""
         if not len(own) or not header:
             return None
         first = int(own[0])
         before = self._end_of_words_before(self._rendered, first)
-        for length in range(len(header) - 1, 0, -1):
-            if header[length - 1].isspace() or header[length - 1] in ">]|:":
-                given = self._text[before:first]
-                if given.endswith(header[:length]) and self._is_header(header[:length]):
-                    return first
-        return None
+        lengths = [n for n in range(len(header) - 1, 0, -1) if header[n - 1].isspace() or header[n - 1] in ">]|:"]
+        lengths = [length for length in lengths if sum(map(str.isalpha, header[:length])) >= 3]
+        if any(self._text[before:first].endswith(header[:length]) for length in lengths):
+            return first
+        begin = self._follow(closed)
+        stops = [] if begin is None else [begin + n for n in lengths if self._text[begin:first].startswith(header[:n])]
+        stop = next((stop for stop in stops if not any(a < stop < b for a, b in self._whole.special)), None)
+        return stop if stop is not None and self._is_assistants(index, header[: stop - (begin or 0)]) else None
 
-    @staticmethod
-    def _is_header(text: str) -> bool:
-        return sum(char.isalpha() for char in text) >= 3
+    def _is_assistants(self, index: int, header: str) -> bool:
+        """Whether nobody else's turn begins so too."""
+        for role in ("user", "tool", "system"):
+            other = self._render([*self._messages[:index], {"role": role, "content": ASKED}], False)
+            if other is not None and (other.message_C == index).any():
+                words = int(np.flatnonzero(other.message_C == index)[0])
+                return header not in other.text[self._end_of_words_before(other, words) : words]
+        return False
 
     def _end(self, index: int, start: int, last: int) -> tuple[int, int]:
         """Where the turn ends, and where the assistant's part of it does: without what the template writes after the token that
@@ -261,20 +204,22 @@ class _Finder:
         if ended is not None and opened is not None and opened.text == ended.text:
             end = self._end_before_header(index, start, end, special)
             special = [span for span in special if span[0] < end]
-        return end, self._end_of_tokens(special, end)
+        return end, self._end_of_tokens(index, special, end)
 
-    def _end_of_tokens(self, special: Sequence[tuple[int, int]], end: int) -> int:
-        """Where the special tokens that end the text do; of several the first ones that stand together. `end` where none do."""
-        for number, (start, stop) in enumerate(special):
+    def _end_of_tokens(self, index: int, special: Sequence[tuple[int, int]], end: int) -> int:
+        """Where the special tokens that end the text do, up to the first one that ends others' turns or a text: what follows
+        it is the template's. `end` where none do."""
+        for number, (start, _) in enumerate(special):
             rest = self._text[start:end]
             for span in special[number:]:
                 rest = rest.replace(self._whole.token(span), "", 1)
             if not rest.strip():
-                together = stop
-                for after in special[number + 1 :]:
-                    together = after[1] if after[0] == together else together
-                return together
+                known = (span for span in special[number:] if self._ends_turns(index, span))
+                return next(known, special[-1])[1]
         return end
+
+    def _ends_turns(self, index: int, span: tuple[int, int]) -> bool:
+        return span in self._whole.ends or self._ends_others(index, self._whole.token(span))
 
     def _end_before_header(self, index: int, start: int, end: int, special: Sequence[tuple[int, int]]) -> int:
         """Of a template that writes the same with a generation prompt and without: it may have opened another turn already."""
@@ -307,7 +252,7 @@ class _Finder:
     def _after_token(self, index: int, last: int) -> tuple[int, int] | tuple[None, None]:
         """Where the special token that follows ends, with the line after it and without; None where it may be no end."""
         after = self._whole.next_special(last)
-        if after is None or not (after in self._whole.ends or self._ends_others(index, self._whole.token(after))):
+        if after is None or not self._ends_turns(index, after):
             return None, None
         rest = self._text[after[1] :]
         return after[1] + len(rest) - len(rest.lstrip("\n")), after[1]
@@ -367,8 +312,7 @@ class _Finder:
         if inside and not self._text[inside[0][1] : stop].strip():
             return inside[0][1]
         after = self._whole.next_special(stop)
-        is_end = after is not None and (after in self._whole.ends or self._ends_others(index, self._whole.token(after)))
-        return after[1] if after is not None and is_end else stop
+        return after[1] if after is not None and self._ends_turns(index, after) else stop
 
 
 def _beyond(text: str, other: str) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from kdcache.inputs.chat import LEARN_KEYS, Chat, Message, texts_of
-from kdcache.teacher.chat_turns import Rendered
-from kdcache.teacher.marked_text import GENERATED, MarkedText, mark, origins_of, sources_of
+from kdcache.teacher.marked_text import GENERATED, MarkedText, mark, offsets_of, origins_of, runs, sources_of
+from kdcache.teacher.rendered_chat import Rendered
 
 RenderTemplate = Callable[[Mapping[str, Any]], MarkedText]
 
@@ -35,6 +35,7 @@ class MarkedChat:
         self.failure: Exception | None = None
         self._variables, self._render_template = variables, render
         self._sources: list[tuple[int, str]] = []
+        self._texts: list[str] = []
         self._rendered: dict[tuple[int, bool, bool], Rendered | None] = {}
         self.messages: list[Message] = [self._mark(index, message) for index, message in enumerate(plain)]
 
@@ -58,6 +59,19 @@ class MarkedChat:
         words = {place for place in said if any(map(str.strip, texts_of(self.plain[place[0]][place[1]])))}
         return [place for place, is_there in said.items() if not is_there and place in words]
 
+    def lost_parts(self, rendered: Rendered) -> list[tuple[int, str, str]]:
+        """(message, key, words) of what a message says of which the text shows some and not these: thoughts, say. What the
+        template writes itself in their place, as it may write `<think>`, is not lost."""
+        there = np.unique(rendered.origin_C)
+        sources, found = sources_of(there), []
+        for source, (place, text) in enumerate(zip(self._sources, self._texts, strict=True)):
+            kept = offsets_of(there[sources == source])
+            is_lost = np.ones(len(text), np.bool_)
+            is_lost[kept] = False
+            parts = [text[start:stop].strip() for start, stop in runs(is_lost)] if len(kept) else []
+            found += [(*place, part) for part in parts if any(map(str.isalnum, part)) and part not in rendered.text]
+        return found
+
     def _render(self, messages: list[Message], generation_prompt: bool) -> Rendered | None:
         try:
             text = self._render_template({**self._variables, "messages": messages, "add_generation_prompt": generation_prompt})
@@ -74,6 +88,7 @@ class MarkedChat:
     def _marked(self, value: Any, index: int, name: str) -> Any:
         if isinstance(value, str):
             self._sources.append((index, name))
+            self._texts.append(value)
             return mark(value, len(self._sources) - 1)
         if isinstance(value, Mapping):
             return {key: self._marked(child, index, name) for key, child in value.items()}
@@ -121,20 +136,25 @@ def _call_with_arguments(call: Any, *, as_text: bool) -> Any:
 
 
 def _with_content(message: Message, content: str | None) -> Message:
-    return message if "content" in message else {**message, "content": content}
+    # With calls "" says the same as nothing, and some templates write calls beside null alone.
+    is_given = message.get("content") or ("content" in message and not message.get("tool_calls"))
+    return message if is_given else {**message, "content": content}
 
 
 def _parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) and content else content
 
 
-def notes_of(chat: Chat, template: Any, lost: Sequence[tuple[int, str]]) -> list[str]:
+def notes_of(
+    chat: Chat, template: Any, lost: Sequence[tuple[int, str]], parts: Sequence[tuple[int, str, str]] = ()
+) -> list[str]:
     """A sentence for each kind of thing that a chat holds and its template does not write.
 
     Args:
         chat: as it came.
         template: a `ChatTemplate`.
         lost: (message, key) of what the text does not show.
+        parts: (message, key, words) of what it shows in part.
     """
     notes = [f"{name!r} of the row: the chat template does not read it" for name in chat.arguments
              if name not in template.variables]  # fmt: skip
@@ -152,4 +172,6 @@ def notes_of(chat: Chat, template: Any, lost: Sequence[tuple[int, str]]) -> list
     kinds = {(chat.messages[index]["role"], name) for index, name in lost} | unread
     for role, name in sorted(kind for kind in kinds if kind[1] != "tool_call_id"):  # which call: the order says it
         notes.append(f"{name!r} of a message of role {role!r}: the chat template does not write it")
+    for role, name in sorted({(chat.messages[index]["role"], name) for index, name, _ in parts}):
+        notes.append(f"a part of {name!r} of a message of role {role!r}, its thoughts, say: the chat template leaves it out")
     return [*notes, *chat.unused]

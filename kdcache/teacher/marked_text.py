@@ -11,6 +11,7 @@ Shape letters: C characters.
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -57,7 +58,8 @@ class MarkedText(str):
         return self * times
 
     def __getitem__(self, key: SupportsIndex | slice) -> MarkedText:
-        origins = self.origins_C[key] if isinstance(key, slice) else self.origins_C[[int(key)]]
+        # Templates ask a text for its field `content`, which has to fail as a text's does.
+        origins = self.origins_C[key if isinstance(key, slice) else [operator.index(key)]]
         return MarkedText(super().__getitem__(key), origins)
 
     def __iter__(self) -> Iterator[MarkedText]:
@@ -150,6 +152,11 @@ def origins_of(text: str) -> NDArray[np.int64]:
 def sources_of(origins_C: NDArray[np.int64]) -> NDArray[np.int64]:
     """(C,) the source of each character; -1 where it has none."""
     return ((origins_C & ~GENERATED) >> np.int64(OFFSET_BITS)) - 1
+
+
+def offsets_of(origins_C: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(C,) where in its source each character stands."""
+    return origins_C & ((np.int64(1) << np.int64(OFFSET_BITS)) - 1)
 
 
 def concatenate(parts: Iterable[str]) -> MarkedText:
