@@ -82,7 +82,7 @@ def choose_dtype(name: str) -> Any:
     """float32 or bfloat16: for `auto`, whichever is faster on this processor by a small product."""
     import torch
 
-    from kdcache.teacher._half_torch import is_emulated
+    from kdcache.half_precision import is_emulated
 
     return torch.float32 if name == "float32" or (name == "auto" and is_emulated(torch.bfloat16)) else torch.bfloat16
 

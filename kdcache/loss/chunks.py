@@ -4,6 +4,8 @@ Shape letters: P positions (rows), C rows of one chunk, V the student's vocabula
 
 Per chunk: logits = hidden W^T into one buffer, used again for every chunk; the row kernel turns it into the gradient by the
 logits in place; then d_hidden = G W and dW += G^T hidden. Three matrix products, the floor for a loss with its gradients.
+
+Half precision that a CPU only emulates is multiplied in float32, the weight widened a block at a time: see README.md.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import LossError
+from kdcache.half_precision import is_emulated
 from kdcache.loss.row_steps import RowStep
 
 _HALF = (torch.bfloat16, torch.float16)
-# Rows of the weight that are widened to float32 at a time.
-_WIDENED_ROWS = 8192
+# Elements of the weight that are widened to float32 at a time, into one block.
+_WIDENED_ELEMENTS = 1 << 22
 # Elements of dW that are summed at a time where the sum is in another dtype than the product.
 _SUMMED_ELEMENTS = 1 << 21
 # Rows per chunk by default. Reading and writing dW once per chunk costs a share of the products that falls with its rows.
@@ -71,7 +74,7 @@ class Projection:
     @property
     def logits_dtype(self) -> torch.dtype:
         """Of the logits that the row kernel gets: tanh in half precision would undo what the cap is for."""
-        dtype = self.hidden_PH.dtype
+        dtype = product_dtype(self.hidden_PH)
         return torch.float32 if dtype in _HALF and (self.head.float32_logits or self.head.softcap is not None) else dtype
 
 
@@ -80,10 +83,17 @@ def run_chunks(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The sum of the scaled losses, and its gradients by hidden, weight and bias: None where not wanted.
 
+    Args:
+        projection: makes the logits.
+        step: the losses of a chunk's rows, and their gradients.
+        wanted: gradients by hidden, weight and bias.
+        chunk_size: rows; 0 for `default_chunk_size`, which a graph that is traced could not ask for.
+
     Returns:
         A scalar of `loss_dtype`, and tensors of hidden's dtype.
     """
     hidden_PH = projection.hidden_PH
+    chunk_size = chunk_size or default_chunk_size(hidden_PH, len(projection.weight_VH))
     loss = torch.zeros((), dtype=torch.float64, device=hidden_PH.device)
     gradients = _Gradients.zeros(projection, wanted, chunk_size)
     # Under autocast the products would come in another dtype than the buffer's.
@@ -95,7 +105,7 @@ def run_chunks(
                 gradient_CV.mul_(slope_CV)
             elif projection.head.logit_scale != 1:
                 gradient_CV.mul_(projection.head.logit_scale)
-            gradients.add(gradient_CV.to(hidden_PH.dtype), projection, start)
+            gradients.add(gradient_CV.to(product_dtype(hidden_PH)), projection, start)
             del losses_C, logits_CV, slope_CV, gradient_CV  # else the buffer lives until the gradients are rounded
     return loss.to(loss_dtype(hidden_PH.dtype)), gradients.finish(hidden_PH.dtype)
 
@@ -103,8 +113,13 @@ def run_chunks(
 def default_chunk_size(hidden_PH: Tensor, vocab_size: int) -> int:
     """On a CPU 512 rows of float32, 1024 in half precision: the same bytes. On a device 4096, more of a small vocabulary."""
     if hidden_PH.device.type == "cpu":
-        return max(1, _CPU_BYTES_PER_ID // hidden_PH.element_size())
+        return max(1, _CPU_BYTES_PER_ID // product_dtype(hidden_PH).itemsize)
     return max(_DEVICE_ROWS, _DEVICE_LOGITS // max(vocab_size, 1) // 1024 * 1024)
+
+
+def product_dtype(hidden_PH: Tensor) -> torch.dtype:
+    """Of the matrix products of these numbers: float32 where a CPU only emulates their half precision."""
+    return torch.float32 if is_emulated(hidden_PH.dtype, hidden_PH.device.type) else hidden_PH.dtype
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -134,9 +149,9 @@ class _Gradients:
 
     def add(self, gradient_CV: Tensor, projection: Projection, start: int) -> None:
         rows = slice(start, start + len(gradient_CV))
-        hidden_CH = projection.hidden_PH[rows]
+        hidden_CH = projection.hidden_PH[rows].to(gradient_CV.dtype)
         if self.hidden_PH is not None:
-            torch.mm(gradient_CV, projection.weight_VH, out=self.hidden_PH[rows])
+            _multiply_gradient(gradient_CV, projection.weight_VH, self.hidden_PH[rows])
         if self.weight_VH is not None and self.weight_VH.dtype == gradient_CV.dtype:
             self.weight_VH.addmm_(gradient_CV.T, hidden_CH)
         elif self.weight_VH is not None and has_mixed_product(gradient_CV):
@@ -145,7 +160,7 @@ class _Gradients:
         elif self.weight_VH is not None:
             _add_product(self.weight_VH, gradient_CV, hidden_CH)
         if self.bias_V is not None:
-            self.bias_V += gradient_CV.sum(dim=0, dtype=self.bias_V.dtype)
+            self.bias_V += gradient_CV.sum(dim=0, dtype=torch.promote_types(self.bias_V.dtype, gradient_CV.dtype))
 
     def finish(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         return tuple(None if g is None else g.to(dtype) for g in (self.hidden_PH, self.weight_VH, self.bias_V))
@@ -157,7 +172,7 @@ def has_mixed_product(tensor: Tensor) -> bool:
 
 
 def _add_product(weight_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
-    """weight += gradient^T hidden, the weight float32 and the others in half precision, where there is no mixed product.
+    """weight += gradient^T hidden, the weight in another dtype than both, where there is no mixed product.
 
     Some rows of the weight at a time, through one block that stays in the cache: a whole half precision product, written to
     fresh memory and read again, took as long for that as for the product.
@@ -203,7 +218,7 @@ def _multiply(part_CH: Tensor, projection: Projection, logits_CV: Tensor) -> Non
         torch.mm(part_CH, weight_VH.T, out=logits_CV)
     elif logits_CV.dtype == part_CH.dtype:
         torch.addmm(bias_V, part_CH, weight_VH.T, out=logits_CV)  # pyright: ignore[reportArgumentType]
-    elif not projection.head.float32_logits:
+    elif product_dtype(part_CH) == part_CH.dtype and not projection.head.float32_logits:
         logits_CV.copy_(part_CH @ weight_VH.T)
         if bias_V is not None:
             logits_CV += bias_V
@@ -211,13 +226,29 @@ def _multiply(part_CH: Tensor, projection: Projection, logits_CV: Tensor) -> Non
         if has_mixed_product(part_CH):
             torch.mm(part_CH, weight_VH.T, out_dtype=torch.float32, out=logits_CV)
         else:
-            _multiply_widened(part_CH.float(), weight_VH, logits_CV)
+            part_CH = part_CH.float()
+            for rows, block_BH in _widened_blocks(weight_VH):
+                torch.mm(part_CH, block_BH.T, out=logits_CV[:, rows])
         if bias_V is not None:
             logits_CV += bias_V
 
 
-def _multiply_widened(part_CH: Tensor, weight_VH: Tensor, logits_CV: Tensor) -> None:
-    """A float32 product of half precision numbers, the weight widened a part at a time where there is no mixed one."""
-    for start in range(0, len(weight_VH), _WIDENED_ROWS):
-        rows = slice(start, start + _WIDENED_ROWS)
-        torch.mm(part_CH, weight_VH[rows].float().T, out=logits_CV[:, rows])
+def _multiply_gradient(gradient_CV: Tensor, weight_VH: Tensor, out_CH: Tensor) -> None:
+    """out = gradient weight."""
+    if gradient_CV.dtype == weight_VH.dtype:
+        torch.mm(gradient_CV, weight_VH, out=out_CH)
+        return
+    sum_CH = gradient_CV.new_zeros(out_CH.shape)
+    for rows, block_BH in _widened_blocks(weight_VH):
+        sum_CH.addmm_(gradient_CV[:, rows], block_BH)
+    out_CH.copy_(sum_CH)
+
+
+def _widened_blocks(weight_VH: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time in float32, in the same memory each time."""
+    num_rows = max(1, _WIDENED_ELEMENTS // max(weight_VH.shape[1], 1))
+    block_BH = weight_VH.new_empty((min(num_rows, len(weight_VH)), weight_VH.shape[1]), dtype=torch.float32)
+    for start in range(0, len(weight_VH), num_rows):
+        rows = slice(start, start + num_rows)
+        part_BH = weight_VH[rows]
+        yield rows, block_BH[: len(part_BH)].copy_(part_BH)

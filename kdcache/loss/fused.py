@@ -18,7 +18,7 @@ from kdcache.kernels.base import Objective
 from kdcache.kernels.divergences import Divergence, get_divergence
 from kdcache.loss import arguments, operators
 from kdcache.loss.arguments import Options, TargetTensors
-from kdcache.loss.chunks import Head, Projection, default_chunk_size, run_chunks
+from kdcache.loss.chunks import Head, Projection, run_chunks
 from kdcache.loss.gradients import may_overwrite, refuse_second_derivative, scale_gradient
 from kdcache.loss.row_steps import RowStep, make_step
 
@@ -61,7 +61,8 @@ def fused_sparse_kd_loss(
         head: what the model does with the product before the softmax: scale, softcap, padded vocabulary, float32 logits.
         reduction: `mean` or `sum`.
         chunk_size: rows per chunk; the buffer takes chunk_size * V elements (with a softcap two of float32, and one of hidden's
-            dtype beside; with float32 logits of half precision likewise one beside). None for 512 on a CPU, 1024 there in half
+            dtype beside; with float32 logits of half precision likewise one beside; of float32 where half precision is only
+            emulated, as on many CPUs, and is multiplied in float32). None for 512 on a CPU, 1024 there in half
             precision, and on a device 4096, or as many as make 2^29 logits: there reading and writing dW once per chunk costs
             420 / chunk_size of the products (calculated for an H100: 10% at 4096, 330% at 128).
 
@@ -82,22 +83,20 @@ def fused_sparse_kd_loss(
         raise LossError(
             "reduction='none' is not possible in the fused loss, whose gradients are summed over rows; use weights_P"
         )
-    if chunk_size is None:
-        chunk_size = default_chunk_size(hidden_PH, len(weight_VH))
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise LossError(f"chunk_size is {chunk_size}, but must be at least 1")
     arguments.check_tensors(hidden_PH, teacher, log_z_P)
     if head.vocab_size is not None:
         weight_VH, bias = _without_padding(weight_VH, bias, head.vocab_size)
     teacher = arguments.at_temperature(arguments.used_entries(teacher, options), log_z_P, objective)
     scales_P = arguments.row_scales(teacher, reduction)
-    chosen = arguments.choose_backend(backend, hidden_PH)
+    chosen, rows = arguments.choose_backend(backend, hidden_PH), chunk_size or 0
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden_PH, weight_VH, bias))
     if torch.compiler.is_compiling():
         projection = Projection(hidden_PH, weight_VH, bias, head)
-        return operators.fused(projection, teacher, scales_P, objective, (chosen, chunk_size, wanted))
+        return operators.fused(projection, teacher, scales_P, objective, (chosen, rows, wanted))
     step = make_step(chosen, teacher, scales_P, objective, len(weight_VH))
-    work = _Work(step, head, wanted, chunk_size)
+    work = _Work(step, head, wanted, rows)
     loss = _FusedRows.apply(hidden_PH, weight_VH, bias, work)
     assert isinstance(loss, Tensor)
     return loss

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
-from kdcache.teacher._half_torch import warn_if_emulated
+from kdcache.half_precision import warn_if_emulated
 from kdcache.teacher._hf_attention import EAGER, must_be_eager, use_eager
 from kdcache.teacher._hf_class import class_of_checkpoint
 from kdcache.teacher.base import first_line

@@ -22,9 +22,9 @@ from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, FormatError, TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
+from kdcache.half_precision import warn_if_emulated
 from kdcache.shown import get_logger
 from kdcache.teacher import _vllm_engine as engine  # first: it quietens vLLM before that is imported
-from kdcache.teacher._half_torch import warn_if_emulated
 from kdcache.teacher._vllm_generate import Writer, check_read_whole, write_answers
 from kdcache.teacher._vllm_requests import (
     PROBE_LENGTHS,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdcache.config.train import LossConfig
+from kdcache.half_precision import is_emulated
 from kdcache.loader._torch import TorchBatch
 from kdcache.loader.batch import IGNORED_LABEL
 from kdcache.loss.chunks import Head
@@ -58,10 +59,12 @@ class RowLoss:
             hidden_BTH: what the output projection reads, at every place of the batch.
             head: the output projection; its weight must be whole.
             batch: on hidden's device.
-            dtype: of the matrix products.
+            dtype: of the matrix products; a float32 weight stays as it is where the CPU only emulates this dtype.
             reduction: `mean`, over the batch's positions by weight, or `sum`.
         """
         # Under autocast a norm's output is float32, as its weight; but the projection is most of a small student's work.
+        if head.weight.dtype == torch.float32 and is_emulated(dtype, hidden_BTH.device.type):
+            dtype = torch.float32
         hidden_PH = hidden_BTH.flatten(0, -2).index_select(0, batch.rows_P).to(dtype)
         teacher, of_teacher = (None, None, None), {}
         if self.config.alpha > 0:

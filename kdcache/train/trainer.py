@@ -19,11 +19,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 from kdcache.bars import bar_options
 from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError, InputError, NotFiniteError
+from kdcache.half_precision import warn_if_emulated
 from kdcache.loader._torch import TorchBatch, to_torch
 from kdcache.loader.loader import Loader
 from kdcache.store.reader import CacheReader, open_cache
 from kdcache.teacher import load_tokenizer
-from kdcache.teacher._half_torch import warn_if_emulated
 from kdcache.train.body import vocab_size
 from kdcache.train.checkpoint import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from kdcache.train.entries import entry_meaning
@@ -242,7 +242,7 @@ def _student(config: TrainConfig, reader: CacheReader) -> PreTrainedModel:
     longest = int(reader.num_tokens_S.max())
     check_against_cache(model, config.student, reader.manifest.identity, longest_sequence=longest)
     check_architecture(model, is_packed=config.loader.packing != "none")
-    warn_if_emulated(config.dtype, device.type, "dtype")
+    warn_if_emulated(config.dtype, device.type, "`dtype: float32`")
     return model.to(device)  # pyright: ignore[reportArgumentType]
 
 

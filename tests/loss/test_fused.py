@@ -169,11 +169,6 @@ def test_the_weights_gradient_may_be_summed_in_any_number_of_blocks(elements, mo
     torch.testing.assert_close(torch.autograd.grad(case.fused(chunk_size=8), case.weight_VH)[0], whole_VH)
 
 
-def test_chunks_of_every_dtype_take_the_same_bytes():
-    sizes = [chunks.default_chunk_size(torch.zeros(1, 1, dtype=dtype), 32_000) for dtype in (torch.float32, torch.bfloat16)]
-    assert sizes == [512, 1024]
-
-
 def test_two_backward_calls_and_two_chunks_of_a_batch_add_up():
     case = Case()
     loss = case.fused(reduction="sum", chunk_size=8)

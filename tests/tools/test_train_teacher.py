@@ -17,7 +17,7 @@ import train_teacher  # noqa: E402
 from teacher_muon import Muon  # noqa: E402
 from teacher_replicas import Replicas, single_threads  # noqa: E402
 
-from kdcache.teacher import _half_torch  # noqa: E402
+from kdcache import half_precision  # noqa: E402
 
 SMALL = [
     *("--steps", "40", "--hidden-size", "64", "--num-layers", "1", "--vocab-size", "360"),
@@ -192,7 +192,7 @@ def test_muon_is_torchs_own_and_runs_in_float32_where_asked() -> None:
 @pytest.mark.parametrize(("name", "gain", "dtype"), [("auto", 60.0, "float32"), ("auto", 0.4, "bfloat16"),
                                                     ("bfloat16", 60.0, "bfloat16"), ("float32", 0.4, "float32")])  # fmt: skip
 def test_products_run_in_what_is_faster_here(name: str, gain: float, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_half_torch, "float32_gain", lambda _: gain)
+    monkeypatch.setattr(half_precision, "float32_gain", lambda _: gain)
     assert train_teacher.choose_dtype(name) == getattr(torch, dtype)
 
 

@@ -12,10 +12,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from kdcache import half_precision
 from kdcache.config.train import LossConfig
 from kdcache.errors import ConfigError, LossError, MismatchError
 from kdcache.loader.loader import Loader
 from kdcache.loss.sparse_kd import sparse_kd_loss
+from kdcache.train import row_loss
 from kdcache.train.adapters import StudentLoss
 
 
@@ -63,6 +65,34 @@ def test_logits_of_all_positions_never_exist(small_cache: Path, backend: str) ->
     rows = [shape[:-1] for shape in shapes.seen if shape and shape[-1] == 520]
     assert len(batch.rows_P) > 64
     assert max(torch.Size(shape).numel() for shape in rows) <= 32 < 64, "the transposed weight has 32 rows"
+
+
+def test_the_loss_of_emulated_half_precision_is_taken_in_float32_and_the_layers_are_warned_of_once(
+    small_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under autocast with the float32 weights themselves, so no half copy of the projection is made."""
+    monkeypatch.setattr(half_precision, "float32_gain", lambda dtype: 50.0)
+    half_precision._warn.cache_clear()
+    model, (batch,) = make_student(), first_batches(small_cache, OPTIONS, 1)
+    ours, asked = loss_of(small_cache, model), []
+    real = row_loss.fused_sparse_kd_loss
+
+    def noted(hidden_PH: torch.Tensor, weight_VH: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        asked.append((hidden_PH.dtype, weight_VH is model.lm_head.weight))
+        return real(hidden_PH, weight_VH, *rest, **options)
+
+    monkeypatch.setattr(row_loss, "fused_sparse_kd_loss", noted)
+    single = ours(model, batch).item()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = ours(model, batch)
+        loss.backward()
+    assert asked == [(torch.float32, True)] * 3
+    assert model.lm_head.weight.grad is not None
+    assert loss.item() == pytest.approx(single, rel=1e-2)
+    (message,) = (record.getMessage() for record in caplog.records if "emulates" in record.getMessage())
+    assert "only emulates bfloat16" in message
+    assert "a student in float32, without autocast, runs that much faster" in message
 
 
 def test_students_that_would_be_trained_wrongly_are_refused(small_cache: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kdcache.config.train import LossConfig
 from kdcache.errors import ConfigError, NotFiniteError
+from kdcache.half_precision import warn_if_emulated
 from kdcache.loader._torch import TorchBatch
 from kdcache.loader.loader import Loader
 from kdcache.loss.global_mean import global_mean_scale
@@ -91,6 +92,7 @@ class StudentLoss:
 
         kind = batch.input_ids_BT.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.weight.dtype
+        warn_if_emulated(str(dtype).removeprefix("torch."), kind, "a student in float32, without autocast,")
         with _instead_of_forward(self.head, loss_of):
             where = positions(self._plain, self._plain, batch.position_ids_BT)
             outputs = model(input_ids=batch.input_ids_BT, use_cache=False, **where)

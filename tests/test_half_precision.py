@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from kdcache import half_precision  # noqa: E402
 from kdcache.config.teacher import TeacherConfig  # noqa: E402
-from kdcache.teacher import _half_torch  # noqa: E402
 from kdcache.teacher.vllm_options import stored_dtype  # noqa: E402
 
 
@@ -19,33 +19,33 @@ def on_a_cpu_with(monkeypatch: pytest.MonkeyPatch):
     """Give what a CPU would measure."""
 
     def measure(**gains: float) -> None:
-        _half_torch._warn.cache_clear()
-        monkeypatch.setattr(_half_torch, "float32_gain", lambda dtype: gains[str(dtype).removeprefix("torch.")])
+        half_precision._warn.cache_clear()
+        monkeypatch.setattr(half_precision, "float32_gain", lambda dtype: gains[str(dtype).removeprefix("torch.")])
 
     return measure
 
 
 def test_what_is_measured_is_the_time_of_products_and_leaves_the_threads_alone(monkeypatch: pytest.MonkeyPatch):
     threads = torch.get_num_threads()
-    assert 0.01 < _half_torch.float32_gain(torch.bfloat16) < 1000
+    assert 0.01 < half_precision.float32_gain(torch.bfloat16) < 1000
     assert torch.get_num_threads() == threads
     seconds = {torch.bfloat16: 3e-3, torch.float16: 1e-4, torch.float32: 2e-4}
-    monkeypatch.setattr(_half_torch, "_seconds", seconds.get)
-    _half_torch.float32_gain.cache_clear()
-    assert _half_torch.float32_gain(torch.bfloat16) == pytest.approx(15)
-    assert _half_torch.is_emulated(torch.bfloat16)
-    assert not _half_torch.is_emulated(torch.bfloat16, "cuda")
-    assert not _half_torch.is_emulated(torch.float16)
-    assert not _half_torch.is_emulated(torch.float32)
-    _half_torch.float32_gain.cache_clear()
+    monkeypatch.setattr(half_precision, "_seconds", seconds.get)
+    half_precision.float32_gain.cache_clear()
+    assert half_precision.float32_gain(torch.bfloat16) == pytest.approx(15)
+    assert half_precision.is_emulated(torch.bfloat16)
+    assert not half_precision.is_emulated(torch.bfloat16, "cuda")
+    assert not half_precision.is_emulated(torch.float16)
+    assert not half_precision.is_emulated(torch.float32)
+    half_precision.float32_gain.cache_clear()
 
 
 def test_one_warning_says_what_float32_would_gain(on_a_cpu_with, caplog: pytest.LogCaptureFixture):
     on_a_cpu_with(bfloat16=72.4, float16=1.2)
     for _ in range(2):
-        _half_torch.warn_if_emulated("bfloat16", "cpu")
+        half_precision.warn_if_emulated("bfloat16", "cpu")
     for dtype, device in (("bfloat16", "cuda"), ("float16", "cpu"), ("float32", "cpu"), ("", "cpu")):
-        _half_torch.warn_if_emulated(dtype, device)
+        half_precision.warn_if_emulated(dtype, device)
     (message,) = (record.getMessage() for record in caplog.records)
     assert "only emulates bfloat16: a matrix product of it takes 72 times as long as in float32" in message
     assert "`teacher.dtype: float32`" in message

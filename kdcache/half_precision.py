@@ -49,25 +49,25 @@ def is_emulated(dtype: torch.dtype, device: str = "cpu") -> bool:
     return device == "cpu" and dtype in _HALF.values() and float32_gain(dtype) > 1
 
 
-def warn_if_emulated(dtype: str, device: str, field: str = "teacher.dtype") -> None:
+def warn_if_emulated(dtype: str, device: str, remedy: str = "`teacher.dtype: float32`") -> None:
     """One warning a process where a model's dtype is one that this CPU only emulates, with what float32 would gain.
 
     Args:
         dtype: by name; any.
         device: that the model runs on.
-        field: of the config, which can ask for float32.
+        remedy: how float32 is asked for.
     """
     half = _HALF.get(dtype)
     if half is not None and device == "cpu" and float32_gain(half) > _WORTH_A_WARNING:
-        _warn(dtype, field, f"{float32_gain(half):.0f}")
+        _warn(dtype, remedy, f"{float32_gain(half):.0f}")
 
 
 @cache
-def _warn(dtype: str, field: str, gain: str) -> None:
+def _warn(dtype: str, remedy: str, gain: str) -> None:
     log.warning(
         "this CPU only emulates %s: a matrix product of it takes %s times as long as in float32, measured just now; "
-        "`%s: float32` runs that much faster, on twice the memory",
+        "%s runs that much faster, on twice the memory",
         dtype,
         gain,
-        field,
+        remedy,
     )
