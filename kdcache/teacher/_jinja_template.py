@@ -6,16 +6,17 @@ that transformers gives; what differs is not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jinja2 import meta, nodes
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2.compiler import Frame
 from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from kdcache.inputs.chat import texts_of
+from kdcache.teacher._jinja_bounds import MAX_SOURCE_CHARACTERS, BoundedEnvironment, CountingCode
 from kdcache.teacher.marked_text import MarkedText, concatenate, dump_json, interleave, mark_generated
 
 OWN_VARIABLES = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "range"})
@@ -37,8 +38,10 @@ class ChatTemplate:
         Raises:
             jinja2.exceptions.TemplateError: it is no template.
         """
+        if len(source) > MAX_SOURCE_CHARACTERS:
+            raise TemplateError(f"it is longer than {MAX_SOURCE_CHARACTERS:,} characters, as no template is")
         self.source = source
-        environment = _Environment()
+        environment = self._environment = _Environment()
         tree = environment.parse(source)
         self.variables = frozenset(meta.find_undeclared_variables(tree))
         self.has_generation_tags = any(tag.name == "_generation_support" for tag in tree.find_all(nodes.ExtensionAttribute))
@@ -50,7 +53,8 @@ class ChatTemplate:
         return "strftime_now" in self.variables
 
     def render(self, variables: Mapping[str, Any]) -> MarkedText:
-        """Its text; raises whatever a program can raise."""
+        """Its text; raises whatever a program can raise, and TemplateError where it would come to no end."""
+        self._environment.start(sum(map(len, texts_of(variables))))
         return concatenate([self._template.render(**variables)])
 
 
@@ -66,7 +70,7 @@ class _GenerationTags(Extension):
         return mark_generated(caller())
 
 
-class _MarkingCode(CodeGenerator):
+class _MarkingCode(CountingCode):
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.join_texts((")
         for part in node.nodes:
@@ -75,19 +79,26 @@ class _MarkingCode(CodeGenerator):
         self.write("))")
 
 
-class _Environment(ImmutableSandboxedEnvironment):
+class _Environment(BoundedEnvironment):
     code_generator_class = _MarkingCode
-    concat = staticmethod(concatenate)
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTags, "jinja2.ext.loopcontrols"])
         self.filters |= {"tojson": _to_json, "join": _join}
         self.globals["raise_exception"] = _raise
+        self.bound_functions()
 
-    @staticmethod
-    def join_texts(parts: tuple[Any, ...]) -> MarkedText:
+    def concat(self, parts: Iterable[str]) -> MarkedText:
+        """What a template, a macro or a block writes."""
+        return concatenate(self.joined(parts))
+
+    def join_texts(self, parts: tuple[Any, ...]) -> MarkedText:
         """What `~` gives."""
-        return concatenate(map(str, parts))
+        return self.concat(str(self.weighed(part)) for part in parts)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """As of a plain text: a template cannot tell that its texts are marked."""
+        return super().is_safe_attribute(obj, attr, value) and (not isinstance(obj, MarkedText) or hasattr(str, attr))
 
 
 def _to_json(

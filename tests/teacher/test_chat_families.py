@@ -271,5 +271,5 @@ def test_the_clock_is_the_one_that_was_set(folders):
 
 
 def test_a_template_that_draws_is_refused(folders):
-    with pytest.raises(InputError, match="another text when it is rendered a second time"):
+    with pytest.raises(InputError, match="it draws at random, and would give another text each time"):
         load(folders["bytes"], "{{ range(9999) | random }}" * 3 + PHI).encode_chat(CHAT)
