@@ -7,12 +7,14 @@ opened, and the digest of its parent, so the chain can be checked back to manife
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
 
-from kdcache.errors import CorruptCacheError, UnsupportedVersionError
+from kdcache.errors import CorruptCacheError, FormatError, UnsupportedVersionError
 from kdcache.format import paths
 from kdcache.format.identity import CodecInfo as CodecInfo
 from kdcache.format.identity import FeatureInfo as FeatureInfo
@@ -21,6 +23,7 @@ from kdcache.format.identity import Identity as Identity
 from kdcache.format.identity import SelectionInfo as SelectionInfo
 from kdcache.format.identity import TeacherIdentity as TeacherIdentity
 from kdcache.format.identity import TokenizerIdentity as TokenizerIdentity
+from kdcache.format.manifest_checks import check_depth, check_manifest, check_shard_values
 
 _T = TypeVar("_T")
 
@@ -227,8 +230,8 @@ def manifest_from_json(data: bytes, *, where: str) -> Manifest:
 
     Raises:
         UnsupportedVersionError: another major version, or a required feature that is unknown here.
-        CorruptCacheError: not JSON, a field missing or of the wrong type, a digest that does not match, or a file name that
-            is not one of ours.
+        CorruptCacheError: not JSON, a field missing or of the wrong type, a digest that does not match, a file name that is
+            not one of ours, or a number or a sum out of its range.
     """
     fields = _json_object(data, where)
     _check_version(fields, where)
@@ -244,6 +247,9 @@ def manifest_from_json(data: bytes, *, where: str) -> Manifest:
         paths.is_sha256(index.sha256) and paths.is_index_name(index.name) and index.name == paths.index_name(index.sha256)
     ):
         raise CorruptCacheError(f"{where}: {index.name!r} is not the name of an index with SHA-256 {index.sha256!r}")
+    with _refusals(where):
+        check_depth({name: value for name, value in fields.items() if name != "shards"})
+        check_manifest(manifest)
     msgspec.structs.force_setattr(manifest, "digest", digest)
     return manifest
 
@@ -260,7 +266,20 @@ def shard_from_json(data: bytes, *, where: str) -> ShardInfo:
     _checked_digest(fields, "the journal record's", where)
     shard = _convert(fields, ShardInfo, where)
     _check_shard_name(shard, where)
+    with _refusals(where):
+        check_shard_values(shard)
     return shard
+
+
+@contextmanager
+def _refusals(where: str) -> Iterator[None]:
+    """What is out of its range, with the place named."""
+    try:
+        yield
+    except UnsupportedVersionError as error:
+        raise UnsupportedVersionError(f"{where}: {error}") from error
+    except FormatError as error:
+        raise CorruptCacheError(f"{where}: {error}") from error
 
 
 def _json_object(data: bytes, where: str) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from kdcache.errors import CorruptCacheError, UnsupportedVersionError
+from kdcache.errors import CorruptCacheError, FormatError, UnsupportedVersionError
 from kdcache.format.manifest import FORMAT_NAME, FORMAT_VERSION, CodecInfo, FeatureInfo, Identity, SelectionInfo
+from kdcache.format.manifest_checks import check_content
 from kdcache.format.record import KEY_BYTES
 
 METADATA_KEY = b"kdcache"
@@ -128,6 +129,11 @@ def shard_metadata(schema: pa.Schema, *, where: str) -> ShardMetadata:
         raise UnsupportedVersionError(
             f"{where}: rows have digests of kind {metadata.digest!r}, this kdcache knows {DIGEST_KIND!r}"
         )
+    try:
+        check_content(metadata.vocab_size, metadata.selection, metadata.features)
+    except FormatError as error:
+        kind = UnsupportedVersionError if isinstance(error, UnsupportedVersionError) else CorruptCacheError
+        raise kind(f"{where}: {error}") from error
     return metadata
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdcache.errors import FormatError
-from kdcache.format.manifest import SelectionInfo
+from kdcache.format.identity import SelectionInfo
 
 MAX_K = 2**31
 MAX_DRAWS = 2**16 - 1

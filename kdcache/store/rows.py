@@ -149,12 +149,15 @@ class EncodedRecord:
 class BatchReader:
     """One record batch, decoded a row at a time; each row's digest is checked on every read.
 
+    Attributes:
+        arrow: the batch itself.
+
     Raises:
         CorruptCacheError: the batch's offsets, lengths or text are not valid Arrow, or there are nulls where none may be.
     """
 
     def __init__(self, batch: pa.RecordBatch, metadata: ShardMetadata, codec: Codec, where: str) -> None:
-        self._vocab_size, self.codec, self._where = metadata.vocab_size, codec, where
+        self._vocab_size, self.codec, self._where, self.arrow = metadata.vocab_size, codec, where, batch
         self.features: tuple[FeatureInfo, ...] = metadata.features
         try:
             batch.validate(full=True)  # offsets in bounds and rising, so that no view below can leave its buffer

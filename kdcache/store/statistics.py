@@ -31,10 +31,11 @@ class ShardStatistics:
     num_finished: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
     num_exact_entries: int | msgspec.UnsetType = msgspec.UNSET
 
-    def add(self, record: SequenceRecord) -> None:
-        """Count one sequence."""
+    def add(self, record: SequenceRecord, target_logprobs_P: NDArray[np.float32] | None = None) -> None:
+        """Count one sequence; `target_logprobs_P` where they are at hand already."""
         distributions = record.distributions
-        target_logprobs_P = distributions.target_logprobs(record.sequence.target_ids_P)
+        if target_logprobs_P is None:
+            target_logprobs_P = distributions.target_logprobs(record.sequence.target_ids_P)
         has_target_P = record.sequence.target_ids_P != NO_TARGET
         floor_P, ceiling_P = entropy_bounds(distributions, self.vocab_size)
         self.num_sequences += 1

@@ -73,7 +73,7 @@ REFUSALS = {
     ),
     "huge counts": corrupt(edit_row("num_entries", [65535] * 11), "record batch 0, row 0", "65535 entries", "keeps 5"),
     "a huge number of entries by the selection": corrupt(
-        hostile.replaced_selection({"kind": "top_k", "params": {"k": 2**62}}), "record batch 0", str(2**62), "2^31"
+        hostile.replaced_selection({"kind": "top_k", "params": {"k": 2**62}}), "000001.json", str(2**62), "2^31"
     ),
     "ids beyond the vocabulary": corrupt(edit_row("token_ids", [97] * 55), "record batch 0, row 0", "vocabulary of 97"),
     "negative ids": corrupt(edit_row("token_ids", [-1] * 55), "record batch 0, row 0", "vocabulary of 97"),
