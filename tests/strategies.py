@@ -5,6 +5,8 @@ Shape letters: N tokens, P positions, E entries, K entries of one position, V vo
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -89,7 +91,16 @@ def distributions(draw: st.DrawFn, *, vocab_size: int, target_ids_P: NDArray[np.
 
 @st.composite
 def sequence_records(draw: st.DrawFn, *, vocab_size: int = 97, max_tokens: int = 12, max_entries: int = 6) -> SequenceRecord:
-    """A sequence and what a teacher might have said of it."""
+    """A sequence and what a teacher might have said of it: its probabilities sum to 1."""
     sequence = draw(token_sequences(vocab_size=vocab_size, max_tokens=max_tokens))
     answer = distributions(vocab_size=vocab_size, target_ids_P=sequence.target_ids_P, max_entries=max_entries)
-    return SequenceRecord(sequence, draw(answer))
+    return SequenceRecord(sequence, with_whole_mass(draw(answer)))
+
+
+def with_whole_mass(d: Distributions) -> Distributions:
+    """The same with supports and tails that sum to 1, as a teacher's do: too likely entries shifted down together."""
+    rows_E = np.repeat(np.arange(d.num_positions), d.num_entries_P)
+    over_P = np.log(np.maximum(np.bincount(rows_E, np.exp(d.logprobs_E.astype(np.float64)), d.num_positions), 1.0))
+    logprobs_E = (d.logprobs_E - over_P[rows_E]).astype(np.float32)
+    kept_P = np.bincount(rows_E, np.exp(logprobs_E.astype(np.float64)), d.num_positions)
+    return replace(d, logprobs_E=logprobs_E, tail_mass_P=np.clip(1.0 - kept_P, 0.0, 1.0).astype(np.float32))

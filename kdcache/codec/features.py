@@ -87,7 +87,9 @@ def decode_features(
         stored = checked_column(columns, _column(feature), np.float16 if is_half else np.int8, num_rows * feature.size)
         values = stored.reshape(num_rows, feature.size).astype(np.float32)
         if not is_half:
-            values *= checked_column(columns, _scale_column(feature), np.float32, num_rows)[:, None]
+            scale_R = checked_column(columns, _scale_column(feature), np.float32, num_rows)
+            with np.errstate(over="ignore", invalid="ignore"):  # `verify` refuses what is not finite
+                values *= scale_R[:, None]
         found[feature.name] = values
     return found
 

@@ -43,6 +43,7 @@ class ShardClaims:
         templates: fingerprints of chat templates that may be in its sequences' keys.
         statistics: recomputed as the writer computed them.
         bounds: sum's name -> nats, or mass.
+        faults: the first sequence whose masses do not sum to 1: no damage to others, which are still counted.
     """
 
     codec: Codec
@@ -50,6 +51,7 @@ class ShardClaims:
     templates: Collection[str]
     statistics: ShardStatistics
     bounds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*_SUMS, "target_logprob_sum"), 0.0))
+    faults: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, manifest: Manifest) -> ShardClaims:
@@ -67,7 +69,7 @@ class ShardClaims:
         """Count one sequence.
 
         Raises:
-            CorruptCacheError: a key that is not of the sequence, masses that do not sum to 1, or features that are not finite.
+            CorruptCacheError: a key that is not of the sequence, or features that are not finite.
         """
         self._check_key(record)
         for name, values in record.distributions.features.items():
@@ -82,7 +84,8 @@ class ShardClaims:
             self.statistics.add_column_bytes(name, column.nbytes)
 
     def problems(self, shard: ShardInfo) -> Iterator[str]:
-        """A sentence for each of the shard's claims that its records do not bear out."""
+        """A sentence for each of the faults, and for each of the shard's claims that its records do not bear out."""
+        yield from self.faults
         found = self.statistics
         for name in _COUNTS:
             if getattr(found, name) != getattr(shard, name):
@@ -138,7 +141,8 @@ class ShardClaims:
         with np.errstate(divide="ignore"):
             log_tail_P = np.log(tail_P)
         mass_X, mass_P = _errors(self.lossy, logprobs_X), _errors(self.lossy, log_tail_P)
-        _check_mass(np.bincount(rows_X, mass_X.probability, d.num_positions) + tail_P, mass_X.mass, mass_P.mass, rows_X)
+        total_P = np.bincount(rows_X, mass_X.probability, d.num_positions) + tail_P
+        self._check_mass(total_P, mass_P.mass + np.bincount(rows_X, mass_X.mass, d.num_positions))
         self.bounds["tail_mass_sum"] += float(mass_P.mass.sum())
         if d.entropy_P is not None:
             self._add_entropy_bound(d.entropy_P)
@@ -147,6 +151,15 @@ class ShardClaims:
         terms = float(mass_X.term.sum() + mass_P.term.sum())
         self.bounds["entropy_floor_sum"] += terms
         self.bounds["entropy_ceiling_sum"] += terms + float(mass_P.mass.sum()) * math.log(self.statistics.vocab_size)
+
+    def _check_mass(self, total_P: NDArray[np.float64], off_P: NDArray[np.float64]) -> None:
+        wrong_P = ~(np.abs(total_P - 1) <= MASS_TOLERANCE + off_P)
+        if wrong_P.any() and not self.faults:
+            p = int(np.argmax(wrong_P))
+            self.faults.append(
+                f"sequence {self.statistics.num_sequences - 1} of the shard, record {p}: exact entries and tail_mass sum to "
+                f"{total_P[p]:.4f}, expected 1 within the codec's bound of {MASS_TOLERANCE + off_P[p]:.4f}"
+            )
 
     def _add_entropy_bound(self, entropy_P: NDArray[np.float32]) -> None:
         most = math.log(self.statistics.vocab_size)
@@ -181,19 +194,6 @@ def _errors(codecs: Collection[Codec], logprobs: NDArray[np.float64]) -> _Errors
     most = probability * np.exp(err)
     size = np.abs(1.0 + np.where(probability > 0, logprobs, 0.0))
     return _Errors(probability, most - probability, most * (size + err) * err)
-
-
-def _check_mass(
-    total_P: NDArray[np.float64], off_X: NDArray[np.float64], off_P: NDArray[np.float64], rows_X: NDArray[np.int64]
-) -> None:
-    most_P = MASS_TOLERANCE + off_P + np.bincount(rows_X, off_X, len(total_P))
-    wrong_P = ~(np.abs(total_P - 1) <= most_P)
-    if wrong_P.any():
-        p = int(np.argmax(wrong_P))
-        raise CorruptCacheError(
-            f"record {p}: exact entries and tail_mass sum to {total_P[p]:.4f}, expected 1 within the codec's bound of "
-            f"{most_P[p]:.4f}"
-        )
 
 
 def _parents(lineage: LineageInfo | msgspec.UnsetType) -> Iterator[ParentInfo]:

@@ -62,7 +62,8 @@ class _Nll:
         """Add a shard whose records are all in."""
         self.teacher_sum -= shard.target_logprob_sum
         self.cached_sum -= claims.statistics.target_logprob_sum
-        self.bound_sum += claims.nll_bound()
+        too_small = claims.statistics.num_impossible_targets > shard.num_impossible_targets  # for the codec: no bound is left
+        self.bound_sum += math.inf if too_small else claims.nll_bound()
         self.num_targets += shard.num_targets - shard.num_impossible_targets
 
 
