@@ -69,7 +69,17 @@ class UnsupportedVersionError(FormatError):
 
 
 class CorruptCacheError(FormatError):
-    """A digest, length, offset, width or id in a cache is wrong; the message names the file and the place in it."""
+    """A digest, length, offset, width or id in a cache is wrong; the message names the file and the place in it.
+
+    Attributes:
+        path: of the shard, where a reader met it in one.
+        record_batch: its number in the shard.
+        sequence: number of the sequence in the cache that was asked for.
+    """
+
+    path: str | None = None
+    record_batch: int | None = None
+    sequence: int | None = None
 
 
 class MismatchError(KdcacheError, ValueError):

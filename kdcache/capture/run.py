@@ -12,7 +12,9 @@ from kdcache.capture.signals import StopRequest
 from kdcache.capture.tally import CaptureSummary, fold_if_due, new_summary, own_units
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import config_to_builtins
+from kdcache.errors import CorruptCacheError
 from kdcache.store import chain
+from kdcache.store.repair import find_misfits
 from kdcache.store.writer import CacheWriter, refuse_foreign_directory
 from kdcache.teacher.checkpoint import resolved_revision, weights_digest
 
@@ -45,6 +47,7 @@ def run_capture(
     with closing(prepare(config, progress)) as job, closing(progress):
         existing = _existing_writer(job)
         if existing is not None and _is_finished(job, existing):
+            _refuse_misfits(existing)
             return new_summary(job, fold_if_due(job, existing), num_units_before=len(existing.published_units()))
         if config.run.executor == "ray":
             from kdcache.capture._ray import capture_on_ray
@@ -64,6 +67,17 @@ def _existing_writer(job: Job) -> CacheWriter | None:
     # Where only the loaded teacher can tell, it is compared when it is loaded; what differs without it shows here.
     features = there.features if features is None else features
     return CacheWriter.open(job.path, first_manifest(job, there.teacher, features))
+
+
+def _refuse_misfits(writer: CacheWriter) -> None:
+    """Raise CorruptCacheError where a shard is gone or of another size, so that "nothing to do" is not said of damage."""
+    misfits = find_misfits(writer.root, writer.manifest)
+    if misfits:
+        others = f" (and {len(misfits) - 1} others)" if len(misfits) > 1 else ""
+        raise CorruptCacheError(
+            f"{writer.root / misfits[0].name}: {misfits[0].reason}{others}; `kdcache repair {writer.root}` sets it aside, "
+            "and the same capture then makes it anew"
+        )
 
 
 def _is_finished(job: Job, existing: CacheWriter) -> bool:

@@ -87,6 +87,7 @@ def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:
     if summary.num_units_captured == summary.num_units_left == 0:
         whose = f"rank {run.rank}'s units of " if run.world_size > 1 else ""
         done = f"{summary.path}: nothing to do; all {whose}{count(summary.num_units, 'unit')} are published"
+        done += f", of the sizes that they should have (`kdcache verify {summary.path}` reads them)"
         return rows({"cache": done, "not read": str(summary.left_out)}) if summary.left_out else done
     counts = summary.counts
     shown = {

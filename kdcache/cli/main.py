@@ -28,6 +28,10 @@ COMMANDS = {
     "info": ("kdcache.cli.info", "say what a cache holds"),
     "fold": ("kdcache.cli.fold", "make what is published so far visible to readers"),
     "verify": ("kdcache.cli.verify", "re-read a whole cache and check every promise it makes"),
+    "repair": (
+        "kdcache.cli.repair",
+        "set damaged units of a cache aside, so that they can be made again",
+    ),
     "doctor": ("kdcache.cli.doctor", "say what any cache is, ours or another tool's, and what is wrong with it"),
     "convert": ("kdcache.cli.convert", "write another tool's cache as one of ours"),
     "derive": ("kdcache.cli.derive", "make a cache of other caches: choose, filter, join, reduce, mix; no teacher is asked"),

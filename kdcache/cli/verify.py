@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         report = verify_cache(args.cache, progress)
     for problem in report.problems:
         say(f"damaged: {shown(problem)}", sys.stderr)
+    if report.problems:
+        say(f"`kdcache repair {args.cache}` sets damaged units aside, so that they can be made again", sys.stderr)
     deep = _ask_teacher(args) if args.deep and report.is_sound else None
     for problem in deep.problems if deep is not None else ():
         say(f"wrong: {shown(problem)}", sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -33,7 +34,8 @@ def examine_own(
         CacheNotFoundError, CorruptCacheError: there is no manifest that can be read. TeacherError: the teacher fails.
     """
     report = verify_cache(path)
-    damage = tuple(Finding(f"damaged_{number}", "fatal", problem) for number, problem in enumerate(report.problems))
+    mended = f"`kdcache repair {path}` sets damaged units aside, so that they can be made again"
+    damage = tuple(Finding("damaged", "fatal", f"{problem}; {mended}") for problem in report.problems)
     manifest = report.manifest
     teller = manifest.identity.teacher
     state = "complete" if manifest.is_complete else f"{len(manifest.shards):,} of {manifest.plan.num_units:,} units so far"
@@ -41,8 +43,12 @@ def examine_own(
         "teacher": f"{teller.model}, {teller.dtype}, by {teller.engine} {teller.engine_version}",
         "selection": f"{manifest.identity.selection.kind} {manifest.identity.selection.params}",
         "plan": state,
-        "verified": f"{report.num_positions:,} positions, NLL {report.cached_nll:.6f} "
-        f"(teacher's own {report.teacher_nll:.6f}), {_left_out(manifest)}",
+        "verified": f"{report.num_positions:,} positions"
+        + (
+            ""
+            if math.isnan(report.cached_nll)
+            else f", NLL {report.cached_nll:.6f} (teacher's own {report.teacher_nll:.6f}), {_left_out(manifest)}"
+        ),
     }
     read = partial(_sequences, path) if report.is_sound else partial(iter, ())
     cache = ForeignCache(

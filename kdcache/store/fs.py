@@ -114,6 +114,25 @@ def publish_file(root: Location, temp: Path, name: str) -> None:
     reached("renamed and synced")
 
 
+def move(root: Location, name: str, target: str) -> None:
+    """Give a file of the cache another name in it, replacing what has that name; nothing where it is not there."""
+    if isinstance(root, Path):
+        with suppress(FileNotFoundError):
+            os.replace(root / name, root / target)
+            sync_directory((root / name).parent)
+            sync_directory((root / target).parent)
+        return
+    path, copy = root / name, temp_path(root)
+    try:
+        path.download(copy)
+        (root / target).upload(copy)
+        path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return
+    finally:
+        copy.unlink(missing_ok=True)
+
+
 def publish_bytes(root: Location, data: bytes, name: str) -> None:
     """Write bytes under a final name, whole or not at all; replaces."""
     if not isinstance(root, Path):

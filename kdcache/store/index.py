@@ -5,7 +5,7 @@ index before it, and those of the shards that are new.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,26 @@ def publish_index(root: Location, manifest: Manifest, new: Sequence[ShardInfo]) 
     Raises:
         CorruptCacheError: a shard is missing or no Arrow file any more.
     """
-    table = _sorted_by_unit([_known_rows(root, manifest), *each(partial(_shard_rows, root), new, root)])
+    return _publish(root, _sorted_by_unit([_known_rows(root, manifest), *each(partial(_shard_rows, root), new, root)]))
+
+
+def publish_index_without(root: Location, manifest: Manifest, units: Collection[int]) -> IndexInfo:
+    """Publish the index of a snapshot less some units, of which no shard is opened.
+
+    Raises:
+        CorruptCacheError: the snapshot's index is damaged, and so is the shard of another unit.
+    """
+    kept = tuple(shard for shard in manifest.shards if shard.unit not in units)
+    try:
+        table = open_index(root, manifest.index)
+        table = table.filter(pa.array(~np.isin(table.column("unit").to_numpy(), list(units))))
+    except CorruptCacheError as error:
+        _log.warning("%s; it is made anew from the shards", error)
+        table = index_of_shards(root, kept)
+    return _publish(root, table.combine_chunks())
+
+
+def _publish(root: Location, table: pa.Table) -> IndexInfo:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
         # One record batch, however long: a reader's columns are then views of the map. Of several it would have to make copies.

@@ -116,14 +116,27 @@ class CacheReader:
         num_sequences = len(self.num_tokens_S)
         if not -num_sequences <= number < num_sequences:
             raise IndexError(f"sequence {number} of a cache of {num_sequences}")
-        if self._ahead is None:
-            return self._encoded(number)
         try:
             return self._encoded(number)
-        except CorruptCacheError:
+        except CorruptCacheError as error:
+            if self._ahead is None:
+                raise self._placed(error, number) from error
+        try:
             # The bytes may have been changed on their way here: the store itself is asked once more.
             self._forget(number)
             return self._encoded(number)
+        except CorruptCacheError as error:
+            raise self._placed(error, number) from error
+
+    def _placed(self, error: CorruptCacheError, number: int) -> CorruptCacheError:
+        """The same, with its place and with what to do."""
+        number %= len(self.num_tokens_S)
+        unit, batch, _ = self.place(number)
+        placed = CorruptCacheError(f"{error}; `kdcache repair {self.root}` sets what is damaged aside")
+        shard = self._shards.get(unit)
+        placed.path, placed.record_batch = None if shard is None else str(self.root / shard.name), batch
+        placed.sequence = number
+        return placed
 
     def _encoded(self, number: int) -> EncodedRecord:
         unit, batch, row = self.place(number)

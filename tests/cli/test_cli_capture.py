@@ -67,7 +67,10 @@ def test_capture_verify_info(folder, capsys):
     selection = info["manifest"]["identity"]["selection"]
     assert (selection["kind"], selection["params"]) == ("top_k", {"k": 8})
     assert main(["capture", "c.yaml"]) == 0
-    assert capsys.readouterr().out == "cache: nothing to do; all 3 units are published\n"
+    assert capsys.readouterr().out == (
+        "cache: nothing to do; all 3 units are published, of the sizes that they should have "
+        "(`kdcache verify cache` reads them)\n"
+    )
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, capsys):

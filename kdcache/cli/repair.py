@@ -1,0 +1,50 @@
+"""`kdcache repair CACHE`: set damaged and missing units aside, so that the rest can be read and these can be made again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from kdcache.cli.wording import count
+from kdcache.shown import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = (
+        "Read every byte of a cache, set damaged and missing units aside (in its folder `damaged/`; nothing is deleted), and\n"
+        "publish a snapshot of the others. The command that made the cache, run again, then makes exactly these units anew;\n"
+        "where that cannot be, the rest stays readable. Exit status 1 where something was damaged, 0 where nothing was."
+    )
+    parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Repair, and say what was found and what to do next."""
+    from tqdm import tqdm
+
+    from kdcache.store.repair import repair_cache
+
+    with tqdm(desc="reading", unit="B", unit_scale=True, delay=1.0, file=sys.stderr) as bar:
+
+        def progress(num_done: int, num_all: int) -> None:
+            bar.total = num_all
+            bar.update(num_done - bar.n)
+
+        repair = repair_cache(args.cache, progress)
+    if not repair.damage and not repair.made_index:
+        say(f"{args.cache}: nothing to repair; every shard and the index are as they were written")
+        return 0
+    for damage in repair.damage:
+        say(f"set aside: unit {damage.unit}: {damage.name}: {damage.reason}", sys.stderr)
+    if repair.made_index:
+        say("the index was damaged, and is made anew", sys.stderr)
+    manifest = repair.manifest
+    again = "derive" if manifest.lineage else "capture"  # UNSET is false
+    missing = manifest.plan.num_units - len(manifest.shards)
+    hint = f"; run `kdcache {again}` again as it was run to make {count(missing, 'unit')} anew" if missing else ""
+    say(
+        f"{args.cache}: {count(len(repair.damage), 'unit')} set aside; snapshot {manifest.number} holds "
+        f"{len(manifest.shards):,} of {count(manifest.plan.num_units, 'unit')}{hint}"
+    )
+    return 1

@@ -1,0 +1,151 @@
+"""A way out of damage: what is damaged or missing is set aside, and a snapshot without it published.
+
+A capture (or derivation) that is run again then makes exactly these units anew. Nothing is deleted: what was taken out lies
+in `damaged/`, under its name, until somebody deletes it. The files go first and the manifest comes after: a repair that is
+killed in between leaves missing shards, which the next one sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from kdcache.config.remote import RemoteConfig
+from kdcache.errors import CorruptCacheError, StorageError
+from kdcache.format import paths
+from kdcache.format.manifest import Manifest, ShardInfo
+from kdcache.store import chain, fs
+from kdcache.store.index import open_index, publish_index_without
+from kdcache.store.location import Location, locate
+
+MAX_TRIES = 20
+"""Each time another writer's manifest came first."""
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One unit that was taken out of a cache.
+
+    Attributes:
+        unit: its number in the plan.
+        name: of its shard, inside the cache.
+        reason: what is wrong with it, in words.
+    """
+
+    unit: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a repair found and did.
+
+    Attributes:
+        manifest: the newest snapshot, after it.
+        damage: units that were set aside, in their order.
+        made_index: whether the index was damaged and made anew.
+    """
+
+    manifest: Manifest
+    damage: tuple[Damage, ...] = ()
+    made_index: bool = False
+
+
+def repair_cache(path: str | Path, progress: Progress | None = None, *, remote: RemoteConfig | None = None) -> Repair:
+    """Set damaged and missing shards aside, and publish a snapshot of the others. Reads every byte once.
+
+    Raises:
+        CacheNotFoundError: there is no cache. CorruptCacheError: the newest manifest itself is damaged.
+        StorageError: the disk or store refuses.
+    """
+    root = locate(path, remote)
+    manifest = chain.newest_manifest(root)
+    damage = tuple(_find(root, manifest, progress))
+    made_index = _is_index_damaged(root, manifest)
+    if not damage and not made_index:
+        return Repair(manifest)
+    try:
+        for found in damage:
+            _set_aside(root, found, {shard.unit: shard for shard in manifest.shards}[found.unit])
+        return Repair(_publish(root, {found.name for found in damage}), damage, made_index)
+    except OSError as error:
+        raise StorageError(f"{root}: could not be repaired: {error}; run it again") from error
+
+
+def find_misfits(root: Location, manifest: Manifest) -> list[Damage]:
+    """Shards that are missing or of another size than the manifest says: what is seen without reading them."""
+    found = ((shard, _misfit(root, shard)) for shard in manifest.shards)
+    return [Damage(shard.unit, shard.name, reason) for shard, reason in found if reason is not None]
+
+
+def _find(root: Location, manifest: Manifest, progress: Progress | None) -> list[Damage]:
+    found, num_done, num_all = [], 0, manifest.total("num_bytes")
+    for shard in manifest.shards:
+        reason = _misfit(root, shard) or _changed(root, shard)
+        if reason is not None:
+            found.append(Damage(shard.unit, shard.name, reason))
+        num_done += shard.num_bytes
+        if progress is not None:
+            progress(num_done, num_all)
+    return found
+
+
+def _misfit(root: Location, shard: ShardInfo) -> str | None:
+    try:
+        num_bytes = (root / shard.name).stat().st_size
+    except FileNotFoundError:
+        return "it is missing"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
+    return None if num_bytes == shard.num_bytes else f"it has {num_bytes} bytes, the manifest says {shard.num_bytes}"
+
+
+def _changed(root: Location, shard: ShardInfo) -> str | None:
+    path = root / shard.name
+    copy = None if isinstance(path, Path) else fs.temp_path(root)
+    try:
+        if copy is not None and not isinstance(path, Path):
+            path.download(copy)
+        sha256 = fs.sha256_of(copy or Path(str(path)))
+    except FileNotFoundError:
+        return "it is missing"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
+    finally:
+        if copy is not None:
+            copy.unlink(missing_ok=True)
+    return None if sha256 == shard.sha256 else "its SHA-256 is not the one in the manifest"
+
+
+def _is_index_damaged(root: Location, manifest: Manifest) -> bool:
+    try:
+        return len(open_index(root, manifest.index)) != manifest.total("num_sequences")
+    except CorruptCacheError:
+        return True
+
+
+def _set_aside(root: Location, damage: Damage, shard: ShardInfo) -> None:
+    """The journal's record first: a record whose shard is there is a unit that is done."""
+    fs.make_directory(root, paths.DAMAGED)
+    for name in (paths.journal_name(shard.unit, shard.sha256), damage.name):
+        fs.move(root, name, f"{paths.DAMAGED}/{name.rpartition('/')[2]}")
+
+
+def _publish(root: Location, names: set[str]) -> Manifest:
+    """The next snapshot, without the shards of these names; of a unit that was made anew in the meantime the new one stays."""
+    for _ in range(MAX_TRIES):
+        newest = chain.newest_manifest(root)
+        units = {shard.unit for shard in newest.shards if shard.name in names}
+        shards = tuple(shard for shard in newest.shards if shard.unit not in units)
+        index = publish_index_without(root, newest, units)
+        manifest = msgspec.structs.replace(newest, number=newest.number + 1, parent=newest.digest, shards=shards, index=index)
+        if chain.add_manifest(root, manifest):
+            return manifest
+    raise StorageError(f"{root}: {MAX_TRIES} times another writer's manifest came first; run the repair again")
