@@ -18,6 +18,7 @@ import kdcache
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import ConfigError
+from kdcache.extras import STORES
 from kdcache.loader.loader import Loader
 from kdcache.store.location import RemotePath
 
@@ -159,6 +160,7 @@ def test_a_cache_under_another_scheme_gives_the_stream_of_the_local_copy(local, 
             return super()._strip_protocol(path.removeprefix(f"{scheme}://"))
 
     monkeypatch.setitem(filesystems, scheme, Store)
+    monkeypatch.setitem(STORES, scheme, "fsspec")  # gcsfs need not be installed
     # Of a number of threads that nothing else asks for: stores are kept by their configs.
     config = RemoteConfig(block_dir=str(tmp_path), block_bytes=2**20, num_threads=3)
     copied(local, uri, config)

@@ -79,7 +79,7 @@ def test_a_model_that_mixes_documents_is_refused(model: PreTrainedModel) -> None
         """Adds up the embeddings of all tokens before, whatever the position ids say."""
 
         config, device, training = model.config, model.device, False
-        named_parameters = named_buffers = staticmethod(lambda: ())
+        named_parameters = named_buffers = modules = staticmethod(lambda: ())
 
         @staticmethod
         def base_model(*, input_ids: torch.Tensor, **_: Any) -> Any:
