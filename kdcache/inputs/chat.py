@@ -74,6 +74,13 @@ def is_learnt(message: Message, where: str) -> bool:
     return all(said.values())
 
 
+def says_nothing(message: Message) -> bool:
+    """Whether it is the assistant's, to be learnt, and has no words and no calls."""
+    if message["role"] != "assistant" or message.get("tool_calls") or not is_learnt(message, "a message"):
+        return False
+    return not any(map(str.strip, texts_of({**message, "role": ""})))
+
+
 def texts_of(value: Any) -> Iterator[str]:
     """Every text in a value, at any depth."""
     if isinstance(value, str):

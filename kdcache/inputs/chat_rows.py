@@ -32,6 +32,9 @@ READ_BESIDE = ("system", "tools", "functions", "documents", "chat_template_kwarg
 UNUSED = (
     "system_prompt", "image", "images", "video", "videos", "audio", "audios", "label", "weight", "weights", "train", "training",
     "chosen", "rejected", "tool_choice", "parallel_tool_calls", "response_format", "response", "history", "loss_mask",
+    "system_message", "instructions", "context", "reasoning", "reasoning_content", "reasoning_effort", "thinking", "thoughts",
+    "enable_thinking", "tool_calls", "available_tools", "mask", "masks", "labels", "assistant_mask", "assistant_masks",
+    "completion_mask", "prompt_mask", "roles_to_train", "train_on_inputs",
 )  # fmt: skip
 """Names that bear on the prompt or the mask in some data and that nobody uses here; and whatever the template reads."""
 
@@ -71,6 +74,9 @@ def chat_of(row: Mapping[str, Any], field: str | None, where: str, *, is_table: 
         InputError: something is of another type; names it.
     """
     names = content_names(list(row), field)
+    if names and _is_nothing(row[names[0]]):  # of tables that were joined, a row has one of several columns
+        filled = content_names([name for name, value in row.items() if not _is_nothing(value)], field)
+        names = [name for name in PAIR if name in row] if filled[:1] == [PAIR[0]] else filled or names
     row = _unpacked({name: value for name, value in row.items() if not _is_nothing(value)}, names, where)
     if is_table:
         row = {name: without_nulls(value) for name, value in row.items()}
@@ -101,7 +107,10 @@ def parse_messages(value: Any, where: str) -> list[dict[str, Any]]:
     """
     value = _from_json(value, where)
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
-        value = [dict(zip(value, cells, strict=False)) for cells in zip(*value.values(), strict=False)]
+        if len(set(map(len, value.values()))) > 1:
+            lengths = ", ".join(f"{name!r} has {len(column)}" for name, column in value.items())
+            raise InputError(f"{where} is one list for each key of a message, but they are of different lengths: {lengths}")
+        value = [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
         raise InputError(f"{where} is {shown(value)}, but content 'messages' needs a list of {{role, content}}")
     return [_parse_message(message, f"{where}[{index}]") for index, message in enumerate(value)]
@@ -129,9 +138,13 @@ def _messages_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> li
     there = [name for name in names if name in row]
     if not there:
         return []
+    if names == [PAIR[0]] and isinstance(_messages_or_text(row[PAIR[0]]), str):
+        raise InputError(
+            f"{where} 'prompt' is {shown(row[PAIR[0]])}; with no 'completion' beside it, it must be a list of messages"
+        )
     if names[0] != PAIR[0] or names == [PAIR[0]]:
         return parse_messages(row[there[0]], f"{where} {there[0]!r}")
-    prompt, completion = (_from_json(row.get(name, ""), f"{where} {name!r}", lenient=True) for name in PAIR)
+    prompt, completion = (_messages_or_text(row.get(name, "")) for name in PAIR)
     if isinstance(prompt, str) and isinstance(completion, str):
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     if isinstance(completion, Mapping):
@@ -160,6 +173,10 @@ def _parse_message(message: Any, where: str) -> dict[str, Any]:
         raise InputError(f"{where}.content is {shown(fields['content'])}, but must be text")
     if role == "function_call":
         fields = _as_call(fields, where)
+    if isinstance(fields.get("function_call"), Mapping) and "tool_calls" not in fields:  # OpenAI's, before there were tools
+        fields["tool_calls"] = [{"type": "function", "function": dict(fields.pop("function_call"))}]
+    if isinstance(fields.get("tool_calls"), str):
+        fields["tool_calls"] = _listed(fields, "tool_calls", where)
     if is_learnt(fields, where) and fields["role"] != "assistant" and any(name in fields for name in LEARN_KEYS):
         name = next(name for name in LEARN_KEYS if name in fields)
         # 1 is what some writers put everywhere.
@@ -197,6 +214,10 @@ def _listed(row: Mapping[str, Any], name: str, where: str) -> list[Any] | None:
     if value is None:
         return None
     value = _from_json(value, f"{where}: {name!r}")
+    if value is None:
+        return None
+    if isinstance(value, list):
+        value = [_from_json(each, f"{where}: {name!r}") if isinstance(each, str) and "{" in each else each for each in value]
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         raise InputError(f"{where}: {name!r} is {shown(value)}, but must be a list of objects, or that as JSON text")
     return [dict(each) for each in value] or None
@@ -212,16 +233,26 @@ def _arguments(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _from_json(value: Any, where: str, *, lenient: bool = False) -> Any:
-    """A value that may be JSON text. `lenient`: text that is no JSON list is text."""
-    if not isinstance(value, str) or (lenient and not value.lstrip().startswith(("[{", "[ {"))):
+def _from_json(value: Any, where: str) -> Any:
+    """A value that may be JSON text."""
+    if not isinstance(value, str):
         return value
     try:
         return msgspec.json.decode(value)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        if lenient:
-            return value
         raise InputError(f"{where} is {shown(value)}, and that is not JSON: {error}") from error
+
+
+def _messages_or_text(value: Any) -> Any:
+    """A value that may be messages as JSON text; an answer may be a list of calls in JSON, which is text."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = msgspec.json.decode(value)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return value
+    is_messages = all(isinstance(each, Mapping) and ("role" in each or "from" in each) for each in found)
+    return found if found and is_messages else value
 
 
 def _is_nothing(value: Any) -> bool:

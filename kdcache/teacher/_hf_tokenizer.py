@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from kdcache.errors import InputError, TeacherError
 from kdcache.format.manifest import TokenizerIdentity, fingerprint
-from kdcache.inputs.chat import Chat, Message
+from kdcache.inputs.chat import Chat, Message, says_nothing
 from kdcache.teacher._jinja_template import ChatTemplate
 from kdcache.teacher.base import first_line
 from kdcache.teacher.chat_tokens import ChatEncoding, words_of
@@ -105,6 +105,8 @@ class HfTokenizer:
             notes.append("an assistant's message of which the template leaves out what it says, or its calls: it is not learnt")
         if spans.empty:
             notes.append("an assistant's turn is empty, and it cannot be proven which token ends it: it is not learnt")
+        if any(says_nothing(message) for index, message in enumerate(chat.messages) if index not in spans.empty):
+            notes.append("an assistant's message says nothing: that its turn ends at once is learnt")
         return tokens.chat(chat, spans, notes)
 
     def encode_prompt(self, chat: Chat | Sequence[Message]) -> ChatTokens:

@@ -38,6 +38,14 @@ def chat(row, field=None, *, is_table=False, variables=frozenset()) -> Chat:
         ({"prompt": "hi", "completion": "yo"}, [USER, ANSWER]),
         ({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, [USER, ANSWER | {"weight": 0}, USER, ANSWER]),
         ({"prompt": [USER]}, [USER]),
+        ({"prompt": "hi", "completion": '[{"name": "find", "arguments": {}}]'},
+         [USER, {"role": "assistant", "content": '[{"name": "find", "arguments": {}}]'}]),
+        ({"messages": None, "conversations": [{"from": "human", "value": "hi"}]}, [USER]),
+        ({"messages": None, "prompt": "hi", "completion": "yo"}, [USER, ANSWER]),
+        ({"messages": [USER, {"role": "assistant", "content": None, "function_call": CALL["function"]}]},
+         [USER, {"role": "assistant", "tool_calls": [CALL]}]),
+        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])}]},
+         [USER, {"role": "assistant", "tool_calls": [CALL]}]),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]}, [USER]),
         ({"messages": [USER], "system": "s"}, [{"role": "system", "content": "s"}, USER]),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL]}]},
@@ -70,6 +78,11 @@ def test_what_stands_beside_the_messages_goes_to_the_template():
     assert (packed.messages, packed.tools, packed.unused) == ([USER], [TOOL], ("'label' of the row is not used",))
 
 
+def test_tools_as_json_text_within_a_list_or_as_null():
+    assert chat({"messages": [USER], "tools": [json.dumps(TOOL)]}).tools == [TOOL]
+    assert chat({"messages": [USER], "tools": "null"}).tools is None
+
+
 def test_what_bears_on_prompt_or_mask_and_is_not_used_is_named():
     row = {"messages": [USER], "id": 3, "label": False, "weight": 0.5, "images": [b"x"], "rejected": [], "style": "dry"}
     assert chat(row).unused == tuple(f"{name!r} of the row is not used" for name in ("label", "weight", "images"))
@@ -97,6 +110,11 @@ def test_what_bears_on_prompt_or_mask_and_is_not_used_is_named():
         ({"messages": [USER], "chat_template_kwargs": {"tokenize": True}}, "sets 'tokenize', which is not the row's to set"),
         ({"prompt": "hi", "completion": [ANSWER]}, "'prompt' and 'completion' are str and list"),
         ({"conversations": [{"from": "function_call", "value": "find it"}]}, "and that is not JSON"),
+        ({"prompt": "hi", "chosen": [ANSWER]}, "with no 'completion' beside it, it must be a list of messages"),
+        (
+            {"messages": {"role": ["user", "assistant"], "content": ["hi"]}},
+            "of different lengths: 'role' has 2, 'content' has 1",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(row, sentence):

@@ -105,3 +105,10 @@ def test_thoughts_that_the_template_leaves_out_are_named(folder):
     # What is only trimmed is not lost.
     trims = CHATML.replace("m.content", "m.content | trim")
     assert load(folder, trims).encode_chat([CHAT[1], {"role": "assistant", "content": "  yes \n"}]).notes == ()
+
+
+def test_an_answer_that_says_nothing_is_named(folder):
+    said = "an assistant's message says nothing: that its turn ends at once is learnt"
+    tokenizer = load(folder, CHATML)
+    assert tokenizer.encode_chat([CHAT[1], {"role": "assistant", "content": " "}]).notes == (said,)
+    assert tokenizer.encode_chat([CHAT[1], {"role": "assistant", "content": "", "weight": 0}]).notes == ()
