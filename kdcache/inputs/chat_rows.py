@@ -177,6 +177,8 @@ def _parse_message(message: Any, where: str) -> dict[str, Any]:
         fields["tool_calls"] = [{"type": "function", "function": dict(fields.pop("function_call"))}]
     if isinstance(fields.get("tool_calls"), str):
         fields["tool_calls"] = _listed(fields, "tool_calls", where)
+    if not fields.get("tool_calls", True):  # no calls; some templates ask whether the key is there
+        del fields["tool_calls"]
     if is_learnt(fields, where) and fields["role"] != "assistant" and any(name in fields for name in LEARN_KEYS):
         name = next(name for name in LEARN_KEYS if name in fields)
         # 1 is what some writers put everywhere.
@@ -217,10 +219,10 @@ def _listed(row: Mapping[str, Any], name: str, where: str) -> list[Any] | None:
     if value is None:
         return None
     if isinstance(value, list):
-        value = [_from_json(each, f"{where}: {name!r}") if isinstance(each, str) and "{" in each else each for each in value]
-    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
-        raise InputError(f"{where}: {name!r} is {shown(value)}, but must be a list of objects, or that as JSON text")
-    return [dict(each) for each in value] or None
+        items = [_from_json(each, f"{where}: {name!r}") if isinstance(each, str) and "{" in each else each for each in value]
+        if all(isinstance(each, Mapping) for each in items):
+            return [dict(each) for each in items] or None
+    raise InputError(f"{where}: {name!r} is {shown(value)}, but must be a list of objects, or that as JSON text")
 
 
 def _arguments(row: Mapping[str, Any], where: str) -> dict[str, Any]:

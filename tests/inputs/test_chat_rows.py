@@ -40,6 +40,7 @@ def chat(row, field=None, *, is_table=False, variables=frozenset()) -> Chat:
         ({"prompt": [USER]}, [USER]),
         ({"prompt": "hi", "completion": '[{"name": "find", "arguments": {}}]'},
          [USER, {"role": "assistant", "content": '[{"name": "find", "arguments": {}}]'}]),
+        ({"messages": [USER, ANSWER | {"tool_calls": []}]}, [USER, ANSWER]),
         ({"messages": None, "conversations": [{"from": "human", "value": "hi"}]}, [USER]),
         ({"messages": None, "prompt": "hi", "completion": "yo"}, [USER, ANSWER]),
         ({"messages": [USER, {"role": "assistant", "content": None, "function_call": CALL["function"]}]},
