@@ -29,6 +29,10 @@ TRAILER_BYTES = 10
 """Behind the footer: its length and the magic word."""
 
 
+class JoinedStreamsError(struct.error):
+    """More data follows the end of a stream: a reader would leave it out without a word."""
+
+
 class MessagePlace(NamedTuple):
     """Where a message starts in its file, and the bytes of its metadata and of its buffers."""
 
@@ -139,6 +143,8 @@ def _stream_messages(data: memoryview) -> Iterator[tuple[memoryview, memoryview]
         is_old = marker != _CONTINUATION
         num_bytes, body_at = (marker, at + 4 + marker) if is_old else (num_bytes, at + 8 + num_bytes)
         if num_bytes == 0:
+            if bytes(data[body_at:]).strip(b"\0"):
+                raise JoinedStreamsError
             return
         message = data[at:body_at]
         body_field = _field(_metadata(message), _follow(_metadata(message), 0), _MESSAGE_BODY_BYTES)

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from kdcache.errors import InputError
-from kdcache.format.arrow_messages import message_sizes
+from kdcache.format.arrow_messages import JoinedStreamsError, message_sizes
 from kdcache.inputs.open_file import MAX_INFLATION
 
 FREE_BYTES = 2**26
@@ -48,6 +48,10 @@ def check_inflation(data: memoryview, where: str) -> None:
                     f"{where}: {claimed:,} bytes are to come out of {packed:,} compressed ones, more than {MAX_INFLATION} "
                     "times as many, as of no real data; where it is sound, write it without compression"
                 )
+    except JoinedStreamsError as error:
+        raise InputError(
+            f"{where}: more data follows the end of its Arrow stream, as where files were joined into one: keep them apart"
+        ) from error
     except struct.error as error:
         raise InputError(f"{where}: not a readable Arrow IPC file or stream: a message leaves the file, or is none") from error
     if total > FREE_BYTES and total > MAX_INFLATION * len(data):

@@ -219,7 +219,9 @@ def _listed(row: Mapping[str, Any], name: str, where: str) -> list[Any] | None:
     if value is None:
         return None
     if isinstance(value, list):
-        items = [_from_json(each, f"{where}: {name!r}") if isinstance(each, str) and "{" in each else each for each in value]
+        items: list[Any] = [
+            _from_json(each, f"{where}: {name!r}") if isinstance(each, str) and "{" in each else each for each in value
+        ]
         if all(isinstance(each, Mapping) for each in items):
             return [dict(each) for each in items] or None
     raise InputError(f"{where}: {name!r} is {shown(value)}, but must be a list of objects, or that as JSON text")

@@ -44,6 +44,8 @@ def find_files(paths: Iterable[str], input_format: str) -> FoundFiles:
     left_out = LeftOut()
     found: set[str] = set()
     for path in paths:
+        if not path.strip():
+            raise InputError("input.paths holds an empty text; '.' is the working directory")
         here = LeftOut()
         try:
             matches = _matches(path, ENDINGS[input_format], here)

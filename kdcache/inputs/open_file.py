@@ -18,6 +18,9 @@ MAX_INFLATION = 250
 """Most bytes that a compressed byte may become, beyond the first FREE_BYTES: text comes to 3 to 50, a bomb to 1,000."""
 FREE_BYTES = 2**30
 
+GIT_LFS = b"version https://git-lfs.github.com/spec/"
+"""How the file begins that stands for another one in a repository."""
+
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 _FOREIGN = {
     b"BZh": "bzip2 data: decompress it, or compress it with gzip or zstd",
@@ -27,8 +30,11 @@ _FOREIGN = {
     b"7z\xbc\xaf": "a 7z archive: unpack it",
     b"ARROW1\0\0": "an Arrow file: set input.format to 'arrow'",
     b"PAR1\x15": "a Parquet file: set input.format to 'parquet'",
+    b"\xff\xfe\0\0": "UTF-32 text: convert it to UTF-8",
     b"\xff\xfe": "UTF-16 text: convert it to UTF-8",
     b"\xfe\xff": "UTF-16 text: convert it to UTF-8",
+    b"\0\0\xfe\xff": "UTF-32 text: convert it to UTF-8",
+    GIT_LFS: "a pointer of Git LFS in place of the data: fetch them (git lfs pull)",
     _GZIP: "compressed twice: decompress it once",
     _ZSTD: "compressed twice: decompress it once",
 }

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from kdcache.errors import InputError
 from kdcache.inputs.arrow_files import check_inflation
 from kdcache.inputs.content import Fields, Item, Place, parse_domain, parse_row
+from kdcache.inputs.open_file import GIT_LFS
 
 _ROWS_PER_READ = 1024
 _ARROW_FILE_MAGIC = b"ARROW1"
@@ -26,6 +27,7 @@ def read_parquet(path: str, file: int, start: Place, *, fields: Fields) -> Itera
         InputError: not a whole Parquet file, no such column, or a column or cell of the wrong type.
     """
     try:
+        _refuse_pointer(path)
         with pq.ParquetFile(path) as table:
             _check_columns(table.schema_arrow, path, fields)
             groups, first_row = _groups_from(table.metadata, start.offset)
@@ -45,6 +47,7 @@ def read_arrow(path: str, file: int, start: Place, *, fields: Fields) -> Iterato
         InputError: as `read_parquet`.
     """
     try:
+        _refuse_pointer(path)
         with pa.memory_map(path) as source:
             is_file = source.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
             source.seek(0)
@@ -114,6 +117,12 @@ def row_values(table: Any, fields: Fields) -> Iterator[dict[str, Any]]:
     columns = [column_values(table.column(name), kind) for name, kind in zip(names, kinds, strict=True)]
     for cells in zip(*columns, strict=True):
         yield dict(zip(names, cells, strict=True))
+
+
+def _refuse_pointer(path: str) -> None:
+    with open(path, "rb") as file:
+        if file.read(len(GIT_LFS)) == GIT_LFS:
+            raise InputError(f"{path}: holds a pointer of Git LFS in place of the data: fetch them (git lfs pull)")
 
 
 def _rows(batches: Iterator[Any], path: str, start: Place, first_row: int, fields: Fields) -> Iterator[Item]:

@@ -93,7 +93,11 @@ def test_odd_names_are_sentences_and_no_tracebacks(tmp_path):
     assert str(find_files([str(tmp_path)], "jsonl").left_out).endswith(r"/\udcff.md)")
     with pytest.raises(InputError, match=r"\\udcff\.md: the file's name is not UTF-8.*rename it"):
         find_files([f"{tmp_path}/*"], "jsonl")
-    for path, sentence in (("x" * 5000, "cannot be looked for: File name too long"), ("a\0b", "no such file or folder")):
+    for path, sentence in (
+        ("x" * 5000, "cannot be looked for: File name too long"),
+        ("a\0b", "no such file or folder"),
+        ("", "empty text"),
+    ):
         with pytest.raises(InputError, match=sentence):
             find_files([path], "jsonl")
 

@@ -123,6 +123,26 @@ def test_text_that_is_not_utf8_is_named_by_row(tmp_path, suffix):
                 read(path, field="x")
 
 
+def test_streams_joined_into_one_file_are_refused(tmp_path):
+    with pa.ipc.new_stream(tmp_path / "one.arrow", pa.schema([("text", pa.string())])) as writer:
+        writer.write_table(pa.table({"text": ["a"]}))
+    one = (tmp_path / "one.arrow").read_bytes()
+    (tmp_path / "two.arrow").write_bytes(one + one)
+    with pytest.raises(InputError, match="more data follows the end of its Arrow stream"):
+        list(ItemReader(InputConfig(format="arrow", paths=(str(tmp_path / "two.arrow"),))).items())
+    (tmp_path / "padded.arrow").write_bytes(one + b"\0" * 64)
+    assert [
+        item.content for item in ItemReader(InputConfig(format="arrow", paths=(str(tmp_path / "padded.arrow"),))).items()
+    ] == ["a"]
+
+
+@pytest.mark.parametrize("file_format", ["txt", "lines", "jsonl", "parquet", "arrow"])
+def test_a_pointer_of_git_lfs_is_no_data(tmp_path, file_format):
+    (tmp_path / "data").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n")
+    with pytest.raises(InputError, match="holds a pointer of Git LFS"):
+        list(ItemReader(InputConfig(format=file_format, paths=(str(tmp_path / "data"),))).items())
+
+
 def test_a_table_that_is_cut_while_it_is_read_is_named(tmp_path):
     path = tmp_path / "x.arrow"
     with pa.ipc.new_file(path, pa.schema({"text": pa.string()})) as writer:
