@@ -28,6 +28,11 @@ MAX_CONDITION = 2.0**24
 this the least singular values are rounding noise, and are divided by all the same."""
 
 MAX_K = 2**20
+MAX_TERMS, MAX_POWER, MAX_CURVE_VALUES = 16, 64, 2**23
+"""Of the fitted curve: DistillKit's own configs have up to five terms, of powers up to four; values are ranks times terms."""
+
+MAX_UNPACKED_BITS = 2**24
+"""At once, each of which takes eight bytes for a moment."""
 
 
 class Bin(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +68,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"expected 0 <= exact_k <= k <= d, got {ranks}")
         if any(isinstance(term, str) and term not in ("sqrt", "exp") for term in self.polynomial_terms or []):
             raise ValueError(f"polynomial_terms are whole numbers, sqrt and exp, got {self.polynomial_terms}")
+        terms = self.polynomial_terms or []
+        if len(terms) > MAX_TERMS or len(terms) * self.num_fitted > MAX_CURVE_VALUES:
+            raise ValueError(f"{len(terms)} polynomial_terms for {self.num_fitted} ranks, expected at most {MAX_TERMS}")
+        if any(isinstance(term, int) and abs(term) > MAX_POWER for term in terms):
+            raise ValueError(f"polynomial_terms are powers from {-MAX_POWER} to {MAX_POWER}")
         if any(not 1 <= b.element_bits <= 32 or not 1 <= b.num_elements <= self.k for b in self.residual_bins):
             raise ValueError("residual_bins: expected 1 to 32 bits and 1 to k elements in each")
         if sum(b.num_elements for b in self.residual_bins) > self.num_fitted:
@@ -104,8 +114,8 @@ class LegacyConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not (1 <= self.k <= min(self.vocab_size, MAX_K) and 0 <= self.exact_k <= self.k and self.vocab_size <= 2**31):
             raise ValueError(f"expected 0 <= exact_k <= k <= vocab_size, got {self.exact_k}, {self.k}, {self.vocab_size}")
-        if not 0 <= self.polynomial_degree <= 64:
-            raise ValueError(f"polynomial_degree is {self.polynomial_degree}, expected 0 to 64")
+        if not 0 <= self.polynomial_degree <= MAX_TERMS:
+            raise ValueError(f"polynomial_degree is {self.polynomial_degree}, expected 0 to {MAX_TERMS}")
 
     @property
     def id_bits(self) -> int:
@@ -249,8 +259,14 @@ def _residuals(rows_RQ: NDArray[np.uint8], config: Config) -> NDArray[np.float32
 
 
 def _unpack(rows_RQ: NDArray[np.uint8], width: int, number: int) -> NDArray[np.int64]:
-    bits = np.unpackbits(rows_RQ, axis=1, count=number * width, bitorder="big").reshape(len(rows_RQ), number, width)
-    return bits.astype(np.int64) @ (np.int64(1) << np.arange(width - 1, -1, -1, dtype=np.int64))
+    weights = np.int64(1) << np.arange(width - 1, -1, -1, dtype=np.int64)
+    steps = np.empty((len(rows_RQ), number), np.int64)
+    at_once = max(1, MAX_UNPACKED_BITS // (number * width))
+    for at in range(0, len(rows_RQ), at_once):
+        part_RQ = rows_RQ[at : at + at_once]
+        bits = np.unpackbits(part_RQ, axis=1, count=number * width, bitorder="big").reshape(len(part_RQ), number, width)
+        steps[at : at + at_once] = bits.astype(np.int64) @ weights
+    return steps
 
 
 def _floats(rows_RQ: NDArray[np.uint8], name: FloatName) -> NDArray[np.float32]:

@@ -34,6 +34,10 @@ STORAGE = re.compile(r"[^/]+/data/(\d+)")
 DTYPES = {"fp16": "<f2", "fp32": "<f4", "bf16": "<u2"}
 MAX_META_BYTES = 2**20
 MAX_PAYLOAD_BYTES = 2**31
+FREE_BYTES, MAX_INFLATION = 2**26, 250
+"""A payload may become 64 MiB, or this many times its size: half-precision logprobs and ids become twice."""
+
+READ_BYTES = 2**22
 VOCAB_LIMIT = 2**17
 
 
@@ -172,6 +176,8 @@ def _storages(blob: bytes, where: str) -> list[bytes]:
             # torch stores, and does not deflate: what is larger than the blob would be a bomb.
             if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > len(blob) for info in found.values()):
                 raise InputError(f"{where}: not what torch.save writes: a tensor is compressed")
+            if sum(info.file_size for info in found.values()) > len(blob):
+                raise InputError(f"{where}: not what torch.save writes: tensors lie on top of each other")
             return [archive.read(found[key]) for key in range(len(found))]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, InputError):
@@ -180,14 +186,18 @@ def _storages(blob: bytes, where: str) -> list[bytes]:
 
 
 def _decompressed(data: bytes, where: str) -> bytes:
+    limit = min(MAX_PAYLOAD_BYTES, max(FREE_BYTES, MAX_INFLATION * len(data)))
+    blob = bytearray()
     try:
         with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
-            blob = stream.read(MAX_PAYLOAD_BYTES + 1)
+            # Piece by piece: one read of the whole would take memory for all that there may be.
+            while piece := stream.read(READ_BYTES):
+                blob += piece
+                if len(blob) > limit:
+                    raise InputError(f"{where}: more than {limit:,} bytes come out of {len(data):,}, as of no real payload")
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{where}: not zstd: {error}") from error
-    if len(blob) > MAX_PAYLOAD_BYTES:
-        raise InputError(f"{where}: more than {MAX_PAYLOAD_BYTES:,} bytes when decompressed")
-    return blob
+    return bytes(blob)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -219,6 +229,8 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
             for member in archive:
                 if not member.isreg():
                     continue
+                if member.issparse():
+                    raise InputError(f"{path}: member {member.name!r} is sparse: its bytes are not in the tar")
                 limit = MAX_META_BYTES if member.name == META else MAX_PAYLOAD_BYTES
                 if member.size > limit:
                     raise InputError(f"{path}: member {member.name!r} has {member.size:,} bytes, at most {limit:,} are read")

@@ -22,6 +22,7 @@ from kdcache.errors import InputError
 from kdcache.inputs.arrow_files import open_arrow
 from kdcache.inputs.content import START
 from kdcache.inputs.open_file import TextFiles
+from kdcache.inputs.parquet_bounds import check_parquet
 from kdcache.inputs.text_files import read_objects
 
 COMPRESSED = (".gz", ".zst")
@@ -34,8 +35,6 @@ ROWS_TO_LOOK_AT = 16
 """To tell a layout by: the first answers of an engine may be empty."""
 
 MAX_ROWS_PER_SEQUENCE = 2**24
-MAX_VALUES_PER_ROW = 2**29
-"""Values of one column in one Parquet row, by the file's own account; a row of 10^5 positions of 350 packed bytes has 2^25."""
 _DESCRIPTIONS = {
     "dataset_info.json",
     "state.json",
@@ -259,7 +258,7 @@ def _columns(kind: str, path: Path) -> tuple[str, ...]:
 def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[str, Row]]:
     with _translated(path), pq.ParquetFile(path) as table:
         names = [name for name in table.schema_arrow.names if columns is None or name in columns]
-        _refuse_bombs(table.metadata, path)
+        check_parquet(table.metadata, str(path))
         number = 0
         for batch in table.iter_batches(batch_size=ROWS_PER_READ, columns=names):
             yield from _batch_rows(batch, path, number)
@@ -291,16 +290,6 @@ def _batch_rows(batch: pa.RecordBatch, path: Path, first: int) -> Iterator[tuple
     for index in range(batch.num_rows):
         cells = {name: batch.column(column)[index] for column, name in enumerate(batch.schema.names)}
         yield f"{path}#{first + index}", cells
-
-
-def _refuse_bombs(metadata: Any, path: Path) -> None:
-    """Parquet's run lengths let a few bytes stand for 2^31 values: the file says beforehand how many there are."""
-    for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
-        for column in (group.column(number) for number in range(group.num_columns)):
-            if column.num_values > MAX_VALUES_PER_ROW * max(group.num_rows, 1):
-                raise InputError(
-                    f"{path}: column {column.path_in_schema!r} holds {column.num_values:,} values in {group.num_rows} rows"
-                )
 
 
 @contextmanager

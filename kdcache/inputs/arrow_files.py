@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from kdcache.errors import InputError
@@ -34,7 +35,7 @@ def open_arrow(source: Any, where: str) -> tuple[pa.Schema, Iterator[pa.RecordBa
     is_file = data.slice(0, len(_FILE_MAGIC)).to_pybytes() == _FILE_MAGIC
     reader: Any = pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)
     batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
-    return reader.schema, map(_validated, batches)
+    return reader.schema, (_validated(batch, data.size, where) for batch in batches)
 
 
 def check_inflation(data: memoryview, where: str) -> None:
@@ -58,6 +59,55 @@ def check_inflation(data: memoryview, where: str) -> None:
         raise InputError(f"{where}: {total:,} bytes are to come out of a file of {len(data):,}, as of no real data")
 
 
-def _validated(batch: pa.RecordBatch) -> pa.RecordBatch:
+def _validated(batch: pa.RecordBatch, num_bytes: int, where: str) -> pa.RecordBatch:
+    check_views(batch.columns, num_bytes, where)
     batch.validate(full=True)
+    check_rows(batch.columns, num_bytes, where)
     return batch
+
+
+def check_rows(columns: Iterable[Any], num_bytes: int, where: str) -> None:
+    """Raise InputError where validated columns would become more values than any real ones of their file: rows and values of
+    nothing, runs, and views of the same bytes again and again take no room in a file.
+
+    Args:
+        columns: arrays of `pyarrow`.
+        num_bytes: of its file.
+        where: for messages.
+    """
+    num_values = sum(map(_num_values, columns))
+    if num_values > FREE_BYTES and num_values > MAX_INFLATION * num_bytes:
+        raise InputError(f"{where}: {num_values:,} values are to come out of a file of {num_bytes:,} bytes, as of no real data")
+
+
+def check_views(columns: Iterable[Any], num_bytes: int, where: str) -> None:
+    """Raise as `check_rows` for views of texts that are not validated in full yet: that reads every byte of every view."""
+    views = [column for column in columns if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type)]
+    for column in views:
+        column.validate()
+    check_rows(views, num_bytes, where)
+
+
+def _num_values(column: Any) -> int:
+    """Of an array, at every level; the bytes of texts."""
+    types, kind = pa.types, column.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return _num_values(column.storage)
+    if types.is_dictionary(kind):
+        return len(column) + _num_values(column.dictionary)
+    if types.is_run_end_encoded(kind):
+        return len(column) + _num_values(column.values)
+    if types.is_string_view(kind) or types.is_binary_view(kind):
+        lengths = np.frombuffer(column.buffers()[1] or b"", np.int32)[::4][column.offset : column.offset + len(column)]
+        return len(column) + int(lengths.astype(np.int64).sum())
+    if types.is_list_view(kind) or types.is_large_list_view(kind):
+        # A value may be in every view.
+        widest = _num_values(column.values) // max(len(column.values), 1) + 1
+        return len(column) + int(column.sizes.to_numpy().astype(np.int64).sum()) * widest
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return len(column) + _num_values(column.flatten())
+    if types.is_map(kind):
+        return len(column) + _num_values(column.keys) + _num_values(column.items)
+    if types.is_struct(kind):
+        return len(column) + sum(map(_num_values, column.flatten()))
+    return len(column)

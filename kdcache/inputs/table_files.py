@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdcache.errors import InputError
-from kdcache.inputs.arrow_files import check_inflation
+from kdcache.inputs.arrow_files import check_inflation, check_rows, check_views
 from kdcache.inputs.content import Fields, Item, Place, parse_domain, parse_row
 from kdcache.inputs.open_file import GIT_LFS
+from kdcache.inputs.parquet_bounds import check_parquet
 
 _ROWS_PER_READ = 1024
 _ARROW_FILE_MAGIC = b"ARROW1"
@@ -30,6 +31,7 @@ def read_parquet(path: str, file: int, start: Place, *, fields: Fields) -> Itera
         _refuse_pointer(path)
         with pq.ParquetFile(path) as table:
             _check_columns(table.schema_arrow, path, fields)
+            check_parquet(table.metadata, path)
             groups, first_row = _groups_from(table.metadata, start.offset)
             columns = fields.read_names(table.schema_arrow.names)
             batches = table.iter_batches(batch_size=_ROWS_PER_READ, row_groups=groups, columns=columns)
@@ -133,6 +135,7 @@ def _rows(batches: Iterator[Any], path: str, start: Place, first_row: int, field
             used = batch.select(fields.read_names(batch.schema.names)).slice(skipped)
             # Offsets that lead out of a buffer would be followed, and end the process.
             _validate(used, path, row + skipped)
+            check_rows(used.columns, os.path.getsize(path), path)
             for index, values in enumerate(row_values(used, fields), row + skipped):
                 yield item_of(values, fields, f"{path}#{index}", Place(start.file, index, index))
         row += batch.num_rows
@@ -141,11 +144,13 @@ def _rows(batches: Iterator[Any], path: str, start: Place, first_row: int, field
 def _validate(batch: Any, path: str, first_row: int) -> None:
     """Raise pa.ArrowInvalid for offsets that lead nowhere, and InputError, with the row, for text that is not UTF-8."""
     types = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    check_views(batch.columns, os.path.getsize(path), path)
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if column.type not in types and not _is_binary(column.type):
             continue
         data = column.cast(types.get(column.type, column.type))
         data.validate(full=True)
+        check_rows([data], os.path.getsize(path), path)
         try:
             data.cast(pa.large_string())
         except pa.ArrowInvalid:

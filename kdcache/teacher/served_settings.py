@@ -88,7 +88,7 @@ def vocab_size_of(config: TeacherConfig, model_fields: Mapping[str, Any]) -> int
         model_fields: the model's config.json.
     """
     stated = config.server.vocab_size or (model_fields.get("text_config") or model_fields).get("vocab_size")
-    if not isinstance(stated, int):
+    if not isinstance(stated, int) or not 1 <= stated <= 2**31:
         raise ConfigError(
             f"teacher.server.vocab_size is not given, and no config.json of {config.model!r} is at hand that says it; "
             "set it to the number of ids that the served model gives logits for"

@@ -102,7 +102,7 @@ def test_rows_larger_than_anything_real_are_not_allocated(tmp_path: Path, monkey
 def test_a_parquet_file_whose_run_lengths_stand_for_too_many_values_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("kdcache.foreign.tables.MAX_VALUES_PER_ROW", 10_000)
+    monkeypatch.setattr("kdcache.inputs.parquet_bounds.MAX_VALUES_PER_ROW", 10_000)
     bomb = GOOD | {"topk_ids": [[7] * 20_001]}
     assert "holds 20,001 values in 1 rows" in told(write_rows(tmp_path / "a.parquet", [bomb]))
 
@@ -116,14 +116,20 @@ ROWS_OF_NOTHING = {
 
 
 @pytest.mark.parametrize("name", ROWS_OF_NOTHING)
-def test_rows_of_nothing_are_not_counted_into_memory(tmp_path: Path, name: str):
-    n = 2**31 - 2
+@pytest.mark.parametrize(
+    ("n", "sentence"),
+    [
+        (2**24 + 1, "16,777,217 rows of one sequence; at most 16,777,216 are read"),
+        (2**31 - 2, "4,294,967,298 values are to come out of a file of"),
+    ],
+)
+def test_rows_of_nothing_are_not_counted_into_memory(tmp_path: Path, name: str, n: int, sentence: str):
     rows = ROWS_OF_NOTHING[name](pa.array([0, n], pa.int32()), n)
     batch = pa.record_batch([pa.array([[1, 2, 3]]), rows, rows], names=["input_ids", "topk_ids", "topk_logprobs"])
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     assert (tmp_path / "a.arrow").stat().st_size < 3000
-    assert "2,147,483,646 rows of one sequence; at most 16,777,216 are read" in told(tmp_path / "a.arrow")
+    assert sentence in told(tmp_path / "a.arrow")
 
 
 @pytest.mark.parametrize("opened", [pa.ipc.new_file, pa.ipc.new_stream])
@@ -222,7 +228,28 @@ def test_tars_that_are_not_what_they_claim(tmp_path: Path, members: dict[str, by
 def test_a_bomb_in_a_tar_stops_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("kdcache.foreign.megatron.MAX_PAYLOAD_BYTES", 10_000)
     members = {"_meta.json": json.dumps(META).encode(), "1.pt.zst": pa.compress(b"\0" * 20_000, "zstd", asbytes=True)}
-    assert "more than 10,000 bytes when decompressed" in told(tar(tmp_path / "cp0_dp0__1.tar", members))
+    assert "more than 10,000 bytes come out of" in told(tar(tmp_path / "cp0_dp0__1.tar", members))
+
+
+def test_tensors_on_top_of_each_other_and_sparse_members_are_refused(tmp_path: Path):
+    one = io.BytesIO()
+    with zipfile.ZipFile(one, "w") as archive:
+        archive.writestr("archive/data/0", b"1" * 3000)
+        (info,) = archive.infolist()
+        for number in (1, 2):
+            twin = zipfile.ZipInfo(f"archive/data/{number}")
+            for name in ("header_offset", "file_size", "compress_size", "CRC"):
+                setattr(twin, name, getattr(info, name))
+            archive.filelist.append(twin)
+    members = {"_meta.json": json.dumps(META).encode(), "1.pt.zst": pa.compress(one.getvalue(), "zstd", asbytes=True)}
+    assert "on top of each other" in told(tar(tmp_path / "cp0_dp0__1.tar", members))
+
+
+def test_a_config_of_a_curve_of_many_terms_is_refused():
+    fields = {"d": 2**20, "k": 2**20, "exact_k": 0, "polynomial_terms": [0] * 10**5}
+    for terms in (fields["polynomial_terms"], [0] * 16, [10**30]):
+        with pytest.raises(InputError, match="polynomial_terms"):
+            parse_config(fields | {"polynomial_terms": terms}, "config")
 
 
 def test_a_tar_cut_short(tmp_path: Path):

@@ -16,7 +16,9 @@ import pytest
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError, KdcacheError
 from kdcache.inputs.chat import Chat
+from kdcache.inputs.content import START, Fields
 from kdcache.inputs.reader import ItemReader
+from kdcache.inputs.table_files import read_arrow, read_parquet
 
 TEXT = ["one", None, "", "two"]
 IDS = [[1, 2], None, [], [3]]
@@ -190,3 +192,36 @@ def test_damaged_tables_end_in_errors_of_ours(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths}
     )
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+
+
+def views_of(data: bytes, number: int, kind: pa.DataType) -> pa.Array:
+    """So many views of the same bytes."""
+    view = np.array([len(data), int.from_bytes(data[:4], "little"), 0, 0], np.int32)
+    return pa.Array.from_buffers(kind, number, [None, pa.py_buffer(np.tile(view, number).tobytes()), pa.py_buffer(data)])
+
+
+ROWS_OF_LITTLE = {
+    "nulls": lambda: pa.nulls(2**31 - 1),
+    "views of one text": lambda: views_of(b"x" * 10**5, 10**5, pa.string_view()),
+    "views of the same bytes": lambda: views_of(b"x" * 10**5, 10**5, pa.binary_view()),
+    "a run of one text": lambda: pa.RunEndEncodedArray.from_arrays(pa.array([2**31 - 1], pa.int32()), pa.array(["hello"])),
+}
+
+
+@pytest.mark.parametrize("name", ROWS_OF_LITTLE)
+def test_rows_that_take_no_room_in_a_file_take_none_in_memory(tmp_path: Path, name: str):
+    path = tmp_path / "a.arrow"
+    batch = pa.RecordBatch.from_arrays([ROWS_OF_LITTLE[name]()], names=["text"])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(InputError, match="values are to come out of a file of"):
+        next(read_arrow(str(path), 0, START, fields=Fields("text", "text")))
+
+
+def test_a_parquet_file_of_long_runs_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("kdcache.inputs.parquet_bounds.FREE_VALUES", 2**20)
+    path = tmp_path / "a.parquet"
+    runs = pa.ListArray.from_arrays(pa.array([0, 2**24], pa.int32()), pa.array(np.zeros(2**24, np.int32)))
+    pq.write_table(pa.table({"text": ["a"], "runs": runs}), path, compression="zstd")
+    with pytest.raises(InputError, match="16,777,216 values in"):
+        next(read_parquet(str(path), 0, START, fields=Fields("text", "text")))

@@ -1,0 +1,40 @@
+"""What a Parquet file says of its own size, held against any real data before a value is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdcache.errors import InputError
+from kdcache.inputs.arrow_files import FREE_BYTES
+from kdcache.inputs.open_file import MAX_INFLATION
+
+MAX_VALUES_PER_ROW = 2**27
+"""Values of one column in one row: a row of 10^5 positions of 350 packed bytes has 2^25."""
+
+MAX_RUN = 2**16
+"""Values for each byte of a column, compressed: a run of one value takes some bytes, however long it is."""
+
+FREE_VALUES = 2**24
+
+
+def check_parquet(metadata: Any, where: str) -> None:
+    """Raise InputError where runs of one value, or compressed pages, would become more than any real data.
+
+    Args:
+        metadata: `pyarrow.parquet.FileMetaData`.
+        where: for messages.
+    """
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            name, values, packed = column.path_in_schema, column.num_values, max(column.total_compressed_size, 1)
+            if values > MAX_VALUES_PER_ROW * max(group.num_rows, 1) or (values > FREE_VALUES and values > MAX_RUN * packed):
+                raise InputError(
+                    f"{where}: column {name!r} holds {values:,} values in {group.num_rows:,} rows and {packed:,} bytes, as no "
+                    "real data does"
+                )
+            inflated = column.total_uncompressed_size
+            if inflated > FREE_BYTES and inflated > MAX_INFLATION * packed:
+                raise InputError(
+                    f"{where}: column {name!r} is {inflated:,} bytes in {packed:,} compressed ones, more than {MAX_INFLATION} "
+                    "times as many, as of no real data; where it is sound, write it without compression"
+                )
