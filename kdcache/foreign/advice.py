@@ -23,6 +23,8 @@ ADVICE: Mapping[str, tuple[str, ...]] = {
     "named_logits": ("--values logprobs",),
     "negated_logprobs": ("--values nll",),
     "no_tokens": ("--column tokens=NAME", "--tokenizer NAME"),
+    "other_logarithms": (TEACHER,),
+    "padding": ("--column attention_mask=NAME",),
     "padded_vocabulary_ids": ("--vocab-size V",),
     "probabilities": ("--values probs",),
     "shifted_rows": ("--shift -1", "--shift +1"),

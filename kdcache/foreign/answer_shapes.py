@@ -7,6 +7,10 @@
 | SGLang | `meta_info.input_top_logprobs`: null or [[-0.1, 5, text]] | `meta_info.output_top_logprobs` |
 | OpenAI completions | `choices[].logprobs`, where the prompt was echoed | `top_logprobs`: null or {token: -0.1}; `tokens` |
 | OpenAI chat | | `choices[].logprobs.content[].top_logprobs`: [{token, logprob}] |
+| TGI | (`details.prefill`: ids of the prompt) | `details.top_tokens`: [[{id, logprob}]]; `details.tokens` |
+| llama.cpp | | `completion_probabilities[].top_logprobs`: [{id, logprob}]; `tokens` |
+
+What a line says of a prompt and what it says of an answer are two texts here: the second starts with the first.
 """
 
 from __future__ import annotations
@@ -29,24 +33,26 @@ class Answer:
 
     Attributes:
         server: whose answers these are, for people.
-        is_prompt: whether item 0 is about the first token of all; else about the first that the engine wrote.
+        is_prompt: whether the items are about tokens of the prompt; else about those that the engine wrote.
         rows: an item for each token.
         tokens: of the rows, as the server wrote them (ids or text); None where it did not.
-        prompt_ids: token ids of the prompt, where the answer holds them.
+        prompt_ids: token ids of the prompt, where the answer holds them; whatever the server wrote.
         messages: the chat that was asked, where it is kept beside.
+        start: of a prompt, the token that item 0 is about (SGLang: logprob_start_len).
     """
 
     server: str
     is_prompt: bool
     rows: list[Item]
     tokens: list[Any] | None = None
-    prompt_ids: list[int] | None = None
+    prompt_ids: Any = None
     messages: Any = None
+    start: int = 0
 
     @property
     def ids_in_rows(self) -> bool:
-        """Whether the tokens of the prompt are told beside its rows."""
-        return self.is_prompt and self.tokens is not None
+        """Whether the tokens of the prompt, all of them, are told beside its rows."""
+        return self.is_prompt and self.tokens is not None and not self.start
 
 
 class AnswerTokens:
@@ -86,35 +92,61 @@ def answers_of(row: Mapping[str, Any]) -> Iterator[Answer]:
     body = row
     for inner in ("response", "body"):  # a line of OpenAI's batch output
         body = body[inner] if isinstance(body.get(inner), Mapping) else body
-    messages = row.get("messages") or _part(row, "request", "messages")
+    messages = row.get("messages") or _part(row, "request", "messages") or _part(row, "request", "body", "messages")
     if isinstance(body.get("meta_info"), Mapping):
         yield from _sglang(body, messages)
         return
     prompt = body.get("prompt_token_ids") or row.get("prompt_token_ids") or row.get("input_ids")
     if isinstance(body.get("prompt_logprobs"), list):
-        yield Answer("vLLM's prompt_logprobs", True, [_by_id(cell) for cell in body["prompt_logprobs"]], prompt_ids=prompt)
-        return
+        yield _vllm_prompt(body["prompt_logprobs"], prompt)
     for choice in (*_dicts(body.get("choices")), *_dicts(body.get("outputs"))):
         yield from _choice(choice, prompt, messages)
+    yield from _written_elsewhere(body, prompt, messages)
 
 
 def _choice(choice: Mapping[str, Any], prompt: Any, messages: Any) -> Iterator[Answer]:
     prompt = choice.get("prompt_token_ids") or prompt
     logprobs, written = choice.get("logprobs"), choice.get("token_ids")
-    if isinstance(choice.get("prompt_logprobs"), list):
-        yield Answer("vLLM's prompt_logprobs", True, [_by_id(cell) for cell in choice["prompt_logprobs"]], prompt_ids=prompt)
+    echo = _echo(logprobs) if isinstance(logprobs, Mapping) else None
+    if isinstance(choice.get("prompt_logprobs"), list) and (prompt is not None or echo is None):
+        yield _vllm_prompt(choice["prompt_logprobs"], prompt)
+    if echo is not None and (prompt is None or not isinstance(choice.get("prompt_logprobs"), list)):
+        yield echo
     elif isinstance(logprobs, list):
         yield Answer("vLLM's outputs", False, [_by_id(cell) for cell in logprobs], written, prompt, messages)
     elif isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list):
         content = list(_dicts(logprobs["content"]))
         rows = [_item(part.get("top_logprobs")) for part in content]
         yield Answer("chat answers", False, rows, written or [part.get("token") for part in content], prompt, messages)
-    elif isinstance(logprobs, Mapping) and isinstance(logprobs.get("top_logprobs"), list):
+    elif isinstance(logprobs, Mapping) and isinstance(logprobs.get("top_logprobs"), list) and echo is None:
         rows = [_item(cell) for cell in logprobs["top_logprobs"]]
-        # Only an echoed prompt has a token that nothing was said about.
-        is_echo = bool(rows) and not rows[0] and (logprobs.get("token_logprobs") or [0])[0] is None
-        tokens = logprobs.get("tokens") if is_echo else written or logprobs.get("tokens")
-        yield Answer("completions", is_echo, rows, tokens, None if is_echo else prompt, None if is_echo else messages)
+        yield Answer("completions", False, rows, written or logprobs.get("tokens"), prompt, messages)
+
+
+def _vllm_prompt(rows: list[Any], prompt: Any) -> Answer:
+    return Answer("vLLM's prompt_logprobs", True, [_by_id(cell) for cell in rows], prompt_ids=prompt)
+
+
+def _echo(logprobs: Mapping[str, Any]) -> Answer | None:
+    """A completion that starts with its prompt: only there is a token that nothing was said about."""
+    if not isinstance(logprobs.get("top_logprobs"), list):
+        return None
+    rows = [_item(cell) for cell in logprobs["top_logprobs"]]
+    is_echo = bool(rows) and not rows[0] and (logprobs.get("token_logprobs") or [0])[0] is None
+    return Answer("completions", True, rows, logprobs.get("tokens")) if is_echo else None
+
+
+def _written_elsewhere(body: Mapping[str, Any], prompt: Any, messages: Any) -> Iterator[Answer]:
+    """What TGI and llama.cpp write beside the text of an answer."""
+    details, steps = body.get("details"), body.get("completion_probabilities")
+    if isinstance(details, Mapping) and isinstance(details.get("top_tokens"), list):
+        before = [part.get("id") for part in _dicts(details.get("prefill"))] or prompt
+        written = [part.get("id") for part in _dicts(details.get("tokens"))]
+        yield Answer("TGI's answers", False, [_item(cell) for cell in details["top_tokens"]], written, before, messages)
+    if isinstance(steps, list):
+        parts = list(_dicts(steps))
+        rows = [_item(part.get("top_logprobs")) for part in parts]
+        yield Answer("llama.cpp's answers", False, rows, [part.get("id") for part in parts], prompt, messages)
 
 
 def _sglang(body: Mapping[str, Any], messages: Any) -> Iterator[Answer]:
@@ -127,9 +159,22 @@ def _sglang(body: Mapping[str, Any], messages: Any) -> Iterator[Answer]:
         prompt = body.get("prompt_token_ids") or body.get("input_ids")
         if prompt is None and not is_prompt:
             prompt = _input_ids(about)
+        start = _start(about, rows) if is_prompt else 0
         yield Answer(
-            "SGLang's answers", is_prompt, [_item(cell) for cell in rows], written, prompt, None if is_prompt else messages
+            "SGLang's answers",
+            is_prompt,
+            [_item(cell) for cell in rows],
+            written,
+            prompt,
+            None if is_prompt else messages,
+            start,
         )
+
+
+def _start(about: Mapping[str, Any], rows: list[Any]) -> int:
+    """The prompt's token that the first item is about: there are as many items as tokens from there on."""
+    number = about.get("prompt_tokens")
+    return max(number - len(rows), 0) if type(number) is int else 0
 
 
 def _input_ids(about: Mapping[str, Any]) -> list[int] | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kdcache.foreign.alignment import judge
 from kdcache.foreign.base import Finding, ForeignCache, ValueKind
-from kdcache.foreign.placement import MANY, MOST, evidence_of, extra_entries, placement, temperature
+from kdcache.foreign.placement import MANY, MOST, evidence_of, extra_entries, other_logarithms, placement, temperature
 from kdcache.foreign.probes import ROUNDING, Tally
 
 MIN_TESTABLE_ROWS = 16
@@ -43,13 +43,15 @@ def all_findings(cache: ForeignCache, tally: Tally) -> list[Finding]:
     # has chosen an entry.
     are_logprobs = all(finding.severity == "note" for finding in kind)
     found += _renormalised(tally) if are_logprobs else ()
-    found += [*_tails(cache, tally, rows), *_ids(tally), *_entries(tally, rows)]
+    found += [*_tails(cache, tally, rows), *_ids(tally), *_entries(tally, rows), *tally.runs.findings()]
     if tally.num_tokens:
         alignment = judge(tally)
         extra = list(extra_entries(tally, alignment))
         are_normal = are_logprobs and not any(finding.name in ("renormalised", "sampled_counts") for finding in found)
         tempered = list(temperature(tally, alignment)) if are_logprobs and not extra else []
         evidence = evidence_of(tally, alignment) if are_normal else None
+        if evidence is not None and not tempered and not extra:
+            tempered = list(other_logarithms(tally, alignment, evidence))
         found += [*extra, *placement(alignment, evidence, is_tempered=bool(tempered)), *tempered]
     names = set()
     return [finding for finding in found if not (finding.name in names or names.add(finding.name))]

@@ -10,7 +10,7 @@ from kdcache.foreign.live import Comparison
 
 SUPERSEDED = (
     "shifted_rows", "alignment_unclear", "temperature_applied", "foreign_rows", "foreign_sequences", "few_hits", "many_hits",
-    "broken_tails",
+    "broken_tails", "other_logarithms",
 )  # fmt: skip
 """Hints from the text and from the values that the teacher's word replaces."""
 

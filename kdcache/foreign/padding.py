@@ -1,17 +1,24 @@
-"""Padding taken off a foreign sequence, by the mask that stands beside its tokens.
+"""Padding taken off a foreign sequence, by the mask that stands beside its tokens; and padding that no mask tells of.
 
 Shape letters: N tokens, R rows, E entries (ragged).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import ForeignSequence
+from kdcache.foreign.base import Finding, ForeignSequence
+from kdcache.foreign.blocks import SENTINEL
+
+LEAST_RUN, LEAST_SHARE, LEAST_SEQUENCES = 3, 0.4, 4
+"""Text may end in a few blank lines; not two sequences in five, in runs of one token and of unlike lengths."""
 
 
 def without_padding(sequence: ForeignSequence, mask_N: Any, where: str) -> ForeignSequence:
@@ -50,3 +57,59 @@ def without_padding(sequence: ForeignSequence, mask_N: Any, where: str) -> Forei
         log_z_R=None if sequence.log_z_R is None else sequence.log_z_R[kept_R],
         learnt_N=None if sequence.learnt_N is None else sequence.learnt_N[start:end],
     )
+
+
+@dataclass
+class PaddingRuns:
+    """Runs of one token at the ends of sequences, over all of them.
+
+    Attributes:
+        num_sequences: with tokens.
+        lengths: (side, token) -> length of the run -> sequences.
+    """
+
+    num_sequences: int = 0
+    lengths: dict[tuple[str, int], Counter[int]] = field(default_factory=dict)
+
+    def add_sequence(self, sequence: ForeignSequence) -> None:
+        """Look at both ends of one sequence; at its end only where a student would learn the run."""
+        ids_N = sequence.input_ids_N
+        if ids_N is None or not len(ids_N):
+            return
+        self.num_sequences += 1
+        before, behind = _run(ids_N), _run(ids_N[::-1])
+        if before == len(ids_N):
+            return
+        if before >= LEAST_RUN:
+            self.lengths.setdefault(("start with", int(ids_N[0])), Counter())[before] += 1
+        if behind >= LEAST_RUN and _is_learnt(sequence, len(ids_N) - behind):
+            self.lengths.setdefault(("end in", int(ids_N[-1])), Counter())[behind] += 1
+
+    def findings(self) -> Iterator[Finding]:
+        """What looks like padding."""
+        for (side, token), lengths in self.lengths.items():
+            number = lengths.total()
+            if len(lengths) < 2 or number < max(LEAST_SHARE * self.num_sequences, LEAST_SEQUENCES):
+                continue
+            sentence = (
+                f"{number:,} of {self.num_sequences:,} sequences {side} {min(lengths)} to {max(lengths)} times the token "
+                f"{token}: that looks like padding, which would be read and learnt as text, and no column says where it is; "
+                "name the mask with --column attention_mask=NAME, or cut the padding off"
+            )
+            yield Finding("padding", "undecided", sentence)
+
+
+def _run(ids_N: NDArray[np.int64]) -> int:
+    """Tokens at the start that are alike."""
+    others = np.flatnonzero(ids_N != ids_N[0])
+    return int(others[0]) if len(others) else len(ids_N)
+
+
+def _is_learnt(sequence: ForeignSequence, start: int) -> bool:
+    """Whether a row with an entry is about a token of the run, and no mask leaves it out."""
+    rows_E = np.repeat(np.arange(len(sequence.counts_R)), sequence.counts_R)
+    given = np.unique(rows_E[sequence.values_E > SENTINEL])
+    targets = sequence.positions_R[given] + 1
+    assert sequence.input_ids_N is not None
+    targets = targets[(targets > start) & (targets < len(sequence.input_ids_N))]
+    return bool(len(targets)) and (sequence.learnt_N is None or bool(sequence.learnt_N[targets].any()))

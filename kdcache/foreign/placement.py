@@ -16,6 +16,9 @@ NAMED_SUSPECTS = 3
 TEMPERED_SHARE = 0.3
 """Of the way from chance hits to those that are claimed: rows of another text are below, sharpened ones above."""
 
+STEEP = 0.8
+"""An inverse temperature: logarithms to base 2 are 1.44 times natural ones, which would be likelier at 0.69."""
+
 TEMPERATURE_RANGE = (0.6, 1.7)
 """Inverse temperatures that text and teacher can differ by without any having been applied: a chat model on plain text is
 over-confident, a base model is calibrated within a few percent."""
@@ -24,6 +27,13 @@ over-confident, a base model is calibrated within a few percent."""
 def extra_entries(tally: Tally, alignment: Alignment) -> Iterator[Finding]:
     index = SHIFTS.index(alignment.shift)
     widest = max((size for size in tally.sizes if size), default=0)
+    if widest == 1 and tally.num_lone_unlikely_rows and tally.hits[index] > (1 - MANY) * tally.num_paired > 0:
+        sentence = (
+            "each row holds the text's own token alone, however unlikely: the text has chosen the entries, not the teacher. "
+            "The engine was asked for no top logprobs (vLLM: prompt_logprobs=0); ask again, for k of them"
+        )
+        yield Finding("targets_alone", "fatal", sentence)
+        return
     extra, others = tally.sizes[widest], tally.sizes[widest - 1]
     targets = tally.least_is_target[index][widest]
     if (
@@ -82,10 +92,10 @@ def placement(alignment: Alignment, evidence: Evidence | None, *, is_tempered: b
 
 def _calibration(evidence: Evidence, *, is_tempered: bool) -> Iterator[Finding]:
     """Notes on hits that chance does not explain, where rows are about their text all the same."""
-    if evidence.verdict in ("proven", "consistent") and evidence.deviations >= BEYOND:
+    if evidence.verdict in ("proven", "consistent", "untested") and evidence.deviations >= BEYOND:
         sentence = (
             f"{_hits(evidence)}: more than the rows claim. The text was written greedily or after filters, or a temperature "
-            "above 1 was applied to the values; --teacher MODEL tells which"
+            "above 1 was applied to the values, or they are no natural logarithms of probabilities; --teacher MODEL tells which"
         )
         yield Finding("many_hits", "note", sentence)
     is_short = evidence.verdict in ("proven", "consistent") and evidence.deviations <= -BEYOND
@@ -151,6 +161,17 @@ def _suspect(suspect: Suspect) -> str:
 
 def _listed(alignment: Alignment) -> str:
     return ", ".join(f"{shift:+d}: {nll:.3f}" for shift, nll in zip(SHIFTS, alignment.nll, strict=True))
+
+
+def other_logarithms(tally: Tally, alignment: Alignment, evidence: Evidence) -> Iterator[Finding]:
+    """Far more hits than masses say, and rows too steep for the text: any temperature would make one of them, not both."""
+    applied = applied_temperature(tally, alignment.shift)
+    if applied is not None and applied < STEEP and evidence.deviations >= BEYOND:
+        sentence = (
+            f"{_hits(evidence)}, and the text would be likelier if the values were flatter: they look like logarithms to "
+            "another base, as of 2, and natural ones are needed; --teacher MODEL tells exactly"
+        )
+        yield Finding("other_logarithms", "undecided", sentence)
 
 
 def temperature(tally: Tally, alignment: Alignment) -> Iterator[Finding]:

@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 
 from kdcache.foreign.base import ForeignSequence, ValueKind
 from kdcache.foreign.blocks import SHIFTS, Block, blocks, extra_rows, has_duplicates, logsumexp
-from kdcache.foreign.proof import Proof
+from kdcache.foreign.padding import PaddingRuns
+from kdcache.foreign.proof import FLOOR_NATS, Proof
 
 CLAIMED = SHIFTS.index(0)
 INVERSE_TEMPERATURES = 2.0 ** np.linspace(-2.0, 2.0, 17)
-FLOOR_NATS = 1.0
-"""A target outside the support is scored as the support's least entry minus this: no more is known of it."""
-
 ROUNDING = 4e-3
 """Mass of a bfloat16 row: entries near the top have logprobs of size up to 4, rounded by 2^-8 of that."""
 COMPLETE_SHARE = 0.2
@@ -32,6 +30,9 @@ renormalised, or ends at a cliff."""
 
 TAIL_RISE_NATS = 0.1
 """A curve fitted to falling numbers may bend up a little at its end; sorted values never rise."""
+
+LARGEST_VOCABULARY = 2**20
+"""Where nobody says how many ids there are."""
 
 MAX_CALIBRATION_ROWS = 20_000
 """The peak over inverse temperatures stands long before, and 17 exponentials per entry are half the time."""
@@ -84,7 +85,9 @@ class Tally:
             to the claimed alignment.
         calibration_sum: [shift, inverse temperature] conditional log-likelihood of targets inside the support, of the first
             MAX_CALIBRATION_ROWS of them.
+        num_lone_unlikely_rows: rows of one entry that is less likely than the vocabulary's mean: no top 1.
         proof: hits beside masses.
+        runs: of one token, at the ends of texts.
     """
 
     vocab_size: int | None = None
@@ -138,7 +141,9 @@ class Tally:
     score_sum: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
     score_diff_sum: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
     score_diff_squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
+    num_lone_unlikely_rows: int = 0
     proof: Proof = field(default_factory=Proof)
+    runs: PaddingRuns = field(default_factory=PaddingRuns)
     calibration_sum: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(SHIFTS), len(INVERSE_TEMPERATURES))))
 
     def add_sequence(self, sequence: ForeignSequence, values: ValueKind) -> None:
@@ -161,6 +166,7 @@ class Tally:
                 self._add_alignment(block)
                 self.proof.add_block(block, sequence, extra_R)
         self.proof.close(sequence)
+        self.runs.add_sequence(sequence)
         if self.num_missing_rows - missing_before == len(sequence.counts_R):
             self.num_rowless_sequences += 1
         elif sequence.input_ids_N is not None:
@@ -230,6 +236,8 @@ class Tally:
         unit_RK = logprobs_RK[np.abs(mass_R - 1) <= ROUNDING]
         if len(self.unit_row_probs) < MAX_UNIT_PROBS:
             self.unit_row_probs += np.exp(unit_RK[unit_RK > -np.inf]).tolist()[:MAX_UNIT_PROBS]
+        vocab_size = max(self.vocab_size or 0, self.tokenizer_size or 0) or LARGEST_VOCABULARY
+        self.num_lone_unlikely_rows += int(((counts_R == 1) & (mass_R * vocab_size < 1 - ROUNDING)).sum())
         is_unit_R = np.abs(mass_R - 1) <= ROUNDING
         self.num_unit_rows += int(is_unit_R.sum())
         owed_R = COMPLETE_SHARE * counts_R * least_R

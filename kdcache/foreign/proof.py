@@ -26,6 +26,9 @@ TILTS_G = np.array([*(-size for size in _SIZES), *_SIZES, 5.0, 6.0, 7.0, 8.0])
 LEAST_MISS = 4e-3
 """A row of bfloat16 has no better known mass; and every text has a typing error that no teacher expects."""
 
+FLOOR_NATS = 1.0
+"""A target outside the support is scored as the support's least entry minus this: no more is known of it."""
+
 BEYOND, WITHIN = 6.0, 3.0
 """Deviations from which on chance is no explanation, and up to which it is."""
 
@@ -36,6 +39,10 @@ the last two nothing is proven."""
 
 MIN_COMMON_SHARE = 0.3
 """Of all rows together; below it they are all foreign, and none is to be named."""
+
+GAIN_NATS = 4.0
+"""By how much a sequence's text must be likelier under another shift, which fits, to be called out of place where hits alone
+are between WITHIN and BEYOND. In sound sequences of fifty rows other shifts are 20 to 700 nats less likely."""
 
 MIN_ROWS = 32
 MIN_CLAIM = 0.05
@@ -55,7 +62,8 @@ class Suspect:
         source: where it is.
         deviations: negative; before the number of sequences is taken into account.
         claimed, found, chance: shares of its rows, as in `Evidence`.
-        other_shift: a shift under which the same rows fit; None where there is none.
+        other_shift: the likeliest shift under which the same rows fit; None where there is none.
+        gain: nats by which the text is likelier under that shift, given the support; 0 where there is none.
     """
 
     source: str
@@ -64,6 +72,7 @@ class Suspect:
     found: float
     chance: float
     other_shift: int | None
+    gain: float
 
     @property
     def share(self) -> float:
@@ -109,18 +118,21 @@ class Evidence:
 
 @dataclass
 class _Sums:
-    """Of rows, per shift: how many, their misses, the misses that they claim, and the bound's logarithm per tilt."""
+    """Of rows, per shift: how many, their misses, the misses that they claim, and the bound's logarithm per tilt; and the
+    text's logprob over rows that have a target under every shift."""
 
     rows_S: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
     misses_S: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
     claimed_S: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
     bound_SG: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(SHIFTS), len(TILTS_G))))
+    score_S: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
 
     def add(self, other: _Sums) -> None:
         self.rows_S += other.rows_S
         self.misses_S += other.misses_S
         self.claimed_S += other.claimed_S
         self.bound_SG += other.bound_SG
+        self.score_S += other.score_S
 
     def deviations(self, index: int) -> float:
         """Signed root of twice Chernoff's exponent: for many rows what (hits - masses) / sqrt(sum m (1 - m)) is."""
@@ -157,10 +169,13 @@ class Proof:
         usable_R = given_RK.any(axis=1) & ~np.isnan(block.logprobs_RK).any(axis=1) & (mass_R < 2)
         usable_SR = usable_R & (block.targets_SR >= 0) & _learnt(sequence, block)
         bound_RG = np.log1p(miss_R[:, None] * np.expm1(TILTS_G))
-        hits_SR = np.stack([(given_RK & (block.ids_RK == targets_R[:, None])).any(axis=1) for targets_R in block.targets_SR])
+        is_target_SRK = np.stack([given_RK & (block.ids_RK == targets_R[:, None]) for targets_R in block.targets_SR])
+        hits_SR: NDArray[np.bool_] = np.any(is_target_SRK, axis=2)
+        scores_SR = _scores(is_target_SRK, hits_SR, given_RK, block.logprobs_RK)
         self._current.add(_Sums(
             usable_SR.sum(axis=1).astype(np.float64), (usable_SR & ~hits_SR).sum(axis=1).astype(np.float64),
             usable_SR @ miss_R, usable_SR.astype(np.float64) @ bound_RG,
+            np.where(usable_SR.all(axis=0), scores_SR, 0.0).sum(axis=1),
         ))  # fmt: skip
 
     def close(self, sequence: ForeignSequence) -> None:
@@ -174,7 +189,7 @@ class Proof:
             deviations = sums.deviations(index)
             if deviations >= -WITHIN:
                 continue
-            suspect = Suspect(sequence.source, deviations, *sums.shares(index), _other_shift(sums, index))
+            suspect = Suspect(sequence.source, deviations, *sums.shares(index), *_other_shift(sums, index))
             _keep(self._worst[index], NUM_SUSPECTS, (-deviations, self.num_sequences, suspect))
             if SHIFTS[index] == 0:
                 _keep(self._whole, NUM_ASKED, (-deviations, self.num_sequences, sequence))
@@ -189,7 +204,7 @@ class Proof:
         # What all sequences have in common, as an applied temperature, makes none of them foreign.
         common = share(claimed, found, chance)
         limit = FOREIGN_SHARE * min(common, 1.0) if common > MIN_COMMON_SHARE else -math.inf
-        foreign = [s for s in known if self._among_all(s.deviations) <= -BEYOND and s.share < limit]
+        foreign = [s for s in known if self._is_beyond(s) and s.share < limit]
         rivals = [self.total.deviations(i) for i in range(len(SHIFTS)) if i != index]
         num_rows = int(self.total.rows_S[index])
         found_here = Evidence(
@@ -211,6 +226,12 @@ class Proof:
         """Whole sequences that a teacher should be asked about, the worst first; those that chance explains are left out."""
         kept = sorted(self._whole, key=lambda item: -item[0])
         return [sequence for found, _, sequence in kept if self._among_all(-found) <= -WITHIN]
+
+    def _is_beyond(self, suspect: Suspect) -> bool:
+        """By its hits alone, or by fewer hits and a shift under which its text is likelier."""
+        deviations = self._among_all(suspect.deviations)
+        is_elsewhere = suspect.gain >= GAIN_NATS + math.log(max(self.num_sequences, 1))
+        return deviations <= -BEYOND or (deviations <= -WITHIN and is_elsewhere)
 
     def _among_all(self, deviations: float) -> float:
         """Deviations of one sequence, as the worst of this many: a bound that is N times as great."""
@@ -237,11 +258,23 @@ def share(claimed: float, found: float, chance: float) -> float:
     return (found - chance) / room if room > MIN_CLAIM else 1.0
 
 
-def _other_shift(sums: _Sums, index: int) -> int | None:
-    for other, shift in enumerate(SHIFTS):
-        if other != index and sums.rows_S[other] and sums.deviations(other) > -WITHIN:
-            return shift
-    return None
+def _other_shift(sums: _Sums, index: int) -> tuple[int | None, float]:
+    """The likeliest other shift that fits, and how much likelier than this one the text is there."""
+    fitting = [i for i in range(len(SHIFTS)) if i != index and sums.rows_S[i] and sums.deviations(i) > -WITHIN]
+    if not fitting:
+        return None, 0.0
+    best = max(fitting, key=lambda i: sums.score_S[i])
+    return SHIFTS[best], float(sums.score_S[best] - sums.score_S[index])
+
+
+def _scores(
+    is_target_SRK: NDArray[np.bool_], hits_SR: NDArray[np.bool_], given_RK: NDArray[np.bool_], logprobs_RK: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(S, R) logprob of each shift's target; outside the support that of the least entry, less a nat."""
+    least_R = np.where(given_RK, logprobs_RK, np.inf).min(axis=1)
+    found_SR = np.where(is_target_SRK, logprobs_RK, -np.inf).max(axis=2)
+    with np.errstate(invalid="ignore"):  # rows without an entry, which are not counted
+        return np.where(hits_SR, found_SR, least_R - FLOOR_NATS)
 
 
 def _without_least(

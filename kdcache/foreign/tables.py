@@ -112,7 +112,7 @@ def open_table(path: str | Path) -> Table | None:
 
 
 def flat(cell: Any, where: str) -> NDArray[Any] | None:
-    """A list of numbers as an array; None for null.
+    """A list of numbers, or of booleans as masks are, as an array; None for null.
 
     Raises:
         InputError: it is something else, or holds nulls.
@@ -121,13 +121,15 @@ def flat(cell: Any, where: str) -> NDArray[Any] | None:
         if not cell.is_valid:
             return None
         values: Any = getattr(cell, "values", None)
-        if not isinstance(values, pa.Array) or not _is_number(values.type) or values.null_count:
-            raise InputError(
-                f"{where}: expected a list of numbers, found {cell.type}{' with nulls' if values is not None else ''}"
-            )
+        is_array = isinstance(values, pa.Array)
+        if not is_array or not (_is_number(values.type) or pa.types.is_boolean(values.type)) or values.null_count:
+            nulls = " with nulls" if is_array and values.null_count else ""
+            raise InputError(f"{where}: expected a list of numbers, found {cell.type}{nulls}")
         return values.to_numpy(zero_copy_only=False)
     if cell is None:
         return None
+    if isinstance(cell, list) and cell and all(type(value) is bool for value in cell):
+        return np.array(cell)
     return _numbers(cell, where)
 
 
@@ -159,7 +161,7 @@ def plain(cell: Any, where: str = "") -> Any:
     while isinstance(values, pa.Array):
         check_num_rows(values, where or "a cell")
         values = values.flatten() if _is_list(values.type) else None
-    return cell.as_py()
+    return cell.as_py(maps_as_pydicts="lossy")
 
 
 def _nested_arrow(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -226,9 +228,10 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
     if not path.is_dir():
         return [], []
     there = sorted(file for file in path.rglob("*") if not file.is_dir())
-    # `datasets` writes dataset_info.json and state.json beside its Arrow files: descriptions, not rows.
-    found = [file for file in there if _kind_of(file) and file.suffix != ".json" and file.is_file()]
-    wanted = [file for file in found if not file.name.startswith((".", "cache-"))]
+    found = [file for file in there if _kind_of(file) and file.is_file() and file.name not in _DESCRIPTIONS]
+    found = [file for file in found if not file.name.startswith((".", "cache-"))]
+    # A .json beside files of rows describes them, as `datasets` has it; alone it holds the rows.
+    wanted = [file for file in found if file.suffix.lower() != ".json"] or found
     return wanted, [file for file in there if file not in set(wanted) and file.name not in _DESCRIPTIONS]
 
 

@@ -27,6 +27,7 @@ from foreign_cases import (
     with_extra_target,
     write_columns,
     write_distillkit,
+    write_rows,
 )
 
 import kdcache
@@ -168,6 +169,17 @@ def greedy(truth: Truth, folder: Path) -> Path:
     return write_columns(folder / "a.parquet", made)
 
 
+def padded(truth: Truth, folder: Path) -> Path:
+    """Texts of unlike lengths on the right of padding, whose mask has a name of its own."""
+    rows = []
+    for n, item in enumerate(items(truth)):
+        rows.append({
+            "input_ids": [7] * (3 + n) + item.input_ids, "mask_of_text": [False] * (3 + n) + [True] * len(item.input_ids),
+            "topk_ids": item.ids[:1] * (3 + n) + item.ids, "topk_logprobs": item.values[:1] * (3 + n) + item.values,
+        })  # fmt: skip
+    return write_rows(folder / "a.parquet", rows)
+
+
 def damaged_rows(item: Item) -> None:
     item.values[7][3] -= 4.0
 
@@ -225,7 +237,15 @@ CASES: dict[tuple[str, str], Case] = {
     ("no_tokens", "--column tokens=NAME"): Case(
         columns(nothing, tokens="the_text"), lambda asked, _: asked.read(columns={"tokens": "the_text"})
     ),
+    ("other_logarithms", "--teacher MODEL"): Case(columns(of_values(lambda values: values / np.log(2))), tell),
+    ("other_logarithms", "--accept"): Case(
+        columns(of_values(lambda values: values / np.log(2))), accept("other_logarithms")
+    ),
     ("outlier_rows", "--accept"): Case(columns(damaged_rows), accept("outlier_rows"), with_teacher=True),
+    ("padding", "--column attention_mask=NAME"): Case(
+        padded, lambda asked, _: asked.read(columns={"attention_mask": "mask_of_text"})
+    ),
+    ("padding", "--accept"): Case(padded, accept("padding")),
     ("padded_vocabulary_ids", "--vocab-size V"): Case(
         columns(nothing), lambda asked, _: asked.examine(vocab_size=520),
         before=lambda asked: asked.examine(vocab_size=None),
@@ -244,6 +264,7 @@ DECIDED_OTHERWISE = {
     ("foreign_rows", "--teacher MODEL"): {"teacher_disagrees"},
     ("foreign_sequences", "--teacher MODEL"): {"foreign_sequences"},
     ("many_hits", "--teacher MODEL"): {"teacher_disagrees"},
+    ("other_logarithms", "--teacher MODEL"): {"temperature_applied"},
     ("temperature_applied", "--teacher MODEL"): {"temperature_applied"},
 }
 """What the teacher then says, where the cache is not a sound one; elsewhere it is converted."""

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign_cases import Item, K, Truth, defects, items, with_extra_target, write_columns, write_rows
+from foreign_cases import Item, K, Truth, defects, items, notes, with_extra_target, write_columns, write_rows
 
 from kdcache.errors import InputError
 from kdcache.foreign.base import ForeignSequence, ReadOptions
@@ -178,6 +178,102 @@ def test_text_of_tokens_becomes_ids_where_the_tokenizer_tells_them_apart(tmp_pat
         read(write_rows(tmp_path / "b.jsonl", rows), tokenizer=tokenizer)
 
 
+def test_the_prompt_s_rows_and_the_answer_s_are_both_kept(tmp_path: Path, truth: Truth):
+    made, start = items(truth), 9
+    for name, shape in {"native": {}, "choice": {"object": "chat.completion"}}.items():
+        rows = []
+        for item in made:
+            asked = {"prompt_token_ids": item.input_ids[:start], "prompt_logprobs": vllm_items(item)[:start]}
+            rows.append(shape | asked | (written_vllm if name == "native" else written_chat)(item, start))
+        found = read(write_rows(tmp_path / f"{name}.jsonl", rows))
+        prompts, written = found[::2], found[1::2]
+        assert_same_rows(prompts, [Item(i.input_ids[:start], i.ids[: start - 1], i.values[: start - 1]) for i in made])
+        assert_same_rows(written, made, first=start - 1)
+
+
+def test_an_echo_is_read_where_prompt_logprobs_have_no_ids_beside_them(tmp_path: Path, truth: Truth):
+    made = items(truth)
+    rows = []
+    for item in made:
+        (choice,) = echoed(item)["choices"]
+        rows.append({"choices": [choice | {"prompt_logprobs": vllm_items(item), "prompt_token_ids": None}]})
+    assert_same_rows(read(write_rows(tmp_path / "a.jsonl", rows)), made)
+
+
+def test_sglang_s_rows_from_a_later_token_on_stand_where_they_belong(tmp_path: Path, truth: Truth):
+    made, start = items(truth), 9
+    rows = []
+    for item in made:
+        row = sglang(item)
+        about = row["meta_info"]
+        about["input_top_logprobs"] = [None, *about["input_top_logprobs"][start + 1 :]]
+        about["input_token_logprobs"] = about["input_token_logprobs"][start:]
+        rows.append(row)
+    (finding,) = [
+        f for f in examine(write_rows(tmp_path / "a.jsonl", rows), ExamineOptions()).findings if f.severity == "fatal"
+    ]
+    assert (finding.name, "the first 9 are missing (logprob_start_len)" in finding.sentence) == ("no_tokens", True)
+    rows = [{"input_ids": item.input_ids} | row for item, row in zip(made, rows, strict=True)]
+    for sequence, item in zip(read(write_rows(tmp_path / "b.jsonl", rows)), made, strict=True):
+        assert sequence.positions_R.tolist() == list(range(start - 1, len(item.ids)))
+        assert sequence.counts_R.tolist() == [0] + [K] * (len(item.ids) - start)
+        assert sequence.token_ids_E.tolist() == [token for row in item.ids[start:] for token in row]
+
+
+def tgi(item: Item, start: int) -> dict[str, Any]:
+    tops = [[{"id": i, "logprob": v} for i, v in zip(*row, strict=True)] for row in zip(item.ids, item.values, strict=True)]
+    tokens = [{"id": token, "text": "x", "logprob": -1.0} for token in item.input_ids]
+    return {"details": {"prefill": tokens[:start], "tokens": tokens[start:], "top_tokens": tops[start - 1 :]}}
+
+
+def llama_cpp(item: Item, start: int) -> dict[str, Any]:
+    parts = tgi(item, start)["details"]
+    steps = [{"id": token["id"], "top_logprobs": top} for token, top in zip(parts["tokens"], parts["top_tokens"], strict=True)]
+    return {"prompt_token_ids": item.input_ids[:start], "completion_probabilities": steps}
+
+
+@pytest.mark.parametrize("shape", [tgi, llama_cpp])
+def test_answers_of_other_servers(tmp_path: Path, truth: Truth, shape: Any):
+    made = items(truth)
+    assert_same_rows(read(write_rows(tmp_path / "a.jsonl", [shape(item, 9) for item in made])), made, first=8)
+
+
+def test_an_error_among_answers_is_counted(tmp_path: Path, truth: Truth):
+    rows = [{"response": {"body": vllm_choice(item)}} for item in items(truth)]
+    rows[3] = {"response": None, "error": {"message": "too long"}}
+    examination = examine(write_rows(tmp_path / "a.jsonl", rows), ExamineOptions())
+    assert notes(examination) == {"sequences_without_rows"}
+    assert examination.tally.num_sequences == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"), [("abc", "the prompt's token ids are 'abc'"), ([5, None], "the entry's token is None")]
+)
+def test_a_prompt_that_is_no_list_of_ids_is_refused(tmp_path: Path, truth: Truth, ids: Any, said: str):
+    row = vllm_native(items(truth)[0]) | {"prompt_token_ids": ids}
+    with pytest.raises(InputError, match=said):
+        read(write_rows(tmp_path / "a.jsonl", [row]))
+
+
+def test_prompt_logprobs_as_arrow_s_maps(tmp_path: Path, truth: Truth):
+    made = items(truth)
+    kind = pa.list_(pa.map_(pa.string(), pa.struct([("logprob", pa.float64()), ("rank", pa.int64())])))
+    cells = [[None if cell is None else list(cell.items()) for cell in vllm_items(item)] for item in made]
+    table = pa.table({"prompt_token_ids": [i.input_ids for i in made], "prompt_logprobs": pa.array(cells, kind)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert_same_rows(read(tmp_path / "a.parquet"), made)
+
+
+def test_rows_of_the_text_s_token_alone_are_no_top_1(tmp_path: Path, truth: Truth):
+    made = items(truth)
+    for item, logprobs_NV in zip(made, truth.logprobs_SNV, strict=True):
+        item.ids = [[token] for token in item.input_ids[1:]]
+        item.values = [[float(logprobs_NV[t, token])] for t, (token,) in enumerate(item.ids)]
+    path = write_rows(tmp_path / "a.jsonl", [vllm_native(item) for item in made])
+    assert "targets_alone" in defects(examine(path, ExamineOptions(vocab_size=520)))
+    assert defects(examine(write_columns(tmp_path / "b.parquet", items(truth, 1)), ExamineOptions(vocab_size=520))) == {}
+
+
 def padded(item: Item, left: int, right: int) -> dict[str, Any]:
     k = len(item.ids[0])
     ids, values = [[PAD] * k], [[-1e9] * k]
@@ -250,6 +346,8 @@ def test_json_lines_are_read_compressed_and_as_an_array(tmp_path: Path, truth: T
         with pa.CompressedOutputStream(str(tmp_path / name), "gzip" if name.endswith("gz") else "zstd") as out:
             out.write(data)
     assert_same_rows(read(tmp_path / name), made)
+    (tmp_path / "plain.jsonl").unlink()
+    assert_same_rows(read(tmp_path), made)
 
 
 def test_what_a_folder_holds_beside_is_named(tmp_path: Path, truth: Truth):

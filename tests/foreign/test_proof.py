@@ -19,11 +19,14 @@ from kdcache.foreign.proof import BEYOND, WITHIN, Evidence, Proof
 K, V = 16, 400
 
 
-def teacher_text(seed: int, num_tokens: int, *, sure: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) tokens and (N, V) logprobs of a teacher as unsure as it says; where `sure` is above 1 it is less sure than that."""
+def teacher_text(seed: int, num_tokens: int, *, sure: float = 1.0, flat: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) tokens and (N, V) logprobs of a teacher as unsure as it says; where `sure` is above 1 it is less sure than that.
+
+    Below 1 `flat` makes rows of less mass.
+    """
     rng = np.random.default_rng(seed)
     # Rows differ in how flat they are, as a language model's do.
-    logits_NV = np.sort(rng.gumbel(size=(num_tokens, V)), axis=1)[:, ::-1] * rng.uniform(0.5, 3.0, (num_tokens, 1)) * 1.5
+    logits_NV = np.sort(rng.gumbel(size=(num_tokens, V)), axis=1)[:, ::-1] * rng.uniform(0.5, 3.0, (num_tokens, 1)) * 1.5 * flat
     order_NV = np.argsort(rng.random((num_tokens, V)), axis=1)
     true_NV, said_NV = log_softmax(logits_NV), log_softmax(sure * logits_NV)
     drawn_N = (np.exp(true_NV).cumsum(axis=1) < rng.random((num_tokens, 1))).sum(axis=1).clip(max=V - 1)
@@ -210,3 +213,17 @@ def test_a_text_that_was_written_greedily_is_a_note(truth: Truth, tmp_path: Path
     for item in rows:
         item.input_ids = [item.input_ids[0], *(row[0] for row in item.ids)]
     assert "many_hits" in notes(look(tmp_path, rows))
+
+
+@pytest.mark.parametrize("k", [4, 16])
+def test_a_short_shifted_sequence_is_seen_where_the_teacher_is_unsure(k: int):
+    """Its hits alone are between chance and proof, and its text is likelier under another shift."""
+    sequences = [top_k(*teacher_text(100 + n, 14, flat=0.6), k, f"s{n}") for n in range(12)]
+    assert evidence(sequences).suspects == ()
+    ids_N = sequences[4].input_ids_N
+    assert ids_N is not None
+    sequences[4] = dataclasses.replace(sequences[4], input_ids_N=np.append(ids_N[0], ids_N[:-1]))
+    found = evidence(sequences)
+    assert -BEYOND < found.worst <= -WITHIN
+    assert [(s.source, s.other_shift, s.gain > 6) for s in found.suspects] == [("s4", 1, True)]
+    assert found.verdict == "foreign"
