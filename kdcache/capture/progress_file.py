@@ -23,6 +23,7 @@ from kdcache.capture.progress import CaptureProgress, TokensToCome
 from kdcache.config.capture import CaptureConfig
 from kdcache.shown import get_logger
 from kdcache.store.location import locate
+from kdcache.store.regular import write_new
 
 if TYPE_CHECKING:
     from kdcache.format.manifest import ShardInfo
@@ -111,7 +112,7 @@ class ProgressFile(CaptureProgress):
         temp = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temp.write_bytes(msgspec.json.format(msgspec.json.encode(self._fields()), indent=1) + b"\n")
+            write_new(temp, msgspec.json.format(msgspec.json.encode(self._fields()), indent=1) + b"\n")
             os.replace(temp, self._path)
         except OSError as error:
             self._works = False

@@ -32,6 +32,7 @@ from kdcache.foreign.distillkit_codec import (
 )
 from kdcache.foreign.distillkit_config import wrong_config
 from kdcache.foreign.tables import Table, flat, nested
+from kdcache.store.regular import open_regular
 
 CONFIG_NAME = "compression_config.yaml"
 COMPRESSED = ("compressed_logprobs", "bytepacked_indices")
@@ -174,7 +175,7 @@ def _rectangle(cell: Any, where: str) -> NDArray[Any]:
 def _read_config(path: Path, named: str | None) -> tuple[Config | LegacyConfig, str]:
     where = Path(named) if named else (path if path.is_dir() else path.parent) / CONFIG_NAME
     try:
-        with where.open("rb") as stream:
+        with where.open("rb") if named else open_regular(where, where.parent) as stream:
             text = stream.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         hint = (

@@ -26,6 +26,7 @@ import pyarrow as pa
 from kdcache.errors import InputError
 from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence, ReadOptions, check_size
 from kdcache.foreign.blocks import SENTINEL
+from kdcache.store.regular import leads_inside
 
 TAR_NAME = re.compile(r"cp(\d+)_dp(\d+)__(\d+)\.tar")
 META = "_meta.json"
@@ -59,7 +60,10 @@ def open_megatron(path: str, options: ReadOptions) -> ForeignCache | None:
     named = Path(path)
     files = [named] if TAR_NAME.fullmatch(named.name) and named.is_file() else []
     if named.is_dir():
-        files = sorted((f for f in named.iterdir() if TAR_NAME.fullmatch(f.name)), key=lambda f: [*map(int, _numbers(f))])
+        files = sorted(
+            (f for f in named.iterdir() if TAR_NAME.fullmatch(f.name) and f.is_file() and leads_inside(f, named)),
+            key=lambda f: [*map(int, _numbers(f))],
+        )
     if not files:
         return None
     metas = {file: _read_meta(file) for file in files}

@@ -24,6 +24,7 @@ from kdcache.inputs.content import START
 from kdcache.inputs.open_file import TextFiles
 from kdcache.inputs.parquet_bounds import check_parquet
 from kdcache.inputs.text_files import read_objects
+from kdcache.store.regular import leads_inside
 
 COMPRESSED = (".gz", ".zst")
 ENDINGS = {
@@ -229,7 +230,8 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
         return [], []
     there = sorted(file for file in path.rglob("*") if not file.is_dir())
     found = [file for file in there if _kind_of(file) and file.is_file() and file.name not in _DESCRIPTIONS]
-    found = [file for file in found if not file.name.startswith((".", "cache-"))]
+    # What a stranger's link names elsewhere is no part of the folder.
+    found = [file for file in found if not file.name.startswith((".", "cache-")) and leads_inside(file, path)]
     # A .json beside files of rows describes them, as `datasets` has it; alone it holds the rows.
     wanted = [file for file in found if file.suffix.lower() != ".json"] or found
     return wanted, [file for file in there if file not in set(wanted) and file.name not in _DESCRIPTIONS]

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from kdcache.errors import CorruptCacheError
 from kdcache.format.arrow_messages import is_compressed, record_batch_places
+from kdcache.store.regular import regular_file
 
 
 def open_arrow_file(path: Path) -> pa.RecordBatchFileReader:
@@ -18,7 +19,7 @@ def open_arrow_file(path: Path) -> pa.RecordBatchFileReader:
         CorruptCacheError: cannot be read, no Arrow file, or one with compressed buffers or dictionaries.
     """
     try:
-        with pa.memory_map(str(path)) as file:
+        with pa.memory_map(str(regular_file(path))) as file:
             data = file.read_buffer()
     except (pa.ArrowException, OSError) as error:
         raise CorruptCacheError(f"{path}: cannot be read as an Arrow file: {error}") from error

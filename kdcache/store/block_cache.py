@@ -23,6 +23,7 @@ import xxhash
 from kdcache.errors import ConfigError
 from kdcache.shown import get_logger
 from kdcache.store import fs
+from kdcache.store.regular import is_own_file
 
 _log = get_logger(__name__)
 
@@ -135,6 +136,8 @@ class DiskBlocks:
     def get(self, key: str) -> pa.Buffer | None:
         path = self._path(key)
         try:
+            if not is_own_file(path):
+                return None
             with pa.memory_map(str(path)) as file:
                 data = file.read_buffer()
             os.utime(path)
@@ -149,7 +152,7 @@ class DiskBlocks:
 
     def touch(self, key: str) -> bool:
         try:
-            os.utime(self._path(key))
+            os.utime(self._path(key), follow_symlinks=False)
         except OSError:
             return False
         return True
@@ -213,6 +216,8 @@ class DiskBlocks:
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 try:
+                    if not entry.is_file(follow_symlinks=False):
+                        continue
                     if fs.is_temp_name(entry.name) and fs.is_abandoned(Path(entry.path)):
                         os.unlink(entry.path)
                     elif _BLOCK.fullmatch(entry.name):

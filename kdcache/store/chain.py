@@ -8,7 +8,7 @@ from kdcache.errors import CacheNotFoundError, CorruptCacheError, FormatError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, manifest_from_json, manifest_to_json, shard_from_json
 from kdcache.store import fs
-from kdcache.store.location import Location, children
+from kdcache.store.location import Location, children, read_file
 
 
 def manifest_numbers(root: Location) -> list[int]:
@@ -61,7 +61,7 @@ def read_journal_record(path: Location) -> ShardInfo:
     Raises:
         FileNotFoundError: it is not there (any more). CorruptCacheError: see `shard_from_json`.
     """
-    shard = shard_from_json(path.read_bytes(), where=str(path))
+    shard = shard_from_json(read_file(path), where=str(path))
     if path.name != Path(paths.journal_name(shard.unit, shard.sha256)).name:
         raise CorruptCacheError(f"{path}: is about unit {shard.unit} and SHA-256 {shard.sha256}, which is not its name")
     return shard
@@ -100,6 +100,8 @@ def check_chain(root: Location) -> list[str]:
 
 def _read(path: Location) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
+    except CorruptCacheError:
+        raise
     except OSError as error:
         raise CorruptCacheError(f"{path}: cannot be read: {error.strerror}") from error

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from kdcache.errors import CaptureError
 from kdcache.format import paths
-from kdcache.store.location import Location, children
+from kdcache.store.location import Location, own_files
+from kdcache.store.regular import is_own_file, is_own_folder, open_regular, what_is_not_own, write_new
 
 ABANDONED_SECONDS = 24 * 3600
 """A temp file of a writer elsewhere (another machine or container) is swept when nothing was written to it for so long."""
@@ -74,6 +75,7 @@ def make_directories(root: Location) -> None:
     try:
         for name in paths.DIRECTORIES:
             (root / name).mkdir(parents=True, exist_ok=True)
+            _refuse_other_folder(root / name)
         for path in [root, *(path.parent for path in missing)]:
             sync_directory(path)
     except OSError as error:
@@ -85,6 +87,7 @@ def make_directory(root: Location, name: str) -> None:
     """One more directory of a cache; object stores need none."""
     if isinstance(root, Path):
         (root / name).mkdir(exist_ok=True)
+        _refuse_other_folder(root / name)
         sync_directory(root)
 
 
@@ -191,7 +194,7 @@ def remove_cache(root: Location, made: Iterable[Path]) -> None:
         made: as `missing_directories` gave them before the cache was started.
     """
     for name in (paths.JOURNAL, paths.DATA, paths.INDEX, paths.FAILED, paths.TMP, paths.MANIFESTS):
-        for path in sorted(children(root / name), key=str, reverse=True):
+        for path in sorted(own_files(root / name), key=str, reverse=True):
             path.unlink(missing_ok=True)
         if isinstance(root, Path):
             with suppress(OSError):
@@ -203,7 +206,7 @@ def remove_cache(root: Location, made: Iterable[Path]) -> None:
 
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -225,7 +228,7 @@ def sweep_temp_files(root: Location) -> int:
     """Delete temp files whose writer is gone. Returns how many."""
     swept = 0
     for path in _temp_folder(root).iterdir():
-        if is_abandoned(path):
+        if is_own_file(path) and is_abandoned(path):
             path.unlink(missing_ok=True)
             swept += 1
             reached("swept one")
@@ -245,7 +248,7 @@ def is_abandoned(path: Path) -> bool:
     host, pid, token = match[1], int(match[2]), match[3]
     if host != _host():
         try:
-            return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+            return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS
         except FileNotFoundError:
             return False
     return token != _process_token if pid == os.getpid() else not _is_running(pid)
@@ -259,9 +262,21 @@ def _temp_folder(root: Location) -> Path:
     # By user: where several share a machine, the first one's folder would be closed to the others.
     folder = Path(spool) if spool is not None else Path(tempfile.gettempdir()) / f"kdcache-spool-{user}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if spool is None and folder.stat().st_uid != user:
-        raise CaptureError(f"{str(folder)!r} belongs to another user, who could change what is uploaded; set remote.spool_dir")
+    if spool is None and (folder.lstat().st_uid != user or not is_own_folder(folder)):
+        raise CaptureError(
+            f"{str(folder)!r} is no folder of this user alone: another could change what is uploaded; set remote.spool_dir"
+        )
     return folder
+
+
+def _refuse_other_folder(path: Path) -> None:
+    """Raise CaptureError for a link to a folder: what is written, or swept, would be elsewhere."""
+    there = what_is_not_own(path, folder=True)
+    if there is not None:
+        raise CaptureError(
+            f"{path}: is {there}, but a cache that is written has folders of its own; to keep it on another disk, move "
+            "the whole cache there"
+        )
 
 
 def _host() -> str:
@@ -274,7 +289,7 @@ def _host() -> str:
 
 
 def _write_temp(temp: Path, data: bytes) -> None:
-    temp.write_bytes(data)
+    write_new(temp, data)
     reached("temp file written")
 
 

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.extras import EXTRAS, STORES, require
+from kdcache.store.regular import is_own_file, is_own_folder, read_regular
 from kdcache.store.retry import RetryPolicy, retried
 
 if TYPE_CHECKING:
@@ -229,6 +230,22 @@ Location: TypeAlias = Path | RemotePath
 def children(directory: Location) -> list[Location]:
     """What is right below; nothing where there is no such directory."""
     return list(directory.iterdir()) if not isinstance(directory, Path) or directory.is_dir() else []
+
+
+def own_files(directory: Location) -> list[Location]:
+    """Of `children` those that may be deleted: plain files of a folder that is no link to another."""
+    if not isinstance(directory, Path):
+        return children(directory)
+    return list(filter(is_own_file, directory.iterdir())) if is_own_folder(directory) else []
+
+
+def read_file(path: Location) -> bytes:
+    """The bytes of a file of a cache; on a disk of a plain file inside the cache's folder alone.
+
+    Raises:
+        FileNotFoundError: there is none. CorruptCacheError: see `regular_file`.
+    """
+    return read_regular(path) if isinstance(path, Path) else path.read_bytes()
 
 
 def each(function: Callable[[Item], Answer], items: Iterable[Item], root: Location) -> Iterator[Answer]:

@@ -13,11 +13,11 @@ from collections.abc import Collection
 
 import msgspec
 
-from kdcache.errors import CaptureError
+from kdcache.errors import CaptureError, CorruptCacheError
 from kdcache.format import paths
 from kdcache.shown import get_logger
 from kdcache.store import fs
-from kdcache.store.location import Location, children
+from kdcache.store.location import Location, children, read_file
 
 _log = get_logger(__name__)
 
@@ -76,7 +76,7 @@ def read_failures(root: Location, *, published: Collection[int]) -> list[FailedU
 
 def _read(path: Location) -> FailedUnit | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=FailedUnit)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        return msgspec.json.decode(read_file(path), type=FailedUnit)
+    except (OSError, CorruptCacheError, msgspec.DecodeError, UnicodeDecodeError) as error:
         _log.warning("%s: not a record of a failure: %s", path, error)
         return None

@@ -28,7 +28,7 @@ from kdcache.store import chain, fs
 from kdcache.store.admission import check_record, refuse_foreign_directory, refuse_other_capture
 from kdcache.store.chain import read_journal_record
 from kdcache.store.index import publish_index
-from kdcache.store.location import Location, children, each, locate
+from kdcache.store.location import Location, each, locate, own_files
 from kdcache.store.rows import encode_records
 from kdcache.store.statistics import ShardStatistics
 
@@ -242,7 +242,7 @@ class CacheWriter:
         needed |= {paths.journal_name(shard.unit, shard.sha256) for shard in manifest.shards}
         # The journal record goes first: a record without its shard would be a promise that nothing keeps.
         for directory in (paths.FAILED, paths.JOURNAL, paths.DATA, paths.INDEX):
-            for path in children(self.root / directory):
+            for path in own_files(self.root / directory):
                 name = f"{directory}/{path.name}"
                 if paths.is_own_name(name) and name not in needed:
                     path.unlink(missing_ok=True)

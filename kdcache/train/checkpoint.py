@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kdcache.errors import StateError
 from kdcache.store.fs import sync_directory, sync_file
+from kdcache.store.regular import is_own_folder, read_regular
 from kdcache.train.digests import find_damage, write_digests
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -62,8 +63,12 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint with the most steps, or None."""
-    names = [path.name for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir() if _is_checkpoint(path)] if is_own_folder(folder) else []
     return folder / max(names) if names else None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return _NAME.fullmatch(path.name) is not None and is_own_folder(path)
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
@@ -76,7 +81,7 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
         damage = find_damage(path)
         if damage is not None:
             raise StateError(damage)
-        state = msgspec.json.decode((path / "state.json").read_bytes(), type=RunState)
+        state = msgspec.json.decode(read_regular(path / "state.json", path), type=RunState)
         load_model(model, path / "model.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
         _restore_generators(tensors)
@@ -102,7 +107,7 @@ def _save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     os.replace(temp, final)
     sync_directory(folder)
     for path in folder.iterdir():
-        if path != final and (_NAME.fullmatch(path.name) or path.name.startswith(_TEMP_PREFIX)):
+        if path != final and (_is_checkpoint(path) or (path.name.startswith(_TEMP_PREFIX) and is_own_folder(path))):
             shutil.rmtree(path)
 
 

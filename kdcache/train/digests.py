@@ -11,6 +11,9 @@ from pathlib import Path
 import msgspec
 import xxhash
 
+from kdcache.errors import CorruptCacheError
+from kdcache.store.regular import open_regular, read_regular
+
 DIGESTS = "digests.json"
 _BLOCK_BYTES = 1 << 20
 
@@ -38,10 +41,10 @@ def write_digests(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """What is not as it was written, naming the file; None where all is well."""
     try:
-        digests = msgspec.json.decode((folder / DIGESTS).read_bytes(), type=_Digests)
+        digests = msgspec.json.decode(read_regular(folder / DIGESTS, folder), type=_Digests)
     except FileNotFoundError:
         return f"{DIGESTS} is missing"
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, CorruptCacheError, msgspec.DecodeError, UnicodeDecodeError) as error:
         return f"{DIGESTS} cannot be read: {error}"
     if digests.self != _digest_of_all(digests.files):
         return f"{DIGESTS} is damaged: it does not have its own digest"
@@ -60,7 +63,7 @@ def _file_damage(path: Path, expected: FileDigest) -> str | None:
         found = _digest(path)
     except FileNotFoundError:
         return f"{path.name} is missing"
-    except OSError as error:
+    except (OSError, CorruptCacheError) as error:
         return f"{path.name} cannot be read: {error}"
     if found != expected:
         return f"{path.name} is damaged: its digest is {found.xxh3_128}, but was {expected.xxh3_128} when it was written"
@@ -69,7 +72,7 @@ def _file_damage(path: Path, expected: FileDigest) -> str | None:
 
 def _digest(path: Path) -> FileDigest:
     digest, num_bytes = xxhash.xxh3_128(), 0
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path, path.parent) as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             num_bytes += len(block)

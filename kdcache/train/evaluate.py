@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kdcache.errors import ConfigError
+from kdcache.store.regular import write_new
 from kdcache.teacher import load_tokenizer
 from kdcache.train.body import vocab_size
 from kdcache.train.compare import compare_models
@@ -138,7 +139,7 @@ def _made(out: Path) -> Path:
 def _write(path: Path, results: Mapping[str, Any]) -> None:
     temp = path.with_name(f"{path.name}-unfinished")
     try:
-        temp.write_text(json.dumps(results, indent=1) + "\n")
+        write_new(temp, f"{json.dumps(results, indent=1)}\n".encode())
         os.replace(temp, path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error

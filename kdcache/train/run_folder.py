@@ -15,6 +15,7 @@ import msgspec
 from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.store.fs import sync_directory, sync_file
+from kdcache.store.regular import read_regular, what_is_not_own, write_new
 from kdcache.train.checkpoint import newest_checkpoint
 from kdcache.train.digests import write_digests
 
@@ -50,6 +51,7 @@ class RunFolder:
             raise ConfigError(f"out: {config.out!r} cannot be made a directory: {error.strerror}") from error
         if _holds_something_else(self.root):
             raise ConfigError(f"out: {config.out!r} is not empty and holds no training run; name another directory")
+        _refuse_others_places(self.root)
         if newest_checkpoint(self.checkpoints) is not None:
             _refuse_other_run(self.root / RUN, ours)
         _write_atomically(self.root / RUN, json.dumps(ours, indent=1).encode())
@@ -104,7 +106,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     path = Path(run) / METRICS
     if not path.is_file():
         return []
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    whole, _, _ = read_regular(path, path.parent).rpartition(b"\n")
     return [msgspec.json.decode(line) for line in whole.splitlines()]
 
 
@@ -113,9 +115,19 @@ def _holds_something_else(root: Path) -> bool:
     return bool(names) and RUN not in names
 
 
+def _refuse_others_places(root: Path) -> None:
+    """Raise ConfigError where a run's file or folder is a link or the like: what is written there would be elsewhere."""
+    places = {RUN: False, METRICS: False, CHECKPOINTS: True, MODEL: True}
+    for name, is_folder in places.items():
+        there = what_is_not_own(root / name, folder=is_folder)
+        if there is not None:
+            expected = "folder" if is_folder else "plain file"
+            raise ConfigError(f"out: {root / name} is {there}, expected a {expected} of the run's own; name another directory")
+
+
 def _refuse_other_run(path: Path, ours: dict[str, Any]) -> None:
     try:
-        theirs = json.loads(path.read_bytes())
+        theirs = json.loads(read_regular(path, path.parent))
         before, now = _leaves(theirs["config"]), _leaves(ours["config"])
         before["cache's snapshot"], now["cache's snapshot"] = theirs["snapshot"], ours["snapshot"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -138,7 +150,7 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _write_atomically(path: Path, data: bytes) -> None:
     temp = _unfinished(path)
-    temp.write_bytes(data)
+    write_new(temp, data)
     sync_file(temp)
     os.replace(temp, path)
     sync_directory(path.parent)
