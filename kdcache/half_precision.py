@@ -5,16 +5,17 @@ Where bfloat16 or float16 is only emulated, a product takes 15 to 80 times as lo
 
 from __future__ import annotations
 
-import logging
 import time
 from functools import cache
 
 import torch
 
+from kdcache.shown import get_logger
+
 _SIZE, _ROUNDS = 192, 5
 _WORTH_A_WARNING = 1.5
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

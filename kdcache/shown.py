@@ -2,7 +2,7 @@
 
 A name in a stranger's cache may hold what a terminal obeys (escape sequences), what turns a line around (bidirectional
 overrides), or what cannot be seen. The one place where such text becomes plain: errors, warnings, progress and results all
-come through here. Standard library only.
+come through here, and leave without the secrets in them (`kdcache.credentials`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
 
+from kdcache.credentials import masked
+
 MOST_CHARACTERS = 2000
 """Of one line: room for a sentence with a few long paths in it."""
 MOST_LINES = 1000
+_MOST_READ = 100_000
 
 # Invisible, although Python calls them printable: fillers, joiners and variation selectors. Everything else that is not seen,
 # or moves what is seen, is of the kinds that `str.isprintable` knows: Cc, Cf, Cs, Co, Cn, Zl, Zp, and blanks other than U+0020.
@@ -30,13 +33,17 @@ class Lines(str):
 
 
 def shown(value: Any, most: int = MOST_CHARACTERS) -> str:
-    """One line of a terminal or a log: what is not plain text is written as Python's escapes, `\\x1b`, `\\u202e`, `\\n`.
+    """One line of a terminal or a log: what is not plain text is written as Python's escapes, `\\x1b`, `\\u202e`, `\\n`, and
+    secrets are masked.
 
     Args:
         value: text, or what is made text by `str`.
         most: characters; of a longer text the middle is left out, as what to do stands at a sentence's end.
     """
     text = str(value)
+    if len(text) > _MOST_READ:
+        text = _without_middle(text, _MOST_READ)
+    text = masked(text)
     if len(text) > most:
         text = _without_middle(text, most)
     if not is_plain(text):
@@ -60,10 +67,12 @@ def is_plain(text: str) -> bool:
 
 
 def as_printed(text: str) -> str:
-    """A text whose line breaks stay, of any length, as JSON is: characters that would not be plain as its `\\u` escapes.
+    """A text whose line breaks stay, of any length, as JSON is: characters that would not be plain as its `\\u` escapes, and
+    secrets masked.
 
     Right for JSON, where they can stand in strings alone; what is read from it is what was written.
     """
+    text = masked(text)
     if all(map(is_plain, text.split("\n"))):
         return text
     return "".join(character if character == "\n" or is_plain(character) else _json_escaped(character) for character in text)

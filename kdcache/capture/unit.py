@@ -31,7 +31,7 @@ from kdcache.format.manifest import FeatureInfo, ShardInfo, SkippedSequence, Tea
 from kdcache.format.record import SequenceRecord, TokenSequence, check_distributions, check_mass
 from kdcache.format.selection import fixed_entries
 from kdcache.inputs.content import Item
-from kdcache.shown import get_logger
+from kdcache.shown import get_logger, shown
 from kdcache.store.admission import check_record
 from kdcache.store.set_aside import FailedUnit
 from kdcache.store.writer import CacheWriter
@@ -295,7 +295,7 @@ def is_fatal(error: Exception) -> bool:
 def reason_of(error: BaseException) -> str:
     """One sentence for a record; with the type's name where the error is not one of ours."""
     text = str(error) if isinstance(error, KdcacheError) else f"{type(error).__name__}: {error}"
-    return text.encode("utf-8", "backslashreplace").decode()
+    return shown(text)
 
 
 def make_work(

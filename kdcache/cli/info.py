@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from kdcache.format.manifest import FeatureInfo, Identity, Manifest
     from kdcache.store.summary import CacheSummary
 
+_MOST = 1000
+"""Characters of a name or a reason in a list."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -31,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     summary = summarize_cache(args.cache)
     if args.skipped:
         for sequence in summary.skipped:
-            write(f"{shown(sequence.source)}\t{shown(sequence.reason)}")
+            write(f"{shown(sequence.source, _MOST)}\t{shown(sequence.reason, _MOST)}")
         return 0
     if args.json:
         say_json(_fields(summary))

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from kdcache.config.chat import check_arguments, parse_moment
 from kdcache.config.remote import RemoteConfig
+from kdcache.config.secrets import refuse_secrets
 from kdcache.config.teacher import TeacherConfig
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -337,6 +338,7 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         self._check_features()
+        refuse_secrets({name: getattr(self, name) for name in self.__struct_fields__ if name != "run"}, "the cache's manifests")
         if self.generate is None:
             return
         if self.teacher.backend == "served":

@@ -14,6 +14,7 @@ import msgspec
 
 from kdcache.config.describe import choices_of, element_type, nearest, section_fields, type_at
 from kdcache.config.yaml_text import MAX_YAML_BYTES, check_yaml_size, parse_yaml
+from kdcache.credentials import remember
 from kdcache.errors import ConfigError
 
 C = TypeVar("C", bound=msgspec.Struct)
@@ -92,6 +93,7 @@ def apply_override(fields: dict[str, Any], config_type: type[msgspec.Struct], ov
 def convert_config(fields: Mapping[str, Any], config_type: type[C], *, where: str = "") -> C:
     """A config from plain values; raises ConfigError as `load_config` does, with messages that start with `where`."""
     prefix = f"{where}: " if where else ""
+    remember(fields)  # no message on a field shows them
     try:
         _refuse_unknown_fields(fields, config_type)
         return msgspec.convert(fields, config_type)

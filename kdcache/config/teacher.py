@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from kdcache.config.server import ServerConfig
+from kdcache.credentials import find_secret
 
 Positive = Annotated[int, Meta(ge=1)]
 
@@ -71,10 +72,11 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return self.engine_options.get("trust_remote_code") is True
 
     def __post_init__(self) -> None:
-        secret = next((name for name in self.engine_options if name in ("token", "hf_token")), None)
+        secret = find_secret(self.engine_options, path="engine_options")
         if secret is not None:
             raise ValueError(
-                f"engine_options.{secret}: these options are written into the cache; set HF_TOKEN in the environment"
+                f"{secret} is a secret by its name or its look, and these options are written into the cache; leave it "
+                "out; set HF_TOKEN in the environment, or the variable that the engine reads"
             )
         if self.backend == "served" and self.server.url is None:
             raise ValueError("backend 'served' needs server.url, as in http://host:8000/v1")

@@ -13,6 +13,7 @@ from msgspec import Meta
 from kdcache.config.capture import Config, NonNegative, Positive
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.remote import RemoteConfig
+from kdcache.config.secrets import refuse_secrets
 
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
@@ -162,5 +163,6 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     heldout: HeldoutConfig = HeldoutConfig()
 
     def __post_init__(self) -> None:
+        refuse_secrets({name: getattr(self, name) for name in self.__struct_fields__ if name != "remote"}, "the run's folder")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either `steps` or `epochs`, and not both")

@@ -15,6 +15,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.config import conf as fsspec_settings
 
 from kdcache.config.remote import RemoteConfig
+from kdcache.credentials import remember
 from kdcache.errors import ConfigError, StorageError
 from kdcache.store.remote_errors import http_status, translated
 
@@ -156,6 +157,7 @@ def _filesystem(scheme: str, config: RemoteConfig) -> Any:
     for protocol in (kind.protocol,) if isinstance(kind.protocol, str) else kind.protocol:
         options = _merged(options, fsspec_settings.get(protocol, {}))
     options = _merged(options, config.options)
+    remember(options)  # what a store says of them is shown without them
     try:
         return kind(**options)
     except (TypeError, ValueError) as error:

@@ -25,6 +25,7 @@ Answer = TypeVar("Answer")
 Item = TypeVar("Item")
 
 SCHEMES = ("s3", "gs", "hf", "memory")
+_MOST_NAME_BYTES = 255
 _CREATING = ("s3://", "gs://", "memory://")
 READ_BYTES = 16 * 2**20
 """Of one request, where more is read in sequence."""
@@ -63,7 +64,12 @@ def locate(place: str | os.PathLike[str] | RemotePath, remote: RemoteConfig | No
 
 
 def _check_path(path: str) -> None:
-    """Raise ConfigError for a URI that has lost a slash, as `Path("s3://bucket/x")` does: a folder `s3:` would be made."""
+    """Raise ConfigError for a path that no file can have, and for a URI that has lost a slash, as `Path("s3://bucket/x")` does:
+    a folder `s3:` would be made."""
+    if "\0" in path or any(len(os.fsencode(part)) > _MOST_NAME_BYTES for part in path.split(os.sep)):
+        raise ConfigError(
+            f"{path!r}: a part of the path is longer than {_MOST_NAME_BYTES} bytes, or holds a NUL; no file has it"
+        )
     scheme, colon, rest = path.partition(":")
     if colon and scheme.lower() in ("file", *SCHEMES) and rest.startswith("/"):
         uri = f"{scheme}://{'/' if scheme == 'file' else ''}{rest.strip('/')}"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from kdcache.config.capture import TeacherConfig
 from kdcache.config.server import ServerConfig
+from kdcache.credentials import looks_secret, remember
 from kdcache.errors import ConfigError
 
 ENGINE_SETTINGS = ("engine_options", "tensor_parallel_size", "route", "num_threads")
 """Settings of an engine that we start."""
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 MAX_NAME_CHARACTERS, MAX_NAMES = 1000, 20
 """Of a model, which may be a path; and of a server's models in a message."""
 
@@ -44,7 +47,10 @@ def api_key(server: ServerConfig) -> str | None:
     """The key for the server; raises ConfigError where it is named but not there."""
     if server.api_key_env is None:
         return None
+    if _VARIABLE.fullmatch(server.api_key_env) is None or looks_secret(server.api_key_env):
+        raise ConfigError("teacher.server.api_key_env is no name of an environment variable; the key itself goes into one")
     key = os.environ.get(server.api_key_env, "").strip()
+    remember(key, "api_key")
     if not key:
         raise ConfigError(f"teacher.server.api_key_env: the environment variable {server.api_key_env!r} is not set or is empty")
     if not key.isascii() or not key.isprintable():

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from kdcache.config.secrets import without_secrets
 from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.store.fs import sync_directory, sync_file
@@ -44,7 +45,7 @@ class RunFolder:
         """
         self.root = Path(config.out)
         # Through JSON, so that a tuple compares equal to the list that the file gives back.
-        ours = msgspec.json.decode(msgspec.json.encode({"config": config, "snapshot": snapshot}))
+        ours = without_secrets(msgspec.json.decode(msgspec.json.encode({"config": config, "snapshot": snapshot})))
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
