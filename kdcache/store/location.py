@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from urllib.parse import unquote
 
 from kdcache.config.remote import RemoteConfig
+from kdcache.credentials import looks_secret
 from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.extras import EXTRAS, STORES, require
 from kdcache.store.regular import is_own_file, is_own_folder, read_regular
@@ -82,6 +83,10 @@ def _check_name(scheme: str, name: str) -> None:
     if any(part in ("", ".", "..") for part in parts):
         plain = "/".join(part for part in parts if part not in ("", ".", ".."))
         raise ConfigError(f"{scheme}://{name}: a part of the name is empty, '.' or '..'; did you mean {scheme}://{plain}?")
+    if looks_secret(f"{scheme}://{name}"):
+        raise ConfigError(
+            f"{scheme}://{name}: holds a user, a password or a key, which stores do not read there; set the store's own variables"
+        )
     if not name.isprintable():
         raise ConfigError(f"{f'{scheme}://{name}'!r}: holds a control character; take a name without")
 

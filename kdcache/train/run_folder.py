@@ -121,7 +121,7 @@ def _refuse_others_places(root: Path) -> None:
     places = {RUN: False, METRICS: False, CHECKPOINTS: True, MODEL: True}
     for name, is_folder in places.items():
         there = what_is_not_own(root / name, folder=is_folder)
-        if there is not None:
+        if there not in (None, "a plain file", "a folder"):
             expected = "folder" if is_folder else "plain file"
             raise ConfigError(f"out: {root / name} is {there}, expected a {expected} of the run's own; name another directory")
 

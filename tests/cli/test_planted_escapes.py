@@ -79,11 +79,11 @@ def look_at(run: Commands, cache: Path) -> str:
     """Every command that reads a cache; all that they say."""
     said = [run(*command, cache) for command in (
         ("info",), ("info", "--json"), ("info", "--skipped"), ("verify",), ("verify", "--json"), ("verify", "--deep"),
-        ("doctor",), ("doctor", "--json"), ("fold",), ("convert", "--tokenizer", "fake", cache),
+        ("doctor",), ("doctor", "--json"), ("fold",), ("repair",), ("convert", "--tokenizer", "fake", cache),
     )]  # fmt: skip
     shutil.rmtree(cache.parent / "derived", ignore_errors=True)
-    said.append(run("derive", cache, cache.parent / "derived", "--sample", "2"))
-    said.append(run("derive", cache, cache.parent / "derived", "--where", "domain == 'x'"))
+    said.append(run("derive", cache.parent / "derived", "--from", cache, "--sample", "0.5"))
+    said.append(run("derive", cache.parent / "derived", "--from", cache, "--where", "domain == 'x'"))
     said.append(run("info", cache.parent / "derived"))
     return "\n".join(said)
 
