@@ -71,6 +71,10 @@ def _check_path(path: str) -> None:
         raise ConfigError(
             f"{path!r}: a part of the path is longer than {_MOST_NAME_BYTES} bytes, or holds a NUL; no file has it"
         )
+    if "://" in path:
+        raise ConfigError(
+            f"{path!r}: several addresses in one, or no scheme; expected a path or one address, as in s3://bucket/x"
+        )
     scheme, colon, rest = path.partition(":")
     if colon and scheme.lower() in ("file", *SCHEMES) and rest.startswith("/"):
         uri = f"{scheme}://{'/' if scheme == 'file' else ''}{rest.strip('/')}"
@@ -85,7 +89,7 @@ def _check_name(scheme: str, name: str) -> None:
         raise ConfigError(f"{scheme}://{name}: a part of the name is empty, '.' or '..'; did you mean {scheme}://{plain}?")
     if looks_secret(f"{scheme}://{name}"):
         raise ConfigError(
-            f"{scheme}://{name}: holds a user, a password or a key, which stores do not read there; set the store's own variables"
+            f"{scheme}://{name}: holds a user, a password or a key, which no store reads there; set the store's variables"
         )
     if not name.isprintable():
         raise ConfigError(f"{f'{scheme}://{name}'!r}: holds a control character; take a name without")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -148,3 +151,13 @@ def test_a_config_json_that_asks_for_code_of_another_repository_is_refused(tmp_p
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
     with pytest.raises(TeacherError, match=r"config.json asks for the code of another repository, \w+ 'who/ever'"):
         check_model_name(str(tmp_path))
+
+
+def test_a_module_in_the_working_directory_is_not_imported(tmp_path: Path):
+    """`python -m kdcache info .` in a stranger's folder: Python itself would look for modules there first."""
+    (tmp_path / "msgspec.py").write_text("open('ran', 'w').close()\n")
+    command = [sys.executable, "-m", "kdcache", "info", "."]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "no cache at '.'" in done.stderr
+    assert not (tmp_path / "ran").exists()
