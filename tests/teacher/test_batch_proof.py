@@ -214,6 +214,14 @@ class Keeper:
         ),
         (Keeper(), "other numbers for the same text when it is asked again"),
         (lambda _, hidden_BTH: hidden_BTH + hidden_BTH.mean(dim=1, keepdim=True), "reads the tokens that come later"),
+        (
+            lambda _, hidden_BTH: hidden_BTH + torch.randn_like(hidden_BTH) * (hidden_BTH.shape[1] > 20),
+            "other numbers for the same text when it is asked again",
+        ),
+        (
+            lambda _, hidden_BTH: hidden_BTH + hidden_BTH.mean(dim=1, keepdim=True) * (hidden_BTH.shape[1] > 20),
+            "reads the tokens that come later",
+        ),
     ],
 )
 def test_what_no_batch_can_mend_is_refused(
