@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdcache.config.capture import GenerateConfig
 from kdcache.errors import TeacherError
+from kdcache.teacher._answer_torch import draw_rows
 from kdcache.teacher._hf_proof import Sharing, Texts, longest_text, prove_sharing
 from kdcache.teacher._hf_rotary import TextRotary
 from kdcache.teacher.batches import batches_by_length
@@ -139,43 +139,6 @@ def _step(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, cache: Any) -
     if getattr(output, "past_key_values", None) is None:
         raise TeacherError(f"{type(model).__name__} keeps no key-value cache to write with; use teacher.backend vllm")
     return output.logits[:, -1], output.past_key_values
-
-
-def draw_rows(logits_BV: Tensor, config: GenerateConfig, uniform_B: Tensor) -> Tensor:
-    """(B,) int64: `kdcache.teacher.generation.draw_from` for each row, which is the definition.
-
-    Args:
-        logits_BV: of any float type.
-        config: sampling.
-        uniform_B: (B,) float64 in [0, 1).
-
-    Raises:
-        TeacherError: a logit is NaN.
-    """
-    logits_BV = logits_BV.double()
-    if logits_BV.isnan().any():
-        raise TeacherError(
-            "the teacher gave NaN while it wrote; float16 overflows in many models: set teacher.dtype to bfloat16"
-        )
-    if config.temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV / config.temperature
-    probabilities_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).exp()
-    probabilities_BV = _drop_below(probabilities_BV, torch.tensor(config.min_p, dtype=torch.float64))
-    if 0 < config.top_k < probabilities_BV.shape[-1]:
-        probabilities_BV = _drop_below(probabilities_BV, probabilities_BV.topk(config.top_k).values[:, -1:])
-    probabilities_BV = probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
-    if config.top_p < 1:
-        falling_BV = probabilities_BV.sort(descending=True).values
-        asked_B1 = torch.full_like(falling_BV[:, :1], config.top_p)
-        last_B1 = torch.searchsorted(falling_BV.cumsum(dim=-1), asked_B1).clamp(max=falling_BV.shape[-1] - 1)
-        probabilities_BV = _drop_below(probabilities_BV, falling_BV.gather(-1, last_B1))
-    sums_BV = probabilities_BV.cumsum(dim=-1)
-    return torch.searchsorted(sums_BV, uniform_B[:, None] * sums_BV[:, -1:], right=True)[:, 0]
-
-
-def _drop_below(probabilities_BV: Tensor, least: Tensor) -> Tensor:
-    return torch.where(probabilities_BV < least.to(probabilities_BV.device), 0.0, probabilities_BV)
 
 
 def _padded_on_the_left(texts: Texts, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ pytest.importorskip("transformers")
 
 import torch
 
-from kdcache.teacher._hf_generate import draw_rows, own_end_ids
+from kdcache.teacher._answer_torch import draw_rows
+from kdcache.teacher._hf_generate import own_end_ids
 
 
 def load(folder: Path, **changes: object):
@@ -61,6 +62,16 @@ def test_rows_are_drawn_as_the_definition_draws_each(config):
     expected = [draw_from(logits_V, asked, u) for logits_V, u in zip(logits_BV, uniform_B, strict=True)]
     assert drawn_B.tolist() == expected
     assert len(set(expected)) > 3
+
+
+def test_what_cannot_come_is_never_drawn_and_ties_at_a_border_stay():
+    logits_BV = torch.tensor([[-torch.inf, 0.0, -200.0, -torch.inf]] * 3)
+    uniform_B = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw_rows(logits_BV, GenerateConfig(), uniform_B).tolist() == [1, 1, 1]
+    tied_BV = torch.tensor([[1.0, 2.0, 1.0, 0.0]] * 2)
+    for filters in ({"top_k": 2}, {"top_p": 0.7}):
+        drawn_B = draw_rows(tied_BV, GenerateConfig(**filters), torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
+        assert drawn_B.tolist() == [0, 2]
 
 
 def test_a_nan_is_not_drawn_from():

@@ -16,7 +16,8 @@ torch = pytest.importorskip("torch")
 
 from selection_cases import BACKENDS, of_kind, select  # noqa: E402
 
-from kdcache.teacher import _draw_torch, _numba_blocks  # noqa: E402
+from kdcache.config.capture import GenerateConfig  # noqa: E402
+from kdcache.teacher import _answer_torch, _draw_torch, _numba_blocks  # noqa: E402
 from kdcache.teacher.exact_weights import STRIP  # noqa: E402
 
 CASES = {
@@ -55,12 +56,24 @@ def drawn_digests(backend: str) -> dict[str, str]:
     return digests
 
 
+def written_digest() -> str:
+    """Of the tokens that a teacher writes after some logits, under every filter."""
+    uniform_B = torch.from_numpy(np.random.default_rng(5).random(300))
+    logits_BV = some_logits()[torch.arange(300) % 11 + 1]
+    drawn = []
+    for filters in ({}, {"temperature": 0.75, "min_p": 1e-4, "top_k": 900, "top_p": 0.95}):
+        drawn += [_answer_torch.draw_rows(part, GenerateConfig(**filters), uniforms).numpy().astype("<i4").tobytes()
+                  for part, uniforms in zip(logits_BV.split(100), uniform_B.split(100), strict=True)]  # fmt: skip
+    return hashlib.sha256(b"".join(drawn)).hexdigest()[:16]
+
+
 EXPECTED = {
     "top_p_k": "37925984aace384b",
     "sampled": "63277a2a18cdd282",
     "threshold": "82240b601cfdf8f7",
     "top_k_sampled": "205ea7586c474e45",
 }
+WRITTEN = "e6053ac2ba865b99"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,16 +81,21 @@ def test_draws_are_those_of_every_other_processor_and_backend(backend: str):
     assert drawn_digests(backend) == EXPECTED
 
 
+def test_what_a_teacher_writes_is_drawn_the_same_everywhere():
+    assert written_digest() == WRITTEN
+
+
 @pytest.mark.slow
 def test_draws_without_avx_and_fma_are_the_same(tmp_path: Path):
     program = (
         f"import json, sys; sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / 'teacher')!r}]\n"
-        "import test_same_draws as t; print(json.dumps([t.drawn_digests('numba'), t.drawn_digests('torch')]))"
+        "import test_same_draws as t\n"
+        "print(json.dumps([t.drawn_digests('numba'), t.drawn_digests('torch'), t.written_digest()]))"
     )
     environment = {**os.environ, **OLD, "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout) == [EXPECTED, EXPECTED]
+    assert json.loads(done.stdout) == [EXPECTED, EXPECTED, WRITTEN]
 
 
 def test_weights_and_their_sums_are_the_same_bits_in_numba_and_in_torch():
