@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+import fsdp_promises
 import pytest
 import torch
 import torch.distributed as dist
@@ -104,9 +105,10 @@ def check_all(rank: int) -> None:
     check_ddp(rank)
     check_split_vocabulary(rank)
     check_split_projection(rank)
+    fsdp_promises.check_all(rank)
 
 
 @pytest.mark.slow
-def test_ddp_and_a_vocabulary_split_between_ranks_give_the_gradients_of_one_process(tmp_path):
-    """One start of two ranks for all."""
+def test_ranks_give_the_gradients_of_one_process(tmp_path):
+    """Under DDP, with a split vocabulary, and under FSDP2 (`fsdp_promises`): one start of two ranks for all."""
     in_ranks(check_all, tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,18 +14,13 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loss.py"
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
-def test_a_part_is_measured_and_takes_the_place_of_an_older_one(tmp_path):
+def test_a_part_is_measured_and_takes_the_place_of_an_older_one(tmp_path, main):
     old = {"cpu": "another", "case": "toy-16-bfloat16", "group": "labels", "rows": 1, "hidden": 1, "vocab": 1, "dtype": "x"}
     old |= {"threads": 1, "torch": "2", "rounds": 1, "load_before": 0.1, "variants": {}}
     (tmp_path / "loss.json").write_text(json.dumps([old]))
     for memory in ((), ("--no-memory",)):
-        done = run("--part", "toy-16-bfloat16", "labels", "--rounds", "1", "--output", tmp_path, *memory)
-        assert done.returncode == 0, done.stderr
+        main("--part", "toy-16-bfloat16", "labels", "--rounds", "1", "--output", tmp_path, *memory)
         parts = json.loads((tmp_path / "loss.json").read_text())
         assert len(parts) == 2
         assert all(variant["ratios"] for part in parts for variant in part["variants"].values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,12 +32,12 @@ def keep_the_contract() -> None:
 
     The O(K) part is torch's, and is held to the whole contract in test_bucket_rows.py.
     """
-    contract.SHAPES = [(0, 5, 2), (1, 1, 0), (3, 1, 1), (4, 2, 1), (5, 17, 0), (3, 16, 16), (3, 71, 5)]
+    shapes = [(0, 5, 2), (1, 1, 0), (3, 1, 1), (4, 2, 1), (5, 17, 0), (3, 16, 16), (3, 71, 5)]
     temperatures = [Objective(tail, 0.4, temperature=2.0) for tail in ("bucket", "uniform")]
     others = [Objective(divergence=kind()) for kind in (d.ReverseKL, d.TailAwareKL)]
-    contract.OBJECTIVES = [o for o in contract.FORWARD_KL if o.alpha > 0] + temperatures + others
-    contract.SMOOTH = contract.OBJECTIVES
-    with np.errstate(all="ignore"):
+    objectives = [o for o in contract.FORWARD_KL if o.alpha > 0] + temperatures + others
+    fewer = mock.patch.multiple(contract, SHAPES=shapes, OBJECTIVES=objectives, SMOOTH=objectives)
+    with np.errstate(all="ignore"), fewer:
         for check in contract.CHECKS:
             check(compute)
 

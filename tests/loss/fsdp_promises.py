@@ -1,14 +1,12 @@
-"""The losses under FSDP2: parameters sharded between two gloo ranks, gradients as of one process with the whole batch."""
+"""The losses under FSDP2, for test_distributed.py: shards between two gloo ranks, gradients as of one process with all rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import in_ranks
 from test_head import H, P, Tied, V, make
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -155,9 +153,3 @@ def check_all(rank: int) -> None:
     check_accumulated_and_checkpointed(rank)
     check_mixed_precision(rank)
     check_refused(rank)
-
-
-@pytest.mark.slow
-def test_sharded_parameters_get_the_gradients_of_the_whole_batch(tmp_path: Path):
-    """Tied, own and frozen heads; accumulation, checkpointing, mixed precision; one start of two ranks for all."""
-    in_ranks(check_all, tmp_path)
