@@ -28,8 +28,8 @@ class RemoteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         spool_dir: local folder where a shard is written before it is uploaded; null for the system's folder for such files.
         options: further arguments of the file system (fsspec's storage options: `endpoint_url`, `anon`, `config_kwargs`, ...).
             They go before fsspec's own files and variables, and those before our timeouts; what does not clash is merged.
-            Credentials belong in the store's own environment variables or files: what stands here is kept in training runs'
-            records.
+            Credentials belong in the store's own environment variables or files; those that stand here are used, and masked in
+            messages and in training runs' records.
     """
 
     block_dir: str | None = None

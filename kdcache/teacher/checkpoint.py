@@ -46,6 +46,9 @@ def check_model_name(model: str, *, is_tokenizer: bool = False) -> None:
         needed, what = ((*TOKENIZER_FILES, CONFIG_FILE), "tokenizer") if is_tokenizer else ((CONFIG_FILE,), "model")
         if not any((path / name).is_file() for name in needed):
             raise TeacherError(f"{model}: no {needed[0]} in this folder; expected a {what} in the Hugging Face layout")
+        odd = next((file for file in path.iterdir() if file.exists() and not file.is_file() and not file.is_dir()), None)
+        if odd is not None:  # whoever opened a named pipe would wait for ever
+            raise TeacherError(f"{odd}: is a pipe, a socket or a device; a model's folder holds plain files")
         _refuse_kernels_of_a_hub(model, config_fields(model))
     elif path.is_file():
         raise TeacherError(f"{model} is a file; expected a hub id or a folder in the Hugging Face layout")

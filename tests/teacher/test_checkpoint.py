@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from kdcache.teacher.checkpoint import config_fields, resolved_revision, short_name, weights_digest
+from kdcache.errors import TeacherError
+from kdcache.teacher.checkpoint import check_model_name, config_fields, resolved_revision, short_name, weights_digest
 from kdcache.teacher.hub_cache import cache_root, cached_commit, snapshot_folder
 
 FIRST, SECOND = "a" * 40, "b" * 40
@@ -123,3 +125,9 @@ def test_the_cache_is_where_the_hub_client_has_it(tmp_path: Path, monkeypatch: p
     assert cache_root() == tmp_path / "home/hub"
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "here"))
     assert cache_root() == tmp_path / "here"
+
+
+def test_a_pipe_in_a_model_s_folder_is_refused_before_anybody_waits_for_it(folder: Path):
+    os.mkfifo(folder / "generation_config.json")
+    with pytest.raises(TeacherError, match=r"generation_config\.json: is a pipe"):
+        check_model_name(str(folder))
