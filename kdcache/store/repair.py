@@ -63,6 +63,7 @@ def repair_cache(path: str | Path, progress: Progress | None = None, *, remote: 
 
     Raises:
         CacheNotFoundError: there is no cache. CorruptCacheError: the newest manifest itself is damaged.
+        CaptureError: one of its folders is a link.
         StorageError: the disk or store refuses.
     """
     root = locate(path, remote)
@@ -71,6 +72,7 @@ def repair_cache(path: str | Path, progress: Progress | None = None, *, remote: 
     made_index = _is_index_damaged(root, manifest)
     if not damage and not made_index:
         return Repair(manifest)
+    fs.make_directories(root)  # none may be a link: what is written or moved would be elsewhere
     try:
         for found in damage:
             _set_aside(root, found, {shard.unit: shard for shard in manifest.shards}[found.unit])
@@ -116,6 +118,8 @@ def _changed(root: Location, shard: ShardInfo) -> str | None:
         sha256 = fs.sha256_of(copy or Path(str(path)))
     except FileNotFoundError:
         return "it is missing"
+    except CorruptCacheError as error:
+        return str(error)  # no plain file, or not in the cache's folder
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
     finally:

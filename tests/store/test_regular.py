@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from cache_making import make_cache, make_identity, make_manifest, make_unit
 
-from kdcache.errors import CorruptCacheError, KdcacheError
+from kdcache.errors import CaptureError, CorruptCacheError, KdcacheError
 from kdcache.format import paths
 from kdcache.store import fs
 from kdcache.store.block_cache import DiskBlocks
 from kdcache.store.reader import open_cache
 from kdcache.store.regular import open_regular, read_regular, write_new
+from kdcache.store.repair import repair_cache
 from kdcache.store.set_aside import FailedUnit, read_failures, record_failure
 from kdcache.store.verify import verify_cache
 from kdcache.store.writer import CacheWriter
@@ -139,6 +140,22 @@ def test_nothing_is_written_or_swept_through_a_folder_that_is_a_link(tmp_path: P
         start_and_fail(cache)
     fs.remove_cache(cache, [])
     assert sorted(elsewhere.iterdir()) == sorted(theirs)
+
+
+@pytest.mark.parametrize("name", [paths.TMP, paths.DAMAGED, paths.JOURNAL])
+def test_a_repair_moves_and_writes_nothing_through_a_link(tmp_path: Path, cache: Path, name: str):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shard = one_of(cache, paths.DATA)
+    pipe(shard)
+    shutil.rmtree(cache / name, ignore_errors=True)
+    (cache / name).symlink_to(elsewhere)
+    with pytest.raises(CaptureError, match="is a link"):
+        repair_cache(cache)
+    assert list(elsewhere.iterdir()) == []
+    (cache / name).unlink()
+    assert [found.name for found in repair_cache(cache).damage] == [f"{paths.DATA}/{shard.name}"]
+    read_all(cache)
 
 
 def test_a_sweep_takes_plain_files_alone(tmp_path: Path):
