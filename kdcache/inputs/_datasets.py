@@ -73,6 +73,7 @@ def _values(dataset: Any, start: int, fields: Fields, config: InputConfig, name:
             rows = dataset.select(range(min(start, len(dataset)), len(dataset))).select_columns(columns)
             for table in rows.with_format("arrow").iter(batch_size=_ROWS_PER_READ):
                 for batch in table.to_batches():
+                    batch.validate(full=True)  # offsets that lead out of a buffer would be followed, and end the process
                     yield from row_values(batch, fields)
     except InputError:
         raise

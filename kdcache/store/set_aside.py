@@ -77,6 +77,6 @@ def read_failures(root: Location, *, published: Collection[int]) -> list[FailedU
 def _read(path: Location) -> FailedUnit | None:
     try:
         return msgspec.json.decode(read_file(path), type=FailedUnit)
-    except (OSError, CorruptCacheError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, CorruptCacheError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         _log.warning("%s: not a record of a failure: %s", path, error)
         return None

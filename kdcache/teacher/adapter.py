@@ -75,7 +75,7 @@ def _highest_rank(adapter: str, fields: dict[str, Any]) -> int:
 def _fields(adapter: str, path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _refusal(adapter, f"{path.name} cannot be read ({error})", "JSON") from error
     if not isinstance(fields, dict):
         raise _refusal(adapter, f"{path.name} holds no fields", "a JSON object")
@@ -88,7 +88,7 @@ def _weight_names(adapter: str, path: Path) -> list[str]:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size)) if size <= MAX_HEADER_BYTES else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _refusal(adapter, f"{path.name} cannot be read ({error})", "weights in the safetensors format") from error
     if not isinstance(header, dict):
         raise _refusal(adapter, f"{path.name} has no header", "weights in the safetensors format")

@@ -80,7 +80,7 @@ def config_fields(model: str, revision: str | None = None) -> dict[str, Any]:
     folder = Path(model) if Path(model).is_dir() else snapshot_folder(model, revision)
     try:
         fields = json.loads((folder / CONFIG_FILE).read_text("utf-8")) if folder is not None else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) else {}
 
@@ -142,6 +142,6 @@ def _adapted_model(folder: Path) -> str | None:
     """Hub id or folder of the model that an adapter in the folder belongs to; None where there is no adapter."""
     try:
         named = json.loads((folder / ADAPTER_FILE).read_text("utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return named if isinstance(named, str) and named else None

@@ -44,7 +44,7 @@ def find_damage(folder: Path) -> str | None:
         digests = msgspec.json.decode(read_regular(folder / DIGESTS, folder), type=_Digests)
     except FileNotFoundError:
         return f"{DIGESTS} is missing"
-    except (OSError, CorruptCacheError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, CorruptCacheError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return f"{DIGESTS} cannot be read: {error}"
     if digests.self != _digest_of_all(digests.files):
         return f"{DIGESTS} is damaged: it does not have its own digest"

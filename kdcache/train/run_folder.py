@@ -131,7 +131,7 @@ def _refuse_other_run(path: Path, ours: dict[str, Any]) -> None:
         theirs = json.loads(read_regular(path, path.parent))
         before, now = _leaves(theirs["config"]), _leaves(ours["config"])
         before["cache's snapshot"], now["cache's snapshot"] = theirs["snapshot"], ours["snapshot"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: not the config of a training run ({error}); name another `out` directory") from error
     names = [name for name in before | now if before.get(name) != now.get(name) and not _may_change(name)]
     if names:
