@@ -59,15 +59,15 @@ def prepare() -> None:
     pa.set_io_thread_count(1)
 
 
-def address_space() -> int:
-    """Bytes of this process's."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+def memory() -> tuple[int, int]:
+    """Bytes of this process: of its address space, and of what is resident."""
+    pages = Path("/proc/self/statm").read_text().split()
+    return int(pages[0]) * resource.getpagesize(), int(pages[1]) * resource.getpagesize()
 
 
 def run_child(trial: Trial, seed: int, folder: Path, limits: Limits) -> list[str]:
     """What a trial finds, or what became of its process."""
     read_end, write_end = os.pipe()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     child = os.fork()
     if not child:
         os.close(read_end)
@@ -82,8 +82,9 @@ def run_child(trial: Trial, seed: int, folder: Path, limits: Limits) -> list[str
         return [f"hang: still running after {limits.seconds:.0f} s"]
     if os.WIFSIGNALED(status):
         return [f"signal: {signal.Signals(os.WTERMSIG(status)).name}"]
-    found: list[str] = json.loads(data) if data else [f"exit: the child ended with status {status >> 8} and no answer"]
-    grown = usage.ru_maxrss * 1024 - before
+    before, _, answer = data.partition(b"\n")
+    found: list[str] = json.loads(answer) if answer else [f"exit: the child ended with status {status >> 8} and no answer"]
+    grown = usage.ru_maxrss * 1024 - int(before or 0)
     if grown > limits.resident_bytes:
         found.append(f"memory: {grown >> 20} MiB more than before")
     return found
@@ -92,7 +93,8 @@ def run_child(trial: Trial, seed: int, folder: Path, limits: Limits) -> list[str
 def _be_child(trial: Trial, seed: int, folder: Path, answer: int, limits: Limits) -> None:
     """Run one trial and end this process."""
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (address_space() + limits.memory_bytes,) * 2)
+        os.write(answer, b"%d\n" % memory()[1])
+        resource.setrlimit(resource.RLIMIT_AS, (memory()[0] + limits.memory_bytes,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, 1)
@@ -181,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--seed", type=int, default=None, help="of the first trial; each next one has the next (the time of day)"
     )
     parser.add_argument("--out", type=Path, default=None, help="where inputs of findings are kept (a new folder under /tmp)")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds of one trial (30)")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds of one trial (60)")
     parser.add_argument("--memory", type=float, default=3.0, help="GiB of address space that a trial may add (3)")
     parser.add_argument("--resident", type=float, default=0.6, help="GiB of memory that a trial may use (0.6)")
     options = parser.parse_args(arguments)

@@ -12,6 +12,8 @@ from kdcache.loader.order import ORDER_VERSION
 from kdcache.loader.packing import PACKING_VERSION
 
 STATE_VERSION = 2
+MOST_STEPS = 2**62
+"""No epoch or batch has this number: sums of them stay whole numbers of 64 bits."""
 
 _NOT_OF_THE_STREAM = {"num_threads", "prefetch_batches", "features", "with_roles", "logprob_dtype", "seed"}
 
@@ -64,14 +66,19 @@ def parse_state(fields: Any, *, here: LoaderState) -> LoaderState:
         state = msgspec.convert(fields, LoaderState)
     except msgspec.ValidationError as error:
         raise StateError(f"not a state of a kdcache loader: {error}") from error
-    differences = _differences(_leaves(state), _leaves(here))
+    try:
+        differences = _differences(_leaves(state), _leaves(here))
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise StateError(f"not a state of a kdcache loader: a value that JSON cannot hold: {error}") from error
     if differences:
         raise StateError(
             f"the loader state was saved under {'; '.join(differences)}: give the loader the cache and the options that it was "
             f"saved with, or begin anew without it"
         )
-    if state.epoch < 0 or state.next_batch < 0:
-        raise StateError(f"the loader state names epoch {state.epoch}, batch {state.next_batch}; expected numbers from 0 up")
+    if not (0 <= state.epoch < MOST_STEPS and 0 <= state.next_batch < MOST_STEPS):
+        raise StateError(
+            f"the loader state names epoch {state.epoch}, batch {state.next_batch}; expected numbers from 0 to 2^62"
+        )
     return state
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def weights_digest(model: str, adapter: str | None = None) -> str | None:
     digest, base = folder_digest(folder), _adapted_model(folder)
     if base is None:
         return digest
-    of_base = folder_digest(base) if Path(base).is_dir() else cached_commit(base)
+    of_base = folder_digest(base) if os.path.isdir(base) else cached_commit(base)
     return hashlib.sha256(f"kdcache.adapter.v1\0{digest}\0{of_base}".encode()).hexdigest()
 
 

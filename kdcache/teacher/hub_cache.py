@@ -30,7 +30,7 @@ def cached_commit(model: str, revision: str | None = None) -> str | None:
     try:
         return (folder / "refs" / name).read_text().strip() or None
     except (OSError, ValueError):
-        return name if (folder / "snapshots" / name).is_dir() else None
+        return name if os.path.isdir(folder / "snapshots" / name) else None  # a name too long for a file is none
 
 
 def snapshot_folder(model: str, revision: str | None = None) -> Path | None:

@@ -244,6 +244,7 @@ def _id_of(text: str) -> int:
 
 
 def _nats(values: Sequence[Any]) -> NDArray[np.float32]:
-    array = np.array(values, np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 is impossible as well
+        array = np.array(values, np.float32)
     array[array <= IMPOSSIBLE_NATS] = -np.inf
     return array

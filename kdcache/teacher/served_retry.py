@@ -21,6 +21,9 @@ TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 52
 LIMIT_WORDS = ("max allowed:", "less than or equal to", "at most", "maximum", "<=")
 """What stands before the number in the sentences with which servers refuse a k."""
 
+MOST_DIGITS = 18
+"""Of such a number."""
+
 
 _HEAD_BYTES, _MAX_ERROR_BYTES = 4096, 2**20
 _SECONDS = re.compile(r"[0-9]{1,9}")
@@ -114,7 +117,7 @@ def limit_in(sentence: str) -> int | None:
     for words in LIMIT_WORDS:
         _, found, rest = lowered.partition(words)
         number = rest.strip().split(" ")[0].strip(".,;()") if found else ""
-        if number.isdecimal():
+        if number.isdecimal() and len(number) <= MOST_DIGITS:
             return int(number)
     return None
 

@@ -49,6 +49,8 @@ def find_damage(folder: Path) -> str | None:
     if digests.self != _digest_of_all(digests.files):
         return f"{DIGESTS} is damaged: it does not have its own digest"
     for name, expected in digests.files.items():
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            return f"{DIGESTS} names {name[:80]!r}, which is no file of the folder"
         damage = _file_damage(folder / name, expected)
         if damage is not None:
             return damage

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, StateError
 from kdcache.store.regular import write_new
 from kdcache.teacher import load_tokenizer
 from kdcache.train.body import vocab_size
@@ -104,8 +104,15 @@ def evaluate(
 
 def heldout_curve(run: str | Path) -> list[tuple[int, float]]:
     """(tokens read, held-out nats per token) as the run measured them; empty for a folder that is not a run."""
-    lines = read_metrics(run)
-    return [(line["tokens"], line["heldout_nats_per_token"]) for line in lines if "heldout_nats_per_token" in line]
+    curve: list[tuple[int, float]] = []
+    for line in read_metrics(run):
+        num_tokens, nats = line.get("tokens"), line.get("heldout_nats_per_token")
+        if nats is None:
+            continue
+        if not isinstance(num_tokens, int) or not isinstance(nats, (int, float)):
+            raise StateError(f"{run}: a held-out loss in its metrics is no number; the file is damaged or was edited")
+        curve.append((num_tokens, nats))
+    return curve
 
 
 def _model_folder(path: Path) -> Path:

@@ -14,7 +14,7 @@ import msgspec
 
 from kdcache.config.secrets import without_secrets
 from kdcache.config.train import TrainConfig
-from kdcache.errors import ConfigError, MismatchError
+from kdcache.errors import ConfigError, MismatchError, StateError
 from kdcache.store.fs import sync_directory, sync_file
 from kdcache.store.regular import read_regular, what_is_not_own, write_new
 from kdcache.train.checkpoint import newest_checkpoint
@@ -103,12 +103,23 @@ class RunFolder:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; empty where there is no such file. A torn last line is left out."""
+    """The lines of a run's `metrics.jsonl`; empty where there is no such file. A torn last line is left out.
+
+    Raises:
+        StateError: another line is no JSON object.
+    """
     path = Path(run) / METRICS
     if not path.is_file():
         return []
     whole, _, _ = read_regular(path, path.parent).rpartition(b"\n")
-    return [msgspec.json.decode(line) for line in whole.splitlines()]
+    return [_metrics_of(line, f"{path}, line {number}") for number, line in enumerate(whole.splitlines(), 1)]
+
+
+def _metrics_of(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise StateError(f"{where}: not the metrics of a step ({error}); the file is damaged or was edited") from error
 
 
 def _holds_something_else(root: Path) -> bool:

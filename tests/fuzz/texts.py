@@ -120,7 +120,7 @@ def _completion(rng: random.Random) -> dict[str, Any]:
 def _served(folder: Path, data: bytes) -> None:
     try:
         completion = read_completion(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TeacherError(f"asked again: {error}") from error  # as the client does
     flags, roles = np.array([True] * len(_PROMPT)), np.zeros(len(_PROMPT), np.uint8)
     sequence = TokenSequence(np.array(_PROMPT, np.int32), flags, roles, np.zeros(1, np.int32), "s", b"k" * 16)
