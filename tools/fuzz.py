@@ -4,7 +4,7 @@ Each trial is a pure function of its target and seed, and runs in a child proces
 signal, a hang, an exception that is not ours, more memory than the bound, or two ways of reading that differ is a finding: what
 was read is kept in a folder, and a line says how to run the trial again. Exit status 1 where there was one.
 
-The targets are in tests/fuzz/; its tests run a few seeds of each.
+The targets are in tests/fuzzing/; its tests run a few seeds of each.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def prepare() -> None:
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    here = str(Path(__file__).resolve().parent)  # where this file has the name of the tests' folder
-    sys.path[:] = [str(ROOT), str(ROOT / "tests"), *(path for path in sys.path if path != here)]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import warnings
 
     import pyarrow as pa
@@ -161,9 +160,9 @@ class Session:
 
 
 def load_target(name: str) -> Trial:
-    """A target's trial, warmed up: `module` of tests/fuzz, or `package.module:function` of any other."""
+    """A target's trial, warmed up: `module` of tests/fuzzing, or `package.module:function` of any other."""
     module, _, function = name.partition(":")
-    trial: Trial = getattr(import_module(module if function else f"fuzz.{module}"), function or "trial")
+    trial: Trial = getattr(import_module(module if function else f"fuzzing.{module}"), function or "trial")
     if not function:
         with tempfile.TemporaryDirectory(prefix="kdcache-fuzz-warm-") as folder:
             for seed in range(WARM_SEEDS):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from cache_making import make_cache, make_identity, make_manifest, make_record
-from fuzz.bases import BASES, Base
+from fuzzing.bases import BASES, Base
 
 from kdcache.format.manifest import FeatureInfo
 from kdcache.store.chain import newest_manifest

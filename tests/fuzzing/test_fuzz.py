@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz import arrow_bytes
-from fuzz.guarded import Pages
-from fuzz.manifests import parts_of
-from fuzz.reading import Outcome, findings
-from fuzz.texts import READERS, read_one
+from fuzzing import arrow_bytes
+from fuzzing.guarded import Pages
+from fuzzing.manifests import parts_of
+from fuzzing.reading import Outcome, findings
+from fuzzing.texts import READERS, read_one
 
 ROOT = Path(__file__).parents[2]
 CORPUS = sorted(path for path in (Path(__file__).parent / "corpus").rglob("*") if path.is_file())
@@ -27,7 +27,7 @@ NUM_TRIALS = {"manifests": 16, "arrow": 16, "generated": 16, "codecs": 150, "for
 @pytest.mark.parametrize("target", NUM_TRIALS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_hostile_inputs_are_read_or_refused_in_our_words(target, tmp_path):
-    trial = import_module(f"fuzz.{target}").trial
+    trial = import_module(f"fuzzing.{target}").trial
     found = {seed: trial(seed, tmp_path) for seed in range(NUM_TRIALS[target])}
     assert {seed: words for seed, words in found.items() if words} == {}
 
@@ -86,13 +86,13 @@ def test_a_byte_beyond_a_guarded_array_ends_the_process(at_front):
 
 def test_the_command_tells_of_signals_hangs_memory_and_exceptions_and_keeps_what_was_read(tmp_path):
     limits = ["--timeout", "6", "--memory", "1", "--resident", "0.2", "--trials", "8", "--seed", "0", "--minutes", "1"]
-    command = [sys.executable, "tools/fuzz.py", "fuzz.misbehaving:trial", *limits, "--out", str(tmp_path)]
+    command = [sys.executable, "tools/fuzz.py", "fuzzing.misbehaving:trial", *limits, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     for seed, words in ((1, "signal: SIGSEGV"), (2, "hang"), (3, "memory: "), (4, "MemoryError"), (5, "KeyError: 'x'")):
         assert f"seed {seed}: " in done.stdout
-        assert words in (tmp_path / f"fuzz.misbehaving:trial-{seed}/finding.txt").read_text()
-        assert (tmp_path / f"fuzz.misbehaving:trial-{seed}/input").read_text() == str(seed)
+        assert words in (tmp_path / f"fuzzing.misbehaving:trial-{seed}/finding.txt").read_text()
+        assert (tmp_path / f"fuzzing.misbehaving:trial-{seed}/input").read_text() == str(seed)
     assert "seed 6" not in done.stdout  # of the same kind as seed 5's
-    assert "2 x fuzz.misbehaving:trial: store/reader.py:1" in done.stdout
-    assert "python tools/fuzz.py fuzz.misbehaving:trial --seed 1 --trials 1" in done.stdout
+    assert "2 x fuzzing.misbehaving:trial: store/reader.py:1" in done.stdout
+    assert "python tools/fuzz.py fuzzing.misbehaving:trial --seed 1 --trials 1" in done.stdout

@@ -10,9 +10,9 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from fuzz.bases import BASES
-from fuzz.reading import findings, read_all
-from fuzz.signing import Parts
+from fuzzing.bases import BASES
+from fuzzing.reading import findings, read_all
+from fuzzing.signing import Parts
 
 NUMBERS: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 255, 65535, 65536, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1,

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from codec.selected import draw
-from fuzz.generated import make_selection
-from fuzz.guarded import GuardedNumpy, Pages
+from fuzzing.generated import make_selection
+from fuzzing.guarded import GuardedNumpy, Pages
 from numpy.typing import NDArray
 
 import kdcache.codec._numba as bits_module

@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import yaml
-from fuzz.foreign_files import change_json
-from fuzz.manifests import parts_of
-from fuzz.reading import attempt, command, findings
+from fuzzing.foreign_files import change_json
+from fuzzing.manifests import parts_of
+from fuzzing.reading import attempt, command, findings
 
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import load_config

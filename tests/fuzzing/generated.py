@@ -15,10 +15,10 @@ import hostile
 import msgspec
 import numpy as np
 import pyarrow as pa
-from fuzz.bases import GENERATION, Base
-from fuzz.manifests import parts_of
-from fuzz.reading import findings, read_all
-from fuzz.signing import index_of, row_digests
+from fuzzing.bases import GENERATION, Base
+from fuzzing.manifests import parts_of
+from fuzzing.reading import findings, read_all
+from fuzzing.signing import index_of, row_digests
 from numpy.typing import NDArray
 
 from kdcache.codec import get_codec

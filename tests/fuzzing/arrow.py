@@ -7,11 +7,11 @@ from pathlib import Path
 
 import hostile
 import pyarrow as pa
-from fuzz import arrow_bytes
-from fuzz.bases import BASES
-from fuzz.manifests import parts_of
-from fuzz.reading import findings, read_all
-from fuzz.signing import Parts, batches_of, index_of, sign_rows
+from fuzzing import arrow_bytes
+from fuzzing.bases import BASES
+from fuzzing.manifests import parts_of
+from fuzzing.reading import findings, read_all
+from fuzzing.signing import Parts, batches_of, index_of, sign_rows
 
 _EXTRA = {
     "x_view": lambda rows: pa.array([f"longer than twelve bytes {row}" for row in range(rows)], pa.string_view()),

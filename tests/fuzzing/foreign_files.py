@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from foreign_cases import Item, Truth, items, write_distillkit, write_rows
-from fuzz import arrow_bytes
-from fuzz.manifests import NASTY, places_in
-from fuzz.reading import attempt, command, findings
+from fuzzing import arrow_bytes
+from fuzzing.manifests import NASTY, places_in
+from fuzzing.reading import attempt, command, findings
 
 _LAYOUTS: dict[str, tuple[str, str, str]] = {
     "columns": ("input_ids", "topk_ids", "topk_logprobs"),
