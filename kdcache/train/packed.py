@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, KdcacheError
 from kdcache.loss.chunks import Head
 from kdcache.teacher._hf_rotary import mend_rotary
+from kdcache.teacher.base import first_line
 from kdcache.train.body import hidden_states, output_projection, positions, text_config, vocab_size
 from kdcache.train.finite import not_finite_weight
 
@@ -107,8 +108,17 @@ def check_architecture(model: PreTrainedModel, *, is_packed: bool = True) -> Non
     weight = not_finite_weight(model)
     if weight is not None:
         raise ConfigError(f"student: the weight {weight!r} of {name} is not finite; take another checkpoint")
-    _check_documents(model, name, is_packed)
-    if not has_head(model, logits_head(model)):
+    try:
+        _check_documents(model, name, is_packed)
+        has_known_head = has_head(model, logits_head(model))
+    except KdcacheError:
+        raise
+    except (AttributeError, TypeError, ValueError, LookupError, NotImplementedError) as error:  # of its own code, on plain text
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(
+            f"student.config_from: {name} cannot be run on text alone ({reason}); expected a causal language model"
+        ) from error
+    if not has_known_head:
         raise ConfigError(
             f"student.config_from: the logits of {name} are not its output projection of the hidden states, scaled as "
             "logit_scale or logits_scaling and capped as final_logit_softcapping of its configuration say, and the loss knows "

@@ -132,3 +132,17 @@ def test_a_student_without_sdpa_or_packing_trains_as_the_advice_says(
         teacher=str(tiny_model_dir), students={"kd": str(tmp_path / "run")}, data=str(heldout), out=str(tmp_path), max_tokens=60
     )
     assert evaluate(options).results["models"]["kd"]["kl"]["value"] > 0
+
+
+def test_a_model_that_cannot_read_text_alone_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PaliGemma's mask of images and text fails in its own code."""
+    model = make("gemma3")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AttributeError("'dict' object has no attribute 'ndim'")
+
+    monkeypatch.setattr(model.model.language_model, "forward", fail)
+    with pytest.raises(
+        ConfigError, match=r"cannot be run on text alone \(AttributeError: 'dict' object has no attribute 'ndim'"
+    ):
+        check_architecture(model)
