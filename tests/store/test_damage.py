@@ -90,7 +90,8 @@ def test_damage_to_what_a_reader_does_not_need_harms_no_reader_and_is_named_by_v
 @pytest.mark.slow
 @pytest.mark.parametrize(("codec_id", "step"), [("raw", 4), ("packed", 1)])
 def test_no_byte_of_a_shard_can_be_damaged_to_harm(tmp_path, codec_id, step):
-    cache = make_cache(tmp_path / "c", codec_id, num_units=1)
+    """A record batch per sequence, two of them: a third is read as the second."""
+    cache = make_cache(tmp_path / "c", codec_id, num_units=1, num_sequences=2)
     shard = newest_file(cache, "data")
     bits = [8 * byte + byte * 7 % 8 for byte in range(0, shard.stat().st_size, step)]
     assert_no_harm(probe_in_halves(cache, f"data/{shard.name}", bits))

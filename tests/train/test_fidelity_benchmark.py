@@ -41,7 +41,7 @@ def test_the_interval_of_three_seeds_is_students() -> None:
 
 @pytest.mark.slow
 def test_a_toy_run_compares_students_and_a_second_one_only_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "2"]
+    command = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "1"]
     assert fidelity.main(command) == 0
     rows = {row["setting"]: row for row in json.loads((tmp_path / "out" / "fidelity-quick.json").read_text())["rows"]}
     assert set(rows) == set(fidelity_students.QUICK)
