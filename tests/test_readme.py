@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_model import build_tiny_model
 from transformers import AutoModelForCausalLM
 
 from kdcache.cli.main import main
@@ -48,6 +50,23 @@ def test_the_quickstart_in_python_trains_a_student(work_folder: Path, tiny_model
         exec(code[1], names)  # the README's own lines
         losses.append(float(names["loss"].detach()))
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.slow
+def test_the_commands_in_the_shell_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = re.search(r"In the shell:\n\n```sh\n(.*?)```", README.read_text(), re.DOTALL)
+    assert block is not None
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(README.parent / "configs")
+    for name in ("teacher", "student"):
+        build_tiny_model(Path("my", name), max_position_embeddings=1024)
+    Path("corpus").mkdir()
+    Path("corpus", "text.txt").write_text("def area(width, height):\n    return width * height\n" * 60)
+    ours = {"capture": ["--set", "teacher.backend=transformers"], "train": ["--set", "steps=1"]}
+    for line in block[1].replace("\\\n", " ").splitlines():
+        _, command, *arguments = shlex.split(line)
+        assert main([command, *arguments, *ours.get(command, [])]) == 0, line
+    assert Path("runs/kd/model/config.json").is_file()
 
 
 def test_the_readme_names_only_files_and_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,9 @@ from kdcache.inputs.chat import LEARN_KEYS, Chat, is_learnt
 
 MESSAGE_NAMES = ("messages", "conversations", "conversation", "chat")
 PAIR = ("prompt", "completion")
+ASKED = ("instruction", "question", "query", "input", "prompt")
+ANSWERED = ("output", "answer", "response", "completion")
+"""What other shapes call the two; they are not read, as how their parts are joined is the choice of who trained on them."""
 READ_BESIDE = ("system", "tools", "functions", "documents", "chat_template_kwargs")
 UNUSED = (
     "system_prompt", "image", "images", "video", "videos", "audio", "audios", "label", "weight", "weights", "train", "training",
@@ -51,6 +54,16 @@ def content_names(names: Sequence[str], field: str | None) -> list[str]:
         return [field] if field in names else []
     found = [name for name in MESSAGE_NAMES if name in names][:1]
     return found or ([name for name in PAIR if name in names] if PAIR[0] in names else [])
+
+
+def shapes(names: Sequence[str]) -> str:
+    """What a row must have to be a chat, and how one of these names becomes one: for a row that has none of it."""
+    wanted = f"a chat is one of {', '.join(MESSAGE_NAMES)}, or {' and '.join(PAIR)}"
+    asked, answer = (next((name for name in known if name in names), None) for known in (ASKED, ANSWERED))
+    if asked is None or answer is None:
+        return wanted
+    rest = " with 'input' behind it" if asked == "instruction" and "input" in names else ""
+    return f"{wanted}: make {asked!r}{rest} the {PAIR[0]} and {answer!r} the {PAIR[1]}"
 
 
 def read_names(names: Sequence[str], field: str | None, variables: frozenset[str]) -> list[str]:

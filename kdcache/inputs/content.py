@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kdcache.errors import InputError
 from kdcache.inputs.chat import Chat
-from kdcache.inputs.chat_rows import chat_of, content_names, parse_messages, read_names, shown
+from kdcache.inputs.chat_rows import chat_of, content_names, parse_messages, read_names, shapes, shown
 
 DEFAULT_FIELDS = {"text": "text", "messages": "messages", "ids": "input_ids"}
 
@@ -52,6 +52,13 @@ class Fields(NamedTuple):
         chat = read_names(there, self.content if self.is_named else None, self.variables) if self.kind == "messages" else []
         domain = [] if self.domain is None else [self.domain]
         return list(dict.fromkeys([*self.content_names(there), *chat, *domain]))
+
+    def advice(self, name: str, there: Sequence[str]) -> str:
+        """What to do where one of the names is missing: the option that asked for it, and the shapes of a chat."""
+        option = f"see {self.option(name)}"
+        if self.kind != "messages" or name != self.content or self.is_named:
+            return option
+        return f"{option}; {shapes(there)}"
 
     def option(self, name: str) -> str:
         """The option that asked for one of the names."""

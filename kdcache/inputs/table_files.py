@@ -201,7 +201,7 @@ def check_names(names: Sequence[str], where: str, fields: Fields) -> None:
     for name in fields.read_names(names):
         if name not in names:
             columns = f"the columns are {', '.join(map(repr, names))}" if names else "there are no columns at all"
-            raise InputError(f"{where}: no column {name!r}; {columns} (see {fields.option(name)})")
+            raise InputError(f"{where}: no column {name!r}; {columns} ({fields.advice(name, names)})")
         if names.count(name) > 1:
             raise InputError(f"{where}: {names.count(name)} columns are named {name!r}; rename all but one of them")
 

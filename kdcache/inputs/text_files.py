@@ -75,7 +75,7 @@ def _missing(name: str, value: dict[str, Any], path: str, fields: Fields) -> str
     there = ", ".join(map(repr, value)) or "none"
     # What stands in a folder beside JSON lines is often no data.
     other = "; to leave this file out, name the others in input.paths" if path.lower().endswith(".json") else ""
-    return f"no field {name!r}; the line has {there} (see {fields.option(name)}){other}"
+    return f"no field {name!r}; the line has {there} ({fields.advice(name, list(value))}){other}"
 
 
 def _decode(data: bytes, path: str, *, first_line: int) -> str:

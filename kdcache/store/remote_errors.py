@@ -80,6 +80,8 @@ def _without_answer(error: Exception, causes: list[BaseException], uri: str, sta
         return error
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
         return StorageError(f"{uri}: the store's certificate is not trusted: {_shown(error)}")
+    if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in causes):
+        return StorageError(f"{uri}: HF_HUB_OFFLINE forbids asking the hub; unset it, or name a local copy of the cache")
     if not status and any(_is_unsent(cause) for cause in causes):
         return ConfigError(
             f"{uri}: no such request can be made ({type(error).__name__}: {_shown(error)}); correct the name, remote.options, "

@@ -54,7 +54,7 @@ def read_heldout(
     """
     if not Path(path).is_file():
         there = "it is a folder; name one of its files" if Path(path).is_dir() else "there is no such file"
-        raise InputError(f"{path}: held-out data cannot be read: {there}")
+        raise InputError(f"{path}: held-out data cannot be read: {there} (in a training: heldout.data; null measures nothing)")
     size = min(window, max_tokens) if max_tokens is not None else window
     pieces = [
         (number, ids[start : start + size])

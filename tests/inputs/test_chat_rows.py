@@ -159,8 +159,24 @@ def test_pairs_of_texts_and_chats_as_text_are_read_from_tables(tmp_path):
         assert isinstance(item.content, Chat)
         assert item.content.messages == [USER, ANSWER]
     pq.write_table(pa.table({"id": [1]}), path)
-    with pytest.raises(InputError, match="no column 'messages'"):
+    with pytest.raises(InputError, match=r"no column 'messages'.* a chat is one of messages, .*, or prompt and completion\)"):
         list(ItemReader(InputConfig(**fields)).items())
+
+
+def test_a_row_of_another_shape_is_told_how_it_becomes_a_chat(tmp_path):
+    rows = {
+        "make 'instruction' with 'input' behind it the prompt and 'output' the completion": ("instruction", "input", "output"),
+        "make 'question' the prompt and 'answer' the completion": ("id", "question", "answer"),
+    }
+    for advice, names in rows.items():
+        for format in ("jsonl", "parquet"):
+            path = tmp_path / f"a.{format}"
+            row = dict.fromkeys(names, "x")
+            path.write_text(json.dumps(row)) if format == "jsonl" else pq.write_table(pa.Table.from_pylist([row]), path)
+            with pytest.raises(InputError, match=advice):
+                list(ItemReader(InputConfig(format=format, paths=(str(path),), content="messages")).items())
+            with pytest.raises(InputError, match=r"'chat'.* \(see input\.field\)$"):
+                list(ItemReader(InputConfig(format=format, paths=(str(path),), content="messages", field="chat")).items())
 
 
 def test_arguments_of_the_template_are_checked():

@@ -173,6 +173,14 @@ def test_what_cannot_pass_is_an_error_of_ours(error):
     assert isinstance(translated(error, "s3://b/x"), ConfigError | StorageError)
 
 
+def test_a_hub_that_may_not_be_asked_is_not_asked_again():
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    error = translated(OfflineModeIsEnabled("Cannot reach the hub: offline mode is enabled"), "hf://datasets/u/r/c")
+    assert isinstance(error, StorageError)
+    assert "unset it" in str(error)
+
+
 def test_a_missing_local_file_is_no_missing_bucket():
     local = FileNotFoundError(2, "No such file or directory", "/spool/x")
     assert type(translated(local, "s3://b/x", is_put=True)) is FileNotFoundError
