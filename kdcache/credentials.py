@@ -49,11 +49,15 @@ _NAMES_OF_SECRETS = {
 _BY_LOOK = re.compile(
     r"(?:hf|api_org)_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}"
     r"|github_pat_[A-Za-z0-9_]{22,}|glpat-[A-Za-z0-9_-]{20,}|xox[abeprs]-[A-Za-z0-9-]{10,}|AIza[0-9A-Za-z_-]{35}"
-    r"|ya29\.[0-9A-Za-z_-]{20,}|nvapi-[A-Za-z0-9_-]{20,}|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"
+    r"|ya29\.[0-9A-Za-z_-]{20,}|nvapi-[A-Za-z0-9_-]{20,}|eyJ[A-Za-z0-9_-]{8,500}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|(?<=Bearer )[A-Za-z0-9._~+/=-]{8,}|(?<=Basic )[A-Za-z0-9+/=]{12,}"
     r"|(?<=AccountKey=)[A-Za-z0-9+/=]{8,}|(?<=SharedAccessSignature=)[^;\s]{8,}"
 )
 _USER = re.compile(r"(?<=://)[^/?#\s@'\"\\]*@")
+_PAIR = re.compile(
+    r"""(?<![A-Za-z0-9_.-])([A-Za-z][A-Za-z0-9_.-]{0,80})(['"]: ?['"]|[:=]['"]?)((?!/)[^\s'",;&(){}\[\]\\]{6,})"""
+)
+"""A name and its value in one text, as libraries repeat options: `secret=...`, `secret='...'`, `'secret': '...'`."""
 _PARAMETER = re.compile(r"([?&;]([A-Za-z0-9_.-]+)=)([^&;\s#'\"\\]+)")
 
 
@@ -92,7 +96,7 @@ def find_secret(value: Any, name: str = "", path: str = "") -> str | None:
         inherited = name if name and is_secret_name(name) else child_name
         if (found := find_secret(child, inherited, child_path)) is not None:
             return found
-        if looks_secret(child_name):
+        if _masked_pairs(child_name) != child_name or looks_secret(child_name):
             return f"a name in {path or 'it'}"
     return None
 
@@ -113,7 +117,7 @@ def masked(text: str) -> str:
     for secret in sorted(_known | _in_environment(), key=len, reverse=True):
         if secret in text:
             text = text.replace(secret, MASK)
-    return _masked_by_look(text)
+    return _masked_pairs(_masked_by_look(text))
 
 
 _known: set[str] = set()
@@ -132,6 +136,11 @@ def _named_secrets(value: Any, name: str) -> Iterator[str]:
 
 def _in_environment() -> set[str]:
     return {value for name, value in os.environ.items() if len(value) >= MIN_CHARACTERS + 2 and is_secret_name(name)}
+
+
+def _masked_pairs(text: str) -> str:
+    # In what is printed alone: `key=...` in the path of a partition is no secret, and a config with it is not refused.
+    return _PAIR.sub(lambda found: found[1] + found[2] + (MASK if is_secret_name(found[1]) else found[3]), text)
 
 
 def _masked_by_look(text: str) -> str:

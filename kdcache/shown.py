@@ -18,7 +18,7 @@ from kdcache.credentials import masked
 MOST_CHARACTERS = 2000
 """Of one line: room for a sentence with a few long paths in it."""
 MOST_LINES = 1000
-_MOST_READ = 100_000
+_MOST_READ = 20_000
 
 # Invisible, although Python calls them printable: fillers, joiners and variation selectors. Everything else that is not seen,
 # or moves what is seen, is of the kinds that `str.isprintable` knows: Cc, Cf, Cs, Co, Cn, Zl, Zp, and blanks other than U+0020.

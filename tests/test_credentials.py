@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,6 +75,25 @@ def test_what_is_remembered_and_what_the_environment_holds_is_masked(monkeypatch
     remember({"client_kwargs": {"aws_secret": "Tr0ub4dor"}, "endpoint_url": "http://plain.example"})
     monkeypatch.setenv("SOME_API_KEY", "c0rrect-horse")
     assert shown("said Tr0ub4dor, c0rrect-horse, http://plain.example") == f"said {MASK}, {MASK}, http://plain.example"
+
+
+@pytest.mark.parametrize(
+    "text", ["secret='{}'", "secret={}", "{{'secret': '{}'}}", '{{"token": "{}"}}', "argument 'secret:{}'"]
+)
+def test_pairs_that_a_library_repeats_are_masked(text: str):
+    assert shown(text.format(SECRET)) == text.format(MASK)
+    assert find_secret({"options": {f"secret:{SECRET}": None}}) is not None
+
+
+@pytest.mark.parametrize("piece", ["x", "eyJ", "a.", "?a", "://", "key:", "-----BEGIN A", "sk-"])
+def test_a_long_text_takes_no_long_time(piece: str):
+    started = time.process_time()
+    shown(piece * (10**6 // len(piece)))
+    assert time.process_time() - started < 2
+
+
+def test_a_partition_s_name_is_no_secret():
+    assert find_secret({"paths": ["data/key=abcdefgh/part-0.parquet"]}) is None
 
 
 @given(st.text(max_size=60))
