@@ -179,9 +179,9 @@ def read_answer(completion: Completion, api: str, sequence: TokenSequence, k: in
         target_logprobs.append(of_came)
     logprobs_PK = _nats(logprobs)
     check_normalised(logprobs_PK)
-    highest = max((max(row, default=0) for row in ids), default=0)
-    if highest > MAX_TOKEN_ID:
-        raise TeacherError(f"the server names a token {highest}, and no vocabulary has so many")
+    for token in (token for row in ids for token in row):
+        if not 0 <= token <= MAX_TOKEN_ID:
+            raise TeacherError(f"the server names a token {token}, and no vocabulary has that id")
     return answer(sequence, np.array(ids, np.int32), logprobs_PK, _nats(target_logprobs))
 
 
@@ -239,7 +239,7 @@ def _id_of(text: str) -> int:
             "a server is needed that knows return_tokens_as_token_ids, as vLLM does"
         )
     if len(digits) > len(str(MAX_TOKEN_ID)):
-        raise TeacherError(f"the server names a token {digits:.40}, and no vocabulary has so many")
+        raise TeacherError(f"the server names a token {digits:.40}, and no vocabulary has that id")
     return int(digits)
 
 

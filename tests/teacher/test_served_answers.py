@@ -133,3 +133,10 @@ def test_the_older_api_is_sent_nothing_that_it_does_not_know():
 def test_no_seed_is_sent_for_it_would_end_a_vllm_on_cpus():
     for api in ("prompt_logprobs", "echo"):
         assert "seed" not in completion_request(api, "m", [1, 2], 5)
+
+
+@pytest.mark.parametrize("token", [-1, -(2**63), 2**31, 2**40])
+def test_an_id_that_no_vocabulary_has_is_refused(token: int):
+    rows = [{6: -0.1, token: -3.0}, {7: -0.3, 411: -1.5}]
+    with pytest.raises(TeacherError, match=f"names a token {token}, and no vocabulary has that id"):
+        read(answer_of("prompt_logprobs", rows, {253: -0.5, 411: -1.0}), "prompt_logprobs")
