@@ -77,13 +77,32 @@ def test_how_much_at_once_and_by_how_many_threads_is_no_other_teacher(captured):
     assert go_on(captured, **changes).num_units_captured == 0
 
 
-def capture_command(folder):
-    """The command, with a hub cache of its own: the hub's client reads where that is when it is imported."""
+MOVED = """
+import contextlib, io, json, sys
+from pathlib import Path
+from kdcache.cli.main import main
+config, branch, *commits = sys.argv[1:]
+results = []
+for commit in commits:
+    Path(branch).write_text(commit)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = main(["capture", config])
+    results.append([status, said.getvalue()])
+print(json.dumps(results))
+"""
+
+
+def captures_of_a_branch(folder, branch):
+    """Status and words of a capture at FIRST and one at SECOND, with a hub cache of their own: the hub's client reads where
+    that is when it is imported."""
     environment = os.environ | {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         environment.pop(name, None)
-    command = [sys.executable, "-m", "kdcache", "capture", str(folder / "c.yaml")]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-c", MOVED, str(folder / "c.yaml"), str(branch), FIRST, SECOND]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_branch_of_the_hub_that_has_moved_is_another_teacher(tmp_path, captured):
@@ -91,15 +110,12 @@ def test_a_branch_of_the_hub_that_has_moved_is_another_teacher(tmp_path, capture
     for commit in (FIRST, SECOND):
         shutil.copytree(captured / "model", hub / "snapshots" / commit)
     (hub / "refs").mkdir()
-    (hub / "refs/main").write_text(FIRST)
     shutil.copy(captured / "a.txt", tmp_path / "a.txt")
     (tmp_path / "c.yaml").write_text(json.dumps(sections(tmp_path, model="org/tiny")))
-    begun = capture_command(tmp_path)
-    assert begun.returncode == 0, begun.stderr
+    (begun, said), (refused, why) = captures_of_a_branch(tmp_path, hub / "refs/main")
+    assert begun == 0, said
     with kdcache.open(tmp_path / "cache") as reader:
         teacher = reader.manifest.identity.teacher
     assert (teacher.model, teacher.revision, teacher.weights_digest) == ("org/tiny", FIRST, None)
-    (hub / "refs/main").write_text(SECOND)
-    refused = capture_command(tmp_path)
-    assert refused.returncode == 2
-    assert f"teacher.revision: '{FIRST}' != '{SECOND}'" in refused.stderr
+    assert refused == 2
+    assert f"teacher.revision: '{FIRST}' != '{SECOND}'" in why
