@@ -40,7 +40,8 @@ class Head:
         logit_scale: the product (with its bias) times this, as in Cohere's and Granite's models.
         softcap: then cap * tanh(logits / cap), as in Gemma's models; None for none. Above 0.
         float32_logits: for bfloat16 and float16: make the logits in float32 from the same weights. Near convergence the
-            rounding of bfloat16 logits is most of the gradient's error; on a CPU the product then takes several times as long.
+            rounding of bfloat16 logits is most of the gradient's error; on a CPU the product then takes several times as long,
+            unless half precision is only emulated there, where logits are float32 in any case.
         vocab_size: ids that exist; rows of the weight from there on are padding, get no probability and no gradient. None for
             all.
 
