@@ -22,7 +22,7 @@ from kdcache.codec import get_codec
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.chat import parse_moment
 from kdcache.config.load import config_to_builtins
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.format.manifest import CodecInfo, FeatureInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import selection_params
@@ -165,9 +165,16 @@ def template_moment(config: CaptureConfig) -> datetime:
 
 
 def recorded_moment(manifest: Manifest) -> datetime | None:
-    """The moment that a cache's chats were rendered at; None where its template reads no clock."""
-    noted = manifest.config.get("notes", {}).get("template_time")
-    return None if noted is None else datetime.fromisoformat(noted)
+    """The moment that a cache's chats were rendered at; None where its template reads no clock.
+
+    Raises:
+        CorruptCacheError: what the manifest notes is no moment.
+    """
+    noted = manifest.notes.get("template_time")
+    try:
+        return None if noted is None else parse_moment(str(noted))
+    except ValueError as error:
+        raise CorruptCacheError(f"manifest {manifest.number}: in its notes {error}") from error
 
 
 def load_job_tokenizer(config: CaptureConfig) -> Tokenizer:

@@ -109,7 +109,7 @@ def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:
     shown["left out"] = "; ".join(f"{count(number, noun)} {what}" for number, noun, what in left_out if number)
     shown["not read"] = str(summary.left_out)
     shown["noted"] = noted(counts.notes)
-    shown["clock"] = clock(manifest.config.get("notes", {}).get("template_time"))
+    shown["clock"] = clock(manifest.notes.get("template_time"))
     shown["workers"] = f"{count(summary.num_workers_lost, 'worker')} died; others did their units" * (
         summary.num_workers_lost > 0
     )

@@ -64,7 +64,7 @@ def _as_text(path: str, summary: CacheSummary) -> str:
         "NLL": _nll(summary),
         **alignment(manifest),
     }
-    if summary.num_finished:
+    if summary.num_finished and summary.num_sequences:
         ways = [f"{number:,} ended by {way}" for way, number in summary.num_finished.items()]
         shown["answers"] = f"{', '.join(ways)}; {_number(summary.num_positions / summary.num_sequences)} tokens each"
     shown |= _account_rows(path, summary)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import TYPE_CHECKING, Any
+
+from kdcache.format.manifest_checks import MAX_COUNT
 
 if TYPE_CHECKING:
     from kdcache.format.manifest import Manifest
@@ -26,8 +28,7 @@ def left_out(manifest: Manifest) -> str:
 
 def conversion(manifest: Manifest) -> dict[str, Any] | None:
     """What `kdcache convert` has noted; None for a cache that a teacher was asked for."""
-    notes = manifest.config.get("notes")
-    return notes if isinstance(notes, dict) and "converted_from" in notes else None
+    return manifest.notes if "converted_from" in manifest.notes else None
 
 
 def alignment(manifest: Manifest) -> dict[str, str]:
@@ -49,7 +50,7 @@ def _proof(proof: dict[str, Any]) -> str:
     by = proof.get("proven_by")
     if by == "teacher":
         return (
-            f"proven at conversion by the teacher, which was asked about {proof.get('num_sequences', 0):,} sequences: KL "
+            f"proven at conversion by the teacher, which was asked about {_count(proof.get('num_sequences', 0))} sequences: KL "
             f"{_number(proof.get('kl_nats'))} nats"
         )
     if by == "text":
@@ -64,9 +65,20 @@ def _proof(proof: dict[str, Any]) -> str:
     )
 
 
+# What stands in a manifest's notes may be anything that JSON has, whole numbers beyond any float's range too.
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and abs(value) <= MAX_COUNT else "-"
+
+
 def _number(value: Any) -> str:
-    return f"{value:.2g}" if isinstance(value, int | float) and math.isfinite(value) else "-"
+    return f"{value:.2g}" if _is_finite(value) else "-"
 
 
 def _percent(value: Any) -> str:
-    return f"{value:.1%}" if isinstance(value, int | float) and math.isfinite(value) else "-"
+    return f"{value:.1%}" if _is_finite(value) else "-"
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max

@@ -68,7 +68,7 @@ def _left_out(manifest: Manifest) -> str:
 
 def _knows_its_places(manifest: Manifest) -> bool:
     """Whether a teacher was asked and gave the targets' logprobs, so that the NLL kept at capture says where rows belong."""
-    is_converted = "converted_from" in manifest.config.get("notes", {})
+    is_converted = "converted_from" in manifest.notes
     return not is_converted and manifest.total("num_impossible_targets") <= FEW_IMPOSSIBLE * manifest.total("num_targets")
 
 

@@ -195,6 +195,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return _from_builtins, (msgspec.to_builtins(self), self.digest)
 
     @property
+    def notes(self) -> dict[str, Any]:
+        """What the command that made the cache has noted in its config; empty where nothing, or no mapping, stands there."""
+        notes = self.config.get("notes")
+        return notes if isinstance(notes, dict) else {}
+
+    @property
     def is_complete(self) -> bool:
         """Whether every unit of the plan has a shard."""
         return len(self.shards) == self.plan.num_units

@@ -60,8 +60,7 @@ class ShardClaims:
         sources = [identity, *_parents(manifest.lineage)]
         codecs = [get_codec(s.codec.codec_id, s.codec.params, s.selection) for s in sources]
         templates = {source.tokenizer.chat_template_fingerprint for source in sources}
-        notes = manifest.config.get("notes")
-        if len(sources) > 1 or (isinstance(notes, dict) and "converted_from" in notes):
+        if len(sources) > 1 or "converted_from" in manifest.notes:
             templates.add("")  # converted sequences have no template, whatever tokenizer they are said to be of
         return cls(codecs[0], codecs, templates, ShardStatistics(identity.teacher.vocab_size))
 

@@ -16,8 +16,9 @@ import msgspec
 import pytest
 from tiny_model import build_tiny_model
 
+from kdcache.capture.job import recorded_moment
 from kdcache.cli.main import main
-from kdcache.errors import TeacherError
+from kdcache.errors import CorruptCacheError, TeacherError
 from kdcache.format import paths
 from kdcache.format.manifest import manifest_to_json
 from kdcache.store.reader import open_cache
@@ -44,9 +45,14 @@ output: {{path: '{tmp_path}/cache'}}
 
 def claim(cache: Path, **teacher: Any) -> None:
     """Have the cache's newest manifest say this of its teacher, and sign it."""
+    replace(cache, config={"teacher": teacher})
+
+
+def replace(cache: Path, **fields: Any) -> None:
+    """Have the cache's newest manifest say this, and sign it."""
     with open_cache(cache) as reader:
         manifest = reader.manifest
-    changed = msgspec.structs.replace(manifest, config={"teacher": teacher})
+    changed = msgspec.structs.replace(manifest, **fields)
     (cache / paths.manifest_name(manifest.number)).write_bytes(manifest_to_json(changed))
 
 
@@ -161,3 +167,35 @@ def test_a_module_in_the_working_directory_is_not_imported(tmp_path: Path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "no cache at '.'" in done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_notes_of_a_manifest_may_be_anything(cache: Path, capsys: pytest.CaptureFixture[str]):
+    by_teacher = {"proven_by": "teacher", "num_sequences": 3, "kl_nats": 0.5}
+    proofs = [5, by_teacher | {"num_sequences": "x"}, by_teacher | {"num_sequences": None}, by_teacher | {"kl_nats": 10**400}]
+    proofs.append({"proven_by": "text", "hits_found": [], "hits_claimed": 10**400, "hits_by_chance": 1e308})
+    for notes in (5, None, [1], "converted_from", *({"converted_from": "x", "alignment": proof} for proof in proofs)):
+        replace(cache, config={"notes": notes})
+        for command in (["info"], ["verify"], ["verify", "--json"]):
+            assert main([*command, str(cache)]) == 0, (command, notes)
+        if not isinstance(notes, dict):
+            assert main(["doctor", str(cache)]) < 2
+    replace(cache, config={"notes": {"converted_from": "x", "alignment": by_teacher}})
+    capsys.readouterr()
+    assert main(["info", str(cache)]) == 0
+    assert "asked about 3 sequences: KL 0.5 nats" in capsys.readouterr().out
+
+
+def test_a_moment_that_a_manifest_notes_is_one(cache: Path):
+    with open_cache(cache) as reader:
+        manifest = reader.manifest
+    assert recorded_moment(msgspec.structs.replace(manifest, config={"notes": 5})) is None
+    for moment in ("soon", 5, [], {}):
+        with pytest.raises(CorruptCacheError, match="in its notes template_time is"):
+            recorded_moment(msgspec.structs.replace(manifest, config={"notes": {"template_time": moment}}))
+
+
+def test_answers_that_ended_in_no_sequence_are_not_divided(cache: Path):
+    with open_cache(cache) as reader:
+        shards = reader.manifest.shards
+    replace(cache, shards=tuple(msgspec.structs.replace(s, num_sequences=0, num_finished={"stop": 0}) for s in shards))
+    assert main(["info", str(cache)]) == 0
