@@ -183,7 +183,7 @@ def _storages(blob: bytes, where: str) -> list[bytes]:
             if sum(info.file_size for info in found.values()) > len(blob):
                 raise InputError(f"{where}: not what torch.save writes: tensors lie on top of each other")
             return [archive.read(found[key]) for key in range(len(found))]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{where}: not what torch.save writes: {error}") from error
@@ -220,7 +220,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
 def _saver(meta: dict[str, Any], path: Path) -> Saver:
     fields: Any = meta.get("saver")
     k, p, dtype = (fields.get(name) for name in ("k", "p", "save_dtype")) if isinstance(fields, dict) else (None,) * 3
-    if type(k) is not int or not 1 <= k <= VOCAB_LIMIT or dtype not in DTYPES or not (p is None or isinstance(p, float | int)):
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        dtype = None
+    if type(k) is not int or not 1 <= k <= VOCAB_LIMIT or dtype is None or not (p is None or isinstance(p, float | int)):
         raise InputError(f"{path}: {META}: saver is {fields!r}, expected k, p and save_dtype")
     return Saver(k, p, dtype)
 
@@ -240,7 +242,10 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                     raise InputError(f"{path}: member {member.name!r} has {member.size:,} bytes, at most {limit:,} are read")
                 stream = archive.extractfile(member)
                 yield member.name, b"" if stream is None else stream.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except InputError:
+        raise
+    # tarfile reads headers of sparse members as numbers, and each header that speaks of the next one by recursion.
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: not a readable tar: {error}") from error
 
 

@@ -22,7 +22,7 @@ from kdcache.errors import InputError
 from kdcache.inputs.arrow_files import open_arrow
 from kdcache.inputs.content import START
 from kdcache.inputs.open_file import TextFiles
-from kdcache.inputs.parquet_bounds import check_parquet
+from kdcache.inputs.parquet_bounds import check_parquet, rows_at_once
 from kdcache.inputs.text_files import read_objects
 from kdcache.store.regular import leads_inside
 
@@ -197,7 +197,9 @@ def _numbers(cell: Any, where: str) -> NDArray[Any]:
     if not isinstance(cell, list) or not all(type(value) in (int, float) for value in cell):
         raise InputError(f"{where}: expected a list of numbers, found {_kind(cell)}")
     try:
-        return np.array(cell) if cell else np.zeros(0)
+        values = np.array(cell) if cell else np.zeros(0)
+        # Whole numbers beyond 64 bits stay Python's own; they must be some float's at least.
+        return values.astype(np.float64) if values.dtype == object else values
     except OverflowError as error:
         raise InputError(f"{where}: a number is too large: {error}") from error
 
@@ -265,7 +267,9 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[str, 
         names = [name for name in table.schema_arrow.names if columns is None or name in columns]
         check_parquet(table.metadata, str(path))
         number = 0
-        for batch in table.iter_batches(batch_size=ROWS_PER_READ, columns=names):
+        num_rows = rows_at_once(table.metadata, names, path.stat().st_size, ROWS_PER_READ)
+        for batch in table.iter_batches(batch_size=num_rows, columns=names):
+            batch.validate(full=True)  # Parquet's text may be no UTF-8
             yield from _batch_rows(batch, path, number)
             number += batch.num_rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from kdcache.errors import InputError
@@ -38,3 +39,24 @@ def check_parquet(metadata: Any, where: str) -> None:
                     f"{where}: column {name!r} is {inflated:,} bytes in {packed:,} compressed ones, more than {MAX_INFLATION} "
                     "times as many, as of no real data; where it is sound, write it without compression"
                 )
+
+
+def rows_at_once(metadata: Any, columns: Collection[str], num_bytes: int, most: int) -> int:
+    """How many rows to read at once: a page may name one text of its dictionary again and again, which takes no bytes in the
+    file, and all of them here. Were every text as long as its whole column, they would still be within the bounds.
+
+    Args:
+        metadata: as `check_parquet`.
+        columns: those that are read.
+        num_bytes: of the file.
+        most: rows, whatever the texts.
+    """
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    longest = max((sum(_text_bytes(group, columns)) for group in groups), default=0)
+    return max(1, min(most, max(FREE_BYTES, MAX_INFLATION * num_bytes) // max(longest, 1)))
+
+
+def _text_bytes(group: Any, columns: Collection[str]) -> Iterator[int]:
+    for column in map(group.column, range(group.num_columns)):
+        if column.physical_type == "BYTE_ARRAY" and column.path_in_schema.partition(".")[0] in columns:
+            yield column.total_uncompressed_size

@@ -14,7 +14,7 @@ from kdcache.errors import InputError
 from kdcache.inputs.arrow_files import check_inflation, check_rows, check_views
 from kdcache.inputs.content import Fields, Item, Place, parse_domain, parse_row
 from kdcache.inputs.open_file import GIT_LFS
-from kdcache.inputs.parquet_bounds import check_parquet
+from kdcache.inputs.parquet_bounds import check_parquet, rows_at_once
 
 _ROWS_PER_READ = 1024
 _ARROW_FILE_MAGIC = b"ARROW1"
@@ -34,7 +34,8 @@ def read_parquet(path: str, file: int, start: Place, *, fields: Fields) -> Itera
             check_parquet(table.metadata, path)
             groups, first_row = _groups_from(table.metadata, start.offset)
             columns = fields.read_names(table.schema_arrow.names)
-            batches = table.iter_batches(batch_size=_ROWS_PER_READ, row_groups=groups, columns=columns)
+            num_rows = rows_at_once(table.metadata, columns, os.path.getsize(path), _ROWS_PER_READ)
+            batches = table.iter_batches(batch_size=num_rows, row_groups=groups, columns=columns)
             yield from _rows(batches, path, Place(file, start.offset, start.number), first_row, fields)
     except InputError:
         raise

@@ -245,6 +245,47 @@ def test_tensors_on_top_of_each_other_and_sparse_members_are_refused(tmp_path: P
     assert "on top of each other" in told(tar(tmp_path / "cp0_dp0__1.tar", members))
 
 
+def test_headers_of_a_tar_that_hold_no_numbers_or_go_on_and_on_end_in_a_sentence(tmp_path: Path):
+    path, data = tmp_path / "cp0_dp0__1.tar", json.dumps(META).encode()
+    for headers in ({"GNU.sparse.map": "a,b", "GNU.sparse.size": "9"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}):
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+            info = tarfile.TarInfo("_meta.json")
+            info.size, info.pax_headers = len(data), headers
+            archive.addfile(info, io.BytesIO(data))
+        assert "not a readable tar" in told(path)
+    long = tarfile.TarInfo("././@LongLink")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 3
+    chain = (long.tobuf(tarfile.GNU_FORMAT) + b"ab\0".ljust(512, b"\0")) * 5000
+    path.write_bytes(chain + bytes(1024))
+    assert "not a readable tar" in told(path)
+
+
+def test_a_tensor_that_ends_beyond_its_blob_and_a_dtype_that_is_a_list_end_in_a_sentence(tmp_path: Path):
+    one = io.BytesIO()
+    with zipfile.ZipFile(one, "w") as archive:
+        archive.writestr("archive/data/0", b"1" * 30)
+        (info,) = archive.infolist()
+        info.file_size = info.compress_size = 150
+    members = {"_meta.json": json.dumps(META).encode(), "1.pt.zst": pa.compress(one.getvalue(), "zstd", asbytes=True)}
+    assert "not what torch.save writes" in told(tar(tmp_path / "cp0_dp0__1.tar", members))
+    for dtype in ([], {}):
+        fields = {**META, "saver": {"k": 2, "p": None, "save_dtype": dtype}}
+        path = tar(tmp_path / "cp0_dp0__1.tar", {"_meta.json": json.dumps(fields).encode()})
+        assert "expected k, p and save_dtype" in told(path)
+
+
+def test_text_of_a_parquet_file_that_is_not_utf_8_ends_in_a_sentence(tmp_path: Path):
+    text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    pq.write_table(pa.table({"choices": text}), tmp_path / "a.parquet")
+    assert "UTF8" in told(tmp_path / "a.parquet")
+
+
+def test_a_whole_number_beyond_every_float_ends_in_a_sentence(tmp_path: Path):
+    row = {"tokens": [1, 2], "ids": [[1, 2]], "values": [[-(10**400), -1]]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert "a number is too large" in told(tmp_path / "a.jsonl")
+
+
 def test_a_config_of_a_curve_of_many_terms_is_refused():
     fields = {"d": 2**20, "k": 2**20, "exact_k": 0, "polynomial_terms": [0] * 10**5}
     for terms in (fields["polynomial_terms"], [0] * 16, [10**30]):

@@ -17,6 +17,7 @@ from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError, KdcacheError
 from kdcache.inputs.chat import Chat
 from kdcache.inputs.content import START, Fields
+from kdcache.inputs.parquet_bounds import rows_at_once
 from kdcache.inputs.reader import ItemReader
 from kdcache.inputs.table_files import read_arrow, read_parquet
 
@@ -225,3 +226,13 @@ def test_a_parquet_file_of_long_runs_is_refused_unread(tmp_path: Path, monkeypat
     pq.write_table(pa.table({"text": ["a"], "runs": runs}), path, compression="zstd")
     with pytest.raises(InputError, match="16,777,216 values in"):
         next(read_parquet(str(path), 0, START, fields=Fields("text", "text")))
+
+
+def test_rows_that_name_one_long_text_again_and_again_are_read_a_few_at_a_time(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x" * 2**18] * 5000, "n": list(range(5000))}), path, compression="zstd")
+    num_bytes, metadata = path.stat().st_size, pq.read_metadata(path)
+    num_rows = rows_at_once(metadata, ["text"], num_bytes, 1024)
+    assert 100 < num_rows * metadata.row_group(0).column(0).total_uncompressed_size / 2**18 <= 256  # 64 MiB
+    assert rows_at_once(metadata, ["n"], num_bytes, 1024) == 1024
+    assert rows_at_once(metadata, ["text"], 2**40, 1024) == 1024
