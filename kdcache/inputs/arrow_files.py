@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kdcache.errors import InputError
 from kdcache.format.arrow_messages import JoinedStreamsError, message_sizes
@@ -75,7 +76,7 @@ def check_rows(columns: Iterable[Any], num_bytes: int, where: str) -> None:
         num_bytes: of its file.
         where: for messages.
     """
-    num_values = sum(map(_num_values, columns))
+    num_values = sum(_num_values(column, is_whole=True) for column in columns)
     if num_values > FREE_BYTES and num_values > MAX_INFLATION * num_bytes:
         raise InputError(f"{where}: {num_values:,} values are to come out of a file of {num_bytes:,} bytes, as of no real data")
 
@@ -88,13 +89,15 @@ def check_views(columns: Iterable[Any], num_bytes: int, where: str) -> None:
     check_rows(views, num_bytes, where)
 
 
-def _num_values(column: Any) -> int:
-    """Of an array, at every level; the bytes of texts."""
+def _num_values(column: Any, *, is_whole: bool = False) -> int:
+    """Of an array, at every level; the bytes of texts. Of a whole column's dictionary each text is made once, however many rows
+    have it; of one inside of lists it is made for each of them."""
     types, kind = pa.types, column.type
     if isinstance(kind, pa.BaseExtensionType):
-        return _num_values(column.storage)
+        return _num_values(column.storage, is_whole=is_whole)
     if types.is_dictionary(kind):
-        return len(column) + _num_values(column.dictionary)
+        num_values = len(column) + _num_values(column.dictionary)
+        return num_values if is_whole else num_values + _picked_bytes(column)
     if types.is_run_end_encoded(kind):
         return len(column) + _num_values(column.values)
     if types.is_string_view(kind) or types.is_binary_view(kind):
@@ -111,3 +114,12 @@ def _num_values(column: Any) -> int:
     if types.is_struct(kind):
         return len(column) + sum(map(_num_values, column.flatten()))
     return len(column)
+
+
+def _picked_bytes(column: Any) -> int:
+    """Bytes of the texts that the indices of a dictionary name, each as often as it is named."""
+    kind = column.dictionary.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return 0
+    lengths = pc.call_function("binary_length", [column.dictionary]).cast(pa.int64())
+    return pc.call_function("sum", [lengths.take(column.indices)]).as_py() or 0

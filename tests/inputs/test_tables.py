@@ -15,6 +15,7 @@ import pytest
 
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError, KdcacheError
+from kdcache.inputs.arrow_files import check_rows
 from kdcache.inputs.chat import Chat
 from kdcache.inputs.content import START, Fields
 from kdcache.inputs.parquet_bounds import rows_at_once
@@ -236,3 +237,15 @@ def test_rows_that_name_one_long_text_again_and_again_are_read_a_few_at_a_time(t
     assert 100 < num_rows * metadata.row_group(0).column(0).total_uncompressed_size / 2**18 <= 256  # 64 MiB
     assert rows_at_once(metadata, ["n"], num_bytes, 1024) == 1024
     assert rows_at_once(metadata, ["text"], 2**40, 1024) == 1024
+
+
+def test_a_long_text_that_a_dictionary_inside_of_lists_names_again_and_again_is_refused(tmp_path: Path):
+    # Each message becomes a text of its own, where rows of a column share theirs.
+    picked = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), pa.array(["x" * 2**18, None]))
+    chats = pa.ListArray.from_arrays(
+        [0, 300], pa.StructArray.from_arrays([["user", "assistant"] * 150, picked], ["role", "content"])
+    )
+    with pytest.raises(InputError, match=r"values are to come out of a file of 5,000 bytes, as of no real data"):
+        check_rows([chats], 5000, "a.arrow")
+    check_rows([chats], 2**20, "a.arrow")
+    check_rows([picked], 5000, "a.arrow")
