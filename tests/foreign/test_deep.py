@@ -145,8 +145,14 @@ def test_renormalised_rows_are_found_out(truth: Truth, tmp_path: Path, teacher: 
 def test_a_little_noise_is_found_out_unless_it_is_allowed(truth: Truth, tmp_path: Path, teacher: Teacher):
     rng = np.random.default_rng(0)
 
+    def noisy(logprobs: np.ndarray) -> np.ndarray:
+        """Of the same mass: more than 1 would be seen without a teacher."""
+        blurred = logprobs + rng.normal(0, 0.1, logprobs.shape)
+        mass = np.exp(logprobs).sum(axis=1, keepdims=True) / np.exp(blurred).sum(axis=1, keepdims=True)
+        return np.minimum(blurred + np.log(mass), 0)
+
     def blur(record: SequenceRecord) -> SequenceRecord:
-        return with_logprobs(record, lambda logprobs: np.minimum(logprobs + rng.normal(0, 0.1, logprobs.shape), 0))
+        return with_logprobs(record, noisy)
 
     cache = capture(tmp_path / "c", truth, teacher, change=blur)
     report = ask(cache, teacher)
