@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"{result.num_steps:,} steps{resumed}, {result.num_tokens:,} tokens; {new_steps:,} steps in {result.seconds:.1f} s")
     if result.num_skipped:
         say(f"{result.num_skipped:,} of the steps made no update: a loss or gradient was not finite; see metrics.jsonl")
-    masses = [line["padding_mass"] for line in read_metrics(result.out) if "padding_mass" in line]
+    masses = [mass for line in read_metrics(result.out) if isinstance(mass := line.get("padding_mass"), float)]
     if masses:
         say(f"teacher's mass on ids that the student does not have: {sum(masses) / len(masses):.3g} on average, left out")
     for line in curve_lines({"held-out nats per token": heldout_curve(result.out)}, encoding=sys.stdout.encoding):

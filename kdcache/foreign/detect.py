@@ -22,7 +22,10 @@ PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".npy", ".npz")
 
 def is_own_cache(path: str | Path) -> bool:
     """Whether a directory is a cache of ours; a URI can be nothing else."""
-    return "://" in str(path) or (Path(path) / paths.MANIFESTS).is_dir()
+    try:
+        return "://" in str(path) or (Path(path) / paths.MANIFESTS).is_dir()
+    except OSError:  # a name that no file has, or a folder that is closed to us: `open_foreign` says so
+        return False
 
 
 def open_foreign(path: str | Path, options: ReadOptions) -> ForeignCache:
@@ -32,7 +35,11 @@ def open_foreign(path: str | Path, options: ReadOptions) -> ForeignCache:
         InputError: nothing is there, or it is of no known format.
     """
     named = Path(path)
-    if not named.exists():
+    try:
+        is_there = named.exists()
+    except OSError as error:
+        raise InputError(f"{named}: cannot be read: {error.strerror}") from error
+    if not is_there:
         raise InputError(f"{named}: no such file or folder (working directory {Path.cwd()})")
     cache = open_megatron(str(path), options)
     if cache is not None:

@@ -109,7 +109,8 @@ def heldout_curve(run: str | Path) -> list[tuple[int, float]]:
         num_tokens, nats = line.get("tokens"), line.get("heldout_nats_per_token")
         if nats is None:
             continue
-        if not isinstance(num_tokens, int) or not isinstance(nats, (int, float)):
+        # Whole numbers in JSON have no end, floats have.
+        if not isinstance(num_tokens, int) or not isinstance(nats, (int, float)) or max(num_tokens, abs(nats)) >= 2**63:
             raise StateError(f"{run}: a held-out loss in its metrics is no number; the file is damaged or was edited")
         curve.append((num_tokens, nats))
     return curve

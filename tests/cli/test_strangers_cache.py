@@ -18,11 +18,12 @@ from tiny_model import build_tiny_model
 
 from kdcache.capture.job import recorded_moment
 from kdcache.cli.main import main
-from kdcache.errors import CorruptCacheError, TeacherError
+from kdcache.errors import CorruptCacheError, StateError, TeacherError
 from kdcache.format import paths
 from kdcache.format.manifest import manifest_to_json
 from kdcache.store.reader import open_cache
 from kdcache.teacher.checkpoint import check_model_name
+from kdcache.train.evaluate import heldout_curve
 
 SECRET = "s3cr3t-of-the-user"
 
@@ -199,3 +200,12 @@ def test_answers_that_ended_in_no_sequence_are_not_divided(cache: Path):
         shards = reader.manifest.shards
     replace(cache, shards=tuple(msgspec.structs.replace(s, num_sequences=0, num_finished={"stop": 0}) for s in shards))
     assert main(["info", str(cache)]) == 0
+
+
+@pytest.mark.parametrize(
+    "line", ['{"tokens": 1, "heldout_nats_per_token": 1%s}', '{"tokens": 1%s, "heldout_nats_per_token": 1.5}']
+)
+def test_a_whole_number_beyond_every_float_in_a_run_s_metrics_is_refused(tmp_path: Path, line: str):
+    (tmp_path / "metrics.jsonl").write_text(line % ("0" * 400) + "\n")
+    with pytest.raises(StateError, match="is no number"):
+        heldout_curve(tmp_path)

@@ -21,6 +21,7 @@ from foreign_cases import write_rows
 from kdcache.errors import InputError
 from kdcache.foreign import base
 from kdcache.foreign.base import ReadOptions
+from kdcache.foreign.detect import is_own_cache
 from kdcache.foreign.distillkit_codec import parse_config
 from kdcache.foreign.doctor import ExamineOptions, examine
 
@@ -278,6 +279,11 @@ def test_text_of_a_parquet_file_that_is_not_utf_8_ends_in_a_sentence(tmp_path: P
     text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
     pq.write_table(pa.table({"choices": text}), tmp_path / "a.parquet")
     assert "UTF8" in told(tmp_path / "a.parquet")
+
+
+def test_a_name_that_no_file_has_ends_in_a_sentence():
+    assert not is_own_cache("a" * 5000)
+    assert "cannot be read: File name too long" in told(Path("a" * 5000))
 
 
 def test_a_whole_number_beyond_every_float_ends_in_a_sentence(tmp_path: Path):
