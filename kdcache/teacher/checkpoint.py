@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import TeacherError
+from kdcache.shown import shown
 from kdcache.teacher.hub_cache import cached_commit, snapshot_folder
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -23,6 +24,11 @@ MEANING_FILES = frozenset(
 CONFIG_FILE = "config.json"
 _IMPLEMENTATION = "_implementation"
 """How the fields end that choose code: attn_implementation, experts_implementation."""
+_MOST = {
+    "max_position_embeddings": 2**31 - 1, "num_hidden_layers": 10_000, "hidden_size": 2**20, "intermediate_size": 2**24,
+    "vocab_size": 2**31, "num_attention_heads": 2**16, "num_local_experts": 2**16,
+}  # fmt: skip
+"""Far beyond any real model's."""
 ADAPTER_FILE = "adapter_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
@@ -40,7 +46,7 @@ def check_model_name(model: str, *, is_tokenizer: bool = False) -> None:
     Raises:
         TeacherError: `model` is written as a path, or has more parts than a hub id, and is not a folder; or it is a folder
             without a config.json, and without a tokenizer's files where that is enough; or one whose config.json has a kernel
-            of a hub loaded.
+            of a hub loaded, or sizes that no model has.
     """
     path = Path(model)
     if path.is_dir():
@@ -50,7 +56,9 @@ def check_model_name(model: str, *, is_tokenizer: bool = False) -> None:
         odd = next((file for file in path.iterdir() if file.exists() and not file.is_file() and not file.is_dir()), None)
         if odd is not None:  # whoever opened a named pipe would wait for ever
             raise TeacherError(f"{odd}: is a pipe, a socket or a device; a model's folder holds plain files")
-        _refuse_kernels_of_a_hub(model, config_fields(model))
+        fields = config_fields(model)
+        _refuse_kernels_of_a_hub(model, fields)
+        _refuse_impossible_sizes(model, fields)
     elif path.is_file():
         raise TeacherError(f"{model} is a file; expected a hub id or a folder in the Hugging Face layout")
     elif model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model:
@@ -68,6 +76,15 @@ def _refuse_kernels_of_a_hub(model: str, fields: dict[str, Any]) -> None:
             )
         if isinstance(value, dict):
             _refuse_kernels_of_a_hub(model, value)
+
+
+def _refuse_impossible_sizes(model: str, fields: dict[str, Any]) -> None:
+    """What no model has would be allocated, or built for hours, before anything could say so."""
+    for name, value in fields.items():
+        if type(value) is int and value > _MOST.get(name, value):
+            raise TeacherError(f"{model}: {CONFIG_FILE} says {name} {shown(value, 40)}; expected at most {_MOST[name]:,}")
+        if isinstance(value, dict):
+            _refuse_impossible_sizes(model, value)
 
 
 def short_name(model: str) -> str:

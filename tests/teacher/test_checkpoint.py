@@ -131,3 +131,17 @@ def test_a_pipe_in_a_model_s_folder_is_refused_before_anybody_waits_for_it(folde
     os.mkfifo(folder / "generation_config.json")
     with pytest.raises(TeacherError, match=r"generation_config\.json: is a pipe"):
         check_model_name(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings 10+; expected at most 2,147,483,647"),
+        ({"text_config": {"num_hidden_layers": 10**7}}, "num_hidden_layers 10000000; expected at most 10,000"),
+        ({"vocab_size": 10**400}, "vocab_size .*; expected at most 2,147,483,648"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_built(tmp_path: Path, fields: dict[str, object], sentence: str):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    with pytest.raises(TeacherError, match=sentence):
+        check_model_name(str(tmp_path))
