@@ -7,6 +7,7 @@ killed in between leaves missing shards, which the next one sees.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def _misfit(root: Location, shard: ShardInfo) -> str | None:
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
-        return f"it cannot be read: {error.strerror or error}"
+        return _unreadable(root / shard.name, error)
     return None if num_bytes == shard.num_bytes else f"it has {num_bytes} bytes, the manifest says {shard.num_bytes}"
 
 
@@ -121,11 +122,18 @@ def _changed(root: Location, shard: ShardInfo) -> str | None:
     except CorruptCacheError as error:
         return str(error)  # no plain file, or not in the cache's folder
     except OSError as error:
-        return f"it cannot be read: {error.strerror or error}"
+        return _unreadable(root / shard.name, error)
     finally:
         if copy is not None:
             copy.unlink(missing_ok=True)
     return None if sha256 == shard.sha256 else "its SHA-256 is not the one in the manifest"
+
+
+def _unreadable(path: Location, error: OSError) -> str:
+    """What a disk says of damage; raises StorageError for what says nothing of the file: a sound one is never set aside."""
+    if error.errno != errno.EIO:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}; nothing was set aside") from error
+    return f"it cannot be read: {error.strerror}"
 
 
 def _is_index_damaged(root: Location, manifest: Manifest) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from fault_proxy import FaultProxy
 from hostile import flip
 
 from kdcache.cli.main import main
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import CorruptCacheError, StorageError
 from kdcache.store.location import RemotePath, locate
 from kdcache.store.reader import open_cache
 from kdcache.store.repair import find_misfits, repair_cache
@@ -137,3 +139,20 @@ def test_a_cache_in_a_store_is_repaired_too(cache: Path, s3: FaultProxy):
     assert [damage.unit for damage in repair_cache(uri).damage] == [1]
     assert (locate(uri) / f"damaged/{shard_of(cache, 1).name}").read_bytes() == bytes(data)
     assert len(open_cache(uri)) == 6
+
+
+@pytest.mark.parametrize(("number", "is_damage"), [(errno.EACCES, False), (errno.EMFILE, False), (errno.EIO, True)])
+def test_a_shard_that_may_not_be_read_is_not_taken_for_a_damaged_one(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_damage: bool
+):
+    def fail(path: Path) -> str:
+        raise OSError(number, os.strerror(number))
+
+    before = sorted(path.name for path in cache.rglob("*"))
+    monkeypatch.setattr("kdcache.store.fs.sha256_of", fail)
+    if is_damage:
+        assert "it cannot be read: " in repair_cache(cache).damage[0].reason
+        return
+    with pytest.raises(StorageError, match=r"cannot be read: .*; nothing was set aside"):
+        repair_cache(cache)
+    assert sorted(path.name for path in cache.rglob("*")) == before
