@@ -185,7 +185,7 @@ class Variants:
         self._generate()
 
     def _limit(self) -> None:
-        from kdcache.teacher.vllm_packed import pack_requests
+        from kdcache.teacher.vllm.wire import pack_requests
 
         self._vllm._call_workers("kdcache_begin", self._case.tokens, self._vllm._chunk, None, 0)
         self._generate([{"extra_args": extra_args} for extra_args in pack_requests(self._sequences)])

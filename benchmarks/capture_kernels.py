@@ -26,8 +26,8 @@ def kernel_rows(
     import torch
 
     from kdcache.config.capture import TeacherConfig
-    from kdcache.teacher._select_torch import Selector
-    from kdcache.teacher.vllm_options import positions_per_chunk
+    from kdcache.teacher.select._torch import Selector
+    from kdcache.teacher.vllm.options import positions_per_chunk
 
     torch.set_num_threads(1)
     num_rows = positions_per_chunk(

@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from kdcache.capture.estimate import estimate_capture
-from kdcache.capture.run import run_capture
+from kdcache.capture.executors.run import run_capture
 from kdcache.config.capture import (
     CaptureConfig,
     CodecConfig,
@@ -41,9 +41,9 @@ from kdcache.store.summary import summarize_cache
 from kdcache.teacher import load_tokenizer
 from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.entries import entry_meaning
-from kdcache.train.heldout import HeldoutSequence, read_heldout
+from kdcache.train.evaluation.heldout import HeldoutSequence, read_heldout
+from kdcache.train.evaluation.scores import score_models
 from kdcache.train.schedule import learning_rate
-from kdcache.train.scores import score_models
 from kdcache.train.step import make_optimizer, optimize
 from kdcache.train.student import build_student, load_model
 

@@ -74,8 +74,8 @@ class Variants:
 
     def engine(self) -> None:
         """Answers and the engine's own logprobs, in the groups in which `write` asks for them."""
-        from kdcache.teacher._vllm_generate import _groups, sampling_params
         from kdcache.teacher.generation import Ending
+        from kdcache.teacher.vllm.generate import _groups, sampling_params
 
         ending = Ending(self._config, Unending(), frozenset())  # pyright: ignore[reportArgumentType]
         for group in _groups(self._teacher._engine, self._prompts, self._config):
@@ -108,7 +108,7 @@ def make_prompts(args: argparse.Namespace) -> list[Any]:
 
 def seconds_of(call: Callable[[], None]) -> float:
     """CPU seconds where vLLM computes in this process, else wall seconds."""
-    from kdcache.teacher._vllm_engine import runs_on_cpu
+    from kdcache.teacher.vllm.engine import runs_on_cpu
 
     clock = time.process_time if runs_on_cpu() else time.perf_counter
     started = clock()

@@ -28,17 +28,17 @@ from kdcache.codec.into import EntryArrays, decode_many_into
 from kdcache.config.loader import LoaderConfig
 from kdcache.format.manifest import Manifest, PlanInfo
 from kdcache.format.record import SequenceRecord
-from kdcache.loader.assemble import BatchLayout, assemble
-from kdcache.loader.buffers import BufferPool
+from kdcache.loader.batches.assemble import BatchLayout, assemble
+from kdcache.loader.batches.buffers import BufferPool
+from kdcache.loader.batches.mask import choose
 from kdcache.loader.cache import Cache, open_dataset
 from kdcache.loader.caches import CacheSet
 from kdcache.loader.direct import read_direct
 from kdcache.loader.loader import Loader
-from kdcache.loader.mask import choose
-from kdcache.store._numba_xxh3 import row_digests
-from kdcache.store.column_view import ColumnView
-from kdcache.store.rows import digest_of
-from kdcache.store.writer import CacheWriter
+from kdcache.store.records.batch import digest_of
+from kdcache.store.records.column_view import ColumnView
+from kdcache.store.records.numba_xxh3 import row_digests
+from kdcache.store.writing.writer import CacheWriter
 
 SEQ_LEN, BATCH_ROWS, LENGTHS = 1024, 8, (300, 700)
 

@@ -26,7 +26,7 @@ from kdcache.format.manifest import CodecInfo, Manifest, PlanInfo
 from kdcache.format.record import SequenceRecord, TokenSequence, distributions_from_dense, sequence_key
 from kdcache.loader.cache import open_dataset
 from kdcache.loader.loader import Loader
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 LENGTHS, SEQ_LEN, BATCH_ROWS = (300, 700), 1024, 8
 SHARD_SEQUENCES = 100

@@ -48,7 +48,7 @@ from kdcache.loader.cache import open_dataset
 from kdcache.loader.loader import Loader
 from kdcache.store import chain
 from kdcache.store.index import open_index
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 VOCAB_SIZE, SHARD_SEQUENCES, LENGTHS = 151_936, 1000, (16, 64)
 OPTIONS = LoaderConfig(seq_len=256, batch_rows=8, num_threads=1)

@@ -31,9 +31,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from kdcache.capture.executors.run import run_capture
+from kdcache.capture.executors.tally import own_units, units_before_fold
 from kdcache.capture.plan import Plan, make_plan
-from kdcache.capture.run import run_capture
-from kdcache.capture.tally import own_units, units_before_fold
 from kdcache.config.capture import CaptureConfig, InputConfig, RunConfig
 from kdcache.config.load import convert_config
 from kdcache.format import paths
@@ -41,7 +41,7 @@ from kdcache.format.manifest import Manifest, ShardInfo, shard_to_json
 from kdcache.inputs.content import Item, Place
 from kdcache.store import chain
 from kdcache.store.reader import open_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 from kdcache.teacher.fake import FakeTeacher
 
 MAX_LINKS = 50_000

@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 from rate_measures import Reading, Truth
 
 from kdcache.codec import get_codec
-from kdcache.codec.archive import ArchiveCodec
-from kdcache.codec.archive_model import EXACTS, LEAST_P, TAILS
-from kdcache.codec.archive_reference import Decoder, Layout, Record
+from kdcache.codec.archive.codec import ArchiveCodec
+from kdcache.codec.archive.model import EXACTS, LEAST_P, TAILS
+from kdcache.codec.archive.reference import Decoder, Layout, Record
 from kdcache.codec.base import Codec
 from kdcache.codec.estimates import stores_logprobs
 from kdcache.codec.into import EntryArrays, Job, decode_many_into
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
-from kdcache.store.column_view import column_view
-from kdcache.teacher._select_torch import Selector
-from kdcache.teacher.found import Found, record_of
-from kdcache.teacher.uniforms import position_states
+from kdcache.store.records.column_view import column_view
+from kdcache.teacher.select._torch import Selector
+from kdcache.teacher.select.found import Found, record_of
+from kdcache.teacher.select.uniforms import position_states
 
 PARTS = ("indices", "values", "scalars", "framing")
 PART_OF = {

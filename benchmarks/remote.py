@@ -32,9 +32,9 @@ from kdcache.errors import ConfigError
 from kdcache.format.record import NO_TARGET, Distributions, SequenceRecord
 from kdcache.loader.cache import open_dataset
 from kdcache.loader.loader import Loader
-from kdcache.store._fsspec import ObjectStore
-from kdcache.store.location import locate
-from kdcache.store.writer import CacheWriter
+from kdcache.store.files._fsspec import ObjectStore
+from kdcache.store.files.location import locate
+from kdcache.store.writing.writer import CacheWriter
 
 VOCAB_SIZE, K, NUM_TOKENS = 32_000, 64, 500
 

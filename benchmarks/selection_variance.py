@@ -41,9 +41,9 @@ from kdcache.codec import get_codec
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence, sequence_key
 from kdcache.format.selection import fixed_entries
-from kdcache.teacher._select_torch import Selector
-from kdcache.teacher.found import Found, record_of
-from kdcache.teacher.uniforms import position_states
+from kdcache.teacher.select._torch import Selector
+from kdcache.teacher.select.found import Found, record_of
+from kdcache.teacher.select.uniforms import position_states
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 

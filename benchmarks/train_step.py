@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdcache.config.train import LossConfig, StudentConfig, TrainConfig
 from kdcache.loader._torch import TorchBatch
-from kdcache.loader.batch import IGNORED_LABEL
+from kdcache.loader.batches.batch import IGNORED_LABEL
 from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.step import make_optimizer, optimize
 

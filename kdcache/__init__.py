@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from kdcache.loss.sparse_kd import sparse_kd_loss as sparse_kd_loss
     from kdcache.loss.vocab_parallel import vocab_parallel_sparse_kd_loss as vocab_parallel_sparse_kd_loss
     from kdcache.store.reader import CacheReader as CacheReader
-    from kdcache.store.writer import CacheWriter as CacheWriter
+    from kdcache.store.writing.writer import CacheWriter as CacheWriter
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "Cache": "kdcache.loader.cache:Cache",
     "CacheReader": "kdcache.store.reader:CacheReader",
-    "CacheWriter": "kdcache.store.writer:CacheWriter",
+    "CacheWriter": "kdcache.store.writing.writer:CacheWriter",
     "Distributions": "kdcache.format.record:Distributions",
     "FusedSparseKD": "kdcache.loss.modules:FusedSparseKD",
     "Head": "kdcache.loss.chunks:Head",

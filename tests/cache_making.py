@@ -161,7 +161,7 @@ def make_cache(
         units: the records of each unit; by default `make_unit` of each number below num_units.
         record_batch_bytes: 1 gives each sequence a record batch of its own.
     """
-    from kdcache.store.writer import CacheWriter
+    from kdcache.store.writing.writer import CacheWriter
 
     if units is None:
         units = [make_unit(u, num_sequences=num_sequences, vocab_size=vocab_size, k=k) for u in range(num_units)]

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kdcache.foreign.distillkit_codec import Config, polynomial_basis
+from kdcache.foreign.formats.distillkit_codec import Config, polynomial_basis
 
 if TYPE_CHECKING:
-    from kdcache.foreign.doctor import Examination
+    from kdcache.foreign.judge.doctor import Examination
 
 K = 16
 NUM_SEQUENCES, NUM_TOKENS = 8, 64

@@ -17,7 +17,7 @@ import pyarrow as pa
 from kdcache.format import paths
 from kdcache.format.arrow_messages import record_batch_places
 from kdcache.format.schema import DIGEST, INDEX_SCHEMA, METADATA_KEY, row_digest
-from kdcache.store.column_view import column_view
+from kdcache.store.records.column_view import column_view
 
 Fields = dict[str, Any]
 

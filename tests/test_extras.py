@@ -135,12 +135,12 @@ def test_a_command_says_what_to_install_and_ends_with_status_2(
 
 WITH = {
     "report": "from kdcache.report import _matplotlib",
-    "served": "from kdcache.teacher import _served",
-    "s3": "from kdcache.store import _fsspec; import s3fs",
-    "datasets": "from kdcache.train.adapters import iterable_dataset; from kdcache.inputs._datasets import _open",
+    "served": "from kdcache.teacher.served import teacher",
+    "s3": "from kdcache.store.files import _fsspec; import s3fs",
+    "datasets": "from kdcache.train.adapters import iterable_dataset; from kdcache.inputs.formats._datasets import _open",
     "train": "from kdcache import sparse_kd_loss; from kdcache.train.trainer import train;"
-    "from kdcache.report import _matplotlib; from kdcache.train.evaluate import evaluate;"
-    "from kdcache.teacher import _hf, _hf_tokenizer",
+    "from kdcache.report import _matplotlib; from kdcache.train.evaluation.evaluate import evaluate;"
+    "from kdcache.teacher.hf import teacher; from kdcache.teacher.chat import hf_tokenizer",
 }
 """The heavier trainers' extras are tried by hand: each takes ten seconds to import."""
 

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from kdcache import half_precision  # noqa: E402
 from kdcache.config.teacher import TeacherConfig  # noqa: E402
-from kdcache.teacher.vllm_options import stored_dtype  # noqa: E402
+from kdcache.teacher.vllm.options import stored_dtype  # noqa: E402
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_bfloat16_checkpoint_in_the_transformers_teacher_is_warned_of(
 ):
     if torch.cuda.is_available():
         pytest.skip("the model would be on a GPU")
-    from kdcache.teacher._hf_load import load_checked
+    from kdcache.teacher.hf.load import load_checked
 
     on_a_cpu_with(bfloat16=50.0, float16=1.0)
     with caplog.at_level(logging.WARNING, logger="kdcache"):

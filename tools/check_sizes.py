@@ -29,7 +29,7 @@ MORE_PARAMETERS = {
 
 # numba's copy on disk of what it has compiled notices a change of that file alone: a stream's whole decoder is one file, and
 # so is all that the row kernels call by name.
-LONGER_FILES = {"kdcache/codec/_numba_archive_decode.py": 480, "kdcache/kernels/_numba_rows.py": 450}
+LONGER_FILES = {"kdcache/codec/archive/_numba_decode.py": 480, "kdcache/kernels/_numba_rows.py": 450}
 
 
 @dataclass(frozen=True)

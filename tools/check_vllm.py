@@ -1,7 +1,7 @@
 """Which of kdcache's hooks some sources of vLLM satisfy: `python tools/check_vllm.py FOLDER`, a checkout or an unpacked wheel.
 
 It reads and runs nothing of it, so it needs neither a GPU nor the release's torch. What it looks for is what an engine is asked
-for when it starts (`kdcache/teacher/vllm_signatures.py`), and the attributes that the proof on eight tokens will read. Status 1
+for when it starts (`kdcache/teacher/vllm/signatures.py`), and the attributes that the proof on eight tokens will read. Status 1
 where anything is missing: then captures take the public route, or none.
 """
 
@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kdcache.config.capture import TeacherConfig
-from kdcache.teacher import vllm_signatures as ours
-from kdcache.teacher.vllm_options import engine_options
+from kdcache.teacher.vllm import signatures as ours
+from kdcache.teacher.vllm.options import engine_options
 
 CLASSES = {
     "LLM": "entrypoints",

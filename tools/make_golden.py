@@ -58,8 +58,8 @@ def sampled_units(units: list[list[SequenceRecord]], selection: SelectionInfo, v
 
 
 def _sampled(sequence: TokenSequence, selection: SelectionInfo, vocab_size: int) -> SequenceRecord:
-    from kdcache.teacher.select_reference import select_reference
-    from kdcache.teacher.uniforms import position_states
+    from kdcache.teacher.select.reference import select_reference
+    from kdcache.teacher.select.uniforms import position_states
 
     seed = int.from_bytes(sequence.key[:4], "little")
     logits_PV = np.random.default_rng(seed).normal(0.0, 6.0, (len(sequence.positions_P), vocab_size))

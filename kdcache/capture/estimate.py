@@ -17,9 +17,9 @@ from kdcache.capture.features import features_of, known_features
 from kdcache.capture.generate import write_sequences
 from kdcache.capture.job import Job, ask, check_fits, codec_info, output_location, prepare, selection_info
 from kdcache.capture.plan import Plan
-from kdcache.capture.progress import CaptureProgress
 from kdcache.capture.sequences import CutCounts
 from kdcache.capture.unit import Work, make_work, most_tokens
+from kdcache.capture.watch.progress import CaptureProgress
 from kdcache.codec import get_codec
 from kdcache.codec.features import bytes_per_row
 from kdcache.config.capture import CaptureConfig
@@ -31,7 +31,7 @@ from kdcache.inputs.chat import Chat
 from kdcache.inputs.content import Item
 from kdcache.inputs.left_out import LeftOut
 from kdcache.store import chain
-from kdcache.store.writer import refuse_foreign_directory
+from kdcache.store.writing.writer import refuse_foreign_directory
 from kdcache.teacher import load_teacher
 from kdcache.teacher.generation import Prompt
 

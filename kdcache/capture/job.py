@@ -17,7 +17,7 @@ from kdcache.capture.features import features_of
 from kdcache.capture.generate import captured_filters, generation_info, generation_seeds
 from kdcache.capture.inputs import InputReader
 from kdcache.capture.plan import Plan
-from kdcache.capture.progress import CaptureProgress
+from kdcache.capture.watch.progress import CaptureProgress
 from kdcache.codec import get_codec
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.chat import parse_moment
@@ -27,7 +27,7 @@ from kdcache.format.manifest import CodecInfo, FeatureInfo, Identity, Manifest, 
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import selection_params
 from kdcache.store import chain
-from kdcache.store.location import Location, locate
+from kdcache.store.files.location import Location, locate
 from kdcache.teacher import load_tokenizer
 from kdcache.teacher.base import Teacher
 from kdcache.teacher.tokenizer import Tokenizer

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from kdcache.capture.features import features_of
 from kdcache.capture.generate import make_prompts, write_sequences, writer_of
-from kdcache.capture.heartbeat import Heartbeat
 from kdcache.capture.job import Job, ask, selection_info
-from kdcache.capture.meter import gpus_held, start_meter
 from kdcache.capture.plan import Unit
 from kdcache.capture.poison import find_poison
-from kdcache.capture.progress import CaptureProgress
 from kdcache.capture.sequences import CutCounts, make_sequences
-from kdcache.capture.signals import StopRequest
+from kdcache.capture.watch.heartbeat import Heartbeat
+from kdcache.capture.watch.meter import gpus_held, start_meter
+from kdcache.capture.watch.progress import CaptureProgress
+from kdcache.capture.watch.signals import StopRequest
 from kdcache.codec.features import check_features
 from kdcache.config.capture import CaptureConfig
 from kdcache.errors import (
@@ -32,9 +32,9 @@ from kdcache.format.record import SequenceRecord, TokenSequence, check_distribut
 from kdcache.format.selection import fixed_entries
 from kdcache.inputs.content import Item
 from kdcache.shown import get_logger, shown
-from kdcache.store.admission import check_record
-from kdcache.store.set_aside import FailedUnit
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.admission import check_record
+from kdcache.store.writing.set_aside import FailedUnit
+from kdcache.store.writing.writer import CacheWriter
 from kdcache.teacher import load_teacher
 from kdcache.teacher.base import Teacher
 from kdcache.teacher.generation import Prompt

@@ -13,7 +13,7 @@ from kdcache.shown import shown
 
 if TYPE_CHECKING:
     from kdcache.foreign.base import ReadOptions
-    from kdcache.foreign.doctor import Examination, ExamineOptions, Progress
+    from kdcache.foreign.judge.doctor import Examination, ExamineOptions, Progress
     from kdcache.teacher.tokenizer import Tokenizer
 
 FORMATS = """
@@ -68,7 +68,7 @@ def read_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ReadO
 
 def examine_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ExamineOptions:
     """How closely to look."""
-    from kdcache.foreign.doctor import ExamineOptions
+    from kdcache.foreign.judge.doctor import ExamineOptions
 
     return ExamineOptions(
         read=read_options(args, tokenizer),

@@ -24,21 +24,21 @@ from kdcache.extras import needed_for
 from kdcache.shown import say
 
 COMMANDS = {
-    "capture": ("kdcache.cli.capture", "run a teacher over text and write what it says into a cache"),
-    "info": ("kdcache.cli.info", "say what a cache holds"),
-    "fold": ("kdcache.cli.fold", "make what is published so far visible to readers"),
-    "verify": ("kdcache.cli.verify", "re-read a whole cache and check every promise it makes"),
+    "capture": ("capture", "run a teacher over text and write what it says into a cache"),
+    "info": ("info", "say what a cache holds"),
+    "fold": ("fold", "make what is published so far visible to readers"),
+    "verify": ("verify", "re-read a whole cache and check every promise it makes"),
     "repair": (
-        "kdcache.cli.repair",
+        "repair",
         "set damaged units of a cache aside, so that they can be made again",
     ),
-    "doctor": ("kdcache.cli.doctor", "say what any cache is, ours or another tool's, and what is wrong with it"),
-    "convert": ("kdcache.cli.convert", "write another tool's cache as one of ours"),
-    "derive": ("kdcache.cli.derive", "make a cache of other caches: choose, filter, join, reduce, mix; no teacher is asked"),
-    "train": ("kdcache.cli.train", "train a student from a cache"),
-    "evaluate": ("kdcache.cli.evaluate", "compare students with their teacher on held-out text"),
+    "doctor": ("doctor", "say what any cache is, ours or another tool's, and what is wrong with it"),
+    "convert": ("convert", "write another tool's cache as one of ours"),
+    "derive": ("derive", "make a cache of other caches: choose, filter, join, reduce, mix; no teacher is asked"),
+    "train": ("train", "train a student from a cache"),
+    "evaluate": ("evaluate", "compare students with their teacher on held-out text"),
 }
-"""name -> (module, one line of help)."""
+"""name -> (module in `kdcache.cli.commands`, one line of help)."""
 
 _EXTRAS = {"train": "train", "evaluate": "train"}
 """What brings all that a command needs."""
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, subparsers = _parser()
     command = None
     if chosen is not None:
-        command = cast("Command", import_module(COMMANDS[chosen][0]))
+        command = cast("Command", import_module(f"kdcache.cli.commands.{COMMANDS[chosen][0]}"))
         command.add_arguments(subparsers[chosen])
     args = parser.parse_args(arguments)
     if command is None:

@@ -15,7 +15,7 @@ CODECS = {
     "raw": "kdcache.codec.raw:RawCodec",
     "packed": "kdcache.codec.packed:PackedCodec",
     "quantized": "kdcache.codec.quantized:QuantizedCodec",
-    "archive": "kdcache.codec.archive:ArchiveCodec",
+    "archive": "kdcache.codec.archive.codec:ArchiveCodec",
 }
 """codec id -> "module:Class", imported on use."""
 

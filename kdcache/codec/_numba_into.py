@@ -22,8 +22,8 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from kdcache.codec._numba_compile import called_by_address, compiled
 from kdcache.codec.levels import level_logprobs
+from kdcache.compiled import called_by_address, compiled
 from kdcache.format.record import PADDING_ID
 
 TOO_WIDE = -2

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec._numba_compile import compiled
 from kdcache.codec.levels import TAIL_BITS, level_masses, nearest_codes
+from kdcache.compiled import compiled
 
 
 def codes_within_one(

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.derive.systematic import derived_seed
+from kdcache.derive.reduction.systematic import derived_seed
 from kdcache.errors import ConfigError, InputError
 from kdcache.format.record import KEY_BYTES
-from kdcache.teacher.uniforms import GOLDEN, MASK, mix64
+from kdcache.teacher.select.uniforms import GOLDEN, MASK, mix64
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from kdcache.derive.lineage import make_lineage
 from kdcache.derive.match import shared_sequences
 from kdcache.derive.mix import check_weights, mixed_identity
 from kdcache.derive.options import DeriveOptions
-from kdcache.derive.reduce import reduced_selection
+from kdcache.derive.reduction.reduce import reduced_selection
 from kdcache.derive.scalars import check_available
 from kdcache.errors import ConfigError, InputError, UnsupportedVersionError
 from kdcache.format.manifest import CodecInfo, Identity, LineageInfo, Manifest, PlanInfo, SelectionInfo, fingerprint

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import kdcache
-from kdcache.derive.entries import Entries, rebuilt, sum_per_position
-from kdcache.derive.systematic import derived_seed, position_uniforms, systematic_counts
+from kdcache.derive.reduction.entries import Entries, rebuilt, sum_per_position
+from kdcache.derive.reduction.systematic import derived_seed, position_uniforms, systematic_counts
 from kdcache.errors import ConfigError, InputError, MismatchError
 from kdcache.format.manifest import Identity, SelectionInfo, TeacherIdentity, fingerprint
 from kdcache.format.record import Distributions, SequenceRecord

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdcache.derive.choose import Select
-from kdcache.derive.reduce import Reduction
-from kdcache.store.writer import DEFAULT_RECORD_BATCH_BYTES
+from kdcache.derive.reduction.reduce import Reduction
+from kdcache.store.writing.writer import DEFAULT_RECORD_BATCH_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,16 +19,17 @@ from kdcache.derive.lineage import lineage_words
 from kdcache.derive.mix import mix_records
 from kdcache.derive.options import DeriveOptions
 from kdcache.derive.positions import keep_positions
-from kdcache.derive.reduce import reduce_record
+from kdcache.derive.reduction.reduce import reduce_record
 from kdcache.derive.scalars import record_values
 from kdcache.errors import CaptureError, ConfigError, InputError, KdcacheError, MismatchError, StorageError
 from kdcache.format import paths
 from kdcache.format.manifest import LineageInfo, Manifest
 from kdcache.format.record import SequenceRecord
-from kdcache.store import chain, fs
-from kdcache.store.location import Location, children, locate
+from kdcache.store import chain
+from kdcache.store.files import fs
+from kdcache.store.files.location import Location, children, locate
 from kdcache.store.reader import open_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 Progress = Callable[[int, int], None]
 """Called with (sequences done, sequences in all)."""

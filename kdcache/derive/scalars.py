@@ -14,7 +14,7 @@ from kdcache.errors import ConfigError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import NO_TARGET, Distributions, SequenceRecord
 from kdcache.format.selection import fixed_exact
-from kdcache.store.statistics import entropy_bounds
+from kdcache.store.writing.statistics import entropy_bounds
 
 POSITION_NAMES = {
     "target_logprob": "nats, the teacher's logprob of the token that came; unknown where the text ends",

@@ -12,8 +12,8 @@ import kdcache
 from kdcache.codec import get_codec
 from kdcache.errors import ConfigError, InputError
 from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence
-from kdcache.foreign.detect import is_own_cache, open_foreign
-from kdcache.foreign.doctor import Examination, ExamineOptions, Progress, examine_opened
+from kdcache.foreign.formats.detect import is_own_cache, open_foreign
+from kdcache.foreign.judge.doctor import Examination, ExamineOptions, Progress, examine_opened
 from kdcache.foreign.records import Account, RecordOptions, Repair, to_record, without_fitted
 from kdcache.format.manifest import (
     CodecInfo,
@@ -27,7 +27,7 @@ from kdcache.format.manifest import (
 )
 from kdcache.format.record import SequenceRecord
 from kdcache.shown import shown_lines
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 from kdcache.teacher.base import Teacher
 
 UNIT_BYTES = 2**28

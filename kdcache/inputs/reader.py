@@ -12,8 +12,8 @@ from functools import partial
 from kdcache.config.capture import InputConfig
 from kdcache.inputs.content import DEFAULT_FIELDS, START, Fields, Item, Place
 from kdcache.inputs.files import find_files
+from kdcache.inputs.formats.open_file import TextFiles
 from kdcache.inputs.left_out import LeftOut
-from kdcache.inputs.open_file import TextFiles
 
 _ReadFile = Callable[[str, int, Place], Iterator[Item]]
 
@@ -44,7 +44,7 @@ class ItemReader:
     def items(self, start: Place = START) -> Iterator[Item]:
         """Every item from a place on, whatever the limit."""
         if self.config.format == "dataset":
-            from kdcache.inputs._datasets import read_dataset
+            from kdcache.inputs.formats._datasets import read_dataset
 
             yield from read_dataset(self.config, start, self.fields)
             return
@@ -72,11 +72,11 @@ class ItemReader:
 def _file_reader(config: InputConfig, fields: Fields, opener: TextFiles) -> _ReadFile:
     """The function that reads one file of this format."""
     if config.format in ("parquet", "arrow"):
-        from kdcache.inputs import table_files
+        from kdcache.inputs.formats import table_files
 
         read = table_files.read_parquet if config.format == "parquet" else table_files.read_arrow
         return partial(read, fields=fields)
-    from kdcache.inputs import text_files
+    from kdcache.inputs.formats import text_files
 
     if config.format == "jsonl":
         return partial(text_files.read_jsonl, fields=fields, opener=opener)

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.errors import StateError
-from kdcache.loader.batch import ARRAYS, NUMBERS, OPTIONAL_ARRAYS, Batch
+from kdcache.loader.batches.batch import ARRAYS, NUMBERS, OPTIONAL_ARRAYS, Batch
 from kdcache.loader.loader import Loader
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TorchBatch:
-    """`kdcache.loader.batch.Batch` as tensors: same names, shapes and dtypes, the same memory.
+    """`kdcache.loader.batches.batch.Batch` as tensors: same names, shapes and dtypes, the same memory.
 
     Attributes:
         state: the loader's state behind this batch, None from `to_torch`: what to save where batches pass through worker

@@ -20,8 +20,8 @@ from kdcache.errors import ConfigError
 from kdcache.format.manifest import Manifest
 from kdcache.format.record import SequenceRecord
 from kdcache.store.reader import CacheReader, open_cache
-from kdcache.store.row_table import MappedRows
-from kdcache.store.rows import EncodedRecord
+from kdcache.store.records.batch import EncodedRecord
+from kdcache.store.records.sequence_table import MappedRows
 
 Columns = Mapping[str, NDArray[np.generic]]
 

@@ -18,11 +18,11 @@ from kdcache.codec import get_codec
 from kdcache.codec.into import stores_half_logprobs
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.format.manifest import Manifest
-from kdcache.loader.assemble import EntryColumns, Record
 from kdcache.loader.base import Reader
+from kdcache.loader.batches.assemble import EntryColumns, Record
+from kdcache.loader.batches.features import find_features
 from kdcache.loader.cache import Cache, open_dataset
-from kdcache.loader.features import find_features
-from kdcache.loader.mix import CacheTable
+from kdcache.loader.order.mix import CacheTable
 
 CacheLike = str | PathLike[str] | Reader
 """A cache's address, or one that is open: `kdcache.open(...)`, a selection of it, a CacheReader."""

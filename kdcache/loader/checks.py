@@ -9,7 +9,7 @@ import numpy as np
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError
-from kdcache.loader.mix import CacheTable, epoch_counts
+from kdcache.loader.order.mix import CacheTable, epoch_counts
 
 
 def check_options(options: LoaderConfig, caches: Sequence[CacheTable]) -> None:

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from kdcache.codec.into import EntryFormat, entry_format
 from kdcache.format.selection import most_entries
-from kdcache.loader.assemble import BatchLayout, blank_batch
-from kdcache.loader.batch import Batch
-from kdcache.loader.buffers import BufferPool
+from kdcache.loader.batches.assemble import BatchLayout, blank_batch
+from kdcache.loader.batches.batch import Batch
+from kdcache.loader.batches.buffers import BufferPool
 from kdcache.loader.caches import CacheSet
-from kdcache.store.row_table import MappedRows, RowFormat
+from kdcache.store.records.sequence_table import MappedRows, RowFormat
 
 
 def read_direct(
@@ -36,7 +36,7 @@ def read_direct(
         pool: as for `assemble`.
     """
     # Imported on use: numba takes 0.4 s.
-    from kdcache.loader._numba_tokens import fill_tokens, place_sequences
+    from kdcache.loader.batches._numba_tokens import fill_tokens, place_sequences
 
     numbers_R = np.concatenate(rows) if rows else np.zeros(0, np.int64)
     if not layout.mask.is_all or layout.features or layout.with_roles or not len(numbers_R):
@@ -92,7 +92,7 @@ def _num_columns(parts: Sequence[_Part], layout: BatchLayout) -> int | None:
 
 def _is_filled(batch: Batch, part: _Part, tokens_RC: NDArray[np.int64]) -> bool:
     """Whether all rows of a cache are whole, and now in the batch but for their tokens."""
-    from kdcache.loader._numba_rows import UNCHECKED, WHOLE, read_rows
+    from kdcache.loader.batches._numba_rows import UNCHECKED, WHOLE, read_rows
 
     where, mapped, entries = part
     part_RC = tokens_RC[where]

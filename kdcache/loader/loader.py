@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import StateError
 from kdcache.loader.base import Reader
-from kdcache.loader.batch import Batch
-from kdcache.loader.buffers import Allocate, BufferPool, plain_memory
+from kdcache.loader.batches.batch import Batch
+from kdcache.loader.batches.buffers import Allocate, BufferPool, plain_memory
 from kdcache.loader.caches import CacheLike, CacheSet
 from kdcache.loader.checks import check_epoch, check_options, check_ranks
 from kdcache.loader.fetch import Fetcher
-from kdcache.loader.plan import BatchRows, EpochCounts, EpochPlan
 from kdcache.loader.prefetch import prefetch
 from kdcache.loader.read import read_rows
 from kdcache.loader.report import EpochCheck, EpochReport
+from kdcache.loader.rows.plan import BatchRows, EpochCounts, EpochPlan
 from kdcache.loader.state import LoaderState, as_json, parse_state, stream_options
 from kdcache.shown import get_logger
 

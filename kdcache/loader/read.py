@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from kdcache.config.loader import MaskConfig
 from kdcache.errors import CorruptCacheError
-from kdcache.loader.assemble import BatchLayout, Record, assemble
-from kdcache.loader.batch import Batch
-from kdcache.loader.buffers import BufferPool
+from kdcache.loader.batches.assemble import BatchLayout, Record, assemble
+from kdcache.loader.batches.batch import Batch
+from kdcache.loader.batches.buffers import BufferPool
 from kdcache.loader.caches import CacheSet
 from kdcache.loader.direct import read_direct
-from kdcache.store.rows import EncodedRecord
+from kdcache.store.records.batch import EncodedRecord
 
 
 def read_rows(

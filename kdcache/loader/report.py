@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.loader.batch import Batch
-from kdcache.loader.plan import EpochPlan
+from kdcache.loader.batches.batch import Batch
+from kdcache.loader.rows.plan import EpochPlan
 
 
 @dataclass(frozen=True, slots=True)

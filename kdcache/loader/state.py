@@ -8,8 +8,8 @@ import msgspec
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import StateError
-from kdcache.loader.order import ORDER_VERSION
-from kdcache.loader.packing import PACKING_VERSION
+from kdcache.loader.order.shuffle import ORDER_VERSION
+from kdcache.loader.rows.packing import PACKING_VERSION
 
 STATE_VERSION = 2
 MOST_STEPS = 2**62

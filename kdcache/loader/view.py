@@ -7,11 +7,11 @@ from operator import index
 from typing import Any
 
 from kdcache.config.loader import LoaderConfig
-from kdcache.loader.batch import Batch
+from kdcache.loader.batches.batch import Batch
 from kdcache.loader.caches import CacheLike, CacheSet
 from kdcache.loader.checks import check_epoch, check_options
-from kdcache.loader.plan import EpochPlan
 from kdcache.loader.read import read_rows
+from kdcache.loader.rows.plan import EpochPlan
 
 
 class PackedView:

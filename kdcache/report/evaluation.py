@@ -1,6 +1,7 @@
 """What people look at of an evaluation: its table, its sentences and its lines for the terminal.
 
-Takes the plain data that `results.json` holds (see `kdcache.train.compare`), so that a saved evaluation can be shown again.
+Takes the plain data that `results.json` holds (see `kdcache.train.evaluation.compare`), so that a saved evaluation can be shown
+again.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def plot_evaluation(results: Mapping[str, Any], curves: Curves, path: str | Path
     """A PNG: held-out loss while training (where the runs measured it), and bars of loss, KL and top-1 agreement.
 
     Args:
-        results: as `kdcache.train.compare.compare_models` gives them.
+        results: as `kdcache.train.evaluation.compare.compare_models` gives them.
         curves: of each student; students without one are only in the bars.
         path: the file; replaced.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from kdcache.errors import CacheNotFoundError, CorruptCacheError, FormatError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, manifest_from_json, manifest_to_json, shard_from_json
-from kdcache.store import fs
-from kdcache.store.location import Location, children, read_file
+from kdcache.store.files import fs
+from kdcache.store.files.location import Location, children, read_file
 
 
 def manifest_numbers(root: Location) -> list[int]:

@@ -22,7 +22,7 @@ from kdcache.codec.base import Codec
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import LineageInfo, Manifest, ParentInfo, ShardInfo
 from kdcache.format.record import MASS_TOLERANCE, SequenceRecord, sequence_key
-from kdcache.store.statistics import ShardStatistics
+from kdcache.store.writing.statistics import ShardStatistics
 
 _COUNTS = ("num_sequences", "num_tokens", "num_positions", "num_entries", "num_targets", "num_exact_entries")
 _SUMS = ("tail_mass_sum", "entropy_floor_sum", "entropy_ceiling_sum")

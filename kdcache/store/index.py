@@ -17,11 +17,11 @@ from kdcache.format import paths
 from kdcache.format.manifest import IndexInfo, Manifest, ShardInfo
 from kdcache.format.schema import INDEX_SCHEMA
 from kdcache.shown import get_logger
-from kdcache.store import fs
-from kdcache.store.arrow_file import open_arrow_buffer, open_arrow_file
-from kdcache.store.location import Location, each
-from kdcache.store.remote_file import open_columns
-from kdcache.store.remote_read import read_content
+from kdcache.store.files import fs
+from kdcache.store.files.location import Location, each
+from kdcache.store.records.arrow_file import open_arrow_buffer, open_arrow_file
+from kdcache.store.remote.remote_file import open_columns
+from kdcache.store.remote.remote_read import read_content
 
 _log = get_logger(__name__)
 

@@ -24,13 +24,13 @@ from kdcache.format.manifest import Manifest, ShardInfo
 from kdcache.format.record import KEY_BYTES, SequenceRecord
 from kdcache.format.schema import ShardMetadata
 from kdcache.store import chain
-from kdcache.store.arrow_file import open_arrow_file
+from kdcache.store.files.location import Location, locate
 from kdcache.store.index import open_index
-from kdcache.store.location import Location, locate
-from kdcache.store.look_ahead import LookAhead
-from kdcache.store.remote_read import RemoteFile
-from kdcache.store.row_table import MappedRows, RowFormat
-from kdcache.store.rows import BatchReader, EncodedRecord
+from kdcache.store.records.arrow_file import open_arrow_file
+from kdcache.store.records.batch import BatchReader, EncodedRecord
+from kdcache.store.records.sequence_table import MappedRows, RowFormat
+from kdcache.store.remote.look_ahead import LookAhead
+from kdcache.store.remote.remote_read import RemoteFile
 from kdcache.store.shard_checks import check_shard, open_shard
 
 OPEN_BATCHES = 256

@@ -18,9 +18,10 @@ from kdcache.config.remote import RemoteConfig
 from kdcache.errors import CorruptCacheError, StorageError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo
-from kdcache.store import chain, fs
+from kdcache.store import chain
+from kdcache.store.files import fs
+from kdcache.store.files.location import Location, locate
 from kdcache.store.index import open_index, publish_index_without
-from kdcache.store.location import Location, locate
 
 MAX_TRIES = 20
 """Each time another writer's manifest came first."""

@@ -11,7 +11,7 @@ from kdcache.codec.features import feature_fields
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
 from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, ShardMetadata, shard_metadata, shard_schema
-from kdcache.store.arrow_file import open_arrow_file
+from kdcache.store.records.arrow_file import open_arrow_file
 
 
 def open_shard(root: Path, shard: ShardInfo, manifest: Manifest) -> tuple[pa.RecordBatchFileReader, ShardMetadata]:

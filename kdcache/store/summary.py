@@ -11,8 +11,8 @@ import msgspec
 
 from kdcache.format.manifest import Manifest, ShardInfo, SkippedSequence, UnitAccount
 from kdcache.store import chain
-from kdcache.store.location import locate
-from kdcache.store.set_aside import FailedUnit, read_failures
+from kdcache.store.files.location import locate
+from kdcache.store.writing.set_aside import FailedUnit, read_failures
 
 
 @dataclass(frozen=True)

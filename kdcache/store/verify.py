@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import Manifest, ShardInfo
 from kdcache.format.record import SequenceRecord, check_distributions
-from kdcache.store import chain, fs
+from kdcache.store import chain
 from kdcache.store.claims import ShardClaims
-from kdcache.store.location import locate
+from kdcache.store.files import fs
+from kdcache.store.files.location import locate
 from kdcache.store.reader import CacheReader
 
 Progress = Callable[[int, int], None]

@@ -22,13 +22,13 @@ log = get_logger(__name__)
 
 _TEACHERS = {
     "fake": "kdcache.teacher.fake:FakeTeacher",
-    "transformers": "kdcache.teacher._hf:HfTeacher",
-    "vllm": "kdcache.teacher._vllm:VllmTeacher",
-    "served": "kdcache.teacher._served:ServedTeacher",
+    "transformers": "kdcache.teacher.hf.teacher:HfTeacher",
+    "vllm": "kdcache.teacher.vllm.teacher:VllmTeacher",
+    "served": "kdcache.teacher.served.teacher:ServedTeacher",
 }
 _TOKENIZERS = {
     "fake": "kdcache.teacher.fake:FakeTokenizer",
-    "transformers": "kdcache.teacher._hf_tokenizer:HfTokenizer",
+    "transformers": "kdcache.teacher.chat.hf_tokenizer:HfTokenizer",
 }
 _PACKAGES = {"fake": (), "transformers": ("torch", "transformers"), "vllm": ("vllm",), "served": ("httpx2",)}
 """What each backend needs; the extra that brings it has the backend's name."""

@@ -5,8 +5,8 @@ Contract (tests/contracts/teacher.py runs it for every backend):
 - `score` yields one `Distributions` per sequence, in the order given, with one position per supervised position of the
   sequence: the record at position t is the distribution after reading tokens 0..t. The last position may be supervised.
 - Logprobs are normalised over the whole vocabulary (`identity.vocab_size` ids) at temperature 1, whatever the selection keeps.
-- The support is what `kdcache.teacher.select_reference` says of the same distribution; of tokens that tie for the last of k
-  places, the engine chooses. The random kinds take their draws from `kdcache.teacher.uniforms`: a re-run gives the same.
+- The support is what `kdcache.teacher.select.reference` says of the same distribution; of tokens that tie for the last of k
+  places, the engine chooses. The random kinds take their draws from `kdcache.teacher.select.uniforms`: a re-run gives the same.
 - `check_distributions` holds for every answer.
 - The same sequence gives the same support and logprobs (up to the engine's numerics) alone or beside others.
 - What can be refused is refused before anything is computed, by `score` itself and not by the first `next`.

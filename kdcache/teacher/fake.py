@@ -25,11 +25,11 @@ from kdcache.format.record import Distributions, TokenSequence
 from kdcache.inputs.chat import Chat, Message, is_learnt
 from kdcache.teacher.base import answer, check_selectable, check_sequences, no_positions
 from kdcache.teacher.features import HiddenShape, check_askable, features_from
-from kdcache.teacher.found import concatenate
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, draw_from, end_tokens
-from kdcache.teacher.select_reference import select_reference
+from kdcache.teacher.select.found import concatenate
+from kdcache.teacher.select.reference import select_reference
+from kdcache.teacher.select.uniforms import GOLDEN, mix64, position_states
 from kdcache.teacher.tokenizer import ROLE_CODES, ChatTokens, Tokenizer, check_chat
-from kdcache.teacher.uniforms import GOLDEN, mix64, position_states
 
 FAKE_VERSION = "1"
 """Part of the identity: raise it when the distributions or the chat rendering change."""

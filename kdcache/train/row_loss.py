@@ -14,7 +14,7 @@ from torch import Tensor
 from kdcache.config.train import LossConfig
 from kdcache.half_precision import is_emulated
 from kdcache.loader._torch import TorchBatch
-from kdcache.loader.batch import IGNORED_LABEL
+from kdcache.loader.batches.batch import IGNORED_LABEL
 from kdcache.loss.chunks import Head
 from kdcache.loss.fused import PLAIN_HEAD, fused_sparse_kd_loss
 from kdcache.loss.padding import EntriesWithin, entries_within

@@ -16,13 +16,13 @@ from kdcache.config.train import StudentConfig
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.format.manifest import Identity
 from kdcache.teacher import load_tokenizer
-from kdcache.teacher._hf_attention import must_be_eager, use_eager
-from kdcache.teacher._hf_class import class_of_checkpoint, language_model_class
-from kdcache.teacher._hf_rotary import mend_rotary
 from kdcache.teacher.checkpoint import check_model_name
+from kdcache.teacher.hf.attention import must_be_eager, use_eager
+from kdcache.teacher.hf.model_class import class_of_checkpoint, language_model_class
+from kdcache.teacher.hf.rotary import mend_rotary
 from kdcache.train.body import text_config, vocab_size
-from kdcache.train.digests import DIGESTS, find_damage
 from kdcache.train.finite import not_finite_weight
+from kdcache.train.runs.digests import DIGESTS, find_damage
 
 _DERIVED_FIELDS = ("head_dim", "num_key_value_heads", "layer_types")
 """Fields that a configuration class fills in from others. Kept from the base they would contradict the overrides."""

@@ -25,15 +25,15 @@ from kdcache.loader.loader import Loader
 from kdcache.store.reader import CacheReader, open_cache
 from kdcache.teacher import load_tokenizer
 from kdcache.train.body import vocab_size
-from kdcache.train.checkpoint import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from kdcache.train.entries import entry_meaning
+from kdcache.train.evaluation.heldout import HeldoutSequence, read_heldout
+from kdcache.train.evaluation.scores import heldout_nats_per_token
 from kdcache.train.finite import batch_reason, check_weights, not_finite_weight, shown_sources
-from kdcache.train.heldout import HeldoutSequence, read_heldout
 from kdcache.train.packed import check_architecture
 from kdcache.train.row_loss import RowLoss
-from kdcache.train.run_folder import RunFolder
+from kdcache.train.runs.checkpoint import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
+from kdcache.train.runs.run_folder import RunFolder
 from kdcache.train.schedule import learning_rate
-from kdcache.train.scores import heldout_nats_per_token
 from kdcache.train.step import make_optimizer, optimize
 from kdcache.train.student import build_student, check_against_cache, without_progress_bars
 

@@ -80,7 +80,8 @@ def install(table=teachers._TEACHERS, setitem=dict.__setitem__):
 if __name__ == "__main__":
     install()
     sys.modules["faulty_teacher"] = sys.modules["__main__"]
-    from kdcache.capture import heartbeat, placement
+    from kdcache.capture.executors import placement
+    from kdcache.capture.watch import heartbeat
     from kdcache.cli.main import main
 
     heartbeat.GRACE_SECONDS = float(os.environ.get("GRACE_SECONDS", heartbeat.GRACE_SECONDS))

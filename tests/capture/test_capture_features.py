@@ -10,7 +10,7 @@ from capture_cases import make_config, write_config
 
 import kdcache
 from kdcache.capture.estimate import estimate_capture
-from kdcache.capture.run import run_capture
+from kdcache.capture.executors.run import run_capture
 from kdcache.cli.main import main
 from kdcache.codec.features import bytes_per_row, feature_fields
 from kdcache.config.capture import CaptureConfig, FeatureConfig, TeacherConfig

@@ -21,7 +21,7 @@ from chat_families import CHATML, LLAMA, QWEN, write_tokenizer
 
 from kdcache.capture import job
 from kdcache.capture.estimate import estimate_capture
-from kdcache.capture.run import run_capture
+from kdcache.capture.executors.run import run_capture
 
 USER = {"role": "user", "content": "hi"}
 THOUGHT = [{"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\n{word}"} for thought, word in ("ab", "cd")]

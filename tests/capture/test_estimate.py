@@ -3,7 +3,7 @@
 import pytest
 
 from kdcache.capture.estimate import estimate_capture
-from kdcache.capture.run import run_capture
+from kdcache.capture.executors.run import run_capture
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import convert_config
 

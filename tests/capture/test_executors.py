@@ -15,8 +15,8 @@ import pytest
 import yaml
 from capture_cases import LINES, content, make_config, start_command, wait_for_units, write_config
 
-from kdcache.capture.run import run_capture
-from kdcache.capture.tally import units_before_fold
+from kdcache.capture.executors.run import run_capture
+from kdcache.capture.executors.tally import units_before_fold
 from kdcache.cli.main import main
 from kdcache.errors import ConfigError
 from kdcache.store import chain

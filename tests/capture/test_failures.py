@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache import teacher as teachers
+from kdcache.capture.executors.run import run_capture
 from kdcache.capture.poison import find_poison
-from kdcache.capture.progress_file import ProgressFile, progress_path
-from kdcache.capture.run import run_capture
+from kdcache.capture.watch.progress_file import ProgressFile, progress_path
 from kdcache.cli.main import main
 from kdcache.errors import CaptureError, InputError, TeacherError
-from kdcache.store import fs
+from kdcache.store.files import fs
 from kdcache.store.summary import summarize_cache
 from kdcache.store.verify import verify_cache
 
@@ -262,7 +262,7 @@ def test_the_state_of_a_run_is_a_file_beside_the_cache(tmp_path, monkeypatch):
         seen.append(json.loads((tmp_path / "cache.progress.json").read_text()))
 
     monkeypatch.setattr(ProgressFile, "_write", read_back)
-    monkeypatch.setattr("kdcache.capture.progress_file.SECONDS_BETWEEN_WRITES", 0)
+    monkeypatch.setattr("kdcache.capture.watch.progress_file.SECONDS_BETWEEN_WRITES", 0)
     run_capture(make_config(tmp_path, lines_with({6: "poison"}), run={"max_failed": 1}))
     assert {state["state"] for state in seen[:-1]} == {"capturing"}
     last = seen[-1]

@@ -13,8 +13,8 @@ from capture_cases import make_config, start_command, wait_for_units, write_conf
 
 import kdcache
 from kdcache.capture.estimate import estimate_capture
+from kdcache.capture.executors.run import run_capture
 from kdcache.capture.generate import make_prompts, writer_of
-from kdcache.capture.run import run_capture
 from kdcache.cli.main import main
 from kdcache.config.capture import CaptureConfig, TeacherConfig
 from kdcache.config.load import convert_config
@@ -263,7 +263,7 @@ def test_the_dry_run_says_how_many_answers_and_how_long_they_may_be(tmp_path, ca
 
 
 def test_progress_counts_the_tokens_as_they_are_written_and_ends_with_all(tmp_path):
-    from kdcache.capture.progress import CaptureProgress
+    from kdcache.capture.watch.progress import CaptureProgress
 
     class Counting(CaptureProgress):
         total, calls, guesses = 0, 0, ()

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 import kdcache
-from kdcache.capture.progress import CaptureProgress
-from kdcache.capture.run import run_capture
-from kdcache.capture.signals import StopRequest
+from kdcache.capture.executors.run import run_capture
+from kdcache.capture.watch.progress import CaptureProgress
+from kdcache.capture.watch.signals import StopRequest
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import convert_config
 from kdcache.store.verify import verify_cache
 from kdcache.teacher import load_tokenizer
-from kdcache.teacher.select_reference import filter_reference
+from kdcache.teacher.select.reference import filter_reference
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from capture_cases import make_config
 
-from kdcache.capture import _nvml
-from kdcache.capture.meter import GpuReadings, gpus_held, start_meter
-from kdcache.capture.progress import BarProgress
-from kdcache.capture.progress_file import ProgressFile
+from kdcache.capture.watch import _nvml
+from kdcache.capture.watch.meter import GpuReadings, gpus_held, start_meter
+from kdcache.capture.watch.progress import BarProgress
+from kdcache.capture.watch.progress_file import ProgressFile
 from kdcache.config.capture import TeacherConfig
 
 

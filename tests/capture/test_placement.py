@@ -3,8 +3,8 @@
 import pytest
 from capture_cases import make_config
 
-from kdcache.capture.meter import engine_gpus
-from kdcache.capture.placement import Needs, not_placed, replica_needs
+from kdcache.capture.executors.placement import Needs, not_placed, replica_needs
+from kdcache.capture.watch.meter import engine_gpus
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from capture_cases import content, make_config, start_command, write_config
 
-from kdcache.capture.run import run_capture
+from kdcache.capture.executors.run import run_capture
 from kdcache.store.verify import verify_cache
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")]

@@ -12,8 +12,8 @@ from capture_cases import content, make_config, start_command, write_config
 from fault_proxy import FaultProxy, Request
 
 from kdcache.capture.estimate import estimate_capture
-from kdcache.capture.progress import CaptureProgress
-from kdcache.capture.run import run_capture
+from kdcache.capture.executors.run import run_capture
+from kdcache.capture.watch.progress import CaptureProgress
 from kdcache.cli.main import main
 from kdcache.errors import ConfigError
 from kdcache.store.verify import verify_cache

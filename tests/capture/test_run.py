@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import kdcache
-from kdcache.capture.progress import CaptureProgress
-from kdcache.capture.run import run_capture
+from kdcache.capture.executors.run import run_capture
+from kdcache.capture.watch.progress import CaptureProgress
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import convert_config
 from kdcache.errors import ConfigError, InputError, MismatchError

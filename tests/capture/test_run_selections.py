@@ -15,8 +15,8 @@ from kdcache.config.capture import TeacherConfig
 from kdcache.format.record import SequenceRecord
 from kdcache.format.selection import has_estimates
 from kdcache.teacher.fake import FakeTeacher
-from kdcache.teacher.select_reference import select_reference
-from kdcache.teacher.uniforms import position_states
+from kdcache.teacher.select.reference import select_reference
+from kdcache.teacher.select.uniforms import position_states
 
 SETTINGS = {
     "top_k": ["selection.k=9"],

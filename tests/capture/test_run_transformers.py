@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 import kdcache
-from kdcache.capture.run import run_capture
+from kdcache.capture.executors.run import run_capture
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import convert_config
 from kdcache.errors import MismatchError, TeacherError

@@ -7,8 +7,8 @@ import time
 import pytest
 from capture_cases import LINES, content, make_config, start_command, wait_for_units, write_config
 
-from kdcache.capture.run import run_capture
-from kdcache.capture.signals import StopRequest, stopping_on_signals
+from kdcache.capture.executors.run import run_capture
+from kdcache.capture.watch.signals import StopRequest, stopping_on_signals
 
 SLOW = [f"{line} slow" for line in LINES]
 """Four fifths of a second for each of the five units."""

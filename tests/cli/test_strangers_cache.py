@@ -23,7 +23,7 @@ from kdcache.format import paths
 from kdcache.format.manifest import manifest_to_json
 from kdcache.store.reader import open_cache
 from kdcache.teacher.checkpoint import check_model_name
-from kdcache.train.evaluate import heldout_curve
+from kdcache.train.evaluation.evaluate import heldout_curve
 
 SECRET = "s3cr3t-of-the-user"
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import NO_TARGET, Distributions
-from kdcache.teacher.select_reference import select_reference
-from kdcache.teacher.uniforms import position_states
+from kdcache.teacher.select.reference import select_reference
+from kdcache.teacher.select.uniforms import position_states
 
 SELECTIONS = [
     SelectionInfo(kind="top_k", params={"k": 5}),

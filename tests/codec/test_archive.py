@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import DTypeLike
 
 from kdcache.codec import estimates, get_codec
-from kdcache.codec.archive import ArchiveCodec
-from kdcache.codec.archive_model import MOST_ENTRIES_PER_BYTE
-from kdcache.codec.archive_reference import Decoder, Layout, Record
+from kdcache.codec.archive.codec import ArchiveCodec
+from kdcache.codec.archive.model import MOST_ENTRIES_PER_BYTE
+from kdcache.codec.archive.reference import Decoder, Layout, Record
 from kdcache.codec.into import EntryArrays, decode_into, place
 from kdcache.codec.levels import level_masses
 from kdcache.errors import CorruptCacheError, FormatError, UnsupportedVersionError

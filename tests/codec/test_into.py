@@ -12,7 +12,7 @@ from kdcache.codec.packed import PackedCodec
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
-from kdcache.store.column_view import column_view
+from kdcache.store.records.column_view import column_view
 
 EXACT = [
     SelectionInfo(kind="top_k", params={"k": 7}),

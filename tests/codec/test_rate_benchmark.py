@@ -17,7 +17,7 @@ import rate_teachers
 import selected
 
 from kdcache.codec import CODECS, get_codec
-from kdcache.store.column_view import column_view
+from kdcache.store.records.column_view import column_view
 
 V, P = 60, 40
 

@@ -17,7 +17,7 @@ from kdcache.codec.base import Codec
 from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
-from kdcache.store.column_view import column_view
+from kdcache.store.records.column_view import column_view
 
 MakeCodec = Callable[[int], Codec]
 """vocab_size -> codec"""

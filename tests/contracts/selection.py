@@ -1,4 +1,4 @@
-"""What a random selection may differ in from its definition, `kdcache.teacher.select_reference`: rounding moves an edge.
+"""What a random selection may differ in from its definition, `kdcache.teacher.select.reference`: rounding moves an edge.
 
 Shape letters: P positions, V vocabulary, L points of the draws at a position.
 """
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
 from kdcache.format.selection import has_estimates
-from kdcache.teacher.exact_weights import MIN_LOGPROB
-from kdcache.teacher.select_reference import draw_reference
-from kdcache.teacher.uniforms import uniforms_of
+from kdcache.teacher.select.exact_weights import MIN_LOGPROB
+from kdcache.teacher.select.reference import draw_reference
+from kdcache.teacher.select.uniforms import uniforms_of
 
 
 def draws_of(record: Distributions, position: int, selection: SelectionInfo) -> NDArray[np.int64]:

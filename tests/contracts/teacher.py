@@ -18,8 +18,8 @@ from kdcache.errors import ConfigError, InputError, TeacherError
 from kdcache.format.manifest import SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence, check_distributions, sequence_key
 from kdcache.teacher.base import Teacher
-from kdcache.teacher.select_reference import select_reference
-from kdcache.teacher.uniforms import position_states
+from kdcache.teacher.select.reference import select_reference
+from kdcache.teacher.select.uniforms import position_states
 
 K = 8
 

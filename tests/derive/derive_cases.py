@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, SequenceRecord, TokenSequence, sequence_key
-from kdcache.teacher.select_reference import select_reference
-from kdcache.teacher.uniforms import position_states
+from kdcache.teacher.select.reference import select_reference
+from kdcache.teacher.select.uniforms import position_states
 
 VOCAB_SIZE = 41
 SELECTIONS = {

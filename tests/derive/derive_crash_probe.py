@@ -19,9 +19,9 @@ from cache_making import content_of
 from derive_cases import selected_cache
 
 from kdcache.derive.options import DeriveOptions
-from kdcache.derive.reduce import Reduction
+from kdcache.derive.reduction.reduce import Reduction
 from kdcache.derive.run import derive
-from kdcache.store import fs
+from kdcache.store.files import fs
 from kdcache.store.reader import open_cache
 from kdcache.store.verify import verify_cache
 

@@ -17,14 +17,14 @@ import kdcache
 from kdcache.config.loader import LoaderConfig
 from kdcache.derive.choose import Select
 from kdcache.derive.options import DeriveOptions
-from kdcache.derive.reduce import Reduction
+from kdcache.derive.reduction.reduce import Reduction
 from kdcache.derive.run import derive
 from kdcache.errors import CacheNotFoundError, CaptureError, ConfigError, CorruptCacheError, InputError, MismatchError
 from kdcache.format import paths
 from kdcache.format.manifest import LineageInfo, manifest_from_json, manifest_to_json
 from kdcache.format.record import SequenceRecord
-from kdcache.store import fs
-from kdcache.store.location import children, locate
+from kdcache.store.files import fs
+from kdcache.store.files.location import children, locate
 from kdcache.store.reader import open_cache
 from kdcache.store.verify import verify_cache
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_derived_is_refused_before_anything_is_written(tmp_path):
 def test_a_source_that_is_not_complete_is_taken_only_where_that_is_accepted(tmp_path):
     from cache_making import make_manifest
 
-    from kdcache.store.writer import CacheWriter
+    from kdcache.store.writing.writer import CacheWriter
 
     writer = CacheWriter.open(tmp_path / "a", make_manifest(2))
     writer.write_unit(0, make_unit(0))

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from derive_cases import SELECTIONS, VOCAB_SIZE, Z_LIMIT, captured, dense, largest_z, random_logprobs, text
 
-from kdcache.derive.reduce import Reduction, reduce_record, reduced_selection
-from kdcache.derive.reduce_random import reduce_threshold
-from kdcache.derive.systematic import position_uniforms, systematic_counts
+from kdcache.derive.reduction.reduce import Reduction, reduce_record, reduced_selection
+from kdcache.derive.reduction.sampled import reduce_threshold
+from kdcache.derive.reduction.systematic import position_uniforms, systematic_counts
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import NO_TARGET, check_distributions
 from kdcache.format.selection import check_selection, most_entries
-from kdcache.teacher.select_reference import draw_reference
-from kdcache.teacher.uniforms import position_states, uniforms_of
+from kdcache.teacher.select.reference import draw_reference
+from kdcache.teacher.select.uniforms import position_states, uniforms_of
 
 
 def reduced(kind, reduction, *, num_tokens=30, seed=0):

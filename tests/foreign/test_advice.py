@@ -31,13 +31,13 @@ from foreign_cases import (
 )
 
 import kdcache
-import kdcache.foreign.live as live
+import kdcache.foreign.judge.live as live
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import InputError
 from kdcache.foreign.advice import ADVICE
 from kdcache.foreign.base import Finding
 from kdcache.foreign.convert import ConvertOptions, convert
-from kdcache.foreign.doctor import Examination, ExamineOptions, examine
+from kdcache.foreign.judge.doctor import Examination, ExamineOptions, examine
 from kdcache.format.manifest import TokenizerIdentity
 from kdcache.store.verify import verify_cache
 from kdcache.teacher import load_teacher
@@ -311,7 +311,7 @@ def _undecided_names() -> set[str]:
 
 
 def _trees() -> list[ast.Module]:
-    return [ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))]
+    return [ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
 
 
 def test_no_other_flag_stands_in_any_message():
@@ -390,7 +390,7 @@ def assert_near_truth(cache: Path, truth: Truth, *, exact: bool) -> None:
 
 
 def test_two_advices_at_once_are_followed_at_once(truth: Truth, tmp_path: Path, teacher: Teacher):
-    from kdcache.cli.doctor import mending_command
+    from kdcache.cli.commands.doctor import mending_command
 
     path = engine_s(truth, tmp_path)
     asked = Asked(ConvertOptions(tokenizer=TOKENIZER, codec="raw", examine=ExamineOptions(vocab_size=520, sample=8)))

@@ -14,7 +14,7 @@ import kdcache
 from kdcache.errors import InputError, MismatchError
 from kdcache.foreign.base import ReadOptions
 from kdcache.foreign.convert import Conversion, ConvertOptions, convert
-from kdcache.foreign.doctor import ExamineOptions
+from kdcache.foreign.judge.doctor import ExamineOptions
 from kdcache.format.manifest import TokenizerIdentity
 from kdcache.format.record import NO_TARGET
 from kdcache.store.verify import verify_cache
@@ -74,7 +74,7 @@ def test_the_default_codec_keeps_it_within_its_bound(truth: Truth, tmp_path: Pat
 
 def test_a_converted_cache_is_found_sound_and_feeds_a_loader(truth: Truth, tmp_path: Path):
     from kdcache.config.loader import LoaderConfig
-    from kdcache.foreign.own import examine_own
+    from kdcache.foreign.judge.own import examine_own
 
     converted(write_columns(tmp_path / "a.parquet", items(truth)), tmp_path / "cache")
     found = examine_own(tmp_path / "cache", ExamineOptions())

@@ -15,13 +15,13 @@ from foreign_cases import Truth
 import kdcache
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import InputError, MismatchError
-from kdcache.foreign.deep import DeepOptions, DeepReport, verify_deep
-from kdcache.foreign.doctor import ExamineOptions
-from kdcache.foreign.own import examine_own
+from kdcache.foreign.judge.deep import DeepOptions, DeepReport, verify_deep
+from kdcache.foreign.judge.doctor import ExamineOptions
+from kdcache.foreign.judge.own import examine_own
 from kdcache.format.manifest import CodecInfo, Identity, Manifest, PlanInfo, SelectionInfo, TokenizerIdentity
 from kdcache.format.record import Distributions, SequenceRecord, TokenSequence, distributions_from_dense, sequence_key
 from kdcache.store.verify import verify_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 from kdcache.teacher import load_teacher
 from kdcache.teacher.base import Teacher
 

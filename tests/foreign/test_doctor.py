@@ -22,7 +22,7 @@ from foreign_cases import (
 
 from kdcache.errors import InputError
 from kdcache.foreign.base import ReadOptions
-from kdcache.foreign.doctor import Examination, ExamineOptions, examine
+from kdcache.foreign.judge.doctor import Examination, ExamineOptions, examine
 
 
 def look(path: Path, read: ReadOptions | None = None, **options: int) -> Examination:

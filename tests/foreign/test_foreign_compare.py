@@ -11,7 +11,7 @@ from foreign_cases import log_softmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.foreign.compare import FLOOR, Rows, divergence, fit_line, match, ragged_rows
+from kdcache.foreign.judge.compare import FLOOR, Rows, divergence, fit_line, match, ragged_rows
 
 V = 30
 

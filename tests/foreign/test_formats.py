@@ -13,9 +13,9 @@ from foreign_cases import Truth, items, log_softmax, write_distillkit
 
 from kdcache.errors import InputError
 from kdcache.foreign.base import ForeignSequence, ReadOptions
-from kdcache.foreign.detect import open_foreign
-from kdcache.foreign.distillkit_codec import Config, fit_quality
-from kdcache.foreign.doctor import Examination, ExamineOptions, examine
+from kdcache.foreign.formats.detect import open_foreign
+from kdcache.foreign.formats.distillkit_codec import Config, fit_quality
+from kdcache.foreign.judge.doctor import Examination, ExamineOptions, examine
 
 DATA = Path(__file__).parent / "data"
 DISTILLKIT = ["recommended", "budget", "published", "residuals", "exact", "legacy"]

@@ -21,9 +21,9 @@ from foreign_cases import write_rows
 from kdcache.errors import InputError
 from kdcache.foreign import base
 from kdcache.foreign.base import ReadOptions
-from kdcache.foreign.detect import is_own_cache
-from kdcache.foreign.distillkit_codec import parse_config
-from kdcache.foreign.doctor import ExamineOptions, examine
+from kdcache.foreign.formats.detect import is_own_cache
+from kdcache.foreign.formats.distillkit_codec import parse_config
+from kdcache.foreign.judge.doctor import ExamineOptions, examine
 
 DATA = Path(__file__).parent / "data"
 GOOD = {"input_ids": [1, 2, 3], "topk_ids": [[1, 2], [3, 4]], "topk_logprobs": [[-1.0, -2.0], [-1.0, -2.0]]}
@@ -103,7 +103,7 @@ def test_rows_larger_than_anything_real_are_not_allocated(tmp_path: Path, monkey
 def test_a_parquet_file_whose_run_lengths_stand_for_too_many_values_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("kdcache.inputs.parquet_bounds.MAX_VALUES_PER_ROW", 10_000)
+    monkeypatch.setattr("kdcache.inputs.formats.parquet_bounds.MAX_VALUES_PER_ROW", 10_000)
     bomb = GOOD | {"topk_ids": [[7] * 20_001]}
     assert "holds 20,001 values in 1 rows" in told(write_rows(tmp_path / "a.parquet", [bomb]))
 
@@ -227,7 +227,7 @@ def test_tars_that_are_not_what_they_claim(tmp_path: Path, members: dict[str, by
 
 
 def test_a_bomb_in_a_tar_stops_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("kdcache.foreign.megatron.MAX_PAYLOAD_BYTES", 10_000)
+    monkeypatch.setattr("kdcache.foreign.formats.megatron.MAX_PAYLOAD_BYTES", 10_000)
     members = {"_meta.json": json.dumps(META).encode(), "1.pt.zst": pa.compress(b"\0" * 20_000, "zstd", asbytes=True)}
     assert "more than 10,000 bytes come out of" in told(tar(tmp_path / "cp0_dp0__1.tar", members))
 

@@ -13,8 +13,8 @@ from foreign_cases import Item, K, Truth, defects, items, notes, with_extra_targ
 
 from kdcache.errors import InputError
 from kdcache.foreign.base import ForeignSequence, ReadOptions
-from kdcache.foreign.detect import open_foreign
-from kdcache.foreign.doctor import ExamineOptions, examine
+from kdcache.foreign.formats.detect import open_foreign
+from kdcache.foreign.judge.doctor import ExamineOptions, examine
 from kdcache.teacher import load_tokenizer
 
 PAD = 7

@@ -23,8 +23,8 @@ from foreign_cases import (
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import InputError
 from kdcache.foreign.base import ForeignSequence
-from kdcache.foreign.doctor import Examination, ExamineOptions, examine
-from kdcache.foreign.live import reservoir
+from kdcache.foreign.judge.doctor import Examination, ExamineOptions, examine
+from kdcache.foreign.judge.live import reservoir
 from kdcache.teacher import load_teacher
 from kdcache.teacher.base import Teacher
 
@@ -72,7 +72,7 @@ def test_shifted_rows_are_found_in_text_that_the_teacher_did_not_write(
 
 def from_teacher(made: list[Item], teacher: Teacher) -> None:
     """Rows of the teacher for whatever text the items have."""
-    from kdcache.foreign.live import live_selection, token_sequence
+    from kdcache.foreign.judge.live import live_selection, token_sequence
 
     asked = [
         ForeignSequence(

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.foreign.alignment import MIN_ROWS, judge
 from kdcache.foreign.base import ForeignSequence, ReadOptions
 from kdcache.foreign.blocks import SHIFTS, blocks
-from kdcache.foreign.detect import open_foreign
+from kdcache.foreign.formats.detect import open_foreign
+from kdcache.foreign.judge.alignment import MIN_ROWS, judge
 from kdcache.foreign.probes import FLOOR_NATS, ROUNDING, Tally
 
 

@@ -13,7 +13,7 @@ from foreign_cases import Item, Truth, changed, defects, items, log_softmax, not
 
 from kdcache.foreign.base import ForeignSequence
 from kdcache.foreign.blocks import blocks, extra_rows
-from kdcache.foreign.doctor import Examination, ExamineOptions, examine
+from kdcache.foreign.judge.doctor import Examination, ExamineOptions, examine
 from kdcache.foreign.proof import BEYOND, WITHIN, Evidence, Proof
 
 K, V = 16, 400

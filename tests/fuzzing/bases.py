@@ -13,10 +13,10 @@ from cache_making import make_identity, make_manifest, make_sequence
 
 from kdcache.format.manifest import CodecInfo, FeatureInfo, GenerationInfo, Manifest, SelectionInfo
 from kdcache.format.record import SequenceRecord
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 from kdcache.teacher.base import no_positions
-from kdcache.teacher.select_reference import select_reference
-from kdcache.teacher.uniforms import position_states
+from kdcache.teacher.select.reference import select_reference
+from kdcache.teacher.select.uniforms import position_states
 
 VOCAB_SIZE = 97
 

@@ -17,17 +17,17 @@ from fuzzing.guarded import GuardedNumpy, Pages
 from numpy.typing import NDArray
 
 import kdcache.codec._numba as bits_module
-import kdcache.codec.archive as archive_module
+import kdcache.codec.archive.codec as archive_module
 from kdcache.codec import get_codec
 from kdcache.codec._numba_into import TOO_WIDE, Unpacking, unpack_many
-from kdcache.codec.archive_reference import Decoder, Layout
+from kdcache.codec.archive.reference import Decoder, Layout
 from kdcache.codec.base import Codec
 from kdcache.codec.bit_stream import packed_size
 from kdcache.codec.into import EntryArrays, decode_into
 from kdcache.errors import CorruptCacheError
 from kdcache.format.record import Distributions
 from kdcache.format.selection import fixed_exact
-from kdcache.store.column_view import column_view
+from kdcache.store.records.column_view import column_view
 
 _CODECS = [("packed", None)] + [("quantized", b) for b in range(4, 9)] + [("archive", b) for b in (4, 5, 6, 7, 8, 16)] * 2
 MOST_BY_REFERENCE = 300

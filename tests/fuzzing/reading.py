@@ -20,7 +20,7 @@ import kdcache.loader.read as loader_read
 from kdcache.cli.main import main
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import KdcacheError
-from kdcache.loader.batch import Batch
+from kdcache.loader.batches.batch import Batch
 from kdcache.store.reader import open_cache
 
 MOST_RECORDS = 50

@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from kdcache.format import paths
 from kdcache.format.schema import DIGEST, INDEX_SCHEMA, METADATA_KEY
-from kdcache.store.column_view import column_view
-from kdcache.store.rows import digest_of
+from kdcache.store.records.batch import digest_of
+from kdcache.store.records.column_view import column_view
 
 Fields = dict[str, Any]
 

@@ -26,11 +26,11 @@ from kdcache.config.train import TrainConfig
 from kdcache.errors import TeacherError
 from kdcache.format.record import TokenSequence
 from kdcache.loader.state import LoaderState, parse_state
-from kdcache.teacher.adapter import adapter_rank
 from kdcache.teacher.checkpoint import check_model_name, weights_digest
-from kdcache.teacher.served_answers import APIS, read_answer, read_completion, speaks
-from kdcache.train.digests import find_damage, write_digests
-from kdcache.train.run_folder import _refuse_other_run, read_metrics
+from kdcache.teacher.served.answers import APIS, read_answer, read_completion, speaks
+from kdcache.teacher.vllm.adapter import adapter_rank
+from kdcache.train.runs.digests import find_damage, write_digests
+from kdcache.train.runs.run_folder import _refuse_other_run, read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 _SNIPPETS = (

@@ -10,8 +10,8 @@ import zstandard
 
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError
-from kdcache.inputs import json_values, open_file
 from kdcache.inputs.content import START
+from kdcache.inputs.formats import json_values, open_file
 from kdcache.inputs.reader import ItemReader
 
 ROWS = [

@@ -15,12 +15,12 @@ import pytest
 
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError, KdcacheError
-from kdcache.inputs.arrow_files import check_rows
 from kdcache.inputs.chat import Chat
 from kdcache.inputs.content import START, Fields
-from kdcache.inputs.parquet_bounds import rows_at_once
+from kdcache.inputs.formats.arrow_files import check_rows
+from kdcache.inputs.formats.parquet_bounds import rows_at_once
+from kdcache.inputs.formats.table_files import read_arrow, read_parquet
 from kdcache.inputs.reader import ItemReader
-from kdcache.inputs.table_files import read_arrow, read_parquet
 
 TEXT = ["one", None, "", "two"]
 IDS = [[1, 2], None, [], [3]]
@@ -221,7 +221,7 @@ def test_rows_that_take_no_room_in_a_file_take_none_in_memory(tmp_path: Path, na
 
 
 def test_a_parquet_file_of_long_runs_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("kdcache.inputs.parquet_bounds.FREE_VALUES", 2**20)
+    monkeypatch.setattr("kdcache.inputs.formats.parquet_bounds.FREE_VALUES", 2**20)
     path = tmp_path / "a.parquet"
     runs = pa.ListArray.from_arrays(pa.array([0, 2**24], pa.int32()), pa.array(np.zeros(2**24, np.int32)))
     pq.write_table(pa.table({"text": ["a"], "runs": runs}), path, compression="zstd")

@@ -20,7 +20,7 @@ from kdcache.format.manifest import (
     TokenizerIdentity,
 )
 from kdcache.format.record import NO_TARGET, ROLES, Distributions, SequenceRecord, TokenSequence, sequence_key
-from kdcache.loader.batch import Batch
+from kdcache.loader.batches.batch import Batch
 
 STRIDE = 1000
 """Token t of sequence i has the id i * STRIDE + t + 1, so that a batch can be checked without the code that made it."""

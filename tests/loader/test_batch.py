@@ -10,9 +10,9 @@ from kdcache.config.loader import MaskConfig
 from kdcache.errors import CorruptCacheError, StorageError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import PADDING_ID, SequenceRecord
-from kdcache.loader.assemble import BatchLayout, EntryColumns, assemble, assemble_reference
-from kdcache.loader.batch import IGNORED_LABEL, Batch, stack_batches
-from kdcache.loader.buffers import BufferPool
+from kdcache.loader.batches.assemble import BatchLayout, EntryColumns, assemble, assemble_reference
+from kdcache.loader.batches.batch import IGNORED_LABEL, Batch, stack_batches
+from kdcache.loader.batches.buffers import BufferPool
 
 ROWS = st.lists(st.lists(st.integers(1, 6), max_size=4), min_size=1, max_size=4)
 MASKS = st.sampled_from(["all", "none", "random"])

@@ -16,8 +16,8 @@ from memory_reader import assert_same, make_record
 import kdcache
 from kdcache.config.loader import LoaderConfig, MaskConfig
 from kdcache.format.record import SequenceRecord
-from kdcache.loader.assemble import BatchLayout, EntryColumns, assemble, assemble_reference
-from kdcache.loader.batch import NO_ROLE, Batch, stack_batches
+from kdcache.loader.batches.assemble import BatchLayout, EntryColumns, assemble, assemble_reference
+from kdcache.loader.batches.batch import NO_ROLE, Batch, stack_batches
 from kdcache.loader.loader import Loader
 from kdcache.loader.view import PackedView
 

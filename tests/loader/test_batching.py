@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError
-from kdcache.loader.batching import batch_block, row_length, window_batches
-from kdcache.loader.mix import CacheTable
-from kdcache.loader.packing import BLOCK_WINDOWS, PACKING_VERSION, cuts_batches
-from kdcache.loader.plan import EpochPlan
+from kdcache.loader.order.mix import CacheTable
+from kdcache.loader.rows.batching import batch_block, row_length, window_batches
+from kdcache.loader.rows.packing import BLOCK_WINDOWS, PACKING_VERSION, cuts_batches
+from kdcache.loader.rows.plan import EpochPlan
 
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=80)
 UNPACKED = st.builds(

@@ -6,7 +6,7 @@ import pytest
 from memory_reader import MemoryReader, assert_same_stream
 
 from kdcache.config.loader import LoaderConfig
-from kdcache.loader.buffers import BufferPool
+from kdcache.loader.batches.buffers import BufferPool
 from kdcache.loader.loader import Loader
 
 LENGTHS = np.random.default_rng(0).integers(1, 13, 300).tolist()

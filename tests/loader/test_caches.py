@@ -14,7 +14,7 @@ from kdcache.errors import CacheNotFoundError, ConfigError, MismatchError, State
 from kdcache.loader.cache import Cache, open_dataset
 from kdcache.loader.loader import Loader
 from kdcache.loader.view import PackedView
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 LENGTHS = np.random.default_rng(1).integers(1, 13, 40).tolist()
 OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, pack_window=8, num_threads=2)

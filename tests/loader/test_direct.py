@@ -21,15 +21,15 @@ from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.format.manifest import CodecInfo, SelectionInfo
 from kdcache.format.record import SequenceRecord
 from kdcache.format.schema import row_digest
-from kdcache.loader.assemble import BatchLayout, assemble
-from kdcache.loader.batch import ARRAYS, NUMBERS, OPTIONAL_ARRAYS, Batch
+from kdcache.loader.batches.assemble import BatchLayout, assemble
+from kdcache.loader.batches.batch import ARRAYS, NUMBERS, OPTIONAL_ARRAYS, Batch
 from kdcache.loader.cache import open_dataset
 from kdcache.loader.caches import CacheLike, CacheSet
 from kdcache.loader.direct import read_direct
 from kdcache.loader.loader import Loader
 from kdcache.loader.read import read_rows
-from kdcache.store.column_view import column_view
-from kdcache.store.writer import CacheWriter
+from kdcache.store.records.column_view import column_view
+from kdcache.store.writing.writer import CacheWriter
 
 SEQ_LEN, VOCAB_SIZE = 64, 97
 TOP_K = SelectionInfo(kind="top_k", params={"k": 5})

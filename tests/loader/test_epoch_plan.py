@@ -7,8 +7,8 @@ import pytest
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError
 from kdcache.loader.checks import check_options, check_ranks
-from kdcache.loader.mix import CacheTable
-from kdcache.loader.plan import EpochPlan
+from kdcache.loader.order.mix import CacheTable
+from kdcache.loader.rows.plan import EpochPlan
 
 
 def make_plan(num_sequences: int = 300, **options: object) -> EpochPlan:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError, CorruptCacheError, StateError
 from kdcache.format.record import SequenceRecord
-from kdcache.loader.batch import Batch, stack_batches
+from kdcache.loader.batches.batch import Batch, stack_batches
 from kdcache.loader.caches import CacheSet
 from kdcache.loader.loader import Loader
 from kdcache.loader.prefetch import THREAD_NAME

@@ -13,11 +13,11 @@ from memory_reader import STRIDE, MemoryReader
 from kdcache.config.loader import LoaderConfig, MaskConfig
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import FeatureInfo
-from kdcache.loader.batch import Batch, stack_batches
+from kdcache.loader.batches.batch import Batch, stack_batches
 from kdcache.loader.loader import Loader
 from kdcache.loader.view import PackedView
 from kdcache.store.reader import open_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 H = 3
 FEATURES = (

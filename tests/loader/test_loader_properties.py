@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from memory_reader import MemoryReader, assert_same_stream, sequences_of
 
 from kdcache.config.loader import LoaderConfig, MaskConfig, MixConfig
-from kdcache.loader.batch import Batch, stack_batches
+from kdcache.loader.batches.batch import Batch, stack_batches
 from kdcache.loader.loader import Loader
 
 SEQ_LEN = 10

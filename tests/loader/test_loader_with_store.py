@@ -12,7 +12,7 @@ from kdcache.errors import CorruptCacheError, StateError
 from kdcache.loader.loader import Loader
 from kdcache.loader.view import PackedView
 from kdcache.store.reader import CacheReader, open_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 LENGTHS = np.random.default_rng(1).integers(1, 13, 40).tolist()
 OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, pack_window=8, num_threads=2)

@@ -14,10 +14,10 @@ from kdcache.config.loader import LoaderConfig, MaskConfig
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import CodecInfo, SelectionInfo
 from kdcache.loader._torch import TorchLoader, to_torch
-from kdcache.loader.batch import stack_batches
+from kdcache.loader.batches.batch import stack_batches
 from kdcache.loader.loader import Loader
 from kdcache.loader.view import PackedView
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 SINGLE = LoaderConfig(seq_len=32, batch_rows=2, num_threads=0)
 HALF = msgspec.structs.replace(SINGLE, logprob_dtype="float16")

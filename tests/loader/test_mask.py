@@ -6,10 +6,10 @@ from memory_reader import MemoryReader, assert_same, make_record
 
 from kdcache.config.loader import LoaderConfig, MaskConfig
 from kdcache.format.record import ROLES, SequenceRecord, TokenSequence
-from kdcache.loader.assemble import BatchLayout, EntryColumns, assemble, assemble_reference
-from kdcache.loader.batch import IGNORED_LABEL
+from kdcache.loader.batches.assemble import BatchLayout, EntryColumns, assemble, assemble_reference
+from kdcache.loader.batches.batch import IGNORED_LABEL
+from kdcache.loader.batches.mask import choose, choose_reference
 from kdcache.loader.loader import Loader
-from kdcache.loader.mask import choose, choose_reference
 
 ROLE = st.sampled_from(ROLES)
 MASKS = st.builds(

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from kdcache.config.loader import LoaderConfig, MixConfig
 from kdcache.errors import ConfigError
-from kdcache.loader.mix import CacheTable, EpochOrder, epoch_counts, interleave_reference
-from kdcache.loader.order import ORDER_VERSION
+from kdcache.loader.order.mix import CacheTable, EpochOrder, epoch_counts, interleave_reference
+from kdcache.loader.order.shuffle import ORDER_VERSION
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=5)
 

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from kdcache.loader.order import ORDER_VERSION, Order, sequence_at_reference, sequences_at
+from kdcache.loader.order.shuffle import ORDER_VERSION, Order, sequence_at_reference, sequences_at
 
 
 def whole(num_sequences: int, seed: int = 0, epoch: int = 0) -> list[int]:

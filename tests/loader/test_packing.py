@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.loader._numba_packing import first_fit
-from kdcache.loader.order import Order, sequences_at
-from kdcache.loader.packing import BLOCK_WINDOWS, PACKING_VERSION, Packing, Rows, first_fit_reference, pack_block
+from kdcache.loader.order.shuffle import Order, sequences_at
+from kdcache.loader.rows._numba_packing import first_fit
+from kdcache.loader.rows.packing import BLOCK_WINDOWS, PACKING_VERSION, Packing, Rows, first_fit_reference, pack_block
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=60)
 

@@ -20,7 +20,7 @@ from kdcache.config.remote import RemoteConfig
 from kdcache.errors import ConfigError
 from kdcache.extras import STORES
 from kdcache.loader.loader import Loader
-from kdcache.store.location import RemotePath
+from kdcache.store.files.location import RemotePath
 
 NUM_UNITS, NUM_SEQUENCES = 5, 6
 OPTIONS = {

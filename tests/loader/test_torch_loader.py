@@ -10,8 +10,8 @@ from memory_reader import MemoryReader, assert_same_stream
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import StateError
-from kdcache.loader.assemble import BatchLayout
-from kdcache.loader.batch import Batch
+from kdcache.loader.batches.assemble import BatchLayout
+from kdcache.loader.batches.batch import Batch
 from kdcache.loader.cache import open_dataset
 from kdcache.loader.caches import CacheSet
 from kdcache.loader.direct import read_direct

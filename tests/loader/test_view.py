@@ -5,7 +5,7 @@ from memory_reader import MemoryReader, assert_same, assert_same_stream
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError
-from kdcache.loader.batch import stack_batches
+from kdcache.loader.batches.batch import stack_batches
 from kdcache.loader.loader import Loader
 from kdcache.loader.view import PackedView
 

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.loader.order import ORDER_VERSION
-from kdcache.loader.windowed import WindowedOrder
+from kdcache.loader.order.shuffle import ORDER_VERSION
+from kdcache.loader.order.windowed import WindowedOrder
 
 SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(any)
 

@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 
 from kdcache.config.yaml_text import MAX_YAML_BYTES, parse_yaml
 from kdcache.foreign.base import ReadOptions
-from kdcache.foreign.distillkit_codec import parse_config
-from kdcache.foreign.doctor import ExamineOptions, examine
-from kdcache.inputs.any_file import read_text_or_ids
+from kdcache.foreign.formats.distillkit_codec import parse_config
+from kdcache.foreign.judge.doctor import ExamineOptions, examine
+from kdcache.inputs.formats.any_file import read_text_or_ids
 from kdcache.store.reader import open_cache
 
 LIMIT_BYTES = 3 * 2**28
@@ -192,7 +192,7 @@ def served(fault: str, **server: Any) -> Case:
 
 def template(text: str) -> Case:
     def run() -> None:
-        from kdcache.teacher._jinja_template import ChatTemplate
+        from kdcache.teacher.chat.jinja_template import ChatTemplate
 
         ChatTemplate(text).render({"messages": CHAT})
 
@@ -254,7 +254,7 @@ def outcome(case: Case, path: Path | None) -> list[str]:
 
 def main(sound: Path, folder: Path) -> None:
     """Print name -> the kind of what it raised, and its sentence."""
-    for module in ("contracts.teacher", "completions_server", "kdcache.teacher._jinja_template"):
+    for module in ("contracts.teacher", "completions_server", "kdcache.teacher.chat.jinja_template"):
         importlib.import_module(module)
     read_all(sound)
     places = {name: folder / str(number) for number, name in enumerate(CASES)}

@@ -22,11 +22,12 @@ from cache_making import Content, content_of, make_manifest, make_unit
 
 from kdcache.config.remote import RemoteConfig
 from kdcache.format import paths
-from kdcache.store import chain, fs
-from kdcache.store.location import Location, RemotePath, locate
+from kdcache.store import chain
+from kdcache.store.files import fs
+from kdcache.store.files.location import Location, RemotePath, locate
 from kdcache.store.reader import open_cache
 from kdcache.store.verify import verify_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 NUM_UNITS = 3  # one less in a store, where everything takes requests
 WRITTEN_TWICE = 1

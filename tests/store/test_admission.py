@@ -18,9 +18,9 @@ from writer_cases import changed, files, start
 from kdcache.errors import CaptureError, MismatchError, UnsupportedVersionError
 from kdcache.format.manifest import FORMAT_VERSION, PlanInfo, SelectionInfo, manifest_to_json
 from kdcache.format.record import Distributions, SequenceRecord, TokenSequence
-from kdcache.store import fs
+from kdcache.store.files import fs
 from kdcache.store.reader import open_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 UNFIT = {
     "an id beyond the vocabulary": (lambda s, d: (changed(s, input_ids_N=s.input_ids_N + 90), d), "vocabulary of 97"),

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from kdcache.errors import CorruptCacheError
-from kdcache.store.arrow_file import open_arrow_file
+from kdcache.store.records.arrow_file import open_arrow_file
 
 
 def write(path, table: pa.Table, **options) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from kdcache.errors import ConfigError
-from kdcache.store import fs
-from kdcache.store.block_cache import DiskBlocks, MemoryBlocks
+from kdcache.store.files import fs
+from kdcache.store.remote.block_cache import DiskBlocks, MemoryBlocks
 
 SIZE = 1000
 STORED = SIZE + 16
@@ -153,8 +153,8 @@ import os, signal, sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
 from test_block_cache import block, key
-from kdcache.store import fs
-from kdcache.store.block_cache import DiskBlocks
+from kdcache.store.files import fs
+from kdcache.store.remote.block_cache import DiskBlocks
 from pathlib import Path
 folder, capacity, seed, deadly = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 def reached(point):

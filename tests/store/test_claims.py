@@ -19,7 +19,7 @@ from fuzzing.bases import BASES, Base
 from kdcache.format.manifest import FeatureInfo
 from kdcache.store.chain import newest_manifest
 from kdcache.store.verify import verify_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "num_tokens": lambda s: s["num_tokens"] + 1,

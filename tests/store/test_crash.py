@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.store import fs
+from kdcache.store.files import fs
 
 FAULT_POINTS = {
     "directories made",
@@ -38,7 +38,7 @@ def run_probe(folder: Path, occurrences: str, store: str | None = None) -> dict:
 def test_the_points_that_are_killed_at_are_all_there_are():
     assert set(fs.FAULT_POINTS) == FAULT_POINTS
     others = {*fs.REMOTE_FAULT_POINTS, *fs.BLOCK_FAULT_POINTS}  # see below and test_block_cache.py
-    sources = "".join(path.read_text() for path in Path(fs.__file__).parent.glob("*.py"))
+    sources = "".join(path.read_text() for path in Path(fs.__file__).parents[1].rglob("*.py"))
     named = {part.split('"')[1] for part in sources.split("reached(")[1:] if part.startswith('"')}
     assert named == FAULT_POINTS | others
 

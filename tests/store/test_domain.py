@@ -11,7 +11,7 @@ from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.schema import DOMAIN_FIELD, SEQUENCE_FIELDS
 from kdcache.store.reader import open_cache
 from kdcache.store.verify import verify_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 DOMAINS = ["wiki", "", "code \u00e9", "wiki"]
 

@@ -18,7 +18,7 @@ from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import SequenceRecord
 from kdcache.store.reader import open_cache
 from kdcache.store.verify import verify_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 FEATURES = (
     FeatureInfo(name="layer4", layer=4, size=6),

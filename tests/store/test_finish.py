@@ -14,10 +14,10 @@ from kdcache.errors import CaptureError, CorruptCacheError, FormatError
 from kdcache.format.manifest import GenerationInfo
 from kdcache.format.record import FINISHES
 from kdcache.format.schema import FINISH_FIELD, SEQUENCE_FIELDS, row_digest, shard_metadata, shard_schema
-from kdcache.store.column_view import column_view
-from kdcache.store.rows import BatchReader, encode_records
+from kdcache.store.records.batch import BatchReader, encode_records
+from kdcache.store.records.column_view import column_view
 from kdcache.store.verify import verify_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 GENERATION = GenerationInfo(
     temperature=0.7, top_p=0.9, top_k=0, min_p=0.0, n=2, max_tokens=16, stop=("\n",), stop_token_ids=(), ignore_eos=False,

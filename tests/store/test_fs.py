@@ -9,7 +9,7 @@ import time
 import pytest
 
 from kdcache.errors import CaptureError
-from kdcache.store import fs
+from kdcache.store.files import fs
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from kdcache.store import reader as reader_module
 from kdcache.store.reader import open_cache
 from kdcache.store.summary import summarize_cache
 from kdcache.store.verify import verify_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 NUM_SEQUENCES = 5
 EXPECTED = [record for unit in range(3) for record in make_unit(unit, num_sequences=NUM_SEQUENCES)]

@@ -15,14 +15,14 @@ from cache_making import make_cache, make_identity, make_manifest, make_unit
 
 from kdcache.errors import CaptureError, CorruptCacheError, KdcacheError
 from kdcache.format import paths
-from kdcache.store import fs
-from kdcache.store.block_cache import DiskBlocks
+from kdcache.store.files import fs
+from kdcache.store.files.regular import open_regular, read_regular, write_new
 from kdcache.store.reader import open_cache
-from kdcache.store.regular import open_regular, read_regular, write_new
+from kdcache.store.remote.block_cache import DiskBlocks
 from kdcache.store.repair import repair_cache
-from kdcache.store.set_aside import FailedUnit, read_failures, record_failure
 from kdcache.store.verify import verify_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.set_aside import FailedUnit, read_failures, record_failure
+from kdcache.store.writing.writer import CacheWriter
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from fault_proxy import FaultProxy
 
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import ConfigError, CorruptCacheError, KdcacheError, StorageError
-from kdcache.store.location import RemotePath, locate
-from kdcache.store.remote_errors import translated
+from kdcache.store.files.location import RemotePath, locate
+from kdcache.store.files.remote_errors import translated
 
 
 def patient(**options: object) -> RemoteConfig:
@@ -112,7 +112,7 @@ def test_what_cannot_change_is_said_at_once(s3: FaultProxy, redirecting: str):
 def test_the_users_settings_are_merged_with_ours(s3: FaultProxy, monkeypatch: pytest.MonkeyPatch):
     import fsspec
 
-    from kdcache.store._fsspec import ObjectStore
+    from kdcache.store.files._fsspec import ObjectStore
 
     monkeypatch.setitem(
         fsspec.config.conf,

@@ -17,7 +17,7 @@ from fault_proxy import FaultProxy, Request
 
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StorageError
-from kdcache.store.location import RemotePath, locate
+from kdcache.store.files.location import RemotePath, locate
 from kdcache.store.reader import CacheReader, open_cache
 from kdcache.store.verify import verify_cache
 
@@ -281,7 +281,7 @@ def test_a_cache_on_disk_takes_the_same_calls_and_needs_no_room(local):
 def test_compressed_buffers_in_a_store_are_refused_before_anything_is_allocated_for_them(s3):
     import pyarrow as pa
 
-    from kdcache.store.remote_file import open_columns, parse_record_batch, parse_tail, read_tail
+    from kdcache.store.remote.remote_file import open_columns, parse_record_batch, parse_tail, read_tail
 
     batch = pa.record_batch({"key": pa.array([0] * 10_000)})
     sink = pa.BufferOutputStream()

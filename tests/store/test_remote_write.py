@@ -14,12 +14,13 @@ from fault_proxy import FaultProxy, Request
 
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import CacheNotFoundError, CaptureError, ConfigError, MismatchError, MissingDependencyError
-from kdcache.store import chain, fs
-from kdcache.store.location import RemotePath, locate
+from kdcache.store import chain
+from kdcache.store.files import fs
+from kdcache.store.files.location import RemotePath, locate
 from kdcache.store.reader import open_cache
-from kdcache.store.set_aside import FailedUnit, read_failures, record_failure
 from kdcache.store.verify import verify_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.set_aside import FailedUnit, read_failures, record_failure
+from kdcache.store.writing.writer import CacheWriter
 
 QUICK = RemoteConfig(deadline_seconds=20.0, timeout_seconds=5.0, num_threads=4)
 

@@ -13,11 +13,11 @@ from hostile import flip
 
 from kdcache.cli.main import main
 from kdcache.errors import CorruptCacheError, StorageError
-from kdcache.store.location import RemotePath, locate
+from kdcache.store.files.location import RemotePath, locate
 from kdcache.store.reader import open_cache
 from kdcache.store.repair import find_misfits, repair_cache
 from kdcache.store.verify import verify_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 NUM_SEQUENCES = 3
 
@@ -149,7 +149,7 @@ def test_a_shard_that_may_not_be_read_is_not_taken_for_a_damaged_one(
         raise OSError(number, os.strerror(number))
 
     before = sorted(path.name for path in cache.rglob("*"))
-    monkeypatch.setattr("kdcache.store.fs.sha256_of", fail)
+    monkeypatch.setattr("kdcache.store.files.fs.sha256_of", fail)
     if is_damage:
         assert "it cannot be read: " in repair_cache(cache).damage[0].reason
         return

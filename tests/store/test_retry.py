@@ -5,8 +5,8 @@ import logging
 import pytest
 
 from kdcache.errors import CorruptCacheError, StorageError
-from kdcache.store import retry
-from kdcache.store.retry import RetryPolicy, retried
+from kdcache.store.files import retry
+from kdcache.store.files.retry import RetryPolicy, retried
 
 
 class Clock:

@@ -12,8 +12,8 @@ from kdcache.codec import get_codec
 from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.schema import SEQUENCE_FIELDS, row_digest, shard_metadata, shard_schema
-from kdcache.store.column_view import column_view
-from kdcache.store.rows import BatchReader, encode_records, fixed_entries
+from kdcache.store.records.batch import BatchReader, encode_records, fixed_entries
+from kdcache.store.records.column_view import column_view
 
 CODEC = get_codec("raw", {"vocab_size": 97})
 

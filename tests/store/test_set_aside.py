@@ -9,10 +9,11 @@ from cache_making import make_identity, make_manifest, make_unit
 
 from kdcache.format import paths
 from kdcache.format.manifest import SkippedSequence, UnitAccount
-from kdcache.store import admission, chain, index
-from kdcache.store.set_aside import FailedUnit, read_failures, record_failure
+from kdcache.store import chain, index
 from kdcache.store.verify import verify_cache
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing import admission
+from kdcache.store.writing.set_aside import FailedUnit, read_failures, record_failure
+from kdcache.store.writing.writer import CacheWriter
 
 
 def start(path, num_units=3):
@@ -103,7 +104,7 @@ def test_a_fold_opens_no_journal_record_of_a_unit_that_is_folded(tmp_path, monke
     writer = start(tmp_path)
     opened = []
     read = chain.read_journal_record
-    monkeypatch.setattr("kdcache.store.writer.read_journal_record", lambda path: opened.append(path.name) or read(path))
+    monkeypatch.setattr("kdcache.store.writing.writer.read_journal_record", lambda path: opened.append(path.name) or read(path))
     for unit in range(3):
         writer.write_unit(unit, make_unit(unit))
         assert writer.published_units() == set(range(unit + 1))

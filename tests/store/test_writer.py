@@ -21,9 +21,10 @@ from writer_cases import changed, files, start
 
 from kdcache.errors import CaptureError, CorruptCacheError
 from kdcache.format.record import SequenceRecord
-from kdcache.store import fs, writer
+from kdcache.store.files import fs
 from kdcache.store.reader import open_cache
 from kdcache.store.verify import verify_cache
+from kdcache.store.writing import writer
 
 
 @pytest.mark.parametrize("codec_id", ["raw", "packed"])

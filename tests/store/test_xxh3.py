@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.format.schema import row_digest
-from kdcache.store._numba_xxh3 import SHORT_BYTES, row_digests
+from kdcache.store.records.numba_xxh3 import SHORT_BYTES, row_digests
 
 # Around the borders of what is copied together (64), of a block (1024) and of the lengths between them.
 LENGTHS = st.one_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cache_making import make_identity, make_manifest
 
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 
 
 def start(path, num_units=3, codec_id="raw", **options) -> CacheWriter:

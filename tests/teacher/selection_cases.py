@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
-from kdcache.teacher._select_torch import Selector
-from kdcache.teacher.found import Found, record_of
-from kdcache.teacher.select_reference import select_reference
-from kdcache.teacher.uniforms import position_states
+from kdcache.teacher.select._torch import Selector
+from kdcache.teacher.select.found import Found, record_of
+from kdcache.teacher.select.reference import select_reference
+from kdcache.teacher.select.uniforms import position_states
 
 SEED = 5
 EDGE = 2e-6

@@ -13,8 +13,8 @@ from lora_adapters import RANK, write_adapter
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError
 from kdcache.teacher import load_teacher
-from kdcache.teacher.adapter import adapter_rank
 from kdcache.teacher.checkpoint import weights_digest
+from kdcache.teacher.vllm.adapter import adapter_rank
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ pytest.importorskip("transformers")
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from kdcache.teacher._hf_attention import attention_gap
-from kdcache.teacher._hf_rotary import mend_rotary
+from kdcache.teacher.hf.attention import attention_gap
+from kdcache.teacher.hf.rotary import mend_rotary
 
 LONG = 32
 """Tokens beyond which the rope-scaled models take other factors."""
@@ -136,7 +136,7 @@ def test_a_named_attention_that_lacks_something_is_refused_and_any_other_is_kept
 
 def with_hook(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
     """Every model that is loaded has a first layer whose output is changed."""
-    from kdcache.teacher import _hf_load
+    from kdcache.teacher.hf import load as _hf_load
 
     load = _hf_load._load
 
@@ -176,7 +176,8 @@ def test_what_is_taken_from_the_batch_is_found_and_mended(
 def test_what_follows_from_far_positions_is_found_in_a_model_too_large_for_long_texts(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
-    from kdcache.teacher import _hf_load, _hf_proof
+    from kdcache.teacher.hf import load as _hf_load
+    from kdcache.teacher.hf import proof as _hf_proof
 
     load, greatest = _hf_load._load, []
 

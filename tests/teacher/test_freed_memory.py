@@ -12,7 +12,7 @@ PROGRAM = """
 import resource
 import sys
 import numpy as np
-from kdcache.teacher.freed_memory import keep_freed_memory
+from kdcache.teacher.vllm.freed_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def fill(): np.ones(20 * 2**20, np.uint8)

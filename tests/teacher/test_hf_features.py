@@ -100,14 +100,14 @@ def test_a_layer_that_is_not_there_or_cannot_be_seen_is_refused(tiny_model_dir: 
     with pytest.raises(ConfigError, match=r"layer 3, but the teacher has layers 0 .* to 2"):
         resolve_features([FeatureConfig(layer=3)], teacher.hidden_shape)
     (inner, last) = resolve_features([FeatureConfig(layer=1), FeatureConfig(layer=-1)], teacher.hidden_shape)
-    monkeypatch.setattr("kdcache.teacher._hf_features.find_decoder", lambda *_: None)
+    monkeypatch.setattr("kdcache.teacher.hf.features.find_decoder", lambda *_: None)
     with pytest.raises(ConfigError, match="the layers of LlamaForCausalLM are not found"):
         teacher.score([], top_k(4), [inner])
     teacher.score([], top_k(4), [last])
 
 
 def test_layers_that_are_not_those_of_the_definition_are_noticed(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    from kdcache.teacher import _hf_features
+    from kdcache.teacher.hf import features as _hf_features
 
     teacher = load(tiny_model_dir)
     find = _hf_features.find_decoder

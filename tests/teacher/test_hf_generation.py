@@ -19,8 +19,8 @@ pytest.importorskip("transformers")
 
 import torch
 
-from kdcache.teacher._answer_torch import draw_rows
-from kdcache.teacher._hf_generate import own_end_ids
+from kdcache.teacher.hf.generate import own_end_ids
+from kdcache.teacher.select._answer_torch import draw_rows
 
 
 def load(folder: Path, **changes: object):

@@ -10,7 +10,7 @@ import pytest
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError, MissingDependencyError
 from kdcache.teacher import load_teacher, load_tokenizer
-from kdcache.teacher.vllm_options import cpu_cache_bytes, engine_options, kv_bytes_per_token
+from kdcache.teacher.vllm.options import cpu_cache_bytes, engine_options, kv_bytes_per_token
 
 LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "dtype": "float32"}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdcache.teacher import _draw_numba, _numba_blocks, _numba_vectors, _topk_numba, exact_weights
-from kdcache.teacher._numba_compile import version_of
+from kdcache.teacher.select import _numba_blocks, _numba_draws, _numba_topk, _numba_vectors, exact_weights
+from kdcache.teacher.select._numba_compile import version_of
 
 
 def bits_of(logits: np.ndarray, dtype: type) -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +56,7 @@ def test_what_is_kept_on_disk_is_under_the_text_of_its_sources(tmp_path: Path, m
     before = version_of(_numba_blocks, sys.modules["part_of_a_kernel"])
     source.write_text("A = 2\n")
     assert version_of(_numba_blocks, sys.modules.pop("part_of_a_kernel")) != before
-    _topk_numba.select_top_k(np.zeros((1, 4), np.uint16), np.zeros(1, np.int64), 1)
+    _numba_topk.select_top_k(np.zeros((1, 4), np.uint16), np.zeros(1, np.int64), 1)
     version = version_of(_numba_blocks, _numba_vectors, exact_weights)
-    assert all(version in str(signature) for signature in _topk_numba._select_rows.signatures)
-    assert _draw_numba.draw_rows.py_func.__defaults__ == (version,)
+    assert all(version in str(signature) for signature in _numba_topk._select_rows.signatures)
+    assert _numba_draws.draw_rows.py_func.__defaults__ == (version,)

@@ -17,8 +17,8 @@ torch = pytest.importorskip("torch")
 from selection_cases import BACKENDS, of_kind, select  # noqa: E402
 
 from kdcache.config.capture import GenerateConfig  # noqa: E402
-from kdcache.teacher import _answer_torch, _draw_torch, _numba_blocks  # noqa: E402
-from kdcache.teacher.exact_weights import STRIP  # noqa: E402
+from kdcache.teacher.select import _answer_torch, _draws_torch, _numba_blocks  # noqa: E402
+from kdcache.teacher.select.exact_weights import STRIP  # noqa: E402
 
 CASES = {
     "top_p_k": {"p": 0.8, "k": 200},
@@ -102,8 +102,8 @@ def test_draws_without_avx_and_fma_are_the_same():
 def test_weights_and_their_sums_are_the_same_bits_in_numba_and_in_torch():
     logits = some_logits()[:, : 5003 // STRIP * STRIP].nan_to_num(neginf=-torch.inf)
     tops = logits.amax(dim=-1, keepdim=True)
-    theirs = _draw_torch.weights_of(logits, tops)
-    sums = _draw_torch.sum_strips(theirs)
+    theirs = _draws_torch.weights_of(logits, tops)
+    sums = _draws_torch.sum_strips(theirs)
     for row, top, weights, expected in zip(logits.numpy(), tops.numpy()[:, 0], theirs.numpy(), sums.numpy(), strict=True):
         found, found_sums = np.empty(len(row), np.float32), np.empty(len(row) // STRIP, np.float32)
         for start in range(0, len(row), STRIP):

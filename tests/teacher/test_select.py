@@ -12,10 +12,10 @@ from selection_cases import BACKENDS, KINDS, check_rows, define, draw_logits, of
 from kdcache.errors import TeacherError  # noqa: E402
 from kdcache.format.record import Distributions, check_distributions  # noqa: E402
 from kdcache.format.selection import most_entries  # noqa: E402
-from kdcache.teacher import _select_torch  # noqa: E402
-from kdcache.teacher._draw_torch import apply_filters  # noqa: E402
-from kdcache.teacher._select_torch import Selector  # noqa: E402
-from kdcache.teacher.select_reference import filter_reference  # noqa: E402
+from kdcache.teacher.select import _torch as _select_torch  # noqa: E402
+from kdcache.teacher.select._draws_torch import apply_filters  # noqa: E402
+from kdcache.teacher.select._torch import Selector  # noqa: E402
+from kdcache.teacher.select.reference import filter_reference  # noqa: E402
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 SCALARS = {"temperatures": (2.0, 0.5, 0.05), "entropy": True}

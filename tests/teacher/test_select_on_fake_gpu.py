@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from fake_gpu import FakeGpu, peak_of
 
 from kdcache.format.manifest import SelectionInfo
-from kdcache.teacher import _topk_torch
-from kdcache.teacher._select_torch import Selector
-from kdcache.teacher._topk_torch import select_top_k, select_top_k_reference
+from kdcache.teacher.select import _topk_torch
+from kdcache.teacher.select._topk_torch import select_top_k, select_top_k_reference
+from kdcache.teacher.select._torch import Selector
 
 VOCAB = 151_936
 BLOCK = 4 * _topk_torch.MAX_ELEMENTS

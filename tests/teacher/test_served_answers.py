@@ -11,7 +11,7 @@ import pytest
 from contracts.teacher import make_sequence
 
 from kdcache.errors import TeacherError
-from kdcache.teacher.served_answers import check_normalised, completion_request, read_answer, read_completion, speaks, split_row
+from kdcache.teacher.served.answers import check_normalised, completion_request, read_answer, read_completion, speaks, split_row
 
 PROMPT = [5, 6, 7]
 ROWS = [{6: -10.02, 15: -2.29, 405: -2.59}, {7: -0.3, 411: -1.5}]

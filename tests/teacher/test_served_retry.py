@@ -5,7 +5,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from kdcache.teacher.served_retry import (
+from kdcache.teacher.served.retry import (
     LONGEST_WAIT_SECONDS,
     is_transient,
     limit_in,

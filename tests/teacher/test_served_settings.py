@@ -6,7 +6,7 @@ from kdcache.config.capture import CaptureConfig, TeacherConfig
 from kdcache.config.load import convert_config
 from kdcache.config.server import ServerConfig
 from kdcache.errors import ConfigError
-from kdcache.teacher.served_settings import name_for_identity, refuse_settings, vocab_size_of
+from kdcache.teacher.served.settings import name_for_identity, refuse_settings, vocab_size_of
 
 
 def config(url: str = "http://127.0.0.1:8000/v1", **changes: object) -> TeacherConfig:

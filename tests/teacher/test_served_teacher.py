@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import SelectionInfo
-from kdcache.teacher import _served
+from kdcache.teacher.served import teacher as _served
 
 pytest.importorskip("httpx2")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from kdcache.teacher._jinja_template import ChatTemplate
-from kdcache.teacher.marked_text import mark
+from kdcache.teacher.chat.jinja_template import ChatTemplate
+from kdcache.teacher.chat.marked_text import mark
 
 MESSAGES = [{"role": "user", "content": mark("hello", 0)}, {"role": "assistant", "content": mark("yes", 1)}]
 MANY = "{% for i in range(99999) %}"
@@ -65,7 +65,7 @@ def refusal(template: str) -> str:
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_ended(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("kdcache.teacher._jinja_bounds.MAX_STEPS", 20_000)
+    monkeypatch.setattr("kdcache.teacher.chat.jinja_bounds.MAX_STEPS", 20_000)
     assert "does not come to an end" in refusal(ENDLESS[name].replace("10**7", "10**6"))
 
 

@@ -17,7 +17,7 @@ from kdcache.config.capture import TeacherConfig
 from kdcache.errors import TeacherError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.teacher import load_teacher, load_tokenizer
-from kdcache.teacher.select_reference import select_reference
+from kdcache.teacher.select.reference import select_reference
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -64,7 +64,7 @@ def test_an_adapters_distributions_are_those_of_the_merged_weights(case: Teacher
 
 
 def test_draws_from_an_adapter_are_those_of_the_merged_weights(case: TeacherCase):
-    from kdcache.teacher.uniforms import position_states
+    from kdcache.teacher.select.uniforms import position_states
 
     selection = SelectionInfo(kind="top_k_sampled", params={"k": 4, "num_draws": 20, "seed": 5}, entropy=True)
     (sequence,) = random_sequences(case, [80], seed=3)

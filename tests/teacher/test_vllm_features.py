@@ -50,7 +50,7 @@ def test_features_are_those_of_transformers_for_each_layer_pooled_or_not(teacher
 def test_layers_that_cannot_be_seen_rightly_are_refused_in_words_and_the_last_one_is_not(
     teacher: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    from kdcache.teacher import _vllm_internals as internals
+    from kdcache.teacher.vllm import internals
 
     (inner, last) = resolve_features([FeatureConfig(layer=1), FeatureConfig(layer=-1)], teacher.hidden_shape)
     worker = teacher._llm.llm_engine.model_executor.driver_worker.worker

@@ -9,13 +9,13 @@ from contracts.teacher import make_sequence
 from kdcache.format.manifest import FeatureInfo
 from kdcache.teacher.base import no_positions
 from kdcache.teacher.features import pooled
-from kdcache.teacher.vllm_features import AskedFeatures, pack_asked, with_features
+from kdcache.teacher.vllm.features import AskedFeatures, pack_asked, with_features
 
 pytest.importorskip("torch")
 
 import torch
 
-from kdcache.teacher._vllm_features import GroupFeatures, check_normed, take_rows
+from kdcache.teacher.vllm.worker_features import GroupFeatures, check_normed, take_rows
 
 H = 6
 FEATURES = [

@@ -19,7 +19,7 @@ from kdcache.teacher.generation import Ending, end_tokens
 
 pytest.importorskip("vllm")
 
-from kdcache.teacher._vllm_generate import groups_read_whole, sampling_params
+from kdcache.teacher.vllm.generate import groups_read_whole, sampling_params
 
 pytestmark = pytest.mark.vllm
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdcache.teacher.vllm_signatures import Call, fault_of_parameters, faults_of, version_note
+from kdcache.teacher.vllm.signatures import Call, fault_of_parameters, faults_of, version_note
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.32.0", "0.28.1+cpu", "0.33.0rc1", "0.33.1.dev3+g4ba787ec9"])

@@ -22,7 +22,7 @@ from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence, check_distributions
 from kdcache.teacher import load_teacher
-from kdcache.teacher.select_reference import select_reference
+from kdcache.teacher.select.reference import select_reference
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -48,7 +48,7 @@ def masked_sequences(case: TeacherCase) -> list[TokenSequence]:
 @contextmanager
 def warnings_of_ours() -> Iterator[list[str]]:
     """What kdcache's side of the engine logs meanwhile; a fixture of a module has no caplog."""
-    from kdcache.teacher import _vllm
+    from kdcache.teacher.vllm import teacher as _vllm
 
     messages: list[str] = []
     handler = logging.Handler()
@@ -92,7 +92,7 @@ class PublicCase:
 
 @pytest.fixture(scope="module")
 def public(tiny_model_dir: Path, worker: WorkerAnswers) -> Iterator[PublicCase]:
-    from kdcache.teacher import _vllm_internals as internals
+    from kdcache.teacher.vllm import internals
 
     span = internals.Span
 
@@ -172,7 +172,7 @@ def test_the_public_route_keeps_every_promise(promise: Callable[[TeacherCase], N
 
 
 def test_what_an_unusable_vllm_lacks_is_said_before_it_is_started(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    from kdcache.teacher import _vllm
+    from kdcache.teacher.vllm import teacher as _vllm
 
     with pytest.raises(TeacherError, match="engine_options has a worker_extension_cls of its own"):
         load_teacher(config(tiny_model_dir, route="worker", engine_options={"worker_extension_cls": "mine.Extension"}))
@@ -214,7 +214,7 @@ def test_a_vllm_with_another_signature_is_captured_on_the_public_route_with_one_
 def test_a_projection_that_is_not_as_expected_is_said_at_the_start():
     import torch
 
-    from kdcache.teacher._vllm_internals import projection_problem
+    from kdcache.teacher.vllm.internals import projection_problem
 
     class Model(torch.nn.Module):
         def compute_logits(self, hidden_states: Any) -> Any:
@@ -274,7 +274,7 @@ class TestWithAPrefixCache:
     def test_a_position_that_was_read_from_the_cache_is_an_error(self, case: TeacherCase, monkeypatch: pytest.MonkeyPatch):
         import vllm
 
-        from kdcache.teacher import _vllm
+        from kdcache.teacher.vllm import teacher as _vllm
 
         def params_that_read_the_cache(extra_args: dict[str, Any]) -> Any:
             return vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args)
@@ -286,7 +286,7 @@ class TestWithAPrefixCache:
             score(case, sequences)
 
     def test_a_failed_selection_is_an_error_and_the_engine_lives_on(self, case: TeacherCase, monkeypatch: pytest.MonkeyPatch):
-        from kdcache.teacher import _vllm_worker
+        from kdcache.teacher.vllm import worker as _vllm_worker
 
         def fail(*_: Any) -> Any:
             raise MemoryError("no room for the logits")

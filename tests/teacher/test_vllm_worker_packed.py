@@ -18,13 +18,12 @@ from contracts.teacher import make_sequence, top_k  # noqa: E402
 from kdcache.config.capture import TeacherConfig  # noqa: E402
 from kdcache.errors import TeacherError  # noqa: E402
 from kdcache.format.record import NO_TARGET  # noqa: E402
-from kdcache.teacher import _vllm_internals as internals  # noqa: E402
-from kdcache.teacher import _vllm_worker  # noqa: E402
-from kdcache.teacher._select_torch import Selector  # noqa: E402
-from kdcache.teacher._vllm_worker import Capture, wanted_rows  # noqa: E402
-from kdcache.teacher.found import Layout  # noqa: E402
-from kdcache.teacher.vllm_options import engine_options, positions_per_chunk  # noqa: E402
-from kdcache.teacher.vllm_packed import (  # noqa: E402
+from kdcache.teacher.select._torch import Selector  # noqa: E402
+from kdcache.teacher.select.found import Layout  # noqa: E402
+from kdcache.teacher.vllm import internals  # noqa: E402
+from kdcache.teacher.vllm import worker as _vllm_worker  # noqa: E402
+from kdcache.teacher.vllm.options import engine_options, positions_per_chunk  # noqa: E402
+from kdcache.teacher.vllm.wire import (  # noqa: E402
     NOT_SUPERVISED,
     Buffer,
     pack_requests,
@@ -32,6 +31,7 @@ from kdcache.teacher.vllm_packed import (  # noqa: E402
     unpack_buffer,
     unpack_request,
 )
+from kdcache.teacher.vllm.worker import Capture, wanted_rows  # noqa: E402
 
 V, H = 50, 4
 WEIGHT_HV = torch.randn(H, V, generator=torch.Generator().manual_seed(0))

@@ -7,8 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kdcache.teacher import _topk_numba  # noqa: E402
-from kdcache.teacher._topk_torch import Selected, select_top_k, select_top_k_reference  # noqa: E402
+from kdcache.teacher.select import _numba_topk  # noqa: E402
+from kdcache.teacher.select._topk_torch import Selected, select_top_k, select_top_k_reference  # noqa: E402
 
 SIZES = [
     (1, 1), (2, 1), (5, 5), (63, 64 - 1), (100, 7), (520, 520), (4095, 33), (4096, 64), (4097, 256), (8192, 16), (8193, 8193),
@@ -108,8 +108,8 @@ def test_neighbouring_ids_can_all_be_kept():
 def test_threads_and_strides_change_nothing():
     logits_CV = draw(7, 3000, torch.bfloat16)
     bits_CV, targets_C = logits_CV.view(torch.uint16).numpy(), np.arange(7)
-    alone = _topk_numba.select_top_k(bits_CV, targets_C, 9)
-    for one, other in zip(alone, _topk_numba.select_top_k(bits_CV, targets_C, 9, num_threads=3), strict=True):
+    alone = _numba_topk.select_top_k(bits_CV, targets_C, 9)
+    for one, other in zip(alone, _numba_topk.select_top_k(bits_CV, targets_C, 9, num_threads=3), strict=True):
         np.testing.assert_array_equal(one, other)
     check(draw(4, 6000, torch.float32)[:, :5001], 9)
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from kdcache.errors import ConfigError
-from kdcache.train.compare import compare_models
-from kdcache.train.heldout import HeldoutSequence
-from kdcache.train.scores import Scores
+from kdcache.train.evaluation.compare import compare_models
+from kdcache.train.evaluation.heldout import HeldoutSequence
+from kdcache.train.evaluation.scores import Scores
 
 NUM_SEQUENCES = 200
 SEQUENCES = [HeldoutSequence(np.zeros(11, np.int64), num_bytes=30, text=i // 2) for i in range(NUM_SEQUENCES)]

@@ -6,7 +6,7 @@ from train_caches import train_config
 from transformers import AutoModelForCausalLM
 
 from kdcache.errors import ConfigError
-from kdcache.train.evaluate import EvaluateOptions, evaluate
+from kdcache.train.evaluation.evaluate import EvaluateOptions, evaluate
 from kdcache.train.trainer import train
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from kdcache.errors import InputError
 from kdcache.teacher import load_tokenizer
-from kdcache.train.heldout import read_heldout
+from kdcache.train.evaluation.heldout import read_heldout
 
 TOKENIZER = load_tokenizer("fake")
 

@@ -20,10 +20,10 @@ from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.loader.loader import Loader
 from kdcache.teacher import load_teacher
-from kdcache.teacher._hf_class import language_model_class
+from kdcache.teacher.hf.model_class import language_model_class
 from kdcache.train.adapters import KDTrainer, StudentLoss
 from kdcache.train.body import positions
-from kdcache.train.evaluate import EvaluateOptions, evaluate
+from kdcache.train.evaluation.evaluate import EvaluateOptions, evaluate
 from kdcache.train.packed import check_architecture
 from kdcache.train.step import student_loss
 from kdcache.train.trainer import train

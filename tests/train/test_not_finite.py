@@ -20,8 +20,8 @@ from kdcache.errors import ConfigError, NotFiniteError, StateError
 from kdcache.loader.loader import Loader
 from kdcache.train import step
 from kdcache.train.adapters import BatchStream, KDTrainer, StudentLoss
-from kdcache.train.evaluate import evaluate
-from kdcache.train.run_folder import read_metrics
+from kdcache.train.evaluation.evaluate import evaluate
+from kdcache.train.runs.run_folder import read_metrics
 from kdcache.train.trainer import train
 
 WILD = {"lr": 1e6, "warmup_fraction": 0.0, "schedule": "constant"}

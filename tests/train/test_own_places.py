@@ -11,9 +11,9 @@ import pytest
 
 from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError, CorruptCacheError
-from kdcache.train.checkpoint import newest_checkpoint
-from kdcache.train.digests import DIGESTS, find_damage, write_digests
-from kdcache.train.run_folder import RunFolder, read_metrics
+from kdcache.train.runs.checkpoint import newest_checkpoint
+from kdcache.train.runs.digests import DIGESTS, find_damage, write_digests
+from kdcache.train.runs.run_folder import RunFolder, read_metrics
 
 
 @pytest.fixture(autouse=True)

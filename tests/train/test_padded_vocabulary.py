@@ -24,7 +24,7 @@ from kdcache.format.manifest import SelectionInfo
 from kdcache.loader.loader import Loader
 from kdcache.loss.padding import entries_within
 from kdcache.train.adapters import StudentLoss
-from kdcache.train.run_folder import read_metrics
+from kdcache.train.runs.run_folder import read_metrics
 from kdcache.train.trainer import train
 
 TOKENS = 512

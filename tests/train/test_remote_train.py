@@ -10,8 +10,8 @@ from train_caches import train_config
 
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import ConfigError
-from kdcache.store.location import RemotePath
-from kdcache.train.run_folder import read_metrics
+from kdcache.store.files.location import RemotePath
+from kdcache.train.runs.run_folder import read_metrics
 from kdcache.train.trainer import train
 
 

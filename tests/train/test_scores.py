@@ -8,8 +8,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from kdcache.config.train import StudentConfig
 from kdcache.errors import MismatchError
-from kdcache.train.heldout import HeldoutSequence
-from kdcache.train.scores import heldout_nats_per_token, score_models
+from kdcache.train.evaluation.heldout import HeldoutSequence
+from kdcache.train.evaluation.scores import heldout_nats_per_token, score_models
 from kdcache.train.student import build_student
 
 GENERATOR = np.random.Generator(np.random.Philox(key=1))

@@ -31,9 +31,9 @@ from kdcache.loss.chunks import Head
 from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.train.adapters import StudentLoss
 from kdcache.train.entries import EntryMeaning
-from kdcache.train.heldout import HeldoutSequence
+from kdcache.train.evaluation.heldout import HeldoutSequence
+from kdcache.train.evaluation.scores import heldout_nats_per_token
 from kdcache.train.packed import check_architecture, logits_head
-from kdcache.train.scores import heldout_nats_per_token
 from kdcache.train.step import student_loss
 
 VOCAB_SIZE = ONE_LAYER["vocab_size"]

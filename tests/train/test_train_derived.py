@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from train_caches import load_teacher_model, train_config, write_cache
 
 from kdcache.derive.options import DeriveOptions
-from kdcache.derive.reduce import Reduction
+from kdcache.derive.reduction.reduce import Reduction
 from kdcache.derive.run import derive
 from kdcache.format.manifest import SelectionInfo
 from kdcache.train.trainer import train

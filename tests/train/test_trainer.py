@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError, InputError, MismatchError, StateError
 from kdcache.loader._torch import to_torch
-from kdcache.loader.batch import IGNORED_LABEL, Batch
+from kdcache.loader.batches.batch import IGNORED_LABEL, Batch
 from kdcache.loader.loader import Loader
 from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.store.reader import open_cache
 from kdcache.train.body import hidden_states, output_projection
-from kdcache.train.run_folder import RunFolder, read_metrics
+from kdcache.train.runs.run_folder import RunFolder, read_metrics
 from kdcache.train.schedule import learning_rate
 from kdcache.train.step import make_optimizer, student_loss
 from kdcache.train.student import build_student
@@ -253,7 +253,8 @@ KILLED_CHILDREN = """
 import json, os, signal, sys
 from kdcache.config.load import convert_config
 from kdcache.config.train import TrainConfig
-from kdcache.train import checkpoint, trainer
+from kdcache.train import trainer
+from kdcache.train.runs import checkpoint
 
 def run(fields, module, name, num_calls):
     module = {"checkpoint": checkpoint, "trainer": trainer}[module]

@@ -14,10 +14,10 @@ from kdcache.config.load import convert_config
 from kdcache.config.train import TrainConfig
 from kdcache.format.manifest import CodecInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import NO_TARGET, SequenceRecord, TokenSequence, distributions_from_dense, sequence_key
-from kdcache.store.writer import CacheWriter
+from kdcache.store.writing.writer import CacheWriter
 from kdcache.teacher import load_tokenizer
-from kdcache.teacher.select_reference import select_reference
-from kdcache.teacher.uniforms import position_states
+from kdcache.teacher.select.reference import select_reference
+from kdcache.teacher.select.uniforms import position_states
 
 VOCAB_SIZE = 520
 

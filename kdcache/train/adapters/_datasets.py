@@ -9,7 +9,7 @@ import datasets
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError
-from kdcache.loader.batch import ARRAYS, NUMBERS, OPTIONAL_ARRAYS
+from kdcache.loader.batches.batch import ARRAYS, NUMBERS, OPTIONAL_ARRAYS
 from kdcache.loader.caches import CacheLike
 from kdcache.loader.view import PackedView
 

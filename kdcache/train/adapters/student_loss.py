@@ -22,7 +22,7 @@ from kdcache.loader._torch import TorchBatch
 from kdcache.loader.loader import Loader
 from kdcache.loss.global_mean import global_mean_scale
 from kdcache.shown import get_logger
-from kdcache.teacher._hf_attention import attention_gap, attention_of
+from kdcache.teacher.hf.attention import attention_gap, attention_of
 from kdcache.train.body import output_projection, positions
 from kdcache.train.entries import entry_meaning
 from kdcache.train.finite import not_finite_weight, shown_sources

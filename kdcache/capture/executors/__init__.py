@@ -1,0 +1,1 @@
+"""Who runs the units of a plan: this process, ranks of a job array, Ray's actors."""

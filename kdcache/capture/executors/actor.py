@@ -1,0 +1,70 @@
+"""What runs in an actor of a cluster: one teacher that takes a unit at a time. No Ray in here; `_ray.py` drives it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from kdcache.capture.executors.executor import open_writer
+from kdcache.capture.inputs import InputReader
+from kdcache.capture.job import Job, load_job_tokenizer, template_moment
+from kdcache.capture.plan import Plan, Unit
+from kdcache.capture.unit import Reporter, TeacherSlot, UnitDone, UnitFailed, UnitWorker
+from kdcache.capture.watch._nvml import GpuState
+from kdcache.capture.watch.heartbeat import Heartbeat, end_process
+from kdcache.capture.watch.meter import GpuReadings
+from kdcache.capture.watch.signals import StopRequest
+from kdcache.config.capture import CaptureConfig
+from kdcache.store.writing.set_aside import FailedUnit
+
+
+@dataclass(frozen=True)
+class UnitAnswer:
+    """What became of a unit, and the actor's GPUs as they were while it was in work."""
+
+    outcome: UnitDone | FailedUnit
+    gpus: tuple[GpuState, ...]
+
+
+class CaptureWorker:
+    """One teacher, one writer. Calls come one after another, `ready` before the others that do something."""
+
+    def __init__(self, config: CaptureConfig, plan: Plan, directory: str) -> None:
+        """Loads nothing: an error in here would reach the driver as a dead actor, and not as what it is."""
+        self._config, self._plan, self._directory = config, plan, directory
+        # The watch has no end: whatever an actor does for too long, it is of no use to the capture.
+        self._heart = Heartbeat(config.run, end_process)
+        self._readings = GpuReadings()
+        self._slot: TeacherSlot | None = None
+        self._worker: UnitWorker | None = None
+
+    def placed(self) -> None:
+        """Nothing: an answer says that the cluster has found a place for this actor."""
+
+    def ready(self) -> int:
+        """Load the teacher and open the cache; the process id. Raises as `run_capture` does before it starts."""
+        os.chdir(self._directory)  # paths mean what they mean to the driver
+        self._heart.load(f"loading the teacher {self._config.teacher.model!r}")
+        with self._heart.watching():
+            tokenizer = load_job_tokenizer(self._config)
+            variables = tokenizer.template_variables if self._config.input.content == "messages" else frozenset()
+            reader = InputReader(self._config.input, variables)
+            job = Job(self._config, reader, tokenizer, self._plan, template_moment(self._config))
+            self._slot = TeacherSlot(self._config)
+            self._heart.beat("opening the cache")
+            reporter = Reporter(self._readings, StopRequest(), self._heart)
+            self._worker = UnitWorker(job, self._slot, open_writer(job, self._slot), reporter)
+        return os.getpid()
+
+    def capture(self, unit: Unit) -> UnitAnswer:
+        """Publish a unit, or say why it could not be."""
+        assert self._worker is not None
+        self._heart.beat(f"capturing unit {unit.number}")
+        with self._heart.watching():
+            outcome = self._worker.capture(unit)
+        return UnitAnswer(outcome.record if isinstance(outcome, UnitFailed) else outcome, self._readings.last)
+
+    def close(self) -> None:
+        """Let the engine go in peace: it may have processes of its own."""
+        if self._slot is not None:
+            self._slot.close()

@@ -1,0 +1,60 @@
+"""What a replica of a teacher asks of a cluster, and what to say where the cluster does not give it. Pure functions; no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kdcache.capture.watch.meter import engine_gpus
+from kdcache.config.capture import CaptureConfig
+
+WARN_SECONDS = 30.0
+"""How long a replica may wait for its place until something is said. A worker process needs some seconds to start."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be free on one machine for one replica."""
+
+    num_cpus: int
+    num_gpus: int
+
+    def __str__(self) -> str:
+        return _resources(self.num_cpus, self.num_gpus)
+
+
+def replica_needs(config: CaptureConfig, cluster: Mapping[str, float]) -> Needs:
+    """What each replica asks for.
+
+    Args:
+        config: of the capture.
+        cluster: what the cluster has, by Ray's names. One without GPUs is asked for none unless `run.gpus_per_replica` says so:
+            it may be one of CPUs alone, or one that has not grown yet, and nobody else knows which.
+    """
+    asked = config.run.gpus_per_replica
+    if asked is None:
+        asked = engine_gpus(config.teacher) if cluster.get("GPU", 0) > 0 else 0
+    return Needs(num_cpus=1, num_gpus=asked)
+
+
+def not_placed(num_waiting: int, needs: Needs, total: Mapping[str, float], free: Mapping[str, float]) -> str:
+    """The sentences about replicas that wait: what was asked for, what there is, what to do.
+
+    Args:
+        num_waiting: replicas without a place.
+        needs: of each.
+        total, free: what the cluster has, by Ray's names.
+    """
+    whose = "1 replica has" if num_waiting == 1 else f"{num_waiting} replicas have"
+    has = _resources(total.get("CPU", 0), total.get("GPU", 0))
+    left = _resources(free.get("CPU", 0), free.get("GPU", 0))
+    gpus = ", or set run.gpus_per_replica to what one needs" if needs.num_gpus else ""
+    return (
+        f"{whose} had no place in the Ray cluster for {WARN_SECONDS:g} seconds: each asks for {needs} on one machine, and the "
+        f"cluster has {has}, of which {left} are free; waiting. Add machines (a cluster that grows by itself may still do so), "
+        f"end what holds them, or run fewer replicas{gpus}. Replicas that have a place do the work meanwhile"
+    )
+
+
+def _resources(num_cpus: float, num_gpus: float) -> str:
+    return f"{num_cpus:g} CPU{'' if num_cpus == 1 else 's'} and {num_gpus:g} GPU{'' if num_gpus == 1 else 's'}"

@@ -1,0 +1,1 @@
+"""Progress, meters, heartbeats and signals of a running capture."""

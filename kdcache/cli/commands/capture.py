@@ -1,0 +1,200 @@
+"""`kdcache capture CONFIG.yaml`: run a teacher over text and write a cache."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from kdcache.cli.config_arguments import add_config_arguments, read_config
+from kdcache.cli.wording import count, duration, rows, size
+from kdcache.config.capture import CaptureConfig
+from kdcache.format.selection import selection_params
+from kdcache.shown import say
+
+if TYPE_CHECKING:
+    from kdcache.capture.estimate import CaptureEstimate
+    from kdcache.capture.executors.run import CaptureSummary
+
+
+RUN_FLAGS = {
+    "--rank": ("run.rank", "which of --world-size processes this one is, from 0"),
+    "--world-size": ("run.world_size", "processes that share the units: unit u is rank u mod N's"),
+    "--executor": ("run.executor", "local, or ray for the actors of a cluster"),
+    "--replicas": ("run.replicas", "with --executor ray: actors, each with a teacher of its own"),
+    "--gpus-per-replica": ("run.gpus_per_replica", "with --executor ray: GPUs that each actor asks the cluster for"),
+    "--max-failed": ("run.max_failed", "units that may fail and be set aside while the rest goes on"),
+}
+"""flag -> (the field that it sets, help): what differs between the processes of one capture, or between its runs."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = (
+        "Run a teacher over text and write what it says into a cache.\n\n"
+        "The work is cut into units, and each finished unit is a shard on disk. Stop it, kill it, run the same command\n"
+        "again: it goes on with the first unit that is not finished, and says so when there is nothing left to do.\n\n"
+        "Ctrl-C or SIGTERM stops it after the unit in work, with exit status 0; a second one stops it at once (130, 143).\n"
+        "Exit status 1: it came to its end, but units were set aside (see --max-failed)."
+    )
+    add_config_arguments(parser, CaptureConfig, example="capture-text.yaml")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, the expected tokens, bytes and time; write nothing"
+    )
+    parser.add_argument("--probe", action="store_true", help="with --dry-run: load the teacher and time it on a few sequences")
+    parser.add_argument(
+        "--stop-status", type=int, default=0, metavar="N",
+        help="exit status when a signal stopped the capture with work left; such as 75 for schedulers that restart what fails",
+    )  # fmt: skip
+    for flag, (field, help_text) in RUN_FLAGS.items():
+        parser.add_argument(flag, metavar="N" if flag != "--executor" else "NAME", help=f"{help_text} (sets {field})")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Capture, or with --dry-run say what it would come to."""
+    given = ((field, getattr(args, flag.lstrip("-").replace("-", "_"))) for flag, (field, _) in RUN_FLAGS.items())
+    args.overrides = [*args.overrides, *(f"{field}={value}" for field, value in given if value is not None)]
+    config = read_config(args, CaptureConfig)
+    from kdcache.capture.watch.progress import BarProgress
+
+    if args.dry_run:
+        from kdcache.capture.estimate import estimate_capture
+
+        say(_estimate_text(config, estimate_capture(config, BarProgress(), probe=args.probe)))
+        return 0
+    if args.probe:
+        say("kdcache: --probe does something with --dry-run only", sys.stderr)
+        return 2
+    from kdcache.capture.executors.run import run_capture
+    from kdcache.capture.watch.signals import Interrupted, StopRequest, stopping_on_signals
+
+    stop = StopRequest()
+    try:
+        with stopping_on_signals(stop):
+            summary = run_capture(config, BarProgress(), stop)
+    except Interrupted as interrupt:
+        say(f"\nkdcache: interrupted{': ' if interrupt.args else ''}{interrupt}", sys.stderr)
+        return 128 + interrupt.signum
+    say(_summary_text(config, summary))
+    if summary.is_stopped:
+        return args.stop_status
+    return 1 if summary.set_aside else 0
+
+
+def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:
+    manifest, run = summary.manifest, config.run
+    if summary.num_units_captured == summary.num_units_left == 0:
+        whose = f"rank {run.rank}'s units of " if run.world_size > 1 else ""
+        done = f"{summary.path}: nothing to do; all {whose}{count(summary.num_units, 'unit')} are published"
+        done += f", of the sizes that they should have (`kdcache verify {summary.path}` reads them)"
+        return rows({"cache": done, "not read": str(summary.left_out)}) if summary.left_out else done
+    counts = summary.counts
+    shown = {
+        "cache": f"{summary.path}: {count(manifest.total('num_sequences'), 'sequence')}, "
+        f"{count(manifest.total('num_positions'), 'position')}, {size(manifest.total('num_bytes'))}",
+        "this run": f"{count(summary.num_units_captured, 'unit')}, {count(summary.num_tokens, 'token')} in "
+        f"{duration(summary.seconds)} ({summary.num_tokens / max(summary.seconds, 1e-9):,.0f} tokens/s)",
+    }
+    if summary.num_units_before:
+        shown["before"] = f"{count(summary.num_units_before, 'unit')} had been published by earlier runs"
+    left_out = [
+        (counts.num_empty_items, "empty item", "skipped"),
+        (counts.num_unsupervised, "sequence", "without a supervised position skipped"),
+        (counts.num_long_prompts, "prompt", "without room for an answer skipped"),
+        (counts.num_dropped_answers, "chat", "answered anew, its last words dropped"),
+        (counts.num_skipped, "sequence", f"that made units fail ({_names(summary)})"),
+        (counts.num_truncated_tokens, "token", f"cut off {count(counts.num_truncated_items, 'item')} by policy 'truncate'"),
+    ]
+    shown["left out"] = "; ".join(f"{count(number, noun)} {what}" for number, noun, what in left_out if number)
+    shown["not read"] = str(summary.left_out)
+    shown["noted"] = noted(counts.notes)
+    shown["clock"] = clock(manifest.notes.get("template_time"))
+    shown["workers"] = f"{count(summary.num_workers_lost, 'worker')} died; others did their units" * (
+        summary.num_workers_lost > 0
+    )
+    shown["set aside"] = "; ".join(f"unit {failed.unit}: {failed.reason}" for failed in summary.set_aside)
+    shown["next"] = _next_step(summary, run.world_size > 1)
+    return rows({name: text for name, text in shown.items() if text})
+
+
+def clock(moment: str | None) -> str:
+    """What time it is for the chat template, where that matters."""
+    return f"the chat template writes the time as if it were {moment} (input.template_time)" if moment else ""
+
+
+def noted(notes: Mapping[str, int]) -> str:
+    """What the items hold and nobody uses, and the like."""
+    return "; ".join(f"{count(number, 'item')}: {sentence}" for sentence, number in sorted(notes.items()))
+
+
+def _names(summary: CaptureSummary, most: int = 5) -> str:
+    """The first sequences that were left out, and where the others are named."""
+    names = ", ".join(sequence.source for sequence in summary.skipped[:most])
+    return names + ("" if len(summary.skipped) <= most else f", ...: kdcache info {summary.path} --skipped")
+
+
+def _next_step(summary: CaptureSummary, has_ranks: bool) -> str:
+    left = f"{count(summary.num_units_left, 'unit')} left"
+    if summary.is_stopped:
+        return f"stopped with {left}; run the same command again to go on"
+    if summary.num_units_left:
+        return f"{left}; run the same command again to try again"
+    missing = summary.manifest.plan.num_units - len(summary.manifest.shards)
+    if has_ranks and missing:
+        return f"this rank is done; of the others' units {missing:,} are not folded yet (the rank that ends last does it)"
+    return f"kdcache verify {summary.path}"
+
+
+def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
+    plan = estimate.plan
+    if plan.is_stream:
+        read = f"a stream of at most {count(plan.num_items, 'item')}"
+    else:
+        measure = "token" if config.input.content == "ids" else "character"
+        files = f"{count(estimate.num_files, 'file')}, " if estimate.num_files else ""
+        read = f"{files}{count(plan.num_items, 'item')} ({plan.num_empty_items:,} empty), {count(plan.num_chars, measure)}"
+    seconds = estimate.seconds_left
+    if seconds is None:
+        when = "unknown before the teacher runs; --probe loads it and measures"
+    else:
+        when = f"about {duration(seconds)} at {estimate.tokens_per_second:,.0f} tokens/s, as measured"
+    # In place of what it will be, where that follows from the teacher: --probe measures it.
+    most = {"most": "at most ", "expected": "", "measured": "measured: "}[estimate.bytes_are]
+    params = ", ".join(f"{name} {getattr(config.selection, name)}" for name in selection_params(config.selection.kind))
+    at_most = "about" if config.generate is None else "at most"
+    return rows(
+        {
+            "input": read,
+            **({"not read": str(estimate.left_out)} if estimate.left_out else {}),
+            "plan": f"{count(len(plan.units), 'unit')}, {estimate.num_units_before:,} of them published already",
+            **_tokens_row(config, estimate),
+            **({"clock": clock(estimate.template_time)} if estimate.template_time else {}),
+            **({"noted": f"of the sampled items {noted(estimate.notes)}"} if estimate.notes else {}),
+            "positions": f"{at_most} {estimate.num_positions:,}, {most}{estimate.bytes_per_position:.1f} bytes each "
+            f"({config.codec.id}, {config.selection.kind}: {params})",
+            **_feature_rows(estimate),
+            "cache": f"{'at most' if most.startswith('at') else at_most} {size(estimate.num_bytes)} at {config.output.path}",
+            "time": when,
+        }
+    )
+
+
+def _feature_rows(estimate: CaptureEstimate) -> dict[str, str]:
+    shown = {}
+    for feature, num_each, per, num_bytes in estimate.features:
+        pooling = "" if feature.pooling == "none" else f", {feature.pooling} of a sequence's positions"
+        what = f"layer {feature.layer}, {feature.size:,} x {feature.dtype}{pooling}"
+        shown[feature.name] = f"{num_each:,} bytes per {per}, {size(num_bytes)}: {what}"
+    return shown
+
+
+def _tokens_row(config: CaptureConfig, estimate: CaptureEstimate) -> dict[str, str]:
+    sampled = f"(from {count(estimate.num_sampled_items, 'sampled item')})"
+    if config.generate is None:
+        return {"tokens": f"about {estimate.num_tokens:,} in {count(estimate.num_sequences, 'sequence')} {sampled}"}
+    prompts = estimate.num_tokens - estimate.num_positions
+    return {
+        "tokens": f"about {prompts:,} of prompts {sampled}, at most {estimate.num_positions:,} to be written, "
+        f"in {count(estimate.num_sequences, 'answer')} ({config.generate.n} to each prompt)"
+    }

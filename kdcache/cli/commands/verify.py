@@ -1,0 +1,175 @@
+"""`kdcache verify CACHE`: re-read a whole cache, with --deep ask its teacher again; exit status 1 when anything is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+from kdcache.cli.nll_wording import alignment, conversion, left_out
+from kdcache.cli.teacher_arguments import (
+    add_teacher_arguments,
+    asks_teacher,
+    at_least,
+    loaded,
+    setting_differences,
+    teacher_config,
+    unnamed_teacher,
+)
+from kdcache.cli.wording import count, rows, say_json, size
+from kdcache.errors import ConfigError
+from kdcache.shown import say, shown
+
+if TYPE_CHECKING:
+    from kdcache.foreign.judge.deep import DeepReport
+    from kdcache.store.verify import VerifyReport
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = (
+        "Re-read a whole cache and check every promise it makes: the chain of manifests, each shard's SHA-256, each row's\n"
+        "digest, each record, and that the teacher's NLL of the text, recomputed from the cache, is the teacher's own.\n"
+        "Exit status 1 when anything is wrong.\n\n"
+        "With --deep the teacher is asked again about a random sample, each sequence alone: KL of live and cached\n"
+        "distributions, that of the live teacher with itself in a batch (an answer that moves with its neighbours is wrong),\n"
+        "shifts of the rows by -1, 0 and +1, the NLL, and what the tail that is not stored can cost."
+    )
+    parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
+    parser.add_argument("--deep", action="store_true", help="ask the teacher again about a random sample of the sequences")
+    add_teacher_arguments(parser, what="--deep: hub id or folder of the teacher; never taken from the cache")
+    parser.add_argument(
+        "--sample", type=at_least(1), default=16, metavar="N", help="--deep: sequences to ask about (default: 16)"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="--deep: of the sample (default: 0)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="NATS",
+        help="--deep: mean KL allowed (default: what control, codec and engine explain)",
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify with a progress bar; damage goes to stderr, a sentence each."""
+    _check_flags(args)
+    if args.deep and not asks_teacher(args):
+        raise _unnamed(args.cache)
+    from tqdm import tqdm
+
+    from kdcache.bars import bar_options
+    from kdcache.store.verify import verify_cache
+
+    with tqdm(**bar_options(desc="verifying", unit="B", unit_scale=True, delay=1.0)) as bar:
+
+        def progress(num_done: int, num_all: int) -> None:
+            bar.total = num_all
+            bar.update(num_done - bar.n)
+
+        report = verify_cache(args.cache, progress)
+    for problem in report.problems:
+        say(f"damaged: {shown(problem)}", sys.stderr)
+    if report.problems:
+        say(f"`kdcache repair {args.cache}` sets damaged units aside, so that they can be made again", sys.stderr)
+    deep = _ask_teacher(args) if args.deep and report.is_sound else None
+    for problem in deep.problems if deep is not None else ():
+        say(f"wrong: {shown(problem)}", sys.stderr)
+    if args.json:
+        say_json(_fields(report, deep))
+    else:
+        say(_as_text(args.cache, report, deep))
+    return 0 if report.is_sound and (deep is None or deep.is_sound) else 1
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    names = ("teacher", "teacher_config", "backend", "dtype", "tolerance")
+    for_deep = [name.replace("_", "-") for name in names if getattr(args, name) is not None]
+    if for_deep and not args.deep:
+        raise ConfigError(f"--{for_deep[0]} is for --deep: without it no teacher is asked")
+    if args.tolerance is not None and not args.tolerance >= 0:
+        raise ConfigError(f"--tolerance is {args.tolerance}, expected nats, 0 or more")
+
+
+def _unnamed(cache: str) -> ConfigError:
+    from kdcache.store.reader import open_cache
+
+    with open_cache(cache) as reader:
+        return unnamed_teacher(cache, reader.manifest.config.get("teacher"))
+
+
+def _ask_teacher(args: argparse.Namespace) -> DeepReport:
+    from kdcache.foreign.judge.deep import DeepOptions, verify_deep
+    from kdcache.store.reader import open_cache
+
+    options = DeepOptions(num_sequences=args.sample, seed=args.seed, tolerance_nats=args.tolerance)
+    with open_cache(args.cache) as reader:
+        config = teacher_config(args)
+        for line in setting_differences(config, reader.manifest.config.get("teacher")):
+            say(line, sys.stderr)
+        with loaded(config) as teacher:
+            assert teacher is not None
+            return verify_deep(reader, teacher, options)
+
+
+def _fields(report: VerifyReport, deep: DeepReport | None) -> dict[str, Any]:
+    fields = {name: value for name, value in vars(report).items() if name != "manifest"} | {"sound": report.is_sound}
+    manifest, notes = report.manifest, conversion(report.manifest)
+    fields |= {name: manifest.total(name) for name in ("num_targets", "num_impossible_targets")}
+    fields |= {"alignment": None if notes is None else notes.get("alignment", {"proven_by": None})}
+    return fields | {"snapshot": report.manifest.digest, "deep": None if deep is None else deep.to_builtins()}
+
+
+def _as_text(path: str, report: VerifyReport, deep: DeepReport | None) -> str:
+    text = _report_text(path, report)
+    return text if deep is None else f"{text}\n{_deep_text(deep)}"
+
+
+def _deep_text(deep: DeepReport) -> str:
+    shifts = ", ".join(f"{shift:+d}: {kl:.3g}" for shift, kl in zip((-1, 0, 1), deep.shift_kl, strict=True))
+    asked = f"{count(len(deep.sequences), 'sequence')}, {count(deep.num_positions, 'position')}"
+    lines = {
+        "teacher": f"{'agrees' if deep.is_sound else 'does not agree'}: asked again about {asked}",
+        "  KL(live || cached)": f"{_spread(deep.kl_mean, deep.kl_p99, deep.kl_max)} (allowed: mean {deep.allowed:.3g})",
+        "  KL(live || live)": f"{_spread(deep.control_mean, deep.control_p99, deep.control_max)}, alone and in a batch",
+        "  rows shifted": f"{shifts} nats",
+        "  logprobs": f"at most {deep.max_difference:.3g} nats apart; cached = {deep.slope:.4f} x live",
+        "  NLL": f"cached {deep.cached_nll:.6f}, live {deep.live_nll:.6f} nats, at most {deep.nll_difference:.3g} apart",
+        "  kept mass": f"{deep.kept_mass:.5f}; taking the support for the whole costs {deep.renormalisation_cost:.4f} nats",
+    }
+    return rows(lines)
+
+
+def _spread(mean: float, high: float, most: float) -> str:
+    return f"mean {mean:.3g}, 99% {high:.3g}, max {most:.3g} nats"
+
+
+def _verdict(report: VerifyReport) -> str:
+    if not report.is_sound:
+        return f"{count(len(report.problems), 'problem')} found"
+    notes = conversion(report.manifest)
+    proof = None if notes is None else notes.get("alignment")
+    if notes is None or (isinstance(proof, dict) and proof.get("proven_by")):
+        return "sound"
+    return "its bytes are sound, its alignment was not proven"
+
+
+def _report_text(path: str, report: VerifyReport) -> str:
+    manifest = report.manifest
+    num_done, num_units = len(manifest.shards), manifest.plan.num_units
+    command = "derive" if manifest.lineage else "capture"  # UNSET is false
+    state = "complete" if manifest.is_complete else f"{num_done:,} of {count(num_units, 'unit')}; `kdcache {command}` goes on"
+    lines = {
+        "cache": f"{path}: {_verdict(report)} ({state})",
+        "read": f"{count(report.num_sequences, 'sequence')}, {count(report.num_positions, 'position')}, "
+        f"{size(report.num_bytes)}",
+    }
+    if not math.isnan(report.teacher_nll):
+        lines["NLL"] = (
+            f"teacher {report.teacher_nll:.6f} nats per target, recomputed from the cache {report.cached_nll:.6f} "
+            f"(difference {abs(report.teacher_nll - report.cached_nll):.1e}, the codec's bound {report.nll_bound:.1e})"
+        )
+    if missing := left_out(manifest):
+        lines["left out"] = missing
+    return rows(lines | alignment(manifest))

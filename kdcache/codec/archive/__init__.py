@@ -1,0 +1,1 @@
+"""The codec `archive`: entropy-coded entries, the smallest form."""

@@ -1,0 +1,1 @@
+"""Fewer entries per position: exact cuts and random draws."""

@@ -1,0 +1,1 @@
+"""Readers of the caches that other projects write, one format per file."""

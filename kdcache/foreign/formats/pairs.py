@@ -1,0 +1,133 @@
+"""Cells whose entries are objects, as engines write them: `[[{"token_id": 5, "logprob": -0.1}, ...], ...]`, a list per row.
+
+Shape letters: R rows, E entries of all rows (ragged).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from kdcache.errors import InputError
+from kdcache.foreign.base import ValueKind
+from kdcache.foreign.formats.tables import ROWS_TO_LOOK_AT, Table, check_num_rows, list_lengths
+
+ID_FIELDS = ("token_id", "tokenId", "id", "token", "index", "idx")
+VALUE_FIELDS: dict[str, ValueKind] = {
+    "logprob": "logprobs", "log_prob": "logprobs", "logprobs": "logprobs", "logit": "logits", "prob": "probs",
+    "probability": "probs",
+}  # fmt: skip
+
+_NUMBERED = re.compile(r"(?:token_id:)?(\d{1,18})")
+
+
+@dataclass(frozen=True)
+class PairColumn:
+    """A column of entry objects.
+
+    Attributes:
+        column: its name.
+        id_field, value_field: the objects' fields for the id and the value.
+        has_text_ids: whether ids are written as text, as in `token_id:5`.
+    """
+
+    column: str
+    id_field: str
+    value_field: str
+    has_text_ids: bool
+
+    @property
+    def values(self) -> ValueKind:
+        """What the values are, by their field's name."""
+        return VALUE_FIELDS[self.value_field]
+
+
+def find_pairs(table: Table, candidates: Sequence[str]) -> PairColumn | None:
+    """The first of these columns whose cells hold lists of objects with an id and a value; None for none."""
+    for row in table.first_rows(candidates):
+        for name in candidates:
+            cell = row.get(name)
+            if (entry := _first_entry(cell)) is not None:
+                ids = next((field for field in ID_FIELDS if field in entry), None)
+                values = next((field for field in VALUE_FIELDS if field in entry), None)
+                if ids is not None and values is not None:
+                    return PairColumn(name, ids, values, isinstance(entry[ids], str))
+    return None
+
+
+def read_pairs(
+    cell: Any, pairs: PairColumn, where: str
+) -> tuple[tuple[NDArray[Any], NDArray[np.int64]], tuple[NDArray[Any], NDArray[np.int64]]] | None:
+    """(ids, length of each row), (values, length of each row) of one cell; a null row is empty. None for a null cell.
+
+    Raises:
+        InputError: the cell is something else, or an id is no whole number.
+    """
+    if isinstance(cell, pa.Scalar):
+        if not cell.is_valid:
+            return None
+        rows: Any = getattr(cell, "values", None)
+        if not isinstance(rows, pa.Array) or not pa.types.is_struct(getattr(rows.type, "value_type", pa.null())):
+            raise InputError(
+                f"{where}: expected a list of lists of {{{pairs.id_field}, {pairs.value_field}}}, found {cell.type}"
+            )
+        check_num_rows(rows, where)
+        entries, counts_R = rows.flatten(), list_lengths(rows)
+        ids = pc.call_function("struct_field", [entries], pc.StructFieldOptions([pairs.id_field])).to_pylist()
+        values = pc.call_function("struct_field", [entries], pc.StructFieldOptions([pairs.value_field])).to_pylist()
+    elif cell is None:
+        return None
+    else:
+        ids, values, counts_R = _from_lists(cell, pairs, where)
+    ids_E = np.array([to_id(token, where) for token in ids], np.int64)
+    return (ids_E, counts_R), (_numbers(values, pairs, where), counts_R)
+
+
+def to_id(token: Any, where: str) -> int:
+    """An id that is written as a number, as `5` or as `token_id:5`.
+
+    Raises:
+        InputError: it is text, which does not tell which id it was.
+    """
+    if type(token) is int and abs(token) < 2**62:
+        return token
+    if isinstance(token, str) and (match := _NUMBERED.fullmatch(token)):
+        return int(match[1])
+    raise InputError(
+        f"{where}: the entry's token is {token!r:.60}, but an id was expected; engines write ids where they are asked to "
+        "(vLLM: return_tokens_as_token_ids)"
+    )
+
+
+def _first_entry(cell: Any) -> dict[str, Any] | None:
+    if isinstance(cell, pa.Scalar):
+        rows: Any = getattr(cell, "values", None)
+        is_nested = isinstance(rows, pa.Array) and pa.types.is_struct(getattr(rows.type, "value_type", pa.null()))
+        cell = rows[:ROWS_TO_LOOK_AT].to_pylist() if is_nested else None
+    for row in cell if isinstance(cell, list) else ():
+        for entry in row if isinstance(row, list) else ():
+            return entry if isinstance(entry, dict) else None
+    return None
+
+
+def _from_lists(cell: Any, pairs: PairColumn, where: str) -> tuple[list[Any], list[Any], NDArray[np.int64]]:
+    rows = [row or [] for row in cell] if isinstance(cell, list) else None
+    entries = [entry for row in rows for entry in row] if rows is not None and all(isinstance(r, list) for r in rows) else None
+    if rows is None or entries is None or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{where}: expected a list of lists of {{{pairs.id_field}, {pairs.value_field}}}")
+    ids, values = [entry.get(pairs.id_field) for entry in entries], [entry.get(pairs.value_field) for entry in entries]
+    return ids, values, np.array([len(row) for row in rows], np.int64)
+
+
+def _numbers(values: list[Any], pairs: PairColumn, where: str) -> NDArray[np.float64]:
+    odd = next((value for value in values if type(value) not in (int, float)), 0.0)
+    if odd != 0.0:
+        raise InputError(f"{where}: the entry's {pairs.value_field} is {odd!r:.60}, but a number was expected")
+    return np.array(values, np.float64)

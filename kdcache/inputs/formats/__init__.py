@@ -1,0 +1,1 @@
+"""Readers of text, JSON, Parquet, Arrow and `datasets`, compressed or not."""

@@ -1,0 +1,42 @@
+"""A file of text or ids, whatever its format, as held-out data is read. (A capture names its format.)"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+
+from kdcache.errors import InputError
+from kdcache.inputs.content import DEFAULT_FIELDS, START, Fields, Item, parse_content
+from kdcache.inputs.formats.open_file import TextFiles
+from kdcache.inputs.formats.table_files import read_arrow, read_parquet, table_columns
+from kdcache.inputs.formats.text_files import read_objects
+
+
+def read_text_or_ids(path: str) -> Iterator[Item]:
+    """The items of a Parquet or Arrow file, or of JSON lines, arrays or objects, also compressed: each row's `text`, or its
+    `input_ids` where it has no text.
+
+    Raises:
+        InputError: a file that cannot be read, or a row with neither, or with one of the wrong type; names the row.
+    """
+    if os.path.isdir(path):
+        raise InputError(f"{path}: is a folder; name one of its files")
+    found, columns = table_columns(path)
+    if found is None:
+        with closing(TextFiles()) as opener:
+            yield from _json_items(path, opener)
+        return
+    kind = "ids" if "text" not in columns and "input_ids" in columns else "text"
+    read = read_parquet if found == "parquet" else read_arrow
+    yield from read(path, 0, START, fields=Fields(DEFAULT_FIELDS[kind], kind))
+
+
+def _json_items(path: str, opener: TextFiles) -> Iterator[Item]:
+    for value, where, place in read_objects(path, 0, START, opener=opener):
+        kind = "text" if value.get("text") is not None or "input_ids" not in value else "ids"
+        name = DEFAULT_FIELDS[kind]
+        if name not in value:
+            there = ", ".join(map(repr, value)) or "none"
+            raise InputError(f"{where}: neither 'text' nor 'input_ids'; the row has {there}")
+        yield Item(parse_content(value[name], kind, f"{where}: field {name!r}"), where, place)

@@ -1,0 +1,177 @@
+"""JSON values of a file one after another, in bounded memory: on lines, in an array, or printed over several lines."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from kdcache.errors import InputError
+from kdcache.inputs.content import Place
+from kdcache.inputs.formats.open_file import TextStream
+
+_CHUNK_BYTES = 2**18
+_SPACE = b" \t\r\n"
+_STRUCTURE = re.compile(rb'[][{}"]')
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_BLANK = re.compile(rb"[ \t\r\n]*+")
+
+
+class Value(NamedTuple):
+    """The bytes of one value, where it stands (`a.jsonl:17`: a line; `a.json#3`: the fourth value), and where it starts."""
+
+    data: bytes
+    where: str
+    place: Place
+
+
+def read_values(stream: TextStream, path: str, file: int, start: Place) -> Iterator[Value]:
+    """The values from a place on; nothing is decoded.
+
+    Raises:
+        InputError: the file is cut, or an array holds anything but objects.
+    """
+    if stream.layout is None:
+        stream.layout = _layout(stream, path)
+    stream.seek(start.offset)
+    if stream.layout == "lines":
+        for line, place in read_lines(stream, path, file, start):
+            if line.strip():
+                # Also of a file that was put behind another: a value does not begin with it.
+                yield Value(line.removeprefix(codecs.BOM_UTF8), f"{path}:{place.number + 1}", place)
+    else:
+        yield from _Objects(stream, path, stream.layout == "array").read(file, start)
+
+
+def read_lines(stream: TextStream, path: str, file: int, start: Place) -> Iterator[tuple[bytes, Place]]:
+    """The lines from a place on, without their ends; without a byte order mark before the first."""
+    offset, number = start.offset, start.number
+    stream.seek(offset)
+    most = stream.max_item_bytes
+    while line := stream.readline(most):
+        content = line.removesuffix(b"\n")
+        if len(line) == most and not line.endswith(b"\n"):
+            raise InputError(f"{path}:{number + 1}: a line of more than {most:,} bytes; split it")
+        yield content.removeprefix(codecs.BOM_UTF8) if offset == 0 else content, Place(file, offset, number)
+        offset, number = offset + len(line), number + 1
+
+
+def _layout(stream: TextStream, path: str) -> str:
+    """`lines`, `array`, or `printed`: objects over several lines. What does not fit any of them is read as lines."""
+    lines = (line for line, _ in read_lines(stream, path, 0, Place(0, 0, 0)) if line.strip())
+    stream.seek(0)
+    head = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip(_SPACE)
+    if head.startswith(b"["):  # whose one line may be the whole file
+        return "array"
+    first = next(lines, b"")
+    if not first.lstrip().startswith(b"{") or _is_object(first):
+        return "lines"
+    end = _end_of_object(first, first.index(b"{")).end
+    if end:  # more stands behind it: another object, or a line that is no JSON
+        return "printed" if _is_object(first[:end]) and first[end:].lstrip().startswith(b"{") else "lines"
+    second = next(lines, b"")
+    return "lines" if not second or _is_object(second) else "printed"
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(msgspec.json.decode(line), dict)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+
+
+class _Scan(NamedTuple):
+    """How far an object has been looked at: its end, where it is known, and where to look on with how many brackets open."""
+
+    end: int
+    at: int
+    depth: int
+
+
+def _end_of_object(data: bytes, at: int, depth: int = 0) -> _Scan:
+    """Where the object ends that starts, or has been scanned up to, `at`; an end of 0 where it is not in the data."""
+    while (found := _STRUCTURE.search(data, at)) is not None:
+        byte = found.group()
+        if byte == b'"':
+            string = _STRING.match(data, found.start())
+            if string is None:
+                return _Scan(0, found.start(), depth)
+            at = string.end()
+            continue
+        at = found.end()
+        depth += 1 if byte in b"[{" else -1
+        if depth == 0:
+            return _Scan(at, at, 0)
+    return _Scan(0, len(data), depth)
+
+
+class _Objects:
+    """Cuts a stream into objects: those of one array, with commas between them, or one after another."""
+
+    def __init__(self, stream: TextStream, path: str, is_array: bool) -> None:
+        self._stream, self._path, self._is_array = stream, path, is_array
+        self._data, self._base = b"", stream.tell()
+
+    def read(self, file: int, start: Place) -> Iterator[Value]:
+        at, number = 0, start.number
+        if start.offset == 0:
+            at = self._blank(3 if self._more().startswith(codecs.BOM_UTF8) else 0) + self._is_array
+        while (at := self._blank(at)) < len(self._data):
+            if self._is_array and self._data[at : at + 1] == b"]":
+                self._check_end(at + 1)
+                return
+            if number != start.number and self._is_array:
+                at = self._comma(at, number)
+            where = f"{self._path}#{number}"
+            at, end = self._object(at, where)
+            yield Value(self._data[at:end], where, Place(file, self._base + at, number))
+            at, number = end, number + 1
+        if self._is_array:
+            raise InputError(f"{self._path}: ends within its array, after {number:,} values: the file is cut off")
+
+    def _object(self, at: int, where: str) -> tuple[int, int]:
+        if self._data[at : at + 1] != b"{":
+            shown = self._data[at : at + 40].decode("utf-8", "replace").split("\n")[0]
+            raise InputError(f"{where}: expected a JSON object, which starts with '{{', and found {shown!r}")
+        scan = _end_of_object(self._data, at)
+        while not scan.end:
+            if len(self._data) - at > self._stream.max_item_bytes:
+                raise InputError(f"{where}: an object of more than {self._stream.max_item_bytes:,} bytes; split it")
+            dropped = at
+            if not self._more(at):
+                raise InputError(f"{where}: not JSON: the file ends within this object")
+            at = 0
+            scan = _end_of_object(self._data, scan.at - dropped, scan.depth)
+        return at, scan.end
+
+    def _comma(self, at: int, number: int) -> int:
+        if self._data[at : at + 1] != b",":
+            raise InputError(f"{self._path}: not JSON: no comma after value {number - 1} of the array")
+        return self._blank(at + 1)
+
+    def _check_end(self, at: int) -> None:
+        at = self._blank(at)
+        if at < len(self._data):
+            raise InputError(f"{self._path}: not JSON: more text after the end of the array")
+
+    def _blank(self, at: int) -> int:
+        """The first place from `at` on that is not blank; the data's end at the end of the file."""
+        while True:
+            found = _BLANK.match(self._data, at)
+            assert found is not None
+            if found.end() < len(self._data) or not self._more(found.end()):
+                return found.end()
+            at = 0
+
+    def _more(self, keep_from: int = 0) -> bytes:
+        """Read on; what stands before `keep_from` is dropped where there is more. As much again as is kept: an object that is
+        looked at in pieces is copied a few times, not once for each chunk."""
+        kept = len(self._data) - keep_from
+        more = self._stream.read(max(_CHUNK_BYTES, kept))
+        if more:
+            self._base += keep_from
+            self._data = self._data[keep_from:] + more
+        return more

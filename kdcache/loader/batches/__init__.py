@@ -1,0 +1,1 @@
+"""From encoded sequences to the arrays of a batch."""

@@ -1,0 +1,1 @@
+"""Which sequences share a packed row, and which rows a batch."""

@@ -1,0 +1,104 @@
+"""Packing: which sequences share a row and which rows a batch, from their lengths alone. Pure functions; no record is read.
+
+Each window of `pack_window` sequences of the epoch's order is treated by itself. `first_fit`: a sequence goes into the first
+row of its window that has room for it, or opens a new one. `BLOCK_WINDOWS` windows are packed at once. One sequence per row:
+`batching.py`.
+
+Shape letters: M sequences of a block in the order's places, W places of a window, R rows, N batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.config.loader import LoaderConfig
+
+PACKING_VERSION = 1
+"""Goes up with any change of what `pack_block` and `batch_block` return; part of a loader's state."""
+
+BLOCK_WINDOWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How rows are filled: the fields of LoaderConfig that decide it."""
+
+    kind: Literal["first_fit", "none"]
+    seq_len: int
+    window: int
+
+    @classmethod
+    def of(cls, options: LoaderConfig) -> Packing:
+        """As the options say; where batches are cut within windows, a window is whole batches."""
+        window = options.pack_window
+        if cuts_batches(options):
+            window = -(-window // options.batch_rows) * options.batch_rows
+        return cls(options.packing, options.seq_len, window)
+
+    @property
+    def block_places(self) -> int:
+        """Places of the order that one block covers."""
+        return BLOCK_WINDOWS * self.window
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """The rows of one block, in the order in which the stream has them.
+
+    Attributes:
+        sequences_M: (M,) int64, the sequences, row after row.
+        starts_R1: (R+1,) int64; row r holds sequences_M[starts_R1[r]:starts_R1[r + 1]].
+        batches_N1: (N+1,) int64; batch n is rows batches_N1[n]:batches_N1[n + 1]. None where batches are cut from the stream of
+            all rows, `batch_rows` at a time, and may begin in one block and end in the next.
+    """
+
+    sequences_M: NDArray[np.int64]
+    starts_R1: NDArray[np.int64]
+    batches_N1: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts_R1) - 1
+
+    def __getitem__(self, row: int) -> NDArray[np.int64]:
+        return self.sequences_M[self.starts_R1[row] : self.starts_R1[row + 1]]
+
+
+def cuts_batches(options: LoaderConfig) -> bool:
+    """Whether batches are cut within windows, by the lengths of their sequences."""
+    return options.group_by_length or options.batch_tokens is not None or options.pad_to == "longest"
+
+
+def pack_block(sequences_M: NDArray[np.int64], lengths_M: NDArray[np.int64], packing: Packing) -> Rows:
+    """The rows of one block of the epoch.
+
+    Args:
+        sequences_M: (M,) the sequences at the block's places of the order.
+        lengths_M: (M,) their tokens, each in [1, seq_len].
+        packing: how rows are filled.
+    """
+    if packing.kind == "none":
+        return Rows(sequences_M, np.arange(len(sequences_M) + 1))
+    # Imported on use: numba takes 0.4 s, and a loader is made where nothing is packed, too.
+    from kdcache.loader.rows._numba_packing import first_fit
+
+    rows_M = first_fit(lengths_M, packing.seq_len, packing.window)
+    by_row_M = np.argsort(rows_M, kind="stable")
+    starts_R1 = np.append(0, np.cumsum(np.bincount(rows_M)))
+    return Rows(sequences_M[by_row_M], starts_R1)
+
+
+def first_fit_reference(lengths_W: list[int], seq_len: int) -> list[int]:
+    """First fit of one window, as one would explain it: the definition that `_numba_packing.first_fit` is compared with."""
+    filled: list[int] = []
+    rows: list[int] = []
+    for length in lengths_W:
+        row = next((r for r, tokens in enumerate(filled) if tokens + length <= seq_len), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        filled[row] += length
+        rows.append(row)
+    return rows

@@ -1,0 +1,1 @@
+"""Reading object stores by byte ranges, and the blocks that are kept."""

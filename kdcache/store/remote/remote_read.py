@@ -1,0 +1,281 @@
+"""The record batches of a cache in an object store: fetched ahead by threads, neighbours in one request, kept as blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+
+from kdcache.config.remote import RemoteConfig
+from kdcache.errors import CorruptCacheError
+from kdcache.format.manifest import ShardInfo
+from kdcache.store.files.location import RemotePath
+from kdcache.store.remote.block_cache import Blocks, DiskBlocks, MemoryBlocks
+from kdcache.store.remote.remote_file import Layout, parse_record_batch, parse_tail, read_tail
+
+NEIGHBOURS = 4
+"""Record batches in one request, at most: beyond some 16 MiB a request gains nothing, and others could run beside it."""
+MAX_REQUEST_BYTES = 32 * 2**20
+
+THREAD_NAME = "kdcache-fetch"
+
+Wanted = tuple[int, int]
+"""Unit and number of a record batch."""
+
+
+class RemoteShards:
+    """What a reader asks for in place of memory maps. Safe to use from several threads.
+
+    Args:
+        root: of the cache.
+        shards: of the snapshot, by unit.
+    """
+
+    def __init__(self, root: RemotePath, shards: dict[int, ShardInfo]) -> None:
+        self.root, self._shards = root, shards
+        self.blocks = open_blocks(root.config)
+        self._address = address_of(root)
+        self._layouts: dict[int, Layout] = {}
+        self._renew()
+
+    def open(self, unit: int) -> RemoteFile:
+        """A shard, its footer read; the name is in the message where it is damaged."""
+        return RemoteFile(self, unit, self._layout(unit))
+
+    def record_batch(self, unit: int, number: int) -> pa.RecordBatch:
+        """A record batch: from the blocks, from a request that is under way, or from the store.
+
+        Raises:
+            CorruptCacheError, StorageError, FileNotFoundError: the shard is damaged, out of reach, missing.
+        """
+        block = self._awaited((unit, number)) or self.blocks.get(self._key(unit, number)) or self._fetched((unit, number))
+        return parse_record_batch(block, self._layout(unit).schema)
+
+    def prefetch(self, wanted: Sequence[Wanted]) -> None:
+        """Start to fetch what is not here, in this order, and keep all of it while there is room. Replaces what was wanted
+        before: of that, what has not begun is dropped. Errors are left to the reading of their record batch."""
+        window = dict.fromkeys(wanted)
+        keys = {place: self._key(*place) for place in window}
+        self.blocks.pin(keys.values())
+        with self._lock:
+            stale = {fetch for place, fetch in self._under_way.items() if place not in window}
+        for fetch in stale:  # without the lock, which the end of each takes
+            fetch.cancel()
+        missing = [place for place in window if place not in self._under_way and not self.blocks.touch(keys[place])]
+        for group in neighbours(missing):
+            self._start(group)
+
+    def forget(self, unit: int, number: int) -> None:
+        """Whatever is kept of this record batch and its shard's footer is not to be trusted: read it from the store again."""
+        self.blocks.drop(self._key(unit, number))
+        self.blocks.drop(self._footer_key(unit))
+        self._layouts.pop(unit, None)
+
+    def close(self) -> None:
+        """End the threads; what they have begun is waited for."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._under_way.clear()
+        self._layouts.clear()
+
+    def renew_after_fork(self) -> None:
+        """In the child, which has none of the threads and may have inherited locks that one of them held."""
+        self._renew()
+        if isinstance(self.blocks, MemoryBlocks | DiskBlocks):
+            self.blocks.renew_after_fork()
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+        self._opening: dict[int, threading.Lock] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._under_way: dict[Wanted, Future[dict[Wanted, pa.Buffer]]] = {}
+
+    def _awaited(self, place: Wanted) -> pa.Buffer | None:
+        """From a request that is under way; None where there is none or it fails."""
+        with self._lock:
+            fetch = self._under_way.get(place)
+        return None if fetch is None else _result(fetch, place)
+
+    def _fetched(self, place: Wanted) -> pa.Buffer:
+        """From the store, now; of several threads that want it at once, one asks."""
+        mine: Future[dict[Wanted, pa.Buffer]] = Future()
+        mine.set_running_or_notify_cancel()
+        with self._lock:
+            fetch = self._under_way.setdefault(place, mine)
+        if fetch is not mine:
+            return _result(fetch, place) or self._fetch([place])[place]
+        try:
+            found = self._fetch([place])
+            mine.set_result(found)
+            return found[place]
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            self._over([place], mine)
+
+    def _start(self, group: Sequence[Wanted]) -> None:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.root.config.num_threads, THREAD_NAME)
+            fetch = self._pool.submit(self._fetch, group)
+            self._under_way.update(dict.fromkeys(group, fetch))
+        fetch.add_done_callback(lambda _: self._over(group, fetch))
+
+    def _over(self, group: Sequence[Wanted], fetch: Future[dict[Wanted, pa.Buffer]]) -> None:
+        with self._lock:
+            for place in group:
+                if self._under_way.get(place) is fetch:
+                    del self._under_way[place]
+
+    def _fetch(self, group: Sequence[Wanted]) -> dict[Wanted, pa.Buffer]:
+        """Neighbours of one shard, from the store, in as few requests as their bytes allow."""
+        unit = group[0][0]
+        layout, path = self._layout(unit), self._path(unit)
+        fetched: dict[Wanted, pa.Buffer] = {}
+        for run in _requests(layout, [number for _, number in group], str(path)):
+            start, stop = layout.places[run[0]].offset, layout.places[run[-1]].stop
+            data = path.read_range(start, stop)
+            for number in run:
+                place = layout.places[number]
+                # Copied where there are several: a slice would keep the others' bytes in memory.
+                block = data if len(run) == 1 else data[place.offset - start : place.stop - start]
+                fetched[unit, number] = self.blocks.put(self._key(unit, number), block)
+        return fetched
+
+    def _layout(self, unit: int) -> Layout:
+        layout = self._layouts.get(unit)
+        if layout is not None:
+            return layout
+        with self._opening.setdefault(unit, threading.Lock()):  # else each of a shard's first requests would bring its footer
+            if unit in self._layouts:
+                return self._layouts[unit]
+            shard, path, key = self._shards[unit], self._path(unit), self._footer_key(unit)
+            try:
+                tail = self.blocks.get(key) or self.blocks.put(key, read_tail(path.read_range, shard.num_bytes))
+                layout = parse_tail(memoryview(tail), shard.num_bytes)
+            except CorruptCacheError as error:
+                raise CorruptCacheError(_named(path, error)) from error
+            except FileNotFoundError as error:
+                raise CorruptCacheError(f"{path}: the shard is missing") from error
+            self._layouts[unit] = layout
+        return layout
+
+    def _path(self, unit: int) -> RemotePath:
+        return self.root / self._shards[unit].name
+
+    def _key(self, unit: int, number: int) -> str:
+        return f"{self._origin(unit)}-{number}"
+
+    def _footer_key(self, unit: int) -> str:
+        return f"{self._origin(unit)}-footer"
+
+    def _origin(self, unit: int) -> str:
+        """Names what a block was read from, in 64 hex digits. The address is part of it: a manifest only claims its shards'
+        SHA-256, which nobody can check of a part, so that a cache elsewhere could put blocks in this one's place."""
+        shard = self._shards[unit]
+        parts = (self._address, shard.name, shard.sha256, str(shard.num_bytes))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+class RemoteFile:
+    """What a reader uses of `pyarrow.RecordBatchFileReader`."""
+
+    def __init__(self, shards: RemoteShards, unit: int, layout: Layout) -> None:
+        self._shards, self._unit = shards, unit
+        self.schema, self.num_record_batches = layout.schema, len(layout.places)
+
+    def get_batch(self, number: int) -> pa.RecordBatch:
+        """Record batch `number`; raises as `RemoteShards.record_batch`."""
+        return self._shards.record_batch(self._unit, number)
+
+
+def neighbours(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
+    """Groups of record batches that follow each other in their shard, each group where its first one was wanted."""
+    left = dict.fromkeys(wanted)
+    groups = []
+    for place in wanted:
+        if place not in left:
+            continue
+        group = []
+        while place in left and len(group) < NEIGHBOURS:
+            del left[place]
+            group.append(place)
+            place = (place[0], place[1] + 1)  # noqa: PLW2901 - walks along the shard
+        groups.append(group)
+    return groups
+
+
+def read_content(path: RemotePath, sha256: str) -> pa.Buffer:
+    """An object by its SHA-256, kept as a block where there is a folder for them.
+
+    Raises:
+        CorruptCacheError: it is another, twice. FileNotFoundError, StorageError: it cannot be had.
+    """
+    blocks = open_blocks(path.config) if path.config.block_dir is not None else None
+    key = f"{sha256}-index"
+    kept = blocks.get(key) if blocks is not None else None
+    if kept is not None:
+        return kept
+    for _ in range(2):
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() == sha256:
+            if blocks is None:
+                return pa.py_buffer(data)
+            put = blocks.put(key, data)
+            return blocks.get(key) or put  # mapped, so that it is no memory of this process
+    raise CorruptCacheError(f"{path}: its SHA-256 is not the one in the manifest; the index is damaged")
+
+
+def address_of(path: RemotePath) -> str:
+    """The URI, and the server behind it where that is not the usual one."""
+    options = path.config.options
+    client = options.get("client_kwargs")
+    named = options.get("endpoint_url") or (client.get("endpoint_url") if isinstance(client, dict) else None)
+    return f"{path.uri} {named or os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL') or ''}"
+
+
+def open_blocks(config: RemoteConfig) -> Blocks:
+    """The blocks of a config: in its folder, shared by all readers of this process that name it, else in memory."""
+    if config.block_dir is None:
+        return MemoryBlocks(config.memory_bytes)
+    return _disk_blocks(str(Path(config.block_dir).absolute()), config.block_bytes, os.getpid())
+
+
+@lru_cache(maxsize=8)
+def _disk_blocks(folder: str, capacity: int, pid: int) -> DiskBlocks:  # noqa: ARG001 - a fork makes its own
+    return DiskBlocks(Path(folder), capacity)
+
+
+def _result(fetch: Future[dict[Wanted, pa.Buffer]], place: Wanted) -> pa.Buffer | None:
+    try:
+        return fetch.result()[place]
+    except Exception:
+        return None  # tried again where it is needed, and told there
+
+
+def _requests(layout: Layout, numbers: Sequence[int], where: str) -> list[list[int]]:
+    """Runs of adjacent record batches, each of no more bytes than a request should have."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if number >= len(layout.places):
+            raise CorruptCacheError(f"{where}: record batch {number}: the shard has {len(layout.places)} of them")
+        run = runs[-1] if runs else None
+        is_next = run is not None and layout.places[run[-1]].stop == layout.places[number].offset
+        if run is not None and is_next and layout.places[number].stop - layout.places[run[0]].offset <= MAX_REQUEST_BYTES:
+            run.append(number)
+        else:
+            runs.append([number])
+    return runs
+
+
+def _named(path: RemotePath, error: CorruptCacheError) -> str:
+    return str(error) if str(error).startswith(str(path)) else f"{path}: {error}"

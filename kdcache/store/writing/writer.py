@@ -1,0 +1,267 @@
+"""Writing a cache: units in, published shards out; kill it anywhere and run it again.
+
+A unit is done when its journal record exists. Order of publishing: shard (temp, fsync, rename, fsync of the directory), then
+journal record, then, at a fold, index and manifest. A crash between two of these leaves files that no manifest names, which the
+next run sweeps or publishes again under the same content-derived name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from kdcache.codec import get_codec
+from kdcache.codec.features import check_features, feature_fields
+from kdcache.config.remote import RemoteConfig
+from kdcache.errors import CaptureError, CorruptCacheError, FormatError, KdcacheError, StorageError
+from kdcache.format import paths
+from kdcache.format.manifest import Manifest, ShardInfo, UnitAccount, shard_to_json
+from kdcache.format.record import SequenceRecord
+from kdcache.format.schema import optional_fields, shard_schema
+from kdcache.format.selection import fixed_entries
+from kdcache.shown import get_logger
+from kdcache.store import chain
+from kdcache.store.chain import read_journal_record
+from kdcache.store.files import fs
+from kdcache.store.files.location import Location, each, locate, own_files
+from kdcache.store.index import publish_index
+from kdcache.store.records.batch import encode_records
+from kdcache.store.writing.admission import check_record, refuse_foreign_directory, refuse_other_capture
+from kdcache.store.writing.statistics import ShardStatistics
+
+_log = get_logger(__name__)
+
+DEFAULT_RECORD_BATCH_BYTES = 4 * 1024 * 1024
+MAX_RECORD_BATCH_BYTES = 2**30
+"""With one more sequence of the most entries it still fits 31-bit list offsets."""
+
+MAX_FOLD_TRIES = 1000
+"""Each failed try is another writer's success, so that only more writers than this at once could meet it."""
+
+
+class CacheWriter:
+    """One writer of a cache. Several may write the same cache at once: names are private until published, and a unit that is
+    done twice is folded once.
+
+    Make one with `CacheWriter.open`.
+    """
+
+    def __init__(self, root: Location, manifest: Manifest, record_batch_bytes: int) -> None:
+        self.root, self._first = root, manifest
+        self._record_batch_bytes = min(record_batch_bytes, MAX_RECORD_BATCH_BYTES)
+        identity = manifest.identity
+        self._codec = get_codec(identity.codec.codec_id, identity.codec.params, identity.selection)
+        self._fixed = fixed_entries(identity.selection)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Location,
+        manifest: Manifest,
+        *,
+        record_batch_bytes: int = DEFAULT_RECORD_BATCH_BYTES,
+        remote: RemoteConfig | None = None,
+    ) -> CacheWriter:
+        """Start a cache, or go on with the one that is there.
+
+        Args:
+            path: the cache's directory, made if missing; or its URI in an object store.
+            manifest: number 0, without shards: identity, plan, versions, config.
+            record_batch_bytes: about this many bytes of rows per Arrow record batch.
+            remote: how an object store is reached.
+
+        Raises:
+            MismatchError: the directory holds another capture, or files that are no cache.
+            UnsupportedVersionError: it holds a cache of a newer format.
+            CaptureError: the directory cannot be made or written.
+        """
+        root = locate(path, remote)
+        refuse_foreign_directory(root)
+        fs.make_directories(root)
+        with _disk_errors(f"the cache at {str(root)!r} cannot be started"):
+            fs.sweep_temp_files(root)
+            if not chain.manifest_numbers(root):
+                chain.add_manifest(root, manifest)
+        first = chain.read_manifest(root, 0)
+        refuse_other_capture(root, first, manifest)
+        return cls(root, first, record_batch_bytes)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The newest snapshot."""
+        return chain.newest_manifest(self.root)
+
+    def published_units(self) -> set[int]:
+        """Units that are done: in the newest manifest, or journalled since."""
+        folded = {shard.unit for shard in self.manifest.shards}
+        return folded | {shard.unit for shard in self._journal(folded)}
+
+    def write_unit(
+        self, unit: int, records: Iterable[SequenceRecord], *, account: Callable[[], UnitAccount] | None = None
+    ) -> ShardInfo:
+        """Encode, write and publish one unit as one shard.
+
+        Args:
+            unit: its number in the plan.
+            records: its sequences, in order; may be empty. Consumed once; about one record batch of them is held at a time.
+            account: asked, when the last record is written, what the unit took.
+
+        Raises:
+            CaptureError: the unit is not in the plan, a record cannot be stored, or the disk refuses.
+        """
+        if not 0 <= unit < self._first.plan.num_units:
+            raise CaptureError(f"unit {unit} is not in the plan of {self._first.plan.num_units} units")
+        temp = fs.temp_path(self.root)
+        with _disk_errors(f"unit {unit} could not be written to {str(self.root)!r}"):
+            try:
+                statistics = self._write_shard(temp, unit, records)
+                fs.reached("temp file written")
+                shard = self._publish_shard(temp, unit, statistics, account() if account is not None else msgspec.UNSET)
+                fs.publish_bytes(self.root, shard_to_json(shard), paths.journal_name(unit, shard.sha256))
+            finally:
+                temp.unlink(missing_ok=True)
+        fs.reached("journal published")
+        return shard
+
+    def fold(self) -> Manifest:
+        """Publish a manifest that names every shard journalled so far; the newest one where there is nothing new.
+
+        When the cache is complete, files that no manifest needs are swept: of units that were done twice, of folds that lost.
+
+        Raises:
+            CorruptCacheError: a manifest or a shard is damaged. CaptureError: the disk refuses.
+        """
+        with _disk_errors(f"{str(self.root)!r} could not be folded"):
+            for _ in range(MAX_FOLD_TRIES):
+                newest = self.manifest
+                done = {shard.unit for shard in newest.shards}
+                new = {shard.unit: shard for shard in self._journal(done)}
+                folded = self._try_to_fold(newest, list(new.values())) if new else newest
+                if folded is not None:
+                    if folded.is_complete:
+                        self._sweep_redundant(folded)
+                    return folded
+        raise CaptureError(
+            f"{str(self.root)!r} could not be folded: {MAX_FOLD_TRIES} times another writer's manifest came first"
+        )
+
+    def _try_to_fold(self, newest: Manifest, new: list[ShardInfo]) -> Manifest | None:
+        """The next snapshot, or None where another writer was first: the next try starts from what that one made."""
+        shards = tuple(sorted([*newest.shards, *new], key=lambda shard: shard.unit))
+        try:
+            index = publish_index(self.root, newest, new)
+        except CorruptCacheError:
+            if all((self.root / shard.name).exists() for shard in new):
+                raise
+            return None  # another writer's fold made the cache complete and swept a shard of ours that was one too many
+        manifest = msgspec.structs.replace(newest, number=newest.number + 1, parent=newest.digest, shards=shards, index=index)
+        return manifest if chain.add_manifest(self.root, manifest) else None
+
+    def _journal(self, folded: Collection[int]) -> Iterator[ShardInfo]:
+        """Shards from the journal whose file is there and whole; of several for a unit, the first name's comes last.
+
+        Records of folded units are not opened: the journal keeps them, so reading them all at each fold would make a long
+        capture quadratic.
+        """
+        units = {name: paths.parse_journal_name(name) for name in self.journal_names()}
+        names = sorted((n for n, unit in units.items() if unit is not None and unit not in folded), reverse=True)
+        return (shard for shard in each(self._journalled, names, self.root) if shard is not None)
+
+    def journal_names(self) -> list[str]:
+        """Base names of what is in the journal."""
+        return [path.name for path in (self.root / paths.JOURNAL).iterdir()]
+
+    def _journalled(self, name: str) -> ShardInfo | None:
+        try:
+            shard = read_journal_record(self.root / paths.JOURNAL / name)
+            if shard.unit < self._first.plan.num_units and (self.root / shard.name).stat().st_size == shard.num_bytes:
+                return shard
+        except FileNotFoundError:
+            return None  # swept since, or its shard was
+        except CorruptCacheError as error:
+            _log.warning("%s; its unit is done again", error)
+        return None
+
+    def _write_shard(self, temp: Path, unit: int, records: Iterable[SequenceRecord]) -> ShardStatistics:
+        identity = self._first.identity
+        vocab_size = identity.teacher.vocab_size
+        fields = [*self._codec.fields(), *feature_fields(identity.features)]
+        schema = shard_schema(
+            fields, unit=unit, vocab_size=vocab_size, selection=identity.selection, codec=identity.codec,
+            optional=optional_fields(identity), features=identity.features,
+        )  # fmt: skip
+        statistics = ShardStatistics(vocab_size)
+        with pa.OSFile(str(temp), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for group in self._groups(records, statistics):
+                batch = encode_records(group, self._codec, schema, self._fixed)
+                for name, column in zip(schema.names, batch.columns, strict=True):
+                    statistics.add_column_bytes(name, column.nbytes)
+                writer.write_batch(batch)
+        return statistics
+
+    def _check_features(self, record: SequenceRecord) -> None:
+        distributions = record.distributions
+        try:
+            check_features(distributions.features, self._first.identity.features, distributions.num_positions)
+        except FormatError as error:
+            raise CaptureError(f"{record.sequence.source}: {error}; the record cannot be stored") from error
+
+    def _groups(self, records: Iterable[SequenceRecord], statistics: ShardStatistics) -> Iterator[list[SequenceRecord]]:
+        group: list[SequenceRecord] = []
+        num_bytes = 0
+        for record in records:
+            check_record(record, vocab_size=statistics.vocab_size, fixed_entries=self._fixed)
+            self._check_features(record)
+            statistics.add(record)
+            if not statistics.is_finite:
+                raise CaptureError(f"{record.sequence.source}: a logprob or tail mass is NaN; the record cannot be stored")
+            group.append(record)
+            num_bytes += sum(4 * values.size for values in record.distributions.features.values())
+            num_bytes += 6 * record.distributions.num_entries + 8 * record.sequence.num_tokens
+            if num_bytes >= self._record_batch_bytes:
+                yield group
+                group, num_bytes = [], 0
+        if group:
+            yield group
+
+    def _publish_shard(
+        self, temp: Path, unit: int, statistics: ShardStatistics, account: UnitAccount | msgspec.UnsetType
+    ) -> ShardInfo:
+        sha256, num_bytes = fs.sha256_of(temp), temp.stat().st_size
+        totals = {k: v for k, v in vars(statistics).items() if k != "vocab_size"}
+        name = paths.shard_name(unit, sha256)
+        fs.publish_file(self.root, temp, name)
+        fs.reached("shard published")
+        return ShardInfo(unit=unit, name=name, sha256=sha256, num_bytes=num_bytes, account=account, **totals)
+
+    def _sweep_redundant(self, manifest: Manifest) -> None:
+        needed = {shard.name for shard in manifest.shards} | self._index_names()
+        needed |= {paths.journal_name(shard.unit, shard.sha256) for shard in manifest.shards}
+        # The journal record goes first: a record without its shard would be a promise that nothing keeps.
+        for directory in (paths.FAILED, paths.JOURNAL, paths.DATA, paths.INDEX):
+            for path in own_files(self.root / directory):
+                name = f"{directory}/{path.name}"
+                if paths.is_own_name(name) and name not in needed:
+                    path.unlink(missing_ok=True)
+                    fs.reached("swept one")
+
+    def _index_names(self) -> set[str]:
+        """Of all manifests: who reads an older snapshot needs its index."""
+        manifests = (chain.read_manifest(self.root, number) for number in chain.manifest_numbers(self.root))
+        return {manifest.index.name for manifest in manifests if manifest.index is not None}
+
+
+@contextmanager
+def _disk_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        raise CaptureError(f"{what}: {error}; nothing published is lost") from error
+    except KdcacheError:
+        raise  # some of ours are OSErrors too
+    except OSError as error:
+        raise CaptureError(f"{what}: {error}; nothing published is lost") from error

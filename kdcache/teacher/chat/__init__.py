@@ -1,0 +1,1 @@
+"""Tokenizers, chat templates, and which tokens of a rendered chat are whose."""

@@ -1,0 +1,1 @@
+"""Teachers run by transformers."""

@@ -1,0 +1,88 @@
+"""How the `transformers` teacher's model is loaded, and which attention it runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from kdcache.config.capture import TeacherConfig
+from kdcache.errors import ConfigError, TeacherError
+from kdcache.half_precision import warn_if_emulated
+from kdcache.teacher.base import first_line
+from kdcache.teacher.hf.attention import EAGER, must_be_eager, use_eager
+from kdcache.teacher.hf.model_class import class_of_checkpoint
+
+FIELD = "teacher.engine_options.attn_implementation"
+
+
+def load_checked(config: TeacherConfig) -> PreTrainedModel:
+    """The model in evaluation mode, with an attention that does what its config asks.
+
+    Raises:
+        ConfigError: a setting that only vLLM has, or an attention that leaves something out and was asked for by name.
+        TeacherError: the model does not load.
+    """
+    refuse_vllm_settings(config)
+    model = _load(config, config.engine_options)
+    named = config.engine_options.get("attn_implementation") is not None
+    if must_be_eager(model, named=named, field=FIELD) and not use_eager(model):
+        del model
+        model = _load(config, config.engine_options | {"attn_implementation": EAGER})
+    return model
+
+
+def _load(config: TeacherConfig, options: dict[str, Any]) -> PreTrainedModel:
+    try:
+        with _quiet_progress():
+            options = {"trust_remote_code": False} | options  # not told, transformers asks on the terminal
+            kind = class_of_checkpoint(config.model, config.revision, **options)
+            loaded: Any = kind.from_pretrained(
+                config.model, revision=config.revision, dtype=config.dtype, output_loading_info=True, **options
+            )
+            model, info = loaded
+    except Exception as error:  # whatever a checkpoint, its remote code or the hub client can raise
+        raise TeacherError(f"the model {config.model!r} does not load with transformers: {first_line(error)}") from error
+    problems = [*info["missing_keys"], *info["mismatched_keys"]]
+    # transformers fills missing weights with random numbers and goes on: the cache would be noise.
+    if problems:
+        names = ", ".join(sorted(map(str, problems))[:3])
+        raise TeacherError(f"the checkpoint {config.model!r} does not fit its config: missing or of another shape: {names}")
+    if "device_map" not in config.engine_options and torch.cuda.is_available():
+        model = model.to("cuda")
+    warn_if_emulated(str(model.dtype).removeprefix("torch."), model.device.type)
+    return model.eval()
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """No "Loading weights" bar from transformers: progress is the caller's to show."""
+    was_enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def refuse_vllm_settings(config: TeacherConfig) -> None:
+    """Raise ConfigError for a setting that only vLLM has."""
+    if config.tensor_parallel_size != 1:
+        raise ConfigError(
+            f"teacher.tensor_parallel_size is {config.tensor_parallel_size}, but the transformers teacher knows 1 only"
+        )
+    if config.adapter is not None:
+        raise ConfigError(
+            f"teacher.adapter is {config.adapter!r}, but the transformers teacher puts none on; merge it into its model and "
+            "name the merged folder as teacher.model, or use teacher.backend vllm"
+        )
+    if config.quantization is not None:
+        raise ConfigError(
+            f"teacher.quantization is {config.quantization!r}, but the transformers teacher takes what the checkpoint says; "
+            "set it to null or use teacher.backend vllm"
+        )

@@ -1,0 +1,1 @@
+"""Teachers run by vLLM's offline engine, with the selection made inside its worker."""

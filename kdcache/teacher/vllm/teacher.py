@@ -1,0 +1,371 @@
+"""The `vllm` teacher. A sequence is a prompt of the offline engine; one token is generated after it, and thrown away.
+
+Two routes from the engine's logits to a record:
+
+- worker: `_vllm_worker` selects where the logits are, a chunk of positions at a time; a group's rows come back as one buffer.
+- public: the engine's own prompt logprobs, through the flattest container that its API has. vLLM's "prompt logprob i" is the
+  distribution for token i given the tokens before it: our position i-1. The last position is the generated token's row. Each
+  row has k+1 columns: the token that came, then the k most probable, among which it may appear again.
+
+Shape letters: N tokens of a sequence, P supervised positions, K entries per position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kdcache.config.capture import GenerateConfig, TeacherConfig
+from kdcache.errors import ConfigError, FormatError, TeacherError
+from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
+from kdcache.format.record import Distributions, TokenSequence
+from kdcache.half_precision import warn_if_emulated
+from kdcache.shown import get_logger
+from kdcache.teacher.base import check_selectable, check_sequences, no_positions, top_k_of
+from kdcache.teacher.batches import groups_of_tokens
+from kdcache.teacher.checkpoint import check_model_name
+from kdcache.teacher.features import HiddenShape, check_askable, layers_of, no_features, with_no_rows
+from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
+from kdcache.teacher.select.found import layout_of
+from kdcache.teacher.tokenizer import Tokenizer
+from kdcache.teacher.vllm import engine  # first: it quietens vLLM before that is imported
+from kdcache.teacher.vllm.adapter import adapter_rank
+from kdcache.teacher.vllm.features import NOTHING, AskedFeatures, pack_asked, with_features
+from kdcache.teacher.vllm.generate import Writer, check_read_whole, write_answers
+from kdcache.teacher.vllm.options import engine_options, positions_per_chunk, stored_dtype
+from kdcache.teacher.vllm.requests import (
+    PROBE_LENGTHS,
+    largest_difference,
+    probe_texts,
+    public_params,
+    read_output,
+    worker_params,
+)
+from kdcache.teacher.vllm.signatures import (
+    WORKER_OPTIONS,
+    WORKER_PARTS,
+    WORKER_SAMPLING,
+    WRITING_PARTS,
+    fault_of_parameters,
+    faults_of,
+    version_note,
+)
+from kdcache.teacher.vllm.wire import pack_requests, read_buffer
+from kdcache.teacher.vllm.worker import CaptureExtension
+
+# isort: split
+import torch
+import vllm
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+log = get_logger(__name__)
+
+PUBLIC_STEPS_PER_GROUP = 4
+"""Sequences are given to the engine in groups of about this many scheduler steps. The flat container holds some 85 bytes per
+entry until it is converted (at k = 64 and 8192 tokens per step: 180 MB per group)."""
+
+WORKER_STEPS_PER_GROUP = 32
+"""The last step of a group is seldom full, so larger groups waste less. A row of the buffer takes 8 bytes per entry."""
+
+WORKER_GROUP_BYTES = 256 * 2**20
+
+PUBLIC_KINDS = ("top_k", "top_p_k")
+"""What can be made of the k most probable tokens alone."""
+
+EXTENSION = f"{CaptureExtension.__module__}.{CaptureExtension.__qualname__}"
+
+PROBE_K = 8
+PROBE_ERROR_NATS = {"float32": 1e-3}
+"""Most that the routes may differ on the probe, by dtype."""
+PROBE_ERROR_HALF_NATS = 0.25
+"""In half precision: the projection of another number of rows rounds differently, by a unit in the last place of a logit."""
+
+
+class VllmTeacher:
+    """A model in vLLM's offline engine; see the module's docstring."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        """Start the engine. On a CPU it runs in this process and uses the process's threads.
+
+        Raises:
+            ConfigError: an adapter of a kind that is not captured, or an engine option that is not for a capture.
+            TeacherError: the model does not load; or the worker route was demanded and cannot be had.
+        """
+        check_model_name(config.model)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self._rank = None if config.adapter is None else adapter_rank(config.adapter)
+        self._config = config
+        self._llm: LLM | None = None
+        self._adapter: LoRARequest | None = None
+        self._problem = ""
+        self._is_in_worker = config.route != "public" and self._start_with_worker()
+        if self._llm is None:
+            self._start(None)
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """See `Teacher`. context_length is one less than the engine's: the token that it generates needs a place."""
+        return self._identity
+
+    @property
+    def hidden_shape(self) -> HiddenShape:
+        """See `FeatureTeacher`; on the public route they are not given."""
+        return self._hidden_shape
+
+    @property
+    def route(self) -> str:
+        """`worker` or `public`."""
+        return "worker" if self._is_in_worker else "public"
+
+    def score(
+        self, sequences: Sequence[TokenSequence], selection: SelectionInfo, features: Sequence[FeatureInfo] = ()
+    ) -> Iterator[Distributions]:
+        """See `Teacher`."""
+        vocab_size = self._identity.vocab_size
+        if self._is_in_worker:
+            check_selectable(selection, vocab_size=vocab_size)
+        else:
+            backend, reason = "vllm (public route)", f" (no worker route: {self._problem})" if self._problem else ""
+            if features:
+                raise no_features(backend + reason)
+            top_k_of(selection, vocab_size=vocab_size, backend=backend, kinds=PUBLIC_KINDS, reason=reason)
+        if self._llm is None:
+            raise TeacherError(f"the teacher {self._identity.model!r} is closed")
+        check_sequences(sequences, self._identity)
+        check_askable(features, self._hidden_shape)
+        self._show_layers(features)
+        return self._score_all(sequences, selection, AskedFeatures(features, self._hidden_shape.num_layers))
+
+    def generate(
+        self, prompts: Sequence[Prompt], config: GenerateConfig, tokenizer: Tokenizer, observe: Observe = lambda _: None
+    ) -> Iterator[Generated]:
+        """See `GeneratingTeacher`."""
+        if self._llm is None:
+            raise TeacherError(f"the teacher {self._identity.model!r} is closed")
+        check_prompts(prompts, config, self._identity)
+        if faults := faults_of(self._llm, WRITING_PARTS):
+            raise TeacherError(f"vLLM {vllm.__version__} cannot be had to write: {faults[0]}; use teacher.backend transformers")
+        check_read_whole(self._llm, prompts, config)
+        return self._write(prompts, Ending(config, tokenizer, end_tokens(config, tokenizer.end_ids)), tokenizer, observe)
+
+    def close(self) -> None:
+        """See `Teacher`."""
+        if self._llm is not None:
+            engine.stop_engine(self._llm)
+            self._llm = None
+            engine.clean_up()
+
+    def _start(self, extension: str | None) -> None:
+        config, is_cpu, model_fields = self._config, engine.runs_on_cpu(), engine.model_fields(self._config)
+        options = engine_options(config, model_fields, is_cpu=is_cpu, extension=extension, rank=self._rank)
+        # Before the engine binds its threads: to measure would unbind them.
+        warn_if_emulated(config.dtype if config.dtype != "auto" else stored_dtype(model_fields), "cpu" if is_cpu else "cuda")
+        self._eager_python = is_cpu and bool(options["enforce_eager"])
+        self._llm = engine.start_engine(config.model, options)
+        self._identity = engine.identity_of(config, self._llm)
+        if config.adapter is not None:
+            self._put_on(config.adapter)
+        self._hidden_shape = engine.hidden_shape_of(self._llm)
+        self._shows_layers = False
+        self._chunk = positions_per_chunk(config, self._identity.vocab_size, is_cpu=is_cpu)
+
+    def _put_on(self, adapter: str) -> None:
+        """Load the adapter; raises TeacherError, and leaves no engine behind, where that fails."""
+        try:
+            self._adapter = engine.load_adapter(self._engine, adapter)
+        except TeacherError:
+            self.close()
+            raise
+
+    def _start_with_worker(self) -> bool:
+        """Start the engine with our part in its worker; where that cannot be, say so and leave no engine behind.
+
+        Raises:
+            TeacherError: it cannot be, and the config leaves no other route.
+        """
+        problem, note = self._try_worker(), version_note(vllm.__version__)
+        if problem is None:
+            if note is not None:
+                log.warning("%s: signatures and the proof on eight tokens are in order, selection is in its worker", note)
+            return True
+        self.close()
+        problem += f" ({note})" if note is not None else ""
+        sentence = f"the teacher {self._config.model!r} cannot be captured inside vLLM's worker: {problem}"
+        if self._config.adapter is not None:
+            raise TeacherError(f"{sentence}; merge teacher.adapter into its model, and name the merged folder as teacher.model")
+        if self._config.route == "worker" or self._config.strict:
+            raise TeacherError(f"{sentence}; set teacher.route to public, which gives the same numbers, slower")
+        log.warning("%s; using vLLM's own prompt logprobs, which are slower", sentence)
+        self._problem = problem
+        return False
+
+    def _try_worker(self) -> str | None:
+        """Start the engine and prove the worker route on a probe, or give the reason why not."""
+        if "worker_extension_cls" in self._config.engine_options:
+            return "engine_options has a worker_extension_cls of its own"
+        wanted = ((vllm.SamplingParams, WORKER_SAMPLING), (vllm.EngineArgs, WORKER_OPTIONS))
+        if problem := next(filter(None, (fault_of_parameters(*each) for each in wanted)), None):
+            return problem
+        self._start(EXTENSION)
+        if faults := faults_of(self._engine, WORKER_PARTS):
+            return faults[0]
+        try:
+            problems = [problem for problem in self._call_workers("kdcache_install") if problem]
+            return problems[0] if problems else self._misfit_of_adapter() or self._compare_routes()
+        except (TeacherError, FormatError) as error:
+            return str(error)
+
+    def _misfit_of_adapter(self) -> str | None:
+        """Which of the adapter's weights belong to no part of the model on any worker: vLLM leaves them out without a word."""
+        if self._adapter is None:
+            return None
+        answers = self._call_workers("kdcache_misfits")
+        misfits = sorted(set.intersection(*map(set, answers)))
+        return f"of teacher.adapter, the weights of {', '.join(misfits[:3])} fit no part of the model" if misfits else None
+
+    def _compare_routes(self) -> str | None:
+        """A few tokens on both routes: what differs by more than the engine's numerics, if anything."""
+        vocab_size = self._identity.vocab_size
+        texts, allowed = self._probe(), self._engine.llm_engine.model_config.max_logprobs
+        k = min(PROBE_K, vocab_size, allowed if allowed > 0 else vocab_size)
+        selection = SelectionInfo(kind="top_k", params={"k": k})
+        ours = list(self._score_in_worker(texts, selection))
+        # One by one: a second way through the batch; and with an adapter, on a CPU, vLLM's own way knows no other.
+        theirs = [answer for text in texts for answer in self._score_publicly([text], selection)]
+        error = max(map(largest_difference, texts, ours, theirs))
+        if error <= PROBE_ERROR_NATS.get(self._identity.dtype, PROBE_ERROR_HALF_NATS):
+            return None
+        return f"on a probe of {sum(PROBE_LENGTHS)} tokens its logprobs are {error:.3g} nats away from vLLM's own"
+
+    def _probe(self) -> list[TokenSequence]:
+        return probe_texts(self._identity.vocab_size, self._identity.context_length)
+
+    def _show_layers(self, features: Sequence[FeatureInfo]) -> None:
+        """Have the worker see layers before the last, where any is asked for, and prove it once.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        last = self._hidden_shape.num_layers
+        inner = next((feature for feature in features if feature.layer < last), None)
+        if inner is None or self._shows_layers:
+            return
+        problems = [problem for problem in self._call_workers("kdcache_watch") if problem]
+        if not problems:
+            selection, proof = SelectionInfo(kind="top_k", params={"k": 1}), AskedFeatures([inner], last, proves=True)
+            try:
+                list(self._score_in_worker(self._probe()[:1], selection, proof))
+            except TeacherError as error:
+                problems = [str(error)]
+        if problems:
+            raise ConfigError(f"features: {inner.name!r}, of layer {inner.layer}, cannot be had from vLLM: {problems[0]}")
+        self._shows_layers = True
+
+    def _score_all(
+        self, sequences: Sequence[TokenSequence], selection: SelectionInfo, asked: AskedFeatures
+    ) -> Iterator[Distributions]:
+        for group in groups_of_tokens(sequences, self._steps_per_group(selection, asked) * self._config.batch_tokens):
+            if self._is_in_worker:
+                yield from self._score_in_worker(group, selection, asked)
+            else:
+                yield from self._score_publicly(group, selection)
+
+    def _steps_per_group(self, selection: SelectionInfo, asked: AskedFeatures) -> int:
+        if not self._is_in_worker:
+            return PUBLIC_STEPS_PER_GROUP
+        per_position = layout_of(selection, self._identity.vocab_size).bytes_per_position
+        # In the worker's room for the rows, and once more on the way.
+        per_position += 4 * self._hidden_shape.size * len(layers_of(asked.features))
+        return max(1, min(WORKER_STEPS_PER_GROUP, WORKER_GROUP_BYTES // (per_position * self._config.batch_tokens)))
+
+    def _score_in_worker(
+        self, group: Sequence[TokenSequence], selection: SelectionInfo, features: AskedFeatures = NOTHING
+    ) -> Iterator[Distributions]:
+        asked = [sequence for sequence in group if sequence.supervised_N.any()]
+        if not asked:
+            return (with_no_rows(no_positions(selection), features.features) for _ in group)
+        num_rows = sum(len(sequence.positions_P) for sequence in asked)
+        plain, wanted = msgspec.to_builtins(selection), pack_asked(features, asked)
+        began = self._call_workers("kdcache_begin", num_rows, self._chunk, plain, self._identity.vocab_size, wanted)
+        self._raise_for(next(filter(None, began), None))
+        self._generate(asked, [worker_params(extra_args) for extra_args in pack_requests(asked)])
+        buffer = self._fetch_buffer()
+        if wanted is None:
+            return read_buffer(group, selection, buffer)
+        answers = zip(group, read_buffer(group, selection, buffer), strict=True)
+        return with_features(answers, features.features, self._fetch("kdcache_features"))
+
+    def _fetch(self, method: str) -> list[Any]:
+        """What the one worker says whose answer counts."""
+        packed = [packed for packed in self._call_workers(method) if packed is not None]
+        if len(packed) != 1:
+            raise TeacherError(
+                f"{len(packed)} of vLLM's workers answered for the teacher {self._identity.model!r}, and not one"
+            )
+        return packed[0]
+
+    def _fetch_buffer(self) -> list[Any]:
+        """The rows of the group; raises TeacherError where the selection failed."""
+        problem, *buffer = self._fetch("kdcache_end")
+        self._raise_for(problem)
+        return buffer
+
+    def _raise_for(self, problem: str | None) -> None:
+        if problem is not None:
+            raise TeacherError(
+                f"the selection in vLLM's worker failed on the teacher {self._identity.model!r}: {problem}; where memory ran "
+                f"out, make teacher.positions_per_chunk ({self._config.positions_per_chunk}) smaller"
+            )
+
+    def _score_publicly(self, group: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:
+        k = selection.params["k"]
+        asked = [sequence for sequence in group if sequence.supervised_N.any()]
+        outputs = self._generate(asked, [public_params(k)] * len(asked))
+        outputs.reverse()
+        for sequence in group:
+            # Popped, so that a group's containers are freed as they are read.
+            yield read_output(outputs.pop(), sequence, selection) if sequence.supervised_N.any() else no_positions(selection)
+
+    def _generate(self, sequences: Sequence[TokenSequence], params: list[SamplingParams]) -> list[RequestOutput]:
+        if not sequences:
+            return []
+        requests: list[Any] = [{"prompt_token_ids": sequence.input_ids_N.tolist()} for sequence in sequences]
+        with self._translated_errors(), self._python_as_it_is():
+            return self._engine.generate(requests, params, lora_request=self._adapter, use_tqdm=False)
+
+    def _write(self, prompts: Sequence[Prompt], ending: Ending, tokenizer: Tokenizer, observe: Observe) -> Iterator[Generated]:
+        with self._translated_errors(), self._python_as_it_is():
+            answers = list(write_answers(Writer(self._engine, self._adapter), prompts, ending, tokenizer, observe))
+        yield from answers
+
+    def _python_as_it_is(self) -> AbstractContextManager[Any]:
+        # One helper of vLLM's sampler is compiled on first use, which costs up to twenty seconds and saves microseconds.
+        return torch.compiler.set_stance("force_eager") if self._eager_python else nullcontext()
+
+    def _call_workers(self, method: str, *args: Any) -> list[Any]:
+        with self._translated_errors():
+            return self._engine.collective_rpc(method, args=args)
+
+    @property
+    def _engine(self) -> LLM:
+        if self._llm is None:
+            raise TeacherError(f"the teacher {self._identity.model!r} was closed while it was scoring")
+        return self._llm
+
+    @contextmanager
+    def _translated_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except TeacherError:
+            raise
+        except Exception as error:  # the engine is a program of its own: an out-of-memory error comes in a dozen types
+            self.close()  # requests of the failed call are still in its queue
+            model = self._identity.model
+            raise TeacherError(f"vLLM failed on the teacher {model!r}: {engine.reason_of(error)}") from error

@@ -1,0 +1,140 @@
+"""How the vLLM teacher and the extension of the engine's worker talk: plain values and bytes, no object per token.
+
+A group of sequences is one buffer of P rows, one per supervised position, sequence after sequence. With each request goes where
+its rows start and, for each of its tokens, what the row is about; back comes the whole buffer, with a mark at each row that was
+written. Pure functions; neither torch nor vLLM.
+
+Shape letters: N tokens of a sequence, P rows (supervised positions) of a group, K entries per position (padded), S scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.errors import TeacherError
+from kdcache.format.manifest import SelectionInfo
+from kdcache.format.record import Distributions, TokenSequence
+from kdcache.teacher.base import no_positions
+from kdcache.teacher.select.found import Found, Layout, record_of
+
+NOT_SUPERVISED = -2
+"""In a request's targets: no row for this position. NO_TARGET: a row, but nothing follows."""
+
+ROW, TARGETS, KEY = "kdcache_row", "kdcache_targets", "kdcache_key"
+"""Keys of a request's extra arguments."""
+
+
+def pack_requests(sequences: Sequence[TokenSequence]) -> list[dict[str, Any]]:
+    """The extra arguments of each sequence's request."""
+    packed, row = [], 0
+    for sequence in sequences:
+        targets_N = np.full(sequence.num_tokens, NOT_SUPERVISED, np.int32)
+        targets_N[sequence.supervised_N] = sequence.target_ids_P
+        packed.append({ROW: row, TARGETS: targets_N.tobytes(), KEY: sequence.key})
+        row += len(sequence.positions_P)
+    return packed
+
+
+class Wanted(NamedTuple):
+    """Of one request: the buffer's rows of its positions, and their targets; the sequence's key, from which draws follow."""
+
+    rows_N: NDArray[np.int64]
+    targets_N: NDArray[np.int32]
+    key: bytes
+
+
+def unpack_request(extra_args: Mapping[str, Any]) -> Wanted:
+    """Inverse of `pack_requests`, in the worker. rows_N is a row before the first where a position has none."""
+    targets_N = np.frombuffer(extra_args[TARGETS], np.int32)
+    return Wanted(int(extra_args[ROW]) + np.cumsum(targets_N != NOT_SUPERVISED) - 1, targets_N, extra_args[KEY])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Buffer:
+    """The rows of a group, in the worker.
+
+    Attributes:
+        token_ids_PK: int32.
+        logprobs_PK: float32, nats.
+        target_logprobs_P: float32, nats; means nothing where there is no target.
+        counts_P2: int32, exact and all entries of a row; (P, 0) where all K are exact.
+        scalars_PS: float32, see `found`.
+        filled_P: bool, whether the row was written.
+    """
+
+    token_ids_PK: NDArray[np.int32]
+    logprobs_PK: NDArray[np.float32]
+    target_logprobs_P: NDArray[np.float32]
+    counts_P2: NDArray[np.int32]
+    scalars_PS: NDArray[np.float32]
+    filled_P: NDArray[np.bool_]
+
+    @classmethod
+    def empty(cls, num_rows: int, layout: Layout) -> Buffer:
+        """With no row written."""
+        shape = (num_rows, layout.num_columns)
+        return cls(
+            token_ids_PK=np.empty(shape, np.int32),
+            logprobs_PK=np.empty(shape, np.float32),
+            target_logprobs_P=np.empty(num_rows, np.float32),
+            counts_P2=np.zeros((num_rows, 2 * layout.is_ragged), np.int32),
+            scalars_PS=np.empty((num_rows, layout.num_scalars), np.float32),
+            filled_P=np.zeros(num_rows, np.bool_),
+        )
+
+    def write(self, rows_C: NDArray[np.int64], found: Sequence[NDArray[Any]]) -> None:
+        """What was selected for some rows; a row that is written twice keeps what came last."""
+        arrays = (self.token_ids_PK, self.logprobs_PK, self.target_logprobs_P, self.counts_P2, self.scalars_PS)
+        for array, values in zip(arrays, found, strict=True):
+            array[rows_C] = values
+        self.filled_P[rows_C] = True
+
+    def pack(self) -> list[Any]:
+        """Sizes and bytes, which cross any process boundary; of ragged rows, the entries alone."""
+        arrays = (self.token_ids_PK, self.logprobs_PK, self.target_logprobs_P, self.counts_P2, self.scalars_PS)
+        found = Found.from_padded(arrays)
+        sizes = [len(self.filled_P), self.scalars_PS.shape[1]]
+        return [*sizes, *(array.tobytes() for array in (*found, self.filled_P))]
+
+
+def unpack_buffer(packed: Sequence[Any]) -> tuple[Found, NDArray[np.bool_]]:
+    """What `Buffer.pack` sent, and (P,) whether a row was written; read-only views."""
+    num_rows, num_scalars, ids, logprobs, offsets, num_exact, targets, scalars, filled = packed
+    found = Found(
+        token_ids_E=np.frombuffer(ids, np.int32),
+        logprobs_E=np.frombuffer(logprobs, np.float32),
+        offsets_P1=np.frombuffer(offsets, np.int64),
+        num_exact_P=np.frombuffer(num_exact, np.int64),
+        target_logprobs_P=np.frombuffer(targets, np.float32),
+        scalars_PS=np.frombuffer(scalars, np.float32).reshape(num_rows, num_scalars),
+    )
+    return found, np.frombuffer(filled, np.bool_)
+
+
+def read_buffer(sequences: Sequence[TokenSequence], selection: SelectionInfo, packed: Sequence[Any]) -> Iterator[Distributions]:
+    """The answers to the sequences of a group, in order.
+
+    Args:
+        sequences: the group's.
+        selection: what was asked for.
+        packed: see `Buffer.pack`.
+
+    Raises:
+        TeacherError: a position without a row, or one with NaN.
+    """
+    found, filled_P = unpack_buffer(packed)
+    end = 0
+    for sequence in sequences:
+        start, end = end, end + len(sequence.positions_P)
+        if not filled_P[start:end].all():
+            missing = sequence.positions_P[~filled_P[start:end]]
+            raise TeacherError(
+                f"{sequence.source}: the engine's worker never computed {len(missing)} of {end - start} positions, the first "
+                f"of them {int(missing[0])}; set teacher.route to public"
+            )
+        yield no_positions(selection) if start == end else record_of(sequence, selection, found.rows(start, end))

@@ -1,0 +1,321 @@
+"""Selection inside the engine's worker: vLLM adds `CaptureExtension` to its worker's bases, in whatever process that runs.
+
+In every step, straight after the hidden states: the rows of supervised positions are projected a chunk at a time, and of each
+chunk's logits what the selection wants and the target's logprob are kept. Scheduling, batching and chunked prefill are the
+engine's own. Rows go into a buffer of the whole group by their place, so a position that is computed twice (preemption) is
+written twice, and one that never was leaves its mark unset.
+
+Shape letters: X rows of a step (all its tokens), P those that are wanted, C positions of a chunk, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.format.manifest import SelectionInfo
+from kdcache.shown import get_logger
+from kdcache.teacher.base import first_line
+from kdcache.teacher.select._torch import Selector
+from kdcache.teacher.select.found import Layout
+from kdcache.teacher.select.uniforms import position_states
+from kdcache.teacher.vllm import internals
+from kdcache.teacher.vllm.freed_memory import keep_freed_memory
+from kdcache.teacher.vllm.wire import NOT_SUPERVISED, TARGETS, Buffer, unpack_request
+from kdcache.teacher.vllm.worker_features import GroupFeatures, take_rows
+
+log = get_logger(__name__)
+
+
+class CaptureExtension:
+    """What vLLM's worker can do besides. Public names are prefixed: vLLM refuses those that its worker has."""
+
+    kdcache_capture: Capture | None = None
+
+    def kdcache_install(self) -> str | None:
+        """Take part in every step from now on. Gives the reason where that cannot be; then nothing is changed."""
+        if self.kdcache_capture is not None:
+            return None
+        if not internals.is_last_stage(self):
+            return None
+        alone = internals.num_ranks(self) == 1
+        capture = Capture(internals.projection(self), keeps=internals.is_first_of_its_stage(self), alone=alone)
+        problem = internals.install(self, capture.on_step)
+        if problem is None:
+            self.kdcache_capture = capture
+            if not torch.accelerator.is_available():
+                keep_freed_memory()
+        return problem
+
+    def kdcache_watch(self) -> str | None:
+        """See decoder layers from now on. Gives the reason where that cannot be; then nothing is changed."""
+        capture = self.kdcache_capture
+        if capture is None or capture.seen is not None:
+            return None
+        seen = internals.watch_layers(self)
+        if isinstance(seen, str):
+            return seen
+        capture.seen = seen
+        return None
+
+    def kdcache_misfits(self) -> list[str]:
+        """Modules that the adapter has weights for and this worker's part of the model has not, or in another size."""
+        return list(internals.misfits(self))
+
+    def kdcache_begin(
+        self,
+        num_rows: int,
+        chunk: int,
+        selection: dict[str, Any] | None,
+        vocab_size: int,
+        features: dict[str, Any] | None = None,
+    ) -> str | None:
+        """Expect the requests of a group; see `Capture.begin`. The selection comes as plain values: it crosses processes; so do
+        the features, see `vllm_features.pack_asked`. Gives the reason where a chunk has no room on this rank."""
+        if self.kdcache_capture is None:
+            return None
+        selector = None if selection is None else Selector(msgspec.convert(selection, SelectionInfo), vocab_size)
+        if problem := self.kdcache_capture.try_chunk(chunk, selector, self._kdcache_trial):
+            return problem
+        self.kdcache_capture.begin(num_rows, chunk, selector, None if features is None else GroupFeatures(features))
+        return None
+
+    def _kdcache_trial(self, chunk: int) -> Tensor | None:
+        size, dtype, device = internals.hidden_layout(self)
+        return internals.project_alone(self, torch.zeros(chunk, size, dtype=dtype, device=device))
+
+    def kdcache_end(self) -> list[Any] | None:
+        """What came of the group: an error's text or None, and `Buffer.pack`. None on workers whose answer does not count."""
+        return None if self.kdcache_capture is None else self.kdcache_capture.end()
+
+    def kdcache_features(self) -> list[Any] | None:
+        """After `kdcache_end`: the group's features, see `GroupFeatures.pack`. None on workers whose answer does not count."""
+        return None if self.kdcache_capture is None else self.kdcache_capture.end_features()
+
+
+class _LeftError(RuntimeError):
+    """A rank left a projection that the others are in."""
+
+
+class _Pending(NamedTuple):
+    """Selected rows, on the device or on their way to the host; found is empty of those that are hidden states alone."""
+
+    rows_C: NDArray[np.int64]
+    found: tuple[Tensor, ...]
+    states: dict[int, Tensor]
+
+
+class Capture:
+    """One worker's part in a group, between `begin` and `end`."""
+
+    def __init__(self, project: Callable[[Tensor], Tensor | None], *, keeps: bool, alone: bool = True) -> None:
+        """Idle.
+
+        Args:
+            project: hidden states (C, H) to logits (C, V).
+            keeps: whether this rank selects. Others only take part in the projection, which may be collective.
+            alone: whether no other rank takes part in it.
+        """
+        self._project = project
+        self._keeps = keeps
+        self._alone = alone
+        self._tried: tuple[int, Selector | None] | None = None
+        self.seen: internals.SeenLayers | None = None
+        self._features: GroupFeatures | None = None
+        self._buffer: Buffer | None = None
+        self._selector: Selector | None = None
+        self._chunk = 0
+        self._arrived: list[_Pending] = []
+        self._pending: list[_Pending] = []
+        self._error: str | None = None
+
+    def try_chunk(self, chunk: int, selector: Selector | None, trial: Callable[[int], Tensor | None]) -> str | None:
+        """Find out, before a rank waits for this one in a projection, whether a chunk has room here. Gives what is wrong.
+
+        Args:
+            chunk: positions.
+            selector: what will be kept of them.
+            trial: the logits of so many positions, without the other ranks.
+        """
+        if self._alone or self._tried == (chunk, selector):
+            return None
+        try:
+            with torch.inference_mode():
+                logits_CV = trial(chunk)
+                if self._keeps and selector is not None and logits_CV is not None:
+                    nothing_C = torch.zeros(len(logits_CV), dtype=torch.int64, device=logits_CV.device)
+                    selector.select(logits_CV, nothing_C, nothing_C)
+        except Exception as error:
+            return f"a chunk of {chunk} positions fails on one rank: {type(error).__name__}: {first_line(error)}"
+        self._tried = (chunk, selector)
+        return None
+
+    def begin(self, num_rows: int, chunk: int, selector: Selector | None, features: GroupFeatures | None = None) -> None:
+        """Drop what was begun before, and make room.
+
+        Args:
+            num_rows: supervised positions of all requests to come.
+            chunk: most positions whose logits exist at once.
+            selector: what to keep. None: project only, which is the limit that `benchmarks/capture.py` measures against.
+            features: hidden states to keep, with a selector only.
+        """
+        layout = Layout(0, False, 0) if selector is None else selector.layout
+        self._buffer, self._selector, self._chunk = Buffer.empty(num_rows, layout), selector, chunk
+        self._arrived, self._pending, self._error = [], [], None
+        self._features = features
+        if features is not None and self._keeps:
+            features.watch(self.seen)
+
+    def end(self) -> list[Any] | None:
+        """See `CaptureExtension.kdcache_end`."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is None or not self._keeps:
+            return None
+        if self._pending:
+            torch.accelerator.synchronize()
+        _write(buffer, self._features, self._pending)
+        self._pending = []
+        if self._features is not None:
+            self._features.unwatch()
+        return [self._error, *buffer.pack()]
+
+    def end_features(self) -> list[Any] | None:
+        """See `CaptureExtension.kdcache_features`."""
+        features, self._features = self._features, None
+        return None if features is None or not self._keeps else features.pack()
+
+    def on_step(self, hidden_XH: Tensor, spans: Callable[[], Iterator[Any]]) -> None:
+        """Handle a step. Does not raise, for that would end the engine; where others would wait for this rank, see `_leave`."""
+        if self._buffer is None:
+            return
+        try:
+            with torch.inference_mode():
+                self._select(hidden_XH, spans())
+        except _LeftError:
+            raise
+        except Exception as error:  # memory above all
+            self._error = self._error or f"{type(error).__name__}: {first_line(error)}"
+
+    def _select(self, hidden_XH: Tensor, spans: Iterable[Any]) -> None:
+        wanted = wanted_rows(spans, None if self._selector is None else self._selector.seed)
+        num_rows = len(wanted.places_P)
+        if num_rows == 0:
+            return
+        states = self._states(hidden_XH)
+        # Chunks of equal size: a last one of a few rows would cost the projection as much as a whole one.
+        for here_C in np.array_split(np.arange(num_rows), -(-num_rows // self._chunk)):
+            chunk = WantedRows(*(array_P[here_C[0] : here_C[-1] + 1] for array_P in wanted))
+            try:
+                logits_CV = self._project(_rows_of(hidden_XH, chunk.places_P))
+            except Exception as error:
+                if self._alone:
+                    raise
+                self._leave(error)
+            if self._keeps and self._selector is not None and logits_CV is not None and self._error is None:
+                self._keep(self._selector, logits_CV, chunk, states)
+            del logits_CV  # before the next chunk's are made: one at a time
+        self._send()
+
+    def _leave(self, error: Exception) -> NoReturn:
+        """End the engine: the other ranks are in this projection, and would wait for this one until their time is out.
+
+        vLLM hears an exception of the first rank; that another one fails it notices when its process has ended.
+        """
+        log.error(
+            "a projection failed on one of several ranks, which ends vLLM: %s: %s", type(error).__name__, first_line(error)
+        )
+        if self._keeps:
+            raise _LeftError(f"{type(error).__name__}: {first_line(error)}") from error
+        raise SystemExit(1) from error
+
+    def _states(self, hidden_XH: Tensor) -> dict[int, Tensor]:
+        """Of the layers that are wanted, in this step."""
+        if self._features is None or not self._keeps:
+            return {}
+        try:
+            return self._features.states_of(hidden_XH)
+        except Exception as error:  # not raised, as in `_keep`
+            self._error = self._error or f"{type(error).__name__}: {first_line(error)}"
+            return {}
+
+    def _keep(self, selector: Selector, logits_CV: Tensor, chunk: WantedRows, states: dict[int, Tensor]) -> None:
+        try:
+            given = (torch.from_numpy(x).to(logits_CV.device, non_blocking=True) for x in (chunk.targets_P, chunk.states_P))
+            found = selector.select(logits_CV, *given)
+            taken = take_rows(states, chunk.places_P)
+        except Exception as error:
+            # Not raised: the other ranks go on to the next chunk's projection, and would wait for this one for ever.
+            self._error = f"{type(error).__name__}: {first_line(error)}"
+            return
+        self._arrived.append(_Pending(chunk.rows_P, tuple(found), taken))
+        if _is_on_host(logits_CV):
+            self._send()
+
+    def _send(self) -> None:
+        """Of what arrived: into the buffer, or on its way there.
+
+        From a device into pinned memory, without waiting for it, so that the next step can be prepared meanwhile. The chunks of
+        a step go as one: each copy takes a piece of pinned memory of its own, which the first group has to ask CUDA for.
+        """
+        arrived, self._arrived = self._arrived, []
+        if not arrived or self._buffer is None:
+            return
+        if all(map(_is_on_host, arrived[0].found)):
+            _write(self._buffer, self._features, arrived)
+            return
+        found = (torch.cat(parts).to("cpu", non_blocking=True) for parts in zip(*(each.found for each in arrived), strict=True))
+        self._pending.append(_Pending(np.concatenate([each.rows_C for each in arrived]), tuple(found), {}))
+        # Hidden states have a copy each, taken with their chunk: a step's at once would be another step's on the device.
+        self._pending += [_Pending(each.rows_C, (), each.states) for each in arrived if each.states]
+
+
+class WantedRows(NamedTuple):
+    """(P,) int64 each: places in the step's hidden states, ascending; rows of the group's buffer; targets; the bits of
+    `position_states`, 0 without draws."""
+
+    places_P: NDArray[np.int64]
+    rows_P: NDArray[np.int64]
+    targets_P: NDArray[np.int64]
+    states_P: NDArray[np.int64]
+
+
+def wanted_rows(spans: Iterable[Any], seed: int | None = None) -> WantedRows:
+    """What a step holds of the group, in the order of its hidden states; with the selection's seed, where it draws."""
+    parts = [_wanted_of(span, seed) for span in sorted(spans, key=lambda span: span.row) if TARGETS in span.extra_args]
+    return WantedRows(*np.concatenate(parts, axis=1, dtype=np.int64)) if parts else WantedRows(*np.empty((4, 0), np.int64))
+
+
+def _wanted_of(span: Any, seed: int | None) -> WantedRows:
+    wanted = unpack_request(span.extra_args)
+    here = slice(span.position, span.position + span.length)
+    supervised = np.flatnonzero(wanted.targets_N[here] != NOT_SUPERVISED)
+    states_P = np.zeros(len(supervised), np.int64)
+    if seed is not None:
+        states_P = position_states(seed, wanted.key, span.position + supervised).view(np.int64)
+    targets_P = wanted.targets_N[here][supervised].astype(np.int64)
+    return WantedRows(span.row + supervised, wanted.rows_N[here][supervised], targets_P, states_P)
+
+
+def _rows_of(hidden_XH: Tensor, places_C: NDArray[np.int64]) -> Tensor:
+    first, last = int(places_C[0]), int(places_C[-1])
+    if last - first + 1 == len(places_C):
+        return hidden_XH[first : last + 1]
+    return hidden_XH[torch.from_numpy(places_C).to(hidden_XH.device, non_blocking=True)]
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _write(buffer: Buffer, features: GroupFeatures | None, pending: Iterable[_Pending]) -> None:
+    for rows_C, found, states in pending:
+        if found:
+            buffer.write(rows_C, [tensor.numpy() for tensor in found])
+        if features is not None:
+            features.write(rows_C, states)

@@ -1,0 +1,153 @@
+"""A whole evaluation: models loaded, held-out text read, scored, compared, written as `results.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kdcache.errors import ConfigError, StateError
+from kdcache.store.files.regular import write_new
+from kdcache.teacher import load_tokenizer
+from kdcache.train.body import vocab_size
+from kdcache.train.evaluation.compare import compare_models
+from kdcache.train.evaluation.heldout import HeldoutSequence, read_heldout
+from kdcache.train.evaluation.scores import TEACHER, common_vocabulary, score_models
+from kdcache.train.runs.run_folder import MODEL, RUN, read_metrics
+from kdcache.train.student import load_model, with_attention
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What is measured.
+
+    Attributes:
+        teacher: folder or hub id; its tokenizer makes the ids.
+        students: name -> directory of a training run, or of a model in the Hugging Face layout.
+        data: file of texts or ids, see `read_heldout`.
+        out: directory for `results.json`; made if it is not there.
+        baseline: the student that others are compared with; None for the first.
+        window: most tokens in a sequence.
+        max_tokens: keep no more than these, in windows evenly spread over the file; None for all.
+        seed: of the bootstrap.
+    """
+
+    teacher: str
+    students: Mapping[str, str]
+    data: str
+    out: str
+    baseline: str | None = None
+    window: int = 256
+    max_tokens: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Attributes:
+    results: as `compare_models` gives them, with what was evaluated under `inputs`; also in `results.json`.
+    curves: student -> (tokens read, held-out nats per token), from the runs that measured it.
+    """
+
+    results: dict[str, Any]
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+
+def evaluate(
+    options: EvaluateOptions, *, on_start: Callable[[int], Callable[[int], object]] = lambda _: lambda _: None
+) -> Evaluation:
+    """Score the teacher and the students on the same held-out tokens.
+
+    Args:
+        options: what is measured.
+        on_start: called with the number of tokens before scoring; gives a function that is called with the tokens of each
+            sequence done. For progress.
+
+    Raises:
+        ConfigError: a model does not load, `out` cannot be written, or a name is taken or unknown.
+        InputError: held-out data that cannot be read.
+        MismatchError: a student's vocabulary is smaller than the tokenizer's.
+        NotFiniteError: a model whose loss or KL on some text is not a finite number.
+    """
+    baseline = options.baseline or next(iter(options.students), "")
+    if TEACHER in options.students or baseline not in options.students:
+        raise ConfigError(
+            f"students are {', '.join(map(repr, options.students)) or 'missing'} and the baseline is {baseline!r}: expected at "
+            f"least one student, none named {TEACHER!r}, and the baseline among them"
+        )
+    out = _made(Path(options.out))
+    tokenizer = load_tokenizer(options.teacher)
+    sequences = read_heldout(options.data, tokenizer, window=options.window, max_tokens=options.max_tokens)
+    teacher = _loaded(options.teacher, "--teacher")
+    students = {name: _loaded(str(_model_folder(Path(path))), f"--student {name}") for name, path in options.students.items()}
+    advance = on_start(sum(s.num_targets for s in sequences))
+
+    def on_sequence(sequence: HeldoutSequence) -> None:
+        advance(sequence.num_targets)
+
+    num_tokens = tokenizer.identity.vocab_size
+    scores = score_models(teacher, students, sequences, on_sequence=on_sequence, num_tokens=num_tokens)
+    inputs = {"teacher": options.teacher, "students": dict(options.students), "data": options.data, "window": options.window}
+    inputs |= {"vocabulary": common_vocabulary(teacher, students, num_tokens), "teacher's vocabulary": vocab_size(teacher)}
+    results = {"inputs": inputs, **compare_models(scores, sequences, baseline=baseline, seed=options.seed)}
+    _write(out / RESULTS, results)
+    return Evaluation(results, {name: heldout_curve(path) for name, path in options.students.items()})
+
+
+def heldout_curve(run: str | Path) -> list[tuple[int, float]]:
+    """(tokens read, held-out nats per token) as the run measured them; empty for a folder that is not a run."""
+    curve: list[tuple[int, float]] = []
+    for line in read_metrics(run):
+        num_tokens, nats = line.get("tokens"), line.get("heldout_nats_per_token")
+        if nats is None:
+            continue
+        # Whole numbers in JSON have no end, floats have.
+        if not isinstance(num_tokens, int) or not isinstance(nats, (int, float)) or max(num_tokens, abs(nats)) >= 2**63:
+            raise StateError(f"{run}: a held-out loss in its metrics is no number; the file is damaged or was edited")
+        curve.append((num_tokens, nats))
+    return curve
+
+
+def _model_folder(path: Path) -> Path:
+    if (path / MODEL).is_dir():
+        return path / MODEL
+    if (path / RUN).exists():
+        raise ConfigError(
+            f"--student {str(path)!r} is a training run that is not finished; run `kdcache train` again to finish it"
+        )
+    return path
+
+
+def _loaded(name: str, field_name: str) -> PreTrainedModel:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def load(attention: str) -> PreTrainedModel:
+        return load_model(name, field=field_name, dtype=torch.float32, attn_implementation=attention)
+
+    model = with_attention(load, "auto", field=None)
+    return model.to(device).eval()  # pyright: ignore[reportArgumentType]
+
+
+def _made(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {str(out)!r} cannot be made a directory: {error.strerror}") from error
+    return out
+
+
+def _write(path: Path, results: Mapping[str, Any]) -> None:
+    temp = path.with_name(f"{path.name}-unfinished")
+    try:
+        write_new(temp, f"{json.dumps(results, indent=1)}\n".encode())
+        os.replace(temp, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
