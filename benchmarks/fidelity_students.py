@@ -143,7 +143,7 @@ def cost(plan: dict[str, Any], cache: str) -> dict[str, float]:
 
 def logits_PV(model: PreTrainedModel, batch: TorchBatch) -> Tensor:
     hidden_BTH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT)
-    return output_projection(model)(hidden_BTH.flatten(0, 1)[batch.rows_P]).float()
+    return output_projection(model)(hidden_BTH.flatten(0, 1)[batch.flat_positions_P]).float()
 
 
 def live_step(

@@ -24,7 +24,7 @@ class Inputs:
     hidden_PH: torch.Tensor
     weight_VH: torch.Tensor
     targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    labels_P: torch.Tensor
+    target_ids_P: torch.Tensor
 
 
 Variant = Callable[[Inputs], None]
@@ -94,7 +94,7 @@ def dense_teacher(inputs: Inputs) -> None:
 
 def linear_cross_entropy(inputs: Inputs) -> None:
     """torch's own fused loss: hard labels, no teacher; its own choice of chunks."""
-    torch.nn.functional.linear_cross_entropy(inputs.hidden_PH, inputs.weight_VH, inputs.labels_P).backward()
+    torch.nn.functional.linear_cross_entropy(inputs.hidden_PH, inputs.weight_VH, inputs.target_ids_P).backward()
 
 
 def dense_probabilities(inputs: Inputs) -> torch.Tensor:

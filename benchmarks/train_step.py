@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdcache.config.train import LossConfig, StudentConfig, TrainConfig
 from kdcache.loader._torch import TorchBatch
-from kdcache.loader.batches.batch import IGNORED_LABEL
+from kdcache.loader.batches.batch import NO_TARGET
 from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.step import make_optimizer, optimize
 
@@ -72,14 +72,14 @@ class Case:
         positions = self.rows * SEQUENCE
         token_ids_PK, logprobs_PK, tail_mass_P = make_inputs(positions, 1, self.vocab, "float32").targets
         ids_BT = torch.randint(0, self.vocab, (self.rows, SEQUENCE))
-        end_B1 = torch.full((self.rows, 1), IGNORED_LABEL)
+        end_B1 = torch.full((self.rows, 1), NO_TARGET)
         return TorchBatch(
             input_ids_BT=ids_BT,
             position_ids_BT=torch.arange(SEQUENCE).expand(self.rows, -1),
             segment_ids_BT=torch.ones(self.rows, SEQUENCE, dtype=torch.int32),
             cu_seqlens_G1=torch.arange(self.rows + 1) * SEQUENCE,
-            labels_BT=torch.cat([ids_BT[:, 1:], end_B1], dim=1),
-            rows_P=torch.arange(positions),
+            target_ids_BT=torch.cat([ids_BT[:, 1:], end_B1], dim=1),
+            flat_positions_P=torch.arange(positions),
             token_ids_PK=token_ids_PK,
             logprobs_PK=logprobs_PK,
             tail_mass_P=tail_mass_P,
@@ -118,13 +118,13 @@ def ours(student: LlamaForCausalLM, batch: TorchBatch, dtype: str, **loss: Any) 
 def by_hand(student: LlamaForCausalLM, batch: TorchBatch, dtype: str, loss: Callable[..., torch.Tensor]) -> Step:
     """The same step around another loss of (hidden states, weight, labels)."""
     config = TrainConfig(cache="", out="", steps=1, student=StudentConfig(config_from=""))
-    optimizer, labels_P = make_optimizer(student, config.optimizer), batch.labels_BT.flatten()
+    optimizer, target_ids_P = make_optimizer(student, config.optimizer), batch.target_ids_BT.flatten()
 
     def step() -> None:
-        with torch.autocast(labels_P.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(target_ids_P.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             hidden_PH = hidden_states(student, batch.input_ids_BT, batch.position_ids_BT).flatten(0, 1)
         hidden_PH = hidden_PH.to(getattr(torch, dtype))
-        loss(hidden_PH, output_projection(student).weight.to(hidden_PH.dtype), labels_P).backward()
+        loss(hidden_PH, output_projection(student).weight.to(hidden_PH.dtype), target_ids_P).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -132,13 +132,13 @@ def by_hand(student: LlamaForCausalLM, batch: TorchBatch, dtype: str, loss: Call
     return step
 
 
-def whole_cross_entropy(hidden_PH: torch.Tensor, weight_VH: torch.Tensor, labels_P: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy((hidden_PH @ weight_VH.T).float(), labels_P)
+def whole_cross_entropy(hidden_PH: torch.Tensor, weight_VH: torch.Tensor, target_ids_P: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy((hidden_PH @ weight_VH.T).float(), target_ids_P)
 
 
-def no_loss(hidden_PH: torch.Tensor, weight_VH: torch.Tensor, labels_P: torch.Tensor) -> torch.Tensor:
+def no_loss(hidden_PH: torch.Tensor, weight_VH: torch.Tensor, target_ids_P: torch.Tensor) -> torch.Tensor:
     """Gradients for hidden states and weight from next to nothing."""
-    del labels_P
+    del target_ids_P
     return hidden_PH.float().mean() + weight_VH.float().mean()
 
 
@@ -152,7 +152,7 @@ def steps_of(case: Case) -> dict[str, Step]:
         "ours, cached entries (alpha 1)": ours(student, batch, dtype, alpha=1.0),
         "ours, both (alpha 0.5)": ours(student, batch, dtype, alpha=0.5),
     }
-    if batch.labels_BT.is_cuda:
+    if batch.target_ids_BT.is_cuda:
         steps["ours, cached entries, triton"] = ours(student, batch, dtype, alpha=1.0, backend="triton")
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
         fused = torch.nn.functional.linear_cross_entropy

@@ -146,8 +146,8 @@ def _step(dtype: torch.dtype, vocab: int, entries: int, temperature: float) -> N
 
     hidden_PH, weight_VH = (torch.empty(n, 64, dtype=dtype, device="cuda") for n in (32, vocab))
     ids_PK, logprobs_PK = torch.empty(32, entries, dtype=torch.int32, device="cuda"), torch.empty(32, entries, device="cuda")
-    weights_P, labels_P = torch.empty(32, device="cuda"), torch.empty(32, dtype=torch.int64, device="cuda")
-    targets = TargetTensors(ids_PK, logprobs_PK, weights_P, labels_P, weights_P)
+    weights_P, target_ids_P = torch.empty(32, device="cuda"), torch.empty(32, dtype=torch.int64, device="cuda")
+    targets = TargetTensors(ids_PK, logprobs_PK, weights_P, target_ids_P, weights_P)
     step = make_step("triton", targets, weights_P, Objective("bucket", 0.5, temperature=temperature), vocab)
     run_chunks(Projection(hidden_PH, weight_VH, None, Head()), step, (True, True, False), 32)
 

@@ -72,7 +72,7 @@ def _run(
     _check_arrays(logits_PV, targets, losses_P)
     kernel, divergence = _compiled_rows(logits_PV.dtype), objective.divergence
     entries = (targets.token_ids_PK, targets.logprobs_PK, exact_counts(targets, divergence))
-    fixed = (*entries, targets.tail_mass_P, targets.labels_P, targets.weights_P)
+    fixed = (*entries, targets.tail_mass_P, targets.target_ids_P, targets.weights_P)
     meaning = (
         TAIL_POLICIES.index(objective.tail),
         float(objective.alpha),

@@ -381,7 +381,7 @@ def _do_row(
 
 
 def float32_rows(
-    logits_PV, ids_PK, logprobs_PK, num_exact_P, tail_mass_P, labels_P, weights_P,
+    logits_PV, ids_PK, logprobs_PK, num_exact_P, tail_mass_P, target_ids_P, weights_P,
     tail, alpha, temperature, divergence, options, want_gradient, start, stop, losses_P,
 ):  # fmt: skip
     num_entries, vocab_size = ids_PK.shape[1], logits_PV.shape[1]
@@ -399,13 +399,13 @@ def float32_rows(
             copy_V[:] = row_V
             row_V = copy_V
         losses_P[i] = _do_row(
-            row_V, ids_PK[i], logprobs_PK[i], num_exact_P[i], tail_mass_P[i], labels_P[i], weights_P[i],
+            row_V, ids_PK[i], logprobs_PK[i], num_exact_P[i], tail_mass_P[i], target_ids_P[i], weights_P[i],
             tail, alpha, temperature, divergence, options, z_K, x_6B, label_V, want_gradient,
         )  # fmt: skip
 
 
 def bfloat16_rows(
-    logits_PV, ids_PK, logprobs_PK, num_exact_P, tail_mass_P, labels_P, weights_P,
+    logits_PV, ids_PK, logprobs_PK, num_exact_P, tail_mass_P, target_ids_P, weights_P,
     tail, alpha, temperature, divergence, options, want_gradient, start, stop, losses_P,
 ):  # fmt: skip
     """As float32_rows, for the bits of bfloat16: through one float32 row, which stays in the core's cache."""
@@ -423,7 +423,7 @@ def bfloat16_rows(
         for j in range(len(bits_V)):
             bits_V[j] = np.uint32(logits_PV[i, j]) << np.uint32(16)
         losses_P[i] = _do_row(
-            row_V, ids_PK[i], logprobs_PK[i], num_exact_P[i], tail_mass_P[i], labels_P[i], weights_P[i],
+            row_V, ids_PK[i], logprobs_PK[i], num_exact_P[i], tail_mass_P[i], target_ids_P[i], weights_P[i],
             tail, alpha, temperature, divergence, options, z_K, x_6B, label_V, want_gradient,
         )  # fmt: skip
         if want_gradient:

@@ -16,7 +16,7 @@ from kdcache.errors import LossError
 from kdcache.kernels.divergences import TAIL_POLICIES, Divergence, ForwardKL
 
 PADDING_ID = -1
-NO_LABEL = -100
+NO_TARGET = -100
 
 # A logprob of float32 log_softmax can come out a rounding above 0; a probability or a logit given by mistake is far above.
 _LARGEST_LOGPROB = 1e-3
@@ -70,7 +70,7 @@ class Targets:
         logprobs_PK: (P, K) float32, nats, normalised over the whole vocabulary; -inf is probability 0; ignored at padding.
         tail_mass_P: (P,) float32 in [0, 1], the teacher's mass outside the support; outside its exact entries, where there are
             others.
-        labels_P: (P,) int32, in [0, vocab_size), or NO_LABEL.
+        target_ids_P: (P,) int32, in [0, vocab_size), or NO_TARGET.
         weights_P: (P,) float64, >= 0: the factor of each row in the sum whose gradient is wanted. A row of weight 0 is not
             read: its loss and its gradient are 0 whatever its logits are, NaN included.
         vocab_size: V.
@@ -81,7 +81,7 @@ class Targets:
     token_ids_PK: NDArray[np.int32]
     logprobs_PK: NDArray[np.float32]
     tail_mass_P: NDArray[np.float32]
-    labels_P: NDArray[np.int32]
+    target_ids_P: NDArray[np.int32]
     weights_P: NDArray[np.float64]
     vocab_size: int
     num_exact_P: NDArray[np.int32]
@@ -93,7 +93,7 @@ class Targets:
             self.token_ids_PK[part],
             self.logprobs_PK[part],
             self.tail_mass_P[part],
-            self.labels_P[part],
+            self.target_ids_P[part],
             self.weights_P[part],
             self.vocab_size,
             self.num_exact_P[part],
@@ -146,11 +146,11 @@ def make_targets(
     tail_mass_P: ArrayLike,
     *,
     vocab_size: int,
-    labels_P: ArrayLike | None = None,
+    target_ids_P: ArrayLike | None = None,
     weights_P: ArrayLike | None = None,
     num_exact_P: ArrayLike | None = None,
 ) -> Targets:
-    """Targets with the right dtypes and layout, checked. No labels means NO_LABEL everywhere, no weights 1, no num_exact K.
+    """Targets with the right dtypes and layout, checked. No labels means NO_TARGET everywhere, no weights 1, no num_exact K.
 
     Raises:
         LossError: shapes that do not fit together; an id or label outside the student's vocabulary; an id twice in a row; a
@@ -161,25 +161,30 @@ def make_targets(
     if ids_PK.ndim != 2:
         raise LossError(f"token_ids must have the shape (positions, entries), but has {ids_PK.shape}")
     num_rows, num_entries = ids_PK.shape
-    labels_P = np.full(num_rows, NO_LABEL, np.int32) if labels_P is None else np.asarray(labels_P)
+    target_ids_P = np.full(num_rows, NO_TARGET, np.int32) if target_ids_P is None else np.asarray(target_ids_P)
     weights_P = np.ones(num_rows) if weights_P is None else np.asarray(weights_P)
     num_exact_P = np.full(num_rows, num_entries, np.int32) if num_exact_P is None else np.asarray(num_exact_P)
     logprobs_PK, tail_mass_P = np.asarray(logprobs_PK), np.asarray(tail_mass_P)
     _check_shape("logprobs", logprobs_PK, ids_PK.shape)
-    given_P = {"tail_mass": tail_mass_P, "labels": labels_P, "weights": weights_P, "num_exact": num_exact_P}
+    given_P = {"tail_mass": tail_mass_P, "labels": target_ids_P, "weights": weights_P, "num_exact": num_exact_P}
     for name, array_P in given_P.items():
         _check_shape(name, array_P, (num_rows,))
     # Ranges before the cast: an int64 id of 2**32 would become 0.
     _check_ids(ids_PK, vocab_size)
     _check_values(ids_PK, logprobs_PK, tail_mass_P, weights_P)
-    _refuse((labels_P != NO_LABEL) & ((labels_P < 0) | (labels_P >= vocab_size)), labels_P, "label", _outside(vocab_size))
+    _refuse(
+        (target_ids_P != NO_TARGET) & ((target_ids_P < 0) | (target_ids_P >= vocab_size)),
+        target_ids_P,
+        "label",
+        _outside(vocab_size),
+    )
     too_many_P = (num_exact_P < 0) | (num_exact_P > num_entries)
     _refuse(too_many_P, num_exact_P, "number of exact entries", f"but there are {num_entries} columns")
     return Targets(
         np.require(ids_PK, np.int32, ["C", "W"]),
         np.require(logprobs_PK, np.float32, ["C", "W"]),
         np.require(tail_mass_P, np.float32, ["C", "W"]),
-        np.require(labels_P, np.int32, ["C", "W"]),
+        np.require(target_ids_P, np.int32, ["C", "W"]),
         np.require(weights_P, np.float64, ["C", "W"]),
         vocab_size,
         np.require(num_exact_P, np.int32, ["C", "W"]),

@@ -50,7 +50,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.kernels import reference_divergences
-from kdcache.kernels.base import NO_LABEL, PADDING_ID, Objective, Targets, exact_counts
+from kdcache.kernels.base import NO_TARGET, PADDING_ID, Objective, Targets, exact_counts
 from kdcache.kernels.reference_divergences import Floats, logsumexp
 
 
@@ -170,12 +170,12 @@ def _add_uniform_tail(
 
 def _label_term(z_PV: Floats, targets: Targets, objective: Objective) -> tuple[Floats, Floats]:
     del objective
-    rows = np.flatnonzero(targets.labels_P != NO_LABEL)
+    rows = np.flatnonzero(targets.target_ids_P != NO_TARGET)
     log_q_PV = z_PV - logsumexp(z_PV)[:, None]
     losses_P, gradients_PV = np.zeros(len(z_PV), z_PV.dtype), np.zeros_like(z_PV)
-    losses_P[rows] = -log_q_PV[rows, targets.labels_P[rows]]
+    losses_P[rows] = -log_q_PV[rows, targets.target_ids_P[rows]]
     gradients_PV[rows] = np.exp(log_q_PV[rows])
-    gradients_PV[rows, targets.labels_P[rows]] -= 1
+    gradients_PV[rows, targets.target_ids_P[rows]] -= 1
     return losses_P, gradients_PV
 
 

@@ -34,8 +34,8 @@ class TorchBatch:
     position_ids_BT: Tensor
     segment_ids_BT: Tensor
     cu_seqlens_G1: Tensor
-    labels_BT: Tensor
-    rows_P: Tensor
+    target_ids_BT: Tensor
+    flat_positions_P: Tensor
     token_ids_PK: Tensor
     logprobs_PK: Tensor
     tail_mass_P: Tensor

@@ -31,7 +31,7 @@ class TargetTensors:
         token_ids_PK: (P, K) integers, -1 where there is no entry.
         logprobs_PK: (P, K) nats, in any float type: all backends compute with the float32 or float64 of it.
         tail_mass_P: (P,) in [0, 1].
-        labels_P: (P,) integers, -100 where there is none; None for none at all.
+        target_ids_P: (P,) integers, -100 where there is none; None for none at all.
         weights_P: (P,) >= 0; None for 1 everywhere.
         num_exact_P: (P,) integers: the columns before it hold exact entries, the others estimates; None where all are alike.
     """
@@ -39,7 +39,7 @@ class TargetTensors:
     token_ids_PK: Tensor
     logprobs_PK: Tensor
     tail_mass_P: Tensor
-    labels_P: Tensor | None = None
+    target_ids_P: Tensor | None = None
     weights_P: Tensor | None = None
     num_exact_P: Tensor | None = None
 
@@ -50,7 +50,7 @@ class TargetTensors:
             self.token_ids_PK[part],
             self.logprobs_PK[part],
             self.tail_mass_P[part],
-            None if self.labels_P is None else self.labels_P[part],
+            None if self.target_ids_P is None else self.target_ids_P[part],
             None if self.weights_P is None else self.weights_P[part],
             None if self.num_exact_P is None else self.num_exact_P[part],
         )
@@ -76,9 +76,9 @@ def check_options(options: Options, targets: TargetTensors) -> None:
     ):
         if value not in known:
             raise LossError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, known))}")
-    if objective.alpha < 1 and targets.labels_P is None:
+    if objective.alpha < 1 and targets.target_ids_P is None:
         raise LossError(
-            f"alpha is {objective.alpha!r}, which mixes in the labels, but labels_P is not given; pass it, or alpha=1.0"
+            f"alpha is {objective.alpha!r}, which mixes in the labels, but target_ids_P is not given; pass it, or alpha=1.0"
         )
     if objective.divergence.requirements.tail_sample:
         _check_tail_sample(options, targets)
@@ -175,7 +175,7 @@ def check_tensors(student: Tensor, targets: TargetTensors, log_z_P: Tensor | Non
         "logprobs_PK": ids_shape,
         "tail_mass_P": (num_rows,),
     }
-    expected |= {"labels_P": (num_rows,), "weights_P": (num_rows,), "num_exact_P": (num_rows,)}
+    expected |= {"target_ids_P": (num_rows,), "weights_P": (num_rows,), "num_exact_P": (num_rows,)}
     given = {name: getattr(targets, name) for name in expected} | {"log_z_P": log_z_P}
     for name, shape in (expected | {"log_z_P": (num_rows,)}).items():
         tensor = given[name]
@@ -185,7 +185,9 @@ def check_tensors(student: Tensor, targets: TargetTensors, log_z_P: Tensor | Non
             raise LossError(f"{name} has the shape {tuple(tensor.shape)}, but must have {shape}")
         if tensor.device != student.device:
             raise LossError(f"{name} is on {tensor.device}, but the student is on {student.device}; move it there")
-        if name in ("token_ids_PK", "labels_P", "num_exact_P") and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        if name in ("token_ids_PK", "target_ids_P", "num_exact_P") and (
+            tensor.is_floating_point() or tensor.dtype == torch.bool
+        ):
             raise LossError(f"{name} has the dtype {tensor.dtype}, but must hold integers")
 
 
@@ -256,7 +258,7 @@ def _to_checked(targets: TargetTensors, vocab_size: int) -> Targets:
         _to_numpy(targets.logprobs_PK),
         _to_numpy(targets.tail_mass_P),
         vocab_size=vocab_size,
-        labels_P=None if targets.labels_P is None else _to_numpy(targets.labels_P),
+        target_ids_P=None if targets.target_ids_P is None else _to_numpy(targets.target_ids_P),
         weights_P=None if targets.weights_P is None else _to_numpy(targets.weights_P),
         num_exact_P=None if targets.num_exact_P is None else _to_numpy(targets.num_exact_P),
     )

@@ -84,9 +84,9 @@ def _lifted_ids(targets: TargetTensors, alpha: float) -> Tensor:
     """(C, L) int32: the support, and the label where it is wanted and outside the support, else -1."""
     ids_CK = targets.token_ids_PK.to(torch.int32)
     label_C = ids_CK.new_full((len(ids_CK),), -1)
-    if alpha < 1 and targets.labels_P is not None:
-        inside_C = (ids_CK == targets.labels_P[:, None]).any(dim=1)
-        label_C = torch.where(inside_C | (targets.labels_P < 0), -1, targets.labels_P).to(torch.int32)
+    if alpha < 1 and targets.target_ids_P is not None:
+        inside_C = (ids_CK == targets.target_ids_P[:, None]).any(dim=1)
+        label_C = torch.where(inside_C | (targets.target_ids_P < 0), -1, targets.target_ids_P).to(torch.int32)
     return torch.cat([ids_CK, label_C[:, None]], dim=1).contiguous()
 
 
@@ -154,14 +154,14 @@ class _Label:
     @classmethod
     def of(cls, read: _Read, rows: Passes, targets: TargetTensors, objective: Objective) -> _Label:
         zeros_C = torch.zeros_like(read.lse_C)
-        if objective.alpha == 1 or targets.labels_P is None:
+        if objective.alpha == 1 or targets.target_ids_P is None:
             return cls(zeros_C, zeros_C, read.top_C, read.lse_C, torch.zeros_like(read.z_CL, dtype=torch.bool))
         top_C, lse_C = read.top_C, read.lse_C
         if objective.temperature != 1:
             top_C, rest_C, _ = rows.statistics(1.0)
             lse_C = torch.cat([read.z_CL, rest_C[:, None]], dim=1).logsumexp(dim=1)
-        share_C = (targets.labels_P >= 0).to(lse_C.dtype) * (1 - objective.alpha)
-        is_label_CL = (rows.ids_CL == targets.labels_P[:, None]) & (rows.ids_CL >= 0)
+        share_C = (targets.target_ids_P >= 0).to(lse_C.dtype) * (1 - objective.alpha)
+        is_label_CL = (rows.ids_CL == targets.target_ids_P[:, None]) & (rows.ids_CL >= 0)
         label_z_C = read.z_CL.masked_fill(~is_label_CL, 0.0).sum(dim=1)
         return cls(torch.where(share_C > 0, share_C * (lse_C - label_z_C), 0.0), share_C, top_C, lse_C, is_label_CL)
 

@@ -35,7 +35,7 @@ def fused_sparse_kd_loss(
     bias: Tensor | None = None,
     head: Head = PLAIN_HEAD,
     divergence: str | Divergence = "forward_kl",
-    labels_P: Tensor | None = None,
+    target_ids_P: Tensor | None = None,
     tail: str = "bucket",
     alpha: float = 1.0,
     temperature: float = 1.0,
@@ -75,7 +75,7 @@ def fused_sparse_kd_loss(
     arguments.refuse_transform("use sparse_kd_loss with backend='torch'")
     objective = Objective(tail, alpha, get_divergence(divergence), float(temperature))
     _check_projection(hidden_PH, weight_VH, bias)
-    per_row = (labels_P, weights_P, num_exact_P)
+    per_row = (target_ids_P, weights_P, num_exact_P)
     teacher = _gather_targets(hidden_PH, (token_ids_PK, logprobs_PK, tail_mass_P), per_row, alpha)
     options = Options(objective, reduction, backend, targets)
     arguments.check_options(options, teacher)

@@ -32,7 +32,7 @@ class SparseKD(nn.Module):
         tail_mass_P: Tensor,
         **tensors: Any,
     ) -> Tensor:
-        """The loss; `tensors` are labels_P, weights_P, num_exact_P and log_z_P."""
+        """The loss; `tensors` are target_ids_P, weights_P, num_exact_P and log_z_P."""
         return sparse_kd_loss(student_logits_PV, token_ids_PK, logprobs_PK, tail_mass_P, **self.options, **tensors)
 
     def extra_repr(self) -> str:
@@ -62,7 +62,7 @@ class FusedSparseKD(nn.Module):
         tail_mass_P: Tensor | None = None,
         **tensors: Any,
     ) -> Tensor:
-        """The loss; `tensors` are bias, labels_P, weights_P, num_exact_P and log_z_P."""
+        """The loss; `tensors` are bias, target_ids_P, weights_P, num_exact_P and log_z_P."""
         teacher = (token_ids_PK, logprobs_PK, tail_mass_P)
         return fused_sparse_kd_loss(hidden_PH, weight_VH, *teacher, **self.options, **tensors)
 

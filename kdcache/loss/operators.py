@@ -45,7 +45,7 @@ def fused(
 
 def _tensors(targets: TargetTensors) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     teacher = targets.token_ids_PK, targets.logprobs_PK, targets.tail_mass_P
-    return *teacher, targets.labels_P, targets.weights_P, targets.num_exact_P
+    return *teacher, targets.target_ids_P, targets.weights_P, targets.num_exact_P
 
 
 def _encode(objective: Objective) -> tuple[str, list[float]]:
@@ -67,7 +67,7 @@ def _rows(
     token_ids_PK: Tensor,
     logprobs_PK: Tensor,
     tail_mass_P: Tensor,
-    labels_P: Tensor | None,
+    target_ids_P: Tensor | None,
     weights_P: Tensor | None,
     num_exact_P: Tensor | None,
     scales_P: Tensor,
@@ -76,7 +76,7 @@ def _rows(
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """The losses, and the gradient of their sum by the logits: empty where not wanted."""
-    targets = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P, num_exact_P)
+    targets = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, target_ids_P, weights_P, num_exact_P)
     objective, backend = _decode(words, numbers)
     step = make_step(backend, targets, scales_P, objective, logits_PV.shape[1])
     losses_P, gradient_PV = step(logits_PV.detach().clone(memory_format=torch.contiguous_format), 0, want_gradient)
@@ -110,7 +110,7 @@ def _fused(
     token_ids_PK: Tensor,
     logprobs_PK: Tensor,
     tail_mass_P: Tensor,
-    labels_P: Tensor | None,
+    target_ids_P: Tensor | None,
     weights_P: Tensor | None,
     num_exact_P: Tensor | None,
     scales_P: Tensor,
@@ -120,7 +120,7 @@ def _fused(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and its gradients by hidden, weight and bias: empty where not wanted."""
-    targets = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P, num_exact_P)
+    targets = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, target_ids_P, weights_P, num_exact_P)
     objective, backend = _decode(words, numbers[3:])
     step = make_step(backend, targets, scales_P, objective, len(weight_VH))
     projection = Projection(hidden_PH, weight_VH, bias_V, Head(numbers[0], numbers[1] or None, bool(numbers[2])))

@@ -27,7 +27,7 @@ def sparse_kd_loss(
     tail_mass_P: Tensor,
     *,
     divergence: str | Divergence = "forward_kl",
-    labels_P: Tensor | None = None,
+    target_ids_P: Tensor | None = None,
     tail: str = "bucket",
     alpha: float = 1.0,
     temperature: float = 1.0,
@@ -44,13 +44,14 @@ def sparse_kd_loss(
     checked on a CPU outside torch.compile; elsewhere only shapes, dtypes and devices are.
 
     Args:
-        student_logits_PV: (P, V) float, unnormalised. Take the rows that have a record first: `logits.view(-1, V)[rows_P]`.
+        student_logits_PV: (P, V) float, unnormalised. Take the positions that have a record first:
+            `logits.view(-1, V)[batch.flat_positions_P]`.
         token_ids_PK: (P, K) integers in [0, V), distinct within a row; -1 where there is no entry.
         logprobs_PK: (P, K) nats, normalised over the teacher's whole vocabulary; ignored at padding. float16 (of a loader with
             `logprob_dtype: float16`) gives what float32 of the same values gives.
         tail_mass_P: (P,) in [0, 1], the teacher's mass outside the support.
         divergence: a name of `kdcache.kernels.divergences.DIVERGENCES`, or one made with options: `JensenShannon(beta=0.3)`.
-        labels_P: (P,) integers in [0, V); -100 where there is none: the CE term is 0 there, the other keeps its factor.
+        target_ids_P: (P,) integers in [0, V); -100 where there is none: the CE term is 0 there, the other keeps its factor.
         tail: `bucket`, `drop`, `renormalize` or `uniform`: what the divergence does with the teacher's mass outside the
             support. All but the forward KL need the `bucket`.
         alpha: in [0, 1]; below 1 the labels must be given.
@@ -79,7 +80,7 @@ def sparse_kd_loss(
         LossError: an argument is impossible, or does not fit the others.
     """
     objective = Objective(tail, alpha, get_divergence(divergence), float(temperature))
-    teacher = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P, num_exact_P)
+    teacher = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, target_ids_P, weights_P, num_exact_P)
     options = Options(objective, reduction, backend, targets)
     arguments.check_options(options, teacher)
     if student_logits_PV.ndim != 2 or not student_logits_PV.is_floating_point():

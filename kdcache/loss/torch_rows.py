@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kdcache.kernels.base import NO_LABEL, PADDING_ID, Objective
+from kdcache.kernels.base import NO_TARGET, PADDING_ID, Objective
 from kdcache.loss import torch_divergences
 from kdcache.loss.arguments import TargetTensors
 from kdcache.loss.torch_divergences import Masses
@@ -31,21 +31,21 @@ def row_losses(logits_PV: Tensor, targets: TargetTensors, objective: Objective) 
     losses_P = z_PV.new_zeros(len(z_PV))
     if objective.alpha > 0:
         losses_P = losses_P + objective.alpha * _teacher_term(z_PV, targets, objective)
-    if objective.alpha < 1 and targets.labels_P is not None:
-        losses_P = losses_P + (1 - objective.alpha) * _cross_entropy(z_PV, targets.labels_P)
+    if objective.alpha < 1 and targets.target_ids_P is not None:
+        losses_P = losses_P + (1 - objective.alpha) * _cross_entropy(z_PV, targets.target_ids_P)
     losses_P = losses_P * torch.where(is_foreign_P, torch.nan, 1.0).to(losses_P.dtype)
     return losses_P if read_P is None else torch.where(read_P, losses_P, 0.0)
 
 
 def _without_foreign_ids(targets: TargetTensors, vocab_size: int) -> tuple[TargetTensors, Tensor]:
     """Ids and labels beyond the vocabulary become padding, and (P,) whether a row had one; gather would read past its row."""
-    ids_PK, labels_P = targets.token_ids_PK, targets.labels_P
+    ids_PK, target_ids_P = targets.token_ids_PK, targets.target_ids_P
     is_foreign_P = (ids_PK >= vocab_size).any(dim=1)
     ids_PK = ids_PK.masked_fill(ids_PK >= vocab_size, PADDING_ID)
-    if labels_P is not None:
-        is_foreign_P = is_foreign_P | (labels_P >= vocab_size)
-        labels_P = labels_P.masked_fill(labels_P >= vocab_size, NO_LABEL)
-    return replace(targets, token_ids_PK=ids_PK, labels_P=labels_P), is_foreign_P
+    if target_ids_P is not None:
+        is_foreign_P = is_foreign_P | (target_ids_P >= vocab_size)
+        target_ids_P = target_ids_P.masked_fill(target_ids_P >= vocab_size, NO_TARGET)
+    return replace(targets, token_ids_PK=ids_PK, target_ids_P=target_ids_P), is_foreign_P
 
 
 def _teacher_term(z_PV: Tensor, targets: TargetTensors, objective: Objective) -> Tensor:
@@ -130,7 +130,7 @@ def outside(z_PV: Tensor, token_ids_PK: Tensor, value: float) -> Tensor:
     return wide_PV.scatter(1, torch.where(token_ids_PK >= 0, token_ids_PK, z_PV.shape[1]).long(), value)
 
 
-def _cross_entropy(z_PV: Tensor, labels_P: Tensor) -> Tensor:
-    has_label_P = labels_P >= 0
-    label_z_P = z_PV.gather(1, labels_P.long().clamp_min(0)[:, None])[:, 0]
+def _cross_entropy(z_PV: Tensor, target_ids_P: Tensor) -> Tensor:
+    has_label_P = target_ids_P >= 0
+    label_z_P = z_PV.gather(1, target_ids_P.long().clamp_min(0)[:, None])[:, 0]
     return torch.where(has_label_P, torch.logsumexp(z_PV, dim=1) - label_z_P, 0.0)

@@ -35,7 +35,7 @@ def vocab_parallel_sparse_kd_loss(
     vocab_size: int,
     group: Any = None,
     divergence: str | Divergence = "forward_kl",
-    labels_P: Tensor | None = None,
+    target_ids_P: Tensor | None = None,
     tail: str = "bucket",
     alpha: float = 1.0,
     temperature: float = 1.0,
@@ -68,7 +68,7 @@ def vocab_parallel_sparse_kd_loss(
         raise LossError("tail 'uniform' is not possible over a split vocabulary; use 'bucket'")
     if not 0 <= first_id <= vocab_size - logits_PW.shape[1]:
         raise LossError(f"first_id is {first_id}, but {logits_PW.shape[1]} logits from there must end within {vocab_size}")
-    teacher = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, labels_P, weights_P, num_exact_P)
+    teacher = TargetTensors(token_ids_PK, logprobs_PK, tail_mass_P, target_ids_P, weights_P, num_exact_P)
     options = Options(objective, reduction, "torch", targets)
     arguments.check_options(options, teacher)
     arguments.check_tensors(logits_PW, teacher, log_z_P)
@@ -99,8 +99,8 @@ class _SplitRows(torch.autograd.Function):
         terms = []
         if objective.alpha > 0:
             terms.append(_teacher_term(part, targets, objective, vocab_size))
-        if objective.alpha < 1 and targets.labels_P is not None:
-            terms.append(_label_term(part, targets.labels_P, 1 - objective.alpha))
+        if objective.alpha < 1 and targets.target_ids_P is not None:
+            terms.append(_label_term(part, targets.target_ids_P, 1 - objective.alpha))
         losses_P, gradient_PW = (sum(columns) for columns in zip(*terms, strict=True))
         gradient_PW = torch.where(is_read_P[:, None], gradient_PW * scales_P[:, None], 0.0)
         ctx.save_for_backward(gradient_PW.to(logits_PW.dtype))
@@ -137,14 +137,14 @@ def _teacher_term(part: _Part, targets: TargetTensors, objective: Objective, voc
     return objective.alpha * t * t * losses_P, objective.alpha * t * gradient_PW
 
 
-def _label_term(part: _Part, labels_P: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def _label_term(part: _Part, target_ids_P: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """(P,) share * CE, 0 where there is no label, and (P, W) its gradient; at temperature 1."""
-    assert part.own.labels_P is not None
-    share_P = (labels_P >= 0).double() * share
+    assert part.own.target_ids_P is not None
+    share_P = (target_ids_P >= 0).double() * share
     lse_P = _logsumexp_over_ranks(part.z_PW.logsumexp(dim=1).double(), part.group)
-    label_z_P = _from_owner(part.z_PW, part.own.labels_P[:, None], part.group)[:, 0]
+    label_z_P = _from_owner(part.z_PW, part.own.target_ids_P[:, None], part.group)[:, 0]
     gradient_PW = share_P[:, None] * (part.z_PW - lse_P[:, None]).exp()
-    gradient_PW = _add_at(gradient_PW, part.own.labels_P[:, None], -share_P[:, None])
+    gradient_PW = _add_at(gradient_PW, part.own.target_ids_P[:, None], -share_P[:, None])
     return torch.where(share_P > 0, share_P * (lse_P - label_z_P), 0.0), gradient_PW
 
 
@@ -159,8 +159,8 @@ def _own_targets(targets: TargetTensors, first_id: int, width: int) -> TargetTen
         columns = ids.long() - first_id
         return torch.where((ids >= 0) & (columns >= 0) & (columns < width), columns, -1)
 
-    labels_P = None if targets.labels_P is None else own(targets.labels_P)
-    return replace(targets, token_ids_PK=own(targets.token_ids_PK), labels_P=labels_P)
+    target_ids_P = None if targets.target_ids_P is None else own(targets.target_ids_P)
+    return replace(targets, token_ids_PK=own(targets.token_ids_PK), target_ids_P=target_ids_P)
 
 
 def _logsumexp_over_ranks(lse_P: Tensor, group: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdcache.config.train import LossConfig
 from kdcache.half_precision import is_emulated
 from kdcache.loader._torch import TorchBatch
-from kdcache.loader.batches.batch import IGNORED_LABEL
+from kdcache.loader.batches.batch import NO_TARGET
 from kdcache.loss.chunks import Head
 from kdcache.loss.fused import PLAIN_HEAD, fused_sparse_kd_loss
 from kdcache.loss.padding import EntriesWithin, entries_within
@@ -41,7 +41,7 @@ class RowLoss:
         A sequence's last position has a teacher but no label: it must not count in a mean of cross-entropies alone.
         """
         if self.config.alpha == 0:
-            return batch.weights_P * (_labels_P(batch) != IGNORED_LABEL)
+            return batch.weights_P * (_labels_P(batch) != NO_TARGET)
         return batch.weights_P
 
     def __call__(
@@ -65,7 +65,7 @@ class RowLoss:
         # Under autocast a norm's output is float32, as its weight; but the projection is most of a small student's work.
         if head.weight.dtype == torch.float32 and is_emulated(dtype, hidden_BTH.device.type):
             dtype = torch.float32
-        hidden_PH = hidden_BTH.flatten(0, -2).index_select(0, batch.rows_P).to(dtype)
+        hidden_PH = hidden_BTH.flatten(0, -2).index_select(0, batch.flat_positions_P).to(dtype)
         teacher, of_teacher = (None, None, None), {}
         if self.config.alpha > 0:
             teacher, of_teacher = self._teacher(batch, len(head.weight)), self._teacher_options(batch)
@@ -75,7 +75,7 @@ class RowLoss:
             *teacher,
             bias=None if head.bias is None else head.bias.to(dtype),
             head=self._head(len(head.weight)),
-            labels_P=_labels_P(batch),
+            target_ids_P=_labels_P(batch),
             weights_P=self.weights_P(batch),
             alpha=self.config.alpha,
             reduction=reduction,
@@ -121,4 +121,4 @@ class RowLoss:
 
 
 def _labels_P(batch: TorchBatch) -> Tensor:
-    return batch.labels_BT.flatten()[batch.rows_P]
+    return batch.target_ids_BT.flatten()[batch.flat_positions_P]

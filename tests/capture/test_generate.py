@@ -158,12 +158,12 @@ def test_a_loader_trains_on_the_answers_alone_and_its_labels_are_their_tokens(tm
     labels = []
     with kdcache.open(tmp_path / "cache") as reader, kdcache.Loader(reader, options) as loader:
         for batch in loader:
-            flat = batch.labels_BT.reshape(-1)
-            assert np.array_equal(np.flatnonzero(flat >= 0), batch.rows_P)
-            labels += flat[batch.rows_P].tolist()
+            flat = batch.target_ids_BT.reshape(-1)
+            assert np.array_equal(np.flatnonzero(flat >= 0), batch.flat_positions_P)
+            labels += flat[batch.flat_positions_P].tolist()
             # The token of each label is the next one of the row.
             following = np.roll(batch.input_ids_BT, -1, axis=1).reshape(-1)
-            assert np.array_equal(following[batch.rows_P], flat[batch.rows_P])
+            assert np.array_equal(following[batch.flat_positions_P], flat[batch.flat_positions_P])
     assert sorted(labels) == sorted(t for record in records for t in record.sequence.target_ids_P.tolist())
 
 

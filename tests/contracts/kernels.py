@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kdcache.kernels import divergences as d
 from kdcache.kernels import reference
-from kdcache.kernels.base import NO_LABEL, TAIL_POLICIES, Objective, Targets, make_targets
+from kdcache.kernels.base import NO_TARGET, TAIL_POLICIES, Objective, Targets, make_targets
 
 Floats = NDArray[np.floating[Any]]
 Compute = Callable[[Floats, Targets, Objective], tuple[Floats, Floats]]
@@ -82,7 +82,7 @@ def make_problem(num_rows: int, vocab_size: int, num_entries: int, *, seed: int 
         logprobs_PK,
         np.clip(1 - np.exp(logprobs_PK).sum(axis=1), 0, 1),
         vocab_size=vocab_size,
-        labels_P=np.where(rng.random(num_rows) < 0.3, NO_LABEL, rng.integers(0, vocab_size, num_rows)),
+        target_ids_P=np.where(rng.random(num_rows) < 0.3, NO_TARGET, rng.integers(0, vocab_size, num_rows)),
         weights_P=rng.random(num_rows) + 0.1,
         num_exact_P=np.arange(num_rows) % (num_entries + 1),
     )
@@ -127,7 +127,7 @@ def check_padding_may_be_anywhere(compute: Compute) -> None:
     ids_PK[:3, [1, 2, 5]], logprobs_PK[:3, [1, 2, 5]] = full.targets.token_ids_PK[:3], full.targets.logprobs_PK[:3]
     num_exact_P = np.array([[0, 2, 3, 6][count] for count in full.targets.num_exact_P])
     wide = make_targets(ids_PK, logprobs_PK, full.targets.tail_mass_P, vocab_size=50, num_exact_P=num_exact_P)
-    narrow = replace(full.targets, labels_P=wide.labels_P, weights_P=wide.weights_P)
+    narrow = replace(full.targets, target_ids_P=wide.target_ids_P, weights_P=wide.weights_P)
     for objective in OBJECTIVES:
         wide_P, wide_PV = compute(full.logits_PV, wide, objective)
         narrow_P, narrow_PV = compute(full.logits_PV, narrow, objective)
@@ -159,7 +159,7 @@ def check_masked_logits_get_no_gradient(compute: Compute) -> None:
     np.put_along_axis(masked_PV, problem.targets.token_ids_PK, False, axis=1)
     masked_PV[:, 10:] = False
     logits_PV = np.where(masked_PV, -np.inf, problem.logits_PV).astype(np.float32)
-    unlabelled = replace(problem.targets, labels_P=np.full(3, NO_LABEL, np.int32))
+    unlabelled = replace(problem.targets, target_ids_P=np.full(3, NO_TARGET, np.int32))
     for objective in OBJECTIVES:
         if objective.tail != "uniform":
             assert_like_reference(compute, Problem(logits_PV, unlabelled), objective)

@@ -25,8 +25,8 @@ from kdcache.store.reader import open_cache
 
 MOST_RECORDS = 50
 _PARTS = (
-    "input_ids_BT", "labels_BT", "rows_P", "token_ids_PK", "logprobs_PK", "tail_mass_P", "weights_P", "num_exact_P",
-    "log_z_PC", "entropy_P",
+    "input_ids_BT", "target_ids_BT", "flat_positions_P", "token_ids_PK", "logprobs_PK", "tail_mass_P", "weights_P",
+    "num_exact_P", "log_z_PC", "entropy_P",
 )  # fmt: skip
 
 
@@ -150,10 +150,10 @@ def _bytes(values: Any) -> bytes:
 
 def _check_batch(batch: Batch, vocab_size: int) -> None:
     """Raise AssertionError where an index would lead out of a student's arrays."""
-    rows_P = batch.rows_P
+    flat_positions_P = batch.flat_positions_P
     assert batch.token_ids_PK.size == 0 or -1 <= batch.token_ids_PK.min() <= batch.token_ids_PK.max() < vocab_size, (
         "entries' ids"
     )
     assert batch.input_ids_BT.size == 0 or 0 <= batch.input_ids_BT.min() <= batch.input_ids_BT.max() < vocab_size, "text's ids"
-    assert ((batch.labels_BT == -100) | ((batch.labels_BT >= 0) & (batch.labels_BT < vocab_size))).all(), "labels"
-    assert rows_P.size == 0 or 0 <= rows_P.min() <= rows_P.max() < batch.input_ids_BT.size, "rows"
+    assert ((batch.target_ids_BT == -100) | ((batch.target_ids_BT >= 0) & (batch.target_ids_BT < vocab_size))).all(), "labels"
+    assert flat_positions_P.size == 0 or 0 <= flat_positions_P.min() <= flat_positions_P.max() < batch.input_ids_BT.size, "rows"

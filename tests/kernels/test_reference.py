@@ -15,7 +15,7 @@ from contracts.kernels import make_problem
 from kdcache.errors import LossError
 from kdcache.kernels import divergences as d
 from kdcache.kernels import get_backend, reference_divergences
-from kdcache.kernels.base import NO_LABEL, TAIL_POLICIES, Objective, make_targets
+from kdcache.kernels.base import NO_TARGET, TAIL_POLICIES, Objective, make_targets
 from kdcache.kernels.reference import loss_and_gradient, row_losses, row_losses_and_gradients
 from kdcache.loss import torch_divergences
 
@@ -131,8 +131,8 @@ def dense_loss(z_PV: torch.Tensor, targets, objective: Objective) -> torch.Tenso
             if objective.tail != "uniform"
             else textbook(objective.divergence, p, q, torch.ones(len(p), dtype=torch.bool))
         )
-    labels_P = torch.tensor(targets.labels_P).long()
-    ce_P = torch.nn.functional.cross_entropy(z_PV, labels_P, reduction="none", ignore_index=NO_LABEL)
+    target_ids_P = torch.tensor(targets.target_ids_P).long()
+    ce_P = torch.nn.functional.cross_entropy(z_PV, target_ids_P, reduction="none", ignore_index=NO_TARGET)
     return objective.alpha * objective.temperature**2 * torch.stack(losses) + (1 - objective.alpha) * ce_P
 
 
@@ -175,8 +175,8 @@ def test_temperature_is_exact_and_its_square_is_in_value_and_gradient(temperatur
     )
     z_PV = torch.tensor(problem.logits_PV, dtype=torch.float64, requires_grad=True)
     p_PV, log_q_PV = (teacher_PV / temperature).softmax(dim=1), (z_PV / temperature).log_softmax(dim=1)
-    labels_P = torch.tensor(problem.targets.labels_P).long()
-    ce_P = torch.nn.functional.cross_entropy(z_PV, labels_P, reduction="none", ignore_index=NO_LABEL)
+    target_ids_P = torch.tensor(problem.targets.target_ids_P).long()
+    ce_P = torch.nn.functional.cross_entropy(z_PV, target_ids_P, reduction="none", ignore_index=NO_TARGET)
     expected_P = alpha * temperature**2 * (p_PV * (p_PV.log() - log_q_PV)).sum(dim=1) + (1 - alpha) * ce_P
     (expected_PV,) = torch.autograd.grad((expected_P * torch.tensor(problem.targets.weights_P)).sum(), z_PV)
     ids_PK = torch.tensor(problem.targets.token_ids_PK).long()

@@ -24,8 +24,8 @@ GOOD = {"token_ids_PK": [[1, 2], [0, -1]], "logprobs_PK": [[-1.0, -2.0], [-1.0, 
         ({"tail_mass_P": [0.5, 1.5]}, "row 1 has the tail mass 1.5"),
         ({"tail_mass_P": [np.nan, 0.5]}, "row 0 has the tail mass nan"),
         ({"tail_mass_P": [0.5]}, "tail_mass has the shape"),
-        ({"labels_P": [5, 0]}, "row 0 has the label 5"),
-        ({"labels_P": [0, -1]}, "row 1 has the label -1"),
+        ({"target_ids_P": [5, 0]}, "row 0 has the label 5"),
+        ({"target_ids_P": [0, -1]}, "row 1 has the label -1"),
         ({"weights_P": [1.0, -0.5]}, "row 1 has the weight -0.5"),
         ({"weights_P": [np.nan, 0.5]}, "row 0 has the weight nan"),
     ],
@@ -44,7 +44,7 @@ def test_arrays_of_other_layouts_are_brought_into_the_kernels_layout():
     ids_PK = np.asfortranarray(np.array([[1, 2], [3, 4]], np.int64))
     ids_PK.flags.writeable = False
     targets = make_targets(ids_PK, np.zeros((4, 2))[::2] - 1, [0.5, 0.5], vocab_size=5)
-    for array in (targets.token_ids_PK, targets.logprobs_PK, targets.tail_mass_P, targets.labels_P, targets.weights_P):
+    for array in (targets.token_ids_PK, targets.logprobs_PK, targets.tail_mass_P, targets.target_ids_P, targets.weights_P):
         assert array.flags.c_contiguous
         assert array.flags.writeable
 

@@ -11,7 +11,7 @@ from kdcache.errors import CorruptCacheError, StorageError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import PADDING_ID, SequenceRecord
 from kdcache.loader.batches.assemble import BatchLayout, EntryColumns, assemble, assemble_reference
-from kdcache.loader.batches.batch import IGNORED_LABEL, Batch, stack_batches
+from kdcache.loader.batches.batch import NO_TARGET, Batch, stack_batches
 from kdcache.loader.batches.buffers import BufferPool
 
 ROWS = st.lists(st.lists(st.integers(1, 6), max_size=4), min_size=1, max_size=4)
@@ -33,8 +33,8 @@ def test_two_sequences_in_a_row_by_hand() -> None:
     assert batch.input_ids_BT.tolist() == [[1, 2, 3, 1001, 1002, 0, 0], [0] * 7]
     assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1, 0, 0], [0] * 7]
     assert batch.segment_ids_BT.tolist() == [[1, 1, 1, 2, 2, 0, 0], [0] * 7]
-    assert batch.labels_BT.tolist() == [[2, 3, -100, 1002, -100, -100, -100], [-100] * 7]
-    assert batch.rows_P.tolist() == [0, 1, 2, 3, 4]  # the last position of each has a teacher and no label
+    assert batch.target_ids_BT.tolist() == [[2, 3, -100, 1002, -100, -100, -100], [-100] * 7]
+    assert batch.flat_positions_P.tolist() == [0, 1, 2, 3, 4]  # the last position of each has a teacher and no label
     assert batch.token_ids_PK.tolist() == [*first.distributions.token_ids_E.reshape(3, 2).tolist(),
                                            *second.distributions.token_ids_E.reshape(2, 2).tolist()]  # fmt: skip
     assert batch.weights_P.tolist() == [1.0] * 5
@@ -58,18 +58,18 @@ def test_labels_and_rows_are_right_by_what_the_tokens_say(rows: list[list[int]],
 
 
 def check_alignment(batch: Batch, records: list[SequenceRecord]) -> None:
-    ids, labels = batch.input_ids_BT.reshape(-1), batch.labels_BT.reshape(-1)
-    teacher = dict(zip(batch.rows_P.tolist(), range(len(batch.rows_P)), strict=True))
+    ids, labels = batch.input_ids_BT.reshape(-1), batch.target_ids_BT.reshape(-1)
+    teacher = dict(zip(batch.flat_positions_P.tolist(), range(len(batch.flat_positions_P)), strict=True))
     for place in range(ids.size):
         if ids[place] == 0:
-            assert labels[place] == IGNORED_LABEL
+            assert labels[place] == NO_TARGET
             assert place not in teacher
             continue
         number, t = divmod(int(ids[place]) - 1, STRIDE)
         record = records[number]
         assert batch.position_ids_BT.reshape(-1)[place] == t
         supervised, is_last = bool(record.sequence.supervised_N[t]), t + 1 == record.sequence.num_tokens
-        assert labels[place] == (ids[place] + 1 if supervised and not is_last else IGNORED_LABEL)
+        assert labels[place] == (ids[place] + 1 if supervised and not is_last else NO_TARGET)
         assert (place in teacher) == supervised
         if supervised:
             check_distribution(batch, teacher[place], record, int(record.sequence.supervised_N[:t].sum()))
@@ -103,7 +103,7 @@ def test_what_a_selection_keeps_beside_the_entries_comes_along_with_its_position
     batch = assemble(records, layout)
     assert_same(batch, assemble_reference(records, layout))
     assert batch.entropy_P is not None
-    assert batch.entropy_P.tolist() == batch.input_ids_BT.reshape(-1)[batch.rows_P].tolist()
+    assert batch.entropy_P.tolist() == batch.input_ids_BT.reshape(-1)[batch.flat_positions_P].tolist()
     empty = assemble([], BatchLayout((0,), 8, columns))
     assert empty.log_z_PC is not None
     assert (empty.log_z_PC.shape, empty.num_exact_P is not None) == ((0, 2), True)
@@ -124,14 +124,14 @@ def with_scalars(record: SequenceRecord) -> SequenceRecord:
 def test_a_label_never_is_a_token_of_another_sequence() -> None:
     rows = [[3, 4, 2], [5, 1], []]
     batch = assemble(make_records(rows, supervised="all"), make_layout(rows))
-    labelled = batch.labels_BT != IGNORED_LABEL
+    labelled = batch.target_ids_BT != NO_TARGET
     assert labelled.sum() == 2 + 3 + 1 + 4 + 0
-    assert ((batch.labels_BT[labelled] - 1) // STRIDE == (batch.input_ids_BT[labelled] - 1) // STRIDE).all()
+    assert ((batch.target_ids_BT[labelled] - 1) // STRIDE == (batch.input_ids_BT[labelled] - 1) // STRIDE).all()
 
 
 def test_a_batch_without_positions_has_arrays_of_none() -> None:
     batch = assemble([], BatchLayout((0, 0), seq_len=8, columns=EntryColumns(3)))
-    assert batch.rows_P.shape == (0,)
+    assert batch.flat_positions_P.shape == (0,)
     assert batch.token_ids_PK.shape == batch.logprobs_PK.shape == (0, 3)
     assert (batch.num_sequences, batch.num_tokens) == (0, 0)
 

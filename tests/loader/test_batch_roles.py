@@ -35,7 +35,7 @@ def expected_roles(batch: Batch, records: list[SequenceRecord]) -> list[int]:
     """Of each position that the batch has, by hand from the records of its sequences."""
     roles = []
     firsts = np.flatnonzero((batch.segment_ids_BT.reshape(-1) > 0) & (batch.position_ids_BT.reshape(-1) == 0))
-    for place in batch.rows_P.tolist():
+    for place in batch.flat_positions_P.tolist():
         number = int(np.searchsorted(firsts, place, "right")) - 1
         t, sequence = place - int(firsts[number]), records[number].sequence
         roles.append(int(sequence.roles_N[t + 1]) if t + 1 < sequence.num_tokens else NO_ROLE)
@@ -96,4 +96,4 @@ def test_torch_batches_hand_roles_over(path: Path) -> None:
     with Loader(path, PLAIN) as loader:
         assert next(iter(TorchLoader(loader))).roles_P is None
     assert batch.roles_P is not None
-    assert batch.to("meta").roles_P.shape == batch.rows_P.shape  # pyright: ignore[reportOptionalMemberAccess]
+    assert batch.to("meta").roles_P.shape == batch.flat_positions_P.shape  # pyright: ignore[reportOptionalMemberAccess]

@@ -191,7 +191,7 @@ def test_the_report_adds_up_over_an_epoch_and_is_marked_where_it_was_resumed() -
     assert report.is_complete
     assert (report.epoch, report.first_batch, report.num_batches) == (0, 0, len(batches))
     assert (report.num_sequences, report.num_tokens) == (40, sum(LENGTHS))
-    assert report.num_positions == sum(len(batch.rows_P) for batch in batches)
+    assert report.num_positions == sum(len(batch.flat_positions_P) for batch in batches)
     assert report.padding_share == 1 - sum(LENGTHS) / (16 * 4 * len(batches))
     assert "40 sequences" in str(report)
     resumed = Loader(memory_of(), OPTIONS)

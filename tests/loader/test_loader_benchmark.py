@@ -76,7 +76,7 @@ def test_a_packed_batch_of_a_baseline_is_the_loaders(bench: Any, tmp_path: Path)
     assert (room.input_ids == batch.input_ids_BT.reshape(-1)).all()
     assert (room.positions == batch.position_ids_BT.reshape(-1)).all()
     assert (room.segments == batch.segment_ids_BT.reshape(-1)).all()
-    assert (room.labels == batch.labels_BT.reshape(-1)).all()
+    assert (room.labels == batch.target_ids_BT.reshape(-1)).all()
     assert (room.token_ids[: count * 3].reshape(-1, 3) == batch.token_ids_PK).all()
 
 

@@ -56,7 +56,7 @@ def check_batch(batch: Batch) -> None:
     """By the token ids, which say of which sequence and position they are."""
     assert batch.features is not None
     assert tuple(batch.features) == NAMES
-    tokens = batch.input_ids_BT.reshape(-1)[batch.rows_P] - 1
+    tokens = batch.input_ids_BT.reshape(-1)[batch.flat_positions_P] - 1
     expected_PH = np.array([numbers(*divmod(int(token), STRIDE)) for token in tokens], np.float32).reshape(-1, H)
     np.testing.assert_array_equal(batch.features["inner"], expected_PH)
     largest_P1 = np.abs(expected_PH).max(axis=-1, keepdims=True, initial=0)
@@ -83,7 +83,7 @@ def test_each_row_is_its_positions_and_each_pooled_row_its_sequences(tmp_path: P
         check_batch(stack_batches(batches))
         bare = next(iter(Loader(reader, msgspec.structs.replace(options, features=()))))
         assert bare.features is None
-        np.testing.assert_array_equal(bare.rows_P, batches[0].rows_P)
+        np.testing.assert_array_equal(bare.flat_positions_P, batches[0].flat_positions_P)
         if packing == "first_fit":
             check_batch(PackedView(reader, options)[0])
 

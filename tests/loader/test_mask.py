@@ -7,7 +7,7 @@ from memory_reader import MemoryReader, assert_same, make_record
 from kdcache.config.loader import LoaderConfig, MaskConfig
 from kdcache.format.record import ROLES, SequenceRecord, TokenSequence
 from kdcache.loader.batches.assemble import BatchLayout, EntryColumns, assemble, assemble_reference
-from kdcache.loader.batches.batch import IGNORED_LABEL
+from kdcache.loader.batches.batch import NO_TARGET
 from kdcache.loader.batches.mask import choose, choose_reference
 from kdcache.loader.loader import Loader
 
@@ -80,8 +80,8 @@ def test_rows_entries_labels_and_weights_of_a_masked_batch_equal_the_reference(
     layout = BatchLayout(tuple(map(len, rows)), 24, EntryColumns(3), mask)
     batch = assemble(records, layout)
     assert_same(batch, assemble_reference(records, layout))
-    labelled = np.flatnonzero(batch.labels_BT.reshape(-1) != IGNORED_LABEL)
-    assert set(labelled) <= set(batch.rows_P.tolist())
+    labelled = np.flatnonzero(batch.target_ids_BT.reshape(-1) != NO_TARGET)
+    assert set(labelled) <= set(batch.flat_positions_P.tolist())
     assert (batch.weights_P > 0).all()
     assert batch.num_masked + batch.num_positions == sum(r.distributions.num_positions for r in records)
 
@@ -92,8 +92,8 @@ def test_a_masked_loader_gives_a_share_of_what_the_unmasked_gives_in_the_same_or
     masked = LoaderConfig(seq_len=16, batch_rows=2, num_threads=0, mask=MaskConfig(roles=("assistant",)))
     for left, right in zip(Loader(reader, masked), Loader(reader, options), strict=True):
         np.testing.assert_array_equal(left.input_ids_BT, right.input_ids_BT)
-        places = np.searchsorted(right.rows_P, left.rows_P)
-        np.testing.assert_array_equal(left.rows_P, right.rows_P[places])
+        places = np.searchsorted(right.flat_positions_P, left.flat_positions_P)
+        np.testing.assert_array_equal(left.flat_positions_P, right.flat_positions_P[places])
         np.testing.assert_array_equal(left.token_ids_PK, right.token_ids_PK[places])
         np.testing.assert_array_equal(left.logprobs_PK, right.logprobs_PK[places])
     assert left.num_positions < right.num_positions

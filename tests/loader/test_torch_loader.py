@@ -49,7 +49,7 @@ def test_tensors_share_the_arrays_memory(reader: MemoryReader) -> None:
     tensors = to_torch(batch)
     batch.input_ids_BT[0, 0] = 12345
     assert tensors.input_ids_BT[0, 0] == 12345
-    assert (tensors.input_ids_BT.dtype, tensors.rows_P.dtype, tensors.logprobs_PK.dtype) == (
+    assert (tensors.input_ids_BT.dtype, tensors.flat_positions_P.dtype, tensors.logprobs_PK.dtype) == (
         torch.int32,
         torch.int64,
         torch.float32,

@@ -95,10 +95,10 @@ def check_ids_beyond_the_vocabulary(make_passes: Callable[[torch.Tensor, torch.T
     """Such an id or label in row 1: NaN there, the other rows as without it, and nothing before or behind the rows changed."""
     problem = make_problem(3, 20, 4)
     clean = TargetTensors(**with_estimates(problem, Objective("bucket", 0.5)))
-    assert clean.labels_P is not None
+    assert clean.target_ids_P is not None
     assert clean.weights_P is not None
-    for name, foreign in itertools.product(("token_ids_PK", "labels_P"), (20, 21, 10_000, 2**31 - 1)):
-        spoiled = replace(clean, token_ids_PK=clean.token_ids_PK.clone(), labels_P=clean.labels_P.clone())
+    for name, foreign in itertools.product(("token_ids_PK", "target_ids_P"), (20, 21, 10_000, 2**31 - 1)):
+        spoiled = replace(clean, token_ids_PK=clean.token_ids_PK.clone(), target_ids_P=clean.target_ids_P.clone())
         getattr(spoiled, name).view(3, -1)[1, -1] = foreign
         for want_gradient in (True, False):
             results = []

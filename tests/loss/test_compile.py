@@ -50,7 +50,7 @@ def assert_rows_compile_whole(backend: str, reduction: str = "none") -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["token_ids_PK", "labels_P"])
+@pytest.mark.parametrize("place", ["token_ids_PK", "target_ids_P"])
 def test_an_id_beyond_the_vocabulary_is_nan_in_a_traced_graph_that_cannot_look_for_it(place):
     (hidden_PH, weight_VH, _), targets = make()
     z_PV = (hidden_PH @ weight_VH.T).detach().requires_grad_()

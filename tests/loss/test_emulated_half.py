@@ -94,7 +94,7 @@ def test_the_weight_is_widened_a_block_at_a_time(emulated, monkeypatch):
     monkeypatch.setattr(chunks, "_SUMMED_ELEMENTS", 64 * 8)
     emulated(True)
     hidden_PH, weight_VH = (torch.randn(n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (4, 2000))
-    targets = {"labels_P": torch.zeros(4, dtype=torch.int64), "alpha": 0.0}
+    targets = {"target_ids_P": torch.zeros(4, dtype=torch.int64), "alpha": 0.0}
     with Products() as products:
         fused_sparse_kd_loss(hidden_PH, weight_VH, **targets, backend="torch").backward()
     assert products.dtypes == {torch.float32}

@@ -68,7 +68,7 @@ def as_targets(outcomes: list[Outcome], row_weight: float = 1.0) -> dict[str, Te
         "tail_mass_P": torch.tensor([1 - teacher()[:exact].sum().item() for *_, exact in outcomes]).float(),
         "num_exact_P": num_exact_P,
         "weights_P": torch.tensor([probability for probability, *_ in outcomes], dtype=torch.float64) * row_weight,
-        "labels_P": torch.full((num_rows,), LABEL),
+        "target_ids_P": torch.full((num_rows,), LABEL),
         "reduction": "sum",
     }
 

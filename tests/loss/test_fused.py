@@ -14,7 +14,7 @@ from contracts.kernels import Problem, make_problem
 from test_sparse_kd import with_estimates
 
 from kdcache.errors import LossError
-from kdcache.kernels.base import NO_LABEL, Objective
+from kdcache.kernels.base import NO_TARGET, Objective
 from kdcache.loss import chunks
 from kdcache.loss.fused import fused_sparse_kd_loss
 from kdcache.loss.sparse_kd import sparse_kd_loss
@@ -33,7 +33,7 @@ class Case:
             "token_ids_PK": torch.tensor(problem.targets.token_ids_PK),
             "logprobs_PK": torch.tensor(problem.targets.logprobs_PK),
             "tail_mass_P": torch.tensor(problem.targets.tail_mass_P),
-            "labels_P": torch.tensor(problem.targets.labels_P),
+            "target_ids_P": torch.tensor(problem.targets.target_ids_P),
             "weights_P": torch.tensor(problem.targets.weights_P),
         }
         self.num_exact_P = torch.tensor(problem.targets.num_exact_P)
@@ -209,12 +209,12 @@ def test_without_gradients_the_loss_is_the_same(backend):
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 def test_labels_without_a_teacher_are_a_chunked_cross_entropy(backend):
     case = Case()
-    labels_P = case.targets["labels_P"].long()
-    counted_P = (labels_P != NO_LABEL).float()
-    options = {"alpha": 0.0, "labels_P": labels_P, "weights_P": counted_P, "chunk_size": 8, "backend": backend}
+    target_ids_P = case.targets["target_ids_P"].long()
+    counted_P = (target_ids_P != NO_TARGET).float()
+    options = {"alpha": 0.0, "target_ids_P": target_ids_P, "weights_P": counted_P, "chunk_size": 8, "backend": backend}
     empty = (torch.empty((37, 0), dtype=torch.int32), torch.empty((37, 0)), torch.ones(37))
     logits_PV = case.hidden_PH @ case.weight_VH.T + case.bias_V
-    expected = torch.nn.functional.cross_entropy(logits_PV, labels_P, ignore_index=NO_LABEL)
+    expected = torch.nn.functional.cross_entropy(logits_PV, target_ids_P, ignore_index=NO_TARGET)
     expected_gradients = torch.autograd.grad(expected, case.leaves)
     for teacher in ((), empty):
         loss = fused_sparse_kd_loss(case.hidden_PH, case.weight_VH, *teacher, bias=case.bias_V, **options)

@@ -21,7 +21,7 @@ def make(dtype: torch.dtype = torch.float32) -> tuple[tuple[torch.Tensor, ...], 
     problem, generator = make_problem(P, V, 9), torch.Generator().manual_seed(0)
     leaves = tuple(torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in ((P, H), (V, H), (V,)))
     t = problem.targets
-    names = ("token_ids_PK", "logprobs_PK", "tail_mass_P", "labels_P", "weights_P")
+    names = ("token_ids_PK", "logprobs_PK", "tail_mass_P", "target_ids_P", "weights_P")
     return leaves, {name: torch.tensor(getattr(t, name)) for name in names}
 
 

@@ -15,7 +15,7 @@ def good() -> dict:
         "token_ids_PK": torch.tensor([[1, 2], [0, -1]]),
         "logprobs_PK": torch.tensor([[-1.0, -2.0], [-1.0, -torch.inf]]),
         "tail_mass_P": torch.tensor([0.5, 0.6]),
-        "labels_P": torch.tensor([4, -100]),
+        "target_ids_P": torch.tensor([4, -100]),
     }
 
 
@@ -62,7 +62,7 @@ REFUSED = [
     ({"targets": "unbiased", "tail": "drop", "temperature": 2.0, "log_z_P": torch.zeros(2)}, "were sampled at 1"),
     ({"targets": "sampled"}, "targets is 'sampled'"),
     ({"alpha": 1.5}, "alpha is 1.5"),
-    ({"alpha": 0.5, "labels_P": None}, "labels_P is not given"),
+    ({"alpha": 0.5, "target_ids_P": None}, "target_ids_P is not given"),
     ({"reduction": "max"}, "reduction is 'max'"),
     ({"backend": "cuda"}, "backend is 'cuda'"),
     ({"backend": "triton"}, "the triton backend takes float32, bfloat16 or float16 on a GPU, not torch.float.. on cpu"),
@@ -77,8 +77,8 @@ REFUSED = [
     ({"logprobs_PK": torch.full((2, 2), 0.5)}, "row 0 has the logprob 0.5, above 0"),
     ({"tail_mass_P": torch.tensor([0.5])}, "tail_mass_P has the shape"),
     ({"tail_mass_P": torch.tensor([0.5, 2.0])}, "row 1 has the tail mass 2.0"),
-    ({"labels_P": torch.tensor([5, 0])}, "row 0 has the label 5"),
-    ({"labels_P": torch.tensor([[5, 0]])}, "labels_P has the shape"),
+    ({"target_ids_P": torch.tensor([5, 0])}, "row 0 has the label 5"),
+    ({"target_ids_P": torch.tensor([[5, 0]])}, "target_ids_P has the shape"),
     ({"weights_P": torch.tensor([1.0, -1.0])}, "row 1 has the weight -1.0"),
     ({"weights_P": torch.tensor([1.0])}, "weights_P has the shape"),
     ({"tail_mass_P": torch.tensor([0.5, 0.6], device="meta")}, "tail_mass_P is on meta, but the student is on cpu"),

@@ -37,9 +37,9 @@ def run(backend: str, vocab: int, objective: Objective, num_chunks: int = 2, hea
         rows = chunk * num_chunks
         hidden_PH = torch.empty(rows, H, dtype=torch.bfloat16, device="cuda")
         ids_PK, logprobs_PK = torch.empty(rows, K, dtype=torch.int32, device="cuda"), torch.empty(rows, K, device="cuda")
-        weights_P, labels_P = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int64, device="cuda")
+        weights_P, target_ids_P = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int64, device="cuda")
         num_exact_P = torch.empty(rows, dtype=torch.int64, device="cuda")
-        targets = TargetTensors(ids_PK, logprobs_PK, weights_P, labels_P, weights_P, num_exact_P)
+        targets = TargetTensors(ids_PK, logprobs_PK, weights_P, target_ids_P, weights_P, num_exact_P)
         step = make_step(backend, targets, weights_P, objective, vocab)
         projection = Projection(hidden_PH, weight_VH, None, head or Head())
         peak, launches = peak_of(lambda: run_chunks(projection, step, (True, True, False), chunk), gpu)
@@ -91,8 +91,8 @@ def test_a_fake_gpu_sees_what_it_is_for():
 def test_the_last_backward_writes_over_the_saved_gradient_and_an_earlier_one_does_not(retain):
     torch.manual_seed(0)
     hidden_PH, weight_VH = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    labels_P = torch.arange(6)
-    loss = fused_sparse_kd_loss(hidden_PH, weight_VH, labels_P=labels_P, alpha=0.0)
+    target_ids_P = torch.arange(6)
+    loss = fused_sparse_kd_loss(hidden_PH, weight_VH, target_ids_P=target_ids_P, alpha=0.0)
     address, before_VH = loss.grad_fn.saved_tensors[1].data_ptr(), loss.grad_fn.saved_tensors[1].clone()
     (3 * loss).backward(retain_graph=retain)
     torch.testing.assert_close(weight_VH.grad, 3 * before_VH)
@@ -111,9 +111,9 @@ def test_the_public_losses_check_their_arguments_without_waiting(options):
     with FakeGpu(), torch.no_grad():
         hidden_PH, weight_VH = (torch.empty(n, 8, dtype=torch.bfloat16, device="cuda") for n in (12, 300))
         ids_PK, logprobs_PK = torch.empty(12, 5, dtype=torch.int64, device="cuda"), torch.empty(12, 5, device="cuda")
-        floats_P, labels_P = torch.empty(12, device="cuda"), torch.empty(12, dtype=torch.int64, device="cuda")
+        floats_P, target_ids_P = torch.empty(12, device="cuda"), torch.empty(12, dtype=torch.int64, device="cuda")
         teacher = (ids_PK, logprobs_PK, floats_P)
-        more = {"labels_P": labels_P, "weights_P": floats_P, "num_exact_P": labels_P, **options}
+        more = {"target_ids_P": target_ids_P, "weights_P": floats_P, "num_exact_P": target_ids_P, **options}
         more |= {"log_z_P": floats_P} if "temperature" in options else {}
         losses = [fused_sparse_kd_loss(hidden_PH, weight_VH, *teacher, **more)]
         logits_PV = hidden_PH @ weight_VH.T

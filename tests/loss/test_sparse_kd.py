@@ -24,7 +24,7 @@ def tensors(problem: Problem) -> dict[str, torch.Tensor]:
         "token_ids_PK": torch.tensor(t.token_ids_PK),
         "logprobs_PK": torch.tensor(t.logprobs_PK),
         "tail_mass_P": torch.tensor(t.tail_mass_P),
-        "labels_P": torch.tensor(t.labels_P).long(),
+        "target_ids_P": torch.tensor(t.target_ids_P).long(),
         "weights_P": torch.tensor(t.weights_P),
     }
 

@@ -26,7 +26,7 @@ class Teacher:
             "logprobs_PK": top.values.float(),
             "tail_mass_P": (1 - top.values.exp().sum(dim=1)).float(),
         }
-        self.labels_P = torch.tensor(whole.targets.labels_P)
+        self.target_ids_P = torch.tensor(whole.targets.target_ids_P)
         self.z_PV = torch.tensor(whole.logits_PV, dtype=dtype, requires_grad=True)
 
     def log_z_P(self, temperature: float) -> torch.Tensor:
@@ -42,7 +42,7 @@ class Teacher:
             buckets.append(torch.cat([head_PK, 1 - head_PK.sum(dim=1, keepdim=True)], dim=1))
         p_PB, q_PB = buckets
         kl_P = (p_PB * (p_PB / q_PB).log()).sum(dim=1)
-        ce_P = torch.nn.functional.cross_entropy(z_PV, self.labels_P.long(), reduction="none")
+        ce_P = torch.nn.functional.cross_entropy(z_PV, self.target_ids_P.long(), reduction="none")
         loss = (alpha * temperature**2 * kl_P + (1 - alpha) * ce_P).mean()
         return loss.detach(), torch.autograd.grad(loss, z_PV)[0]
 
@@ -52,7 +52,7 @@ class Teacher:
 def test_temperature_from_a_stored_logsumexp_is_that_of_the_dense_teacher(temperature, alpha, backend):
     """The square of T in the value and in the gradient: leaving it out of one of them is the known defect."""
     teacher = Teacher()
-    options = {"temperature": temperature, "alpha": alpha, "labels_P": teacher.labels_P, "backend": backend}
+    options = {"temperature": temperature, "alpha": alpha, "target_ids_P": teacher.target_ids_P, "backend": backend}
     loss = sparse_kd_loss(teacher.z_PV, **teacher.record, **options, log_z_P=teacher.log_z_P(temperature))
     expected, expected_PV = teacher.dense(temperature, alpha)
     assert loss.item() == pytest.approx(expected.item(), rel=2e-5)

@@ -68,7 +68,7 @@ def train_ranks(folder: Path, cache: Path, last_step: int, accumulated: int = 1)
             dist.all_reduce(total)
             step += 1
             seen = {"loss": float(total), "ids": [b.input_ids_BT for b in batches], "state": stream.state_dict()}
-            seen["positions"] = sum(len(b.rows_P) for b in batches)
+            seen["positions"] = sum(len(b.flat_positions_P) for b in batches)
             seen["gradients"] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
             torch.save(seen, folder / f"step-{step}-rank-{rank}-of-{num_ranks}.pt")
             optimizer.step()
@@ -201,7 +201,7 @@ def test_an_empty_share_gives_a_loss_and_gradients_of_zero(small_cache: Path) ->
     model = make_student()
     with Loader(small_cache, options, rank=11, world_size=12) as loader:
         loss_of, batch = StudentLoss(model, loader), BatchStream(loader)[0]
-    assert len(batch.rows_P) == 0
+    assert len(batch.flat_positions_P) == 0
     for scale in (None, torch.tensor(0.5)):
         loss = loss_of(model, batch, scale)
         loss.backward()

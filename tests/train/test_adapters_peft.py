@@ -27,7 +27,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(small_cache: Path
     model, (batch,) = adapted(target_modules=["q_proj"], modules_to_save=saved), first_batches(small_cache, OPTIONS, 1)
     ids_BT, positions_BT = batch.input_ids_BT.long(), batch.position_ids_BT.long()
     logits = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
-    wanted = with_gradients(model, loss_of_logits(logits.flatten(0, 1)[batch.rows_P], batch))
+    wanted = with_gradients(model, loss_of_logits(logits.flatten(0, 1)[batch.flat_positions_P], batch))
     with Loader(str(small_cache), OPTIONS) as loader:
         found = with_gradients(model, StudentLoss(model, loader)(model, batch))
     assert_close(found, wanted)

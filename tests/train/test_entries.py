@@ -49,8 +49,8 @@ def batch() -> TorchBatch:
         position_ids_BT=torch.arange(T)[None],
         segment_ids_BT=torch.ones(1, T, dtype=torch.int32),
         cu_seqlens_G1=torch.tensor([0, T]),
-        labels_BT=torch.cat([ids_1T[:, 1:], torch.tensor([[-100]])], dim=1),
-        rows_P=torch.arange(T),
+        target_ids_BT=torch.cat([ids_1T[:, 1:], torch.tensor([[-100]])], dim=1),
+        flat_positions_P=torch.arange(T),
         token_ids_PK=top.indices.int(),
         logprobs_PK=logprobs_PK,
         tail_mass_P=1 - logprobs_PK[:, :NUM_EXACT].exp().sum(dim=1),
@@ -89,7 +89,7 @@ def test_the_step_computes_what_the_configuration_and_the_selection_say(
     assert batch.log_z_PC is not None
     more = {"log_z_P": batch.log_z_PC[:, 1]} if "temperature" in expected else {}
     wanted = sparse_kd_loss(
-        logits_PV, **{name: getattr(batch, name) for name in names}, labels_P=batch.labels_BT[0], **expected, **more
+        logits_PV, **{name: getattr(batch, name) for name in names}, target_ids_P=batch.target_ids_BT[0], **expected, **more
     )
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 

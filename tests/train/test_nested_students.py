@@ -64,7 +64,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(small_cache: Path
     check_architecture(model)
     where = positions(model, model, batch.position_ids_BT.long())
     logits = model(input_ids=batch.input_ids_BT.long(), use_cache=False, **where).logits
-    wanted = with_gradients(model, loss_of_logits(logits.flatten(0, 1)[batch.rows_P], batch))
+    wanted = with_gradients(model, loss_of_logits(logits.flatten(0, 1)[batch.flat_positions_P], batch))
     assert_close(with_gradients(model, student_loss(model, batch, train_config())), wanted)
     with Loader(str(small_cache), OPTIONS) as loader:
         assert_close(with_gradients(model, StudentLoss(model, loader)(model, batch)), wanted)

@@ -55,7 +55,7 @@ def test_entries_that_are_no_tokens_become_mass_of_the_tail() -> None:
 def test_the_loss_of_a_smaller_student_is_that_over_the_tokens(full_cache: Path, tail: str) -> None:
     """In words of torch alone: the teacher's 520 ids are in the cache, 8 of them are no tokens."""
     model, (batch,) = make_student(vocab_size=TOKENS), first_batches(full_cache, OPTIONS, 1)
-    teacher_PV = torch.zeros(len(batch.rows_P), 520).scatter(1, batch.token_ids_PK.long(), batch.logprobs_PK.exp())
+    teacher_PV = torch.zeros(len(batch.flat_positions_P), 520).scatter(1, batch.token_ids_PK.long(), batch.logprobs_PK.exp())
     log_q_PV = own_logits(model, batch).log_softmax(dim=-1)
     p_PV = teacher_PV[:, :TOKENS]
     if tail == "renormalize":

@@ -58,7 +58,7 @@ def make(name: str) -> PreTrainedModel:
 def own_logits(model: PreTrainedModel, batch: TorchBatch) -> Tensor:
     """(P, V)"""
     ids_BT, positions_BT = batch.input_ids_BT.long(), batch.position_ids_BT.long()
-    return model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits.flatten(0, 1)[batch.rows_P]
+    return model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits.flatten(0, 1)[batch.flat_positions_P]
 
 
 def loss_of_logits(logits_PV: Tensor, batch: TorchBatch) -> Tensor:

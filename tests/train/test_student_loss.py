@@ -31,7 +31,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_logits(small_cache: Path, t
     model, (batch,) = make_student(), first_batches(small_cache, OPTIONS, 1)
     logits = model(input_ids=batch.input_ids_BT.long(), position_ids=batch.position_ids_BT.long(), use_cache=False).logits
     targets = (batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P)
-    wanted = sparse_kd_loss(logits.flatten(0, 1)[batch.rows_P], *targets, tail=tail, backend="torch")
+    wanted = sparse_kd_loss(logits.flatten(0, 1)[batch.flat_positions_P], *targets, tail=tail, backend="torch")
     wanted.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
@@ -63,7 +63,7 @@ def test_logits_of_all_positions_never_exist(small_cache: Path, backend: str) ->
     with Shapes() as shapes:
         ours(model, batch).backward()
     rows = [shape[:-1] for shape in shapes.seen if shape and shape[-1] == 520]
-    assert len(batch.rows_P) > 64
+    assert len(batch.flat_positions_P) > 64
     assert max(torch.Size(shape).numel() for shape in rows) <= 32 < 64, "the transposed weight has 32 rows"
 
 

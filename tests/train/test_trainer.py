@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError, InputError, MismatchError, StateError
 from kdcache.loader._torch import to_torch
-from kdcache.loader.batches.batch import IGNORED_LABEL, Batch
+from kdcache.loader.batches.batch import NO_TARGET, Batch
 from kdcache.loader.loader import Loader
 from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.store.reader import open_cache
@@ -103,7 +103,7 @@ def test_alpha_mixes_both_losses(small_cache: Path, tiny_model_dir: Path, tmp_pa
     with open_cache(small_cache) as reader, Loader(reader, configs[0.0].loader) as loader:
         batch = next(iter(loader))
     # Only positions with a label: there both terms are defined, and both means are over the same rows.
-    batch.weights_P[:] = batch.labels_BT.reshape(-1)[batch.rows_P] != IGNORED_LABEL
+    batch.weights_P[:] = batch.target_ids_BT.reshape(-1)[batch.flat_positions_P] != NO_TARGET
     losses = {alpha: float(student_loss(model, to_torch(batch), config).detach()) for alpha, config in configs.items()}
     assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0], rel=1e-5)
 
@@ -114,10 +114,10 @@ def test_the_tail_policy_and_the_backend_reach_the_loss(small_cache: Path, tiny_
         model = build_student(config.student, seed=0)
         with open_cache(small_cache) as reader, Loader(reader, config.loader) as loader:
             batch = to_torch(next(iter(loader)))
-        head, labels_P = output_projection(model), batch.labels_BT.flatten()[batch.rows_P]
-        hidden_PH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT).flatten(0, 1)[batch.rows_P]
+        head, target_ids_P = output_projection(model), batch.target_ids_BT.flatten()[batch.flat_positions_P]
+        hidden_PH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT).flatten(0, 1)[batch.flat_positions_P]
         targets = (batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P)
-        expected = sparse_kd_loss(head(hidden_PH), *targets, labels_P=labels_P, tail=settings["tail"], backend="torch")
+        expected = sparse_kd_loss(head(hidden_PH), *targets, target_ids_P=target_ids_P, tail=settings["tail"], backend="torch")
         ours = float(student_loss(model, batch, config).detach())
         assert ours == pytest.approx(float(expected.detach()), rel=1e-5)
         return ours
@@ -147,10 +147,10 @@ def test_a_sequence_has_the_same_loss_packed_and_alone(
         model, losses = build_student(config.student, seed=0).eval(), {}
         with open_cache(small_cache) as reader, Loader(reader, config.loader) as batches:
             for batch in batches:
-                rows_P = np.stack(np.unravel_index(batch.rows_P, batch.segment_ids_BT.shape), axis=1)
-                segments_P = batch.segment_ids_BT.reshape(-1)[batch.rows_P]
-                for row, segment in sorted({(int(r[0]), int(s)) for r, s in zip(rows_P, segments_P, strict=True)}):
-                    batch.weights_P[:] = (rows_P[:, 0] == row) & (segments_P == segment)
+                flat_positions_P = np.stack(np.unravel_index(batch.flat_positions_P, batch.segment_ids_BT.shape), axis=1)
+                segments_P = batch.segment_ids_BT.reshape(-1)[batch.flat_positions_P]
+                for row, segment in sorted({(int(r[0]), int(s)) for r, s in zip(flat_positions_P, segments_P, strict=True)}):
+                    batch.weights_P[:] = (flat_positions_P[:, 0] == row) & (segments_P == segment)
                     ids = batch.input_ids_BT[row][batch.segment_ids_BT[row] == segment]
                     losses[ids.tobytes()] = float(student_loss(model, to_torch(batch), config).detach())
         return losses

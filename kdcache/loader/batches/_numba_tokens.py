@@ -17,22 +17,23 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from kdcache.compiled import compiled
-from kdcache.loader.batches.batch import IGNORED_LABEL, Batch
+from kdcache.loader.batches.batch import NO_TARGET, Batch
 
 _IDS_BT, _TABLE = numba.int32[:, ::1], numba.int64[:, ::1]
 
 
 def fill_tokens(batch: Batch, table_RC: NDArray[np.int64], ends_B: NDArray[np.int64]) -> None:
-    """Write input_ids, position_ids, segment_ids and labels, all of each, and rows_P.
+    """Write input_ids, position_ids, segment_ids and target_ids, all of each, and flat_positions_P.
 
     Args:
         batch: to be written.
         table_RC: (R, 8) int64, for each sequence: addresses of its (N,) int32 ids, its (N,) bool supervised flags and its (P,)
-            bool flags of what the mask keeps, 0 for all; N; its row b, first column and segment; its first place in rows_P.
+            bool flags of what the mask keeps, 0 for all; N; its row b, first column and segment; its first index in
+            flat_positions_P.
         ends_B: (B,) int64, the column behind the last sequence of each row.
     """
-    arrays_BT = batch.input_ids_BT, batch.position_ids_BT, batch.segment_ids_BT, batch.labels_BT
-    _fill_tokens(table_RC.reshape(-1, 8), ends_B, *arrays_BT, batch.rows_P)
+    arrays_BT = batch.input_ids_BT, batch.position_ids_BT, batch.segment_ids_BT, batch.target_ids_BT
+    _fill_tokens(table_RC.reshape(-1, 8), ends_B, *arrays_BT, batch.flat_positions_P)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,7 +118,7 @@ def _fill_tokens(table, ends, input_ids, position_ids, segment_ids, labels, rows
         segment_ids[b, start:stop] = segment
         for t in range(num_tokens):
             position_ids[b, start + t] = t
-            labels[b, start + t] = IGNORED_LABEL
+            labels[b, start + t] = NO_TARGET
             if supervised[t]:
                 if is_all or keep[p]:
                     rows[position] = b * seq_len + start + t
@@ -130,4 +131,4 @@ def _fill_tokens(table, ends, input_ids, position_ids, segment_ids, labels, rows
         input_ids[b, ends[b] :] = 0
         position_ids[b, ends[b] :] = 0
         segment_ids[b, ends[b] :] = 0
-        labels[b, ends[b] :] = IGNORED_LABEL
+        labels[b, ends[b] :] = NO_TARGET

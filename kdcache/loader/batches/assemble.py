@@ -19,7 +19,7 @@ from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import PADDING_ID, SequenceRecord
 from kdcache.format.selection import fixed_entries, fixed_exact, stores_num_exact
-from kdcache.loader.batches.batch import IGNORED_LABEL, NO_ROLE, Batch
+from kdcache.loader.batches.batch import NO_ROLE, NO_TARGET, Batch
 from kdcache.loader.batches.buffers import BufferPool
 from kdcache.loader.batches.features import batch_features
 from kdcache.loader.batches.mask import EVERYTHING, Choice, choose, choose_reference, target_roles
@@ -138,7 +138,7 @@ def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -
     batch = _blank(records, choices, layout, None)
     batch.token_ids_PK[:], batch.logprobs_PK[:] = PADDING_ID, -np.inf
     batch.input_ids_BT[:], batch.position_ids_BT[:], batch.segment_ids_BT[:] = 0, 0, 0
-    batch.labels_BT[:] = IGNORED_LABEL
+    batch.target_ids_BT[:] = NO_TARGET
     remaining, p = iter(records), 0
     for b, num_sequences in enumerate(layout.sequences_per_row):
         column = 0
@@ -152,9 +152,9 @@ def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -
                 batch.segment_ids_BT[b, column] = segment
                 is_kept = bool(sequence.supervised_N[t]) and weights[record_p] > 0
                 if is_kept and t + 1 < sequence.num_tokens:
-                    batch.labels_BT[b, column] = sequence.input_ids_N[t + 1]
+                    batch.target_ids_BT[b, column] = sequence.input_ids_N[t + 1]
                 if is_kept:
-                    batch.rows_P[p] = b * layout.seq_len + column
+                    batch.flat_positions_P[p] = b * layout.seq_len + column
                     batch.weights_P[p] = weights[record_p]
                     for k, entry in enumerate(range(d.offsets_P1[record_p], d.offsets_P1[record_p + 1])):
                         batch.token_ids_PK[p, k] = d.token_ids_E[entry]
@@ -204,8 +204,8 @@ def blank_batch(
         segment_ids_BT=np.empty(shape_BT, np.int32),
         cu_seqlens_G1=segments[0],
         max_seqlen=segments[1],
-        labels_BT=np.empty(shape_BT, np.int32),
-        rows_P=np.empty(num_positions, np.int64),
+        target_ids_BT=np.empty(shape_BT, np.int32),
+        flat_positions_P=np.empty(num_positions, np.int64),
         token_ids_PK=pool.take((num_positions, num_columns), np.int32),
         logprobs_PK=pool.take((num_positions, num_columns), layout.logprob_dtype),
         tail_mass_P=np.empty(num_positions, np.float32),

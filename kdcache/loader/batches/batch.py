@@ -3,8 +3,8 @@
 Shape letters: B rows, T positions per row, P supervised positions of the batch flattened, K entries per position (padded),
 G segments of the batch, C further temperatures.
 
-Alignment: the logits that a student gives at (b, t) predict token t+1 of the SAME sequence. `labels_BT[b, t]` is that token,
-and `rows_P` counts b * T + t: nothing is to be shifted again.
+Alignment: the logits that a student gives at (b, t) predict token t+1 of the SAME sequence. `target_ids_BT[b, t]` is that
+token, and `flat_positions_P` counts b * T + t: shift nothing again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kdcache.format.record import PADDING_ID
 
-IGNORED_LABEL = -100
+NO_TARGET = -100
 """What torch's cross entropy leaves out by default."""
 
 NO_ROLE = 255
@@ -36,10 +36,10 @@ class Batch:
         cu_seqlens_G1: (G+1,) int32, from 0 to B*T: where each segment of the flattened rows starts. Each sequence is a segment,
             and so is the padding behind a row's last one, so that every place is in one.
         max_seqlen: length of the longest segment.
-        labels_BT: (B, T) int32; the token after position t in the same sequence, IGNORED_LABEL where there is none, where the
+        target_ids_BT: (B, T) int32; the token after position t in the same sequence, NO_TARGET where there is none, where the
             position is not supervised or masked out, and at padding.
-        rows_P: (P,) int64, ascending; index into B*T of each position with a teacher's distribution that the mask keeps. A
-            supervised last position of a sequence is among them although it has no label. P may be 0.
+        flat_positions_P: (P,) int64, ascending; index into B*T of each position with a teacher's distribution that the mask
+            keeps. A supervised last position of a sequence is among them although it has no target id. P may be 0.
         token_ids_PK: (P, K) int32; PADDING_ID where a position has fewer entries. K is the same in all batches of a `top_k`
             cache.
         logprobs_PK: (P, K) float32, or float16 where LoaderConfig.logprob_dtype says so; nats, normalised over the whole
@@ -51,8 +51,8 @@ class Batch:
         entropy_P: (P,) float32, nats, of the teacher's whole distribution; None where the cache keeps none.
         num_sequences: in the batch; 0 for a rank that has only the empty rows of the last batch.
         num_masked: supervised positions of its sequences that the mask left out.
-        features: name -> (P, H) float32, a row for each position, in the order of rows_P; or (num_sequences, H) where the
-            feature is pooled, in the order of the sequences in the rows. None where LoaderConfig.features names none.
+        features: name -> (P, H) float32, a row for each position, in the order of flat_positions_P; or (num_sequences, H) where
+            the feature is pooled, in the order of the sequences in the rows. None where LoaderConfig.features names none.
         roles_P: (P,) uint8, index into `kdcache.format.record.ROLES`: the role of the token that the position predicts, the one
             at t+1; NO_ROLE at a sequence's last position. None unless LoaderConfig.with_roles asks for it.
     """
@@ -62,8 +62,8 @@ class Batch:
     segment_ids_BT: NDArray[np.int32]
     cu_seqlens_G1: NDArray[np.int32]
     max_seqlen: int
-    labels_BT: NDArray[np.int32]
-    rows_P: NDArray[np.int64]
+    target_ids_BT: NDArray[np.int32]
+    flat_positions_P: NDArray[np.int64]
     token_ids_PK: NDArray[np.int32]
     logprobs_PK: NDArray[np.floating]
     tail_mass_P: NDArray[np.float32]
@@ -84,11 +84,11 @@ class Batch:
     @property
     def num_positions(self) -> int:
         """P."""
-        return len(self.rows_P)
+        return len(self.flat_positions_P)
 
 
-ARRAYS = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "cu_seqlens_G1", "labels_BT", "rows_P", "token_ids_PK",
-          "logprobs_PK", "tail_mass_P", "weights_P")  # fmt: skip
+ARRAYS = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "cu_seqlens_G1", "target_ids_BT", "flat_positions_P",
+          "token_ids_PK", "logprobs_PK", "tail_mass_P", "weights_P")  # fmt: skip
 OPTIONAL_ARRAYS = ("num_exact_P", "log_z_PC", "entropy_P", "roles_P")
 NUMBERS = ("max_seqlen", "num_sequences", "num_masked")
 
@@ -109,7 +109,9 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
     fields["token_ids_PK"] = np.concatenate([_widened(b.token_ids_PK, num_columns, PADDING_ID) for b in batches])
     fields["logprobs_PK"] = np.concatenate([_widened(b.logprobs_PK, num_columns, -np.inf) for b in batches])
     offsets = np.cumsum([0, *(batch.input_ids_BT.size for batch in batches)])
-    fields["rows_P"] = np.concatenate([batch.rows_P + offset for batch, offset in zip(batches, offsets, strict=False)])
+    fields["flat_positions_P"] = np.concatenate(
+        [batch.flat_positions_P + offset for batch, offset in zip(batches, offsets, strict=False)]
+    )
     starts = [b.cu_seqlens_G1[:-1] + offset for b, offset in zip(batches, offsets, strict=False)]
     fields["cu_seqlens_G1"] = np.concatenate([*starts, offsets[-1:]]).astype(np.int32)
     return Batch(

@@ -79,7 +79,7 @@ class TitanDataLoader:
         self._stream.loader.close()
 
     def _titan_batch(self, batch: TorchBatch) -> tuple[dict[str, Any], Tensor]:
-        tensors = (batch.input_ids_BT.long(), batch.position_ids_BT.long(), batch.labels_BT.long())
+        tensors = (batch.input_ids_BT.long(), batch.position_ids_BT.long(), batch.target_ids_BT.long())
         ids, positions, labels = (tensor.flatten() for tensor in tensors) if self._is_flat else tensors
         inputs: dict[str, Any] = {"input": ids, "positions": positions}
         if self._with_teacher:

@@ -111,7 +111,7 @@ class KDMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        if "rows_P" not in inputs:  # evaluation, on data of the trainer's own
+        if "flat_positions_P" not in inputs:  # evaluation, on data of the trainer's own
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scale = None
         if num_items_in_batch is not None:
@@ -121,7 +121,7 @@ class KDMixin(_Base):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """The weight of all positions of one optimiser step, on all ranks."""
-        if not batch_samples or "rows_P" not in batch_samples[0]:
+        if not batch_samples or "flat_positions_P" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
         weights = self.student_loss.weights(map(_batch, batch_samples))
         return global_weight([weights_P.to(device) for weights_P in weights]).float()
