@@ -26,7 +26,7 @@ def kernel_rows(
     import torch
 
     from kdcache.config.capture import TeacherConfig
-    from kdcache.teacher.select._torch import Selector
+    from kdcache.teacher.select.torch_selector import Selector
     from kdcache.teacher.vllm.options import positions_per_chunk
 
     torch.set_num_threads(1)

@@ -26,8 +26,8 @@ from kdcache.codec.into import EntryArrays, Job, decode_many_into
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.store.records.column_view import column_view
-from kdcache.teacher.select._torch import Selector
 from kdcache.teacher.select.found import Found, record_of
+from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states
 
 PARTS = ("indices", "values", "scalars", "framing")

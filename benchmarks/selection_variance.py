@@ -41,8 +41,8 @@ from kdcache.codec import get_codec
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence, sequence_key
 from kdcache.format.selection import fixed_entries
-from kdcache.teacher.select._torch import Selector
 from kdcache.teacher.select.found import Found, record_of
+from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))

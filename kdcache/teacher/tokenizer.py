@@ -1,6 +1,6 @@
 """The tokenizer protocol: text or chat messages in, token ids out, with who wrote each token.
 
-`kdcache.teacher.load_tokenizer` gives one; `_hf_tokenizer.py` and `fake.py` hold them.
+`kdcache.teacher.load_tokenizer` gives one; `chat/hf_tokenizer.py` and `fake.py` hold them.
 """
 
 from __future__ import annotations

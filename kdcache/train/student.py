@@ -18,7 +18,7 @@ from kdcache.format.manifest import Identity
 from kdcache.teacher import load_tokenizer
 from kdcache.teacher.checkpoint import check_model_name
 from kdcache.teacher.hf.attention import must_be_eager, use_eager
-from kdcache.teacher.hf.model_class import class_of_checkpoint, language_model_class
+from kdcache.teacher.hf.load import class_of_checkpoint, language_model_class
 from kdcache.teacher.hf.rotary import mend_rotary
 from kdcache.train.body import text_config, vocab_size
 from kdcache.train.finite import not_finite_weight

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
-from kdcache.teacher.select._torch import Selector
 from kdcache.teacher.select.found import Found, record_of
 from kdcache.teacher.select.reference import select_reference
+from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states
 
 SEED = 5

@@ -8,10 +8,10 @@ import pytest
 
 from kdcache.errors import InputError
 from kdcache.inputs.chat import Message
-from kdcache.teacher.chat.chat_turns import find_spans
-from kdcache.teacher.chat.marked_chat import MarkedChat
 from kdcache.teacher.chat.marked_text import concatenate
-from kdcache.teacher.chat.rendered_chat import Rendered, Whole
+from kdcache.teacher.chat.rendered import Rendered, Whole
+from kdcache.teacher.chat.shapes import MarkedChat
+from kdcache.teacher.chat.turns import find_spans
 
 
 def render(variables) -> str:

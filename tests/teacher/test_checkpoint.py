@@ -10,8 +10,16 @@ from pathlib import Path
 import pytest
 
 from kdcache.errors import TeacherError
-from kdcache.teacher.checkpoint import check_model_name, config_fields, resolved_revision, short_name, weights_digest
-from kdcache.teacher.hub_cache import cache_root, cached_commit, snapshot_folder
+from kdcache.teacher.checkpoint import (
+    cache_root,
+    cached_commit,
+    check_model_name,
+    config_fields,
+    resolved_revision,
+    short_name,
+    snapshot_folder,
+    weights_digest,
+)
 
 FIRST, SECOND = "a" * 40, "b" * 40
 

@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 import torch
 
 from kdcache.teacher.hf.generate import own_end_ids
-from kdcache.teacher.select._answer_torch import draw_rows
+from kdcache.teacher.select.torch_answers import draw_rows
 
 
 def load(folder: Path, **changes: object):

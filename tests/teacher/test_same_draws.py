@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from selection_cases import BACKENDS, of_kind, select  # noqa: E402
 
 from kdcache.config.capture import GenerateConfig  # noqa: E402
-from kdcache.teacher.select import _answer_torch, _draws_torch, _numba_blocks  # noqa: E402
+from kdcache.teacher.select import _numba_blocks, _torch_draws, torch_answers  # noqa: E402
 from kdcache.teacher.select.exact_weights import STRIP  # noqa: E402
 
 CASES = {
@@ -62,7 +62,7 @@ def written_digest() -> str:
     logits_BV = some_logits()[torch.arange(300) % 11 + 1]
     drawn = []
     for filters in ({}, {"temperature": 0.75, "min_p": 1e-4, "top_k": 900, "top_p": 0.95}):
-        drawn += [_answer_torch.draw_rows(part, GenerateConfig(**filters), uniforms).numpy().astype("<i4").tobytes()
+        drawn += [torch_answers.draw_rows(part, GenerateConfig(**filters), uniforms).numpy().astype("<i4").tobytes()
                   for part, uniforms in zip(logits_BV.split(100), uniform_B.split(100), strict=True)]  # fmt: skip
     return hashlib.sha256(b"".join(drawn)).hexdigest()[:16]
 
@@ -102,8 +102,8 @@ def test_draws_without_avx_and_fma_are_the_same():
 def test_weights_and_their_sums_are_the_same_bits_in_numba_and_in_torch():
     logits = some_logits()[:, : 5003 // STRIP * STRIP].nan_to_num(neginf=-torch.inf)
     tops = logits.amax(dim=-1, keepdim=True)
-    theirs = _draws_torch.weights_of(logits, tops)
-    sums = _draws_torch.sum_strips(theirs)
+    theirs = _torch_draws.weights_of(logits, tops)
+    sums = _torch_draws.sum_strips(theirs)
     for row, top, weights, expected in zip(logits.numpy(), tops.numpy()[:, 0], theirs.numpy(), sums.numpy(), strict=True):
         found, found_sums = np.empty(len(row), np.float32), np.empty(len(row) // STRIP, np.float32)
         for start in range(0, len(row), STRIP):

@@ -12,10 +12,10 @@ from selection_cases import BACKENDS, KINDS, check_rows, define, draw_logits, of
 from kdcache.errors import TeacherError  # noqa: E402
 from kdcache.format.record import Distributions, check_distributions  # noqa: E402
 from kdcache.format.selection import most_entries  # noqa: E402
-from kdcache.teacher.select import _torch as _select_torch  # noqa: E402
-from kdcache.teacher.select._draws_torch import apply_filters  # noqa: E402
-from kdcache.teacher.select._torch import Selector  # noqa: E402
+from kdcache.teacher.select import torch_selector  # noqa: E402
+from kdcache.teacher.select._torch_draws import apply_filters  # noqa: E402
 from kdcache.teacher.select.reference import filter_reference  # noqa: E402
+from kdcache.teacher.select.torch_selector import Selector  # noqa: E402
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 SCALARS = {"temperatures": (2.0, 0.5, 0.05), "entropy": True}
@@ -118,8 +118,8 @@ def test_chunks_threads_and_backends_change_no_draw(kind: str, monkeypatch: pyte
         in_threads = select(logits, selection)
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(_select_torch, "MAX_ELEMENTS", 2 * 3000)
-    monkeypatch.setattr(_select_torch.Selector, "_on_cpu", _select_torch.Selector.on_device)
+    monkeypatch.setattr(torch_selector, "MAX_ELEMENTS", 2 * 3000)
+    monkeypatch.setattr(torch_selector.Selector, "_on_cpu", torch_selector.Selector.on_device)
     on_device = select(logits, selection, "torch")
     in_parts = select(logits, selection)
     for other in (in_threads, on_device, in_parts):

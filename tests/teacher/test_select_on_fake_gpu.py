@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from fake_gpu import FakeGpu, peak_of
 
 from kdcache.format.manifest import SelectionInfo
-from kdcache.teacher.select import _topk_torch
-from kdcache.teacher.select._topk_torch import select_top_k, select_top_k_reference
-from kdcache.teacher.select._torch import Selector
+from kdcache.teacher.select import _torch_topk
+from kdcache.teacher.select._torch_topk import select_top_k, select_top_k_reference
+from kdcache.teacher.select.torch_selector import Selector
 
 VOCAB = 151_936
-BLOCK = 4 * _topk_torch.MAX_ELEMENTS
+BLOCK = 4 * _torch_topk.MAX_ELEMENTS
 
 
 SELECTIONS = {kind: of_kind(kind) for kind in KINDS} | {
@@ -45,11 +45,11 @@ def test_memory_does_not_grow_with_the_chunk(name):
 
 def test_the_parts_of_a_chunk_are_the_whole(monkeypatch):
     """The device's way, on a CPU; NaN, a row of -inf and +inf make NaN of their rows alone."""
-    monkeypatch.setattr(_topk_torch, "MAX_ELEMENTS", 250)
+    monkeypatch.setattr(_torch_topk, "MAX_ELEMENTS", 250)
     logits_CV = torch.randn(7, 100, generator=torch.Generator().manual_seed(0)) * 3
     logits_CV[2, 5], logits_CV[3], logits_CV[4, 6] = torch.nan, -torch.inf, torch.inf
     targets_C = torch.arange(7)
-    found = _topk_torch.select_on_device(logits_CV, targets_C, 5)
+    found = _torch_topk.select_on_device(logits_CV, targets_C, 5)
     expected = select_top_k_reference(logits_CV, targets_C, 5)
     sound = [0, 1, 5, 6]
     assert torch.equal(found.token_ids_CK[sound], expected.token_ids_CK[sound])

@@ -45,8 +45,8 @@ def test_the_numbers_are_uniform_over_positions_and_over_draws():
 
 def test_torch_makes_the_same_bits():
     torch = pytest.importorskip("torch")
-    from kdcache.teacher.select import _draws_torch
+    from kdcache.teacher.select import _torch_draws
 
     states_P = position_states(3, KEY, np.arange(50))
-    found = _draws_torch.uniforms_of(torch.from_numpy(states_P.view(np.int64)), 40)
+    found = _torch_draws.uniforms_of(torch.from_numpy(states_P.view(np.int64)), 40)
     np.testing.assert_array_equal(found.numpy(), uniforms_of(states_P, 40))

@@ -9,7 +9,7 @@ from contracts.teacher import make_sequence
 from kdcache.format.manifest import FeatureInfo
 from kdcache.teacher.base import no_positions
 from kdcache.teacher.features import pooled
-from kdcache.teacher.vllm.features import AskedFeatures, pack_asked, with_features
+from kdcache.teacher.vllm.wire import AskedFeatures, pack_asked, with_features
 
 pytest.importorskip("torch")
 

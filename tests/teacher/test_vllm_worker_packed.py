@@ -18,8 +18,8 @@ from contracts.teacher import make_sequence, top_k  # noqa: E402
 from kdcache.config.capture import TeacherConfig  # noqa: E402
 from kdcache.errors import TeacherError  # noqa: E402
 from kdcache.format.record import NO_TARGET  # noqa: E402
-from kdcache.teacher.select._torch import Selector  # noqa: E402
 from kdcache.teacher.select.found import Layout  # noqa: E402
+from kdcache.teacher.select.torch_selector import Selector  # noqa: E402
 from kdcache.teacher.vllm import internals  # noqa: E402
 from kdcache.teacher.vllm import worker as _vllm_worker  # noqa: E402
 from kdcache.teacher.vllm.options import engine_options, positions_per_chunk  # noqa: E402

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kdcache.teacher.select import _numba_topk  # noqa: E402
-from kdcache.teacher.select._topk_torch import Selected, select_top_k, select_top_k_reference  # noqa: E402
+from kdcache.teacher.select._torch_topk import Selected, select_top_k, select_top_k_reference  # noqa: E402
 
 SIZES = [
     (1, 1), (2, 1), (5, 5), (63, 64 - 1), (100, 7), (520, 520), (4095, 33), (4096, 64), (4097, 256), (8192, 16), (8193, 8193),

@@ -20,7 +20,7 @@ from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.loader.loader import Loader
 from kdcache.teacher import load_teacher
-from kdcache.teacher.hf.model_class import language_model_class
+from kdcache.teacher.hf.load import language_model_class
 from kdcache.train.adapters import KDTrainer, StudentLoss
 from kdcache.train.body import positions
 from kdcache.train.evaluation.evaluate import EvaluateOptions, evaluate

@@ -16,11 +16,11 @@ from kdcache.errors import InputError, TeacherError
 from kdcache.format.manifest import TokenizerIdentity, fingerprint
 from kdcache.inputs.chat import Chat, Message, says_nothing
 from kdcache.teacher.base import first_line
-from kdcache.teacher.chat.chat_tokens import ChatEncoding, words_of
-from kdcache.teacher.chat.chat_turns import find_spans
 from kdcache.teacher.chat.jinja_template import ChatTemplate
-from kdcache.teacher.chat.marked_chat import MarkedChat, notes_of, shapes
-from kdcache.teacher.chat.rendered_chat import ChatSpans, Rendered
+from kdcache.teacher.chat.rendered import ChatSpans, Rendered
+from kdcache.teacher.chat.shapes import MarkedChat, notes_of, shapes
+from kdcache.teacher.chat.tokens import ChatEncoding, words_of
+from kdcache.teacher.chat.turns import find_spans
 from kdcache.teacher.checkpoint import check_model_name, short_name
 from kdcache.teacher.tokenizer import ChatTokens, check_chat
 

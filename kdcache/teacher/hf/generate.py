@@ -21,7 +21,7 @@ from kdcache.teacher.batches import batches_by_length
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt
 from kdcache.teacher.hf.proof import Sharing, Texts, longest_text, prove_sharing
 from kdcache.teacher.hf.rotary import TextRotary
-from kdcache.teacher.select._answer_torch import draw_rows
+from kdcache.teacher.select.torch_answers import draw_rows
 
 CACHED_BATCHES = 4
 """A step of decoding takes one token of each prompt, so that it is the cache that limits how many are answered at once."""

@@ -1,4 +1,4 @@
-"""How the `transformers` teacher's model is loaded, and which attention it runs with."""
+"""Loading a model of `transformers`: with which class, and with an attention that does what its config asks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.half_precision import warn_if_emulated
 from kdcache.teacher.base import first_line
 from kdcache.teacher.hf.attention import EAGER, must_be_eager, use_eager
-from kdcache.teacher.hf.model_class import class_of_checkpoint
 
 FIELD = "teacher.engine_options.attn_implementation"
 
@@ -86,3 +85,21 @@ def refuse_vllm_settings(config: TeacherConfig) -> None:
             f"teacher.quantization is {config.quantization!r}, but the transformers teacher takes what the checkpoint says; "
             "set it to null or use teacher.backend vllm"
         )
+
+
+def language_model_class(config: Any) -> Any:
+    """AutoModelForCausalLM, or the class for models with eyes where only that one knows the configuration."""
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in kind._model_mapping:
+            return kind
+    return AutoModelForCausalLM  # code of the checkpoint's own, or an error that says what is known
+
+
+def class_of_checkpoint(name: str, revision: str | None = None, **options: Any) -> Any:
+    """As `language_model_class`, for a folder or hub id; its errors are left to whatever loads the model."""
+    trusted = options.get("trust_remote_code", False)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
+    except Exception:  # the loader's own words are better
+        return AutoModelForCausalLM
+    return language_model_class(config)

@@ -46,8 +46,8 @@ from kdcache.teacher.hf.proof import (
     untouched_generators,
 )
 from kdcache.teacher.hf.rotary import TextRotary, mend_rotary
-from kdcache.teacher.select._torch import Selector
 from kdcache.teacher.select.found import Found, record_of
+from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states
 from kdcache.teacher.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""`_topk_torch.select_top_k` on a CPU, in one pass over a row; ties go to the smaller id.
+"""`_torch_topk.select_top_k` on a CPU, in one pass over a row; ties go to the smaller id.
 
 A row is read in blocks that stay in the core's first cache: for the maxima of small groups of tokens, then for a sum of exp
 relative to the running maximum (Milakov and Gimelshein, arXiv 1805.02867). The k-th largest of coarser maxima, or one a little
@@ -211,7 +211,7 @@ _pool: ThreadPoolExecutor | None = None
 def select_top_k(
     bits_CV: NDArray[Any], targets_C: NDArray[np.int64], k: int, *, num_threads: int = 1
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]:
-    """Ids, logprobs and target logprobs, as `_topk_torch.Selected`; and the log of the sum of exp of each row.
+    """Ids, logprobs and target logprobs, as `_torch_topk.Selected`; and the log of the sum of exp of each row.
 
     Args:
         bits_CV: bfloat16 logits as uint16, or float32 logits as int32. NaNs of any sign.

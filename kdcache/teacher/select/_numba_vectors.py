@@ -159,7 +159,7 @@ class Weight:
 
 
 def sum_of(builder: Any, vectors: list[Any]) -> Any:
-    """Pairs of vectors first, then halves of the last one: `_draws_torch.sum_strips` adds in this order too."""
+    """Pairs of vectors first, then halves of the last one: `_torch_draws.sum_strips` adds in this order too."""
     while len(vectors) > 1:
         vectors = [builder.fadd(one, other) for one, other in zip(vectors[::2], vectors[1::2], strict=True)]
     (found,) = vectors

@@ -1,7 +1,7 @@
 """The `served` teacher: a model that answers over HTTP, in `vllm serve` or another server with logprobs of a prompt.
 
 A server is not ours: what can be found out is proven before anything is captured, and what an answer says of its maker (name,
-`system_fingerprint`) must stay what it was. See served_answers.py for what is asked and read.
+`system_fingerprint`) must stay what it was. See answers.py for what is asked and read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What kdcache knows of vLLM's insides: with `vllm_signatures.py`, the one place to look when a new release moves something.
+"""What kdcache knows of vLLM's insides: with `signatures.py`, the one place to look when a new release moves something.
 
 Each of its two model runners has one method that sees a step's hidden states of the last pipeline stage, right after they are
 computed, in every step and on every tensor-parallel rank: the one that computes prompt logprobs. It is wrapped; what it does

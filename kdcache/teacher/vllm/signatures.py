@@ -67,7 +67,7 @@ WORKER_SAMPLING = ("max_tokens", "temperature", "detokenize", "skip_reading_pref
 """Fields of `vllm.SamplingParams` that the requests of each route set."""
 
 WORKER_OPTIONS = ("worker_extension_cls",)
-"""Of `vllm.EngineArgs`, what the worker's route needs; the others of `vllm_options` both do."""
+"""Of `vllm.EngineArgs`, what the worker's route needs; the others of `options.engine_options` both do."""
 
 
 def version_note(version: str) -> str | None:

@@ -2,7 +2,7 @@
 
 Two routes from the engine's logits to a record:
 
-- worker: `_vllm_worker` selects where the logits are, a chunk of positions at a time; a group's rows come back as one buffer.
+- worker: `worker.py` selects where the logits are, a chunk of positions at a time; a group's rows come back as one buffer.
 - public: the engine's own prompt logprobs, through the flattest container that its API has. vLLM's "prompt logprob i" is the
   distribution for token i given the tokens before it: our position i-1. The last position is the generated token's row. Each
   row has k+1 columns: the token that came, then the k most probable, among which it may appear again.
@@ -33,7 +33,6 @@ from kdcache.teacher.select.found import layout_of
 from kdcache.teacher.tokenizer import Tokenizer
 from kdcache.teacher.vllm import engine  # first: it quietens vLLM before that is imported
 from kdcache.teacher.vllm.adapter import adapter_rank
-from kdcache.teacher.vllm.features import NOTHING, AskedFeatures, pack_asked, with_features
 from kdcache.teacher.vllm.generate import Writer, check_read_whole, write_answers
 from kdcache.teacher.vllm.options import engine_options, positions_per_chunk, stored_dtype
 from kdcache.teacher.vllm.requests import (
@@ -53,7 +52,7 @@ from kdcache.teacher.vllm.signatures import (
     faults_of,
     version_note,
 )
-from kdcache.teacher.vllm.wire import pack_requests, read_buffer
+from kdcache.teacher.vllm.wire import NOTHING, AskedFeatures, pack_asked, pack_requests, read_buffer, with_features
 from kdcache.teacher.vllm.worker import CaptureExtension
 
 # isort: split

@@ -10,6 +10,7 @@ Shape letters: X rows of a step (all its tokens), P those that are wanted, C pos
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,15 +23,18 @@ from torch import Tensor
 from kdcache.format.manifest import SelectionInfo
 from kdcache.shown import get_logger
 from kdcache.teacher.base import first_line
-from kdcache.teacher.select._torch import Selector
 from kdcache.teacher.select.found import Layout
+from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states
 from kdcache.teacher.vllm import internals
-from kdcache.teacher.vllm.freed_memory import keep_freed_memory
 from kdcache.teacher.vllm.wire import NOT_SUPERVISED, TARGETS, Buffer, unpack_request
 from kdcache.teacher.vllm.worker_features import GroupFeatures, take_rows
 
 log = get_logger(__name__)
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_LARGEST_KEPT = 32 * 2**20  # the most that glibc takes
+_MOST_FREE = 256 * 2**20
 
 
 class CaptureExtension:
@@ -77,7 +81,7 @@ class CaptureExtension:
         features: dict[str, Any] | None = None,
     ) -> str | None:
         """Expect the requests of a group; see `Capture.begin`. The selection comes as plain values: it crosses processes; so do
-        the features, see `vllm_features.pack_asked`. Gives the reason where a chunk has no room on this rank."""
+        the features, see `wire.pack_asked`. Gives the reason where a chunk has no room on this rank."""
         if self.kdcache_capture is None:
             return None
         selector = None if selection is None else Selector(msgspec.convert(selection, SelectionInfo), vocab_size)
@@ -319,3 +323,16 @@ def _write(buffer: Buffer, features: GroupFeatures | None, pending: Iterable[_Pe
             buffer.write(rows_C, [tensor.numpy() for tensor in found])
         if features is not None:
             features.write(rows_C, states)
+
+
+def keep_freed_memory() -> bool:
+    """For the rest of the process: arrays of up to 32 MiB come from memory that was freed before, of which 256 MiB stay here.
+
+    Otherwise glibc maps each chunk's logits anew, and each of their pages costs an interrupt and is set to zero: tens of
+    microseconds for a row of a vocabulary of 152k (benchmarks/LOG.md). Gives whether the C library does so.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return False
+    return all([mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT), mallopt(_TRIM_THRESHOLD, _MOST_FREE)])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdcache.format.manifest import FeatureInfo
 from kdcache.teacher.features import layers_of
-from kdcache.teacher.vllm.features import pack_feature
+from kdcache.teacher.vllm.wire import pack_feature
 
 MOST_OFF = 0.02
 """In the proof, relative: between the states that the output projection takes and what the final norm makes of the last
@@ -32,7 +32,7 @@ class GroupFeatures:
         """Room for the rows is made when the first of them come, and with them their dtype.
 
         Args:
-            asked: see `vllm_features.pack_asked`.
+            asked: see `wire.pack_asked`.
         """
         self._features = [msgspec.convert(feature, FeatureInfo) for feature in asked["features"]]
         self._bounds: list[int] = asked["bounds"]
@@ -81,7 +81,7 @@ class GroupFeatures:
             self._seen.states, self._seen.normed = {}, None
 
     def pack(self) -> list[Any]:
-        """One for each feature, in their order; see `vllm_features.pack_feature`. That each row was written is the buffer's to
+        """One for each feature, in their order; see `wire.pack_feature`. That each row was written is the buffer's to
         say."""
         nothing_PH = np.zeros((self._bounds[-1], self._features[0].size), np.float32)
         return [pack_feature(feature, self._rows.get(feature.layer, nothing_PH), self._bounds) for feature in self._features]

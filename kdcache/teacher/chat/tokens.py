@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kdcache.errors import InputError
 from kdcache.inputs.chat import Chat, is_learnt
 from kdcache.teacher.chat.marked_text import runs
-from kdcache.teacher.chat.rendered_chat import ChatSpans, Rendered, Whole
+from kdcache.teacher.chat.rendered import ChatSpans, Rendered, Whole
 from kdcache.teacher.tokenizer import ROLE_CODES, ChatTokens
 
 

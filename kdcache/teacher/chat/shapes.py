@@ -16,7 +16,7 @@ import numpy as np
 
 from kdcache.inputs.chat import LEARN_KEYS, Chat, Message, texts_of
 from kdcache.teacher.chat.marked_text import GENERATED, MarkedText, mark, offsets_of, origins_of, runs, sources_of
-from kdcache.teacher.chat.rendered_chat import Rendered
+from kdcache.teacher.chat.rendered import Rendered
 
 RenderTemplate = Callable[[Mapping[str, Any]], MarkedText]
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from kdcache.errors import InputError
 from kdcache.inputs.chat import Message, texts_of
 from kdcache.teacher.chat.marked_text import runs
-from kdcache.teacher.chat.rendered_chat import ChatSpans, Render, Rendered, Whole
+from kdcache.teacher.chat.rendered import ChatSpans, Render, Rendered, Whole
 
 ASKED = "x"
 """The made-up answer by which the header of a template without a generation prompt is found."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdcache.config.capture import GenerateConfig
 from kdcache.errors import TeacherError
-from kdcache.teacher.select._draws_torch import units_of, weights_of
+from kdcache.teacher.select._torch_draws import units_of, weights_of
 from kdcache.teacher.select.exact_weights import UNITS
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import PADDING_ID
-from kdcache.teacher.select import _draws_torch, _numba_draws, _numba_topk
-from kdcache.teacher.select._topk_torch import MAX_ELEMENTS, bits_of, select_top_k
+from kdcache.teacher.select import _numba_draws, _numba_topk, _torch_draws
+from kdcache.teacher.select._torch_topk import MAX_ELEMENTS, bits_of, select_top_k
 from kdcache.teacher.select.exact_weights import MIN_LOGPROB, STRIP
 from kdcache.teacher.select.found import Layout, layout_of
 from kdcache.teacher.select.uniforms import uniforms_of
@@ -93,7 +93,7 @@ class Selector:
 
     def _filtered(self, logits_CV: Tensor) -> Tensor:
         filters = self.selection.filters
-        return _draws_torch.apply_filters(logits_CV.float(), filters) if filters else logits_CV
+        return _torch_draws.apply_filters(logits_CV.float(), filters) if filters else logits_CV
 
     def _head_columns(self) -> int:
         """Columns in which exact entries may be; at least one."""
@@ -138,7 +138,7 @@ class Selector:
 
     def _num_exact(self, weights_CH: Tensor, total_units_C1: Tensor) -> Tensor:
         """(C,) int32 exact entries, of the most probable tokens' weights and the sum of all in `exact_weights`' units."""
-        params, kind, units_CH = self.selection.params, self.selection.kind, _draws_torch.units_of(weights_CH)
+        params, kind, units_CH = self.selection.params, self.selection.kind, _torch_draws.units_of(weights_CH)
         if kind == "threshold":
             is_exact_CH = units_CH.double() >= params["tau"] * total_units_C1.double()
             return is_exact_CH.int().cumprod(dim=-1).sum(dim=-1, dtype=torch.int32)
@@ -157,11 +157,11 @@ class Selector:
         # Less the maximum first: a logit of 100 less its normaliser would be good to 1e-5 only.
         logprobs_CV = logits_CV.log_softmax(dim=-1, dtype=torch.float32)
         found_logprobs_CH = logprobs_CV.gather(-1, found_CH)
-        scalars = _draws_torch.spread(logprobs_CV, self.selection)
+        scalars = _torch_draws.spread(logprobs_CV, self.selection)
         target_logprobs_C = logprobs_CV.gather(-1, targets_C.clamp_min(0)[:, None])[:, 0]
         del logprobs_CV
         num_exact_C = torch.full_like(heads_CH[:, 0], num_heads, dtype=torch.int32)
-        entries = _draws_torch.Entries(heads_CH, found_logprobs_CH[:, :num_heads], num_exact_C)
+        entries = _torch_draws.Entries(heads_CH, found_logprobs_CH[:, :num_heads], num_exact_C)
         if self.layout.is_ragged:
             # Relative to the largest that can be drawn: the one after the exact entries, where their number is known.
             is_after = num_found > num_heads
@@ -169,16 +169,16 @@ class Selector:
             has_rest_C1 = edges_C1.isfinite() & is_after
             reference_C1 = torch.where(has_rest_C1, edges_C1, tops_C1)
             above_C1 = torch.where(has_rest_C1, found_logprobs_CH[:, -1:], found_logprobs_CH[:, :1])
-            weights_CV = _draws_torch.weights_of(logits_CV, reference_C1)
-            total_units_C1 = _draws_torch.units_of(_draws_torch.sum_strips(weights_CV)).sum(dim=-1, keepdim=True)
+            weights_CV = _torch_draws.weights_of(logits_CV, reference_C1)
+            total_units_C1 = _torch_draws.units_of(_torch_draws.sum_strips(weights_CV)).sum(dim=-1, keepdim=True)
             num_exact_C = self._num_exact(weights_CV.gather(-1, heads_CH), total_units_C1)
-            rest_CV = _draws_torch.rest_of(weights_CV, heads_CH, num_exact_C)
+            rest_CV = _torch_draws.rest_of(weights_CV, heads_CH, num_exact_C)
             rest_CV.masked_fill_(reference_C1 - tops_C1 <= MIN_LOGPROB, 0.0)
-            cumulative = _draws_torch.Cumulative.of(rest_CV, above_C1)
+            cumulative = _torch_draws.Cumulative.of(rest_CV, above_C1)
             entries = entries._replace(num_C=num_exact_C)
             if self.seed is not None:
-                drawn = _draws_torch.draw(cumulative, total_units_C1, self.selection, states_C, num_columns)
-                entries = _draws_torch.join(entries, drawn, num_columns)
+                drawn = _torch_draws.draw(cumulative, total_units_C1, self.selection, states_C, num_columns)
+                entries = _torch_draws.join(entries, drawn, num_columns)
             mass_C1 = cumulative.mass_C1 if kind != "sampled" else cumulative.mass_C1 * 0 + 1
             scalars = [mass_C1.float(), *scalars]
         counts_C2 = torch.stack([num_exact_C, entries.num_C.int()], dim=-1)
