@@ -27,7 +27,6 @@ from kdcache.config.capture import (
     CaptureConfig,
     CodecConfig,
     InputConfig,
-    OutputConfig,
     SelectionConfig,
     TeacherConfig,
     WindowConfig,
@@ -100,7 +99,7 @@ def capture_config(plan: dict[str, Any], cache: str, **selection: Any) -> Captur
         teacher=TeacherConfig(model=plan["teacher"], backend="transformers", dtype="float32", batch_tokens=4096, num_threads=1),
         selection=SelectionConfig(**fields),
         codec=CodecConfig(**CACHES[cache].get("codec", {})),
-        output=OutputConfig(path=str(Path(plan["work"]) / "caches" / cache.replace(" ", "-"))),
+        out=str(Path(plan["work"]) / "caches" / cache.replace(" ", "-")),
     )  # fmt: skip
 
 
@@ -130,7 +129,7 @@ def capture(plan: dict[str, Any], cache: str, deadline: float) -> str | None:
 
 def cost(plan: dict[str, Any], cache: str) -> dict[str, float]:
     """Bytes per position of a cache, in three parts; nothing where it is not there."""
-    path = Path(capture_config(plan, cache).output.path)
+    path = Path(capture_config(plan, cache).out)
     if not path.exists():
         return {}
     summary = summarize_cache(path)
@@ -199,7 +198,7 @@ def train_and_score(plan: dict[str, Any], setting: str, seed: int, deadline: flo
     overrides = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": plan["num_layers"],
                  "num_attention_heads": hidden // 64}  # fmt: skip
     config = TrainConfig(
-        cache=capture_config(plan, cache).output.path, out="", seed=seed, steps=plan["steps"], device=plan["device"],
+        cache=capture_config(plan, cache).out, out="", seed=seed, steps=plan["steps"], device=plan["device"],
         student=StudentConfig(config_from=folder, overrides=overrides), loss=LossConfig(**loss),
         loader=LoaderConfig(seq_len=plan["seq_len"], batch_rows=plan["batch_rows"], seed=seed, num_threads=1),
         optimizer=OptimizerConfig(lr=plan["lr"], betas=(0.9, plan["beta2"]), final_fraction=0.05),

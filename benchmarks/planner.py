@@ -152,7 +152,8 @@ def make_config(folder: Path, *, unit_items: int, **run: int) -> CaptureConfig:
         {
             "input": {"format": "lines", "paths": [str(folder / "a.txt")]},
             "teacher": {"model": "fake", "backend": "fake"},
-            "output": {"path": str(folder / "cache"), "unit_items": unit_items},
+            "out": str(folder / "cache"),
+            "shards": {"unit_items": unit_items},
             "run": run,
         },
         CaptureConfig,

@@ -6,7 +6,7 @@
 #   sbatch --array=0-7 configs/slurm-capture.sh configs/capture-text.yaml
 #
 # A signal some minutes before the time limit lets each task finish the unit in its hands, publish it and end with status 0: make
-# a unit shorter than that (output.unit_chars).
+# a unit shorter than that (shards.unit_chars).
 #SBATCH --job-name=kdcache
 #SBATCH --gpus-per-task=1
 #SBATCH --cpus-per-task=8

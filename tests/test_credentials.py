@@ -104,7 +104,7 @@ def test_masking_is_done_once(text: str):
 CAPTURE = {
     "input": {"format": "lines", "paths": ["a.txt"]},
     "teacher": {"model": "fake", "backend": "fake"},
-    "output": {"path": "cache"},
+    "out": "cache",
 }
 TRAIN = {"cache": "cache", "out": "run", "steps": 1, "student": {"config_from": "x"}}
 SECRET = "S3CRET-of-mine"
@@ -121,7 +121,7 @@ SECRET = "S3CRET-of-mine"
         ("teacher.server.url", {"teacher": {"model": "x", "backend": "served", "server": {"url": f"http://u:{SECRET}@h/v1"}}}),
         ("input.paths[0]", {"input": {"format": "lines", "paths": [f"https://h/x?X-Amz-Signature={SECRET}"]}}),
         ("input.dataset", {"input": {"format": "dataset", "dataset": f"https://h/x?sig={SECRET}"}}),
-        ("output.path", {"output": {"path": f"s3://key:{SECRET}@bucket/x"}}),
+        ("out", {"out": f"s3://key:{SECRET}@bucket/x"}),
     ],
 )
 def test_a_capture_s_config_with_a_secret_is_refused_without_showing_it(where: str, fields: dict):
@@ -133,7 +133,7 @@ def test_a_capture_s_config_with_a_secret_is_refused_without_showing_it(where: s
 
 def test_how_a_store_is_reached_may_hold_secrets_which_no_record_keeps():
     remote = {"options": {"key": "AKIDEXAMPLE", "secret": SECRET, "endpoint_url": "http://h"}}
-    convert_config(CAPTURE | {"run": {"remote": remote}}, CaptureConfig)
+    convert_config(CAPTURE | {"remote": remote}, CaptureConfig)
     convert_config(TRAIN | {"remote": remote}, TrainConfig)
     assert without_secrets(remote) == {"options": {"key": MASK, "secret": MASK, "endpoint_url": "http://h"}}
     with pytest.raises(ConfigError, match="cache is a secret"):

@@ -35,7 +35,7 @@ def run(*arguments):
     return [status, out.getvalue(), err.getvalue()]
 
 def capture(*settings):
-    both = [f"output.path={folder}/cache", "teacher.vocab_size=300", *settings]
+    both = [f"out={folder}/cache", "teacher.vocab_size=300", *settings]
     return run("capture", f"{folder}/fake.yaml", *[part for setting in both for part in ("--set", setting)])
 
 def name_of(module, name):
@@ -58,9 +58,9 @@ runs["evaluate"] = run("evaluate", "--teacher", "t", "--data", "d", "--student",
 for backend in ("transformers", "vllm", "served", "auto"):
     server = ["teacher.server.url=http://localhost:1"] if backend == "served" else []
     server += ["teacher.tokenizer=fake"] if backend in ("vllm", "served") else []
-    runs[backend] = capture(f"teacher.backend={backend}", "teacher.model=gpt2", f"output.path={folder}/{backend}", *server)
-runs["dataset"] = capture("input.format=dataset", "input.paths=[]", "input.dataset=d", f"output.path={folder}/dataset")
-runs["ray"] = capture("run.executor=ray", f"output.path={folder}/ray")
+    runs[backend] = capture(f"teacher.backend={backend}", "teacher.model=gpt2", f"out={folder}/{backend}", *server)
+runs["dataset"] = capture("input.format=dataset", "input.paths=[]", "input.dataset=d", f"out={folder}/dataset")
+runs["ray"] = capture("run.executor=ray", f"out={folder}/ray")
 for scheme in ("s3", "gs", "hf", "memory"):
     runs[scheme] = run("verify", f"{scheme}://bucket/cache")
 runs["tokenizer"] = run("verify", f"{folder}/cache", "--deep", "--teacher", "gpt2", "--backend", "transformers")
@@ -82,7 +82,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("core")
     (folder / "text.txt").write_text("some words to read\n" * 20)
     fields: dict[str, Any] = {"input": {"format": "txt", "paths": [str(folder / "text.txt")], "window": {"size": 64}}}
-    fields |= {"teacher": {"model": "fake", "backend": "fake"}, "selection": {"k": 4}, "output": {"path": "unused"}}
+    fields |= {"teacher": {"model": "fake", "backend": "fake"}, "selection": {"k": 4}, "out": "unused"}
     (folder / "fake.yaml").write_text(json.dumps(fields))
     train = {"cache": str(folder / "cache"), "out": str(folder / "run"), "student": {"config_from": "x"}, "steps": 1}
     (folder / "train.json").write_text(json.dumps(train))

@@ -29,7 +29,7 @@ def work_folder(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         f"teacher.model={tiny_model_dir}",
         "teacher.backend=transformers",
         "input.window.size=64",
-        "output.path=cache",
+        "out=cache",
     ]
     assert main(["capture", str(config), *(part for setting in settings for part in ("--set", setting))]) == 0
     return tmp_path

@@ -61,7 +61,7 @@ class CaptureEstimate:
 
     Attributes:
         num_files: 0 for a dataset.
-        num_units_before: units already published in output.path.
+        num_units_before: units already published.
         num_sampled_items: what the estimates rest on.
         bytes_per_position: of the codec's columns, and of the number of entries where that varies.
         bytes_are: `expected`; `most`, where the number of entries follows from the teacher, which has not been asked; or

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from kdcache.capture.plan import Plan, Unit, make_plan, make_stream_plan, unit_digest
-from kdcache.config.capture import InputConfig, OutputConfig
+from kdcache.config.capture import InputConfig, ShardConfig
 from kdcache.errors import InputError
 from kdcache.inputs.content import Item
 from kdcache.inputs.reader import ItemReader
@@ -23,12 +23,12 @@ class InputReader(ItemReader):
         self._stream_end: int | None = None
 
     def plan(
-        self, output: OutputConfig, *, template_fingerprint: str, observe: Callable[[Iterable[Item]], Iterable[Item]] = iter
+        self, shards: ShardConfig, *, template_fingerprint: str, observe: Callable[[Iterable[Item]], Iterable[Item]] = iter
     ) -> Plan:
         """The plan of this input: one scan over all items, or none for a stream.
 
         Args:
-            output: how the work is cut.
+            shards: how the work is cut into units.
             template_fingerprint: of the chat template, from the tokenizer's identity.
             observe: wraps the items as they are scanned, as a progress bar does.
 
@@ -36,13 +36,13 @@ class InputReader(ItemReader):
             InputError: an item that cannot be read, or nothing to read at all.
         """
         if self.config.streaming:
-            return make_stream_plan(config=self.config, template_fingerprint=template_fingerprint, unit_items=output.unit_items)
+            return make_stream_plan(config=self.config, template_fingerprint=template_fingerprint, unit_items=shards.unit_items)
         plan = make_plan(
             observe(islice(self.items(), self.config.limit)),
             config=self.config,
             template_fingerprint=template_fingerprint,
-            unit_chars=output.unit_chars,
-            unit_items=output.unit_items,
+            unit_chars=shards.unit_chars,
+            unit_items=shards.unit_items,
         )
         if plan.num_items == plan.num_empty_items:
             raise InputError(f"{self.name}: nothing to read: {_count_empty(plan)}")

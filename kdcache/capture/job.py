@@ -63,7 +63,7 @@ class Job:
 
 def output_location(config: CaptureConfig) -> Location:
     """Where a capture's cache is or will be: on a disk or in an object store."""
-    return locate(config.output.path, config.run.remote)
+    return locate(config.out, config.remote)
 
 
 def prepare(config: CaptureConfig, progress: CaptureProgress) -> Job:
@@ -80,7 +80,7 @@ def prepare(config: CaptureConfig, progress: CaptureProgress) -> Job:
     tokenizer.set_clock(moment)
     with closing(reader):
         plan = reader.plan(
-            config.output,
+            config.shards,
             template_fingerprint=tokenizer.identity.chat_template_fingerprint,
             observe=progress.scanning,
         )
@@ -88,11 +88,11 @@ def prepare(config: CaptureConfig, progress: CaptureProgress) -> Job:
 
 
 def first_manifest(job: Job, teacher: TeacherIdentity, features: tuple[FeatureInfo, ...] = ()) -> Manifest:
-    """Manifest 0: what this capture is, with the plan and the resolved config, of which `run` is left out: it may be another in
-    each run, and ranks that start at once come to the same manifest."""
+    """Manifest 0: what this capture is, with the plan and the resolved config, less `run` and `remote`: they may differ from
+    run to run, and ranks that start together must arrive at the same manifest."""
     plan = job.plan
     config = config_to_builtins(job.config)
-    del config["run"]
+    del config["run"], config["remote"]
     notes: dict[str, Any] = {
         "num_items": plan.num_items, "num_empty_items": plan.num_empty_items, "num_chars": plan.num_chars,
     }  # fmt: skip

@@ -10,17 +10,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from kdcache.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Seconds
 from kdcache.config.chat import check_arguments, parse_moment
 from kdcache.config.remote import RemoteConfig
 from kdcache.config.secrets import refuse_secrets
 from kdcache.config.teacher import TeacherConfig
-
-Positive = Annotated[int, Meta(ge=1)]
-NonNegative = Annotated[int, Meta(ge=0)]
-
-
-class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all config structs."""
 
 
 class WindowConfig(Config, frozen=True, kw_only=True):
@@ -94,7 +88,7 @@ class InputConfig(Config, frozen=True, kw_only=True):
     add_special_tokens: bool = True
     one_item_per: Literal["chat", "answer"] = "chat"
     chat_template: str | None = None
-    template_arguments: dict[str, Any] = {}
+    template_arguments: dict[str, Any] = msgspec.field(default_factory=dict)
     template_time: str | None = None
     window: WindowConfig = WindowConfig()
 
@@ -147,7 +141,7 @@ class SelectionConfig(Config, frozen=True, kw_only=True):
     num_draws: Annotated[int, Meta(ge=1, le=65535)] = 50
     tau: Annotated[float, Meta(gt=0, le=1)] = 0.02
     seed: int = 0
-    temperatures: tuple[Annotated[float, Meta(gt=0)], ...] = ()
+    temperatures: tuple[PositiveFloat, ...] = ()
     entropy: bool = False
 
 
@@ -177,10 +171,10 @@ class GenerateConfig(Config, frozen=True, kw_only=True):
             teacher's own.
     """
 
-    temperature: Annotated[float, Meta(ge=0)] = 1.0
+    temperature: NonNegativeFloat = 1.0
     top_k: NonNegative = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    min_p: Fraction = 0.0
     n: Positive = 1
     max_tokens: Positive = 256
     stop: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
@@ -246,18 +240,15 @@ class CodecConfig(Config, frozen=True, kw_only=True):
             raise ValueError("codec 'quantized' has 4 to 8 bits, not 16; 'packed' stores float16, and 'archive' with 16")
 
 
-class OutputConfig(Config, frozen=True, kw_only=True):
-    """Where the cache goes and how it is cut.
+class ShardConfig(Config, frozen=True, kw_only=True):
+    """How the work is cut into units, each of which becomes one shard.
 
     Attributes:
-        path: directory of the cache, made if it is not there; or a URI, `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`. One
-            capture per directory.
-        unit_chars: characters of text (ids: tokens) per unit of work, which makes one shard. A unit is what a crash can lose.
+        unit_chars: characters of text (ids: tokens) per unit. A unit is what a crash can lose.
         unit_items: most items per unit; with `streaming`, the exact number.
-        record_batch_bytes: about this many bytes of rows in each Arrow record batch.
+        record_batch_bytes: about this many bytes of sequences in each Arrow record batch.
     """
 
-    path: str
     unit_chars: Positive = 2_000_000
     unit_items: Positive = 10_000
     record_batch_bytes: Positive = 4 * 1024 * 1024
@@ -270,7 +261,7 @@ class RunConfig(Config, frozen=True, kw_only=True):
     Attributes:
         executor: `local`, this process; or `ray`, which spreads the units over `replicas` actors of a Ray cluster.
         rank: `local` only: this process does the units u with u % world_size == rank. Start one process for each rank, in any
-            order, at any time, on machines that share the input and output.path (a network disk or an object store).
+            order, at any time, on machines that share the input and `out` (a network disk or an object store).
         world_size: `local` only: ranks that share the units.
         replicas: `ray` only: actors, each with a teacher of its own. They may be more than the cluster has room for: the
             others start when there is room.
@@ -287,9 +278,8 @@ class RunConfig(Config, frozen=True, kw_only=True):
             wait for ever.
         load_stall_seconds: the same for loading the teacher, a download of its weights included.
         progress_path: file that holds the state of the run as JSON, rewritten every few seconds; null for
-            `<output.path>.progress.json`, with the rank in its name where there are several. Of a cache in an object store the
+            `<out>.progress.json`, with the rank in its name where there are several. Of a cache in an object store the
             file is in the working directory.
-        remote: how an object store is reached.
     """
 
     executor: Literal["local", "ray"] = "local"
@@ -301,10 +291,9 @@ class RunConfig(Config, frozen=True, kw_only=True):
     retries: NonNegative = 1
     max_failed: NonNegative = 0
     skip_poison: bool = False
-    stall_seconds: Annotated[float, Meta(gt=0)] | None = 1800.0
-    load_stall_seconds: Annotated[float, Meta(gt=0)] | None = 7200.0
+    stall_seconds: Seconds | None = 1800.0
+    load_stall_seconds: Seconds | None = 7200.0
     progress_path: str | None = None
-    remote: RemoteConfig = RemoteConfig()
 
     def __post_init__(self) -> None:
         if self.rank >= self.world_size:
@@ -317,9 +306,12 @@ class RunConfig(Config, frozen=True, kw_only=True):
 
 
 class CaptureConfig(Config, frozen=True, kw_only=True):
-    """A whole capture: input -> teacher -> selection -> codec -> output.
+    """A whole capture: input -> teacher -> selection -> codec -> cache.
 
     Attributes:
+        out: directory of the new cache, created if missing; or a URI, `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`. One capture
+            per directory.
+        remote: how an object store is reached.
         generate: null: the teacher reads the input. A section: it answers it.
         features: hidden states to keep beside the distributions, as in [{layer: -1, dtype: int8}]; each with `layer` (0 what
             the embeddings give, i what layer i gives, -1 the last, which the output projection takes), `dtype` (float16, int8),
@@ -333,12 +325,15 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
     selection: SelectionConfig = SelectionConfig()
     features: tuple[FeatureConfig, ...] = ()
     codec: CodecConfig = CodecConfig()
-    output: OutputConfig
+    out: str
+    shards: ShardConfig = ShardConfig()
+    remote: RemoteConfig = RemoteConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
         self._check_features()
-        refuse_secrets({name: getattr(self, name) for name in self.__struct_fields__ if name != "run"}, "the cache's manifests")
+        recorded = {name: getattr(self, name) for name in self.__struct_fields__ if name not in ("run", "remote")}
+        refuse_secrets(recorded, "the cache's manifests")
         if self.generate is None:
             return
         if self.teacher.backend == "served":

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from kdcache.config.describe import choices_of, element_type, nearest, section_fields, type_at
+from kdcache.config.renamed import new_name
 from kdcache.config.yaml_text import MAX_YAML_BYTES, check_yaml_size, parse_yaml
 from kdcache.credentials import remember
 from kdcache.errors import ConfigError
@@ -117,7 +118,7 @@ def _refuse_unknown_path(parts: Sequence[str], config_type: type[msgspec.Struct]
                 return
             raise ConfigError(f"{'.'.join(parts[:index])} is a value, so there is no field {'.'.join(parts)}")
         if part not in fields:
-            raise ConfigError(_unknown(".".join(parts[: index + 1]), part, fields))
+            raise ConfigError(_renamed(".".join(parts)) or _unknown(".".join(parts[: index + 1]), part, fields))
         kind = fields[part]
     if section_fields(kind) is not None:
         raise ConfigError(f"{'.'.join(parts)} is a section; set one of its fields: {', '.join(section_fields(kind) or ())}")
@@ -133,8 +134,21 @@ def _refuse_unknown_fields(fields: Any, config_type: Any, path: str = "") -> Non
     for name, value in fields.items():
         here = f"{path}.{name}" if path else str(name)
         if name not in known:
-            raise ConfigError(_unknown(here, str(name), known))
+            raise ConfigError(_renamed(_first_path(value, here)) or _unknown(here, str(name), known))
         _refuse_unknown_fields(value, known[name], here)
+
+
+def _first_path(fields: Any, path: str) -> str:
+    """The path of a section's first field, of that one's first field, and so on: what a message about the section names."""
+    while isinstance(fields, Mapping) and fields:
+        name, fields = next(iter(fields.items()))
+        path = f"{path}.{name}"
+    return path
+
+
+def _renamed(path: str) -> str | None:
+    moved = new_name(path)
+    return None if moved is None else f"{path}: no such field; it is now {moved}"
 
 
 def _unknown(path: str, name: str, known: Mapping[str, Any]) -> str:

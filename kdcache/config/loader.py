@@ -7,13 +7,11 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from kdcache.config.capture import Config, NonNegative, Positive
+from kdcache.config.base import Config, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from kdcache.errors import ConfigError
 
 PackWindow = Annotated[int, Meta(ge=1, le=16_384)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Weight = Annotated[float, Meta(gt=0)]
-RoleWeight = Annotated[float, Meta(ge=0)]
 Role = Literal["none", "system", "user", "assistant", "tool"]
 
 
@@ -30,7 +28,7 @@ class MixConfig(Config, frozen=True, kw_only=True):
             other more than once, or `all_exhausted` each of them at least once and the last of them just once.
     """
 
-    weights: tuple[Weight, ...] = ()
+    weights: tuple[PositiveFloat, ...] = ()
     counts: tuple[Positive, ...] = ()
     epoch_ends: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
 
@@ -54,7 +52,7 @@ class MaskConfig(Config, frozen=True, kw_only=True):
     """
 
     roles: tuple[Role, ...] | None = None
-    role_weights: dict[Role, RoleWeight] = msgspec.field(default_factory=dict)
+    role_weights: dict[Role, NonNegativeFloat] = msgspec.field(default_factory=dict)
     drop_first: NonNegative = 0
     drop_first_of: Literal["sequence", "turn"] = "sequence"
 

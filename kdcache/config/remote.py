@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
-Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
+from kdcache.config.base import Config, Positive, Seconds
 
 
-class RemoteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RemoteConfig(Config, frozen=True, kw_only=True):
     """How a cache under `s3://`, `gs://`, `hf://` or `memory://` is read and written; without effect for one on a disk.
 
     Attributes:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-import msgspec
-from msgspec import Meta
-
-Positive = Annotated[int, Meta(ge=1)]
-NonNegative = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(gt=0)]
+from kdcache.config.base import Config, NonNegative, Positive, Seconds
 
 
-class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServerConfig(Config, frozen=True, kw_only=True):
     """The server that answers for the teacher, with backend `served` alone. Its address and how it is asked are no part of the
     teacher's identity: a capture may go on with another server of the same model.
 

@@ -10,14 +10,11 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from kdcache.config.capture import Config, NonNegative, Positive
+from kdcache.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.remote import RemoteConfig
 from kdcache.config.secrets import refuse_secrets
 
-Fraction = Annotated[float, Meta(ge=0, le=1)]
-PositiveFloat = Annotated[float, Meta(gt=0)]
-NonNegativeFloat = Annotated[float, Meta(ge=0)]
 Beta = Annotated[float, Meta(ge=0, lt=1)]
 Scalar = str | int | float | bool | None
 

@@ -16,17 +16,18 @@ LINES = [f"line {n} says {'la' * (n % 7)}" for n in range(20)]
 
 
 def make_config(tmp_path, lines=LINES, **sections):
-    """One line to a sequence, four to a unit; written to cache/ unless `output` says otherwise."""
+    """One line to a sequence, four to a unit; written to cache/ unless `out` says otherwise."""
     (tmp_path / "a.txt").write_text("".join(f"{line}\n" for line in lines))
     fields = {
         "input": {"format": "lines", "paths": [str(tmp_path / "a.txt")], "window": {"size": 64}},
         "teacher": {"model": "fake", "backend": "fake", "vocab_size": 300, "context_length": 64},
         "selection": {"k": 4},
         "codec": {"id": "raw"},
-        "output": {"path": str(tmp_path / "cache"), "unit_items": 4},
+        "out": str(tmp_path / "cache"),
+        "shards": {"unit_items": 4},
     }
     for name, section in sections.items():
-        fields[name] = fields.get(name, {}) | section
+        fields[name] = fields.get(name, {}) | section if isinstance(section, dict) else section
     return convert_config(fields, CaptureConfig)
 
 

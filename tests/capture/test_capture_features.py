@@ -133,7 +133,7 @@ def test_states_that_do_not_fit_float16_are_said_by_name(tmp_path, monkeypatch):
         (CaptureError, TeacherError), match=r"a\.txt:1.*'hidden_last' has a value of .*float16 ends at 65504: use int8"
     ):
         run_capture(config_with(tmp_path, [{"layer": -1}], run={"retries": 0}))
-    run_capture(config_with(tmp_path, [{"layer": -1, "dtype": "int8"}], output={"path": str(tmp_path / "other")}))
+    run_capture(config_with(tmp_path, [{"layer": -1, "dtype": "int8"}], out=str(tmp_path / "other")))
 
 
 def test_the_models_config_says_the_shape_also_where_its_names_are_others(tmp_path):

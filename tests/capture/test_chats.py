@@ -37,7 +37,7 @@ def make_config(tmp_path):
             {
                 "input": given | fields,
                 "teacher": {"model": "fake", "backend": "fake", "vocab_size": 600, "tokenizer": str(tmp_path / "tokenizer")},
-                "selection": {"k": 4}, "output": {"path": str(tmp_path / "cache"), "unit_items": unit_items}, "run": run or {},
+                "selection": {"k": 4}, "out": str(tmp_path / "cache"), "shards": {"unit_items": unit_items}, "run": run or {},
             },
             CaptureConfig,
         )  # fmt: skip
@@ -48,7 +48,7 @@ def make_config(tmp_path):
 def read(config):
     """(source, text, what is learnt) of each sequence."""
     tokenizer = job.load_job_tokenizer(config)
-    with kdcache.open(config.output.path) as cache:
+    with kdcache.open(config.out) as cache:
         sequences = [cache[index].sequence for index in range(len(cache))]
     return [
         (s.source.rpartition(":")[2], tokenizer.decode(s.input_ids_N.tolist()),
@@ -102,7 +102,7 @@ def _plain(config, name):
     from kdcache.config.load import config_to_builtins
 
     plain = config_to_builtins(config)
-    return plain | {"output": plain["output"] | {"path": plain["output"]["path"] + name}}
+    return plain | {"out": plain["out"] + name}
 
 
 def test_weights_count_whatever_is_supervised_and_unused_columns_are_named(make_config):

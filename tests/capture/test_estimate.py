@@ -14,10 +14,11 @@ def make_config(tmp_path, **sections):
         "teacher": {"model": "fake", "backend": "fake"},
         "selection": {"k": 16},
         "codec": {"id": "packed"},
-        "output": {"path": str(tmp_path / "cache"), "unit_items": 40},
+        "out": str(tmp_path / "cache"),
+        "shards": {"unit_items": 40},
     }
     for name, section in sections.items():
-        fields[name] = fields[name] | section
+        fields[name] = fields[name] | section if isinstance(section, dict) else section
     return convert_config(fields, CaptureConfig)
 
 

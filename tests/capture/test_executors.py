@@ -31,7 +31,7 @@ def shards(cache):
 
 
 def undisturbed(tmp_path, lines):
-    run_capture(make_config(tmp_path, lines, output={"path": str(tmp_path / "undisturbed")}))
+    run_capture(make_config(tmp_path, lines, out=str(tmp_path / "undisturbed")))
     return tmp_path / "undisturbed"
 
 
@@ -165,7 +165,7 @@ class TestRay:
 
     def config(self, tmp_path, name):
         # Units of about a third of a second.
-        return make_config(tmp_path, MANY, output={"path": str(tmp_path / name), "unit_items": 10})
+        return make_config(tmp_path, MANY, out=str(tmp_path / name), shards={"unit_items": 10})
 
     def state(self, tmp_path):
         with suppress(FileNotFoundError):

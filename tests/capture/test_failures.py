@@ -37,7 +37,7 @@ def lines_with(faults):
 def undisturbed(tmp_path, monkeypatch, lines):
     with monkeypatch.context() as patch:
         patch.setitem(teachers._TEACHERS, "fake", "kdcache.teacher.fake:FakeTeacher")
-        config = make_config(tmp_path, lines, output={"path": str(tmp_path / "undisturbed")})
+        config = make_config(tmp_path, lines, out=str(tmp_path / "undisturbed"))
         run_capture(config)
     return content(tmp_path / "undisturbed")
 
@@ -119,7 +119,7 @@ def test_poison_is_left_out_by_name_and_the_rest_of_its_unit_published(tmp_path,
 
 
 def test_a_teacher_that_fails_at_everything_is_not_taken_for_poison(tmp_path):
-    config = make_config(tmp_path, ["poison"] * 12, output={"unit_items": 12}, run={"skip_poison": True, "retries": 0})
+    config = make_config(tmp_path, ["poison"] * 12, shards={"unit_items": 12}, run={"skip_poison": True, "retries": 0})
     with pytest.raises(CaptureError, match=r"9 of 12 sequences fail alone as well.*that is the teacher and not the text"):
         run_capture(config)
 
@@ -237,7 +237,7 @@ def test_a_limit_for_loading_is_none_for_the_units_and_the_other_way_round(tmp_p
         return faulty_teacher.FaultyTeacher(config)
 
     monkeypatch.setattr("kdcache.capture.unit.load_teacher", load_slowly)
-    other = {"run": {"stall_seconds": 0.6, "load_stall_seconds": None}, "output": {"path": str(tmp_path / "other")}}
+    other = {"run": {"stall_seconds": 0.6, "load_stall_seconds": None}, "out": str(tmp_path / "other")}
     assert run_capture(make_config(tmp_path, **other)).manifest.is_complete
 
 

@@ -34,7 +34,7 @@ USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "cont
 
 
 def config(tmp_path, lines=tuple(f"prompt {n}" for n in range(10)), **sections):
-    return make_config(tmp_path, lines, **{"generate": GENERATE, "output": {"unit_items": 3}} | sections)
+    return make_config(tmp_path, lines, **{"generate": GENERATE, "shards": {"unit_items": 3}} | sections)
 
 
 def records_of(path):
@@ -61,7 +61,7 @@ def prompts(content, **generate):
         "input": {"format": "jsonl", "paths": ["x"], "content": kind, "window": {"size": 40}},
         "teacher": {"model": "fake", "backend": "fake"},
         "generate": {"max_tokens": 10} | generate,
-        "output": {"path": "cache"},
+        "out": "cache",
     }
     return make_prompts(items, tokenizer=TOKENIZER, config=convert_config(fields, CaptureConfig), vocab_size=300)
 
@@ -191,9 +191,9 @@ def test_several_answers_to_a_prompt_differ_and_the_same_capture_gives_the_same(
     assert summary.counts.num_sequences == 30
     first = written(tmp_path / "cache")
     assert len({tuple(ids) for _, _, ids, _, _ in first}) > 27
-    run_capture(config(tmp_path, **asked, output={"path": str(tmp_path / "again"), "unit_items": 10}))
+    run_capture(config(tmp_path, **asked, out=str(tmp_path / "again"), shards={"unit_items": 10}))
     assert written(tmp_path / "again") == first
-    run_capture(config(tmp_path, generate=asked["generate"] | {"seed": 1}, output={"path": str(tmp_path / "other")}))
+    run_capture(config(tmp_path, generate=asked["generate"] | {"seed": 1}, out=str(tmp_path / "other")))
     assert written(tmp_path / "other") != first
 
 
@@ -214,7 +214,7 @@ def test_other_settings_are_another_capture_and_the_difference_is_shown(tmp_path
 
 def test_killed_while_it_writes_it_goes_on_and_gives_the_same(tmp_path):
     lines = [f"prompt {n} writes" for n in range(12)]
-    undisturbed = config(tmp_path, lines, output={"path": str(tmp_path / "undisturbed")})
+    undisturbed = config(tmp_path, lines, out=str(tmp_path / "undisturbed"))
     run_capture(undisturbed)
     asked = config(tmp_path, lines)
     process = start_command(write_config(asked, tmp_path / "c.yaml"))
@@ -232,7 +232,7 @@ def test_killed_while_it_writes_it_goes_on_and_gives_the_same(tmp_path):
 def test_prompts_that_the_teacher_cannot_answer_or_read_back_are_left_out_and_named(tmp_path, monkeypatch):
     faulty_teacher.install(setitem=monkeypatch.setitem)
     lines = [f"prompt {n} {({3: 'mute', 7: 'poison'}).get(n, '')}" for n in range(10)]
-    summary = run_capture(config(tmp_path, lines, run={"skip_poison": True, "retries": 0}, output={"unit_items": 10}))
+    summary = run_capture(config(tmp_path, lines, run={"skip_poison": True, "retries": 0}, shards={"unit_items": 10}))
     assert {s.source.rpartition(":")[2]: s.reason.partition(": ")[2] for s in summary.skipped} == {
         "4": "the teacher has nothing to say",
         "8": "the teacher choked",
@@ -241,7 +241,7 @@ def test_prompts_that_the_teacher_cannot_answer_or_read_back_are_left_out_and_na
 
 
 def test_ranks_write_what_one_process_writes(tmp_path):
-    run_capture(config(tmp_path, output={"path": str(tmp_path / "one")}))
+    run_capture(config(tmp_path, out=str(tmp_path / "one")))
     for rank in (1, 0):
         run_capture(config(tmp_path, run={"rank": rank, "world_size": 2}))
     assert written(tmp_path / "cache") == written(tmp_path / "one")
@@ -308,6 +308,6 @@ def test_a_teacher_that_only_reads_is_refused_in_words():
     with pytest.raises(ConfigError, match="the fake teacher only reads"):
         writer_of(Reader())
     served = {"model": "m", "backend": "served", "server": {"url": "http://127.0.0.1:9/v1"}}
-    fields = {"input": {"format": "lines", "paths": ["x"]}, "teacher": served, "output": {"path": "x"}, "generate": {}}
+    fields = {"input": {"format": "lines", "paths": ["x"]}, "teacher": served, "out": "x", "generate": {}}
     with pytest.raises(ConfigError, match="the served teacher only reads"):  # before any server is asked
         convert_config(fields, CaptureConfig)

@@ -40,7 +40,7 @@ def ask(request, tmp_path, tiny_model_dir):
             "generate": {"max_tokens": 40} | generate,
             "selection": {"k": 8},
             "codec": {"id": "raw"},
-            "output": {"path": str(tmp_path / "cache"), "unit_items": 2},
+            "out": str(tmp_path / "cache"), "shards": {"unit_items": 2},
         }  # fmt: skip
         return convert_config(fields, CaptureConfig)
 
@@ -56,7 +56,7 @@ class StopAfterOneUnit(CaptureProgress):
 
 
 def records_of(config):
-    with kdcache.open(config.output.path) as reader:
+    with kdcache.open(config.out) as reader:
         return [reader[n] for n in range(len(reader))]
 
 
@@ -96,7 +96,7 @@ def test_what_was_drawn_from_is_the_definition_on_the_float32_logits(ask, tiny_m
         np.testing.assert_allclose(np.exp(found.target_logprobs(sequence.target_ids_P)), drawn_P, atol=2e-5)
         num_kept += (expected_PV > 0).sum(axis=-1).tolist()
     assert min(num_kept) < 8 < max(num_kept) < 30, "the filters decide, here before and there after the selection"
-    assert verify_cache(config.output.path).problems == []
+    assert verify_cache(config.out).problems == []
 
 
 def test_greedy_answers_are_the_top_of_what_is_captured(ask, tiny_model_dir):
@@ -111,7 +111,7 @@ def test_greedy_answers_are_the_top_of_what_is_captured(ask, tiny_model_dir):
         assert asked.startswith("<s><|user|>\nWhat is a ")
         assert asked.endswith("?<|end|>\n<|assistant|>\n")
         assert sequence.input_ids_N[sequence.turn_starts[-1]] == tokenizer.encode("<|assistant|>", False)[0]
-    assert verify_cache(config.output.path).problems == []
+    assert verify_cache(config.out).problems == []
 
 
 @pytest.mark.parametrize("ask", ["transformers"], indirect=True)  # vLLM's: tests/teacher/test_vllm_generation.py
@@ -122,7 +122,7 @@ def test_stop_strings_lengths_and_several_answers_and_a_resume_that_gives_the_sa
     assert run_capture(config, StopAfterOneUnit(stop), stop).num_units_captured == 1
     assert run_capture(config).num_units_captured == 2
     resumed = records_of(config)
-    shutil.rmtree(config.output.path)
+    shutil.rmtree(config.out)
     run_capture(config)
     undisturbed = records_of(config)
     assert [r.sequence.key for r in resumed] == [r.sequence.key for r in undisturbed]

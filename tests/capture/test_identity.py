@@ -25,7 +25,7 @@ def sections(tmp_path, **teacher):
         "input": {"format": "txt", "paths": [str(tmp_path / "a.txt")], "window": {"size": 32}},
         "teacher": {"model": str(tmp_path / "model"), "backend": "transformers", "num_threads": 1} | teacher,
         "selection": {"k": 8},
-        "output": {"path": str(tmp_path / "cache")},
+        "out": str(tmp_path / "cache"),
     }
 
 

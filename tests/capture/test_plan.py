@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kdcache.capture.inputs import InputReader
 from kdcache.capture.plan import make_plan, make_stream_plan
-from kdcache.config.capture import InputConfig, OutputConfig, WindowConfig
+from kdcache.config.capture import InputConfig, ShardConfig, WindowConfig
 from kdcache.errors import InputError
 from kdcache.inputs.content import Item, Place
 
@@ -61,7 +61,7 @@ def test_reading_the_units_of_files_gives_each_item_once_in_order(tmp_path_facto
     expected = list(reader.items())
     if not any(item.content for item in expected):
         return
-    plan = reader.plan(OutputConfig(path="", unit_chars=unit_chars, unit_items=unit_items), template_fingerprint="")
+    plan = reader.plan(ShardConfig(unit_chars=unit_chars, unit_items=unit_items), template_fingerprint="")
     units = plan.units[::-1] if backwards else plan.units
     read = [reader.read(unit) for unit in units]
     assert list(itertools.chain.from_iterable(read[::-1] if backwards else read)) == expected
@@ -110,7 +110,7 @@ def test_an_input_that_changes_after_the_plan_is_noticed(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\ntwo\n")
     reader = InputReader(InputConfig(format="lines", paths=(str(path),)))
-    plan = reader.plan(OutputConfig(path=""), template_fingerprint="")
+    plan = reader.plan(ShardConfig(), template_fingerprint="")
     path.write_text("one\ntoo\n")
     with pytest.raises(InputError, match="has changed since the capture began"):
         reader.read(plan.units[0])
@@ -120,21 +120,21 @@ def test_empty_items_are_counted_and_an_input_of_nothing_else_is_refused(tmp_pat
     path = tmp_path / "a.txt"
     path.write_text("one\n\n\ntwo\n")
     reader = InputReader(InputConfig(format="lines", paths=(str(path),)))
-    plan = reader.plan(OutputConfig(path=""), template_fingerprint="")
+    plan = reader.plan(ShardConfig(), template_fingerprint="")
     assert (plan.num_items, plan.num_empty_items) == (4, 2)
     path.write_text("\n\n")
     with pytest.raises(InputError, match="nothing to read: all 2 items are empty"):
-        reader.plan(OutputConfig(path=""), template_fingerprint="")
+        reader.plan(ShardConfig(), template_fingerprint="")
     path.write_text("")
     with pytest.raises(InputError, match="nothing to read: no items"):
-        reader.plan(OutputConfig(path=""), template_fingerprint="")
+        reader.plan(ShardConfig(), template_fingerprint="")
 
 
 def test_the_limit_counts_items_over_all_files(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("1\n2\n3\n")
     reader = InputReader(InputConfig(format="lines", paths=(str(tmp_path),), limit=4))
-    plan = reader.plan(OutputConfig(path=""), template_fingerprint="")
+    plan = reader.plan(ShardConfig(), template_fingerprint="")
     sources = [item.source.removeprefix(f"{tmp_path}/") for item in reader.read(plan.units[0])]
     assert sources == ["a.txt:1", "a.txt:2", "a.txt:3", "b.txt:1"]
 

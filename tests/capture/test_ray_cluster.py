@@ -24,7 +24,7 @@ def test_with_room_for_one_a_replica_that_hangs_in_loading_is_ended_and_the_one_
     run_capture(make_config(tmp_path, teacher=teacher))
     uri = f"s3://{s3.bucket}/elastic"
     run = {"progress_path": str(tmp_path / "progress.json"), "load_stall_seconds": 6}
-    path = write_config(make_config(tmp_path, teacher=teacher, output={"path": uri}, run=run), tmp_path / "c.yaml")
+    path = write_config(make_config(tmp_path, teacher=teacher, out=uri, run=run), tmp_path / "c.yaml")
     (tmp_path / "hangs-once").touch()
     (tmp_path / "sitecustomize.py").write_text("import faulty_teacher\nfaulty_teacher.install()\n")  # in the actors too
     process = start_command(

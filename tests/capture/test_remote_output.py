@@ -31,7 +31,7 @@ def test_a_capture_into_a_store_is_the_one_to_disk_and_the_commands_take_its_uri
     monkeypatch.chdir(tmp_path)
     uri = f"s3://{s3.bucket}/caches/one"
     run_capture(make_config(tmp_path))
-    config = make_config(tmp_path, output={"path": uri})
+    config = make_config(tmp_path, out=uri)
     assert estimate_capture(config, CaptureProgress()).num_units_before == 0
     run_capture(config)
     assert content(uri) == content(tmp_path / "cache")
@@ -47,7 +47,7 @@ def test_a_capture_into_a_store_is_the_one_to_disk_and_the_commands_take_its_uri
 
 def test_a_store_that_cannot_put_if_absent_is_refused_before_a_model_is_loaded(tmp_path):
     with pytest.raises(ConfigError, match="a cache can be read from such a store but not written into it"):
-        run_capture(make_config(tmp_path, output={"path": "hf://datasets/someone/cache"}, teacher={"model": "none"}))
+        run_capture(make_config(tmp_path, out="hf://datasets/someone/cache", teacher={"model": "none"}))
 
 
 def test_an_unknown_scheme_is_named(tmp_path, capsys):
@@ -59,7 +59,7 @@ def test_an_unknown_scheme_is_named(tmp_path, capsys):
 def test_a_capture_into_a_store_that_is_killed_again_and_again_ends_as_if_undisturbed(s3: FaultProxy, tmp_path):
     uri = f"s3://{s3.bucket}/killed"
     run = {"progress_path": str(tmp_path / "progress.json")}  # by default in the working directory, which is no test's
-    path = write_config(make_config(tmp_path, output={"path": uri}, run=run), tmp_path / "config.yaml")
+    path = write_config(make_config(tmp_path, out=uri, run=run), tmp_path / "config.yaml")
     run_capture(make_config(tmp_path))
     # Which request is the last one: answered never, or done and never answered.
     for part, fault in (("/data/000001", "reset"), ("/journal/000002", "lost"), ("/manifests/000001", "lost")):
@@ -91,7 +91,7 @@ def test_two_ranks_at_once_into_a_store_make_the_cache_of_one_process(s3: FaultP
     paths = []
     for rank in range(2):
         run = {"progress_path": str(tmp_path / f"{rank}.json"), "rank": rank, "world_size": 2}
-        paths.append(write_config(make_config(tmp_path, output={"path": uri}, run=run), tmp_path / f"{rank}.yaml"))
+        paths.append(write_config(make_config(tmp_path, out=uri, run=run), tmp_path / f"{rank}.yaml"))
     for process in [start_command(path, teacher=None) for path in paths]:
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err

@@ -26,10 +26,11 @@ def make_config(tmp_path, **sections):
         "teacher": {"model": "fake", "backend": "fake", "vocab_size": 300, "context_length": 64},
         "selection": {"k": 4},
         "codec": {"id": "raw"},
-        "output": {"path": str(tmp_path / "cache"), "unit_items": 4},
+        "out": str(tmp_path / "cache"),
+        "shards": {"unit_items": 4},
     }
     for name, section in sections.items():
-        fields[name] = fields[name] | section
+        fields[name] = fields[name] | section if isinstance(section, dict) else section
     return convert_config(fields, CaptureConfig)
 
 
@@ -111,7 +112,7 @@ def test_published_units_are_not_captured_again(config):
 
 @pytest.mark.parametrize("stops", [[1], [9], [9, 5], [30]])
 def test_a_stopped_capture_goes_on_and_ends_with_the_same_content(tmp_path, config, stops):
-    run_capture(make_config(tmp_path, output={"path": str(tmp_path / "undisturbed")}))
+    run_capture(make_config(tmp_path, out=str(tmp_path / "undisturbed")))
     for stop in stops:
         with pytest.raises(KeyboardInterrupt, match=r"of 5 units are published in .*; run the same command again to go on"):
             run_capture(config, StopAfter(stop))
@@ -149,15 +150,14 @@ def test_the_records_are_the_teachers_own(tmp_path, config):
         ({"codec": {"id": "packed"}}, "codec.codec_id: 'raw' != 'packed'"),
         ({"input": {"limit": 7}}, "input_fingerprint"),
         ({"input": {"add_special_tokens": False}}, "input_fingerprint"),
-        ({"output": {"unit_items": 3}}, "plan: 5 units"),
+        ({"shards": {"unit_items": 3}}, "plan: 5 units"),
         ({"teacher": {"seed": 1}}, "teacher.engine_options.seed: 0 != 1"),
         ({"teacher": {"vocab_size": 400}}, "teacher.vocab_size: 300 != 400"),
     ],
 )
 def test_a_directory_that_holds_another_capture_is_refused_with_both_sides(tmp_path, config, sections, sentence):
     before = run_capture(config).manifest
-    path = {"path": str(tmp_path / "cache")}
-    other = make_config(tmp_path, **sections | {"output": path | sections.get("output", {})})
+    other = make_config(tmp_path, **sections)
     with pytest.raises(MismatchError) as caught:
         run_capture(other)
     assert "holds another capture" in str(caught.value)

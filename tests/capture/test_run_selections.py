@@ -36,7 +36,8 @@ def capture(folder: Path, teacher: dict[str, object], *settings: str) -> list[Se
         "teacher": {"model": "fake"} | teacher,
         "selection": {"temperatures": [2.0, 0.7], "entropy": True},
         "codec": {"id": "raw"},
-        "output": {"path": str(folder / "cache"), "unit_items": 5},
+        "out": str(folder / "cache"),
+        "shards": {"unit_items": 5},
     }
     (folder / "c.yaml").write_text(json.dumps(config))
     sets = [part for setting in settings for part in ("--set", setting)]
@@ -94,7 +95,7 @@ def test_a_capture_that_is_cut_otherwise_stores_the_same(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     first = capture(tmp_path / "one", FAKE, "selection.kind=threshold")
-    other = capture(tmp_path / "two", FAKE, "selection.kind=threshold", "output.unit_items=1", "teacher.batch_tokens=7")
+    other = capture(tmp_path / "two", FAKE, "selection.kind=threshold", "shards.unit_items=1", "teacher.batch_tokens=7")
     for one, two in zip(first, other, strict=True):
         np.testing.assert_array_equal(one.distributions.token_ids_E, two.distributions.token_ids_E)
 
@@ -153,7 +154,7 @@ def test_a_wrong_request_gets_one_sentence_and_nothing_is_written(tmp_path, sett
             {
                 "input": {"format": "lines", "paths": [str(tmp_path / "a.txt")], "window": {"size": 40}},
                 "teacher": {"model": "fake"} | FAKE,
-                "output": {"path": str(tmp_path / "cache")},
+                "out": str(tmp_path / "cache"),
             }
         )
     )

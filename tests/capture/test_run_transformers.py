@@ -27,7 +27,7 @@ def make_config(tmp_path, **teacher):
         "input": {"format": "txt", "paths": [str(tmp_path / "a.txt")], "window": {"size": 32, "overlap": 4}},
         "teacher": {"model": str(tmp_path / "model"), "backend": "transformers", "num_threads": 1} | teacher,
         "selection": {"k": 8},
-        "output": {"path": str(tmp_path / "cache")},
+        "out": str(tmp_path / "cache"),
     }
     return convert_config(fields, CaptureConfig)
 

@@ -16,7 +16,7 @@ SLOW = [f"{line} slow" for line in LINES]
 
 @pytest.fixture
 def undisturbed(tmp_path):
-    run_capture(make_config(tmp_path, SLOW, output={"path": str(tmp_path / "undisturbed")}))
+    run_capture(make_config(tmp_path, SLOW, out=str(tmp_path / "undisturbed")))
     return content(tmp_path / "undisturbed")
 
 
@@ -47,7 +47,7 @@ def test_a_stopped_command_can_be_told_to_end_as_if_it_had_failed(tmp_path):
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_stops_at_once_and_loses_nothing_published(tmp_path, undisturbed, sent, status):
-    path = write_config(make_config(tmp_path, SLOW, output={"unit_items": 10}), tmp_path / "c.yaml")
+    path = write_config(make_config(tmp_path, SLOW, shards={"unit_items": 10}), tmp_path / "c.yaml")
     process = start_command(path)
     wait_for_units(tmp_path / "cache", 1, process)
     time.sleep(0.3)  # into the second unit
@@ -60,7 +60,7 @@ def test_a_second_signal_stops_at_once_and_loses_nothing_published(tmp_path, und
     assert "1 of 2 units are published" in err
     assert "Traceback" not in err
     assert sorted(content(tmp_path / "cache")) == [*range(1, 11)]
-    run_capture(make_config(tmp_path, SLOW, output={"unit_items": 10}))
+    run_capture(make_config(tmp_path, SLOW, shards={"unit_items": 10}))
     assert content(tmp_path / "cache") == undisturbed
 
 

@@ -33,7 +33,8 @@ def folder(tmp_path, monkeypatch):
 input: {format: txt, paths: [corpus], window: {size: 64}}
 teacher: {model: fake, backend: fake, vocab_size: 300}
 selection: {k: 8}
-output: {path: cache, unit_items: 1}
+out: cache
+shards: {unit_items: 1}
 """
     )
     return tmp_path
@@ -110,8 +111,8 @@ def test_users_mistakes_are_one_sentence_each(folder, capsys):
     assert "nothing to read: all 1 items are empty" in fails(capsys, "capture", "c.yaml", "--set", "input.paths=[empty.txt]")
     assert "nowhere: no such file or folder" in fails(capsys, "capture", "c.yaml", "--set", "input.paths=[nowhere]")
     assert "reads at most 4096 tokens" in fails(capsys, "capture", "c.yaml", "--set", "input.window.size=5000")
-    assert "not a cache and not empty" in fails(capsys, "capture", "c.yaml", "--set", "output.path=corpus")
-    assert "is a file" in fails(capsys, "capture", "c.yaml", "--set", "output.path=c.yaml")
+    assert "not a cache and not empty" in fails(capsys, "capture", "c.yaml", "--set", "out=corpus")
+    assert "is a file" in fails(capsys, "capture", "c.yaml", "--set", "out=c.yaml")
     assert "no cache at 'nowhere'" in fails(capsys, "verify", "nowhere")
     assert "no cache at 'corpus'" in fails(capsys, "info", "corpus")
     assert not Path("cache").exists()
@@ -160,9 +161,9 @@ def wait_for_units(number):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_capture_is_finished_by_the_same_command(folder, capsys, sent):
     Path("many.txt").write_text("".join(f"line {n} of many\n" for n in range(60)))
-    overrides = ["input.format=lines", "input.paths=[many.txt]", "output.unit_items=3"]
+    overrides = ["input.format=lines", "input.paths=[many.txt]", "shards.unit_items=3"]
     sets = [part for override in overrides for part in ("--set", override)]
-    assert main(["capture", "c.yaml", *sets, "--set", "output.path=undisturbed"]) == 0
+    assert main(["capture", "c.yaml", *sets, "--set", "out=undisturbed"]) == 0
     process = start(*overrides)
     wait_for_units(3)
     process.send_signal(sent)

@@ -100,9 +100,10 @@ def test_a_domain_that_the_input_names_is_kept_and_asked_for(tmp_path, capsys):
 input: {{format: jsonl, paths: [{tmp_path}/a.jsonl], domain_field: kind, window: {{size: 64}}}}
 teacher: {{model: fake, backend: fake, vocab_size: 300}}
 selection: {{k: 8}}
-output: {{path: {tmp_path}/named, unit_items: 2}}
+out: {tmp_path}/named
+shards: {{unit_items: 2}}
 """)
-    plain = ["--set", "input.domain_field=null", "--set", f"output.path={tmp_path}/plain"]
+    plain = ["--set", "input.domain_field=null", "--set", f"out={tmp_path}/plain"]
     assert run(capsys, "capture", tmp_path / "c.yaml")[0] == run(capsys, "capture", tmp_path / "c.yaml", *plain)[0] == 0
     sources = ["--from", tmp_path / "named", "--from", tmp_path / "plain"]
     assert run(capsys, "derive", tmp_path / "wiki", *sources, "--where", "domain == 'wiki'")[0] == 0

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Pa
 input: {{format: jsonl, content: ids, paths: ['{folder}/ids.jsonl'], window: {{size: 64}}}}
 teacher: {{model: '{tiny_model_dir}', backend: transformers, dtype: float32}}
 selection: {{k: 16}}
-output: {{path: '{folder}/ours'}}
+out: '{folder}/ours'
 """
     )
     assert main(["capture", str(folder / "c.yaml")]) == 0

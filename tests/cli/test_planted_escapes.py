@@ -33,7 +33,7 @@ CAPTURE = """
 input: {{format: jsonl, content: ids, paths: ['{folder}/ids.jsonl'], domain_field: kind, window: {{size: 8}}}}
 teacher: {{model: fake, backend: fake, vocab_size: 50}}
 selection: {{k: 4}}
-output: {{path: '{folder}/cache'}}
+out: '{folder}/cache'
 run: {{progress_path: '{folder}/progress.json'}}
 """
 
@@ -205,7 +205,7 @@ def test_in_configs_and_the_names_of_inputs(tmp_path: Path, run: Commands):
     (tmp_path / f"{names[0]}.other").write_text("x")
     fields: dict[str, Any] = {
         "input": {"format": "jsonl", "content": "ids", "paths": [str(tmp_path)]},
-        "teacher": {"model": "fake", "backend": "fake"}, "output": {"path": str(tmp_path / "cache")},
+        "teacher": {"model": "fake", "backend": "fake"}, "out": str(tmp_path / "cache"),
     }  # fmt: skip
     config = tmp_path / "c.yaml"
     places = [place for place in leaves(fields) if place]
@@ -256,7 +256,7 @@ def test_in_a_server_s_answers(tmp_path: Path, run: Commands):
             "model": "m", "backend": "served", "tokenizer": "fake",
             "server": {"url": url, "retries": 0, "deadline_seconds": 2, "vocab_size": 50},
         },
-        "selection": {"k": 4}, "output": {"path": str(tmp_path / "cache")},
+        "selection": {"k": 4}, "out": str(tmp_path / "cache"),
     }  # fmt: skip
     (tmp_path / "c.yaml").write_text(json.dumps(fields))
     answers = [{"data": [{"id": PLANT, "max_model_len": 9}, {"id": "b"}]}, {"data": [{"id": PLANT, "max_model_len": 9}]},

@@ -68,7 +68,7 @@ def test_none_is_in_anything_written_or_said(
     capture = {
         "input": {"format": "jsonl", "content": "ids", "paths": [str(mine / "ids.jsonl")], "window": {"size": 8}},
         "teacher": {"model": "fake", "backend": "fake", "vocab_size": 50}, "selection": {"k": 4},
-        "output": {"path": str(out / "cache")}, "run": {"remote": remote, "progress_path": str(out / "progress.json")},
+        "out": str(out / "cache"), "run": {"progress_path": str(out / "progress.json")}, "remote": remote,
     }  # fmt: skip
 
     def config(name: str, **changes: object) -> Path:
@@ -87,20 +87,20 @@ def test_none_is_in_anything_written_or_said(
     arguments = {"content": "messages", "template_arguments": {"api_key": SECRETS["template"]}}
     assert run("capture", config("t.yaml", input={**capture["input"], **arguments})) == 2
     for place in (f"s3://me:{SECRETS['userinfo']}@bucket/x", f"s3://bucket/x?token={SECRETS['url-token']}"):
-        assert run("capture", config("o.yaml", output={"path": place})) == 2
+        assert run("capture", config("o.yaml", out=place)) == 2
         for command in (("info",), ("verify",), ("fold",), ("doctor",)):
             assert run(*command, place) == 2
         assert run("derive", out / "x", "--from", place) == 2
     # What is not written is used and not shown.
     assert run("capture", config("c.yaml")) == 0
-    assert run("capture", config("r.yaml", output={"path": "s3://bucket/x"})) == 2
+    assert run("capture", config("r.yaml", out="s3://bucket/x")) == 2
     server = CompletionsServer()
     server.manners.key = "another"
     try:
         for variable in ("MY_KEY", SECRETS["pasted"]):
             asked = {"url": server.url, "api_key_env": variable, "vocab_size": 50, "retries": 0}
             teacher = {"model": "m", "tokenizer": "fake", "backend": "served", "server": asked}
-            assert run("capture", config("s.yaml", teacher=teacher, output={"path": str(out / "served")})) == 2
+            assert run("capture", config("s.yaml", teacher=teacher, out=str(out / "served"))) == 2
             assert run("verify", "--deep", "--teacher-config", mine / "s.yaml", out / "cache") == 2
     finally:
         server.close()

@@ -37,7 +37,7 @@ def cache(tmp_path: Path) -> Path:
 input: {{format: jsonl, content: ids, paths: ['{tmp_path}/ids.jsonl'], window: {{size: 8}}}}
 teacher: {{model: fake, backend: fake, vocab_size: 50}}
 selection: {{k: 4}}
-output: {{path: '{tmp_path}/cache'}}
+out: '{tmp_path}/cache'
 """
     )
     assert main(["capture", str(tmp_path / "c.yaml")]) == 0

@@ -28,7 +28,7 @@ def capture(folder: Path, codec: str, kind: str) -> Path:
     config.write_text(
         f"input: {{format: txt, paths: [{folder}/text.txt], window: {{size: 16}}}}\n"
         "teacher: {model: made-up, backend: fake, vocab_size: 300}\n"
-        f"output: {{path: {folder}/{codec}-{kind}}}\n"
+        f"out: {folder}/{codec}-{kind}\n"
     )
     settings = [f"codec.id={codec}", f"selection.kind={kind}", *(f"selection.{setting}" for setting in KINDS[kind])]
     assert main(["capture", str(config), *[part for setting in settings for part in ("--set", setting)]]) == 0

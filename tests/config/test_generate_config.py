@@ -11,7 +11,7 @@ from kdcache.errors import ConfigError
 FIELDS = {
     "input": {"format": "lines", "paths": ["a.txt"]},
     "teacher": {"model": "fake", "backend": "fake"},
-    "output": {"path": "cache"},
+    "out": "cache",
 }
 
 

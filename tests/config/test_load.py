@@ -11,7 +11,7 @@ from kdcache.errors import ConfigError
 GOOD = """
 input: {format: txt, paths: [a.txt]}
 teacher: {model: m, backend: fake}
-output: {path: out}
+out: out
 """
 
 
@@ -92,9 +92,22 @@ def test_a_wrong_override_is_named(tmp_path, override, sentence):
     assert sentence in refusal(tmp_path, GOOD, override)
 
 
+@pytest.mark.parametrize(
+    ("old", "path", "now"),
+    [
+        ("output: {path: x, unit_items: 3}", "output.path", "out"),
+        ("output: {unit_items: 3}", "output.unit_items", "shards.unit_items"),
+        ("run: {remote: {options: {anon: true}}}", "run.remote.options.anon", "remote.options.anon"),
+    ],
+)
+def test_a_key_under_its_old_name_is_answered_with_the_new_one(tmp_path, old, path, now):
+    assert f"{path}: no such field; it is now {now}" in refusal(tmp_path, GOOD + old)
+    assert f"{path}: no such field; it is now {now}" in refusal(tmp_path, GOOD, f"{path}=3")
+
+
 def test_a_missing_field_is_named(tmp_path):
     assert "teacher.model: required, but not given" in refusal(tmp_path, GOOD.replace("model: m, ", ""))
-    assert "output: required, but not given" in refusal(tmp_path, GOOD.replace("output: {path: out}", ""))
+    assert "out: required, but not given" in refusal(tmp_path, GOOD.replace("out: out", ""))
 
 
 def test_a_key_given_twice_is_refused_with_its_line(tmp_path):

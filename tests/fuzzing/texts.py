@@ -96,7 +96,7 @@ def config_values(name: str) -> Any:
 def _config(kind: type[CaptureConfig] | type[TrainConfig]) -> Callable[[Path, bytes], Any]:
     def read(folder: Path, data: bytes) -> None:
         (folder / "config.yaml").write_bytes(data)
-        load_config(folder / "config.yaml", kind, ("output.path=x",) if len(data) % 2 else ())
+        load_config(folder / "config.yaml", kind, ("out=x",) if len(data) % 2 else ())
 
     return read
 

@@ -190,4 +190,4 @@ def test_arguments_of_the_template_are_checked():
     ):
         given = {"format": "jsonl", "paths": ["x"], "content": "messages"} | wrong
         with pytest.raises(ConfigError, match=sentence):
-            convert_config({"input": given, "teacher": {"model": "x"}, "output": {"path": "y"}}, CaptureConfig)
+            convert_config({"input": given, "teacher": {"model": "x"}, "out": "y"}, CaptureConfig)

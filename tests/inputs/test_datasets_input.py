@@ -5,14 +5,14 @@ import json
 import pytest
 
 from kdcache.capture.inputs import InputReader
-from kdcache.config.capture import InputConfig, OutputConfig
+from kdcache.config.capture import InputConfig, ShardConfig
 from kdcache.errors import InputError
 from kdcache.inputs.content import START
 
 datasets = pytest.importorskip("datasets")
 
 TEXTS = ["one", "two", "", "four", "five"]
-OUTPUT = OutputConfig(path="", unit_items=2)
+OUTPUT = ShardConfig(unit_items=2)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from kdcache.capture.inputs import InputReader
 from kdcache.cli.main import main
-from kdcache.config.capture import InputConfig, OutputConfig
+from kdcache.config.capture import InputConfig, ShardConfig
 from kdcache.errors import InputError
 from kdcache.inputs.files import find_files
 from kdcache.inputs.left_out import LeftOut
@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 def test_all_that_a_folder_holds_is_read_or_named(folder):
     reader = InputReader(InputConfig(format="jsonl", paths=(str(folder),)))
-    plan = reader.plan(OutputConfig(path="x"), template_fingerprint="")
+    plan = reader.plan(ShardConfig(), template_fingerprint="")
     assert [item.content for item in reader.items()] == ["a", "b", "m", "c"]
     assert plan.num_items == 4
     shown = {reason: [name.removeprefix(f"{folder}/") for name in names] for reason, names in reader.left_out.names.items()}
@@ -83,7 +83,7 @@ def test_files_after_the_limit_are_named(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.jsonl").write_text(line(name))
     reader = InputReader(InputConfig(format="jsonl", paths=(str(tmp_path),), limit=1))
-    reader.plan(OutputConfig(path="x"), template_fingerprint="")
+    reader.plan(ShardConfig(), template_fingerprint="")
     assert reader.left_out.counts == {"files after input.limit was reached": 2}
 
 
@@ -111,7 +111,7 @@ def test_the_names_are_bounded():
 def test_a_dry_run_and_a_captures_summary_name_what_is_not_read(folder, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(
         f"input: {{format: jsonl, paths: [{folder}]}}\nteacher: {{model: fake, backend: fake, vocab_size: 400}}\n"
-        f"selection: {{k: 4}}\noutput: {{path: {tmp_path / 'out'}}}\n"
+        f"selection: {{k: 4}}\nout: {tmp_path / 'out'}\n"
     )
     for arguments in (["--dry-run"], [], []):
         assert main(["capture", str(tmp_path / "c.yaml"), *arguments]) == 0

@@ -110,7 +110,12 @@ def test_another_capture_is_refused_with_both_sides(tmp_path):
     with pytest.raises(MismatchError) as caught:
         CacheWriter.open(tmp_path, make_manifest(3, other))
     sentence = str(caught.value)
-    for part in (str(tmp_path), "teacher.model: 'made-up' != 'else'", "codec.codec_id: 'raw' != 'packed'", "output.path"):
+    for part in (
+        str(tmp_path),
+        "teacher.model: 'made-up' != 'else'",
+        "codec.codec_id: 'raw' != 'packed'",
+        "another destination (`out`)",
+    ):
         assert part in sentence
 
 

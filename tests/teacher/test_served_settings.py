@@ -43,7 +43,7 @@ def test_settings_of_an_engine_that_is_not_ours_are_refused(setting: dict[str, o
 
 
 def test_a_server_without_an_address_and_an_address_without_a_server_are_refused():
-    sections = {"input": {"format": "lines", "paths": ["a"]}, "output": {"path": "c"}}
+    sections = {"input": {"format": "lines", "paths": ["a"]}, "out": "c"}
     for teacher, sentence in [
         ({"backend": "served"}, r"backend 'served' needs server\.url"),
         ({"server": {"url": "http://h/v1"}}, r"server is for backend 'served' alone, not for 'auto'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,7 +127,8 @@ def test_a_capture_whose_server_is_killed_says_so_and_goes_on_when_it_is_back(
         },
         "selection": {"k": 16},
         "codec": {"id": "raw"},
-        "output": {"path": str(tmp_path / "cache"), "unit_items": 4},
+        "out": str(tmp_path / "cache"),
+        "shards": {"unit_items": 4},
     }
     (tmp_path / "c.yaml").write_text(json.dumps(sections))
     command = ["capture", str(tmp_path / "c.yaml")]
@@ -143,10 +145,9 @@ def test_a_capture_whose_server_is_killed_says_so_and_goes_on_when_it_is_back(
     _compare_with_transformers(sections, tmp_path)
 
 
-def _compare_with_transformers(sections: dict[str, dict[str, object]], folder: Path) -> None:
+def _compare_with_transformers(sections: dict[str, Any], folder: Path) -> None:
     local = {"model": sections["teacher"]["model"], "backend": "transformers", "dtype": "float32"}
-    output = sections["output"] | {"path": str(folder / "local")}
-    (folder / "local.yaml").write_text(json.dumps(sections | {"teacher": local, "output": output}))
+    (folder / "local.yaml").write_text(json.dumps(sections | {"teacher": local, "out": str(folder / "local")}))
     assert main(["capture", str(folder / "local.yaml")]) == 0
     with kdcache.open(folder / "cache") as served, kdcache.open(folder / "local") as local_reader:
         assert len(served) == len(local_reader) == 40

@@ -2,7 +2,7 @@
 
 The driver holds the plan and the account; no record passes through it. A unit is done when its journal record is on disk, so an
 actor that dies costs the unit in its hands and nothing else: the unit is given to another, and a new actor takes its place. The
-machines must share the input and output.path.
+machines must share the input and `out`.
 """
 
 from __future__ import annotations

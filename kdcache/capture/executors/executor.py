@@ -46,7 +46,7 @@ def open_writer(job: Job, slot: TeacherSlot) -> CacheWriter:
     """A writer of the job's cache, which is started if it is not there; raises MismatchError where it is another capture's."""
     check_fits(job.config, slot.teacher)
     manifest = first_manifest(job, slot.teacher.identity, features_of(job.config, slot.teacher))
-    writer = CacheWriter.open(job.path, manifest, record_batch_bytes=job.config.output.record_batch_bytes)
+    writer = CacheWriter.open(job.path, manifest, record_batch_bytes=job.config.shards.record_batch_bytes)
     # Of processes that start at once one has begun the cache: its moment counts.
     begun = recorded_moment(chain.read_manifest(job.path, 0)) if job.tokenizer.reads_clock else None
     if begun is not None:

@@ -36,7 +36,7 @@ def run_capture(
 
     Raises:
         ConfigError, InputError, TeacherError, MissingDependencyError: before or while it runs; what is published stays.
-        MismatchError: output.path holds another capture, or something that is no cache.
+        MismatchError: `out` holds another capture, or something that is no cache.
         CaptureError: the disk refuses, the teacher stalls, or more units fail than `run.max_failed`.
         KeyboardInterrupt: with a sentence that says how to go on.
     """

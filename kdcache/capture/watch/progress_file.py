@@ -41,7 +41,7 @@ def progress_path(config: CaptureConfig) -> Path:
     if run.progress_path is not None:
         return Path(run.progress_path)
     rank = f".rank-{run.rank}" if run.world_size > 1 else ""
-    cache = locate(config.output.path)
+    cache = locate(config.out)
     if not isinstance(cache, Path):
         return Path(f"{cache.name}{rank}.progress.json")
     return cache.with_name(f"{cache.name}{rank}.progress.json")
@@ -124,7 +124,7 @@ class ProgressFile(CaptureProgress):
         left = None if total is None else max(0, total - self._num_tokens)
         return {
             "state": self._state,
-            "cache": self._config.output.path,
+            "cache": self._config.out,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "rank": run.rank,

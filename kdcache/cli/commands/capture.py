@@ -174,7 +174,7 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
             "positions": f"{at_most} {estimate.num_positions:,}, {most}{estimate.bytes_per_position:.1f} bytes each "
             f"({config.codec.id}, {config.selection.kind}: {params})",
             **_feature_rows(estimate),
-            "cache": f"{'at most' if most.startswith('at') else at_most} {size(estimate.num_bytes)} at {config.output.path}",
+            "cache": f"{'at most' if most.startswith('at') else at_most} {size(estimate.num_bytes)} at {config.out}",
             "time": when,
         }
     )

@@ -60,7 +60,7 @@ def refuse_other_capture(root: Location, theirs: Manifest, ours: Manifest) -> No
     if differences:
         raise MismatchError(
             f"{str(root)!r} holds another capture (there != asked for): {'; '.join(differences)}; "
-            "choose another output.path, or repeat the config that made it to resume"
+            "choose another destination (`out`), or repeat the config that made it to resume"
         )
 
 

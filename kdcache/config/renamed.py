@@ -1,0 +1,20 @@
+"""Keys that have another name now, so that the message about an unknown key can say which."""
+
+from __future__ import annotations
+
+RENAMED = {
+    "output.path": "out",
+    "output": "shards",
+    "run.remote": "remote",
+}
+"""Old path of a field or section -> its path now. A longer path decides before a shorter one."""
+
+
+def new_name(path: str) -> str | None:
+    """The path that an old one has now, also for a field below a section that was renamed; None where it never existed."""
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        moved = RENAMED.get(".".join(parts[:end]))
+        if moved is not None:
+            return ".".join([moved, *parts[end:]])
+    return None
