@@ -38,7 +38,7 @@ from kdcache.config.capture import CaptureConfig, InputConfig, RunConfig
 from kdcache.config.load import convert_config
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, shard_to_json
-from kdcache.inputs.content import Item, Place
+from kdcache.inputs.content import Item, Start
 from kdcache.store import chain
 from kdcache.store.reader import open_cache
 from kdcache.store.writing.writer import CacheWriter
@@ -67,7 +67,7 @@ class Row:
 
 
 def items(count: int) -> Iterator[Item]:
-    return (Item("x", f"a:{n}", Place(0, 2 * n, n)) for n in range(count))
+    return (Item("x", f"a:{n}", Start(0, 2 * n, n)) for n in range(count))
 
 
 def simulate(num_units: int, num_ranks: int, folder: Path) -> Row:

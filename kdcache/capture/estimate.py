@@ -153,9 +153,9 @@ def _sample(job: Job) -> list[Item]:
     if job.plan.is_stream:
         chosen = chosen[:1]
     sample: list[Item] = []
-    for number in chosen:
-        count = min(SAMPLE_ITEMS_PER_UNIT, units[number].num_items)
-        sample += [_clip(item, job.config) for item in islice(job.reader.items(units[number].start), count)]
+    for index in chosen:
+        count = min(SAMPLE_ITEMS_PER_UNIT, units[index].num_items)
+        sample += [_clip(item, job.config) for item in islice(job.reader.items(units[index].start), count)]
     return sample
 
 

@@ -85,8 +85,8 @@ def make_prompts(
         if sequence is None:
             counts.num_empty_items += 1
         elif _fits(sequence, asked, config.input):
-            answers = [Prompt(sequence, answer_seed(asked.seed, sequence.key, number)) for number in range(asked.n)]
-            prompts += answers if asked.n == 1 else [_numbered(prompt, number) for number, prompt in enumerate(answers)]
+            answers = [Prompt(sequence, answer_seed(asked.seed, sequence.key, index)) for index in range(asked.n)]
+            prompts += answers if asked.n == 1 else [_numbered(prompt, index) for index, prompt in enumerate(answers)]
         else:
             counts.num_long_prompts += 1
     counts.num_sequences = len(prompts)
@@ -181,5 +181,5 @@ def _fits(sequence: TokenSequence, asked: GenerateConfig, config: InputConfig) -
     )
 
 
-def _numbered(prompt: Prompt, number: int) -> Prompt:
-    return replace(prompt, sequence=replace(prompt.sequence, source=f"{prompt.source}~{number}"))
+def _numbered(prompt: Prompt, index: int) -> Prompt:
+    return replace(prompt, sequence=replace(prompt.sequence, source=f"{prompt.source}~{index}"))

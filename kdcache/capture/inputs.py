@@ -68,7 +68,7 @@ class InputReader(ItemReader):
             if self._next_item == 0:
                 raise InputError(f"{self.name}: the stream holds no items")
         elif len(items) != unit.num_items or unit_digest(items) != unit.digest:
-            raise InputError(f"{self.name}: the input has changed since the capture began (unit {unit.number}); run it again")
+            raise InputError(f"{self.name}: the input has changed since the capture began (unit {unit.index}); run it again")
         return items
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import xxhash
 
 from kdcache.config.capture import InputConfig
 from kdcache.format.manifest import fingerprint
-from kdcache.inputs.content import START, Item, Place
+from kdcache.inputs.content import BEGINNING, Item, Start
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Unit:
     """A run of items that makes one shard.
 
     Attributes:
-        number: from 0, without gaps.
+        index: from 0, without gaps.
         start: where its first item starts.
         first_item: items before it, in the whole input.
         num_items: of a stream: at most this many.
@@ -33,8 +33,8 @@ class Unit:
         digest: of its items' content, to notice inputs that change while they are captured; "" for a stream.
     """
 
-    number: int
-    start: Place
+    index: int
+    start: Start
     first_item: int
     num_items: int
     num_chars: int
@@ -77,12 +77,12 @@ def make_plan(
     """
     units: list[Unit] = []
     content = hashlib.sha256()
-    open_unit = _OpenUnit(START, 0)
+    open_unit = _OpenUnit(BEGINNING, 0)
     num_items = num_empty = num_chars = 0
     for item in items:
         if open_unit.is_full(item, unit_chars, unit_items):
             units.append(open_unit.close(len(units)))
-            open_unit = _OpenUnit(item.place, num_items)
+            open_unit = _OpenUnit(item.start, num_items)
         hash_item(content, item)
         open_unit.add(item)
         num_items, num_empty, num_chars = num_items + 1, num_empty + item.is_empty, num_chars + item.num_chars
@@ -102,8 +102,8 @@ def make_stream_plan(*, config: InputConfig, template_fingerprint: str, unit_ite
     assert config.limit is not None
     limit = config.limit
     units = tuple(
-        Unit(number, Place(0, first, first), first, min(unit_items, limit - first), num_chars=0, digest="")
-        for number, first in enumerate(range(0, limit, unit_items))
+        Unit(index, Start(0, first, first), first, min(unit_items, limit - first), num_chars=0, digest="")
+        for index, first in enumerate(range(0, limit, unit_items))
     )
     which = {name: getattr(config, name) for name in ("dataset", "dataset_config", "split", "revision", "field", "limit")}
     meaning = fingerprint(_meaning(config, template_fingerprint) | {"stream": which})
@@ -148,7 +148,7 @@ def _meaning(config: InputConfig, template_fingerprint: str) -> dict[str, Any]:
 class _OpenUnit:
     """A unit that items are still being added to."""
 
-    def __init__(self, start: Place, first_item: int) -> None:
+    def __init__(self, start: Start, first_item: int) -> None:
         self.start, self.first_item = start, first_item
         self.num_items = self.num_chars = 0
         self._hasher = xxhash.xxh3_128()
@@ -159,10 +159,10 @@ class _OpenUnit:
 
     def add(self, item: Item) -> None:
         if self.num_items == 0:
-            self.start = item.place
+            self.start = item.start
         self.num_items += 1
         self.num_chars += item.num_chars
         hash_item(self._hasher, item)
 
-    def close(self, number: int) -> Unit:
-        return Unit(number, self.start, self.first_item, self.num_items, self.num_chars, self._hasher.hexdigest())
+    def close(self, index: int) -> Unit:
+        return Unit(index, self.start, self.first_item, self.num_items, self.num_chars, self._hasher.hexdigest())

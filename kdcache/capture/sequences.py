@@ -52,8 +52,8 @@ class CutCounts:
 
     def note(self, notes: Mapping[str, int]) -> None:
         """Add some of `notes`."""
-        for sentence, number in notes.items():
-            self.notes[sentence] = self.notes.get(sentence, 0) + number
+        for sentence, count in notes.items():
+            self.notes[sentence] = self.notes.get(sentence, 0) + count
 
 
 def make_sequences(

@@ -155,7 +155,7 @@ class UnitWorker:
             except Exception as caught:
                 error = caught
                 self._after_failure(unit, attempts, error)
-        record = FailedUnit(unit=unit.number, error=type(error).__name__, reason=reason_of(error), attempts=attempts)
+        record = FailedUnit(unit=unit.index, error=type(error).__name__, reason=reason_of(error), attempts=attempts)
         return UnitFailed(record, error)
 
     def _is_worth_another_try(self, error: Exception, attempts: int) -> bool:
@@ -167,8 +167,8 @@ class UnitWorker:
         account = start_meter(self._num_gpus)
         work, counts = self._work(self._job.reader.read(unit))
         self._progress.start_unit(unit, most_tokens(work, self._job.config))
-        records = self._records(work, f"capturing unit {unit.number}")
-        shard = self._writer.write_unit(unit.number, records, account=lambda: account(()))
+        records = self._records(work, f"capturing unit {unit.index}")
+        shard = self._writer.write_unit(unit.index, records, account=lambda: account(()))
         self._progress.start_unit(unit, shard.num_tokens)
         return UnitDone(shard, counts, shard.num_tokens)
 
@@ -179,12 +179,12 @@ class UnitWorker:
         poison = find_poison(len(work), lambda start, stop: self._attempt(work[start:stop]))
         skipped += [SkippedSequence(source=work[i].source, reason=reason_of(poison[i])) for i in sorted(poison)]
         for sequence in skipped:
-            log.warning("unit %d: %s is left out: %s", unit.number, sequence.source, sequence.reason)
+            log.warning("unit %d: %s is left out: %s", unit.index, sequence.source, sequence.reason)
         sound = [asked for index, asked in enumerate(work) if index not in poison]
         counts.num_sequences -= len(poison)
         counts.num_skipped = len(skipped)
-        records = self._records(sound, f"capturing unit {unit.number} without its poison")
-        shard = self._writer.write_unit(unit.number, records, account=lambda: account(skipped))
+        records = self._records(sound, f"capturing unit {unit.index} without its poison")
+        shard = self._writer.write_unit(unit.index, records, account=lambda: account(skipped))
         return UnitDone(shard, counts, shard.num_tokens, tuple(skipped))
 
     def _work(self, items: Sequence[Item]) -> tuple[list[Work], CutCounts]:
@@ -252,7 +252,7 @@ class UnitWorker:
         self._take_back()
         if is_fatal(error):
             raise error
-        log.warning("unit %d failed, attempt %d: %s", unit.number, attempt, reason_of(error))
+        log.warning("unit %d failed, attempt %d: %s", unit.index, attempt, reason_of(error))
         if not self._stop.is_requested:
             self._mend()
 

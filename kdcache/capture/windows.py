@@ -55,9 +55,9 @@ def cut_windows(item: TokenizedItem, window: WindowConfig, template_fingerprint:
         )
     bounds = list(window_bounds(num_tokens, window))
     sequences = []
-    for number, (start, stop) in enumerate(bounds):
-        source = item.source if len(bounds) == 1 else f"{item.source}#{number}"
-        recorded_N = _recorded(number, stop - start, is_last=number == len(bounds) - 1, overlap=window.overlap)
+    for index, (start, stop) in enumerate(bounds):
+        source = item.source if len(bounds) == 1 else f"{item.source}#{index}"
+        recorded_N = _recorded(index, stop - start, is_last=index == len(bounds) - 1, overlap=window.overlap)
         sequences.append(_window(item, slice(start, stop), recorded_N, source, template_fingerprint))
     return sequences
 
@@ -88,9 +88,9 @@ def supervise_assistant(assistant_mask_N: NDArray[np.bool_]) -> NDArray[np.bool_
     return np.append(assistant_mask_N[1:], False)
 
 
-def _recorded(number: int, length: int, *, is_last: bool, overlap: int) -> NDArray[np.bool_]:
+def _recorded(index: int, length: int, *, is_last: bool, overlap: int) -> NDArray[np.bool_]:
     recorded_N = np.ones(length, np.bool_)
-    if overlap and number:
+    if overlap and index:
         recorded_N[: overlap - 1] = False
     if overlap and not is_last:
         recorded_N[-1] = False

@@ -39,7 +39,7 @@ class Fields(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """The columns or keys that must be there; of a chat whose place is looked for, see `content_names`."""
+        """The columns or keys that must be there; for a chat whose column is looked for, see `content_names`."""
         return [self.content, *([] if self.domain is None else [self.domain])]
 
     def content_names(self, there: Sequence[str]) -> list[str]:
@@ -65,21 +65,21 @@ class Fields(NamedTuple):
         return "input.field" if name == self.content else "input.domain_field"
 
 
-class Place(NamedTuple):
-    """Where an item starts, so that reading can start there.
+class Start(NamedTuple):
+    """Where an item starts, so that reading can begin there.
 
     Attributes:
-        file: counts the sorted files; 0 for a dataset.
+        file_index: of the sorted files; 0 for a dataset.
         offset: bytes into a text file; rows into a table or dataset.
-        number: items of the same file before this one (txt and tables: as offset; line files: lines before it).
+        item_index: of the item in its file (txt and tables: the offset; line files: the lines before it).
     """
 
-    file: int
+    file_index: int
     offset: int
-    number: int
+    item_index: int
 
 
-START = Place(0, 0, 0)
+BEGINNING = Start(0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +89,13 @@ class Item:
     Attributes:
         content: see Content; empty where the item holds nothing.
         source: for people: "corpus/a.jsonl:17" (line 17), "b.parquet#12" (row 12, from 0), "x.txt".
-        place: where it starts.
+        start: where it starts.
         domain: what kind of text it is, as the input says; "" where it does not.
     """
 
     content: Content
     source: str
-    place: Place
+    start: Start
     domain: str = ""
 
     @property

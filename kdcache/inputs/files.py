@@ -123,10 +123,10 @@ def _kind(path: Path) -> str:
 
 
 def _take(here: LeftOut, all_of_them: LeftOut) -> None:
-    for reason, number in here.counts.items():
+    for reason, count in here.counts.items():
         names = here.names[reason]
         all_of_them.add(reason, names)
-        all_of_them.counts[reason] += number - len(names)
+        all_of_them.counts[reason] += count - len(names)
 
 
 def _real(path: str) -> str:

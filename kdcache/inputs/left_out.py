@@ -38,7 +38,7 @@ class LeftOut:
 
     def __str__(self) -> str:
         """One part for each reason: `hidden files: 2 (a, b); links that lead nowhere: 9 (c, d, e, f, g, ...)`."""
-        return "; ".join(f"{reason}: {number:,} ({self._shown(reason)})" for reason, number in self.counts.items())
+        return "; ".join(f"{reason}: {count:,} ({self._shown(reason)})" for reason, count in self.counts.items())
 
     def _shown(self, reason: str) -> str:
         names = self.names[reason]

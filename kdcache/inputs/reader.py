@@ -1,4 +1,4 @@
-"""The items of an input, in an order that depends on the input alone, from any place on.
+"""The items of an input, in an order that depends on the input alone, from any item on.
 
 Policy for items without content (an empty file, a blank line of `lines`, an empty or null cell, a chat without text): they
 are counted, reported and skipped; they give no sequence. Anything that cannot be read is an InputError naming file and line.
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from kdcache.config.capture import InputConfig
-from kdcache.inputs.content import DEFAULT_FIELDS, START, Fields, Item, Place
+from kdcache.inputs.content import BEGINNING, DEFAULT_FIELDS, Fields, Item, Start
 from kdcache.inputs.files import find_files
 from kdcache.inputs.formats.open_file import TextFiles
 from kdcache.inputs.left_out import LeftOut
 
-_ReadFile = Callable[[str, int, Place], Iterator[Item]]
+_ReadFile = Callable[[str, int, Start], Iterator[Item]]
 
 
 class ItemReader:
@@ -41,23 +41,23 @@ class ItemReader:
         self.num_files_opened = 0
         self._opener = TextFiles()
 
-    def items(self, start: Place = START) -> Iterator[Item]:
-        """Every item from a place on, whatever the limit."""
+    def items(self, start: Start = BEGINNING) -> Iterator[Item]:
+        """Yield every item from `start` on, whatever the limit."""
         if self.config.format == "dataset":
             from kdcache.inputs.formats._datasets import read_dataset
 
             yield from read_dataset(self.config, start, self.fields)
             return
         read = _file_reader(self.config, self.fields, self._opener)
-        for file in range(start.file, len(self.files)):
-            place = start if file == start.file else Place(file, 0, 0)
-            is_new, is_empty = file >= self.num_files_opened, True
-            self.num_files_opened = max(self.num_files_opened, file + 1)
-            for item in read(self.files[file], file, place):
+        for index in range(start.file_index, len(self.files)):
+            file_start = start if index == start.file_index else Start(index, 0, 0)
+            is_new, is_empty = index >= self.num_files_opened, True
+            self.num_files_opened = max(self.num_files_opened, index + 1)
+            for item in read(self.files[index], index, file_start):
                 is_empty = False
                 yield item
             if is_new and is_empty:
-                self.left_out.add("files without any item", [self.files[file]])
+                self.left_out.add("files without any item", [self.files[index]])
 
     def close(self) -> None:
         """Let go of the file that is open."""

@@ -22,7 +22,7 @@ from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError, InputError, MismatchError
 from kdcache.format.record import ROLES
 from kdcache.inputs.chat import Chat
-from kdcache.inputs.content import Item, Place
+from kdcache.inputs.content import Item, Start
 from kdcache.store.summary import summarize_cache
 from kdcache.store.verify import verify_cache
 from kdcache.teacher.fake import BOS_ID, END_ID, FakeTeacher, FakeTokenizer
@@ -55,7 +55,7 @@ def written(path):
 def prompts(content, **generate):
     kind = {str: "text", list: "messages"}.get(type(content[0]), "ids")
     items = [
-        Item(Chat(value) if isinstance(value, list) else value, f"x:{n}", Place(0, n, n)) for n, value in enumerate(content)
+        Item(Chat(value) if isinstance(value, list) else value, f"x:{n}", Start(0, n, n)) for n, value in enumerate(content)
     ]
     fields = {
         "input": {"format": "jsonl", "paths": ["x"], "content": kind, "window": {"size": 40}},

@@ -11,13 +11,13 @@ from kdcache.capture.inputs import InputReader
 from kdcache.capture.plan import make_plan, make_stream_plan
 from kdcache.config.capture import InputConfig, ShardConfig, WindowConfig
 from kdcache.errors import InputError
-from kdcache.inputs.content import Item, Place
+from kdcache.inputs.content import Item, Start
 
 CONFIG = InputConfig(format="lines", paths=("x",))
 
 
 def items_of(texts):
-    return [Item(text, f"x:{n}", Place(0, n, n)) for n, text in enumerate(texts)]
+    return [Item(text, f"x:{n}", Start(0, n, n)) for n, text in enumerate(texts)]
 
 
 def plan_of(texts, *, config=CONFIG, template="", unit_chars=10, unit_items=3):
@@ -29,7 +29,7 @@ def plan_of(texts, *, config=CONFIG, template="", unit_chars=10, unit_items=3):
 @given(texts=st.lists(st.text(max_size=12), max_size=30), unit_chars=st.integers(1, 30), unit_items=st.integers(1, 6))
 def test_units_follow_each_other_and_keep_their_limits(texts, unit_chars, unit_items):
     plan = plan_of(texts, unit_chars=unit_chars, unit_items=unit_items)
-    assert [unit.number for unit in plan.units] == list(range(len(plan.units)))
+    assert [unit.index for unit in plan.units] == list(range(len(plan.units)))
     assert [unit.first_item for unit in plan.units] == list(
         itertools.accumulate([unit.num_items for unit in plan.units], initial=0)
     )[: len(plan.units)]
@@ -142,7 +142,7 @@ def test_the_limit_counts_items_over_all_files(tmp_path):
 def test_another_domain_is_another_input_and_none_is_what_it_was():
     def fingerprint(*pairs, domain_field=None):
         config = InputConfig(format="jsonl", paths=("x",), domain_field=domain_field)
-        items = [Item(text, f"x:{n}", Place(0, n, n), domain) for n, (text, domain) in enumerate(pairs)]
+        items = [Item(text, f"x:{n}", Start(0, n, n), domain) for n, (text, domain) in enumerate(pairs)]
         return make_plan(items, config=config, template_fingerprint="", unit_chars=10, unit_items=3).input_fingerprint
 
     plain = fingerprint(("a", ""), ("b", ""))

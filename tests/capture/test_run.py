@@ -59,7 +59,7 @@ class Started(CaptureProgress):
     """Notes which units were captured."""
 
     def start(self, units):
-        self.units = [unit.number for unit in units]
+        self.units = [unit.index for unit in units]
 
 
 def content(path):

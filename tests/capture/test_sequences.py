@@ -8,7 +8,7 @@ from kdcache.config.capture import InputConfig, WindowConfig
 from kdcache.errors import InputError, MismatchError
 from kdcache.format.record import ROLES
 from kdcache.inputs.chat import Chat
-from kdcache.inputs.content import Item, Place
+from kdcache.inputs.content import Item, Start
 from kdcache.teacher.fake import FakeTokenizer
 
 TOKENIZER = FakeTokenizer()
@@ -18,7 +18,7 @@ BOS = 256
 def make(content, vocab_size=1000, **fields):
     kind = {str: "text", list: "messages"}.get(type(content[0]), "ids")
     items = [
-        Item(Chat(value) if isinstance(value, list) else value, f"x:{n}", Place(0, n, n)) for n, value in enumerate(content)
+        Item(Chat(value) if isinstance(value, list) else value, f"x:{n}", Start(0, n, n)) for n, value in enumerate(content)
     ]
     input_format = "lines" if kind == "text" else "jsonl"
     config = InputConfig(format=input_format, paths=("x",), content=kind, **fields)

@@ -7,7 +7,7 @@ import pytest
 from kdcache.capture.inputs import InputReader
 from kdcache.config.capture import InputConfig, ShardConfig
 from kdcache.errors import InputError
-from kdcache.inputs.content import START
+from kdcache.inputs.content import BEGINNING
 
 datasets = pytest.importorskip("datasets")
 
@@ -44,10 +44,10 @@ def reader(folder, **fields):
 def test_every_kind_gives_the_rows_from_any_place_on(kind, streaming, request):
     folder = request.getfixturevalue(kind)
     source = reader(folder, streaming=streaming, limit=5)
-    items = list(source.items(START))
+    items = list(source.items(BEGINNING))
     assert [item.content for item in items] == TEXTS
     assert items[3].source == f"{folder}[train]#3"
-    assert [item.content for item in source.items(items[3].place)] == TEXTS[3:]
+    assert [item.content for item in source.items(items[3].start)] == TEXTS[3:]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

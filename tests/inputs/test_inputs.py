@@ -12,7 +12,7 @@ from kdcache.capture.inputs import InputReader
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError
 from kdcache.inputs.chat import Chat
-from kdcache.inputs.content import START
+from kdcache.inputs.content import BEGINNING
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 
@@ -86,12 +86,12 @@ def test_the_same_values_come_out_of_every_format_from_any_place_on(tmp_path, in
     else:
         write_arrow(path, table, stream=input_format != name)
     source = reader(path, name, content=content, field=None if field != "body" else field)
-    items = list(source.items(START))
+    items = list(source.items(BEGINNING))
     empty = {"text": "", "messages": [], "ids": []}[content]
     assert [plain(item.content) for item in items] == [v or empty for v in values]
     assert [item.is_empty for item in items] == [not value for value in values]
     for number, item in enumerate(items):
-        rest = list(source.items(item.place))
+        rest = list(source.items(item.start))
         assert [other.source for other in rest] == [other.source for other in items[number:]]
         assert [other.content_bytes() for other in rest] == [other.content_bytes() for other in items[number:]]
     assert items[2].source == (f"{path}:3" if name == "jsonl" else f"{path}#2")
@@ -200,7 +200,7 @@ def test_an_items_domain_is_read_beside_it_and_null_is_none(tmp_path):
     for ending in ("jsonl", "parquet", "arrow"):
         assert domains(tmp_path / f"a.{ending}", ending) == expected
     later = reader(tmp_path / "a.arrow", "arrow", domain_field="kind")
-    assert [item.domain for item in later.items(list(later.items())[1].place)] == ["", "code"]
+    assert [item.domain for item in later.items(list(later.items())[1].start)] == ["", "code"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import zstandard
 
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError
-from kdcache.inputs.content import START
+from kdcache.inputs.content import BEGINNING
 from kdcache.inputs.formats import json_values, open_file
 from kdcache.inputs.reader import ItemReader
 
@@ -58,11 +58,11 @@ def test_the_same_items_come_from_every_layout_and_packing_from_any_place_on(tmp
     for chunk_bytes in (4, 2**18):
         monkeypatch.setattr(json_values, "_CHUNK_BYTES", chunk_bytes)
         source = reader(path)
-        items = list(source.items(START))
+        items = list(source.items(BEGINNING))
         assert [item.content for item in items] == [row["text"] for row in ROWS]
         for number in random.Random(0).sample(range(len(items)), len(items)):
-            assert list(source.items(items[number].place)) == items[number:]
-            assert next(source.items(items[number].place)) == items[number]  # and the rest is not read
+            assert list(source.items(items[number].start)) == items[number:]
+            assert next(source.items(items[number].start)) == items[number]  # and the rest is not read
         source.close()
 
 
@@ -142,5 +142,5 @@ def test_a_compressed_file_goes_forward_and_is_not_begun_anew(tmp_path, monkeypa
     items = list(source.items())
     begun.clear()
     for number in range(0, 2000, 100):
-        assert next(source.items(items[number].place)) == items[number]
+        assert next(source.items(items[number].start)) == items[number]
     assert len(begun) == 1

@@ -119,7 +119,7 @@ class _Crew:
         if replica.unit is None:
             self.dismiss(replica)
             return
-        self.progress.worker(replica.name, replica.pid, replica.unit.number, replica.gpus)
+        self.progress.worker(replica.name, replica.pid, replica.unit.index, replica.gpus)
         self.pending[replica.actor.capture.remote(replica.unit)] = replica
 
     def dismiss(self, replica: _Replica) -> None:
@@ -139,18 +139,18 @@ class _Crew:
                 ) from error
         else:
             self.num_lost += 1
-            unit = "no unit" if replica.unit is None else f"unit {replica.unit.number}"
+            unit = "no unit" if replica.unit is None else f"unit {replica.unit.index}"
             log.warning("%s (pid %d) died with %s in its hands: %s", replica.name, replica.pid, unit, _first_line(error))
 
     def verdict(self, unit: Unit) -> FailedUnit | None:
         """What is to become of the unit of a dead actor: it goes to the front of the queue, or is given up as the cause."""
-        self.deaths[unit.number] += 1
-        num_deaths = self.deaths[unit.number]
+        self.deaths[unit.index] += 1
+        num_deaths = self.deaths[unit.index]
         if num_deaths < MAX_DEATHS_PER_UNIT:
             self.waiting.appendleft(unit)
             return None
         reason = f"{num_deaths} workers died with it in their hands"
-        return FailedUnit(unit=unit.number, error="WorkerDied", reason=reason, attempts=num_deaths)
+        return FailedUnit(unit=unit.index, error="WorkerDied", reason=reason, attempts=num_deaths)
 
     @property
     def num_open(self) -> int:

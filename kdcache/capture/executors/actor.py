@@ -59,7 +59,7 @@ class CaptureWorker:
     def capture(self, unit: Unit) -> UnitAnswer:
         """Publish a unit, or say why it could not be."""
         assert self._worker is not None
-        self._heart.beat(f"capturing unit {unit.number}")
+        self._heart.beat(f"capturing unit {unit.index}")
         with self._heart.watching():
             outcome = self._worker.capture(unit)
         return UnitAnswer(outcome.record if isinstance(outcome, UnitFailed) else outcome, self._readings.last)

@@ -83,7 +83,7 @@ def _refuse_misfits(writer: CacheWriter) -> None:
 def _is_finished(job: Job, existing: CacheWriter) -> bool:
     """Whether every unit that is ours is published, by a teacher of the same settings and, where they are local, weights."""
     published = existing.published_units()
-    if not all(unit.number in published for unit in own_units(job.plan, job.config.run)):
+    if not all(unit.index in published for unit in own_units(job.plan, job.config.run)):
         return False
     asked, noted = config_to_builtins(job.config), existing.manifest.config
     if noted.get("teacher") != asked["teacher"] or noted.get("features", []) != list(asked["features"]):

@@ -79,7 +79,7 @@ class Tally:
     def __init__(self, job: Job, writer: CacheWriter, progress: CaptureProgress, stop: StopRequest) -> None:
         self._job, self._writer, self._progress, self._stop = job, writer, progress, stop
         published = writer.published_units()
-        self.units = [unit for unit in own_units(job.plan, job.config.run) if unit.number not in published]
+        self.units = [unit for unit in own_units(job.plan, job.config.run) if unit.index not in published]
         self.summary = new_summary(job, writer.manifest, num_units_before=len(published))
         self._num_unfolded, self._num_folded = 0, len(published)
         self._started = time.perf_counter()

@@ -116,11 +116,11 @@ class TokensToCome:
 
     def read(self, unit: Unit, num_tokens: int) -> None:
         """A unit turned out to hold so many; what is said last counts, as answers are longer or shorter than they may be."""
-        if unit.number not in self._seen:
+        if unit.index not in self._seen:
             self._chars_left -= unit.num_chars
             self._chars_read += unit.num_chars
-        self._tokens_read += num_tokens - self._seen.get(unit.number, 0)
-        self._seen[unit.number] = num_tokens
+        self._tokens_read += num_tokens - self._seen.get(unit.index, 0)
+        self._seen[unit.index] = num_tokens
 
     @property
     def total(self) -> int | None:

@@ -69,7 +69,7 @@ class ProgressFile(CaptureProgress):
         self._write()
 
     def start_unit(self, unit: Unit, num_tokens: int) -> None:
-        self._unit = unit.number
+        self._unit = unit.index
         self._to_come.read(unit, num_tokens)
         self._write_if_due()
 

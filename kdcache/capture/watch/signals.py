@@ -69,15 +69,15 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
 
-    def handle(number: int, _: FrameType | None) -> None:
+    def handle(signum: int, _: FrameType | None) -> None:
         if not stop.is_working or stop.is_requested or stop.stalled is not None:
             _restore(before)  # a third one is not ours to hold up
-            stop.signum = signal.Signals(number)
+            stop.signum = signal.Signals(signum)
             raise stop.interrupted()
         stop.request()
-        name = signal.Signals(number).name
+        name = signal.Signals(signum).name
         # Not print: the signal may have come while something was printed, and Python's streams refuse to be entered twice.
         os.write(2, f"\nkdcache: {name}: stopping after the unit in work; once more stops at once\n".encode())
 
@@ -91,5 +91,5 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
 
 
 def _restore(handlers: dict[signal.Signals, signal._HANDLER]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdcache.errors import InputError
-from kdcache.inputs.content import START
+from kdcache.inputs.content import BEGINNING
 from kdcache.inputs.formats.arrow_files import open_arrow
 from kdcache.inputs.formats.open_file import TextFiles
 from kdcache.inputs.formats.parquet_bounds import check_parquet, rows_at_once
@@ -286,7 +286,7 @@ def _arrow_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[str, Ro
 
 def _jsonl_rows(path: Path, _columns: list[str] | None) -> Iterator[tuple[str, Row]]:
     with _translated(path):
-        for row, where, _ in read_objects(str(path), 0, START, opener=TextFiles()):
+        for row, where, _ in read_objects(str(path), 0, BEGINNING, opener=TextFiles()):
             yield where, row
 
 

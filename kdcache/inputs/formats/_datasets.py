@@ -12,14 +12,14 @@ from typing import Any
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError
 from kdcache.extras import needed_for
-from kdcache.inputs.content import Fields, Item, Place
+from kdcache.inputs.content import Fields, Item, Start
 from kdcache.inputs.formats.table_files import check_names, item_of, row_values
 
 _ROWS_PER_READ = 1024
 _SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
 
-def read_dataset(config: InputConfig, start: Place, fields: Fields) -> Iterator[Item]:
+def read_dataset(config: InputConfig, start: Start, fields: Fields) -> Iterator[Item]:
     """An item for each row, from `start.offset` on.
 
     Raises:
@@ -31,7 +31,7 @@ def read_dataset(config: InputConfig, start: Place, fields: Fields) -> Iterator[
     if dataset.column_names is not None:
         check_names(dataset.column_names, f"dataset {name}", fields)
     for row, values in enumerate(_values(dataset, start.offset, fields, config, name), start.offset):
-        yield item_of(values, fields, f"{name}#{row}", Place(0, row, row))
+        yield item_of(values, fields, f"{name}#{row}", Start(0, row, row))
 
 
 def _open(config: InputConfig, name: str) -> Any:

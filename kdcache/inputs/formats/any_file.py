@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from kdcache.errors import InputError
-from kdcache.inputs.content import DEFAULT_FIELDS, START, Fields, Item, parse_content
+from kdcache.inputs.content import BEGINNING, DEFAULT_FIELDS, Fields, Item, parse_content
 from kdcache.inputs.formats.open_file import TextFiles
 from kdcache.inputs.formats.table_files import read_arrow, read_parquet, table_columns
 from kdcache.inputs.formats.text_files import read_objects
@@ -29,14 +29,14 @@ def read_text_or_ids(path: str) -> Iterator[Item]:
         return
     kind = "ids" if "text" not in columns and "input_ids" in columns else "text"
     read = read_parquet if found == "parquet" else read_arrow
-    yield from read(path, 0, START, fields=Fields(DEFAULT_FIELDS[kind], kind))
+    yield from read(path, 0, BEGINNING, fields=Fields(DEFAULT_FIELDS[kind], kind))
 
 
 def _json_items(path: str, opener: TextFiles) -> Iterator[Item]:
-    for value, where, place in read_objects(path, 0, START, opener=opener):
+    for value, where, start in read_objects(path, 0, BEGINNING, opener=opener):
         kind = "text" if value.get("text") is not None or "input_ids" not in value else "ids"
         name = DEFAULT_FIELDS[kind]
         if name not in value:
             there = ", ".join(map(repr, value)) or "none"
             raise InputError(f"{where}: neither 'text' nor 'input_ids'; the row has {there}")
-        yield Item(parse_content(value[name], kind, f"{where}: field {name!r}"), where, place)
+        yield Item(parse_content(value[name], kind, f"{where}: field {name!r}"), where, start)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from kdcache.errors import InputError
-from kdcache.inputs.content import Place
+from kdcache.inputs.content import Start
 from kdcache.inputs.formats.open_file import TextStream
 
 _CHUNK_BYTES = 2**18
@@ -25,11 +25,11 @@ class Value(NamedTuple):
 
     data: bytes
     where: str
-    place: Place
+    start: Start
 
 
-def read_values(stream: TextStream, path: str, file: int, start: Place) -> Iterator[Value]:
-    """The values from a place on; nothing is decoded.
+def read_values(stream: TextStream, path: str, file_index: int, start: Start) -> Iterator[Value]:
+    """Yield the values from `start` on, without decoding them.
 
     Raises:
         InputError: the file is cut, or an array holds anything but objects.
@@ -38,30 +38,30 @@ def read_values(stream: TextStream, path: str, file: int, start: Place) -> Itera
         stream.layout = _layout(stream, path)
     stream.seek(start.offset)
     if stream.layout == "lines":
-        for line, place in read_lines(stream, path, file, start):
+        for line, line_start in read_lines(stream, path, file_index, start):
             if line.strip():
-                # Also of a file that was put behind another: a value does not begin with it.
-                yield Value(line.removeprefix(codecs.BOM_UTF8), f"{path}:{place.number + 1}", place)
+                # Also inside a file, where files were joined: a value does not begin with it.
+                yield Value(line.removeprefix(codecs.BOM_UTF8), f"{path}:{line_start.item_index + 1}", line_start)
     else:
-        yield from _Objects(stream, path, stream.layout == "array").read(file, start)
+        yield from _Objects(stream, path, stream.layout == "array").read(file_index, start)
 
 
-def read_lines(stream: TextStream, path: str, file: int, start: Place) -> Iterator[tuple[bytes, Place]]:
-    """The lines from a place on, without their ends; without a byte order mark before the first."""
-    offset, number = start.offset, start.number
+def read_lines(stream: TextStream, path: str, file_index: int, start: Start) -> Iterator[tuple[bytes, Start]]:
+    """Yield the lines from `start` on without their line ends, and without a byte order mark before the first."""
+    offset, index = start.offset, start.item_index
     stream.seek(offset)
     most = stream.max_item_bytes
     while line := stream.readline(most):
         content = line.removesuffix(b"\n")
         if len(line) == most and not line.endswith(b"\n"):
-            raise InputError(f"{path}:{number + 1}: a line of more than {most:,} bytes; split it")
-        yield content.removeprefix(codecs.BOM_UTF8) if offset == 0 else content, Place(file, offset, number)
-        offset, number = offset + len(line), number + 1
+            raise InputError(f"{path}:{index + 1}: a line of more than {most:,} bytes; split it")
+        yield content.removeprefix(codecs.BOM_UTF8) if offset == 0 else content, Start(file_index, offset, index)
+        offset, index = offset + len(line), index + 1
 
 
 def _layout(stream: TextStream, path: str) -> str:
     """`lines`, `array`, or `printed`: objects over several lines. What does not fit any of them is read as lines."""
-    lines = (line for line, _ in read_lines(stream, path, 0, Place(0, 0, 0)) if line.strip())
+    lines = (line for line, _ in read_lines(stream, path, 0, Start(0, 0, 0)) if line.strip())
     stream.seek(0)
     head = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip(_SPACE)
     if head.startswith(b"["):  # whose one line may be the whole file
@@ -115,22 +115,22 @@ class _Objects:
         self._stream, self._path, self._is_array = stream, path, is_array
         self._data, self._base = b"", stream.tell()
 
-    def read(self, file: int, start: Place) -> Iterator[Value]:
-        at, number = 0, start.number
+    def read(self, file_index: int, start: Start) -> Iterator[Value]:
+        at, index = 0, start.item_index
         if start.offset == 0:
             at = self._blank(3 if self._more().startswith(codecs.BOM_UTF8) else 0) + self._is_array
         while (at := self._blank(at)) < len(self._data):
             if self._is_array and self._data[at : at + 1] == b"]":
                 self._check_end(at + 1)
                 return
-            if number != start.number and self._is_array:
-                at = self._comma(at, number)
-            where = f"{self._path}#{number}"
+            if index != start.item_index and self._is_array:
+                at = self._comma(at, index)
+            where = f"{self._path}#{index}"
             at, end = self._object(at, where)
-            yield Value(self._data[at:end], where, Place(file, self._base + at, number))
-            at, number = end, number + 1
+            yield Value(self._data[at:end], where, Start(file_index, self._base + at, index))
+            at, index = end, index + 1
         if self._is_array:
-            raise InputError(f"{self._path}: ends within its array, after {number:,} values: the file is cut off")
+            raise InputError(f"{self._path}: ends within its array, after {index:,} values: the file is cut off")
 
     def _object(self, at: int, where: str) -> tuple[int, int]:
         if self._data[at : at + 1] != b"{":
@@ -147,9 +147,9 @@ class _Objects:
             scan = _end_of_object(self._data, scan.at - dropped, scan.depth)
         return at, scan.end
 
-    def _comma(self, at: int, number: int) -> int:
+    def _comma(self, at: int, index: int) -> int:
         if self._data[at : at + 1] != b",":
-            raise InputError(f"{self._path}: not JSON: no comma after value {number - 1} of the array")
+            raise InputError(f"{self._path}: not JSON: no comma after value {index - 1} of the array")
         return self._blank(at + 1)
 
     def _check_end(self, at: int) -> None:
@@ -158,7 +158,7 @@ class _Objects:
             raise InputError(f"{self._path}: not JSON: more text after the end of the array")
 
     def _blank(self, at: int) -> int:
-        """The first place from `at` on that is not blank; the data's end at the end of the file."""
+        """The first offset from `at` on that is not blank; the end of the data at the end of the file."""
         while True:
             found = _BLANK.match(self._data, at)
             assert found is not None

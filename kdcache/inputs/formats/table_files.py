@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdcache.errors import InputError
-from kdcache.inputs.content import Fields, Item, Place, parse_domain, parse_row
+from kdcache.inputs.content import Fields, Item, Start, parse_domain, parse_row
 from kdcache.inputs.formats.arrow_files import check_inflation, check_rows, check_views
 from kdcache.inputs.formats.open_file import GIT_LFS
 from kdcache.inputs.formats.parquet_bounds import check_parquet, rows_at_once
@@ -21,7 +21,7 @@ _ARROW_FILE_MAGIC = b"ARROW1"
 _ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
 
 
-def read_parquet(path: str, file: int, start: Place, *, fields: Fields) -> Iterator[Item]:
+def read_parquet(path: str, file_index: int, start: Start, *, fields: Fields) -> Iterator[Item]:
     """An item for each row; row groups before the start are not read.
 
     Raises:
@@ -36,14 +36,14 @@ def read_parquet(path: str, file: int, start: Place, *, fields: Fields) -> Itera
             columns = fields.read_names(table.schema_arrow.names)
             num_rows = rows_at_once(table.metadata, columns, os.path.getsize(path), _ROWS_PER_READ)
             batches = table.iter_batches(batch_size=num_rows, row_groups=groups, columns=columns)
-            yield from _rows(batches, path, Place(file, start.offset, start.number), first_row, fields)
+            yield from _rows(batches, path, start._replace(file_index=file_index), first_row, fields)
     except InputError:
         raise
     except Exception as error:  # of a damaged file Arrow raises what Python has: KeyError, TypeError, OverflowError, ...
         raise InputError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
 
 
-def read_arrow(path: str, file: int, start: Place, *, fields: Fields) -> Iterator[Item]:
+def read_arrow(path: str, file_index: int, start: Start, *, fields: Fields) -> Iterator[Item]:
     """An item for each row of an Arrow IPC file (as Feather, or a cache of ours) or stream (as `datasets` writes).
 
     Raises:
@@ -59,7 +59,7 @@ def read_arrow(path: str, file: int, start: Place, *, fields: Fields) -> Iterato
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
             _check_columns(reader.schema, path, fields)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
-            yield from _rows(_while_whole(batches, path, source.size()), path, start._replace(file=file), 0, fields)
+            yield from _rows(_while_whole(batches, path, source.size()), path, start._replace(file_index=file_index), 0, fields)
     except InputError:
         raise
     except Exception as error:  # as above
@@ -106,11 +106,11 @@ def column_values(column: pa.Array, kind: str) -> list[Any]:
     return [None if cell is None else cell.to_numpy() if not cell.null_count else cell.to_pylist() for cell in cells]
 
 
-def item_of(row: Mapping[str, Any], fields: Fields, source: str, place: Place) -> Item:
+def item_of(row: Mapping[str, Any], fields: Fields, source: str, start: Start) -> Item:
     """The item of a row's cells; raises InputError where they are not what they are to be."""
     content = parse_row(row, fields, source, "column", is_table=True)
     domain = None if fields.domain is None else row[fields.domain]
-    return Item(content, source, place, parse_domain(domain, f"{source}: column {fields.domain!r}"))
+    return Item(content, source, start, parse_domain(domain, f"{source}: column {fields.domain!r}"))
 
 
 def row_values(table: Any, fields: Fields) -> Iterator[dict[str, Any]]:
@@ -128,7 +128,7 @@ def _refuse_pointer(path: str) -> None:
             raise InputError(f"{path}: holds a pointer of Git LFS in place of the data: fetch them (git lfs pull)")
 
 
-def _rows(batches: Iterator[Any], path: str, start: Place, first_row: int, fields: Fields) -> Iterator[Item]:
+def _rows(batches: Iterator[Any], path: str, start: Start, first_row: int, fields: Fields) -> Iterator[Item]:
     row = first_row
     for batch in batches:
         skipped = min(max(start.offset - row, 0), batch.num_rows)
@@ -138,7 +138,7 @@ def _rows(batches: Iterator[Any], path: str, start: Place, first_row: int, field
             _validate(used, path, row + skipped)
             check_rows(used.columns, os.path.getsize(path), path)
             for index, values in enumerate(row_values(used, fields), row + skipped):
-                yield item_of(values, fields, f"{path}#{index}", Place(start.file, index, index))
+                yield item_of(values, fields, f"{path}#{index}", Start(start.file_index, index, index))
         row += batch.num_rows
 
 

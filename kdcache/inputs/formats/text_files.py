@@ -12,48 +12,48 @@ from typing import Any
 import msgspec
 
 from kdcache.errors import InputError
-from kdcache.inputs.content import Fields, Item, Place, parse_domain, parse_row
+from kdcache.inputs.content import Fields, Item, Start, parse_domain, parse_row
 from kdcache.inputs.formats.json_faults import json_fault
 from kdcache.inputs.formats.json_values import read_lines as _lines
 from kdcache.inputs.formats.json_values import read_values
 from kdcache.inputs.formats.open_file import TextFiles
 
 
-def read_txt(path: str, file: int, start: Place, *, opener: TextFiles) -> Iterator[Item]:
+def read_txt(path: str, file_index: int, start: Start, *, opener: TextFiles) -> Iterator[Item]:
     """The one item of a file: all of it."""
-    if start.number:
+    if start.item_index:
         return
     with opener.open(path) as stream:
         data = stream.read(stream.max_item_bytes) if stream.is_compressed else stream.read()
         if stream.is_compressed and stream.read(1):
             raise InputError(f"{path}: more than {stream.max_item_bytes:,} bytes come out of this file: decompress it")
-    yield Item(_decode(data.removeprefix(codecs.BOM_UTF8), path, first_line=1), path, Place(file, 0, 0))
+    yield Item(_decode(data.removeprefix(codecs.BOM_UTF8), path, first_line=1), path, Start(file_index, 0, 0))
 
 
-def read_lines(path: str, file: int, start: Place, *, opener: TextFiles) -> Iterator[Item]:
+def read_lines(path: str, file_index: int, start: Start, *, opener: TextFiles) -> Iterator[Item]:
     """An item for each line, without its line end; a blank line is an empty item."""
     with opener.open(path) as stream:
-        for line, place in _lines(stream, path, file, start):
-            number = place.number + 1
-            yield Item(_decode(line, path, first_line=number).removesuffix("\r"), f"{path}:{number}", place)
+        for line, line_start in _lines(stream, path, file_index, start):
+            line_number = line_start.item_index + 1
+            yield Item(_decode(line, path, first_line=line_number).removesuffix("\r"), f"{path}:{line_number}", line_start)
 
 
-def read_jsonl(path: str, file: int, start: Place, *, fields: Fields, opener: TextFiles) -> Iterator[Item]:
+def read_jsonl(path: str, file_index: int, start: Start, *, fields: Fields, opener: TextFiles) -> Iterator[Item]:
     """An item for each JSON object: on lines of their own, in an array, or one after another; blank lines are no items.
 
     Raises:
         InputError: a line that is no JSON object, that lacks a field, or whose field is of the wrong type.
     """
-    for value, where, place in read_objects(path, file, start, opener=opener):
+    for value, where, value_start in read_objects(path, file_index, start, opener=opener):
         for name in [*fields.content_names(list(value)), *([fields.domain] if fields.domain else [])]:
             if name not in value:
                 raise InputError(f"{where}: {_missing(name, value, path, fields)}")
         content = parse_row(value, fields, where, "field", is_table=False)
         domain = parse_domain(value[fields.domain], f"{where}: field {fields.domain!r}") if fields.domain else ""
-        yield Item(content, where, place, domain)
+        yield Item(content, where, value_start, domain)
 
 
-def read_objects(path: str, file: int, start: Place, *, opener: TextFiles) -> Iterator[tuple[dict[str, Any], str, Place]]:
+def read_objects(path: str, file_index: int, start: Start, *, opener: TextFiles) -> Iterator[tuple[dict[str, Any], str, Start]]:
     """Each JSON object of a file, where it stands in words, and where it starts.
 
     Raises:
@@ -61,14 +61,14 @@ def read_objects(path: str, file: int, start: Place, *, opener: TextFiles) -> It
     """
     decoder = msgspec.json.Decoder()
     with opener.open(path) as stream:
-        for data, where, place in read_values(stream, path, file, start):
+        for data, where, value_start in read_values(stream, path, file_index, start):
             try:
                 value = decoder.decode(data)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise InputError(f"{where}: {json_fault(data, error)}") from error
             if not isinstance(value, dict):
                 raise InputError(f"{where}: holds a {type(value).__name__}, but a JSON object was expected")
-            yield value, where, place
+            yield value, where, value_start
 
 
 def _missing(name: str, value: dict[str, Any], path: str, fields: Fields) -> str:
