@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec.bit_stream import packed_size
+from kdcache.compiled import compiled
 
 
 def pack_bits(token_ids_E: NDArray[np.int32], id_bits: int) -> NDArray[np.uint8]:
@@ -36,7 +36,7 @@ def unpack_bits(stream: NDArray[np.uint8], num_entries: int, id_bits: int) -> ND
     return token_ids_E
 
 
-@numba.njit("void(Array(int32, 1, 'C', readonly=True), uint64, uint64[::1])", nogil=True)
+@compiled("void(Array(int32, 1, 'C', readonly=True), uint64, uint64[::1])")
 def _pack(ids, width, words):
     bit = np.uint64(0)
     for e in range(ids.shape[0]):
@@ -48,7 +48,7 @@ def _pack(ids, width, words):
         bit += width
 
 
-@numba.njit("void(Array(uint64, 1, 'C', readonly=True), uint64, int32[::1])", nogil=True)
+@compiled("void(Array(uint64, 1, 'C', readonly=True), uint64, int32[::1])")
 def _unpack(words, width, ids):
     # Unsigned throughout: numba makes float64 of int64 with uint64. The second word is the first again when an id does not
     # cross a boundary, so that the last id of a stream reads nothing beyond it; shifting by 63 and 1 avoids a shift by 64.

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from kdcache.codec.levels import level_logprobs
-from kdcache.compiled import called_by_address, compiled
+from kdcache.compiled import called_by_address, compiled, copy, inlined, pointer
 from kdcache.format.record import PADDING_ID
 
 TOO_WIDE = -2
@@ -204,25 +204,7 @@ def _widen_groups(typing_context, source, num_groups, target):  # noqa: ARG001
     return types.void(*[types.int64] * 3), generate
 
 
-@intrinsic
-def _pointer(typing_context, address):  # noqa: ARG001 - numba's calling convention
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.voidptr(types.int64), generate
-
-
-@intrinsic
-def _copy(typing_context, target, source, num_bytes):  # noqa: ARG001
-    def generate(context, builder, signature, arguments):  # noqa: ARG001 - numba's calling convention
-        pointers = [builder.inttoptr(address, ir.IntType(8).as_pointer()) for address in arguments[:2]]
-        cgutils.raw_memcpy(builder, pointers[0], pointers[1], arguments[2], 1)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), generate
-
-
-@compiled()
+@inlined
 def _unpack_row(words, width, start, ids):
     # 64-bit arithmetic on 32-bit words is what LLVM turns into gathers: 41 ns for 64 entries of 18 bits, against 71 for the
     # loop over 64-bit words and 45 for one compiled for the width (one core, AVX-512).
@@ -238,7 +220,7 @@ def _unpack_row(words, width, start, ids):
     return largest
 
 
-@compiled()
+@inlined
 def _unpack_last(words, width, start, ids):
     # The same where the last id ends in the stream's last word, behind which nothing may be read.
     mask = np.uint32((np.uint64(1) << np.uint64(width)) - np.uint64(1))
@@ -252,7 +234,7 @@ def _unpack_last(words, width, start, ids):
     return largest
 
 
-@compiled()
+@inlined
 def _widen_row(halves, start, bits, values):
     # float16 to float32 exactly. Normal numbers by moving their bits; subnormal ones as integers times 2^-24, since arithmetic
     # on subnormal float32 is slow on some processors and zero where they are flushed.
@@ -270,7 +252,7 @@ def _widen_row(halves, start, bits, values):
         values[k] = -value if half & np.uint32(0x8000) else value
 
 
-@compiled()
+@inlined
 def _unpack_run(words, width, lanes, start, ids):
     # Entries from `start` on, as many as `ids` holds; the largest of them. Lanes by their address.
     count, done, largest = ids.shape[0], 0, np.uint32(0)
@@ -288,7 +270,7 @@ def _unpack_run(words, width, lanes, start, ids):
     return max(largest, _unpack_last(words, width, start + middle, ids[middle:]))
 
 
-@compiled()
+@inlined
 def _widen_run(halves, start, logprobs):
     done = 0
     if HAS_SHUFFLES:
@@ -297,43 +279,43 @@ def _widen_run(halves, start, logprobs):
     _widen_row(halves, start + done, logprobs.view(np.uint32)[done:], logprobs[done:])
 
 
-@compiled()
+@inlined
 def _read_codes(source, num_bytes, bits, tables, start, logprobs):
     # Levels of codes of some bits; `tables` are the addresses of the lanes and of the levels.
-    levels = numba.carray(_pointer(tables[1]), (1 << bits,), np.float32)
+    levels = numba.carray(pointer(tables[1]), (1 << bits,), np.float32)
     if bits == 8:
-        codes = numba.carray(_pointer(source + start), (logprobs.shape[0],), np.uint8)
+        codes = numba.carray(pointer(source + start), (logprobs.shape[0],), np.uint8)
         for k in range(logprobs.shape[0]):
             logprobs[k] = levels[codes[k]]
         return
-    words, found = numba.carray(_pointer(source), (num_bytes // 4,), np.uint32), logprobs.view(np.int32)
+    words, found = numba.carray(pointer(source), (num_bytes // 4,), np.uint32), logprobs.view(np.int32)
     _unpack_run(words, bits, tables[0], start, found)
     for k in range(logprobs.shape[0]):
         logprobs[k] = levels[np.uint32(found[k])]
 
 
-@compiled()
+@inlined
 def _read_logprobs(source, num_bytes, settings, start, count, target):
     # `count` logprobs from number `start` on, to an address.
     if settings[1]:
-        _read_codes(source, num_bytes, settings[1], settings[4:6], start, numba.carray(_pointer(target), (count,), np.float32))
+        _read_codes(source, num_bytes, settings[1], settings[4:6], start, numba.carray(pointer(target), (count,), np.float32))
     elif settings[2]:
-        _copy(target, source + 2 * start, 2 * count)  # pyright: ignore[reportCallIssue]
+        copy(target, source + 2 * start, 2 * count)  # pyright: ignore[reportCallIssue]
     else:
-        halves = numba.carray(_pointer(source), (num_bytes // 2,), np.uint16)
-        _widen_run(halves, start, numba.carray(_pointer(target), (count,), np.float32))
+        halves = numba.carray(pointer(source), (num_bytes // 2,), np.uint16)
+        _widen_run(halves, start, numba.carray(pointer(target), (count,), np.float32))
 
 
-@compiled()
+@inlined
 def _pad(ids, logprobs, is_half, first, end):
     ids[first:end] = PADDING_ID
     if is_half:
-        numba.carray(_pointer(logprobs), (end,), np.uint16)[first:end] = np.uint16(0xFC00)
+        numba.carray(pointer(logprobs), (end,), np.uint16)[first:end] = np.uint16(0xFC00)
     else:
-        numba.carray(_pointer(logprobs), (end,), np.float32)[first:end] = -np.inf
+        numba.carray(pointer(logprobs), (end,), np.float32)[first:end] = -np.inf
 
 
-@compiled()
+@inlined
 def _unpack_rows(words, values, settings, offsets, kept, num_rows, ids, logprobs):
     # `values` are address and bytes of the logprobs or codes, `logprobs` the address to write to, `kept` empty for all rows.
     largest, num_columns, is_half = np.int64(-1), ids.shape[1], settings[2]
@@ -364,14 +346,14 @@ def _unpack_rows(words, values, settings, offsets, kept, num_rows, ids, logprobs
     return largest
 
 
-@compiled()
+@inlined
 def _unpack_one(row, settings):
     # A row of addresses and sizes, see Unpacking.
     num_kept, num_columns = row[8], row[9]
-    words = numba.carray(_pointer(row[0]), (row[6],), np.uint32)
-    offsets = numba.carray(_pointer(row[2]), (row[7],), np.int64)
-    kept = numba.carray(_pointer(row[5]), (num_kept if row[5] else 0,), np.int64)
-    ids = numba.carray(_pointer(row[3]), (num_kept, num_columns), np.int32)
+    words = numba.carray(pointer(row[0]), (row[6],), np.uint32)
+    offsets = numba.carray(pointer(row[2]), (row[7],), np.int64)
+    kept = numba.carray(pointer(row[5]), (num_kept if row[5] else 0,), np.int64)
+    ids = numba.carray(pointer(row[3]), (num_kept, num_columns), np.int32)
     values = row[1], row[10]
     return _unpack_rows(words, values, settings, offsets, kept, num_kept, ids, row[4])
 
@@ -385,5 +367,5 @@ def _unpack_many(table, settings, largest):
 @called_by_address(numba.int64(numba.int64, numba.int64, numba.int64))
 def unpack_at(row, settings, num_settings):
     """`unpack_many` of one sequence, whose NUM_ADDRESSES numbers lie at an address, with Settings.numbers at another."""
-    numbers = numba.carray(_pointer(settings), (num_settings,), np.int64)
-    return _unpack_one(numba.carray(_pointer(row), (NUM_ADDRESSES,), np.int64), numbers)
+    numbers = numba.carray(pointer(settings), (num_settings,), np.int64)
+    return _unpack_one(numba.carray(pointer(row), (NUM_ADDRESSES,), np.int64), numbers)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec.levels import TAIL_BITS, level_masses, nearest_codes
-from kdcache.compiled import compiled
+from kdcache.compiled import compiled, inlined
 
 
 def codes_within_one(
@@ -31,7 +31,7 @@ def codes_within_one(
     return codes_X, tail_codes_P
 
 
-@compiled()
+@inlined
 def _is_better(gain, gained, above, chosen):
     if chosen < 0:
         return True

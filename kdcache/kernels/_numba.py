@@ -13,8 +13,8 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
+from kdcache.compiled import compiled
 from kdcache.kernels import _numba_divergences, _numba_rows
-from kdcache.kernels._numba_compile import compiled
 from kdcache.kernels.base import TAIL_POLICIES, Objective, Targets, exact_counts, make_targets
 from kdcache.kernels.threads import for_row_blocks
 
@@ -36,7 +36,7 @@ def _compiled_rows(dtype: np.dtype[Any]) -> Callable[..., Any]:
     divergence = (types.FunctionType(_numba_divergences.SIGNATURE), types.float64[::1])
     objective = (types.int64, types.float64, types.float64, *divergence)
     rows = (types.boolean, types.int64, types.int64, types.float64[::1])
-    return compiled(function, types.void(element[:, ::1], *targets, *objective, *rows))
+    return compiled(types.void(element[:, ::1], *targets, *objective, *rows))(function)
 
 
 def row_losses(

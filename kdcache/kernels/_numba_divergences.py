@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from kdcache.compiled import compiled, inlined
 from kdcache.kernels import divergences as d
-from kdcache.kernels._numba_compile import compiled
 
 LOG_P, P, LOG_Q, Q, H, ESTIMATE = range(6)
 SIGNATURE = types.float64(types.float64[:, ::1], types.float64[::1])
@@ -30,7 +30,7 @@ SIGNATURE = types.float64(types.float64[:, ::1], types.float64[::1])
 @cache
 def get_compiled(kind: type[d.Divergence]) -> Callable[..., Any]:
     """The machine code of a divergence's O(K) part, of the type SIGNATURE."""
-    return compiled(_FUNCTIONS[kind], SIGNATURE)
+    return compiled(SIGNATURE)(_FUNCTIONS[kind])
 
 
 def _forward_kl(x_6B, _):
@@ -43,7 +43,7 @@ def _forward_kl(x_6B, _):
     return loss
 
 
-@compiled
+@inlined
 def _reverse_kl_with_floor(x_6B, floor):
     loss, log_floor = 0.0, math.log(floor)
     for b in range(x_6B.shape[1]):
@@ -59,7 +59,7 @@ def _reverse_kl(x_6B, options):
     return _reverse_kl_with_floor(x_6B, options[0])
 
 
-@compiled
+@inlined
 def _log_mix(log_share, log_p, log_rest, log_q):
     """log(share p + rest q)."""
     one, other = log_share + log_p, log_rest + log_q
@@ -67,7 +67,7 @@ def _log_mix(log_share, log_p, log_rest, log_q):
     return top if top == -np.inf else top + math.log(math.exp(one - top) + math.exp(other - top))
 
 
-@compiled
+@inlined
 def _interior_jensen_shannon(x_6B, beta, factor):
     loss, log_beta, log_rest = 0.0, math.log(beta), math.log1p(-beta)
     for b in range(x_6B.shape[1]):
@@ -174,7 +174,7 @@ def _alpha_beta(x_6B, options):
     return loss / (a * b)
 
 
-@compiled
+@inlined
 def _logsumexp(values_K, temperature):
     """Of values / temperature."""
     top = -np.inf
@@ -296,7 +296,7 @@ def _logistic_ranking(x_6B, _):
     return loss / max(num_pairs, 1)
 
 
-@compiled
+@inlined
 def _soft_ranks(values_K, strength, ranks_K, pool_K):
     """Centred soft ranks, and for each the place of its pool's first member; returns whether they differ at all."""
     num = len(values_K)

@@ -27,7 +27,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kdcache.kernels._numba_compile import compiled as _kernel
+from kdcache.compiled import inlined
 from kdcache.kernels.divergences import TAIL_POLICIES
 
 _DROP, _RENORMALIZE, _BUCKET, _UNIFORM = range(len(TAIL_POLICIES))
@@ -178,7 +178,7 @@ _sum_of_strips: Callable[..., Any] = intrinsic(_declare_sum)
 _exp_strips: Callable[..., Any] = intrinsic(_declare_exp_strips)
 
 
-@_kernel
+@inlined
 def _maximum_of(row_V):
     whole = len(row_V) // _STRIP * _STRIP
     top = _maximum_of_strips(row_V[:whole])
@@ -189,7 +189,7 @@ def _maximum_of(row_V):
     return top
 
 
-@_kernel
+@inlined
 def _exp_in_place(row_V, top):
     """row = exp(row - top), and its sum."""
     total, whole = 0.0, len(row_V) // _STRIP * _STRIP
@@ -201,7 +201,7 @@ def _exp_in_place(row_V, top):
     return total
 
 
-@_kernel
+@inlined
 def _sum_of(row_V):
     total, whole = 0.0, len(row_V) // _STRIP * _STRIP
     for start in range(0, whole, _SUM_BLOCK):
@@ -211,19 +211,19 @@ def _sum_of(row_V):
     return total
 
 
-@_kernel
+@inlined
 def _scale(row_V, factor, offset):
     for j in range(len(row_V)):
         row_V[j] = row_V[j] * factor + offset
 
 
-@_kernel
+@inlined
 def _add_scaled(row_V, factor, other_V):
     for j in range(len(row_V)):
         row_V[j] += factor * other_V[j]
 
 
-@_kernel
+@inlined
 def _lift_support(row_V, ids_K, z_K, left):
     """Move the support's logits into z_K (-inf at padding), leaving `left` behind; the number of entries."""
     num_entries = 0
@@ -236,14 +236,14 @@ def _lift_support(row_V, ids_K, z_K, left):
     return num_entries
 
 
-@_kernel
+@inlined
 def _write_support(row_V, ids_K, value):
     for k in range(len(ids_K)):
         if ids_K[k] >= 0:
             row_V[ids_K[k]] = value
 
 
-@_kernel
+@inlined
 def _total(x_B):
     """Sum of float64, in an order that no vector's width changes."""
     one, two, three, four = 0.0, 0.0, 0.0, 0.0
@@ -258,7 +258,7 @@ def _total(x_B):
     return (one + two) + (three + four)
 
 
-@_kernel
+@inlined
 def _with_support(z_K, tail_lse, room_K):
     """log(exp(tail_lse) + sum(exp(z_K))), float64."""
     top = tail_lse
@@ -270,7 +270,7 @@ def _with_support(z_K, tail_lse, room_K):
     return top + math.log(math.exp(tail_lse - top) + _total(room_K))
 
 
-@_kernel
+@inlined
 def _fill_student(z_K, tail_lse, lse, x_6B):
     for k in range(len(z_K)):
         x_6B[_LOG_Q, k] = z_K[k] - lse
@@ -279,7 +279,7 @@ def _fill_student(z_K, tail_lse, lse, x_6B):
     x_6B[_Q, len(z_K)] = math.exp(tail_lse - lse)
 
 
-@_kernel
+@inlined
 def _count_exact(ids_K, num_exact):
     count = 0
     for k in range(min(num_exact, len(ids_K))):
@@ -287,7 +287,7 @@ def _count_exact(ids_K, num_exact):
     return count
 
 
-@_kernel
+@inlined
 def _fill_teacher(ids_K, logprobs_K, num_exact, tail, tail_mass, x_6B):
     """The teacher's masses and their logs; `tail_mass` is that of the bucket."""
     num_entries = len(ids_K)
@@ -307,7 +307,7 @@ def _fill_teacher(ids_K, logprobs_K, num_exact, tail, tail_mass, x_6B):
             x_6B[_P, k] /= total
 
 
-@_kernel
+@inlined
 def _tail_in_place(row_V):
     """row = exp(row - its maximum), 0 where that is -inf; log(sum(exp(row))), and the sum of what is now in the row."""
     top = _maximum_of(row_V)
@@ -319,7 +319,7 @@ def _tail_in_place(row_V):
     return top + math.log(total), total
 
 
-@_kernel
+@inlined
 def _do_row(
     row_V, ids_K, logprobs_K, num_exact, tail_mass, label, weight,
     tail, alpha, temperature, divergence, options, z_K, x_6B, label_V, want_gradient,
@@ -430,7 +430,7 @@ def bfloat16_rows(
             _narrow(bits_V, logits_PV[i])
 
 
-@_kernel
+@inlined
 def _narrow(bits_V, out_V):
     """float32 bits to bfloat16 bits: to nearest, ties to even; NaN stays NaN instead of rounding over into a number."""
     for j in range(len(bits_V)):

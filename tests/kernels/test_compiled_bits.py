@@ -2,7 +2,7 @@
 equals an uninterrupted one.
 
 Known defect of a caller that is loaded from disk: a callee that was not inlined resolves to another of its own compilations,
-whose sums run in another order. `kernels/_numba_compile.py` forces inlining.
+whose sums run in another order. `kdcache.compiled.inlined` forces inlining.
 """
 
 from __future__ import annotations

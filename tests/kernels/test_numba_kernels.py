@@ -14,8 +14,8 @@ import torch
 from contracts import kernels as contract
 from contracts.kernels import make_problem
 
+from kdcache.compiled import OPTIONS, compiled
 from kdcache.kernels import _numba, _numba_rows, reference
-from kdcache.kernels._numba_compile import OPTIONS, compiled
 from kdcache.kernels.base import Objective, make_targets
 from kdcache.kernels.threads import for_row_blocks
 
@@ -149,7 +149,7 @@ def test_kernels_work_where_no_cache_folder_can_be_written():
     """Functions without a source file have none."""
     namespace: dict = {}
     exec("def double(x):\n    return 2 * x", namespace)
-    assert compiled(namespace["double"])(3) == 6
+    assert compiled()(namespace["double"])(3) == 6
 
 
 def test_each_kernel_is_compiled_once_for_all_calls():

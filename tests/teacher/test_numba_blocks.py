@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kdcache.compiled import version_of
 from kdcache.teacher.select import _numba_blocks, _numba_draws, _numba_topk, _numba_vectors, exact_weights
-from kdcache.teacher.select._numba_compile import version_of
 
 
 def bits_of(logits: np.ndarray, dtype: type) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from kdcache.codec.archive.model import (
@@ -39,7 +39,7 @@ from kdcache.codec.archive.model import (
     SHARES,
     TAILS,
 )
-from kdcache.compiled import compiled
+from kdcache.compiled import called, compiled, inlined
 from kdcache.format.record import PADDING_ID
 
 U16, U32 = np.uint64(16), np.uint64(32)
@@ -48,7 +48,6 @@ HALF, SURE = np.uint64(1 << 15), np.uint64(65536 - LEAST_P)
 CLASS_LIMIT = 1 << CLASS_TREE_BITS
 HALF_INFINITY = 0x7C00
 
-called = njit(nogil=True, error_model="numpy")
 as_instruction: Any = intrinsic  # its result is called with other arguments than it takes, which no type checker knows
 
 
@@ -81,13 +80,13 @@ def _word(typing_context, address):  # noqa: ARG001
     return types.uint64(types.int64), generate
 
 
-@compiled()
+@inlined
 def _bound(size, p):
     # p: of 2^16, that the bit is 1.
     return (size >> U16) * min(max(np.uint64(p), np.uint64(LEAST_P)), SURE)
 
 
-@compiled()
+@inlined
 def _filled(coder):
     # The coder once its range is wide enough again.
     low, size, pos, end = coder
@@ -98,7 +97,7 @@ def _filled(coder):
     return low, size, pos, end
 
 
-@compiled()
+@inlined
 def _bit(coder, p):
     low, size, pos, end = coder
     bound = _bound(size, p)
@@ -108,7 +107,7 @@ def _bit(coder, p):
     return bit, _filled((low - (bound & above), size, pos, end))
 
 
-@compiled()
+@inlined
 def _branch(coder, p):
     # As `_bit`, where a branch on the bit follows.
     low, size, pos, end = coder
@@ -118,7 +117,7 @@ def _branch(coder, p):
     return False, _filled((low - bound, size - bound, pos, end))
 
 
-@compiled()
+@inlined
 def _learned(state, bit):
     # A node's state behind a bit.
     p, asked = state >> 10, state & 1023
@@ -126,7 +125,7 @@ def _learned(state, bit):
     return (p << 10) | min(asked + 1, MOST_ASKED)
 
 
-@compiled()
+@inlined
 def _learned_bit(coder, nodes, at):
     state = _node(nodes, at)
     bit, coder = _bit(coder, state >> 16)
@@ -134,7 +133,7 @@ def _learned_bit(coder, nodes, at):
     return bit, coder
 
 
-@compiled()
+@inlined
 def _number(coder, nodes):
     # nodes: address of the context's.
     length = np.int64(0)
@@ -160,7 +159,7 @@ def _called_number(coder, nodes):
     return _number(coder, nodes)
 
 
-@compiled()
+@inlined
 def _context(contexts, number):
     return contexts + 4 * NUMBER_STRIDE * number
 
@@ -181,7 +180,7 @@ def _codes(coder, contexts, codes, about):
     return True, coder
 
 
-@compiled()
+@inlined
 def _mixed(state, of_class):
     # Of 2^16, that the next bit is 1, by a node for all entries and one for a class.
     p = state >> 16
@@ -218,7 +217,7 @@ def _one_id(coder, trees, node, limits):
     return node, coder
 
 
-@compiled()
+@inlined
 def _num_right(coder, powers, p, count):
     # How many of several ids have a 1 next: asked of one after another until one has, and with it the rest.
     if count == 2:
@@ -238,7 +237,7 @@ def _num_right(coder, powers, p, count):
     return count, coder
 
 
-@compiled()
+@inlined
 def _learn_all(nodes, node, num_left, count):
     state = _node(nodes, node)
     for i in range(count):
@@ -312,7 +311,7 @@ def _supports(coder, trees, scratch, about):
     return True, coder
 
 
-@compiled()
+@inlined
 def _position(coder, model, scratch, counts, about):
     """One position. model: addresses of contexts, tree and classes; counts: entries, and exact ones where the stream does not
     say. Gives the number of exact ones (-1 for a corrupt stream), the tail's code, and the coder."""
@@ -346,7 +345,7 @@ def _position(coder, model, scratch, counts, about):
     return exact if tail <= most_tail else corrupt, tail, coder
 
 
-@compiled()
+@inlined
 def _place_exact(codes, bits, logprobs, levels):
     # The logprobs of levels or (without) of negative float16. bits: the same memory as logprobs.
     if levels.shape[0]:
@@ -360,7 +359,7 @@ def _place_exact(codes, bits, logprobs, levels):
         logprobs[e] = -np.float32(np.inf) if codes[e] == HALF_INFINITY else -value
 
 
-@compiled()
+@inlined
 def _place(entries, out, place, tables):
     # One position's ids and logprobs. entries: ids, codes, number of exact ones; place: where it begins and ends.
     ids, codes, exact = entries
@@ -376,7 +375,7 @@ def _place(entries, out, place, tables):
     logprobs[count:] = -np.float32(np.inf)
 
 
-@compiled()
+@inlined
 def _ending(coder, contexts, outside, about):
     # What stands behind the last position. Gives the number of outside targets, -1 for a corrupt stream, and the coder.
     most_outside, check = about

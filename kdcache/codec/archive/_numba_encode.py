@@ -6,7 +6,6 @@ A coder is a tuple: low end of the range, range, place in the stream, which must
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from kdcache.codec.archive.model import (
     CLASS_TREE_BITS,
@@ -26,13 +25,11 @@ from kdcache.codec.archive.model import (
     SHARES,
     TAILS,
 )
-from kdcache.compiled import compiled
+from kdcache.compiled import called, compiled, inlined
 
 U16, U32 = np.uint64(16), np.uint64(32)
 FULL, SMALL = np.uint64(2**64 - 1), np.uint64(2**32)
 HALF = 1 << 15
-inlined = njit(nogil=True, error_model="numpy", forceinline=True)
-shared = njit(nogil=True, error_model="numpy")
 
 
 @inlined
@@ -83,7 +80,7 @@ def _learned_bit(stream, coder, nodes, at, bit):
     return coder
 
 
-@shared
+@called
 def _number(stream, coder, nodes, context, value):
     """A number below 2^31: its length in unary, then its bits behind the leading one."""
     first, length = context * NUMBER_STRIDE, 0
@@ -102,7 +99,7 @@ def _number(stream, coder, nodes, context, value):
     return coder
 
 
-@shared
+@called
 def _codes(stream, coder, nodes, codes, kind):
     """Rising codes of one kind of entries, as differences."""
     before, step = np.int64(0), np.int64(0)
@@ -178,7 +175,7 @@ def _one_id(stream, coder, trees, value, about):
     return coder
 
 
-@shared
+@called
 def _ids(stream, coder, trees, ids, scratch, about):
     """A set of ids, rising: from the leading bit down, how many have a 1 there. about: bits of an id, class.
 
@@ -212,7 +209,7 @@ def _ids(stream, coder, trees, ids, scratch, about):
     return True, coder
 
 
-@shared
+@called
 def _supports(stream, coder, models, entries, about):
     """The ids of one kind of entries, in groups of equal code. about: bits of an id, whether estimates, code of one draw."""
     trees, scratch = models
@@ -232,7 +229,7 @@ def _supports(stream, coder, models, entries, about):
     return True, coder
 
 
-@shared
+@called
 def _position(stream, coder, models, entries, about):
     """One position's entries. entries: ids, codes, number of exact ones. Gives whether ids are distinct, coder."""
     numbers, trees, scratch = models

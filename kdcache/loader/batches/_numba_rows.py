@@ -13,12 +13,11 @@ from functools import lru_cache
 import numba
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from kdcache.codec._numba_into import NUM_ADDRESSES, Settings, unpack_at
 from kdcache.codec.into import EntryFormat
-from kdcache.compiled import call, compiled
+from kdcache.compiled import call, compiled, inlined, pointer
 from kdcache.loader.batches.batch import Batch
 from kdcache.store.records.numba_xxh3 import SCRATCH_BYTES, SHORT_BYTES, digest_at
 from kdcache.store.records.sequence_table import (
@@ -86,28 +85,18 @@ def _address(values: NDArray[np.generic]) -> int:
     return values.__array_interface__["data"][0]
 
 
-@intrinsic
-def _pointer(typing_context, address):  # noqa: ARG001 - numba's calling convention
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.voidptr(types.int64), generate
-
-
-@compiled()
+@inlined
 def _is_whole(line, num_columns, address, scratch):
     found = call(address, line.ctypes.data, num_columns, scratch.ctypes.data)  # pyright: ignore[reportCallIssue]
     return found == line[2 * num_columns + ROW_DIGEST]
 
 
-@compiled()
+@inlined
 def _same_key(left, right):
-    return (
-        numba.carray(_pointer(left), (_KEY_BYTES,), np.uint8) == numba.carray(_pointer(right), (_KEY_BYTES,), np.uint8)
-    ).all()
+    return (numba.carray(pointer(left), (_KEY_BYTES,), np.uint8) == numba.carray(pointer(right), (_KEY_BYTES,), np.uint8)).all()
 
 
-@compiled()
+@inlined
 def _fill_offsets(line, column, num_positions, fixed, offsets):
     # Where each position's entries start; False where that is not known.
     offsets[0] = 0
@@ -117,37 +106,37 @@ def _fill_offsets(line, column, num_positions, fixed, offsets):
         return fixed >= 0
     if line[column + 1] != 2 * num_positions:
         return False
-    counts = numba.carray(_pointer(line[column]), (num_positions,), np.uint16)
+    counts = numba.carray(pointer(line[column]), (num_positions,), np.uint16)
     for p in range(num_positions):
         offsets[p + 1] = offsets[p] + np.int64(counts[p])
     return True
 
 
-@compiled()
+@inlined
 def _stream_bytes(count, bits):
     return (count * bits + 63) // 64 * 8
 
 
-@compiled()
+@inlined
 def _read_masses(line, column, masses, target):
     # One of a float16 or of a byte for each position.
     num_positions = target.shape[0]
     if masses.shape[0] == 256:
         if line[column + 1] != num_positions:
             return False
-        codes = numba.carray(_pointer(line[column]), (num_positions,), np.uint8)
+        codes = numba.carray(pointer(line[column]), (num_positions,), np.uint8)
         for p in range(num_positions):
             target[p] = masses[codes[p]]
         return True
     if line[column + 1] != 2 * num_positions:
         return False
-    halves = numba.carray(_pointer(line[column]), (num_positions,), np.uint16)
+    halves = numba.carray(pointer(line[column]), (num_positions,), np.uint16)
     for p in range(num_positions):
         target[p] = masses[halves[p]]
     return True
 
 
-@compiled()
+@inlined
 def _read_floats(line, floats, first, num_positions):
     # The columns of float16 beside the entries that the batch has room for.
     for f in range(floats.shape[0]):
@@ -157,8 +146,8 @@ def _read_floats(line, floats, first, num_positions):
         count = num_positions * per_position
         if line[column + 1] != 2 * count:
             return False
-        halves = numba.carray(_pointer(line[column]), (count,), np.uint16)
-        values = numba.carray(_pointer(target + 4 * first * per_position), (count,), np.float32)
+        halves = numba.carray(pointer(line[column]), (count,), np.uint16)
+        values = numba.carray(pointer(target + 4 * first * per_position), (count,), np.float32)
         for i in range(count):
             values[i] = _SINGLES[halves[i]]
     return True
@@ -184,7 +173,7 @@ def _read_rows(rows, about, settings, tables, out, found):
     offsets = np.empty(most_positions + 1, np.int64)
     for r in range(rows.shape[0]):
         num_positions, first = rows[r, 3], tokens[r, 7]
-        line = numba.carray(_pointer(rows[r, 0]), (2 * num_columns + NUM_OF_ROW,), np.int64)
+        line = numba.carray(pointer(rows[r, 0]), (2 * num_columns + NUM_OF_ROW,), np.int64)
         own = line[2 * num_columns :]
         status[r] = UNFIT
         if own[NUM_TOKENS] != rows[r, 2] or own[NUM_POSITIONS] != num_positions or not _same_key(line[0], rows[r, 1]):

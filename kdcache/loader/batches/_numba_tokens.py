@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from kdcache.compiled import compiled
+from kdcache.compiled import compiled, pointer
 from kdcache.loader.batches.batch import NO_TARGET, Batch
 
 _IDS_BT, _TABLE = numba.int32[:, ::1], numba.int64[:, ::1]
@@ -96,22 +95,14 @@ def _place_sequences(counts, sequences, seq_len, places, found):
     found[0], found[1], found[2], found[3] = segments, longest, position, longest_row
 
 
-@intrinsic
-def _pointer(typing_context, address):  # noqa: ARG001 - numba's calling convention
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.voidptr(types.int64), generate
-
-
 @compiled(numba.void(numba.int64[:, ::1], numba.int64[::1], _IDS_BT, _IDS_BT, _IDS_BT, _IDS_BT, numba.int64[::1]))
 def _fill_tokens(table, ends, input_ids, position_ids, segment_ids, labels, rows):
     seq_len = input_ids.shape[1]
     for r in range(table.shape[0]):
         num_tokens, b, start, segment, position = table[r, 3], table[r, 4], table[r, 5], table[r, 6], table[r, 7]
-        ids = numba.carray(_pointer(table[r, 0]), (num_tokens,), np.int32)
-        supervised = numba.carray(_pointer(table[r, 1]), (num_tokens,), np.uint8)
-        keep = numba.carray(_pointer(table[r, 2]), (num_tokens,), np.uint8)
+        ids = numba.carray(pointer(table[r, 0]), (num_tokens,), np.int32)
+        supervised = numba.carray(pointer(table[r, 1]), (num_tokens,), np.uint8)
+        keep = numba.carray(pointer(table[r, 2]), (num_tokens,), np.uint8)
         is_all, p = table[r, 2] == 0, 0
         stop = start + num_tokens
         input_ids[b, start:stop] = ids

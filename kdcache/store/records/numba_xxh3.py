@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from kdcache.compiled import called_by_address, compiled
+from kdcache.compiled import called_by_address, compiled, copy, inlined, pointer
 
 SHORT_BYTES = 240
 """Rows with so many bytes or fewer, lengths included, are not for these functions."""
@@ -114,25 +114,7 @@ def _add_blocks(typing_context, sums, data, secret, num_blocks):  # noqa: ARG001
     return types.void(*[types.int64] * 4), generate
 
 
-@intrinsic
-def _pointer(typing_context, address):  # noqa: ARG001
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.voidptr(types.int64), generate
-
-
-@intrinsic
-def _copy(typing_context, target, source, num_bytes):  # noqa: ARG001
-    def generate(context, builder, signature, arguments):  # noqa: ARG001
-        pointers = [builder.inttoptr(address, ir.IntType(8).as_pointer()) for address in arguments[:2]]
-        cgutils.raw_memcpy(builder, pointers[0], pointers[1], arguments[2], 1)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), generate
-
-
-@compiled()
+@inlined
 def _add(sums, data, first, count):
     # `count` stripes, the first of them number `first` of the row.
     secret, target = _SECRET.ctypes.data, sums.ctypes.data
@@ -149,7 +131,7 @@ def _add(sums, data, first, count):
         first, data, count = first + num, data + _STRIPE * num, count - num
 
 
-@compiled()
+@inlined
 def _scramble(sums):
     secret = _SECRET.view(np.uint64)
     for i in range(8):
@@ -157,7 +139,7 @@ def _scramble(sums):
         sums[i] = mixed * np.uint64(_PRIME32_1)
 
 
-@compiled()
+@inlined
 def _folded(a, b):
     # The two halves of the 128-bit product, one xor the other.
     low, high_a, high_b, high = (a & _LOW) * (b & _LOW), (a >> _HALF) * (b & _LOW), (a & _LOW) * (b >> _HALF), 0
@@ -166,22 +148,22 @@ def _folded(a, b):
     return high ^ ((cross << _HALF) | (low & _LOW))
 
 
-@compiled()
+@inlined
 def _last_stripe(row, num_columns, room):
     # The row's last 64 bytes, gathered from its end.
     column, missing = num_columns - 1, np.int64(_STRIPE)
     while missing > 0:
         length = max(row[2 * column + 1], 0)
         num = min(missing, length)
-        _copy(room.ctypes.data + missing - num, row[2 * column] + length - num, num)  # pyright: ignore[reportCallIssue]
+        copy(room.ctypes.data + missing - num, row[2 * column] + length - num, num)  # pyright: ignore[reportCallIssue]
         missing -= num
         num = min(missing, 8)
-        _copy(room.ctypes.data + missing - num, row.ctypes.data + 16 * column + 16 - num, num)  # pyright: ignore[reportCallIssue]
+        copy(room.ctypes.data + missing - num, row.ctypes.data + 16 * column + 16 - num, num)  # pyright: ignore[reportCallIssue]
         missing -= num
         column -= 1
 
 
-@compiled()
+@inlined
 def _digest(row, num_columns, room, sums):
     total = np.int64(8 * num_columns)
     for c in range(num_columns):
@@ -194,7 +176,7 @@ def _digest(row, num_columns, room, sums):
         source = row.ctypes.data + 8 * part + 8 if part % 2 == 0 else row[part - 1]
         length = np.int64(8) if part % 2 == 0 else max(row[part], 0)
         num = min(_STRIPE - waiting, length) if waiting or length < _STRIPE else np.int64(0)
-        _copy(room.ctypes.data + waiting, source, num)  # pyright: ignore[reportCallIssue]
+        copy(room.ctypes.data + waiting, source, num)  # pyright: ignore[reportCallIssue]
         waiting, source, length = waiting + num, source + num, length - num
         if waiting == _STRIPE and done < num_stripes:
             _add(sums, room.ctypes.data, done, 1)
@@ -202,7 +184,7 @@ def _digest(row, num_columns, room, sums):
         num = min(length // _STRIPE, num_stripes - done)
         _add(sums, source, done, num)
         done, source, length = done + num, source + _STRIPE * num, length - _STRIPE * num
-        _copy(room.ctypes.data + waiting, source, length)  # pyright: ignore[reportCallIssue]
+        copy(room.ctypes.data + waiting, source, length)  # pyright: ignore[reportCallIssue]
         waiting += length
     _last_stripe(row, num_columns, room)
     _add_stripes(sums.ctypes.data, room.ctypes.data, _SECRET.ctypes.data + 121, 1)  # pyright: ignore[reportCallIssue]
@@ -216,9 +198,9 @@ def _digest(row, num_columns, room, sums):
 @called_by_address(numba.int64(numba.int64, numba.int64, numba.int64))
 def digest_at(row, num_columns, scratch):
     """The digest of the row whose (C, 2) addresses and lengths lie at an address; SCRATCH_BYTES bytes may be written there."""
-    parts = numba.carray(_pointer(row), (2 * num_columns,), np.int64)
-    room = numba.carray(_pointer(scratch), (_STRIPE,), np.uint8)
-    sums = numba.carray(_pointer(scratch + _STRIPE), (8,), np.uint64)
+    parts = numba.carray(pointer(row), (2 * num_columns,), np.int64)
+    room = numba.carray(pointer(scratch), (_STRIPE,), np.uint8)
+    sums = numba.carray(pointer(scratch + _STRIPE), (8,), np.uint64)
     return np.int64(_digest(parts, num_columns, room, sums))
 
 

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kdcache.teacher.select._numba_compile import inlined
+from kdcache.compiled import inlined
 from kdcache.teacher.select._numba_vectors import (
     FLOAT,
     FLOATS,
@@ -238,7 +238,7 @@ def _emit_count(typing_context, keys, bound):  # noqa: ARG001
     return types.int32(keys, types.int32), generate
 
 
-@inlined()
+@inlined
 def fill_last(bits_V, last):
     """Copy what is behind a row's whole blocks into a block, and -inf behind that."""
     rest = len(bits_V) // BLOCK * BLOCK
@@ -246,49 +246,49 @@ def fill_last(bits_V, last):
     last[len(bits_V) - rest :] = MINUS_INF >> (32 - 8 * bits_V.itemsize)
 
 
-@inlined()
+@inlined
 def block_of(bits_V, start, last):
     """Of a row and its `fill_last`."""
     return bits_V[start : start + BLOCK] if start + BLOCK <= len(bits_V) else last
 
 
-@inlined()
+@inlined
 def find_maxima(block, maxima):
     """maxima[l] = max over w of the key of token w * L + l, for L = len(maxima): FEWEST_LANES times a power of two."""
     _emit_maxima(block, maxima)
 
 
-@inlined()
+@inlined
 def sum_exp(block, top, scale):
     """Sum of exp((x - top) * scale); NaN if any logit is NaN or +inf. Asks the memory for the block behind this one."""
     return _emit_sum(block, top, scale)
 
 
-@inlined()
+@inlined
 def sum_falls(block, top):
     """Sum of exp(x - top) * (x - top), without what is below 2^-126."""
     return _emit_falls(block, top)
 
 
-@inlined()
+@inlined
 def sum_strips(block, top, sums):
     """sums[g] = sum of weights over the g-th unit. Asks the memory for the block behind this one."""
     _emit_strips(block, top, sums)
 
 
-@inlined()
+@inlined
 def weigh(unit, top, out):
     """out = the weights of one unit, `exact_weights`: exp(x - top), 0 for what is below 2^-100."""
     _emit_weights(unit, top, out)
 
 
-@inlined()
+@inlined
 def sum_unit(weights):
     """Sum of one unit's weights, in the order of `sum_strips`."""
     return _emit_sum_of_unit(weights)
 
 
-@inlined()
+@inlined
 def collect(block, first_id, num_tokens, bound, logits, ids, count):
     """Append logit and id of each of the block's first tokens whose key is at least the bound, by rising id; their number."""
     for span in range(0, num_tokens, SPAN):
@@ -307,7 +307,7 @@ def collect(block, first_id, num_tokens, bound, logits, ids, count):
     return count
 
 
-@inlined()
+@inlined
 def find_bound(keys, k, lowest):
     """A key that at least k of the keys reach, and no more than k and an eighth where bisection finds such a one.
 

@@ -15,6 +15,7 @@ import math
 
 import numpy as np
 
+from kdcache.compiled import compiled, inlined, version_of
 from kdcache.teacher.select import _numba_blocks, _numba_vectors, exact_weights
 from kdcache.teacher.select._numba_blocks import (
     BLOCK,
@@ -28,13 +29,12 @@ from kdcache.teacher.select._numba_blocks import (
     weigh,
     weight_of,
 )
-from kdcache.teacher.select._numba_compile import inlined, kernel, version_of
 from kdcache.teacher.select.exact_weights import MIN_LOGPROB, STRIP, UNITS
 
 _VERSION = version_of(_numba_blocks, _numba_vectors, exact_weights)
 
 
-@inlined()
+@inlined
 def _weigh(logits, top, inverse_T, wants_strips, sums_G, sums_S):
     """Strip sums, where they are wanted; into sums_S: sum of exp(x - top) x (x - top), then of exp((x - top) / T) for each T.
 
@@ -51,12 +51,12 @@ def _weigh(logits, top, inverse_T, wants_strips, sums_G, sums_S):
             sum_strips(block, reference, sums_G[first : first + BLOCK // STRIP])
 
 
-@inlined()
+@inlined
 def _units(weight):
     return np.int64(np.float64(weight) * UNITS)
 
 
-@inlined()
+@inlined
 def _sums(sums_G):
     """As a number, and in whole units."""
     total, units = 0.0, np.int64(0)
@@ -66,7 +66,7 @@ def _sums(sums_G):
     return total, units
 
 
-@inlined()
+@inlined
 def _count_exact(logits, ids_H, num_heads, total_units, tau, p):
     """How many of the most probable tokens have probability tau, where tau > 0; else how many it takes to reach p."""
     count, cumulative = 0, np.int64(0)
@@ -81,7 +81,7 @@ def _count_exact(logits, ids_H, num_heads, total_units, tau, p):
     return count
 
 
-@inlined()
+@inlined
 def _weigh_strip(logits, heads_H, head, g, weights):
     """Weights of a strip, 0 for the exact entries, whose rising ids are heads_H from `head` on; the first one behind it."""
     bits_V, last, reference = logits
@@ -96,7 +96,7 @@ def _weigh_strip(logits, heads_H, head, g, weights):
     return head
 
 
-@inlined()
+@inlined
 def _leave_out(logits, heads_H, weights, sums_G):
     """Sum the strips with exact entries anew, without these: to subtract them would cost the rest its accuracy."""
     head = 0
@@ -106,7 +106,7 @@ def _leave_out(logits, heads_H, weights, sums_G):
         sums_G[g] = sum_unit(weights)
 
 
-@inlined()
+@inlined
 def _find(logits, heads_H, points_L, weights, sums_G, ids_L):
     """The token of each of the rising points, given in units; how many were found."""
     i, head, cumulative = 0, 0, np.int64(0)
@@ -130,7 +130,7 @@ def _find(logits, heads_H, points_L, weights, sums_G, ids_L):
     return i
 
 
-@inlined()
+@inlined
 def _points(rest_units, step, uniforms_D, points_L):
     """Points in [0, rest_units), rising: a step apart, or one per uniform where the step is 0; how many."""
     if step == 0.0:
@@ -144,7 +144,7 @@ def _points(rest_units, step, uniforms_D, points_L):
     return count
 
 
-@inlined()
+@inlined
 def _write_estimates(ids_L, log_unit, are_counts, ids_K, logprobs_K, num_exact):
     """Distinct ids after the exact entries, by falling count, then rising id; how many.
 
@@ -165,8 +165,8 @@ def _write_estimates(ids_L, log_unit, are_counts, ids_K, logprobs_K, num_exact):
     return count
 
 
-@kernel
-def draw_rows(bits_CV, known, options, found, version=_VERSION):  # noqa: ARG001 - see `_numba_compile`
+@compiled()
+def draw_rows(bits_CV, known, options, found, version=_VERSION):  # noqa: ARG001 - see `kdcache.compiled`
     """Fill in what a selection has beside its exact entries; every row on its own.
 
     Args:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.compiled import compiled, inlined, version_of
 from kdcache.teacher.select import _numba_blocks, _numba_vectors, exact_weights
 from kdcache.teacher.select._numba_blocks import (
     BLOCK,
@@ -34,7 +35,6 @@ from kdcache.teacher.select._numba_blocks import (
     logit_of,
     sum_exp,
 )
-from kdcache.teacher.select._numba_compile import inlined, kernel, version_of
 
 GROUPS_PER_ENTRY, FEWEST_GROUPS = 4, 64
 """The bound is taken from this many maxima per entry: with 4, some 1.15 k tokens reach it in a row without structure."""
@@ -45,13 +45,13 @@ MOST_MOVES = 16
 _VERSION = version_of(_numba_blocks, _numba_vectors, exact_weights)
 
 
-@inlined()
+@inlined
 def _key(bits):
     """Of a float32's bits; its own inverse. Each step is cut to 32 bits: numba's integer arithmetic is in 64."""
     return np.int32(bits ^ (np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
 
 
-@inlined()
+@inlined
 def _float_of(key, like):
     """The logit of a key of elements like this one; bfloat16's keys are of its own 16 bits."""
     if like.itemsize == 2:
@@ -59,7 +59,7 @@ def _float_of(key, like):
     return logit_of(_key(key))
 
 
-@inlined()
+@inlined
 def _strip_maxima(keys, out):
     """out[l] = max over w of keys[w * L + l]: elementwise over contiguous strips, so LLVM vectorises it for any width."""
     num_lanes = len(out)
@@ -71,12 +71,12 @@ def _strip_maxima(keys, out):
             out[j] = max(out[j], strip[j])
 
 
-@inlined()
+@inlined
 def _lowest_key(like):
     return np.int32(-(1 << (8 * like.itemsize - 1)))
 
 
-@inlined()
+@inlined
 def _read_row(bits_V, last, maxima_BL, tops_B):
     """Fill the groups' maxima and the blocks'; the row's maximum, and its log of the sum of exp."""
     top, total = -np.inf, 0.0
@@ -97,12 +97,12 @@ def _read_row(bits_V, last, maxima_BL, tops_B):
     return top, top + math.log(total) if top > -np.inf else np.nan
 
 
-@inlined()
+@inlined
 def _num_groups(k):
     return max(FEWEST_GROUPS, GROUPS_PER_ENTRY * k)
 
 
-@inlined()
+@inlined
 def _bound(maxima_G, k, like, coarse):
     """A key that at least k tokens reach, taken from some `_num_groups` maxima of maxima; else the lowest."""
     num_coarse = len(maxima_G) // max(1, len(maxima_G) // _num_groups(k)) // 16 * 16
@@ -115,7 +115,7 @@ def _bound(maxima_G, k, like, coarse):
     return bound if bound > minus_inf else _lowest_key(like)
 
 
-@inlined()
+@inlined
 def _order_by_buckets(logits_N, ids_N, interval, room, out):
     """Sort logits of an interval (lowest, highest), and their ids, which rise, by falling logit.
 
@@ -154,7 +154,7 @@ def _order_by_buckets(logits_N, ids_N, interval, room, out):
     return True
 
 
-@kernel
+@compiled()
 def _order_by_keys(logits_N, ids_N, k, out):
     """The k first of any logits and their ids."""
     words_N, out_logits_N, out_ids_N = logits_N.view(np.int32), out[0], out[1]
@@ -170,8 +170,8 @@ def _order_by_keys(logits_N, ids_N, k, out):
         out_words_N[j] = _key(np.int32(entry >> 32))
 
 
-@kernel
-def _select_rows(bits_CV, targets_C, num_lanes, found, version=_VERSION):  # noqa: ARG001 - see `_numba_compile`
+@compiled()
+def _select_rows(bits_CV, targets_C, num_lanes, found, version=_VERSION):  # noqa: ARG001 - see `kdcache.compiled`
     """See `select_top_k`; every row on its own."""
     ids_CK, logprobs_CK, target_logprobs_C, log_z_C = found
     num_tokens, k, like = bits_CV.shape[1], ids_CK.shape[1], bits_CV[:0, 0]
