@@ -42,7 +42,7 @@ from kdcache.inputs.content import Item, Start
 from kdcache.store import chain
 from kdcache.store.reader import open_cache
 from kdcache.store.writing.writer import CacheWriter
-from kdcache.teacher.fake import FakeTeacher
+from kdcache.teacher.fake import FakeBackend, FakeTeacher
 
 MAX_LINKS = 50_000
 """Hard links to one file: some file systems allow 65,000."""
@@ -169,12 +169,18 @@ class WaitingTeacher(FakeTeacher):
             yield answer
 
 
+class WaitingBackend(FakeBackend):
+    """The backend of `WaitingTeacher`."""
+
+    teacher = "benchmark_planner:WaitingTeacher"
+
+
 def capture_rank(folder: Path, rank: int, world_size: int, kind: str, start: object) -> None:
     """One process of an efficiency run."""
     if kind == "waiting":
         from kdcache import teacher
 
-        teacher._TEACHERS["fake"] = "benchmark_planner:WaitingTeacher"
+        teacher.BACKENDS["fake"] = "benchmark_planner:WaitingBackend"
         import sys
 
         sys.modules["benchmark_planner"] = sys.modules[__name__]

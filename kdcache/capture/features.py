@@ -5,9 +5,9 @@ from __future__ import annotations
 from kdcache.config.capture import CaptureConfig
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import FeatureInfo
+from kdcache.teacher import find_backend
 from kdcache.teacher.base import Teacher
-from kdcache.teacher.fake import FAKE_HIDDEN
-from kdcache.teacher.features import FeatureTeacher, no_features, resolve_features, stated_shape
+from kdcache.teacher.features import FeatureTeacher, no_features, resolve_features
 
 
 def features_of(config: CaptureConfig, teacher: Teacher) -> tuple[FeatureInfo, ...]:
@@ -31,7 +31,7 @@ def stated_features(config: CaptureConfig) -> tuple[FeatureInfo, ...] | None:
     """
     if not config.features:
         return ()
-    shape = FAKE_HIDDEN if config.teacher.backend == "fake" else stated_shape(config.teacher)
+    shape = find_backend(config.teacher.backend).hidden_shape(config.teacher)
     return None if shape is None else resolve_features(config.features, shape)
 
 

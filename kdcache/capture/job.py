@@ -28,7 +28,7 @@ from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import selection_params
 from kdcache.store import chain
 from kdcache.store.files.location import Location, locate
-from kdcache.teacher import load_tokenizer
+from kdcache.teacher import find_backend, load_tokenizer
 from kdcache.teacher.base import Teacher
 from kdcache.teacher.tokenizer import Tokenizer
 
@@ -196,10 +196,9 @@ def load_job_tokenizer(config: CaptureConfig) -> Tokenizer:
 
 def _load_tokenizer(config: CaptureConfig) -> Tokenizer:
     teacher = config.teacher
-    default = "fake" if teacher.backend == "fake" else teacher.model
     own = teacher.tokenizer is None
     return load_tokenizer(
-        teacher.tokenizer or default,
+        teacher.tokenizer or find_backend(teacher.backend).tokenizer_name(teacher),
         revision=teacher.revision if own else None,
         chat_template=_read_template(config.input.chat_template),
         trust_remote_code=teacher.trusts_remote_code,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import ConfigError
 from kdcache.shown import shown
+from kdcache.teacher import BACKENDS
 
 if TYPE_CHECKING:
     from kdcache.config.teacher import TeacherConfig
     from kdcache.teacher.base import Teacher
 
-BACKENDS = ("auto", "vllm", "transformers", "served", "fake")
 _MOST = 100
 """Characters of a setting that are shown."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -26,7 +26,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser, *, what: str) -> None
     parser.add_argument(
         "--teacher-config", metavar="CONFIG.yaml", help="a capture config of yours: its section `teacher` says how to run it"
     )
-    parser.add_argument("--backend", choices=BACKENDS, help="what runs the teacher (default: auto)")
+    parser.add_argument("--backend", choices=list(BACKENDS), help="what runs the teacher (default: auto)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the teacher's weights (default: auto)")
 
 

@@ -47,7 +47,7 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """
 
     model: str
-    backend: Literal["auto", "vllm", "transformers", "served", "fake"] = "auto"
+    backend: str = "auto"
     revision: str | None = None
     adapter: str | None = None
     tokenizer: str | None = None

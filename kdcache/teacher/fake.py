@@ -23,6 +23,7 @@ from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity, TokenizerIdentity
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.inputs.chat import Chat, Message, is_learnt
+from kdcache.teacher.backend import Backend
 from kdcache.teacher.base import answer, check_selectable, check_sequences, no_positions
 from kdcache.teacher.features import HiddenShape, check_askable, features_from
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, draw_from, end_tokens
@@ -41,6 +42,20 @@ FAKE_HIDDEN = HiddenShape(num_layers=4, size=16)
 
 DENSE_ELEMENTS = 2**20
 """Logprobs of whole rows that exist at once, where the selection is not the plain `top_k`, which needs none."""
+
+
+class FakeBackend(Backend):
+    """The backend `fake`, whose model is any name."""
+
+    teacher = "kdcache.teacher.fake:FakeTeacher"
+
+    def tokenizer_name(self, config: TeacherConfig) -> str:  # noqa: ARG002
+        """See `Backend`."""
+        return "fake"
+
+    def hidden_shape(self, config: TeacherConfig) -> HiddenShape | None:  # noqa: ARG002
+        """See `Backend`."""
+        return FAKE_HIDDEN
 
 
 class FakeTeacher:

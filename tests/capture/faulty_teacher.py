@@ -20,7 +20,7 @@ import time
 from kdcache import teacher as teachers
 from kdcache.errors import TeacherError
 from kdcache.format.record import Distributions
-from kdcache.teacher.fake import FakeTeacher
+from kdcache.teacher.fake import FakeBackend, FakeTeacher
 
 met = set()
 
@@ -73,8 +73,12 @@ def text_of(sequence):
     return bytes(int(i) for i in sequence.input_ids_N if i < 256).decode("utf-8", "replace")
 
 
-def install(table=teachers._TEACHERS, setitem=dict.__setitem__):
-    setitem(table, "fake", "faulty_teacher:FaultyTeacher")
+class FaultyBackend(FakeBackend):
+    teacher = "faulty_teacher:FaultyTeacher"
+
+
+def install(table=teachers.BACKENDS, setitem=dict.__setitem__):
+    setitem(table, "fake", "faulty_teacher:FaultyBackend")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def lines_with(faults):
 
 def undisturbed(tmp_path, monkeypatch, lines):
     with monkeypatch.context() as patch:
-        patch.setitem(teachers._TEACHERS, "fake", "kdcache.teacher.fake:FakeTeacher")
+        patch.setitem(teachers.BACKENDS, "fake", "kdcache.teacher.fake:FakeBackend")
         config = make_config(tmp_path, lines, out=str(tmp_path / "undisturbed"))
         run_capture(config)
     return content(tmp_path / "undisturbed")
@@ -76,7 +76,7 @@ def test_units_that_keep_failing_are_set_aside_and_done_by_the_next_run_that_can
     again = run_capture(config)
     assert [failed.unit for failed in again.set_aside] == [1, 4]
     assert len(list((tmp_path / "cache/failed").iterdir())) == 2, "the same failure is written down once"
-    monkeypatch.setitem(teachers._TEACHERS, "fake", "kdcache.teacher.fake:FakeTeacher")
+    monkeypatch.setitem(teachers.BACKENDS, "fake", "kdcache.teacher.fake:FakeBackend")
     assert run_capture(config).manifest.is_complete
     assert content(tmp_path / "cache") == undisturbed(tmp_path, monkeypatch, lines)
     assert list((tmp_path / "cache/failed").iterdir()) == []

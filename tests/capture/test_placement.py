@@ -4,9 +4,9 @@ import pytest
 from capture_cases import make_config
 
 from kdcache.capture.executors.placement import Needs, not_placed, replica_needs
-from kdcache.capture.watch.meter import engine_gpus
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError
+from kdcache.teacher import find_backend
 
 CLUSTER = {"CPU": 16.0, "GPU": 8.0}
 
@@ -26,7 +26,8 @@ CLUSTER = {"CPU": 16.0, "GPU": 8.0}
     ],
 )
 def test_an_engine_computes_on_the_product_of_its_parallel_sizes(settings, expected):
-    assert engine_gpus(TeacherConfig(**{"model": "m", "backend": "vllm"} | settings)) == expected
+    config = TeacherConfig(**{"model": "m", "backend": "vllm"} | settings)
+    assert find_backend(config.backend).num_gpus(config) == expected
 
 
 def test_a_replica_asks_for_its_engines_gpus_where_there_are_any_and_for_what_the_config_says_everywhere(tmp_path):

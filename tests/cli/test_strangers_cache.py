@@ -102,7 +102,7 @@ def test_code_beside_a_model_runs_for_the_user_s_own_config_alone(
     mine.write_text(json.dumps({"teacher": trusting}))
     run(capsys, *asked, "--teacher-config", mine)
     assert (tmp_path / "ran").exists()  # the case is a real one: where the user says so, it runs, and is said to
-    assert "Python code that lies beside" in caplog.text
+    assert "Python code next to" in caplog.text
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kdcache.capture.watch.meter import engine_gpus
 from kdcache.config.capture import CaptureConfig
+from kdcache.teacher import find_backend
 
 WARN_SECONDS = 30.0
 """How long a replica may wait for its place until something is said. A worker process needs some seconds to start."""
@@ -33,7 +33,7 @@ def replica_needs(config: CaptureConfig, cluster: Mapping[str, float]) -> Needs:
     """
     asked = config.run.gpus_per_replica
     if asked is None:
-        asked = engine_gpus(config.teacher) if cluster.get("GPU", 0) > 0 else 0
+        asked = find_backend(config.teacher.backend).num_gpus(config.teacher) if cluster.get("GPU", 0) > 0 else 0
     return Needs(num_cpus=1, num_gpus=asked)
 
 

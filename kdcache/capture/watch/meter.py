@@ -4,38 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from math import prod
-from typing import Any
 
 from kdcache.capture.watch import _nvml
 from kdcache.capture.watch.progress import CaptureProgress
 from kdcache.config.capture import TeacherConfig
 from kdcache.format.manifest import SkippedSequence, UnitAccount
+from kdcache.teacher import find_backend
 
 SECONDS_BETWEEN_READINGS = 2.0
-
-_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size", "data_parallel_size")
-"""Settings of vLLM whose product is the number of its GPUs (`ParallelConfig.world_size_across_dp`, 0.24 to 0.32); its
-other kinds of parallelism share these."""
-
-
-def engine_gpus(teacher: TeacherConfig) -> int:
-    """GPUs that one teacher computes on where there are enough. One for transformers, which with a `device_map` takes what it
-    is given."""
-    if teacher.backend in ("fake", "served"):
-        return 0
-    if teacher.backend == "transformers":
-        return 1
-    # As in the engine itself, engine_options have the last word. What is no number is for the engine to refuse.
-    options: dict[str, Any] = {"tensor_parallel_size": teacher.tensor_parallel_size} | teacher.engine_options
-    sizes = [options.get(name) for name in _PARALLEL]
-    return prod(size for size in sizes if isinstance(size, int) and size > 0)
 
 
 def gpus_held(teacher: TeacherConfig) -> int:
     """GPUs that the teacher's engine holds here; 0 where none can be read."""
-    is_spread = teacher.backend in ("auto", "transformers") and "device_map" in teacher.engine_options
-    return _nvml.num_gpus() if is_spread else min(engine_gpus(teacher), _nvml.num_gpus())
+    backend = find_backend(teacher.backend)
+    return _nvml.num_gpus() if backend.spreads(teacher) else min(backend.num_gpus(teacher), _nvml.num_gpus())
 
 
 def start_meter(num_gpus: int) -> Callable[[Sequence[SkippedSequence]], UnitAccount]:

@@ -1,1 +1,28 @@
 """Teachers run by vLLM's offline engine, with the selection made inside its worker."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from kdcache.teacher.backend import Backend
+
+if TYPE_CHECKING:
+    from kdcache.config.teacher import TeacherConfig
+
+_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size", "data_parallel_size")
+"""Settings of vLLM whose product is the number of its GPUs (`ParallelConfig.world_size_across_dp`, 0.24 to 0.32); its
+other kinds of parallelism share these."""
+
+
+class VllmBackend(Backend):
+    """The backend `vllm`."""
+
+    teacher = "kdcache.teacher.vllm.teacher:VllmTeacher"
+    packages, extra = ("vllm",), "vllm"
+
+    def num_gpus(self, config: TeacherConfig) -> int:
+        """See `Backend`. As in the engine itself, engine_options have the last word; what is no number the engine refuses."""
+        options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel_size} | config.engine_options
+        sizes = [options.get(name) for name in _PARALLEL]
+        return prod(size for size in sizes if isinstance(size, int) and size > 0)
