@@ -95,7 +95,7 @@ def copy(folder: Path, uri: str) -> None:
 def measure(name: str, uri: str, order: str, meter: Meter, num_bytes: int, remote: RemoteConfig | None = None) -> None:
     """One epoch, and its line of the table."""
     meter.num_requests = meter.num_bytes = 0
-    options = LoaderConfig(seq_len=2048, batch_rows=4, pack_window=64, order=order, window_shards=4)  # type: ignore[arg-type]
+    options = LoaderConfig(seq_len=2048, batch_rows=4, packing_buffer=64, order=order, local_shards=4)  # type: ignore[arg-type]
     with open_dataset(uri, remote=remote) as cache, Loader(cache, options) as loader:
         wall, cpu, num_tokens = time.perf_counter(), time.process_time(), int(cache.num_tokens_S.sum())
         try:
@@ -127,7 +127,7 @@ def main() -> None:
         meter = Meter(args.latency / 1000)
         print(f"{args.units} shards of {num_bytes / args.units / 2**20:.1f} MiB at {args.uri}, {args.latency:g} ms a request\n")
         print("| order | from | Mtokens/s | Mtokens/CPU-s | requests | bytes asked for |\n|---|---|---|---|---|---|")
-        for order in ("global", "windowed"):
+        for order in ("global", "local"):
             measure("disk", str(folder), order, meter, num_bytes)
             measure("memory", args.uri, order, meter, num_bytes, RemoteConfig(memory_bytes=int(num_bytes * args.share)))
             blocks = RemoteConfig(block_dir=f"{temp}/blocks-{order}", block_bytes=int(num_bytes * args.share))

@@ -16,7 +16,7 @@ class RemoteConfig(Config, frozen=True, kw_only=True):
         block_dir: local folder in which record batches that were read are kept for the next time; null keeps them in memory
             alone. Any number of processes and caches may share it. It must have room for what all of them read ahead: a loader
             looks whether its own share fits, for all workers of its DataLoader, but knows of no other process. With order
-            `windowed` ranks read the same shards at about the same time; with `global` each of N ranks of a machine needs as
+            `local` ranks read the same shards at about the same time; with `global` each of N ranks of a machine needs as
             much room as one: give `block_bytes` N times the size that a refusal names.
         block_bytes: most bytes in `block_dir`; several processes at work may pass it by a sixty-fourth each.
         memory_bytes: record batches held in memory: those fetched ahead (without `block_dir`), and as many again in use.

@@ -21,20 +21,20 @@ class Fetcher:
 
     Args:
         readers: in their order.
-        options: of the loader.
+        config: of the loader.
         num_workers: processes that share the epoch, each with a Fetcher of its own over the same folder for blocks.
     """
 
-    def __init__(self, readers: Sequence[Reader], options: LoaderConfig, num_workers: int = 1) -> None:
+    def __init__(self, readers: Sequence[Reader], config: LoaderConfig, num_workers: int = 1) -> None:
         ends = np.cumsum([len(reader) for reader in readers])
         self._remote: list[tuple[int, int, Any]] = [
             (int(end) - len(reader), int(end), reader)
             for end, reader in zip(ends, readers, strict=True)
             if getattr(reader, "is_remote", False)
         ]
-        self._options, self._num_workers = options, num_workers
+        self._config, self._num_workers = config, num_workers
         # Given out and perhaps not read yet: what threads are ahead of the consumer.
-        self._num_behind = options.prefetch_batches + options.num_threads + 1
+        self._num_behind = config.prefetch_batches + config.num_threads + 1
         self._num_ahead = 2 * self._num_behind
 
     def telling(self, numbers: Iterable[int], sequences_of: SequencesOf) -> Iterator[int]:
@@ -72,7 +72,7 @@ class Fetcher:
     def _reserve(self, window: Sequence[NDArray[np.int64]]) -> None:
         """That what is wanted at one time can be kept: caches and workers with one folder for blocks share its room.
 
-        Workers read the same shards of a windowed order, but other record batches of a global one. Ranks of this machine are
+        Workers read the same shards of a local order, but other record batches of a global one. Ranks of this machine are
         not known here; see `RemoteConfig.block_dir`.
         """
         needs: dict[Any, int] = defaultdict(int)
@@ -80,8 +80,8 @@ class Fetcher:
         for reader, own in self._split(np.concatenate([np.zeros(0, np.int64), *window])):
             room = reader.block_dir or id(reader)
             readers[room] = reader
-            if self._options.order == "windowed":
-                needs[room] += reader.largest_shards_bytes(self._options.window_shards)
+            if self._config.order == "local":
+                needs[room] += reader.largest_shards_bytes(self._config.local_shards)
             else:
                 needs[room] += reader.window_bytes(own) * (1 if reader.block_dir is None else self._num_workers)
         for room, reader in readers.items():

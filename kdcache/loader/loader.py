@@ -17,13 +17,13 @@ from kdcache.loader.base import Reader
 from kdcache.loader.batches.batch import Batch
 from kdcache.loader.batches.buffers import Allocate, BufferPool, plain_memory
 from kdcache.loader.caches import CacheLike, CacheSet
-from kdcache.loader.checks import check_epoch, check_options, check_ranks
+from kdcache.loader.checks import check_config, check_epoch, check_ranks
 from kdcache.loader.fetch import Fetcher
 from kdcache.loader.prefetch import prefetch
 from kdcache.loader.read import read_rows
 from kdcache.loader.report import EpochCheck, EpochReport
-from kdcache.loader.rows.plan import BatchRows, EpochCounts, EpochPlan
-from kdcache.loader.state import LoaderState, as_json, parse_state, stream_options
+from kdcache.loader.rows.layout import BatchRows, EpochCounts, EpochLayout
+from kdcache.loader.state import LoaderState, as_json, parse_state, stream_config
 from kdcache.shown import get_logger
 
 _log = get_logger(__name__)
@@ -40,15 +40,15 @@ class Loader:
 
     Args:
         caches: an address, an open cache (`kdcache.open`, or a selection of it), or a list of them; how a list is mixed is said
-            in `options.mix`. What is opened here is closed by `close`; open caches stay the caller's, to be closed after the
+            in `config.mix`. What is opened here is closed by `close`; open caches stay the caller's, to be closed after the
             loader.
-        options: what a batch holds, and in which order.
+        config: what a batch holds, and in which order.
         rank, world_size: this loader takes the rank-th of world_size equal parts of each global batch, contiguous rows. Ranks
             that share a copy of the model (tensor or context parallel) take the same rank here.
         epoch: to begin with.
 
     Raises:
-        ConfigError: options out of range, a sequence longer than a row, ranks that cannot share a batch, an empty cache.
+        ConfigError: a setting out of range, a sequence longer than a row, ranks that cannot share a batch, an empty cache.
         MismatchError: caches of different tokenizers, vocabularies or selections.
         CacheNotFoundError, CorruptCacheError: an address that is no cache.
     """
@@ -56,18 +56,18 @@ class Loader:
     def __init__(
         self,
         caches: CacheLike | Sequence[CacheLike],
-        options: LoaderConfig = LoaderConfig(),  # noqa: B008 - frozen
+        config: LoaderConfig = LoaderConfig(),  # noqa: B008 - frozen
         *,
         rank: int = 0,
         world_size: int = 1,
         epoch: int = 0,
     ) -> None:
         check_epoch(epoch)
-        check_ranks(options, rank, world_size)
-        self.options = options
+        check_ranks(config, rank, world_size)
+        self.config = config
         self.rank = rank
         self.world_size = world_size
-        self._caches = CacheSet(caches, options.features, options.logprob_dtype, with_roles=options.with_roles)
+        self._caches = CacheSet(caches, config.features, config.logprob_dtype, with_roles=config.with_roles)
         self._epoch = epoch
         self._next_batch = 0
         self._closed = False
@@ -77,10 +77,10 @@ class Loader:
         self._make_transients()
 
     def _make_transients(self) -> None:
-        """What is made anew from the caches and options rather than pickled."""
+        """What is made anew from the caches and the config rather than pickled."""
         self._tables = self._caches.tables()
-        check_options(self.options, self._tables)
-        self._plan = EpochPlan(self._tables, self.options, self._epoch)
+        check_config(self.config, self._tables)
+        self._layout = EpochLayout(self._tables, self.config, self._epoch)
         self.use_buffers()
 
     @property
@@ -94,17 +94,17 @@ class Loader:
         return self._epoch
 
     @property
-    def plan(self) -> EpochPlan:
+    def layout(self) -> EpochLayout:
         """Which sequences each batch of `epoch` holds."""
-        return self._plan
+        return self._layout
 
-    def plan_of(self, epoch: int) -> EpochPlan:
+    def layout_of(self, epoch: int) -> EpochLayout:
         """Which sequences each batch of another epoch holds."""
-        return self._plan if epoch == self._epoch else EpochPlan(self._tables, self.options, epoch)
+        return self._layout if epoch == self._epoch else EpochLayout(self._tables, self.config, epoch)
 
     def counts(self) -> EpochCounts:
         """What `epoch` holds, all ranks together."""
-        return self._plan.counts()
+        return self._layout.counts()
 
     def report(self) -> EpochReport:
         """What this rank was given of the epoch that is being read; behind its loop, of the one that ended, which was
@@ -113,7 +113,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches of the whole epoch, those before a resumed place included; differs a little between packed epochs."""
-        return self._plan.num_batches
+        return self._layout.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         return self.iterate()
@@ -126,39 +126,39 @@ class Loader:
             CorruptCacheError: at the batch with the damaged record; the state then still names that batch.
         """
         self._move()
-        if not self._plan.has_batch(self._next_batch):  # a loop was left after the epoch's last batch
+        if not self._layout.has_batch(self._next_batch):  # a loop was left after the epoch's last batch
             self._enter(self._epoch + 1)
-        start, plan = self._next_batch + first, self._plan
+        start, layout = self._next_batch + first, self._layout
         if step > 1 or not self._report.ends_at(self._epoch, self._next_batch):
             self._report = EpochReport(self._epoch, self._next_batch)
         self._ahead = prefetch(
-            lambda number: self._read(plan, number),
-            Fetcher(self.readers, self.options, step).telling(
-                takewhile(plan.has_batch, count(start, step)), lambda number: self._sequences(plan, number)
+            lambda number: self._read(layout, number),
+            Fetcher(self.readers, self.config, step).telling(
+                takewhile(layout.has_batch, count(start, step)), lambda number: self._sequences(layout, number)
             ),
-            num_threads=self.options.num_threads,
-            look_ahead=self.options.prefetch_batches,
+            num_threads=self.config.num_threads,
+            look_ahead=self.config.prefetch_batches,
         )
         return self._iterate(self._ahead, self._num_moves, EpochCheck() if start == 0 and step == 1 else None)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON: all that a loader on the same cache with the same options needs to go on behind the last batch given."""
+        """JSON: all that a loader on the same cache with the same config needs to go on behind the last batch given."""
         return as_json(self._state())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where a state says. Ranks, world size and threads may differ from those it was saved under.
 
         Raises:
-            StateError: not a state, or one of another cache, of other options or of another version.
+            StateError: not a state, or one of another cache, of another config or of another version.
         """
         saved = parse_state(state, here=self._state())
-        plan = self.plan_of(saved.epoch)
-        if not plan.has_batch(saved.next_batch):
+        layout = self.layout_of(saved.epoch)
+        if not layout.has_batch(saved.next_batch):
             raise StateError(
-                f"the loader state names batch {saved.next_batch} of epoch {saved.epoch}, which has {plan.num_batches}"
+                f"the loader state names batch {saved.next_batch} of epoch {saved.epoch}, which has {layout.num_batches}"
             )
         self._move()
-        self._plan, self._epoch, self._next_batch = plan, saved.epoch, saved.next_batch
+        self._layout, self._epoch, self._next_batch = layout, saved.epoch, saved.next_batch
 
     def sources_before(self, state: dict[str, Any]) -> list[str]:
         """Where the sequences of the batch before a state came from, in the cache's words: this rank's part of it.
@@ -173,10 +173,10 @@ class Loader:
         epoch, number = saved.epoch, saved.next_batch - 1
         if number < 0:  # the last one of the epoch before
             epoch -= 1
-            number = self.plan_of(epoch).num_batches - 1 if epoch >= 0 else -1
+            number = self.layout_of(epoch).num_batches - 1 if epoch >= 0 else -1
         if number < 0:
             return []
-        return [self._caches.record(int(n)).sequence.source for n in self._sequences(self.plan_of(epoch), number)]
+        return [self._caches.record(int(n)).sequence.source for n in self._sequences(self.layout_of(epoch), number)]
 
     def set_epoch(self, epoch: int) -> None:
         """Stand at the start of an epoch; in the epoch that is being read, stay, so that a resumed loop may call this too."""
@@ -207,7 +207,7 @@ class Loader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = {"_ahead", "_tables", "_plan", "_pool"}
+        transient = {"_ahead", "_tables", "_layout", "_pool"}
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -218,7 +218,7 @@ class Loader:
     @property
     def _num_buffers(self) -> int:
         """Buffers that are in use while the consumer holds two batches, two arrays each, and one more batch."""
-        return 2 * (self.options.prefetch_batches * (self.options.num_threads > 0) + self.options.num_threads + 3)
+        return 2 * (self.config.prefetch_batches * (self.config.num_threads > 0) + self.config.num_threads + 3)
 
     def _iterate(
         self, ahead: Generator[_Read, None, None], move: int, check: EpochCheck | None
@@ -239,7 +239,7 @@ class Loader:
             # Not left to the garbage collector: the caches may be closed right after this.
             ahead.close()
         if check is not None:
-            check.raise_unless_all(self._plan, self._report if self.world_size == 1 else None)
+            check.raise_unless_all(self._layout, self._report if self.world_size == 1 else None)
         self._report = replace(self._report, is_complete=True)
         if self._report.num_batches < _BATCHES_BEFORE_WARNING:
             self._warn_if_all_masked()
@@ -253,34 +253,34 @@ class Loader:
                 "loader.mask has left out all %d positions of the first %d batches; look which roles the cache holds: %s",
                 self._report.num_masked,
                 self._report.num_batches,
-                self.options.mask,
+                self.config.mask,
             )
 
-    def _sequences(self, plan: EpochPlan, number: int) -> NDArray[np.int64]:
+    def _sequences(self, layout: EpochLayout, number: int) -> NDArray[np.int64]:
         """What this rank reads for a batch."""
-        return np.concatenate(self._share(plan.batch(number)))
+        return np.concatenate(self._share(layout.batch(number)))
 
     def _share(self, batch: BatchRows) -> list[NDArray[np.int64]]:
         share = len(batch.rows) // self.world_size
         return batch.rows[self.rank * share : (self.rank + 1) * share]
 
-    def _read(self, plan: EpochPlan, number: int) -> _Read:
-        batch = plan.batch(number)
-        read = read_rows(self._caches, self._share(batch), batch.seq_len, self.options.mask, self._pool)
+    def _read(self, layout: EpochLayout, number: int) -> _Read:
+        batch = layout.batch(number)
+        read = read_rows(self._caches, self._share(batch), batch.seq_len, self.config.mask, self._pool)
         return _Read(number, np.concatenate(batch.rows), read, read.num_tokens)
 
     def _state(self) -> LoaderState:
-        at_end = self._next_batch > 0 and not self._plan.has_batch(self._next_batch)
+        at_end = self._next_batch > 0 and not self._layout.has_batch(self._next_batch)
         return LoaderState(
             snapshots=tuple(self._caches.snapshots),
-            options=stream_options(self.options),
-            seed=self.options.seed,
+            config=stream_config(self.config),
+            seed=self.config.seed,
             epoch=self._epoch + 1 if at_end else self._epoch,
             next_batch=0 if at_end else self._next_batch,
         )
 
     def _enter(self, epoch: int) -> None:
-        self._plan = self.plan_of(epoch)
+        self._layout = self.layout_of(epoch)
         self._epoch, self._next_batch = epoch, 0
 
     def _move(self) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.loader.batches.batch import Batch
-from kdcache.loader.rows.plan import EpochPlan
+from kdcache.loader.rows.layout import EpochLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +78,17 @@ class EpochCheck:
         """Count the sequences that all ranks together were to be given in a batch."""
         self._count, self._sum = self._count + len(sequences), self._sum + int(sequences.sum())
 
-    def raise_unless_all(self, plan: EpochPlan, given: EpochReport | None) -> None:
+    def raise_unless_all(self, layout: EpochLayout, given: EpochReport | None) -> None:
         """Raise RuntimeError unless that was each sequence as often as planned, as far as count and sum of numbers can tell.
 
         Args:
-            plan: of the epoch.
+            layout: of the epoch.
             given: what was counted in the batches that were read; None where other ranks read a part of them.
         """
-        expected, expected_sum = plan.order.num_places, plan.order.expected_sum()
+        expected, expected_sum = layout.order.num_places, layout.order.expected_sum()
         if self._count != expected or expected_sum not in (None, self._sum):
             raise RuntimeError(f"an epoch of {expected} sequences gave {self._count}, or others: a bug of kdcache")
-        num_tokens = plan.counts().num_tokens
+        num_tokens = layout.counts().num_tokens
         if given is not None and (given.num_sequences, given.num_tokens) != (expected, num_tokens):
             raise RuntimeError(
                 f"the batches of an epoch of {expected} sequences and {num_tokens} tokens hold {given.num_sequences} sequences "

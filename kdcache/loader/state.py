@@ -11,7 +11,7 @@ from kdcache.errors import StateError
 from kdcache.loader.order.shuffle import ORDER_VERSION
 from kdcache.loader.rows.packing import PACKING_VERSION
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 MOST_STEPS = 2**62
 """No epoch or batch has this number: sums of them stay whole numbers of 64 bits."""
 
@@ -25,7 +25,7 @@ class LoaderState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         version: of this struct.
         order_version, packing_version: of the algorithms that made the stream.
         snapshots: of each cache, in their order: the digest of its manifest, and of what is selected from it.
-        options: the fields of LoaderConfig that decide the stream, but for the seed.
+        config: the fields of LoaderConfig that decide the stream, but for the seed.
         seed, epoch: of the order.
         next_batch: number in the epoch of the global batch that comes next; 0 of the next epoch behind the last.
     """
@@ -34,15 +34,15 @@ class LoaderState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     order_version: int = ORDER_VERSION
     packing_version: int = PACKING_VERSION
     snapshots: tuple[str, ...]
-    options: dict[str, Any]
+    config: dict[str, Any]
     seed: int
     epoch: int
     next_batch: int
 
 
-def stream_options(options: LoaderConfig) -> dict[str, Any]:
-    """The options that decide the stream, as JSON values; the seed has its own place in a state."""
-    return {name: value for name, value in as_json(options).items() if name not in _NOT_OF_THE_STREAM}
+def stream_config(config: LoaderConfig) -> dict[str, Any]:
+    """The fields of the config that decide the stream, as JSON values; the seed has a field of its own in a state."""
+    return {name: value for name, value in as_json(config).items() if name not in _NOT_OF_THE_STREAM}
 
 
 def as_json(struct: msgspec.Struct) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def parse_state(fields: Any, *, here: LoaderState) -> LoaderState:
         here: the state of the loader that is to go on with it; its epoch and next_batch do not matter.
 
     Raises:
-        StateError: not a state, or one of another cache, of other options or of another version; the message shows both sides.
+        StateError: not a state, or one of another cache, of another config or of another version; the message shows both sides.
     """
     if isinstance(fields, dict) and fields.get("version", STATE_VERSION) != STATE_VERSION:
         raise StateError(f"the loader state has version {fields['version']!r}, this kdcache reads version {STATE_VERSION}")
@@ -72,7 +72,7 @@ def parse_state(fields: Any, *, here: LoaderState) -> LoaderState:
         raise StateError(f"not a state of a kdcache loader: a value that JSON cannot hold: {error}") from error
     if differences:
         raise StateError(
-            f"the loader state was saved under {'; '.join(differences)}: give the loader the cache and the options that it was "
+            f"the loader state was saved under {'; '.join(differences)}: give the loader the cache and the config that it was "
             f"saved with, or begin anew without it"
         )
     if not (0 <= state.epoch < MOST_STEPS and 0 <= state.next_batch < MOST_STEPS):
@@ -88,13 +88,13 @@ def _leaves(state: LoaderState) -> dict[str, Any]:
     versions = {name: fields[name] for name in ("order_version", "packing_version", "seed")}
     snapshots = fields["snapshots"]
     named = {"snapshot": snapshots[0]} if len(snapshots) == 1 else {f"snapshot {i}": name for i, name in enumerate(snapshots)}
-    return versions | named | _opened(fields["options"])
+    return versions | named | _opened(fields["config"])
 
 
-def _opened(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _opened(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Sections opened, so that a difference names the field: `mask.roles`."""
     leaves: dict[str, Any] = {}
-    for name, value in options.items():
+    for name, value in config.items():
         # A mapping with free keys (role_weights) opens as well: an absent key differs from every number.
         leaves |= _opened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return leaves

@@ -114,7 +114,7 @@ def read_all(cache: Path, *, everything: bool) -> dict[str, Outcome]:
     if everything:
         ways |= {
             "roles": lambda: loaded(cache, packing="none", num_threads=0, with_roles=True),
-            "windowed": lambda: loaded(cache, packing="none", num_threads=0, order="windowed"),
+            "local": lambda: loaded(cache, packing="none", num_threads=0, order="local"),
             "features": lambda: loaded(cache, packing="none", num_threads=0, features=("last", "mid")),
             "doctor": lambda: command("doctor", name),
             "derive": lambda: command("derive", derived, "--from", name, "--accept-incomplete"),

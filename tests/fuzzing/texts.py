@@ -185,7 +185,7 @@ def _of(value: Any) -> Callable[[random.Random], bytes]:
     return lambda rng: spoilt(value, rng)
 
 
-_HERE = LoaderState(snapshots=("a" * 64,), options={"seq_len": 64, "mask": {"roles": None}}, seed=0, epoch=0, next_batch=0)
+_HERE = LoaderState(snapshots=("a" * 64,), config={"seq_len": 64, "mask": {"roles": None}}, seed=0, epoch=0, next_batch=0)
 _FILE = {"sha256": "0" * 64, "num_bytes": 2}
 
 READERS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path, bytes], Any]]] = {

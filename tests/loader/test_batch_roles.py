@@ -21,7 +21,7 @@ from kdcache.loader.batches.batch import NO_ROLE, Batch, stack_batches
 from kdcache.loader.loader import Loader
 from kdcache.loader.view import PackedView
 
-PLAIN = LoaderConfig(seq_len=32, batch_rows=4, pack_window=8, num_threads=1)
+PLAIN = LoaderConfig(seq_len=32, batch_rows=4, packing_buffer=8, num_threads=1)
 MASKS = [MaskConfig(), MaskConfig(roles=("user", "assistant")), MaskConfig(drop_first=2, drop_first_of="turn")]
 UNITS = [make_unit(unit, num_sequences=7) for unit in range(2)]
 
@@ -49,7 +49,7 @@ def test_roles_are_those_of_the_predicted_tokens_and_nothing_else_changes(path: 
     seen: set[int] = set()
     with kdcache.open(path) as cache, Loader(cache, options) as plain, Loader(cache, with_roles) as loader:
         for number, (batch, other) in enumerate(zip(loader, plain, strict=True)):
-            numbers = [int(i) for row in loader.plan_of(0).batch(number).rows for i in row]
+            numbers = [int(i) for row in loader.layout_of(0).batch(number).rows for i in row]
             assert batch.roles_P is not None
             assert batch.roles_P.dtype == np.uint8
             assert batch.roles_P.tolist() == expected_roles(batch, [cache[i] for i in numbers])

@@ -73,14 +73,14 @@ def test_larger_arrays_replace_smaller_buffers_and_no_more_are_kept_than_asked_f
 
 def test_batches_that_are_kept_stay_as_they_were() -> None:
     reader = MemoryReader(LENGTHS)
-    options = LoaderConfig(seq_len=16, batch_rows=2, pack_window=8, num_threads=2)
-    plain = LoaderConfig(seq_len=16, batch_rows=2, pack_window=8, num_threads=0)
+    options = LoaderConfig(seq_len=16, batch_rows=2, packing_buffer=8, num_threads=2)
+    plain = LoaderConfig(seq_len=16, batch_rows=2, packing_buffer=8, num_threads=0)
     assert_same_stream(list(Loader(reader, options)), list(Loader(reader, plain)))
 
 
 def test_a_loop_that_lets_go_of_its_batches_uses_few_buffers() -> None:
     reader = MemoryReader([8] * 400, supervised="all")
-    loader = Loader(reader, LoaderConfig(seq_len=16, batch_rows=2, pack_window=8, num_threads=2, prefetch_batches=3))
+    loader = Loader(reader, LoaderConfig(seq_len=16, batch_rows=2, packing_buffer=8, num_threads=2, prefetch_batches=3))
     allocated: list[int] = []
 
     def allocate(num_bytes: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from kdcache.loader.view import PackedView
 from kdcache.store.writing.writer import CacheWriter
 
 LENGTHS = np.random.default_rng(1).integers(1, 13, 40).tolist()
-OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, pack_window=8, num_threads=2)
+OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, packing_buffer=8, num_threads=2)
 SHARDS = (0, 9, 20, 40)
 
 
@@ -126,11 +126,11 @@ def test_a_loader_takes_an_address_and_closes_what_it_opened(path: Path, cache: 
         Loader([], OPTIONS)
 
 
-@pytest.mark.parametrize("order", ["global", "windowed"])
+@pytest.mark.parametrize("order", ["global", "local"])
 def test_several_caches_on_disk_give_the_stream_of_the_same_records_in_memory(tmp_path: Path, path: Path, order: str) -> None:
     other = memory_of(100, LENGTHS[:25] + [3] * 15, num_units=3)
     options = LoaderConfig(
-        seq_len=16, batch_rows=4, order=order, window_shards=2, mix=MixConfig(counts=(50, 15)), num_threads=2  # pyright: ignore[reportArgumentType]
+        seq_len=16, batch_rows=4, order=order, local_shards=2, mix=MixConfig(counts=(50, 15)), num_threads=2  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     in_memory = [memory_of(shards=(9, 11, 20)), memory_of(100, LENGTHS[:25] + [3] * 15, shards=(9, 11, 20))]
     with Loader([path, write(tmp_path / "other", other)], options) as loader:

@@ -35,7 +35,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 def make_options(**fields: Any) -> LoaderConfig:
-    return LoaderConfig(**{"seq_len": 16, "batch_rows": 6, "pack_window": 8, "num_threads": 0, **fields})
+    return LoaderConfig(**{"seq_len": 16, "batch_rows": 6, "packing_buffer": 8, "num_threads": 0, **fields})
 
 
 def stream(loader: Loader, num_epochs: int) -> list[Batch]:
@@ -44,7 +44,7 @@ def stream(loader: Loader, num_epochs: int) -> list[Batch]:
 
 def test_an_epoch_gives_every_sequence_once_in_the_order_of_its_plan(reader: MemoryReader) -> None:
     loader = Loader(reader, make_options())
-    expected = [int(s) for b in range(len(loader)) for row in loader.plan.batch(b).rows for s in row]
+    expected = [int(s) for b in range(len(loader)) for row in loader.layout.batch(b).rows for s in row]
     counts = loader.counts()
     batches = list(loader)
     assert [s for batch in batches for s in sequences_of(batch)] == expected
@@ -202,12 +202,12 @@ def state_with(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     ("damage", "sentence"),
     [
         (state_with(snapshots=["0" * 64]), r"snapshot '0000.*here '"),
-        (state_with(version=1), "version 1, this kdcache reads version 2"),
+        (state_with(version=1), "version 1, this kdcache reads version 3"),
         (state_with(order_version=7), "order_version 7, here 1"),
         (state_with(packing_version=7), "packing_version 7, here 1"),
         (state_with(seed=5), "seed 5, here 0"),
         (
-            lambda s: s | {"options": s["options"] | {"seq_len": 32, "batch_rows": 12}},
+            lambda s: s | {"config": s["config"] | {"seq_len": 32, "batch_rows": 12}},
             "seq_len 32, here 16; batch_rows 12, here 6",
         ),
         (state_with(next_batch=10_000), "batch 10000 of epoch 0, which has"),
@@ -250,7 +250,7 @@ class DamagedReader(MemoryReader):
 def test_a_damaged_record_surfaces_at_its_batch_and_the_state_still_names_it(num_threads: int) -> None:
     reader, given = DamagedReader(LENGTHS), []
     loader = Loader(reader, make_options(num_threads=num_threads))
-    reader.bad = int(loader.plan.batch(2).rows[3][0])
+    reader.bad = int(loader.layout.batch(2).rows[3][0])
     for _ in range(2):
         with pytest.raises(CorruptCacheError, match="digest does not match"):
             given.extend(loader)  # keeps what came before the error

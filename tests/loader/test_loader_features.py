@@ -26,7 +26,7 @@ FEATURES = (
     FeatureInfo(name="whole", layer=2, size=H, pooling="mean"),
 )
 NAMES = tuple(feature.name for feature in FEATURES)
-OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, pack_window=8, num_threads=0, features=NAMES)
+OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, packing_buffer=8, num_threads=0, features=NAMES)
 MASK = MaskConfig(drop_first=2)
 
 

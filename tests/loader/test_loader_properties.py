@@ -38,16 +38,16 @@ UNPACKED = st.fixed_dictionaries(
         "packing": st.just("none"),
         "group_by_length": st.booleans(),
         "pad_to": st.sampled_from(["seq_len", "longest"]),
-        "batch_tokens": st.sampled_from([None, 12 * SEQ_LEN, 17 * SEQ_LEN]),
+        "max_batch_tokens": st.sampled_from([None, 12 * SEQ_LEN, 17 * SEQ_LEN]),
     }
 )
 FIELDS = st.fixed_dictionaries(
     {
         "seq_len": st.just(SEQ_LEN),
         "batch_rows": st.sampled_from([6, 12]),
-        "pack_window": st.integers(1, 40),
-        "order": st.sampled_from(["global", "windowed"]),
-        "window_shards": st.integers(1, 4),
+        "packing_buffer": st.integers(1, 40),
+        "order": st.sampled_from(["global", "local"]),
+        "local_shards": st.integers(1, 4),
         "shuffle": st.booleans(),
         "seed": st.integers(0, 2**63 - 1),
         "mask": st.sampled_from(
@@ -129,7 +129,7 @@ def test_an_epoch_gives_each_sequence_as_often_as_its_plan_says(
 ) -> None:
     readers, options = set_up
     loaders = [Loader(readers, options, rank=r, world_size=ranks, epoch=epoch) for r in range(ranks)]
-    counts, planned = loaders[0].counts(), loaders[0].plan.order.counts
+    counts, planned = loaders[0].counts(), loaders[0].layout.order.counts
     given_sequences = [s for loader in loaders for batch in loader for s in sequences_of(batch)]
     assert len(given_sequences) == counts.num_sequences == sum(planned)
     seen = Counter(given_sequences)

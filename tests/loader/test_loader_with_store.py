@@ -15,7 +15,7 @@ from kdcache.store.reader import CacheReader, open_cache
 from kdcache.store.writing.writer import CacheWriter
 
 LENGTHS = np.random.default_rng(1).integers(1, 13, 40).tolist()
-OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, pack_window=8, num_threads=2)
+OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, packing_buffer=8, num_threads=2)
 
 
 def write_cache(path: Path, memory: MemoryReader) -> CacheReader:
@@ -61,7 +61,7 @@ def test_a_flipped_bit_in_a_shard_is_an_error_at_its_batch_and_not_a_wrong_numbe
     shard.chmod(0o644)
     shard.write_bytes(data)
     with open_cache(tmp_path / "cache") as reader, Loader(reader, OPTIONS) as loader:
-        number = next(b for b in range(len(loader)) if any(7 in row for row in loader.plan.batch(b).rows))
+        number = next(b for b in range(len(loader)) if any(7 in row for row in loader.layout.batch(b).rows))
         with pytest.raises(CorruptCacheError, match="digest"):
             list(loader)
         assert loader.state_dict()["next_batch"] == number

@@ -24,8 +24,8 @@ from kdcache.store.files.location import RemotePath
 
 NUM_UNITS, NUM_SEQUENCES = 5, 6
 OPTIONS = {
-    order: LoaderConfig(seq_len=32, batch_rows=2, pack_window=8, order=order, window_shards=2, num_threads=2)
-    for order in ("global", "windowed")
+    order: LoaderConfig(seq_len=32, batch_rows=2, packing_buffer=8, order=order, local_shards=2, num_threads=2)
+    for order in ("global", "local")
 }
 
 
@@ -67,7 +67,7 @@ def test_the_stream_is_that_of_the_local_copy_whatever_the_network_does(cache, l
     config = RemoteConfig(deadline_seconds=60.0, timeout_seconds=1.0, block_dir=str(tmp_path / "blocks"), block_bytes=2**20)
     with kdcache.open(cache, remote=config) as reader, Loader(reader, OPTIONS[order]) as loader:
         assert stream(loader) == expected
-        assert len(loader.plan_of(0).batch(0).rows) == 2
+        assert len(loader.layout_of(0).batch(0).rows) == 2
     assert set(s3.faults) == set(faults)
 
 
@@ -85,7 +85,7 @@ def test_each_byte_is_asked_for_once_where_there_is_room_for_the_window(cache, s
 def test_windows_that_come_and_go_read_a_shard_once_an_epoch_although_not_all_fit(cache, s3, local, tmp_path):
     largest = max(path.stat().st_size for path in (local / "data").iterdir())
     config = RemoteConfig(block_dir=str(tmp_path), block_bytes=4 * largest)
-    with kdcache.open(cache, remote=config) as reader, Loader(reader, OPTIONS["windowed"]) as loader:
+    with kdcache.open(cache, remote=config) as reader, Loader(reader, OPTIONS["local"]) as loader:
         stream(loader, 1)
     fetched = sum(
         int(stop) - int(start) + 1
@@ -115,10 +115,10 @@ def needed(cache: str, options: LoaderConfig, folder: Path, num_workers: int) ->
 
 def test_workers_that_share_a_folder_need_a_window_each_where_they_read_all_over_the_cache(cache, tmp_path):
     options = LoaderConfig(seq_len=32, batch_rows=1, num_threads=0, prefetch_batches=1)
-    windowed = msgspec.structs.replace(options, order="windowed", window_shards=2)
+    local = msgspec.structs.replace(options, order="local", local_shards=2)
     one = needed(cache, options, tmp_path, 1)
     assert one < needed(cache, options, tmp_path, 2) <= 3 * one
-    assert needed(cache, windowed, tmp_path, 2) == needed(cache, windowed, tmp_path, 1)
+    assert needed(cache, local, tmp_path, 2) == needed(cache, local, tmp_path, 1)
 
 
 def test_a_selection_and_a_mix_of_a_remote_and_a_local_cache_are_fetched_ahead_too(cache, local, s3):
@@ -131,7 +131,7 @@ def test_a_selection_and_a_mix_of_a_remote_and_a_local_cache_are_fetched_ahead_t
 
 
 def test_a_resumed_loader_and_a_pickled_one_go_on_with_the_same_stream(cache, local):
-    options = OPTIONS["windowed"]
+    options = OPTIONS["local"]
     with Loader(str(local), options) as loader:
         expected = stream(loader, 1)
     with Loader(cache, options) as loader:
@@ -164,9 +164,9 @@ def test_a_cache_under_another_scheme_gives_the_stream_of_the_local_copy(local, 
     # Of a number of threads that nothing else asks for: stores are kept by their configs.
     config = RemoteConfig(block_dir=str(tmp_path), block_bytes=2**20, num_threads=3)
     copied(local, uri, config)
-    with kdcache.open(local) as on_disk, Loader(on_disk, OPTIONS["windowed"]) as loader:
+    with kdcache.open(local) as on_disk, Loader(on_disk, OPTIONS["local"]) as loader:
         expected = stream(loader)
-    with kdcache.open(uri, remote=config) as cache, Loader(cache, OPTIONS["windowed"]) as loader:
+    with kdcache.open(uri, remote=config) as cache, Loader(cache, OPTIONS["local"]) as loader:
         assert cache.is_remote
         assert stream(loader) == expected
     assert any("/data/" in name for name in Store.store)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 from kdcache.loader._torch import TorchBatch, TorchLoader, to_device, to_torch  # noqa: E402
 
 LENGTHS = np.random.default_rng(0).integers(1, 13, 41).tolist()
-OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, pack_window=8, num_threads=0)
+OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, packing_buffer=8, num_threads=0)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,9 @@ def test_any_number_of_workers_gives_the_loader_s_stream(reader: MemoryReader, n
 def test_two_workers_give_the_stream_of_a_cache_on_disk(tmp_path: Path, start: str, is_direct: bool) -> None:
     """Its files are mapped here before the workers are started, and read by the compiled call or record by record."""
     path = make_cache(tmp_path / "cache", "packed", num_units=4, num_sequences=8)
-    options = LoaderConfig(seq_len=32, batch_rows=2, pack_window=8, num_threads=1, with_roles=not is_direct)
+    options = LoaderConfig(seq_len=32, batch_rows=2, packing_buffer=8, num_threads=1, with_roles=not is_direct)
     with open_dataset(path) as cache, Loader(cache, options) as inner:
-        first = inner.plan.batch(0).rows
+        first = inner.layout.batch(0).rows
         layout = BatchLayout(tuple(map(len, first)), 32, CacheSet(cache).columns, with_roles=not is_direct)
         assert (read_direct(CacheSet(cache), first, layout, None) is not None) == is_direct
         loader = TorchLoader(inner)

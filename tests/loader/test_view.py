@@ -9,7 +9,7 @@ from kdcache.loader.batches.batch import stack_batches
 from kdcache.loader.loader import Loader
 from kdcache.loader.view import PackedView
 
-OPTIONS = LoaderConfig(seq_len=12, batch_rows=3, pack_window=7, num_threads=0)
+OPTIONS = LoaderConfig(seq_len=12, batch_rows=3, packing_buffer=7, num_threads=0)
 
 
 @pytest.fixture(scope="module")

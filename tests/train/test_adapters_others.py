@@ -20,7 +20,7 @@ from kdcache.errors import ConfigError, StateError
 from kdcache.loader._torch import to_torch
 from kdcache.loader.batches.batch import Batch
 from kdcache.loader.loader import Loader
-from kdcache.loader.rows.plan import EpochPlan
+from kdcache.loader.rows.layout import EpochLayout
 from kdcache.train.adapters import BatchStream, StudentLoss, TitanDataLoader, iterable_dataset, num_stream_batches
 
 
@@ -69,7 +69,7 @@ def test_a_stream_gives_the_same_batch_by_number_in_turn_and_in_rounds(small_cac
         whole = [batch.input_ids_BT for batch in stream][:2]
         assert all(map(torch.equal, whole, wanted[8:]))
         stream.pause()
-        assert num_stream_batches(loader, 2) == sum(loader.plan_of(epoch).num_batches for epoch in (0, 1))
+        assert num_stream_batches(loader, 2) == sum(loader.layout_of(epoch).num_batches for epoch in (0, 1))
         with pytest.raises(StateError, match="not a state of a kdcache stream"):
             stream.load_state_dict(loader.state_dict())
         with pytest.raises(ConfigError, match="round_batches is 0"):
@@ -79,9 +79,9 @@ def test_a_stream_gives_the_same_batch_by_number_in_turn_and_in_rounds(small_cac
 class Planning(Loader):
     """Says which epochs were planned."""
 
-    def plan_of(self, epoch: int) -> EpochPlan:
+    def layout_of(self, epoch: int) -> EpochLayout:
         self.planned.append(epoch)
-        return super().plan_of(epoch)
+        return super().layout_of(epoch)
 
     def __init__(self, *args: Any, **fields: Any) -> None:
         self.planned: list[int] = []

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from kdcache.config.loader import LoaderConfig, MixConfig
 from kdcache.errors import ConfigError
+from kdcache.loader.order.local import LocalOrder
 from kdcache.loader.order.shuffle import Order, derived_seed, sequences_at
-from kdcache.loader.order.windowed import WindowedOrder
 
 _CACHE = 3
 
@@ -76,17 +76,17 @@ class EpochOrder:
 
     Args:
         caches: at least one.
-        options: order, window_shards, shuffle, seed and mix matter.
+        config: order, local_shards, shuffle, seed and mix matter.
         epoch: >= 0.
     """
 
-    def __init__(self, caches: Sequence[CacheTable], options: LoaderConfig, epoch: int) -> None:
-        self._caches, self._options, self._epoch = caches, options, epoch
+    def __init__(self, caches: Sequence[CacheTable], config: LoaderConfig, epoch: int) -> None:
+        self._caches, self._config, self._epoch = caches, config, epoch
         self.sizes = [len(cache.num_tokens_S) for cache in caches]
         self.bases = np.cumsum([0, *self.sizes])
-        self.counts = epoch_counts(self.sizes, options.mix)
+        self.counts = epoch_counts(self.sizes, config.mix)
         self.num_places = sum(self.counts)
-        self._passes: dict[tuple[int, int], Order | WindowedOrder] = {}
+        self._passes: dict[tuple[int, int], Order | LocalOrder] = {}
 
     def sequences_at(self, start: int, stop: int) -> NDArray[np.int64]:
         """(stop - start,) int64, the numbers of the sequences at places start..stop-1.
@@ -135,16 +135,16 @@ class EpochOrder:
             start = end
         return np.concatenate(parts) + self.bases[cache]
 
-    def _pass(self, cache: int, number: int) -> Order | WindowedOrder:
+    def _pass(self, cache: int, number: int) -> Order | LocalOrder:
         if (cache, number) not in self._passes:
-            options, seed = self._options, self._options.seed
+            config, seed = self._config, self._config.seed
             if len(self._caches) > 1:
                 seed = derived_seed(seed, _CACHE, cache)
-            if options.order == "windowed" and options.shuffle:
+            if config.order == "local" and config.shuffle:
                 sizes_C = self._caches[cache].shard_sizes_C
-                self._passes[cache, number] = WindowedOrder(sizes_C, options.window_shards, seed, number)
+                self._passes[cache, number] = LocalOrder(sizes_C, config.local_shards, seed, number)
             else:
-                self._passes[cache, number] = Order(self.sizes[cache], seed, number, options.shuffle)
+                self._passes[cache, number] = Order(self.sizes[cache], seed, number, config.shuffle)
         return self._passes[cache, number]
 
 
@@ -171,5 +171,5 @@ def _keys(low: int, high: int, count: int) -> NDArray[np.float64]:
     return (2 * np.arange(low, high, dtype=np.int64) + 1) / np.float64(2 * count)
 
 
-def _places(order: Order | WindowedOrder, start: int, stop: int) -> NDArray[np.int64]:
-    return order.sequences_at(start, stop) if isinstance(order, WindowedOrder) else sequences_at(order, start, stop)
+def _places(order: Order | LocalOrder, start: int, stop: int) -> NDArray[np.int64]:
+    return order.sequences_at(start, stop) if isinstance(order, LocalOrder) else sequences_at(order, start, stop)

@@ -1,6 +1,6 @@
 """Packing: which sequences share a row and which rows a batch, from their lengths alone. Pure functions; no record is read.
 
-Each window of `pack_window` sequences of the epoch's order is treated by itself. `first_fit`: a sequence goes into the first
+Each window of `packing_buffer` sequences of the epoch's order is treated by itself. `first_fit`: a sequence goes into the first
 row of its window that has room for it, or opens a new one. `BLOCK_WINDOWS` windows are packed at once. One sequence per row:
 `batching.py`.
 
@@ -32,12 +32,12 @@ class Packing:
     window: int
 
     @classmethod
-    def of(cls, options: LoaderConfig) -> Packing:
-        """As the options say; where batches are cut within windows, a window is whole batches."""
-        window = options.pack_window
-        if cuts_batches(options):
-            window = -(-window // options.batch_rows) * options.batch_rows
-        return cls(options.packing, options.seq_len, window)
+    def of(cls, config: LoaderConfig) -> Packing:
+        """As the config says; where batches are cut within windows, a window is whole batches."""
+        window = config.packing_buffer
+        if cuts_batches(config):
+            window = -(-window // config.batch_rows) * config.batch_rows
+        return cls(config.packing, config.seq_len, window)
 
     @property
     def block_places(self) -> int:
@@ -67,9 +67,9 @@ class Rows:
         return self.sequences_M[self.starts_R1[row] : self.starts_R1[row + 1]]
 
 
-def cuts_batches(options: LoaderConfig) -> bool:
+def cuts_batches(config: LoaderConfig) -> bool:
     """Whether batches are cut within windows, by the lengths of their sequences."""
-    return options.group_by_length or options.batch_tokens is not None or options.pad_to == "longest"
+    return config.group_by_length or config.max_batch_tokens is not None or config.pad_to == "longest"
 
 
 def pack_block(sequences_M: NDArray[np.int64], lengths_M: NDArray[np.int64], packing: Packing) -> Rows:

@@ -73,8 +73,8 @@ class LookAhead:
         elsewhere = ", or remote.block_dir to a local folder with so much room" if self._config.block_dir is None else ""
         raise ConfigError(
             f"remote.{field} is {self.shards.blocks.capacity}, but what is read ahead from {self.shards.root} at a time takes "
-            f"{num_bytes} bytes: set remote.{field} to {needed} or more{elsewhere}, or read less ahead (loader.order windowed, "
-            "loader.window_shards, loader.prefetch_batches)"
+            f"{num_bytes} bytes: set remote.{field} to {needed} or more{elsewhere}, or read less ahead (loader.order local, "
+            "loader.local_shards, loader.prefetch_batches)"
         )
 
     def _batches(self, numbers: Iterable[int]) -> NDArray[np.int64]:

@@ -60,7 +60,7 @@ class StudentLoss:
         check_finite: bool = True,
     ) -> None:
         plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
-        check_architecture(plain, is_packed=loader.options.packing != "none")
+        check_architecture(plain, is_packed=loader.config.packing != "none")
         _warn_of_attention(plain)
         self._plain = plain
         self.head = output_projection(plain)

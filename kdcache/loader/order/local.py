@@ -1,5 +1,5 @@
-"""The windowed order: shards in a shuffled order, a few at a time, their sequences mixed. For caches that are read from afar:
-what is read in a stretch of the epoch lies in `window_shards` shards.
+"""The local order: shards in a shuffled order, a few at a time, their sequences mixed. For caches that are read from afar:
+what is read in a stretch of the epoch lies in `local_shards` shards.
 
 The shards are permuted by the keyed bijection of `order.py`. Each window of so many of them, one after another in that order,
 is a range of places; within it a bijection of its own, keyed by the window's number, says which of the window's sequences
@@ -18,16 +18,16 @@ from kdcache.loader.order.shuffle import Order, derived_seed, sequence_at_refere
 _SHARDS, _WINDOW = 1, 2
 
 
-class WindowedOrder:
+class LocalOrder:
     """The order in which one epoch reads a cache, window by window; `Order` for the shards and for each window.
 
     Args:
         shard_sizes_C: (C,) sequences of each shard, in the cache's order; shards of none are passed over.
-        window_shards: shards in a window; the last window has what is left.
+        local_shards: shards in a window; the last window has what is left.
         seed, epoch: as for Order.
     """
 
-    def __init__(self, shard_sizes_C: NDArray[np.int64], window_shards: int, seed: int, epoch: int) -> None:
+    def __init__(self, shard_sizes_C: NDArray[np.int64], local_shards: int, seed: int, epoch: int) -> None:
         self.seed, self.epoch = seed, epoch
         sizes_C = np.asarray(shard_sizes_C, np.int64)
         firsts_C = np.cumsum(sizes_C) - sizes_C
@@ -35,8 +35,8 @@ class WindowedOrder:
         shards_C = sequences_at(Order(len(sizes_C), derived_seed(seed, _SHARDS), epoch), 0, len(sizes_C))
         self._firsts_C = firsts_C[shards_C]
         self._starts_C1 = np.append(0, np.cumsum(sizes_C[shards_C]))
-        self._window_shards = window_shards
-        self._window_starts_W1 = np.append(self._starts_C1[:-1:window_shards], self._starts_C1[-1])
+        self._local_shards = local_shards
+        self._window_starts_W1 = np.append(self._starts_C1[:-1:local_shards], self._starts_C1[-1])
 
     @property
     def num_sequences(self) -> int:
@@ -68,7 +68,7 @@ class WindowedOrder:
     def sequence_at_reference(self, place: int) -> int:
         """The sequence at one place, by writing out its window: the definition that `sequences_at` is compared with."""
         shards = list(range(len(self._firsts_C)))
-        windows = [shards[i : i + self._window_shards] for i in range(0, len(shards), self._window_shards)]
+        windows = [shards[i : i + self._local_shards] for i in range(0, len(shards), self._local_shards)]
         for window, members in enumerate(windows):
             spans = [(self._firsts_C[c], self._starts_C1[c + 1] - self._starts_C1[c]) for c in members]
             sequences = [int(first) + i for first, size in spans for i in range(int(size))]

@@ -1,4 +1,4 @@
-"""The plan of an epoch: rows and batches by number, computed as they are asked for; bounded memory, no record is read.
+"""The layout of an epoch: rows and batches by number, computed as they are asked for; bounded memory, no record is read.
 
 Shape letters: M sequences.
 """
@@ -59,8 +59,8 @@ class BatchRows:
     seq_len: int
 
 
-class EpochPlan:
-    """Which sequences each row and each global batch of an epoch holds: a pure function of lengths, options and epoch.
+class EpochLayout:
+    """Which sequences each row and each global batch of an epoch holds: a pure function of lengths, config and epoch.
 
     A block of rows is computed when a row of it is asked for, and the last few are kept; of all others only their counts are.
     Asking for batch b computes the blocks before b once (benchmarks/loader_scale.py: what a resume waits for). Safe to use from
@@ -68,23 +68,23 @@ class EpochPlan:
 
     Args:
         caches: what is known of each cache, see `kdcache.loader.order.mix`.
-        options: of the loader.
+        config: of the loader.
         epoch: >= 0.
     """
 
-    def __init__(self, caches: Sequence[CacheTable], options: LoaderConfig, epoch: int) -> None:
-        self._args = (caches, options, epoch)
-        self._options, self._epoch = options, epoch
-        self._packing = Packing.of(options)
-        self._cuts_batches = cuts_batches(options)
-        self.order = EpochOrder(caches, options, epoch)
+    def __init__(self, caches: Sequence[CacheTable], config: LoaderConfig, epoch: int) -> None:
+        self._args = (caches, config, epoch)
+        self._config, self._epoch = config, epoch
+        self._packing = Packing.of(config)
+        self._cuts_batches = cuts_batches(config)
+        self.order = EpochOrder(caches, config, epoch)
         # Of rows, batches, tokens and places: how many there are before each block. One entry per block, 16 windows.
         self._before: list[_Totals] = [_Totals()]
         self._blocks: OrderedDict[int, Rows] = OrderedDict()
         self._lock = threading.RLock()
 
-    def __reduce__(self) -> tuple[Callable[..., EpochPlan], tuple[Any, ...]]:
-        return EpochPlan, self._args
+    def __reduce__(self) -> tuple[Callable[..., EpochLayout], tuple[Any, ...]]:
+        return EpochLayout, self._args
 
     @property
     def num_rows(self) -> int:
@@ -94,10 +94,10 @@ class EpochPlan:
     @property
     def num_batches(self) -> int:
         """Global batches, the padded last one included; computes the whole table of blocks where lengths have a say in it."""
-        if self._options.packing == "none" and self._options.batch_tokens is None:
-            return -(-self.order.num_places // self._options.batch_rows)
+        if self._config.packing == "none" and self._config.max_batch_tokens is None:
+            return -(-self.order.num_places // self._config.batch_rows)
         totals = self._totals()
-        return totals.batches if self._cuts_batches else -(-totals.rows // self._options.batch_rows)
+        return totals.batches if self._cuts_batches else -(-totals.rows // self._config.batch_rows)
 
     def has_row(self, row: int) -> bool:
         """Whether the epoch has this row; computes the table no further than needed."""
@@ -107,7 +107,7 @@ class EpochPlan:
         """Whether the epoch has this batch."""
         if self._cuts_batches:
             return number >= 0 and self._reaches("batches", number)
-        return self.has_row(number * self._options.batch_rows)
+        return self.has_row(number * self._config.batch_rows)
 
     def row(self, row: int) -> NDArray[np.int64]:
         """The sequences of a row, in their order in it.
@@ -130,15 +130,15 @@ class EpochPlan:
             raise IndexError(f"batch {number} is not in the epoch's {self.num_batches} batches")
         if self._cuts_batches:
             return self._own_batch(number)
-        first = number * self._options.batch_rows
+        first = number * self._config.batch_rows
         empty = np.zeros(0, np.int64)
-        rows = [self.row(r) if self.has_row(r) else empty for r in range(first, first + self._options.batch_rows)]
-        return BatchRows(rows, self._options.seq_len)
+        rows = [self.row(r) if self.has_row(r) else empty for r in range(first, first + self._config.batch_rows)]
+        return BatchRows(rows, self._config.seq_len)
 
     def counts(self) -> EpochCounts:
         """What the whole epoch holds."""
-        totals, num_batches, batch_rows = self._totals(), self.num_batches, self._options.batch_rows
-        num_places = totals.places if self._cuts_batches else totals.rows * self._options.seq_len
+        totals, num_batches, batch_rows = self._totals(), self.num_batches, self._config.batch_rows
+        num_places = totals.places if self._cuts_batches else totals.rows * self._config.seq_len
         return EpochCounts(
             num_sequences=self.order.num_places,
             num_tokens=totals.tokens,
@@ -156,8 +156,8 @@ class EpochPlan:
         first, end = rows.batches_N1[number - self._before[block].batches :][:2]
         sequences = [rows[r] for r in range(first, end)]
         longest = int(self.order.num_tokens(rows.sequences_M[rows.starts_R1[first] : rows.starts_R1[end]]).max())
-        sequences += [np.zeros(0, np.int64)] * (-len(sequences) % self._options.batch_rows)
-        return BatchRows(sequences, row_length(longest, self._options))
+        sequences += [np.zeros(0, np.int64)] * (-len(sequences) % self._config.batch_rows)
+        return BatchRows(sequences, row_length(longest, self._config))
 
     def _reaches(self, what: str, number: int) -> bool:
         with self._lock:
@@ -184,7 +184,7 @@ class EpochPlan:
             num_batches = len(rows.batches_N1) - 1
             longest_N = np.maximum.reduceat(lengths_M, rows.batches_N1[:-1])
             sizes_N = np.diff(rows.batches_N1)
-            num_places = sum(int(n) * row_length(int(t), self._options) for n, t in zip(sizes_N, longest_N, strict=True))
+            num_places = sum(int(n) * row_length(int(t), self._config) for n, t in zip(sizes_N, longest_N, strict=True))
         self._before.append(before.plus(len(rows), num_batches, int(lengths_M.sum()), num_places))
         return True
 
@@ -202,7 +202,7 @@ class EpochPlan:
         sequences_M = self.order.sequences_at(start, min(start + self._packing.block_places, self.order.num_places))
         lengths_M = self.order.num_tokens(sequences_M)
         if self._cuts_batches:
-            rows = batch_block(sequences_M, lengths_M, self._options, epoch=self._epoch, block=block)
+            rows = batch_block(sequences_M, lengths_M, self._config, epoch=self._epoch, block=block)
         else:
             rows = pack_block(sequences_M, lengths_M, self._packing)
         self._check_block(block, sequences_M, rows)

@@ -3,33 +3,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdcache.loader.order.local import LocalOrder
 from kdcache.loader.order.shuffle import ORDER_VERSION
-from kdcache.loader.order.windowed import WindowedOrder
 
 SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(any)
 
 
-def order_of(sizes: list[int], window_shards: int, seed: int = 0, epoch: int = 0) -> WindowedOrder:
-    return WindowedOrder(np.array(sizes, np.int64), window_shards, seed, epoch)
+def order_of(sizes: list[int], local_shards: int, seed: int = 0, epoch: int = 0) -> LocalOrder:
+    return LocalOrder(np.array(sizes, np.int64), local_shards, seed, epoch)
 
 
-def whole(order: WindowedOrder) -> list[int]:
+def whole(order: LocalOrder) -> list[int]:
     return order.sequences_at(0, order.num_sequences).tolist()
 
 
-def test_the_windowed_order_of_version_1_is_pinned() -> None:
+def test_the_local_order_of_version_1_is_pinned() -> None:
     """States name the version: if these numbers change, ORDER_VERSION must too, and old states are refused."""
     assert ORDER_VERSION == 1
     assert whole(order_of([3, 1, 4, 0, 2], 2)) == [0, 1, 3, 2, 4, 7, 9, 8, 6, 5]
     assert whole(order_of([3, 1, 4, 0, 2], 2, seed=2**63 - 1, epoch=9)) == [1, 6, 5, 7, 0, 2, 4, 8, 3, 9]
-    large = WindowedOrder(np.full(100_000, 12_345, np.int64), 64, 5, 6)
+    large = LocalOrder(np.full(100_000, 12_345, np.int64), 64, 5, 6)
     assert large.sequences_at(1_234_499_998, 1_234_500_000).tolist() == [1068962054, 978255107]
 
 
 @settings(deadline=None)
 @given(SIZES, st.integers(1, 14), st.integers(0, 2**63 - 1), st.integers(0, 2**40))
-def test_the_fast_path_equals_the_reference(sizes: list[int], window_shards: int, seed: int, epoch: int) -> None:
-    order = order_of(sizes, window_shards, seed, epoch)
+def test_the_fast_path_equals_the_reference(sizes: list[int], local_shards: int, seed: int, epoch: int) -> None:
+    order = order_of(sizes, local_shards, seed, epoch)
     expected = [order.sequence_at_reference(place) for place in range(sum(sizes))]
     assert whole(order) == expected
     assert sorted(expected) == list(range(sum(sizes)))
@@ -37,8 +37,8 @@ def test_the_fast_path_equals_the_reference(sizes: list[int], window_shards: int
 
 @settings(deadline=None)
 @given(SIZES, st.integers(1, 14), st.data())
-def test_a_range_is_a_slice_of_the_whole(sizes: list[int], window_shards: int, data: st.DataObject) -> None:
-    order = order_of(sizes, window_shards)
+def test_a_range_is_a_slice_of_the_whole(sizes: list[int], local_shards: int, data: st.DataObject) -> None:
+    order = order_of(sizes, local_shards)
     start = data.draw(st.integers(0, sum(sizes)))
     stop = data.draw(st.integers(start, sum(sizes)))
     assert order.sequences_at(start, stop).tolist() == whole(order)[start:stop]
