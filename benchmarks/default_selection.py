@@ -42,19 +42,19 @@ from numpy.typing import NDArray
 from rate_teachers import Teacher, stand_in, trained
 
 from kdcache.codec import get_codec
-from kdcache.config.capture import SelectionConfig
 from kdcache.config.loader import LoaderConfig
+from kdcache.config.selection import SELECTION_DEFAULTS
 from kdcache.format.manifest import CodecInfo, Manifest, PlanInfo, SelectionInfo
 from kdcache.format.record import Distributions, SequenceRecord, TokenSequence, sequence_key
 from kdcache.loader.cache import open_dataset
 from kdcache.loader.loader import Loader
 from kdcache.store.writing.writer import CacheWriter
-from kdcache.teacher.select._torch import Selector
 from kdcache.teacher.select.found import Found, record_of
+from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states
 
 TAUS = (0.1, 0.07, 0.05, 0.04, 0.03, 0.02, 0.01)
-DEFAULT_TAU, TOP_K = 0.04, SelectionConfig().k
+DEFAULT_TAU, TOP_K = SELECTION_DEFAULTS["threshold"]["tau"], SELECTION_DEFAULTS["top_k"]["k"]
 CODECS: dict[str, dict[str, Any]] = {"archive": {"bits": 8}, "quantized": {"bits": 8}, "packed": {}}
 STUDENTS = {"0.1 B": 0.1e9, "0.6 B": 0.6e9, "1.7 B": 1.7e9, "8 B": 8e9}
 GPU_FLOPS = 0.4 * 989e12
@@ -146,7 +146,7 @@ def bytes_of(kept: Kept, codec: str, vocab_size: int) -> float:
 def write_cache(folder: Path, kept: Kept, codec: str, vocab_size: int, num_positions: int) -> None:
     """The records again and again, each time as another sequence."""
     info = CodecInfo(codec_id=codec, params={"vocab_size": vocab_size, **CODECS[codec]})
-    identity = make_identity(TOP_K)
+    identity = make_identity(int(TOP_K))
     identity = msgspec.structs.replace(
         identity,
         teacher=msgspec.structs.replace(identity.teacher, vocab_size=vocab_size),

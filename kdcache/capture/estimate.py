@@ -213,7 +213,7 @@ def _most_positions(work: list[Work], config: CaptureConfig) -> int:
 def _bytes_are(config: CaptureConfig, probed: _Probed) -> Literal["expected", "most", "measured"]:
     if probed.is_measured:
         return "measured"
-    follows_content = config.codec.id == "archive" or fixed_entries(selection_info(config)) is None
+    follows_content = config.codec_id == "archive" or fixed_entries(selection_info(config)) is None
     return "most" if follows_content else "expected"
 
 

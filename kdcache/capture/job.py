@@ -138,7 +138,8 @@ def ask(teacher: Teacher, sequences: Sequence[TokenSequence], config: CaptureCon
 def selection_info(config: CaptureConfig) -> SelectionInfo:
     """The selection as the record states it."""
     asked = config.selection
-    params = {name: getattr(asked, name) for name in selection_params(asked.kind)}
+    values = {**asked.params, "seed": asked.seed}
+    params = {name: values[name] for name in selection_params(asked.kind)}
     return SelectionInfo(
         kind=asked.kind,
         params=params,
@@ -151,7 +152,7 @@ def selection_info(config: CaptureConfig) -> SelectionInfo:
 def codec_info(config: CaptureConfig, vocab_size: int) -> CodecInfo:
     """The codec and its parameters, for a vocabulary."""
     bits = {} if config.codec.bits is None else {"bits": config.codec.bits}
-    codec = get_codec(config.codec.id, {"vocab_size": vocab_size, **bits}, selection_info(config))
+    codec = get_codec(config.codec_id, {"vocab_size": vocab_size, **bits}, selection_info(config))
     return CodecInfo(codec_id=codec.codec_id, params=codec.params())
 
 

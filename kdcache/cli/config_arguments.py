@@ -18,7 +18,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_type: type[msgs
     parser.add_argument("config", metavar="CONFIG.yaml", help=f"the config; configs/{example} is a complete, commented example")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE",
-        help="override a field, as in --set selection.k=32 or --set 'input.paths=[a.txt, b.txt]'; the value is YAML",
+        help="override a field, as in --set selection.tau=0.02 or --set 'input.paths=[a.txt, b.txt]'; the value is YAML",
     )  # fmt: skip
     parser.epilog = f"fields of the config, each of which --set can override:\n\n{field_list(config_type)}"
 

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from kdcache.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Seconds
+from kdcache.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, Seconds
 from kdcache.config.chat import check_arguments, parse_moment
 from kdcache.config.remote import RemoteConfig
 from kdcache.config.secrets import refuse_secrets
+from kdcache.config.selection import CodecConfig, SelectionConfig
 from kdcache.config.teacher import TeacherConfig
 
 
@@ -114,37 +115,6 @@ class InputConfig(Config, frozen=True, kw_only=True):
             parse_moment(self.template_time)
 
 
-class SelectionConfig(Config, frozen=True, kw_only=True):
-    """What is kept of a distribution: which entries, and which numbers beside them.
-
-    The mass outside the entries and the logprob of the token that came next are always stored; temperatures and entropy are
-    chosen.
-
-    Attributes:
-        kind: `top_k`, the k most probable tokens; ties go to the smaller id. `top_p_k`, the most probable until their mass
-            reaches p, at most k. `sampled`, num_draws draws with replacement (Random Sampling KD). `threshold`, every token of
-            probability tau or more, and of the others an unbiased sample, each at tau; at most 1/tau entries, fewer where the
-            teacher is sure. `top_k_sampled`, the k most probable and num_draws draws of the others. Samples are unbiased, and
-            for losses that are linear in the teacher's probabilities: forward KL and cross entropy.
-        k: `top_k`, `top_p_k`, `top_k_sampled`: entries per position; of `top_p_k`, the most.
-        p: `top_p_k`: probability mass to reach, in (0, 1].
-        num_draws: `sampled`, `top_k_sampled`: draws per position.
-        tau: `threshold`: probability from which a token is always kept, in (0, 1]; 0.02 gives at most 51 entries.
-        seed: of the random kinds; each draw is a function of it, the sequence and the position.
-        temperatures: further temperatures at which students may be trained; each costs one number per position.
-        entropy: keep the teacher's entropy, one number per position.
-    """
-
-    kind: Literal["top_k", "top_p_k", "sampled", "threshold", "top_k_sampled"] = "top_k"
-    k: Positive = 64
-    p: Annotated[float, Meta(gt=0, le=1)] = 0.95
-    num_draws: Annotated[int, Meta(ge=1, le=65535)] = 50
-    tau: Annotated[float, Meta(gt=0, le=1)] = 0.02
-    seed: int = 0
-    temperatures: tuple[PositiveFloat, ...] = ()
-    entropy: bool = False
-
-
 class GenerateConfig(Config, frozen=True, kw_only=True):
     """How the teacher answers prompts, where it writes the texts itself. The input's items are the prompts: texts, chats up to
     the assistant's turn, or ids. As it is, it draws from its whole distribution.
@@ -219,25 +189,6 @@ class FeatureConfig(Config, frozen=True, kw_only=True):
         """The name that the cache gives it."""
         layer = "last" if self.layer == -1 else str(self.layer)
         return self.name or f"hidden_{layer}" + (f"_{self.pooling}" if self.pooling != "none" else "")
-
-
-class CodecConfig(Config, frozen=True, kw_only=True):
-    """How the kept entries become bytes.
-
-    Attributes:
-        id: `packed` (fixed-width ids, float16 logprobs: read fastest), `quantized` (fixed-width ids, logprobs of a few bits,
-            sums kept within 1), `archive` (smallest, read at millions of entries a second) or `raw` (int32, float32: exact).
-        bits: of a logprob; `quantized`: 4 to 8; `archive`: 4 to 8 as there, or 16 for float16 as in `packed`; null for 8.
-    """
-
-    id: Literal["packed", "quantized", "archive", "raw"] = "packed"
-    bits: Literal[4, 5, 6, 7, 8, 16] | None = None
-
-    def __post_init__(self) -> None:
-        if self.bits is not None and self.id not in ("quantized", "archive"):
-            raise ValueError(f"bits is for the codecs 'quantized' and 'archive'; leave it out for {self.id!r}")
-        if self.bits == 16 and self.id == "quantized":
-            raise ValueError("codec 'quantized' has 4 to 8 bits, not 16; 'packed' stores float16, and 'archive' with 16")
 
 
 class ShardConfig(Config, frozen=True, kw_only=True):
@@ -329,6 +280,13 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
     shards: ShardConfig = ShardConfig()
     remote: RemoteConfig = RemoteConfig()
     run: RunConfig = RunConfig()
+
+    @property
+    def codec_id(self) -> str:
+        """The codec that `codec.id` names; for `auto` the one that suits the selection."""
+        if self.codec.id != "auto":
+            return self.codec.id
+        return "packed" if self.selection.kind in ("top_k", "top_p_k") else "archive"
 
     def __post_init__(self) -> None:
         self._check_features()

@@ -30,7 +30,7 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
 def test_a_file_becomes_a_config_with_defaults(tmp_path):
     config = load_config(write(tmp_path, GOOD), CaptureConfig)
     assert config.input.paths == ("a.txt",)
-    assert config.selection.k == 64
+    assert (config.selection.kind, config.selection.params, config.codec_id) == ("threshold", {"tau": 0.04}, "archive")
     assert convert_config(config_to_builtins(config), CaptureConfig) == config
 
 
@@ -44,7 +44,7 @@ def test_overrides_are_yaml_and_make_sections(tmp_path):
         "teacher.engine_options.enforce_eager=true",
     ]
     config = load_config(write(tmp_path, GOOD), CaptureConfig, overrides)
-    assert config.selection.k == 8
+    assert (config.selection.kind, config.selection.params, config.codec_id) == ("top_k", {"k": 8}, "packed")
     assert config.input.paths == ("b.txt", "c.txt")
     assert config.input.window.size == 16
     assert config.input.limit is None
@@ -57,9 +57,11 @@ def test_overrides_are_yaml_and_make_sections(tmp_path):
     [
         ("selection: {topk: 3}", "selection.topk: no such field"),
         ("selecton: {k: 3}", "selecton: no such field; did you mean selection?"),
-        ("selection: {k: lots}", "selection.k: expected a whole number, got 'lots'"),
+        ("selection: {k: lots}", "selection.k: expected a whole number or null, got 'lots'"),
+        ("selection: {kind: threshold, k: 3}", "selection: k=3 given, but kind 'threshold' takes tau; set the kind that"),
+        ("selection: {tau: 0.1, k: 3}", "selection: tau=0.1 and k=3 given, but kind 'auto' takes the parameters of one kind;"),
         ("selection: {k: 0}", "selection.k: expected a whole number >= 1, got 0"),
-        ("selection: {k: 2.5}", "selection.k: expected a whole number, got 2.5"),
+        ("selection: {k: 2.5}", "selection.k: expected a whole number or null, got 2.5"),
         ("run: {executor: slurm}", "run.executor: expected one of 'local', 'ray', got 'slurm'"),
         ("selection:", "selection: expected a section (a mapping), got null"),
         ("codec: [raw]", "codec: expected a section (a mapping), got ['raw']"),

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from kdcache.cli.config_arguments import add_config_arguments, read_config
 from kdcache.cli.wording import count, duration, rows, size
 from kdcache.config.capture import CaptureConfig
-from kdcache.format.selection import selection_params
 from kdcache.shown import say
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
         when = f"about {duration(seconds)} at {estimate.tokens_per_second:,.0f} tokens/s, as measured"
     # In place of what it will be, where that follows from the teacher: --probe measures it.
     most = {"most": "at most ", "expected": "", "measured": "measured: "}[estimate.bytes_are]
-    params = ", ".join(f"{name} {getattr(config.selection, name)}" for name in selection_params(config.selection.kind))
+    params = ", ".join(f"{name} {value}" for name, value in config.selection.params.items())
     at_most = "about" if config.generate is None else "at most"
     return rows(
         {
@@ -172,7 +171,7 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
             **({"clock": clock(estimate.template_time)} if estimate.template_time else {}),
             **({"noted": f"of the sampled items {noted(estimate.notes)}"} if estimate.notes else {}),
             "positions": f"{at_most} {estimate.num_positions:,}, {most}{estimate.bytes_per_position:.1f} bytes each "
-            f"({config.codec.id}, {config.selection.kind}: {params})",
+            f"({config.codec_id}, {config.selection.kind}: {params})",
             **_feature_rows(estimate),
             "cache": f"{'at most' if most.startswith('at') else at_most} {size(estimate.num_bytes)} at {config.out}",
             "time": when,

@@ -18,6 +18,26 @@ if TYPE_CHECKING:
 _MOST = 1000
 """Characters of a name or a reason in a list."""
 
+_FOR_ALL = "every divergence, over the entries that are kept; the tail is one number"
+_PER_BYTE = "forward KL and cross-entropy over the whole vocabulary, without bias, from few bytes"
+_BUYS = {
+    "top_k": (_FOR_ALL, f"threshold: {_PER_BYTE}"),
+    "top_p_k": (_FOR_ALL, f"threshold: {_PER_BYTE}"),
+    "threshold": (
+        f"{_PER_BYTE}; other divergences learn from the exact entries alone",
+        "top_k: every divergence, at about ten times the bytes",
+    ),
+    "top_k_sampled": (
+        f"{_PER_BYTE}; other divergences learn from the exact entries alone",
+        "threshold: less noise at the same bytes; top_k: every divergence, at about ten times the bytes",
+    ),
+    "sampled": (
+        f"{_PER_BYTE}; no other divergence",
+        "threshold: less noise at the same bytes; top_k: every divergence, at several times the bytes",
+    ),
+}
+"""Kind of selection -> what it buys, and what another choice would."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -95,6 +115,8 @@ def _selection_rows(summary: CacheSummary) -> dict[str, str]:
         "entries": entries,
         "kept mass": f"{_number(summary.kept_mass, 5)} of the probability is in exact entries",
         "training": f"at temperature 1{also if further else ''}; others need what selection.temperatures keeps",
+        "buys": _BUYS[selection.kind][0],
+        "instead": _BUYS[selection.kind][1],
         "losses": "; ".join(_losses(selection.kind, has_both=has_estimates(selection) and fixed_exact(selection) != 0)),
     }
 
