@@ -60,7 +60,9 @@ class SelectionConfig(Config, frozen=True, kw_only=True):
         if self.kind not in fitting:
             stated = " and ".join(f"{name}={value}" for name, value in given.items())
             takes = ", ".join(SELECTION_DEFAULTS.get(self.kind, ())) or "the parameters of one kind"
-            raise ValueError(f"{stated} given, but kind {self.kind!r} takes {takes}; set the kind that takes it, or null for it")
+            raise ValueError(
+                f"{stated} given, but kind {self.kind!r} takes {takes}; set the kind that takes it, or null for it"
+            )
 
     @property
     def params(self) -> dict[str, int | float]:
