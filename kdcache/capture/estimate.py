@@ -13,17 +13,18 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from kdcache.capture.features import features_of, known_features
+from kdcache.capture.features import features_of, stated_features
 from kdcache.capture.generate import write_sequences
-from kdcache.capture.job import Job, ask, check_fits, codec_info, output_location, prepare, selection_info
+from kdcache.capture.job import Job, check_fits, codec_info, output_location, prepare, selection_info
 from kdcache.capture.plan import Plan
+from kdcache.capture.requests import Request, make_requests, most_tokens
 from kdcache.capture.sequences import CutCounts
-from kdcache.capture.unit import Work, make_work, most_tokens
+from kdcache.capture.unit import score_records
 from kdcache.capture.watch.progress import CaptureProgress
 from kdcache.codec import get_codec
 from kdcache.codec.features import bytes_per_row
 from kdcache.config.capture import CaptureConfig
-from kdcache.errors import InputError
+from kdcache.errors import ConfigError, InputError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import fixed_entries, fixed_exact, has_estimates, most_entries
@@ -123,27 +124,27 @@ def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = N
     with closing(prepare(config, progress)) as job:
         items = _sample(job)
         vocab_size = job.tokenizer.identity.vocab_size
-        work, counts = _work_of(items, job)
-        probed = _probe(job, work) if probe else None
+        requests, counts = _requests_of(items, job)
+        probed = _probe(job, requests) if probe else None
         if probed is None:
-            probed = _Probed(_past_speed(job), _expected_bytes(config, vocab_size), known_features(config))
-        return replace(_scale(job, items, work, probed), notes=counts.notes, template_time=job.template_time)
+            probed = _Probed(_past_speed(job), _expected_bytes(config, vocab_size), _features_known_before(config))
+        return replace(_scale(job, items, requests, probed), notes=counts.notes, template_time=job.template_time)
 
 
-def _work_of(items: list[Item], job: Job) -> tuple[list[Work], CutCounts]:
+def _requests_of(items: list[Item], job: Job) -> tuple[list[Request], CutCounts]:
     """What the teacher would be given; without what cannot be read, where a capture would leave that out too."""
     if not job.config.run.skip_poison:
-        return make_work(items, job.tokenizer, job.config, vocab_size=2**31)
-    work, counts = [], CutCounts()
+        return make_requests(items, job.tokenizer, job.config, vocab_size=2**31)
+    requests, counts = [], CutCounts()
     for item in items:
         try:
-            of_item, counted = make_work([item], job.tokenizer, job.config, vocab_size=2**31)
+            of_item, counted = make_requests([item], job.tokenizer, job.config, vocab_size=2**31)
         except InputError as error:
             counts.note({f"left out by run.skip_poison, as in {error}": 1})
             continue
-        work += of_item
+        requests += of_item
         counts.add(counted)
-    return work, counts
+    return requests, counts
 
 
 def _sample(job: Job) -> list[Item]:
@@ -166,14 +167,14 @@ def _clip(item: Item, config: CaptureConfig) -> Item:
     return replace(item, content=item.content[:SAMPLE_CHARS_PER_ITEM])
 
 
-def _scale(job: Job, items: list[Item], work: list[Work], probed: _Probed) -> CaptureEstimate:
+def _scale(job: Job, items: list[Item], requests: list[Request], probed: _Probed) -> CaptureEstimate:
     plan, bytes_per_position = job.plan, probed.bytes_per_position
     by_items = plan.is_stream or job.config.input.window.policy == "truncate" or job.config.generate is not None
     sampled = len(items) if by_items else sum(item.num_chars for item in items)
     factor = (plan.num_items if by_items else plan.num_chars) / max(1, sampled)
-    tokens = round(factor * most_tokens(work, job.config))
-    positions = round(factor * _most_positions(work, job.config))
-    num_sequences = round(factor * len(work))
+    tokens = round(factor * most_tokens(requests, job.config))
+    positions = round(factor * _most_positions(requests, job.config))
+    num_sequences = round(factor * len(requests))
     features = tuple(_feature_estimate(feature, positions, num_sequences) for feature in probed.features)
     manifests = chain.manifest_numbers(job.path)
     return CaptureEstimate(
@@ -204,10 +205,10 @@ def _feature_estimate(feature: FeatureInfo, num_positions: int, num_sequences: i
     return FeatureEstimate(feature, bytes_per_row(feature), per, num_rows * bytes_per_row(feature))
 
 
-def _most_positions(work: list[Work], config: CaptureConfig) -> int:
+def _most_positions(requests: list[Request], config: CaptureConfig) -> int:
     if config.generate is not None:
-        return len(work) * config.generate.max_tokens
-    return sum(int(sequence.supervised_N.sum()) for sequence in work if isinstance(sequence, TokenSequence))
+        return len(requests) * config.generate.max_tokens
+    return sum(int(sequence.supervised_N.sum()) for sequence in requests if isinstance(sequence, TokenSequence))
 
 
 def _bytes_are(config: CaptureConfig, probed: _Probed) -> Literal["expected", "most", "measured"]:
@@ -257,21 +258,32 @@ def _encoded_bytes(config: CaptureConfig, vocab_size: int, answers: Sequence[Dis
     return sum(column.nbytes for column in columns) / num_positions + 2 * (fixed_entries(selection) is None)
 
 
-def _probe(job: Job, work: list[Work]) -> _Probed | None:
+def _features_known_before(config: CaptureConfig) -> tuple[FeatureInfo, ...]:
+    """The features that the config asks for, before the model is loaded; raises ConfigError where they are not known then."""
+    features = stated_features(config)
+    if features is None:
+        raise ConfigError(
+            f"features: the config.json of {config.teacher.model!r} cannot be read before the model is loaded, so the size of "
+            "its hidden states is not known; download the model first, or let --dry-run --probe load it"
+        )
+    return features
+
+
+def _probe(job: Job, requests: list[Request]) -> _Probed | None:
     """The real teacher on a few thousand tokens, after a first sequence that warms it up."""
-    prompts = [asked for asked in work if isinstance(asked, Prompt)]
+    prompts = [asked for asked in requests if isinstance(asked, Prompt)]
     if prompts:
         return _probe_writing(job, prompts)
     config = job.config
-    longest_first = sorted((s for s in work if isinstance(s, TokenSequence)), key=lambda sequence: -sequence.num_tokens)
+    longest_first = sorted((s for s in requests if isinstance(s, TokenSequence)), key=lambda sequence: -sequence.num_tokens)
     if not longest_first:
         return None
     with closing(load_teacher(config.teacher)) as teacher:
         check_fits(config, teacher)
-        list(ask(teacher, longest_first[:1], config))
+        list(score_records(longest_first[:1], teacher, config))
         chosen = longest_first[: max(1, PROBE_TOKENS // longest_first[0].num_tokens)]
         started = time.perf_counter()
-        answers = list(ask(teacher, chosen, config))
+        answers = [record.distributions for record in score_records(chosen, teacher, config)]
         speed = sum(sequence.num_tokens for sequence in chosen) / (time.perf_counter() - started)
         per_position = _encoded_bytes(config, teacher.identity.vocab_size, answers)
         return _Probed(speed, per_position, features_of(config, teacher), is_measured=True)
@@ -287,7 +299,7 @@ def _probe_writing(job: Job, prompts: list[Prompt]) -> _Probed:
         chosen = prompts[: max(1, PROBE_TOKENS // config.generate.max_tokens)]
         started = time.perf_counter()
         sequences = list(write_sequences(chosen, teacher, config, tokenizer, lambda _: None))
-        answers = list(ask(teacher, sequences, config))
+        answers = [record.distributions for record in score_records(sequences, teacher, config)]
         speed = sum(sequence.num_tokens for sequence in sequences) / (time.perf_counter() - started)
         per_position = _encoded_bytes(config, teacher.identity.vocab_size, answers)
         return _Probed(speed, per_position, features_of(config, teacher), is_measured=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kdcache.config.capture import CaptureConfig
-from kdcache.errors import ConfigError
 from kdcache.format.manifest import FeatureInfo
 from kdcache.teacher import find_backend
 from kdcache.teacher.base import Teacher
@@ -33,14 +32,3 @@ def stated_features(config: CaptureConfig) -> tuple[FeatureInfo, ...] | None:
         return ()
     shape = find_backend(config.teacher.backend).hidden_shape(config.teacher)
     return None if shape is None else resolve_features(config.features, shape)
-
-
-def known_features(config: CaptureConfig) -> tuple[FeatureInfo, ...]:
-    """The same, where they have to be known; raises ConfigError where they cannot be."""
-    features = stated_features(config)
-    if features is None:
-        raise ConfigError(
-            f"features: the config.json of {config.teacher.model!r} cannot be read before the model is loaded, so the size of "
-            "its hidden states is not known; download the model first, or let --dry-run --probe load it"
-        )
-    return features

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -24,10 +23,10 @@ from kdcache.config.chat import parse_moment
 from kdcache.config.load import config_to_builtins
 from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.format.manifest import CodecInfo, FeatureInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity
-from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.selection import selection_params
 from kdcache.store import chain
 from kdcache.store.files.location import Location, locate
+from kdcache.store.writing.writer import CacheWriter
 from kdcache.teacher import find_backend, load_tokenizer
 from kdcache.teacher.base import Teacher
 from kdcache.teacher.tokenizer import Tokenizer
@@ -120,8 +119,8 @@ def first_manifest(job: Job, teacher: TeacherIdentity, features: tuple[FeatureIn
 
 def check_fits(config: CaptureConfig, teacher: Teacher) -> None:
     """Raise ConfigError where a window may be longer than the teacher can read, or it cannot make the selection or features."""
-    # It refuses before it computes, and of nothing there is nothing to compute.
-    ask(teacher, [], config)
+    # Scoring an empty list runs only the checks.
+    teacher.score([], selection_info(config), features_of(config, teacher))
     identity = teacher.identity
     if config.input.window.size > identity.context_length:
         raise ConfigError(
@@ -130,9 +129,20 @@ def check_fits(config: CaptureConfig, teacher: Teacher) -> None:
         )
 
 
-def ask(teacher: Teacher, sequences: Sequence[TokenSequence], config: CaptureConfig) -> Iterator[Distributions]:
-    """What the teacher says of the sequences, as the config wants it; raises as `Teacher.score`."""
-    return teacher.score(sequences, selection_info(config), features_of(config, teacher))
+def open_cache_writer(job: Job, teacher: Teacher) -> CacheWriter:
+    """Open the job's cache for writing; start it if it does not exist.
+
+    Raises:
+        ConfigError: the teacher does not fit the config. MismatchError: the cache belongs to another capture.
+    """
+    check_fits(job.config, teacher)
+    manifest = first_manifest(job, teacher.identity, features_of(job.config, teacher))
+    writer = CacheWriter.open(job.path, manifest, record_batch_bytes=job.config.shards.record_batch_bytes)
+    # Of processes that start at once, one has started the cache: its moment counts.
+    started = recorded_moment(chain.read_manifest(job.path, 0)) if job.tokenizer.reads_clock else None
+    if started is not None:
+        job.tokenizer.set_clock(started)
+    return writer
 
 
 def selection_info(config: CaptureConfig) -> SelectionInfo:

@@ -1,0 +1,1 @@
+"""Caches of other tools read, judged and converted; and any cache compared with a live teacher."""

@@ -63,7 +63,7 @@ def test_a_rank_whose_units_are_done_does_not_load_its_teacher(tmp_path, monkeyp
     path = write_config(make_config(tmp_path), tmp_path / "c.yaml")
     assert main(["capture", str(path), "--rank", "1", "--world-size", "2"]) == 0
     assert "this rank is done; of the others' units 5 are not folded yet" in capsys.readouterr().out
-    monkeypatch.setattr("kdcache.capture.unit.load_teacher", None)
+    monkeypatch.setattr("kdcache.capture.teacher_slot.load_teacher", None)
     assert main(["capture", str(path), "--rank", "1", "--world-size", "2"]) == 0
     assert "nothing to do; all rank 1's units of 5 units are published" in capsys.readouterr().out
 

@@ -141,7 +141,7 @@ def test_an_engine_that_does_not_come_back_ends_the_capture(tmp_path, monkeypatc
         loaded.append(faulty_teacher.FaultyTeacher(config))
         return loaded[0]
 
-    monkeypatch.setattr("kdcache.capture.unit.load_teacher", load_once)
+    monkeypatch.setattr("kdcache.capture.teacher_slot.load_teacher", load_once)
     with pytest.raises(CaptureError, match="could not be loaded again: out of memory"):
         run_capture(make_config(tmp_path, lines_with({6: "broken"}), run={"max_failed": 9}))
     assert sorted(content(tmp_path / "cache")) == [1, 2, 3, 4]
@@ -236,7 +236,7 @@ def test_a_limit_for_loading_is_none_for_the_units_and_the_other_way_round(tmp_p
         time.sleep(0.8)
         return faulty_teacher.FaultyTeacher(config)
 
-    monkeypatch.setattr("kdcache.capture.unit.load_teacher", load_slowly)
+    monkeypatch.setattr("kdcache.capture.teacher_slot.load_teacher", load_slowly)
     other = {"run": {"stall_seconds": 0.6, "load_stall_seconds": None}, "out": str(tmp_path / "other")}
     assert run_capture(make_config(tmp_path, **other)).manifest.is_complete
 

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdcache.capture.attempts import UnitFailed
 from kdcache.capture.executors import placement
 from kdcache.capture.executors.actor import CaptureWorker, UnitAnswer
-from kdcache.capture.executors.executor import giving_up, naming_interrupts
+from kdcache.capture.executors.endings import folded_on_failure, translated_interrupts
 from kdcache.capture.executors.placement import Needs, replica_needs
 from kdcache.capture.executors.tally import CaptureSummary, Tally
 from kdcache.capture.job import Job
 from kdcache.capture.plan import Unit
-from kdcache.capture.unit import UnitFailed
 from kdcache.capture.watch._nvml import GpuState
 from kdcache.capture.watch.progress import CaptureProgress
 from kdcache.capture.watch.signals import StopRequest
@@ -166,7 +166,7 @@ def capture_on_ray(job: Job, progress: CaptureProgress, stop: StopRequest) -> Ca
     """
     is_ours = _connect(job.config.run)
     try:
-        with naming_interrupts(stop):
+        with translated_interrupts(stop):
             return _drive(job, progress, stop)
     except RayError as error:
         raise CaptureError(f"Ray failed: {_first_line(error)}; what is published stays") from error
@@ -184,7 +184,7 @@ def _drive(job: Job, progress: CaptureProgress, stop: StopRequest) -> CaptureSum
     writer = CacheWriter.open(job.path, chain.read_manifest(job.path, 0))  # the first worker has started the cache
     tally = Tally(job, writer, progress, stop)
     crew.waiting = deque(tally.units)
-    with giving_up(tally, stop), stop.working():
+    with folded_on_failure(tally, stop), stop.working():
         crew.give(first)
         _work(crew, tally, stop)
         tally.summary.num_workers_lost = crew.num_lost

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from kdcache.capture.executors.executor import open_writer
+from kdcache.capture.attempts import UnitFailed, UnitWorker
 from kdcache.capture.inputs import InputReader
-from kdcache.capture.job import Job, load_job_tokenizer, template_moment
+from kdcache.capture.job import Job, load_job_tokenizer, open_cache_writer, template_moment
 from kdcache.capture.plan import Plan, Unit
-from kdcache.capture.unit import Reporter, TeacherSlot, UnitDone, UnitFailed, UnitWorker
+from kdcache.capture.teacher_slot import TeacherSlot
+from kdcache.capture.unit import UnitDone
 from kdcache.capture.watch._nvml import GpuState
+from kdcache.capture.watch.attempt_progress import AttemptProgress
 from kdcache.capture.watch.heartbeat import Heartbeat, end_process
 from kdcache.capture.watch.meter import GpuReadings
 from kdcache.capture.watch.signals import StopRequest
@@ -52,8 +54,9 @@ class CaptureWorker:
             job = Job(self._config, reader, tokenizer, self._plan, template_moment(self._config))
             self._slot = TeacherSlot(self._config)
             self._heart.beat("opening the cache")
-            reporter = Reporter(self._readings, StopRequest(), self._heart)
-            self._worker = UnitWorker(job, self._slot, open_writer(job, self._slot), reporter)
+            writer = open_cache_writer(job, self._slot.teacher)
+            progress = AttemptProgress(self._readings, self._heart)
+            self._worker = UnitWorker(job, self._slot, writer, progress, StopRequest())
         return os.getpid()
 
     def capture(self, unit: Unit) -> UnitAnswer:

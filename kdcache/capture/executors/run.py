@@ -7,7 +7,7 @@ from contextlib import closing
 from kdcache.capture.executors.tally import CaptureSummary, fold_if_due, new_summary, own_units
 from kdcache.capture.features import stated_features
 from kdcache.capture.job import Job, check_fits, first_manifest, output_location, prepare
-from kdcache.capture.watch.progress import CaptureProgress, SeveralProgress
+from kdcache.capture.watch.progress import CaptureProgress, several
 from kdcache.capture.watch.progress_file import ProgressFile, progress_path
 from kdcache.capture.watch.signals import StopRequest
 from kdcache.config.capture import CaptureConfig
@@ -42,7 +42,7 @@ def run_capture(
     """
     stop = stop or StopRequest()
     to_file = ProgressFile(progress_path(config), config)
-    progress = SeveralProgress(progress, to_file) if progress is not None else to_file
+    progress = several(progress, to_file) if progress is not None else to_file
     refuse_foreign_directory(output_location(config))
     with closing(prepare(config, progress)) as job, closing(progress):
         existing = _existing_writer(job)
@@ -53,7 +53,7 @@ def run_capture(
             from kdcache.capture.executors._ray import capture_on_ray
 
             return capture_on_ray(job, progress, stop)
-        from kdcache.capture.executors.executor import capture_here
+        from kdcache.capture.executors.local import capture_here
 
         return capture_here(job, progress, stop)
 

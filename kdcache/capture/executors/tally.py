@@ -6,10 +6,11 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from kdcache.capture.attempts import UnitFailed
 from kdcache.capture.job import Job
 from kdcache.capture.plan import Plan, Unit
 from kdcache.capture.sequences import CutCounts
-from kdcache.capture.unit import UnitDone, UnitFailed
+from kdcache.capture.unit import UnitDone
 from kdcache.capture.watch.progress import CaptureProgress
 from kdcache.capture.watch.signals import StopRequest
 from kdcache.config.capture import RunConfig

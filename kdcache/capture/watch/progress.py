@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -58,52 +59,26 @@ class CaptureProgress:
         """Nothing follows, after success or failure."""
 
 
-class SeveralProgress(CaptureProgress):
-    """Tells several."""
+def several(*others: CaptureProgress) -> CaptureProgress:
+    """Tell several: each call goes to all of them, in order."""
+    return _Several(others)
 
-    def __init__(self, *others: CaptureProgress) -> None:
+
+class _Several(CaptureProgress):
+    def __init__(self, others: Sequence[CaptureProgress]) -> None:
         self._others = others
+        for name in vars(CaptureProgress):
+            if not name.startswith("_") and name != "scanning":
+                setattr(self, name, partial(self._tell, name))
 
     def scanning(self, items: Iterable[Item]) -> Iterable[Item]:
         for other in self._others:
             items = other.scanning(items)
         return items
 
-    def loading(self, model: str) -> None:
+    def _tell(self, name: str, *arguments: Any) -> None:
         for other in self._others:
-            other.loading(model)
-
-    def start(self, units: Sequence[Unit]) -> None:
-        for other in self._others:
-            other.start(units)
-
-    def start_unit(self, unit: Unit, num_tokens: int) -> None:
-        for other in self._others:
-            other.start_unit(unit, num_tokens)
-
-    def advance(self, num_tokens: int) -> None:
-        for other in self._others:
-            other.advance(num_tokens)
-
-    def published(self, shard: ShardInfo) -> None:
-        for other in self._others:
-            other.published(shard)
-
-    def set_aside(self, failed: FailedUnit) -> None:
-        for other in self._others:
-            other.set_aside(failed)
-
-    def worker(self, name: str, pid: int | None, unit: int | None, gpus: Sequence[_nvml.GpuState] = ()) -> None:
-        for other in self._others:
-            other.worker(name, pid, unit, gpus)
-
-    def ended(self, state: str) -> None:
-        for other in self._others:
-            other.ended(state)
-
-    def close(self) -> None:
-        for other in self._others:
-            other.close()
+            getattr(other, name)(*arguments)
 
 
 class TokensToCome:
