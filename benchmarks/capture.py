@@ -138,16 +138,18 @@ class Variants:
     """The things that are timed, over one engine and one transformers model."""
 
     def __init__(self, folder: Path, case: Case) -> None:
-        from kdcache.config.capture import TeacherConfig
+        from kdcache.config.teacher import TeacherConfig, VllmConfig
         from kdcache.teacher import load_teacher
 
         common: dict[str, Any] = {
-            "batch_tokens": STEP_TOKENS[case.device],
-            "positions_per_chunk": case.chunk,
+            "tokens_per_forward": STEP_TOKENS[case.device],
+            "chunk_positions": case.chunk,
             "num_threads": case.threads,
         }
         self._case, self._sequences = case, make_sequences(case)
-        self._vllm: Any = load_teacher(TeacherConfig(model=str(folder), backend="vllm", route="worker", **common))
+        self._vllm: Any = load_teacher(
+            TeacherConfig(model=str(folder), backend="vllm", vllm=VllmConfig(route="worker"), **common)
+        )
         self._load_hf = lambda: load_teacher(TeacherConfig(model=str(folder), backend="transformers", **common))
 
     @cached_property

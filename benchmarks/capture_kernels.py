@@ -27,12 +27,10 @@ def kernel_rows(
 
     from kdcache.config.capture import TeacherConfig
     from kdcache.teacher.select.torch_selector import Selector
-    from kdcache.teacher.vllm.options import positions_per_chunk
+    from kdcache.teacher.vllm.options import chunk_positions
 
     torch.set_num_threads(1)
-    num_rows = positions_per_chunk(
-        TeacherConfig(model="none", positions_per_chunk=chunk), vocab_size, is_cpu=device.kind == "cpu"
-    )
+    num_rows = chunk_positions(TeacherConfig(model="none", chunk_positions=chunk), vocab_size, is_cpu=device.kind == "cpu")
     generator = torch.Generator().manual_seed(vocab_size)
     logits = (torch.randn(num_rows, vocab_size, generator=generator) * 3).bfloat16().to(device.kind)
     targets, states = (values.to(device.kind) for values in (torch.zeros(num_rows, dtype=torch.int64), torch.arange(num_rows)))

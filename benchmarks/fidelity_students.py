@@ -96,7 +96,8 @@ def capture_config(plan: dict[str, Any], cache: str, **selection: Any) -> Captur
     return CaptureConfig(
         input=InputConfig(format="jsonl", paths=(f"{plan['teacher']}/text/heldback.jsonl",), limit=plan["max_texts"],
                           window=WindowConfig(size=plan["seq_len"])),
-        teacher=TeacherConfig(model=plan["teacher"], backend="transformers", dtype="float32", batch_tokens=4096, num_threads=1),
+        teacher=TeacherConfig(model=plan["teacher"], backend="transformers", dtype="float32", tokens_per_forward=4096,
+                              num_threads=1),
         selection=SelectionConfig(**fields),
         codec=CodecConfig(**CACHES[cache].get("codec", {})),
         out=str(Path(plan["work"]) / "caches" / cache.replace(" ", "-")),

@@ -50,11 +50,14 @@ class Variants:
     """The things that are timed, over one engine."""
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
-        from kdcache.config.capture import GenerateConfig, TeacherConfig
+        from kdcache.config.capture import GenerateConfig
+        from kdcache.config.teacher import TeacherConfig, VllmConfig
         from kdcache.teacher import load_teacher
 
-        common: dict[str, Any] = {"batch_tokens": STEP_TOKENS, "num_threads": args.threads, "positions_per_chunk": 256}
-        self._teacher: Any = load_teacher(TeacherConfig(model=str(folder), backend="vllm", route="worker", **common))
+        common: dict[str, Any] = {"tokens_per_forward": STEP_TOKENS, "num_threads": args.threads, "chunk_positions": 256}
+        self._teacher: Any = load_teacher(
+            TeacherConfig(model=str(folder), backend="vllm", vllm=VllmConfig(route="worker"), **common)
+        )
         self._config = GenerateConfig(max_tokens=args.answer_tokens, ignore_eos=True)
         self._prompts = make_prompts(args)
         self._k = args.entries

@@ -35,7 +35,7 @@ def run(*arguments):
     return [status, out.getvalue(), err.getvalue()]
 
 def capture(*settings):
-    both = [f"out={folder}/cache", "teacher.vocab_size=300", *settings]
+    both = [f"out={folder}/cache", *settings]
     return run("capture", f"{folder}/fake.yaml", *[part for setting in both for part in ("--set", setting)])
 
 def name_of(module, name):

@@ -318,5 +318,5 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
             raise ValueError(f"features: two of them have the name {twice!r}; give one of them another `name`")
         if self.features and self.teacher.backend == "served":
             raise ValueError("features: a server gives no hidden states; use teacher.backend vllm or transformers")
-        if self.features and self.teacher.route == "public":
-            raise ValueError("features: vLLM's public route gives no hidden states; set teacher.route to worker or auto")
+        if self.features and self.teacher.vllm.route == "public":
+            raise ValueError("features: vLLM's public route gives no hidden states; set teacher.vllm.route to worker or auto")

@@ -6,6 +6,15 @@ RENAMED = {
     "output.path": "out",
     "output": "shards",
     "run.remote": "remote",
+    "teacher.batch_tokens": "teacher.tokens_per_forward",
+    "teacher.positions_per_chunk": "teacher.chunk_positions",
+    "teacher.gpu_memory_utilization": "teacher.vllm.gpu_memory_utilization",
+    "teacher.tensor_parallel_size": "teacher.vllm.tensor_parallel_size",
+    "teacher.route": "teacher.vllm.route",
+    "teacher.vocab_size": "teacher.fake.vocab_size",
+    "teacher.context_length": "teacher.fake.context_length",
+    "teacher.seed": "teacher.fake.seed",
+    "loss.positions_per_chunk": "loss.chunk_positions",
 }
 """Old path of a field or section -> its path now. A longer path decides before a shorter one."""
 

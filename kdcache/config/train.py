@@ -58,7 +58,7 @@ class LossConfig(Config, frozen=True, kw_only=True):
             selection, `drop` trains on all entries, without bias; the others on its exact entries alone.
         temperature: of both sides; other than 1 must be one of the cache's selection.temperatures.
         backend: `numba`, `torch` or `triton`; `auto` takes the fastest that fits the device and has been tested on one.
-        positions_per_chunk: positions whose logits exist at once; memory is this x vocabulary x 2 or 4 bytes. null: 512 on a
+        chunk_positions: positions whose logits exist at once; memory is this x vocabulary x 2 or 4 bytes. null: 512 on a
             CPU (1024 in bfloat16); on a GPU 4096, or as many as make 2^29 logits (16,384 of 32,000 ids).
         float32_logits: with dtype bfloat16, logits in float32 of the same numbers. Their rounding is most of the gradient's
             error where the student is close to the teacher; on a CPU the product then takes several times as long.
@@ -74,7 +74,7 @@ class LossConfig(Config, frozen=True, kw_only=True):
     tail: Literal["bucket", "drop", "renormalize"] = "bucket"
     temperature: PositiveFloat = 1.0
     backend: Literal["auto", "numba", "torch", "triton"] = "auto"
-    positions_per_chunk: Positive | None = None
+    chunk_positions: Positive | None = None
     float32_logits: bool = False
     train_padding: bool = False
 

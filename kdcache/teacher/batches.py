@@ -21,19 +21,20 @@ def groups_of_tokens(sequences: Sequence[TokenSequence], group_tokens: int) -> I
 
 
 def batches_by_length(
-    lengths: Sequence[int], batch_tokens: int, sharing: Literal["any", "equal", "alone"] = "any"
+    lengths: Sequence[int], tokens_per_forward: int, sharing: Literal["any", "equal", "alone"] = "any"
 ) -> Iterator[list[int]]:
-    """Indices, longest first, in batches whose padded size (B x the longest) is at most `batch_tokens`, or of one sequence.
+    """Indices, longest first, in batches whose padded size (B x the longest) is at most `tokens_per_forward`, or of one
+    sequence.
 
     Args:
         lengths: in tokens.
-        batch_tokens: of a batch.
+        tokens_per_forward: of a batch.
         sharing: whether a batch may hold any lengths, equal ones only, or one sequence only.
     """
     # Longest first: what does not fit in memory fails at once and not at the end.
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     while order:
-        size = max(1, batch_tokens // lengths[order[0]]) if sharing != "alone" else 1
+        size = max(1, tokens_per_forward // lengths[order[0]]) if sharing != "alone" else 1
         if sharing == "equal":
             size = min(size, sum(lengths[index] == lengths[order[0]] for index in order))
         yield order[:size]

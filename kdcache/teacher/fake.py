@@ -62,19 +62,19 @@ class FakeTeacher:
     """Deterministic distributions from hashes of the prefix; see the module's docstring."""
 
     def __init__(self, config: TeacherConfig) -> None:
-        self._seed = config.seed
+        self._seed = config.fake.seed
         self._is_closed = False
         self._identity = TeacherIdentity(
             model=config.model,
             architecture="Fake",
-            vocab_size=config.vocab_size,
+            vocab_size=config.fake.vocab_size,
             dtype="float64",
             engine="fake",
             engine_version=FAKE_VERSION,
-            engine_options={"seed": config.seed},
-            context_length=config.context_length,
+            engine_options={"seed": config.fake.seed},
+            context_length=config.fake.context_length,
         )
-        vocab_size = config.vocab_size
+        vocab_size = config.fake.vocab_size
         ranks_V = np.arange(1, vocab_size + 1, dtype=np.float64)
         self._log_z_S = np.array([math.log(math.fsum(ranks_V**-s)) for s in EXPONENTS])
         self._multipliers = _units_modulo(vocab_size, NUM_MULTIPLIERS)

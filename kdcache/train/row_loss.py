@@ -80,7 +80,7 @@ class RowLoss:
             alpha=self.config.alpha,
             reduction=reduction,
             backend=self.config.backend,
-            chunk_size=self.config.positions_per_chunk,
+            chunk_size=self.config.chunk_positions,
             **of_teacher,
         )
 

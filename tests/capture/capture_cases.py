@@ -20,7 +20,7 @@ def make_config(tmp_path, lines=LINES, **sections):
     (tmp_path / "a.txt").write_text("".join(f"{line}\n" for line in lines))
     fields = {
         "input": {"format": "lines", "paths": [str(tmp_path / "a.txt")], "window": {"size": 64}},
-        "teacher": {"model": "fake", "backend": "fake", "vocab_size": 300, "context_length": 64},
+        "teacher": {"model": "fake", "backend": "fake", "fake": {"vocab_size": 300, "context_length": 64}},
         "selection": {"k": 4},
         "codec": {"id": "raw"},
         "out": str(tmp_path / "cache"),

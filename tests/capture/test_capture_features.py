@@ -110,13 +110,13 @@ def test_going_on_with_other_features_is_refused_with_the_difference(tmp_path, m
         ([{"layer": 1, "dtype": "int4"}], {}, r"features\[0\]\.dtype: expected one of 'float16', 'int8', got 'int4'"),
         ([{"layer": 1, "pool": "mean"}], {}, r"features\[0\]\.pool: no such field; did you mean features\[0\]\.pooling\?"),
         ([{"layer": 1}], {"backend": "served", "server": {"url": "http://x/v1"}}, "a server gives no hidden states"),
-        ([{"layer": 1}], {"backend": "vllm", "route": "public"}, "public route gives no hidden states"),
+        ([{"layer": 1}], {"backend": "vllm", "vllm": {"route": "public"}}, "public route gives no hidden states"),
         ([{"layer": 1}], {"backend": "vllm", "model": "no/such"}, r"config\.json of 'no/such' cannot be read before"),
     ],
 )
 def test_what_cannot_be_had_is_refused_before_anything_is_spent(tmp_path, features, teacher, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        estimate_capture(config_with(tmp_path, features, teacher={"tokenizer": "fake"} | teacher))
+        estimate_capture(config_with(tmp_path, features, teacher={"tokenizer": "fake", "fake": {}} | teacher))
     assert not (tmp_path / "cache").exists()
 
 
@@ -173,7 +173,7 @@ def test_features_of_a_real_model_are_captured_verified_and_read_back_within_the
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    teacher = {"model": str(tiny_model_dir), "backend": backend, "dtype": "float32", "batch_tokens": 64}
+    teacher = {"model": str(tiny_model_dir), "backend": backend, "dtype": "float32", "tokens_per_forward": 64}
     lines = [f"def line_{n}(x): return x + {n}" for n in range(9)]
     # Written anew: in the fake's config the vocabulary is the fake's.
     fields = json.loads(write_config(make_config(tmp_path, lines), tmp_path / "c.yaml").read_text())
@@ -198,7 +198,7 @@ def test_features_of_a_real_model_are_captured_verified_and_read_back_within_the
 
 
 def test_features_of_what_the_teacher_wrote_are_those_of_its_answers(tmp_path):
-    config = config_with(tmp_path, FEATURES[:1], generate={"max_tokens": 5}, teacher={"vocab_size": 400})
+    config = config_with(tmp_path, FEATURES[:1], generate={"max_tokens": 5}, teacher={"fake": {"vocab_size": 400}})
     run_capture(config)
     teacher = FakeTeacher(config.teacher)
     with kdcache.open(tmp_path / "cache") as cache:

@@ -32,11 +32,12 @@ def make_config(tmp_path):
     def make(template, rows, run=None, unit_items=1, **fields):
         write_tokenizer(tmp_path / "tokenizer", "bytes", template)
         (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tokenizer = str(tmp_path / "tokenizer")
         given = {"format": "jsonl", "paths": [str(tmp_path / "x.jsonl")], "content": "messages", "supervise": "assistant"}
         return convert_config(
             {
                 "input": given | fields,
-                "teacher": {"model": "fake", "backend": "fake", "vocab_size": 600, "tokenizer": str(tmp_path / "tokenizer")},
+                "teacher": {"model": "fake", "backend": "fake", "fake": {"vocab_size": 600}, "tokenizer": tokenizer},
                 "selection": {"k": 4}, "out": str(tmp_path / "cache"), "shards": {"unit_items": unit_items}, "run": run or {},
             },
             CaptureConfig,

@@ -68,7 +68,7 @@ def test_long_texts_are_clipped_in_the_sample_and_not_in_the_estimate(tmp_path):
 def test_where_entries_follow_from_the_teacher_the_estimate_is_a_bound_and_a_probe_measures(tmp_path, kind):
     (tmp_path / "a.txt").write_text("".join(f"line {n} says {'la ' * (n % 20)}\n" for n in range(40)))
     selection = {"kind": kind, "k": 16 if kind.startswith("top") else None, "temperatures": [2.0], "entropy": True}
-    config = make_config(tmp_path, selection=selection, teacher={"vocab_size": 300})
+    config = make_config(tmp_path, selection=selection, teacher={"fake": {"vocab_size": 300}})
     bound, probed = estimate_capture(config), estimate_capture(config, probe=True)
     assert (bound.bytes_are, probed.bytes_are) == ("most", "measured")
     manifest = run_capture(config).manifest

@@ -16,9 +16,10 @@ from kdcache.capture.estimate import estimate_capture
 from kdcache.capture.executors.run import run_capture
 from kdcache.capture.generate import make_prompts, writer_of
 from kdcache.cli.main import main
-from kdcache.config.capture import CaptureConfig, TeacherConfig
+from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import convert_config
 from kdcache.config.loader import LoaderConfig
+from kdcache.config.teacher import FakeConfig, TeacherConfig
 from kdcache.errors import ConfigError, InputError, MismatchError
 from kdcache.format.record import ROLES
 from kdcache.inputs.chat import Chat
@@ -124,7 +125,7 @@ def test_the_answers_tokens_are_supervised_and_nothing_else(tmp_path):
 
 def test_the_distributions_are_those_of_scoring_the_same_text(tmp_path):
     run_capture(config(tmp_path))
-    teacher = FakeTeacher(TeacherConfig(model="fake", backend="fake", vocab_size=300, context_length=64))
+    teacher = FakeTeacher(TeacherConfig(model="fake", backend="fake", fake=FakeConfig(vocab_size=300, context_length=64)))
     for record in records_of(tmp_path / "cache"):
         with kdcache.open(tmp_path / "cache") as reader:
             (scored,) = teacher.score([record.sequence], reader.manifest.identity.selection)

@@ -36,7 +36,7 @@ def ask(request, tmp_path, tiny_model_dir):
             "input": {
                 "format": "jsonl", "paths": [str(tmp_path / "c.jsonl")], "content": "messages", "window": {"size": 100},
             },
-            "teacher": {"model": str(tiny_model_dir), "backend": request.param, "num_threads": 1, "batch_tokens": 512},
+            "teacher": {"model": str(tiny_model_dir), "backend": request.param, "num_threads": 1, "tokens_per_forward": 512},
             "generate": {"max_tokens": 40} | generate,
             "selection": {"k": 8},
             "codec": {"id": "raw"},

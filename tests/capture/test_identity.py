@@ -73,7 +73,7 @@ def test_another_file_of_weights_or_their_meaning_is_refused(captured):
 
 
 def test_how_much_at_once_and_by_how_many_threads_is_no_other_teacher(captured):
-    changes = {"batch_tokens": 64, "positions_per_chunk": 5, "num_threads": 2, "engine_options": {"low_cpu_mem_usage": True}}
+    changes = {"tokens_per_forward": 64, "chunk_positions": 5, "num_threads": 2, "engine_options": {"low_cpu_mem_usage": True}}
     assert go_on(captured, **changes).num_units_captured == 0
 
 

@@ -11,7 +11,7 @@ from kdcache.capture.watch import _nvml
 from kdcache.capture.watch.meter import GpuReadings, gpus_held, start_meter
 from kdcache.capture.watch.progress import BarProgress
 from kdcache.capture.watch.progress_file import ProgressFile
-from kdcache.config.capture import TeacherConfig
+from kdcache.config.teacher import TeacherConfig, VllmConfig
 
 
 class NVMLError(Exception):
@@ -82,7 +82,7 @@ def test_only_the_gpus_that_the_process_may_use_are_read(library, visible, names
 
 
 def test_a_unit_is_charged_for_the_gpus_that_its_teacher_holds(library):
-    teacher = TeacherConfig(model="m", backend="vllm", tensor_parallel_size=2)
+    teacher = TeacherConfig(model="m", backend="vllm", vllm=VllmConfig(tensor_parallel_size=2))
     assert gpus_held(teacher) == 2
     account = start_meter(2)(())
     assert account.gpu_seconds == pytest.approx(2 * account.wall_seconds, abs=0.002)
@@ -90,7 +90,9 @@ def test_a_unit_is_charged_for_the_gpus_that_its_teacher_holds(library):
     assert gpus_held(TeacherConfig(model="m", backend="fake")) == 0
     pipeline = {"backend": "vllm", "engine_options": {"pipeline_parallel_size": 2}}
     assert gpus_held(TeacherConfig(model="m", **pipeline)) == 2
-    assert gpus_held(TeacherConfig(model="m", tensor_parallel_size=2, **pipeline)) == 2, "no more than there are"
+    assert gpus_held(TeacherConfig(model="m", vllm=VllmConfig(tensor_parallel_size=2), **pipeline)) == 2, (
+        "no more than there are"
+    )
     assert gpus_held(TeacherConfig(model="m", backend="transformers")) == 1
     spread = TeacherConfig(model="m", backend="transformers", engine_options={"device_map": "auto"})
     assert gpus_held(spread) == 2, "all that the process may use"

@@ -4,7 +4,7 @@ import pytest
 from capture_cases import make_config
 
 from kdcache.capture.executors.placement import Needs, not_placed, replica_needs
-from kdcache.config.capture import TeacherConfig
+from kdcache.config.teacher import TeacherConfig, VllmConfig
 from kdcache.errors import ConfigError
 from kdcache.teacher import find_backend
 
@@ -15,10 +15,16 @@ CLUSTER = {"CPU": 16.0, "GPU": 8.0}
     ("settings", "expected"),
     [
         ({}, 1),
-        ({"tensor_parallel_size": 4}, 4),
-        ({"tensor_parallel_size": 2, "engine_options": {"pipeline_parallel_size": 3}}, 6),
-        ({"tensor_parallel_size": 2, "engine_options": {"tensor_parallel_size": 4}}, 4),
-        ({"tensor_parallel_size": 2, "engine_options": {"data_parallel_size": 2, "prefill_context_parallel_size": 2}}, 8),
+        ({"vllm": VllmConfig(tensor_parallel_size=4)}, 4),
+        ({"vllm": VllmConfig(tensor_parallel_size=2), "engine_options": {"pipeline_parallel_size": 3}}, 6),
+        ({"vllm": VllmConfig(tensor_parallel_size=2), "engine_options": {"tensor_parallel_size": 4}}, 4),
+        (
+            {
+                "vllm": VllmConfig(tensor_parallel_size=2),
+                "engine_options": {"data_parallel_size": 2, "prefill_context_parallel_size": 2},
+            },
+            8,
+        ),
         ({"engine_options": {"pipeline_parallel_size": None, "data_parallel_size": "two"}}, 1),
         ({"backend": "auto", "engine_options": {"pipeline_parallel_size": 2}}, 2),
         ({"backend": "transformers"}, 1),
@@ -31,7 +37,7 @@ def test_an_engine_computes_on_the_product_of_its_parallel_sizes(settings, expec
 
 
 def test_a_replica_asks_for_its_engines_gpus_where_there_are_any_and_for_what_the_config_says_everywhere(tmp_path):
-    vllm = {"backend": "vllm", "tensor_parallel_size": 2, "engine_options": {"pipeline_parallel_size": 2}}
+    vllm = {"backend": "vllm", "fake": {}, "vllm": {"tensor_parallel_size": 2}, "engine_options": {"pipeline_parallel_size": 2}}
     config = make_config(tmp_path, teacher=vllm)
     assert replica_needs(config, CLUSTER) == Needs(num_cpus=1, num_gpus=4)
     assert replica_needs(config, {"CPU": 16.0}) == Needs(num_cpus=1, num_gpus=0)

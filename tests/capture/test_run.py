@@ -23,7 +23,7 @@ def config(tmp_path):
 def make_config(tmp_path, **sections):
     fields = {
         "input": {"format": "lines", "paths": [str(tmp_path / "a.txt")], "window": {"size": 16, "overlap": 2}},
-        "teacher": {"model": "fake", "backend": "fake", "vocab_size": 300, "context_length": 64},
+        "teacher": {"model": "fake", "backend": "fake", "fake": SIZE},
         "selection": {"k": 4},
         "codec": {"id": "raw"},
         "out": str(tmp_path / "cache"),
@@ -32,6 +32,9 @@ def make_config(tmp_path, **sections):
     for name, section in sections.items():
         fields[name] = fields[name] | section if isinstance(section, dict) else section
     return convert_config(fields, CaptureConfig)
+
+
+SIZE = {"vocab_size": 300, "context_length": 64}
 
 
 class StopAfter(CaptureProgress):
@@ -92,7 +95,7 @@ def test_a_capture_that_is_complete_says_so_without_loading_the_teacher(config):
 
 def test_settings_of_the_teacher_that_do_not_matter_load_it_and_change_nothing(config):
     before = run_capture(config).manifest
-    other = msgspec.structs.replace(config, teacher=msgspec.structs.replace(config.teacher, batch_tokens=64))
+    other = msgspec.structs.replace(config, teacher=msgspec.structs.replace(config.teacher, tokens_per_forward=64))
     progress = Loads()
     summary = run_capture(other, progress)
     assert progress.loaded
@@ -151,8 +154,8 @@ def test_the_records_are_the_teachers_own(tmp_path, config):
         ({"input": {"limit": 7}}, "input_fingerprint"),
         ({"input": {"add_special_tokens": False}}, "input_fingerprint"),
         ({"shards": {"unit_items": 3}}, "plan: 5 units"),
-        ({"teacher": {"seed": 1}}, "teacher.engine_options.seed: 0 != 1"),
-        ({"teacher": {"vocab_size": 400}}, "teacher.vocab_size: 300 != 400"),
+        ({"teacher": {"fake": SIZE | {"seed": 1}}}, "teacher.engine_options.seed: 0 != 1"),
+        ({"teacher": {"fake": SIZE | {"vocab_size": 400}}}, "teacher.vocab_size: 300 != 400"),
     ],
 )
 def test_a_directory_that_holds_another_capture_is_refused_with_both_sides(tmp_path, config, sections, sentence):

@@ -11,7 +11,7 @@ from contracts.selection import check_draws
 
 import kdcache
 from kdcache.cli.main import main
-from kdcache.config.capture import TeacherConfig
+from kdcache.config.teacher import FakeConfig, TeacherConfig
 from kdcache.format.record import SequenceRecord
 from kdcache.format.selection import has_estimates
 from kdcache.teacher.fake import FakeTeacher
@@ -25,7 +25,7 @@ SETTINGS = {
     "threshold": ["selection.tau=0.015", "selection.seed=-3"],
     "top_k_sampled": ["selection.k=4", "selection.num_draws=20"],
 }
-FAKE = {"backend": "fake", "vocab_size": 300, "context_length": 64}
+FAKE = {"backend": "fake", "fake": {"vocab_size": 300, "context_length": 64}}
 
 
 def capture(folder: Path, teacher: dict[str, object], *settings: str) -> list[SequenceRecord]:
@@ -81,7 +81,7 @@ def selection_of(folder: Path):
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_capture_with_the_fake_teacher_holds_the_definitions_records(tmp_path, kind, capsys):
     records = capture(tmp_path, FAKE, f"selection.kind={kind}", *SETTINGS[kind])
-    teacher = FakeTeacher(TeacherConfig(model="fake", backend="fake", vocab_size=300, context_length=64))
+    teacher = FakeTeacher(TeacherConfig(model="fake", backend="fake", fake=FakeConfig(vocab_size=300, context_length=64)))
     check(records, teacher.dense_logprobs, selection_of(tmp_path), error=0)
     capsys.readouterr()
     assert main(["info", str(tmp_path / "cache")]) == 0
@@ -95,7 +95,7 @@ def test_a_capture_that_is_cut_otherwise_stores_the_same(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     first = capture(tmp_path / "one", FAKE, "selection.kind=threshold")
-    other = capture(tmp_path / "two", FAKE, "selection.kind=threshold", "shards.unit_items=1", "teacher.batch_tokens=7")
+    other = capture(tmp_path / "two", FAKE, "selection.kind=threshold", "shards.unit_items=1", "teacher.tokens_per_forward=7")
     for one, two in zip(first, other, strict=True):
         np.testing.assert_array_equal(one.distributions.token_ids_E, two.distributions.token_ids_E)
 
@@ -127,8 +127,8 @@ def test_a_capture_with_transformers_holds_the_definitions_records(tmp_path, kin
 @pytest.mark.vllm
 def test_a_capture_inside_vllms_worker_holds_the_definitions_records(tmp_path, tiny_model_dir):
     pytest.importorskip("vllm")
-    teacher = {"model": str(tiny_model_dir), "backend": "vllm", "dtype": "float32", "num_threads": 1, "route": "worker",
-               "batch_tokens": 32, "positions_per_chunk": 11}  # fmt: skip
+    teacher = {"model": str(tiny_model_dir), "backend": "vllm", "dtype": "float32", "num_threads": 1,
+               "vllm": {"route": "worker"}, "tokens_per_forward": 32, "chunk_positions": 11}  # fmt: skip
     records = capture(tmp_path, teacher, "selection.kind=threshold", *SETTINGS["threshold"])
     check(records, float32_logits(tiny_model_dir), selection_of(tmp_path), error=5e-5)
 

@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
     Path("c.yaml").write_text(
         """
 input: {format: txt, paths: [corpus], window: {size: 64}}
-teacher: {model: fake, backend: fake, vocab_size: 300}
+teacher: {model: fake, backend: fake, fake: {vocab_size: 300}}
 selection: {k: 8}
 out: cache
 shards: {unit_items: 1}

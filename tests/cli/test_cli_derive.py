@@ -98,7 +98,7 @@ def test_a_domain_that_the_input_names_is_kept_and_asked_for(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "c.yaml").write_text(f"""
 input: {{format: jsonl, paths: [{tmp_path}/a.jsonl], domain_field: kind, window: {{size: 64}}}}
-teacher: {{model: fake, backend: fake, vocab_size: 300}}
+teacher: {{model: fake, backend: fake, fake: {{vocab_size: 300}}}}
 selection: {{k: 8}}
 out: {tmp_path}/named
 shards: {{unit_items: 2}}

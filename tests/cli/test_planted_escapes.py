@@ -31,7 +31,7 @@ MOST = 2100
 
 CAPTURE = """
 input: {{format: jsonl, content: ids, paths: ['{folder}/ids.jsonl'], domain_field: kind, window: {{size: 8}}}}
-teacher: {{model: fake, backend: fake, vocab_size: 50}}
+teacher: {{model: fake, backend: fake, fake: {{vocab_size: 50}}}}
 selection: {{k: 4}}
 out: '{folder}/cache'
 run: {{progress_path: '{folder}/progress.json'}}

@@ -67,7 +67,7 @@ def test_none_is_in_anything_written_or_said(
     }  # fmt: skip
     capture = {
         "input": {"format": "jsonl", "content": "ids", "paths": [str(mine / "ids.jsonl")], "window": {"size": 8}},
-        "teacher": {"model": "fake", "backend": "fake", "vocab_size": 50}, "selection": {"k": 4},
+        "teacher": {"model": "fake", "backend": "fake", "fake": {"vocab_size": 50}}, "selection": {"k": 4},
         "out": str(out / "cache"), "run": {"progress_path": str(out / "progress.json")}, "remote": remote,
     }  # fmt: skip
 

@@ -35,7 +35,7 @@ def cache(tmp_path: Path) -> Path:
     (tmp_path / "c.yaml").write_text(
         f"""
 input: {{format: jsonl, content: ids, paths: ['{tmp_path}/ids.jsonl'], window: {{size: 8}}}}
-teacher: {{model: fake, backend: fake, vocab_size: 50}}
+teacher: {{model: fake, backend: fake, fake: {{vocab_size: 50}}}}
 selection: {{k: 4}}
 out: '{tmp_path}/cache'
 """

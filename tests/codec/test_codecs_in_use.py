@@ -27,7 +27,7 @@ def capture(folder: Path, codec: str, kind: str) -> Path:
     (folder / "text.txt").write_text("One line of text.\nAnd another one, a little longer than the first.\n")
     config.write_text(
         f"input: {{format: txt, paths: [{folder}/text.txt], window: {{size: 16}}}}\n"
-        "teacher: {model: made-up, backend: fake, vocab_size: 300}\n"
+        "teacher: {model: made-up, backend: fake, fake: {vocab_size: 300}}\n"
         f"out: {folder}/{codec}-{kind}\n"
     )
     settings = [f"codec.id={codec}", f"selection.kind={kind}", *(f"selection.{setting}" for setting in KINDS[kind])]

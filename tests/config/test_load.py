@@ -37,10 +37,11 @@ def test_a_file_becomes_a_config_with_defaults(tmp_path):
 def test_overrides_are_yaml_and_make_sections(tmp_path):
     overrides = [
         "selection.k=8",
+        "teacher.backend=vllm",
         "input.paths=[b.txt, c.txt]",
         "input.window.size=16",
         "input.limit=null",
-        "teacher.gpu_memory_utilization=5e-1",
+        "teacher.vllm.gpu_memory_utilization=5e-1",
         "teacher.engine_options.enforce_eager=true",
     ]
     config = load_config(write(tmp_path, GOOD), CaptureConfig, overrides)
@@ -48,7 +49,7 @@ def test_overrides_are_yaml_and_make_sections(tmp_path):
     assert config.input.paths == ("b.txt", "c.txt")
     assert config.input.window.size == 16
     assert config.input.limit is None
-    assert config.teacher.gpu_memory_utilization == 0.5
+    assert config.teacher.vllm.gpu_memory_utilization == 0.5
     assert config.teacher.engine_options == {"enforce_eager": True}
 
 

@@ -110,7 +110,7 @@ def test_the_names_are_bounded():
 
 def test_a_dry_run_and_a_captures_summary_name_what_is_not_read(folder, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(
-        f"input: {{format: jsonl, paths: [{folder}]}}\nteacher: {{model: fake, backend: fake, vocab_size: 400}}\n"
+        f"input: {{format: jsonl, paths: [{folder}]}}\nteacher: {{model: fake, backend: fake, fake: {{vocab_size: 400}}}}\n"
         f"selection: {{k: 4}}\nout: {tmp_path / 'out'}\n"
     )
     for arguments in (["--dry-run"], [], []):

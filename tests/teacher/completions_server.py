@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from contracts.teacher import make_sequence
 
-from kdcache.config.capture import TeacherConfig
 from kdcache.config.server import ServerConfig
+from kdcache.config.teacher import FakeConfig, TeacherConfig
 from kdcache.teacher import load_teacher
 from kdcache.teacher.base import Teacher
 from kdcache.teacher.fake import FakeTeacher, FakeTokenizer
@@ -69,7 +69,7 @@ class CompletionsServer:
     def __init__(self, manners: Manners | None = None, port: int = 0) -> None:
         self.manners = manners or Manners()
         self.model = FakeTeacher(
-            TeacherConfig(model="fake", backend="fake", vocab_size=VOCAB_SIZE, context_length=MAX_MODEL_LEN)
+            TeacherConfig(model="fake", backend="fake", fake=FakeConfig(vocab_size=VOCAB_SIZE, context_length=MAX_MODEL_LEN))
         )
         self.bodies: list[dict[str, Any]] = []
         self.in_flight = self.most_in_flight = 0

@@ -104,7 +104,7 @@ def test_backends_that_put_no_adapter_on_refuse_it(tiny_model_dir: Path, adapter
         ):
             msgspec.convert(fields, TeacherConfig)
     with pytest.raises(msgspec.ValidationError, match="not for 'vllm' on route 'public'"):
-        msgspec.convert({"model": "m", "backend": "vllm", "route": "public", "adapter": "a"}, TeacherConfig)
+        msgspec.convert({"model": "m", "backend": "vllm", "vllm": {"route": "public"}, "adapter": "a"}, TeacherConfig)
 
 
 def test_where_auto_leads_to_transformers_an_adapter_is_refused_too(

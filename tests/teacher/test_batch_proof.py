@@ -77,7 +77,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def teacher_of(folder: Path, **changes: Any) -> Any:
-    settings = {"model": str(folder), "backend": "transformers", "dtype": "float32", "batch_tokens": 1000}
+    settings = {"model": str(folder), "backend": "transformers", "dtype": "float32", "tokens_per_forward": 1000}
     return load_teacher(TeacherConfig(**(settings | changes)))
 
 

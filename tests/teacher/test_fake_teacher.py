@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from contracts.teacher import PROMISES, TeacherCase, closing, make_sequence, top_k
 
-from kdcache.config.capture import TeacherConfig
+from kdcache.config.teacher import FakeConfig, TeacherConfig
 from kdcache.teacher import load_teacher
 from kdcache.teacher.fake import FakeTeacher, prefix_hashes
 
 
 def config(**changes: int) -> TeacherConfig:
-    settings = {"model": "fake", "backend": "fake", "vocab_size": 300, "context_length": 100}
-    return TeacherConfig(**(settings | changes))  # pyright: ignore[reportArgumentType]
+    settings = FakeConfig(**{"vocab_size": 300, "context_length": 100} | changes)
+    return TeacherConfig(model="fake", backend="fake", fake=settings)
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from contracts.generation import PROMISES, GenerationCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.config.capture import GenerateConfig, TeacherConfig
+from kdcache.config.capture import GenerateConfig
+from kdcache.config.teacher import FakeConfig, TeacherConfig
 from kdcache.errors import TeacherError
 from kdcache.teacher import load_tokenizer
 from kdcache.teacher.fake import END_ID, FakeTeacher
@@ -27,7 +28,7 @@ def ending(**config) -> Ending:
 
 @pytest.fixture
 def case() -> GenerationCase:
-    teacher = FakeTeacher(TeacherConfig(model="fake", backend="fake", vocab_size=300, context_length=100))
+    teacher = FakeTeacher(TeacherConfig(model="fake", backend="fake", fake=FakeConfig(vocab_size=300, context_length=100)))
     return GenerationCase(teacher, load_tokenizer("fake"), teacher.dense_logprobs, 1e-6)
 
 

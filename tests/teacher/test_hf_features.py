@@ -27,7 +27,7 @@ POOLED = [FeatureConfig(layer=1, pooling="mean"), FeatureConfig(layer=-1, poolin
 def load(folder: Path, **changes: Any) -> Any:
     return load_teacher(
         TeacherConfig(
-            **{"model": str(folder), "backend": "transformers", "batch_tokens": 100, "positions_per_chunk": 7, **changes}
+            **{"model": str(folder), "backend": "transformers", "tokens_per_forward": 100, "chunk_positions": 7, **changes}
         )
     )
 

@@ -25,7 +25,7 @@ from kdcache.teacher.select.torch_answers import draw_rows
 
 def load(folder: Path, **changes: object):
     # Room for a few prompts and their answers, so that there are several batches.
-    settings = {"model": str(folder), "backend": "transformers", "batch_tokens": 40}
+    settings = {"model": str(folder), "backend": "transformers", "tokens_per_forward": 40}
     return load_teacher(TeacherConfig(**(settings | changes)))  # pyright: ignore[reportArgumentType]
 
 

@@ -10,9 +10,10 @@ import pytest
 from contracts.teacher import PROMISES, TeacherCase, closing, make_sequence, random_sequences, score
 from dense_forward import dense_forward
 
-from kdcache.config.capture import TeacherConfig
+from kdcache.config.teacher import TeacherConfig, VllmConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.teacher import load_teacher
+from kdcache.teacher.hf.load import refuse_vllm_settings
 
 pytest.importorskip("transformers")
 
@@ -21,7 +22,7 @@ from tiny_model import build_tiny_model
 
 def config(folder: Path | str, **changes: object) -> TeacherConfig:
     # Small batches and chunks, so that both are crossed.
-    settings = {"model": str(folder), "backend": "transformers", "batch_tokens": 100, "positions_per_chunk": 7}
+    settings = {"model": str(folder), "backend": "transformers", "tokens_per_forward": 100, "chunk_positions": 7}
     return TeacherConfig(**(settings | changes))  # pyright: ignore[reportArgumentType]
 
 
@@ -29,7 +30,10 @@ def config(folder: Path | str, **changes: object) -> TeacherConfig:
 def case(tiny_model_dir: Path) -> Iterator[TeacherCase]:
     teacher = load_teacher(config(tiny_model_dir))
     yield TeacherCase(
-        teacher, dense_forward(tiny_model_dir), 5e-5, lambda: load_teacher(config(tiny_model_dir, batch_tokens=50)).identity
+        teacher,
+        dense_forward(tiny_model_dir),
+        5e-5,
+        lambda: load_teacher(config(tiny_model_dir, tokens_per_forward=50)).identity,
     )
     teacher.close()
 
@@ -131,8 +135,9 @@ def test_weights_that_the_checkpoint_lacks_are_refused_and_not_made_up(tiny_mode
 
 
 def test_settings_of_vllm_are_refused(tiny_model_dir: Path):
-    with pytest.raises(ConfigError, match=r"teacher\.tensor_parallel_size is 2"):
-        load_teacher(config(tiny_model_dir, tensor_parallel_size=2))
+    two = config(tiny_model_dir, backend="auto", vllm=VllmConfig(tensor_parallel_size=2))
+    with pytest.raises(ConfigError, match=r"teacher\.vllm\.tensor_parallel_size is 2"):
+        refuse_vllm_settings(two)
     with pytest.raises(ConfigError, match=r"teacher\.quantization is 'awq'"):
         load_teacher(config(tiny_model_dir, quantization="awq"))
 

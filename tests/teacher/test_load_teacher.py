@@ -72,7 +72,7 @@ print(load_teacher(TeacherConfig(model={str(tiny_model_dir)!r})).identity.engine
 
 
 def config(**changes: object) -> TeacherConfig:
-    return TeacherConfig(**({"model": "m", "batch_tokens": 1000} | changes))  # pyright: ignore[reportArgumentType]
+    return TeacherConfig(**({"model": "m", "tokens_per_forward": 1000} | changes))  # pyright: ignore[reportArgumentType]
 
 
 def test_auto_dtype_is_the_checkpoints_with_vllm_too():

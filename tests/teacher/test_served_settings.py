@@ -34,7 +34,7 @@ def test_secrets_in_an_address_are_refused_and_not_repeated(url: str):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"engine_options": {"enforce_eager": True}}, {"tensor_parallel_size": 2}, {"route": "worker"}, {"num_threads": 3}],
+    [{"engine_options": {"enforce_eager": True}}, {"num_threads": 3}],
 )
 def test_settings_of_an_engine_that_is_not_ours_are_refused(setting: dict[str, object]):
     (name,) = setting
@@ -42,11 +42,13 @@ def test_settings_of_an_engine_that_is_not_ours_are_refused(setting: dict[str, o
         refuse_settings(config(**setting))
 
 
-def test_a_server_without_an_address_and_an_address_without_a_server_are_refused():
+def test_a_server_without_an_address_and_settings_of_another_backend_are_refused():
     sections = {"input": {"format": "lines", "paths": ["a"]}, "out": "c"}
     for teacher, sentence in [
         ({"backend": "served"}, r"backend 'served' needs server\.url"),
         ({"server": {"url": "http://h/v1"}}, r"server is for backend 'served' alone, not for 'auto'"),
+        ({"backend": "transformers", "vllm": {"route": "worker"}}, r"vllm is for backend 'vllm' alone, not for 'transformers'"),
+        ({"fake": {"seed": 1}}, r"fake is for backend 'fake' alone, not for 'auto'"),
     ]:
         with pytest.raises(ConfigError, match=sentence):
             convert_config(sections | {"teacher": {"model": "m"} | teacher}, CaptureConfig)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.vllm
 def config(base: Path, adapter: Path, **options: Any) -> TeacherConfig:
     # 64 tokens per step and chunks of 24 positions: sequences are split over steps, steps over chunks.
     return TeacherConfig(
-        model=str(base), adapter=str(adapter), backend="vllm", batch_tokens=64, positions_per_chunk=24, **options
+        model=str(base), adapter=str(adapter), backend="vllm", tokens_per_forward=64, chunk_positions=24, **options
     )
 
 

@@ -12,7 +12,8 @@ from contracts.teacher import TeacherCase, top_k
 from dense_forward import dense_forward
 from test_hf_features import LAYERS, POOLED, check_features, expected_states, masked_sequences
 
-from kdcache.config.capture import FeatureConfig, TeacherConfig
+from kdcache.config.capture import FeatureConfig
+from kdcache.config.teacher import TeacherConfig, VllmConfig
 from kdcache.errors import ConfigError
 from kdcache.teacher import load_teacher
 from kdcache.teacher.features import resolve_features
@@ -26,7 +27,12 @@ def teacher(tiny_model_dir: Path) -> Iterator[Any]:
     # 64 tokens per step and chunks of 24 positions: most sequences are split over steps, most steps over chunks.
     teacher = load_teacher(
         TeacherConfig(
-            model=str(tiny_model_dir), backend="vllm", route="worker", dtype="float32", batch_tokens=64, positions_per_chunk=24
+            model=str(tiny_model_dir),
+            backend="vllm",
+            vllm=VllmConfig(route="worker"),
+            dtype="float32",
+            tokens_per_forward=64,
+            chunk_positions=24,
         )
     )
     yield teacher
@@ -88,7 +94,9 @@ def test_a_model_whose_layers_give_one_tensor_and_have_other_names(tmp_path: Pat
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=64, n_layer=2, n_head=2, n_positions=64)).save_pretrained(tmp_path)
     teacher: Any = load_teacher(
-        TeacherConfig(model=str(tmp_path), backend="vllm", route="worker", dtype="float32", batch_tokens=32)
+        TeacherConfig(
+            model=str(tmp_path), backend="vllm", vllm=VllmConfig(route="worker"), dtype="float32", tokens_per_forward=32
+        )
     )
     case = TeacherCase(teacher, dense_forward(tmp_path), 5e-5)
     sequences, features = masked_sequences(case, 50), resolve_features([*LAYERS, *POOLED], teacher.hidden_shape)

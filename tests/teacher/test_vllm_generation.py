@@ -26,7 +26,7 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def case(tiny_model_dir: Path) -> Iterator[GenerationCase]:
-    teacher = load_teacher(TeacherConfig(model=str(tiny_model_dir), backend="vllm", batch_tokens=250))
+    teacher = load_teacher(TeacherConfig(model=str(tiny_model_dir), backend="vllm", tokens_per_forward=250))
     yield GenerationCase(teacher, load_tokenizer(str(tiny_model_dir)), dense_forward(tiny_model_dir), 5e-5)
     teacher.close()
 

@@ -14,7 +14,7 @@ from agreement import measure_agreement
 from contracts.teacher import TeacherCase, random_sequences
 from dense_forward import dense_forward
 
-from kdcache.config.capture import TeacherConfig
+from kdcache.config.teacher import TeacherConfig, VllmConfig
 from kdcache.errors import TeacherError
 from kdcache.format.manifest import CodecInfo, Identity, SelectionInfo, TeacherIdentity, TokenizerIdentity
 from kdcache.teacher import load_teacher
@@ -69,7 +69,12 @@ def test_the_engines_settings_are_named(plain: TeacherIdentity):
 
 def test_room_scheduling_and_logging_are_not_compared(plain: TeacherIdentity, tiny_model_dir: Path):
     options = {"max_num_seqs": 7, "max_model_len": 200, "enable_chunked_prefill": True, "disable_log_stats": False, "seed": 3}
-    other = identity_of(tiny_model_dir, route="public", batch_tokens=200, gpu_memory_utilization=0.5, engine_options=options)
+    other = identity_of(
+        tiny_model_dir,
+        vllm=VllmConfig(route="public", gpu_memory_utilization=0.5),
+        tokens_per_forward=200,
+        engine_options=options,
+    )
     assert other.context_length == 199
     assert differences(plain, other) == {}
 
@@ -146,9 +151,9 @@ def test_the_commit_of_a_hub_id_is_named_though_none_was_asked_for(tiny_model_di
     (hub / "refs").mkdir()
     (hub / "refs/main").write_text(COMMIT)
     code = """
-from kdcache.config.capture import TeacherConfig
+from kdcache.config.teacher import TeacherConfig, VllmConfig
 from kdcache.teacher import load_teacher
-teacher = load_teacher(TeacherConfig(model="org/tiny", backend="vllm", route="public"))
+teacher = load_teacher(TeacherConfig(model="org/tiny", backend="vllm", vllm=VllmConfig(route="public")))
 teacher.close()
 print("IDENTITY", teacher.identity.model, teacher.identity.revision, teacher.identity.weights_digest)
 """

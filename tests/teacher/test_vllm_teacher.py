@@ -24,7 +24,7 @@ MULTIPROCESSING_BEFORE = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
 @pytest.fixture(scope="module")
 def case(tiny_model_dir: Path) -> Iterator[TeacherCase]:
     # 128 tokens per step, so that sequences are split over steps.
-    teacher = load_teacher(TeacherConfig(model=str(tiny_model_dir), backend="vllm", batch_tokens=128))
+    teacher = load_teacher(TeacherConfig(model=str(tiny_model_dir), backend="vllm", tokens_per_forward=128))
     yield TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5)
     teacher.close()
 

@@ -17,7 +17,7 @@ import pytest
 from contracts.teacher import PROMISES, SELECTIONS, TeacherCase, closing, make_sequence, random_sequences, score, top_k
 from dense_forward import dense_forward
 
-from kdcache.config.capture import TeacherConfig
+from kdcache.config.teacher import TeacherConfig, VllmConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence, check_distributions
@@ -34,7 +34,7 @@ K = 64
 def config(folder: Path, **options: Any) -> TeacherConfig:
     # 64 tokens per step and chunks of 24 positions: most sequences are split over steps, most steps over chunks.
     return TeacherConfig(
-        model=str(folder), backend="vllm", **{"batch_tokens": 64, "positions_per_chunk": 24, "dtype": "float32"} | options
+        model=str(folder), backend="vllm", **{"tokens_per_forward": 64, "chunk_positions": 24, "dtype": "float32"} | options
     )
 
 
@@ -175,10 +175,12 @@ def test_what_an_unusable_vllm_lacks_is_said_before_it_is_started(tiny_model_dir
     from kdcache.teacher.vllm import teacher as _vllm
 
     with pytest.raises(TeacherError, match="engine_options has a worker_extension_cls of its own"):
-        load_teacher(config(tiny_model_dir, route="worker", engine_options={"worker_extension_cls": "mine.Extension"}))
+        load_teacher(
+            config(tiny_model_dir, vllm=VllmConfig(route="worker"), engine_options={"worker_extension_cls": "mine.Extension"})
+        )
     monkeypatch.setattr(_vllm, "WORKER_SAMPLING", ("extra_args", "gone_field"))
-    for options in ({"strict": True}, {"route": "worker"}):
-        with pytest.raises(TeacherError, match=r"SamplingParams has no gone_field; set teacher\.route to public"):
+    for options in ({"strict": True}, {"vllm": VllmConfig(route="worker")}):
+        with pytest.raises(TeacherError, match=r"SamplingParams has no gone_field; set teacher\.vllm\.route to public"):
             load_teacher(config(tiny_model_dir, **options))
 
 
@@ -245,7 +247,7 @@ def test_a_projection_that_is_not_as_expected_is_said_at_the_start():
 @pytest.mark.slow
 def test_an_engine_that_could_take_adapters_gives_the_base_models_numbers(tiny_model_dir: Path):
     # With LoRA on, vLLM's projection expects as many rows as it samples from; ours has others.
-    teacher = load_teacher(config(tiny_model_dir, route="worker", engine_options={"enable_lora": True}))
+    teacher = load_teacher(config(tiny_model_dir, vllm=VllmConfig(route="worker"), engine_options={"enable_lora": True}))
     case = TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5)
     for sequence in random_sequences(case, [100, 3]):
         (answer,) = score(case, [sequence])
@@ -258,7 +260,9 @@ class TestWithAPrefixCache:
 
     @pytest.fixture(scope="class")
     def case(self, tiny_model_dir: Path) -> Iterator[TeacherCase]:
-        teacher: Any = load_teacher(config(tiny_model_dir, route="worker", engine_options={"enable_prefix_caching": True}))
+        teacher: Any = load_teacher(
+            config(tiny_model_dir, vllm=VllmConfig(route="worker"), engine_options={"enable_prefix_caching": True})
+        )
         yield TeacherCase(teacher, dense_forward(tiny_model_dir), 5e-5)
         teacher.close()
 
@@ -294,7 +298,7 @@ class TestWithAPrefixCache:
         sequences = random_sequences(case, [70, 3], seed=6)
         with monkeypatch.context() as patch:
             patch.setattr(_vllm_worker.Selector, "select", fail)
-            with pytest.raises(TeacherError, match=r"MemoryError: no room for the logits; .*positions_per_chunk \(24\)"):
+            with pytest.raises(TeacherError, match=r"MemoryError: no room for the logits; .*chunk_positions \(24\)"):
                 score(case, sequences)
         assert [answer.num_positions for answer in score(case, sequences)] == [70, 3]
         closing(case)

@@ -9,7 +9,7 @@ import pytest
 from contracts.teacher import TeacherCase, random_sequences, score, top_k
 from dense_forward import dense_forward
 
-from kdcache.config.capture import TeacherConfig
+from kdcache.config.teacher import TeacherConfig, VllmConfig
 from kdcache.teacher import load_teacher
 
 pytest.importorskip("vllm")
@@ -20,7 +20,9 @@ def test_experts_give_what_transformers_gives(tmp_path: Path):
     folder = write_mixture(tmp_path / "tiny-mixtral")
     transformers = load_teacher(TeacherConfig(model=str(folder), backend="transformers"))
     teacher = load_teacher(
-        TeacherConfig(model=str(folder), backend="vllm", route="worker", batch_tokens=64, positions_per_chunk=24)
+        TeacherConfig(
+            model=str(folder), backend="vllm", vllm=VllmConfig(route="worker"), tokens_per_forward=64, chunk_positions=24
+        )
     )
     case = TeacherCase(teacher, dense_forward(folder), 5e-5)
     sequences = random_sequences(case, [100, 3, 40, 1])

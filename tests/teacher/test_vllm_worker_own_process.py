@@ -23,11 +23,12 @@ if __name__ == "__main__":
     from contracts.teacher import TeacherCase, answers_come_in_the_order_given, closing, position_t_has_read_tokens_up_to_t
     from contracts.teacher import every_selection_that_it_makes_is_the_definition_of_its_distribution as every_selection
     from dense_forward import dense_forward
-    from kdcache.config.capture import TeacherConfig
+    from kdcache.config.teacher import TeacherConfig, VllmConfig
     from kdcache.teacher import load_teacher
 
     folder = Path(sys.argv[1])
-    config = TeacherConfig(model=str(folder), backend="vllm", route="worker", batch_tokens=64, positions_per_chunk=24)
+    worker = VllmConfig(route="worker")
+    config = TeacherConfig(model=str(folder), backend="vllm", vllm=worker, tokens_per_forward=64, chunk_positions=24)
     teacher = load_teacher(config)
     print("CLIENT", type(teacher._engine.llm_engine.engine_core).__name__)
     case = TeacherCase(teacher, dense_forward(folder), 5e-5)

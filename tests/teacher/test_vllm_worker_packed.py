@@ -22,7 +22,7 @@ from kdcache.teacher.select.found import Layout  # noqa: E402
 from kdcache.teacher.select.torch_selector import Selector  # noqa: E402
 from kdcache.teacher.vllm import internals  # noqa: E402
 from kdcache.teacher.vllm import worker as _vllm_worker  # noqa: E402
-from kdcache.teacher.vllm.options import engine_options, positions_per_chunk  # noqa: E402
+from kdcache.teacher.vllm.options import chunk_positions, engine_options  # noqa: E402
 from kdcache.teacher.vllm.wire import (  # noqa: E402
     NOT_SUPERVISED,
     Buffer,
@@ -219,11 +219,11 @@ def test_with_selection_in_the_worker_a_step_may_be_one_sequence():
 
 
 def test_a_chunks_logits_stay_in_the_cache_of_a_cpu():
-    config = TeacherConfig(model="m", positions_per_chunk=512)
+    config = TeacherConfig(model="m", chunk_positions=512)
     sizes = (8192, 32768, 151936)
-    assert [positions_per_chunk(config, size, is_cpu=False) for size in sizes] == [512] * 3
-    assert [positions_per_chunk(config, size, is_cpu=True) for size in sizes] == [512, 256, 64]
-    assert positions_per_chunk(TeacherConfig(model="m", positions_per_chunk=3), 151936, is_cpu=True) == 3
+    assert [chunk_positions(config, size, is_cpu=False) for size in sizes] == [512] * 3
+    assert [chunk_positions(config, size, is_cpu=True) for size in sizes] == [512, 256, 64]
+    assert chunk_positions(TeacherConfig(model="m", chunk_positions=3), 151936, is_cpu=True) == 3
 
 
 def test_strict_stops_at_a_vllm_that_does_not_import(tmp_path: Path):

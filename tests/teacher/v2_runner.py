@@ -44,12 +44,15 @@ def main(folder: Path) -> None:
     from dense_forward import dense_forward
     from test_hf_features import expected_states
 
-    from kdcache.config.capture import FeatureConfig, TeacherConfig
+    from kdcache.config.capture import FeatureConfig
+    from kdcache.config.teacher import TeacherConfig, VllmConfig
     from kdcache.teacher import load_teacher
     from kdcache.teacher.features import resolve_features
 
     teacher: Any = load_teacher(
-        TeacherConfig(model=str(folder), backend="vllm", route="worker", batch_tokens=64, positions_per_chunk=24)
+        TeacherConfig(
+            model=str(folder), backend="vllm", vllm=VllmConfig(route="worker"), tokens_per_forward=64, chunk_positions=24
+        )
     )
     runner = teacher._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     case = TeacherCase(teacher, dense_forward(folder), 5e-5)

@@ -42,11 +42,11 @@ def _reference(teacher: PreTrainedModel, model: PreTrainedModel, sequence: Heldo
     return [nll, kl, agreement, correct]
 
 
-@pytest.mark.parametrize("positions_per_chunk", [1, 7, 256])
+@pytest.mark.parametrize("chunk_positions", [1, 7, 256])
 def test_scores_are_the_formulas_for_any_chunk_size(
-    teacher: PreTrainedModel, student: PreTrainedModel, positions_per_chunk: int
+    teacher: PreTrainedModel, student: PreTrainedModel, chunk_positions: int
 ) -> None:
-    scores = score_models(teacher, {"student": student}, SEQUENCES, positions_per_chunk=positions_per_chunk)
+    scores = score_models(teacher, {"student": student}, SEQUENCES, chunk_positions=chunk_positions)
     for name, model in (("teacher", teacher), ("student", student)):
         s = scores[name]
         ours = np.stack([s.nll_S, s.kl_S, s.agreement_S, s.correct_S], axis=1)
@@ -63,13 +63,13 @@ def test_capped_logits_are_scored_as_the_model_gives_them(student: PreTrainedMod
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
     capped = Gemma2ForCausalLM(Gemma2Config(vocab_size=530, **small, num_key_value_heads=1, final_logit_softcapping=0.5)).eval()
-    scores = score_models(capped, {"student": student}, SEQUENCES, positions_per_chunk=5)["student"]
+    scores = score_models(capped, {"student": student}, SEQUENCES, chunk_positions=5)["student"]
     np.testing.assert_allclose(scores.kl_S, [_reference(capped, student, s)[1] for s in SEQUENCES], rtol=1e-4)
 
 
 def test_the_mean_loss_is_that_of_the_scores_and_leaves_the_mode(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     student.train()
-    mean = heldout_nats_per_token(student, SEQUENCES, positions_per_chunk=5)
+    mean = heldout_nats_per_token(student, SEQUENCES, chunk_positions=5)
     assert student.training
     student.eval()
     nll_S = score_models(teacher, {"student": student}, SEQUENCES)["student"].nll_S

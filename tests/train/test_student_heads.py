@@ -100,7 +100,7 @@ def test_the_heldout_measure_is_that_of_the_models_own_logits(name: str) -> None
     with torch.no_grad():
         wanted = torch.nn.functional.cross_entropy(model(input_ids=ids_N[None]).logits[0, :-1], ids_N[1:])
     sequence = HeldoutSequence(ids_N.numpy(), num_bytes=100, text=0)
-    assert heldout_nats_per_token(model, [sequence], positions_per_chunk=16) == pytest.approx(float(wanted), rel=1e-5)
+    assert heldout_nats_per_token(model, [sequence], chunk_positions=16) == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_ids_that_the_cache_does_not_have_are_left_out_or_trained_as_asked(small_cache: Path) -> None:

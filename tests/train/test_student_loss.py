@@ -59,7 +59,7 @@ class Shapes(TorchDispatchMode):
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 def test_logits_of_all_positions_never_exist(small_cache: Path, backend: str) -> None:
     model, (batch,) = make_student(), first_batches(small_cache, OPTIONS, 1)
-    ours = loss_of(small_cache, model, backend=backend, positions_per_chunk=16)
+    ours = loss_of(small_cache, model, backend=backend, chunk_positions=16)
     with Shapes() as shapes:
         ours(model, batch).backward()
     rows = [shape[:-1] for shape in shapes.seen if shape and shape[-1] == 520]

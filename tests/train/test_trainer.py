@@ -58,7 +58,7 @@ def _dense_kl(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) 
 def test_training_from_a_full_cache_is_training_with_the_live_teacher(
     full_cache: Path, tiny_model_dir: Path, tmp_path: Path, tail: str
 ) -> None:
-    config = train_config(full_cache, tiny_model_dir, tmp_path / "run", loss={"tail": tail, "positions_per_chunk": 48})
+    config = train_config(full_cache, tiny_model_dir, tmp_path / "run", loss={"tail": tail, "chunk_positions": 48})
     cached = [line["loss"] for line in _run(config)]
 
     teacher, student = load_teacher_model(tiny_model_dir), build_student(config.student, seed=config.seed)

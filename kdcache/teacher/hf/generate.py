@@ -39,7 +39,7 @@ def write_answers(
     rotary: TextRotary,
     prompts: Sequence[Prompt],
     ending: Ending,
-    batch_tokens: int,
+    tokens_per_forward: int,
     observe: Observe,
 ) -> Iterator[Generated]:
     """The answers, in order, all at the end.
@@ -49,8 +49,8 @@ def write_answers(
         rotary: the model's, mended.
         prompts: checked.
         ending: where answers end, and how tokens are drawn.
-        batch_tokens: most tokens of prompts that are read at once. Keys and values of CACHED_BATCHES times as many, prompts and
-            answers, exist at once.
+        tokens_per_forward: most tokens of prompts that are read at once. Keys and values of CACHED_BATCHES times as many,
+            prompts and answers, exist at once.
         observe: told of each step.
 
     Raises:
@@ -58,24 +58,26 @@ def write_answers(
     """
     answers: dict[int, Generated] = {}
     sharing = _sharing(model) if len(prompts) > 1 else "any"
-    for batch in batches_to_write([p.sequence.num_tokens for p in prompts], ending.config.max_tokens, batch_tokens, sharing):
+    for batch in batches_to_write(
+        [p.sequence.num_tokens for p in prompts], ending.config.max_tokens, tokens_per_forward, sharing
+    ):
         try:
             members = [prompts[index] for index in batch]
             answers |= zip(batch, _write_batch(model, rotary, members, ending, observe), strict=True)
         except torch.OutOfMemoryError as error:
             raise TeacherError(
-                f"the teacher ran out of memory while it wrote; make teacher.batch_tokens ({batch_tokens}) smaller"
+                f"the teacher ran out of memory while it wrote; make teacher.tokens_per_forward ({tokens_per_forward}) smaller"
             ) from error
     yield from (answers[index] for index in range(len(prompts)))
 
 
-def batches_to_write(lengths: Sequence[int], max_tokens: int, batch_tokens: int, sharing: Sharing) -> Iterator[list[int]]:
+def batches_to_write(lengths: Sequence[int], max_tokens: int, tokens_per_forward: int, sharing: Sharing) -> Iterator[list[int]]:
     """Indices of the prompts of each batch; where only equal lengths may share a forward, batches hold one length each."""
     kinds = sorted(set(lengths), reverse=True) if sharing == "equal" else [None]
     for kind in kinds:
         indices = [index for index, length in enumerate(lengths) if kind in (None, length)]
         weights = [_weight(lengths[index], max_tokens) for index in indices]
-        for batch in batches_by_length(weights, batch_tokens, "alone" if sharing == "alone" else "any"):
+        for batch in batches_by_length(weights, tokens_per_forward, "alone" if sharing == "alone" else "any"):
             yield [indices[place] for place in batch]
 
 

@@ -71,9 +71,10 @@ def _quiet_progress() -> Iterator[None]:
 
 def refuse_vllm_settings(config: TeacherConfig) -> None:
     """Raise ConfigError for a setting that only vLLM has."""
-    if config.tensor_parallel_size != 1:
+    if config.vllm.tensor_parallel_size != 1:
         raise ConfigError(
-            f"teacher.tensor_parallel_size is {config.tensor_parallel_size}, but the transformers teacher knows 1 only"
+            f"teacher.vllm.tensor_parallel_size is {config.vllm.tensor_parallel_size}, but the transformers teacher "
+            "knows 1 only"
         )
     if config.adapter is not None:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """The `transformers` teacher: batched by length, logits a chunk at a time.
 
-The model's body runs over a batch of similar lengths; the output projection and the selection run over `positions_per_chunk`
+The model's body runs over a batch of similar lengths; the output projection and the selection run over `chunk_positions`
 supervised positions at a time, so [tokens, vocab] never exists.
 
 Shape letters: B sequences of a batch, T their longest, P supervised positions of the batch, C positions of a chunk, H hidden,
@@ -130,7 +130,7 @@ class HfTeacher:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_prompts(prompts, config, self._identity)
         ending = Ending(config, tokenizer, end_tokens(config, tokenizer.end_ids, own_end_ids(self._model)))
-        return write_answers(self._model, self._rotary, prompts, ending, self._config.batch_tokens, observe)
+        return write_answers(self._model, self._rotary, prompts, ending, self._config.tokens_per_forward, observe)
 
     def close(self) -> None:
         """See `Teacher`."""
@@ -141,7 +141,7 @@ class HfTeacher:
 
     def _proven(self, model: PreTrainedModel) -> Sharing:
         """Which texts may share a forward, by comparing a few alone and beside one another."""
-        longest = longest_text(model, context=_context_length(model), most=self._config.batch_tokens // 2)
+        longest = longest_text(model, context=_context_length(model), most=self._config.tokens_per_forward // 2)
 
         def logits_of(texts: Texts) -> list[Tensor]:
             with self._rotary.texts([len(text) for text in texts]):
@@ -150,13 +150,13 @@ class HfTeacher:
         return prove_sharing(logits_of, model, longest=longest, name=self._config.model)
 
     def _score_all(self, model: PreTrainedModel, sequences: Sequence[TokenSequence], asked: _Asked) -> Iterator[Distributions]:
-        group_tokens = BATCHES_PER_GROUP * self._config.batch_tokens
+        group_tokens = BATCHES_PER_GROUP * self._config.tokens_per_forward
         if per_position := bytes_per_position(asked.features):
-            group_tokens = min(group_tokens, max(self._config.batch_tokens, FEATURE_BYTES_PER_GROUP // per_position))
+            group_tokens = min(group_tokens, max(self._config.tokens_per_forward, FEATURE_BYTES_PER_GROUP // per_position))
         for group in groups_of_tokens(sequences, group_tokens):
             answers: dict[int, Distributions] = {}
             lengths = [sequence.num_tokens for sequence in group]
-            for batch in batches_by_length(lengths, self._config.batch_tokens, self._sharing):
+            for batch in batches_by_length(lengths, self._config.tokens_per_forward, self._sharing):
                 members = [group[index] for index in batch]
                 answers |= zip(batch, self._score_batch(model, members, asked), strict=True)
             yield from (answers[index] for index in range(len(group)))
@@ -168,12 +168,12 @@ class HfTeacher:
             return iter([next(scores) if s.supervised_N.any() else asked.nothing() for s in batch])
         except torch.OutOfMemoryError as error:
             raise TeacherError(
-                f"the teacher {self._identity.model!r} ran out of memory; make teacher.batch_tokens "
-                f"({self._config.batch_tokens}) or teacher.positions_per_chunk ({self._config.positions_per_chunk}) smaller"
+                f"the teacher {self._identity.model!r} ran out of memory; make teacher.tokens_per_forward "
+                f"({self._config.tokens_per_forward}) or teacher.chunk_positions ({self._config.chunk_positions}) smaller"
             ) from error
 
     def _scores(self, model: PreTrainedModel, batch: Sequence[TokenSequence], asked: _Asked) -> Iterator[Distributions]:
-        chunk = self._config.positions_per_chunk
+        chunk = self._config.chunk_positions
         if not self._is_separable:
             for sequence in batch:
                 with self._rotary.texts([sequence.num_tokens]):

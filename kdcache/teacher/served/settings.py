@@ -13,7 +13,7 @@ from kdcache.config.server import ServerConfig
 from kdcache.credentials import looks_secret, remember
 from kdcache.errors import ConfigError
 
-ENGINE_SETTINGS = ("engine_options", "tensor_parallel_size", "route", "num_threads")
+ENGINE_SETTINGS = ("engine_options", "num_threads")
 """Settings of an engine that we start."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

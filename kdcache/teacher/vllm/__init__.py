@@ -23,6 +23,6 @@ class VllmBackend(Backend):
 
     def num_gpus(self, config: TeacherConfig) -> int:
         """See `Backend`. As in the engine itself, engine_options have the last word; what is no number the engine refuses."""
-        options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel_size} | config.engine_options
+        options: dict[str, Any] = {"tensor_parallel_size": config.vllm.tensor_parallel_size} | config.engine_options
         sizes = [options.get(name) for name in _PARALLEL]
         return prod(size for size in sizes if isinstance(size, int) and size > 0)

@@ -75,8 +75,8 @@ def check_read_whole(llm: LLM, prompts: Sequence[Prompt], config: GenerateConfig
     if limit is not None and longest > limit:
         raise ConfigError(
             f"a prompt has {longest} tokens, and vLLM {vllm.__version__} reads {limit} at once: on a CPU it cannot draw from a "
-            f"seed after it has read a prompt in parts; set teacher.batch_tokens to {longest} or more (and teacher.route to "
-            "worker), or teacher.backend to transformers"
+            f"seed after it has read a prompt in parts; set teacher.tokens_per_forward to {longest} or more (and "
+            "teacher.vllm.route to worker), or teacher.backend to transformers"
         )
 
 

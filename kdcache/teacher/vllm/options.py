@@ -53,9 +53,9 @@ def engine_options(
         "revision": config.revision,
         "dtype": _dtype(config.dtype, model_fields),
         "quantization": config.quantization,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        "max_num_batched_tokens": config.batch_tokens,
+        "tensor_parallel_size": config.vllm.tensor_parallel_size,
+        "gpu_memory_utilization": config.vllm.gpu_memory_utilization,
+        "max_num_batched_tokens": config.tokens_per_forward,
         "enable_chunked_prefill": True,
         # -1: as many as the vocabulary has. The engine is built before k is known.
         "max_logprobs": -1,
@@ -77,7 +77,7 @@ def engine_options(
     elif max_positions is not None:
         options["long_prefill_token_threshold"] = min(POSITIONS_PER_REQUEST_STEP, int(max_positions))
     if is_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        options["kv_cache_memory_bytes"] = cpu_cache_bytes(model_fields, config.batch_tokens, max_positions)
+        options["kv_cache_memory_bytes"] = cpu_cache_bytes(model_fields, config.tokens_per_forward, max_positions)
     return options | config.engine_options
 
 
@@ -90,14 +90,14 @@ def _refuse_data_parallel(config: TeacherConfig) -> None:
         )
 
 
-def positions_per_chunk(config: TeacherConfig, vocab_size: int, *, is_cpu: bool) -> int:
+def chunk_positions(config: TeacherConfig, vocab_size: int, *, is_cpu: bool) -> int:
     """Positions whose logits the worker makes at once."""
     if not is_cpu:
-        return config.positions_per_chunk
-    return min(config.positions_per_chunk, max(CPU_CHUNK_POSITIONS, CPU_CHUNK_BYTES // (2 * vocab_size)))
+        return config.chunk_positions
+    return min(config.chunk_positions, max(CPU_CHUNK_POSITIONS, CPU_CHUNK_BYTES // (2 * vocab_size)))
 
 
-def cpu_cache_bytes(model_fields: Mapping[str, Any], batch_tokens: int, max_positions: Any) -> int:
+def cpu_cache_bytes(model_fields: Mapping[str, Any], tokens_per_forward: int, max_positions: Any) -> int:
     """Bytes of key-value cache on a CPU, where vLLM would take nine tenths of the memory: room for what is in flight.
 
     Two steps of tokens, one sequence of full length and the begun blocks of all sequences, in float32; at most a quarter of the
@@ -108,7 +108,7 @@ def cpu_cache_bytes(model_fields: Mapping[str, Any], batch_tokens: int, max_posi
     if bytes_per_token is None or max_positions is None:
         return min(CPU_CACHE_UNKNOWN, quarter)
     longest = int(max_positions) + CPU_BLOCK_TOKENS
-    in_flight = 2 * batch_tokens + longest + CPU_MAX_SEQUENCES * CPU_BLOCK_TOKENS
+    in_flight = 2 * tokens_per_forward + longest + CPU_MAX_SEQUENCES * CPU_BLOCK_TOKENS
     return max(CPU_CACHE_FLOOR, min(in_flight * bytes_per_token, quarter), longest * bytes_per_token)
 
 

@@ -34,7 +34,7 @@ from kdcache.teacher.tokenizer import Tokenizer
 from kdcache.teacher.vllm import engine  # first: it quietens vLLM before that is imported
 from kdcache.teacher.vllm.adapter import adapter_rank
 from kdcache.teacher.vllm.generate import Writer, check_read_whole, write_answers
-from kdcache.teacher.vllm.options import engine_options, positions_per_chunk, stored_dtype
+from kdcache.teacher.vllm.options import chunk_positions, engine_options, stored_dtype
 from kdcache.teacher.vllm.requests import (
     PROBE_LENGTHS,
     largest_difference,
@@ -104,7 +104,7 @@ class VllmTeacher:
         self._llm: LLM | None = None
         self._adapter: LoRARequest | None = None
         self._problem = ""
-        self._is_in_worker = config.route != "public" and self._start_with_worker()
+        self._is_in_worker = config.vllm.route != "public" and self._start_with_worker()
         if self._llm is None:
             self._start(None)
 
@@ -173,7 +173,7 @@ class VllmTeacher:
             self._put_on(config.adapter)
         self._hidden_shape = engine.hidden_shape_of(self._llm)
         self._shows_layers = False
-        self._chunk = positions_per_chunk(config, self._identity.vocab_size, is_cpu=is_cpu)
+        self._chunk = chunk_positions(config, self._identity.vocab_size, is_cpu=is_cpu)
 
     def _put_on(self, adapter: str) -> None:
         """Load the adapter; raises TeacherError, and leaves no engine behind, where that fails."""
@@ -199,8 +199,8 @@ class VllmTeacher:
         sentence = f"the teacher {self._config.model!r} cannot be captured inside vLLM's worker: {problem}"
         if self._config.adapter is not None:
             raise TeacherError(f"{sentence}; merge teacher.adapter into its model, and name the merged folder as teacher.model")
-        if self._config.route == "worker" or self._config.strict:
-            raise TeacherError(f"{sentence}; set teacher.route to public, which gives the same numbers, slower")
+        if self._config.vllm.route == "worker" or self._config.strict:
+            raise TeacherError(f"{sentence}; set teacher.vllm.route to public, which gives the same numbers, slower")
         log.warning("%s; using vLLM's own prompt logprobs, which are slower", sentence)
         self._problem = problem
         return False
@@ -270,7 +270,7 @@ class VllmTeacher:
     def _score_all(
         self, sequences: Sequence[TokenSequence], selection: SelectionInfo, asked: AskedFeatures
     ) -> Iterator[Distributions]:
-        for group in groups_of_tokens(sequences, self._steps_per_group(selection, asked) * self._config.batch_tokens):
+        for group in groups_of_tokens(sequences, self._steps_per_group(selection, asked) * self._config.tokens_per_forward):
             if self._is_in_worker:
                 yield from self._score_in_worker(group, selection, asked)
             else:
@@ -282,7 +282,7 @@ class VllmTeacher:
         per_position = layout_of(selection, self._identity.vocab_size).bytes_per_position
         # In the worker's room for the rows, and once more on the way.
         per_position += 4 * self._hidden_shape.size * len(layers_of(asked.features))
-        return max(1, min(WORKER_STEPS_PER_GROUP, WORKER_GROUP_BYTES // (per_position * self._config.batch_tokens)))
+        return max(1, min(WORKER_STEPS_PER_GROUP, WORKER_GROUP_BYTES // (per_position * self._config.tokens_per_forward)))
 
     def _score_in_worker(
         self, group: Sequence[TokenSequence], selection: SelectionInfo, features: AskedFeatures = NOTHING
@@ -320,7 +320,7 @@ class VllmTeacher:
         if problem is not None:
             raise TeacherError(
                 f"the selection in vLLM's worker failed on the teacher {self._identity.model!r}: {problem}; where memory ran "
-                f"out, make teacher.positions_per_chunk ({self._config.positions_per_chunk}) smaller"
+                f"out, make teacher.chunk_positions ({self._config.chunk_positions}) smaller"
             )
 
     def _score_publicly(self, group: Sequence[TokenSequence], selection: SelectionInfo) -> Iterator[Distributions]:

@@ -138,7 +138,7 @@ def read_buffer(sequences: Sequence[TokenSequence], selection: SelectionInfo, pa
             missing = sequence.positions_P[~filled_P[start:end]]
             raise TeacherError(
                 f"{sequence.source}: the engine's worker never computed {len(missing)} of {end - start} positions, the first "
-                f"of them {int(missing[0])}; set teacher.route to public"
+                f"of them {int(missing[0])}; set teacher.vllm.route to public"
             )
         yield no_positions(selection) if start == end else record_of(sequence, selection, found.rows(start, end))
 

@@ -50,7 +50,7 @@ def score_models(
     students: Mapping[str, PreTrainedModel],
     sequences: Sequence[HeldoutSequence],
     *,
-    positions_per_chunk: int = 256,
+    chunk_positions: int = 256,
     on_sequence: Callable[[HeldoutSequence], object] = lambda _: None,
     num_tokens: int | None = None,
 ) -> dict[str, Scores]:
@@ -59,7 +59,7 @@ def score_models(
     Args:
         teacher, students: models in evaluation mode, on one device.
         sequences: what they read, one at a time.
-        positions_per_chunk: positions whose float32 distributions exist at once, for two models at a time.
+        chunk_positions: positions whose float32 distributions exist at once, for two models at a time.
         on_sequence: called after each sequence, for progress.
         num_tokens: ids of the tokenizer; None for all of the teacher's.
 
@@ -74,10 +74,10 @@ def score_models(
     for row, sequence in enumerate(sequences):
         ids_T = torch.from_numpy(sequence.input_ids_N).to(teacher.device)
         chunks = {
-            name: _logprob_chunks(model, ids_T, positions_per_chunk, heads[name], known if name == TEACHER else None)
+            name: _logprob_chunks(model, ids_T, chunk_positions, heads[name], known if name == TEACHER else None)
             for name, model in models.items()
         }
-        for targets_P in ids_T[1:].split(positions_per_chunk):
+        for targets_P in ids_T[1:].split(chunk_positions):
             teacher_PV = next(chunks[TEACHER])
             for name in models:
                 own_PV = teacher_PV if name == TEACHER else next(chunks[name])
@@ -89,7 +89,7 @@ def score_models(
 
 @torch.no_grad()
 def heldout_nats_per_token(
-    model: PreTrainedModel, sequences: Sequence[HeldoutSequence], *, positions_per_chunk: int = 256
+    model: PreTrainedModel, sequences: Sequence[HeldoutSequence], *, chunk_positions: int = 256
 ) -> float:
     """Mean of -log q(the token that came) over all predicted tokens, in nats; leaves the model in the mode it was in."""
     was_training = model.training
@@ -97,15 +97,15 @@ def heldout_nats_per_token(
     total = 0.0
     for sequence in sequences:
         ids_T = torch.from_numpy(sequence.input_ids_N).to(model.device)
-        chunks = _logprob_chunks(model, ids_T, positions_per_chunk, logits_head(model))
-        for targets_P, logprobs_PV in zip(ids_T[1:].split(positions_per_chunk), chunks, strict=True):
+        chunks = _logprob_chunks(model, ids_T, chunk_positions, logits_head(model))
+        for targets_P, logprobs_PV in zip(ids_T[1:].split(chunk_positions), chunks, strict=True):
             total -= float(_gather(logprobs_PV, targets_P).double().sum())
     model.train(was_training)
     return total / sum(sequence.num_targets for sequence in sequences)
 
 
 def _logprob_chunks(
-    model: PreTrainedModel, ids_T: Tensor, positions_per_chunk: int, head: Head | None, known: int | None = None
+    model: PreTrainedModel, ids_T: Tensor, chunk_positions: int, head: Head | None, known: int | None = None
 ) -> Iterator[Tensor]:
     """(P, V) float32 logprobs of positions 0..T-2, a chunk at a time; with a head that nobody knows (None) of whole logits.
 
@@ -114,11 +114,11 @@ def _logprob_chunks(
     ids_1T = ids_T[None, :-1]
     positions_1T = torch.arange(ids_1T.shape[1], device=ids_T.device)[None]
     if head is None:
-        for logits_PV in model(input_ids=ids_1T, use_cache=False).logits[0].split(positions_per_chunk):
+        for logits_PV in model(input_ids=ids_1T, use_cache=False).logits[0].split(chunk_positions):
             yield torch.log_softmax(logits_PV[:, :known].float(), dim=-1)
         return
     projection = output_projection(model)
-    for hidden_PH in hidden_states(model, ids_1T, positions_1T)[0].split(positions_per_chunk):
+    for hidden_PH in hidden_states(model, ids_1T, positions_1T)[0].split(chunk_positions):
         yield torch.log_softmax(apply_head(head, projection(hidden_PH)[:, :known].float()), dim=-1)
 
 
