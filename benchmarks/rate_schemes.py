@@ -26,7 +26,7 @@ from kdcache.codec.into import EntryArrays, Job, decode_many_into
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.store.records.column_view import column_view
-from kdcache.teacher.select.found import Found, record_of
+from kdcache.teacher.select.found import Found, Selected, record_of
 from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states
 
@@ -76,7 +76,7 @@ def select(truth: Truth, selection: SelectionInfo, sequences: Sequence[TokenSequ
         states_P = position_states(selection.params.get("seed", 0), sequence.key, sequence.positions_P)
         targets_P = torch.from_numpy(sequence.target_ids_P.astype(np.int64))
         chosen = selector.select(logits_PV, targets_P, torch.from_numpy(states_P.view(np.int64)))
-        found.append(record_of(sequence, selection, Found.from_padded([part.numpy() for part in chosen])))
+        found.append(record_of(sequence, selection, Found.from_padded(Selected(*(part.numpy() for part in chosen)))))
         start += sequence.num_tokens
     return found
 

@@ -41,7 +41,7 @@ from kdcache.codec import get_codec
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence, sequence_key
 from kdcache.format.selection import fixed_entries
-from kdcache.teacher.select.found import Found, record_of
+from kdcache.teacher.select.found import Found, Selected, record_of
 from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states
 
@@ -152,7 +152,7 @@ def records_of(positions: Positions, selection: SelectionInfo) -> list[Distribut
         states_P = position_states(selection.params.get("seed", 0), sequence.key, sequence.positions_P).view(np.int64)
         targets_P = torch.from_numpy(sequence.target_ids_P.astype(np.int64))
         found = selector.select(positions.teacher_PV[here], targets_P, torch.from_numpy(states_P))
-        records.append(record_of(sequence, selection, Found.from_padded([tensor.numpy() for tensor in found])))
+        records.append(record_of(sequence, selection, Found.from_padded(Selected(*(tensor.numpy() for tensor in found)))))
         start = here.stop
     return records
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
-from kdcache.teacher.select.found import Found, record_of
+from kdcache.teacher.select.found import Found, Selected, record_of
 from kdcache.teacher.select.reference import select_reference
 from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states
@@ -61,7 +61,7 @@ def select(logits_PV: torch.Tensor, selection: SelectionInfo, backend: str | Non
     way = selector.select if backend is None else BACKENDS[backend](selector)
     targets_P = torch.from_numpy(sequence.target_ids_P.astype(np.int64)).to(logits_PV.device)
     states_P = torch.from_numpy(states_of(sequence, selection).view(np.int64)).to(logits_PV.device)
-    arrays = [tensor.cpu().numpy() for tensor in way(logits_PV, targets_P, states_P)]
+    arrays = Selected(*(tensor.cpu().numpy() for tensor in way(logits_PV, targets_P, states_P)))
     return record_of(sequence, selection, Found.from_padded(arrays))
 
 

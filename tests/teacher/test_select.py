@@ -188,9 +188,9 @@ def test_on_a_device_no_shape_follows_from_a_value(kind: str):
     logits = torch.empty((7, 3000), dtype=torch.bfloat16, device="meta")
     targets, states = (torch.empty(7, dtype=torch.int64, device="meta") for _ in range(2))
     found, layout = selector.select(logits, targets, states), selector.layout
-    assert found.token_ids_CK.shape == found.logprobs_CK.shape == (7, layout.num_columns)
-    assert found.counts_C2.shape == (7, 2 * layout.is_ragged)
-    assert found.scalars_CS.shape == (7, layout.num_scalars)
+    assert found.token_ids_PK.shape == found.logprobs_PK.shape == (7, layout.num_columns)
+    assert found.counts_P2.shape == (7, 2 * layout.is_ragged)
+    assert found.scalars_PS.shape == (7, layout.num_scalars)
     assert [tensor.dtype for tensor in found] == [torch.int32, torch.float32, torch.float32, torch.int32, torch.float32]
 
 

@@ -52,8 +52,8 @@ def test_the_parts_of_a_chunk_are_the_whole(monkeypatch):
     found = _torch_topk.select_on_device(logits_CV, targets_C, 5)
     expected = select_top_k_reference(logits_CV, targets_C, 5)
     sound = [0, 1, 5, 6]
-    assert torch.equal(found.token_ids_CK[sound], expected.token_ids_CK[sound])
+    assert torch.equal(found.token_ids_PK[sound], expected.token_ids_PK[sound])
     for ours, theirs in zip(found[1:], expected[1:], strict=True):
         torch.testing.assert_close(ours[sound], theirs[sound], rtol=1e-6, atol=1e-6)
-    assert found.logprobs_CK[2:5].isnan().all()
-    assert select_top_k(logits_CV[sound], targets_C[sound], 5).token_ids_CK.tolist() == found.token_ids_CK[sound].tolist()
+    assert found.logprobs_PK[2:5].isnan().all()
+    assert select_top_k(logits_CV[sound], targets_C[sound], 5).token_ids_PK.tolist() == found.token_ids_PK[sound].tolist()

@@ -8,7 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kdcache.teacher.select import _numba_topk  # noqa: E402
-from kdcache.teacher.select._torch_topk import Selected, select_top_k, select_top_k_reference  # noqa: E402
+from kdcache.teacher.select._torch_topk import select_top_k, select_top_k_reference  # noqa: E402
+from kdcache.teacher.select.found import Selected  # noqa: E402
 
 SIZES = [
     (1, 1), (2, 1), (5, 5), (63, 64 - 1), (100, 7), (520, 520), (4095, 33), (4096, 64), (4097, 256), (8192, 16), (8193, 8193),
@@ -27,14 +28,14 @@ def targets_of(logits_CV: torch.Tensor) -> torch.Tensor:
     return targets_C
 
 
-def check(logits_CV: torch.Tensor, k: int) -> Selected:
+def check(logits_CV: torch.Tensor, k: int) -> Selected[torch.Tensor]:
     """Selection equals definition: ids exactly, ties included, logprobs to float32 accuracy."""
     targets_C = targets_of(logits_CV)
     found, expected = select_top_k(logits_CV, targets_C, k), select_top_k_reference(logits_CV, targets_C, k)
-    assert [tensor.dtype for tensor in found] == [torch.int32, torch.float32, torch.float32]
-    torch.testing.assert_close(found.token_ids_CK, expected.token_ids_CK, rtol=0, atol=0)
-    torch.testing.assert_close(found.logprobs_CK, expected.logprobs_CK, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(found.target_logprobs_C[:-1], expected.target_logprobs_C[:-1], rtol=2e-6, atol=2e-6)
+    assert [tensor.dtype for tensor in found] == [torch.int32, torch.float32, torch.float32, torch.int32, torch.float32]
+    torch.testing.assert_close(found.token_ids_PK, expected.token_ids_PK, rtol=0, atol=0)
+    torch.testing.assert_close(found.logprobs_PK, expected.logprobs_PK, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(found.target_logprobs_P[:-1], expected.target_logprobs_P[:-1], rtol=2e-6, atol=2e-6)
     return found
 
 
@@ -50,10 +51,10 @@ def test_of_equal_logits_the_smaller_ids_are_kept(k: int):
     logits_CV = torch.randint(-3, 4, (4, 9000), generator=torch.Generator().manual_seed(0)).bfloat16()
     check(logits_CV, k)
     found = check(torch.zeros(2, 5000), k)
-    assert found.token_ids_CK.tolist() == [list(range(k))] * 2
+    assert found.token_ids_PK.tolist() == [list(range(k))] * 2
     # Zeros of both signs are equal logits, of equal probability; the order between them is not the definition's.
     signed = torch.where(torch.arange(100) % 2 == 0, 0.0, -0.0)[None]
-    assert set(select_top_k(signed, torch.zeros(1, dtype=torch.int64), 100).token_ids_CK[0].tolist()) == set(range(100))
+    assert set(select_top_k(signed, torch.zeros(1, dtype=torch.int64), 100).token_ids_PK[0].tolist()) == set(range(100))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -63,8 +64,8 @@ def test_tokens_that_the_model_rules_out_have_probability_zero(dtype: torch.dtyp
     logits_CV[1, :9_990] = -torch.inf  # and at the start
     logits_CV[1, 9_990:] = 1.0
     found = check(logits_CV, 128)
-    assert (found.logprobs_CK[:, 100:] == -torch.inf).all()
-    assert found.token_ids_CK[1, :11].tolist() == [*range(9_990, 10_000), 0]
+    assert (found.logprobs_PK[:, 100:] == -torch.inf).all()
+    assert found.token_ids_PK[1, :11].tolist() == [*range(9_990, 10_000), 0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
@@ -75,10 +76,10 @@ def test_an_overflow_anywhere_makes_the_whole_row_nan(bad: float, place: int, dt
     # x86 makes NaNs with the sign set, which as an integer is below everything.
     logits_CV[1, place] = torch.tensor(bad).copysign(torch.tensor(-1.0)) if bad != bad else bad
     found = select_top_k(logits_CV, torch.zeros(2, dtype=torch.int64), 4)
-    assert not found.logprobs_CK[0].isnan().any()
-    assert found.logprobs_CK[1].isnan().all()
+    assert not found.logprobs_PK[0].isnan().any()
+    assert found.logprobs_PK[1].isnan().all()
     logits_CV[1] = -torch.inf
-    assert select_top_k(logits_CV, torch.zeros(2, dtype=torch.int64), 4).logprobs_CK[1].isnan().all()
+    assert select_top_k(logits_CV, torch.zeros(2, dtype=torch.int64), 4).logprobs_PK[1].isnan().all()
 
 
 def test_a_peak_far_above_the_rest_and_far_from_zero_keeps_its_accuracy():
@@ -102,7 +103,7 @@ def test_neighbouring_ids_can_all_be_kept():
     # All k in one block, and k ids that lie side by side: groups are spread over the block, so none holds more than a few.
     logits_CV = draw(1, 40_000, torch.float32)
     logits_CV[0, 8_192:8_448] += 40.0
-    assert sorted(check(logits_CV, 256).token_ids_CK[0].tolist()) == list(range(8_192, 8_448))
+    assert sorted(check(logits_CV, 256).token_ids_PK[0].tolist()) == list(range(8_192, 8_448))
 
 
 def test_threads_and_strides_change_nothing():
@@ -127,5 +128,5 @@ def test_on_a_gpu_the_selection_is_the_definition_up_to_ties():
     logits_CV = draw(5, 33_000, torch.float32).cuda()
     targets_C = targets_of(logits_CV).cuda()
     found, expected = select_top_k(logits_CV, targets_C, 64), select_top_k_reference(logits_CV, targets_C, 64)
-    torch.testing.assert_close(found.token_ids_CK, expected.token_ids_CK)
-    torch.testing.assert_close(found.logprobs_CK, expected.logprobs_CK, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(found.token_ids_PK, expected.token_ids_PK)
+    torch.testing.assert_close(found.logprobs_PK, expected.logprobs_PK, rtol=2e-6, atol=2e-6)

@@ -46,7 +46,7 @@ from kdcache.teacher.hf.proof import (
     untouched_generators,
 )
 from kdcache.teacher.hf.rotary import TextRotary, mend_rotary
-from kdcache.teacher.select.found import Found, record_of
+from kdcache.teacher.select.found import Found, Selected, record_of
 from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states
 from kdcache.teacher.tokenizer import Tokenizer
@@ -281,7 +281,7 @@ def _select(
 
 
 def _concatenate(parts: Sequence[Sequence[NDArray[Any]]]) -> Found:
-    return Found.from_padded([np.concatenate(arrays) for arrays in zip(*parts, strict=True)])
+    return Found.from_padded(Selected(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))))
 
 
 def _hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:

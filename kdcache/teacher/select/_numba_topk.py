@@ -211,7 +211,7 @@ _pool: ThreadPoolExecutor | None = None
 def select_top_k(
     bits_CV: NDArray[Any], targets_C: NDArray[np.int64], k: int, *, num_threads: int = 1
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]:
-    """Ids, logprobs and target logprobs, as `_torch_topk.Selected`; and the log of the sum of exp of each row.
+    """Ids, logprobs and target logprobs, as `found.Selected`; and the log of the sum of exp of each row.
 
     Args:
         bits_CV: bfloat16 logits as uint16, or float32 logits as int32. NaNs of any sign.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +48,30 @@ def layout_of(selection: SelectionInfo, vocab_size: int) -> Layout:
     return Layout(most_entries(selection, vocab_size), is_ragged, num_scalars)
 
 
+Array = TypeVar("Array")
+"""A tensor where the logits are, a NumPy array on the host."""
+
+
+class Selected(NamedTuple, Generic[Array]):
+    """What was found at P positions, padded. NaN in a logprob or scalar where the model gave NaN.
+
+    Attributes:
+        token_ids_PK: int32; exact entries, then estimates, then anything.
+        logprobs_PK: float32, nats.
+        target_logprobs_P: float32, nats; without meaning where nothing follows.
+        counts_P2: int32, how many entries are exact, and how many there are; (P, 0) where all K are exact.
+        scalars_PS: float32; see the module's docstring.
+    """
+
+    token_ids_PK: Array
+    logprobs_PK: Array
+    target_logprobs_P: Array
+    counts_P2: Array
+    scalars_PS: Array
+
+
 class Found(NamedTuple):
-    """What was found at P positions, as NumPy arrays.
+    """What was found at P positions, ragged, as NumPy arrays.
 
     Attributes:
         token_ids_E, logprobs_E: int32, float32 nats; exact entries of a position before estimates.
@@ -67,10 +89,9 @@ class Found(NamedTuple):
     scalars_PS: NDArray[np.float32]
 
     @classmethod
-    def from_padded(cls, arrays: Sequence[NDArray[Any]]) -> Found:
-        """Of token ids and logprobs (P, K), target logprobs (P,), numbers of exact and of all entries (P, 2), or (P, 0) where
-        all K are exact, and scalars (P, S)."""
-        ids_PK, logprobs_PK, targets_P, counts_P2, scalars_PS = arrays
+    def from_padded(cls, selected: Selected[NDArray[Any]]) -> Found:
+        """Without the padding."""
+        ids_PK, logprobs_PK, targets_P, counts_P2, scalars_PS = selected
         num_positions, k = ids_PK.shape
         if not counts_P2.shape[1]:
             counts_P2 = np.full((num_positions, 2), k, np.int32)
@@ -135,7 +156,7 @@ def record_of_most_probable(
     tail_P1 = np.clip(1.0 - np.take_along_axis(mass_PK, counts_P[:, None] - 1, axis=-1), 0.0, 1.0)
     entries = (ids_PK.astype(np.int32), logprobs_PK.astype(np.float32), targets_P.astype(np.float32))
     counts_P2 = np.stack([counts_P, counts_P], axis=-1)
-    return record_of(sequence, selection, Found.from_padded((*entries, counts_P2, tail_P1.astype(np.float32))))
+    return record_of(sequence, selection, Found.from_padded(Selected(*entries, counts_P2, tail_P1.astype(np.float32))))
 
 
 def concatenate(parts: Sequence[Distributions]) -> Distributions:

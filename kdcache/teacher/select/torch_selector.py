@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,26 +21,8 @@ from kdcache.format.record import PADDING_ID
 from kdcache.teacher.select import _numba_draws, _numba_topk, _torch_draws
 from kdcache.teacher.select._torch_topk import MAX_ELEMENTS, bits_of, select_top_k
 from kdcache.teacher.select.exact_weights import MIN_LOGPROB, STRIP
-from kdcache.teacher.select.found import Layout, layout_of
+from kdcache.teacher.select.found import Layout, Selected, layout_of
 from kdcache.teacher.select.uniforms import uniforms_of
-
-
-class Selected(NamedTuple):
-    """What was found at C positions; see `found.Found.from_padded`. NaN in a logprob or scalar where the model gave NaN.
-
-    Attributes:
-        token_ids_CK: int32; exact entries, then estimates, then anything.
-        logprobs_CK: float32, nats.
-        target_logprobs_C: float32, nats; means nothing where there is no target.
-        counts_C2: int32, exact and all entries; (C, 0) where all K are exact.
-        scalars_CS: float32.
-    """
-
-    token_ids_CK: Tensor
-    logprobs_CK: Tensor
-    target_logprobs_C: Tensor
-    counts_C2: Tensor
-    scalars_CS: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +42,7 @@ class Selector:
         """Of the draws; None where there are none."""
         return self.selection.params.get("seed")
 
-    def select(self, logits_CV: Tensor, targets_C: Tensor, states_C: Tensor) -> Selected:
+    def select(self, logits_CV: Tensor, targets_C: Tensor, states_C: Tensor) -> Selected[Tensor]:
         """Select.
 
         Args:
@@ -76,8 +57,7 @@ class Selector:
             raise ValueError(f"logits of {logits_CV.shape[-1]} tokens, but the vocabulary has {self.vocab_size}")
         layout, kind = self.layout, self.selection.kind
         if kind == "top_k" and not layout.num_scalars and not self.selection.filters:
-            found, none = select_top_k(logits_CV, targets_C, layout.num_columns), logits_CV.new_empty((len(logits_CV), 0))
-            return Selected(*found, none.int(), none.float())
+            return select_top_k(logits_CV, targets_C, layout.num_columns)
         on_host = logits_CV.device.type == "cpu"
         parts = [
             (self._on_cpu if on_host else self.on_device)(self._filtered(logits_CV[rows]), targets_C[rows], states_C[rows])
@@ -100,7 +80,7 @@ class Selector:
         params, kind = self.selection.params, self.selection.kind
         return self.layout.num_columns if kind == "threshold" else min(params.get("k", 1), self.vocab_size)
 
-    def _on_cpu(self, logits_CV: Tensor, targets_C: Tensor, states_C: Tensor) -> Selected:
+    def _on_cpu(self, logits_CV: Tensor, targets_C: Tensor, states_C: Tensor) -> Selected[Tensor]:
         bits_CV, num_threads, params = bits_of(logits_CV), torch.get_num_threads(), self.selection.params
         num_heads, num_columns, is_ragged = self._head_columns(), self.layout.num_columns, self.layout.is_ragged
         num_found = min(num_heads + 1, self.vocab_size) if self.selection.kind == "top_k_sampled" else num_heads
@@ -148,7 +128,7 @@ class Selector:
         fixed = 0 if kind == "sampled" else weights_CH.shape[1]
         return torch.full(weights_CH.shape[:1], fixed, dtype=torch.int32, device=weights_CH.device)
 
-    def on_device(self, logits_CV: Tensor, targets_C: Tensor, states_C: Tensor) -> Selected:
+    def on_device(self, logits_CV: Tensor, targets_C: Tensor, states_C: Tensor) -> Selected[Tensor]:
         """`select` by torch operations, on any device: no shape depends on a value, so the host does not wait."""
         kind, num_columns, num_heads = self.selection.kind, self.layout.num_columns, self._head_columns()
         num_found = min(num_heads + 1, self.vocab_size) if kind == "top_k_sampled" else num_heads

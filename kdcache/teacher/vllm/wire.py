@@ -23,7 +23,7 @@ from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.teacher.base import no_positions
 from kdcache.teacher.features import no_rows, pooled
-from kdcache.teacher.select.found import Found, Layout, record_of
+from kdcache.teacher.select.found import Found, Layout, Selected, record_of
 
 NOT_SUPERVISED = -2
 """In a request's targets: no row for this position. NO_TARGET: a row, but nothing follows."""
@@ -62,46 +62,36 @@ class Buffer:
     """The rows of a group, in the worker.
 
     Attributes:
-        token_ids_PK: int32.
-        logprobs_PK: float32, nats.
-        target_logprobs_P: float32, nats; means nothing where there is no target.
-        counts_P2: int32, exact and all entries of a row; (P, 0) where all K are exact.
-        scalars_PS: float32, see `found`.
-        filled_P: bool, whether the row was written.
+        selected: what was found at each position.
+        filled_P: bool, whether it was written.
     """
 
-    token_ids_PK: NDArray[np.int32]
-    logprobs_PK: NDArray[np.float32]
-    target_logprobs_P: NDArray[np.float32]
-    counts_P2: NDArray[np.int32]
-    scalars_PS: NDArray[np.float32]
+    selected: Selected[NDArray[Any]]
     filled_P: NDArray[np.bool_]
 
     @classmethod
     def empty(cls, num_rows: int, layout: Layout) -> Buffer:
         """With no row written."""
         shape = (num_rows, layout.num_columns)
-        return cls(
+        selected = Selected[NDArray[Any]](
             token_ids_PK=np.empty(shape, np.int32),
             logprobs_PK=np.empty(shape, np.float32),
             target_logprobs_P=np.empty(num_rows, np.float32),
             counts_P2=np.zeros((num_rows, 2 * layout.is_ragged), np.int32),
             scalars_PS=np.empty((num_rows, layout.num_scalars), np.float32),
-            filled_P=np.zeros(num_rows, np.bool_),
         )
+        return cls(selected, np.zeros(num_rows, np.bool_))
 
     def write(self, rows_C: NDArray[np.int64], found: Sequence[NDArray[Any]]) -> None:
         """What was selected for some rows; a row that is written twice keeps what came last."""
-        arrays = (self.token_ids_PK, self.logprobs_PK, self.target_logprobs_P, self.counts_P2, self.scalars_PS)
-        for array, values in zip(arrays, found, strict=True):
+        for array, values in zip(self.selected, found, strict=True):
             array[rows_C] = values
         self.filled_P[rows_C] = True
 
     def pack(self) -> list[Any]:
         """Sizes and bytes, which cross any process boundary; of ragged rows, the entries alone."""
-        arrays = (self.token_ids_PK, self.logprobs_PK, self.target_logprobs_P, self.counts_P2, self.scalars_PS)
-        found = Found.from_padded(arrays)
-        sizes = [len(self.filled_P), self.scalars_PS.shape[1]]
+        found = Found.from_padded(self.selected)
+        sizes = [len(self.filled_P), found.scalars_PS.shape[1]]
         return [*sizes, *(array.tobytes() for array in (*found, self.filled_P))]
 
 
