@@ -5,7 +5,7 @@ Backends are named in a table and imported on use: this module loads nothing hea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdcache.errors import ConfigError
 from kdcache.shown import get_logger, shown
@@ -72,12 +72,11 @@ def load_tokenizer(
         MissingDependencyError: transformers is not installed.
         TeacherError: the tokenizer does not load.
     """
-    if name == "fake":
-        from kdcache.teacher.fake import FakeTokenizer
-
-        return FakeTokenizer(chat_template)
     from kdcache.teacher.backend import import_class
 
+    purpose = f"the tokenizer {name!r}"
+    if name == "fake":
+        return import_class("kdcache.teacher.fake:FakeTokenizer", (), purpose=purpose, extra=None)(chat_template)
     path, packages = "kdcache.teacher.chat.hf_tokenizer:HfTokenizer", ("torch", "transformers")
-    tokenizer: Any = import_class(path, packages, purpose=f"the tokenizer {name!r}", extra="transformers")
+    tokenizer = import_class(path, packages, purpose=purpose, extra="transformers")
     return tokenizer(name, revision, chat_template, trust_remote_code=trust_remote_code)
