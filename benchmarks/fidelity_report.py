@@ -91,28 +91,54 @@ def verdict(rows: list[dict[str, Any]], metric: str) -> str:
     return f"{goal}: {said}; {best['setting']}, {best['bytes']:.1f} bytes, {percent(share)}."
 
 
+FAMILIES = {"threshold": "threshold", "top_k_sampled": "sampled", "sampled": "sampled", "top_k": "top-k", "top_p": "top-k"}
+"""What a setting's name begins with -> the family that it is drawn as."""
+COLOURS = {"threshold": "C0", "sampled": "C2", "top-k": "C1"}
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bytes against the share of the live gain, in loss and in KL."""
+    """Bytes per position against the share of live distillation's gain, in held-out loss and in KL to the teacher."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), sharey=True)
-    for axis, metric in zip(axes, ("loss", "kl"), strict=True):
-        shown = [row for row in rows if "bytes" in row and f"share_{metric}" in row]
-        for number, row in enumerate(shown):
-            share = row[f"share_{metric}"]
-            axis.errorbar(row["bytes"], share["value"], yerr=share["high"] - share["value"], fmt="osv^D<>"[number % 7],
-                          color=f"C{number % 10}", capsize=3, label=row["setting"])  # fmt: skip
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axis, metric, title in zip(axes, ("loss", "kl"), ("held-out loss", "KL to the teacher"), strict=True):
+        for row in (row for row in rows if "bytes" in row and f"share_{metric}" in row):
+            _point(axis, row, row[f"share_{metric}"])
         axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.axvline(GOAL_BYTES, color="black", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", xlabel="bytes per position", ylabel=f"share of the live gain, {metric}")
+        axis.text(390, 1.01, "a live teacher", ha="right", va="bottom", fontsize=8)
+        axis.set(xscale="log", xlim=(6, 420), xlabel="bytes per position", title=title)
+        axis.set_xticks([8, 16, 32, 64, 128, 256], ["8", "16", "32", "64", "128", "256"], minor=False)
+        axis.tick_params(which="minor", bottom=False, labelbottom=False)
+        axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axis.grid(visible=True, alpha=0.3)
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes[0].set_ylabel("share of the gain of a live teacher over labels")
+    marks = [axes[1].plot([], [], "o", color=colour, label=name)[0] for name, colour in COLOURS.items()]
+    axes[1].legend(handles=marks, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _point(axis: Any, row: dict[str, Any], share: dict[str, float]) -> None:
+    name, _, how = row["setting"].partition(", ")
+    family = next(family for start, family in FAMILIES.items() if name.startswith(start))
+    axis.errorbar(row["bytes"], share["value"], yerr=share["high"] - share["value"], fmt="o", markersize=5,
+                  color=COLOURS[family], capsize=2, linewidth=0.8,
+                  markerfacecolor="white" if how == "renormalised" else None)  # fmt: skip
+    if family == "threshold" or how == "renormalised":
+        return
+    label = name.replace("_", "-").removesuffix(" archive").replace("-sampled 4+16", " 4 and 16 draws")
+    at, offset, across, up = {
+        "sampled": (share["low"], (0, -3), "center", "top"),
+        "top-k": (share["value"], (-6, 0), "right", "center"),
+    }[family]
+    if name.startswith("top_p"):
+        at, offset, across, up = share["high"], (0, 3), "center", "bottom"
+    at = share["value"] if math.isnan(at) else at
+    axis.annotate(label, (row["bytes"], at), xytext=offset, textcoords="offset points", fontsize=7, ha=across, va=up)
 
 
 def write(plan: dict[str, Any], rows: list[dict[str, Any]], stem: Path, *, num_students: int) -> str:
