@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from loader_scale import make_identity, make_record
 
-from kdcache.codec.into import EntryArrays, decode_many_into
+from kdcache.codec.base import EntryArrays
 from kdcache.config.loader import LoaderConfig
 from kdcache.format.manifest import Manifest, PlanInfo
 from kdcache.format.record import SequenceRecord
@@ -132,7 +132,7 @@ def steps(cache: Cache, rounds: int) -> Iterator[tuple[str, float, int]]:
         "record found and checked": lambda: caches.record(number),
         "- of which its digest": lambda: digest_of([view.row_bytes(row) for view in views]),
         "batch of this record": lambda: assemble([record], layout, pool),
-        "- of which entries decoded": lambda: decode_many_into(record.codec, [record.job(arrays)]),
+        "- of which entries decoded": lambda: record.codec.decode_many_into([record.decode_task(arrays)]),
         "- of which the mask": lambda: choose(record.sequence, layout.mask),
     }
     for name, function in found.items():

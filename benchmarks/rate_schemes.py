@@ -20,9 +20,8 @@ from kdcache.codec import get_codec
 from kdcache.codec.archive.codec import ArchiveCodec
 from kdcache.codec.archive.model import EXACTS, LEAST_P, TAILS
 from kdcache.codec.archive.reference import Decoder, Layout, Record
-from kdcache.codec.base import Codec
+from kdcache.codec.base import Codec, DecodeTask, EntryArrays
 from kdcache.codec.estimates import stores_logprobs
-from kdcache.codec.into import EntryArrays, Job, decode_many_into
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.store.records.column_view import column_view
@@ -116,17 +115,17 @@ def timed_decode(
     size = sum(8 * d.num_positions * width for d in records) / len(records)
     num_sequences = BATCH if isinstance(codec, ArchiveCodec) else min(math.ceil(OUT_OF_CACHE / size), MOST_SEQUENCES)
     chosen = [n % len(rows) for n in range(-(-num_sequences // BATCH) * BATCH)]
-    jobs = [Job(rows[n], records[n].offsets_P1, _arrays(records[n], width), None, f"row {n}") for n in chosen]
+    tasks = [DecodeTask(rows[n], records[n].offsets_P1, _arrays(records[n], width), None, f"row {n}") for n in chosen]
     seconds = [_arrays(records[n], width) for n in chosen]
     best, best_copy = math.inf, math.inf
     for _ in range(rounds):
         start = time.process_time_ns()
-        for first in range(0, len(jobs), BATCH):
-            decode_many_into(codec, jobs[first : first + BATCH])
+        for first in range(0, len(tasks), BATCH):
+            codec.decode_many_into(tasks[first : first + BATCH])
         middle = time.process_time_ns()
-        for job, second in zip(jobs, seconds, strict=True):
-            np.copyto(second.token_ids_QK, job.out.token_ids_QK)
-            np.copyto(second.logprobs_QK, job.out.logprobs_QK)
+        for task, second in zip(tasks, seconds, strict=True):
+            np.copyto(second.token_ids_PK, task.out.token_ids_PK)
+            np.copyto(second.logprobs_PK, task.out.logprobs_PK)
         best, best_copy = min(best, middle - start), min(best_copy, time.process_time_ns() - middle)
     return 1e9 * sum(records[n].num_entries for n in chosen) / best, best / best_copy
 

@@ -1,6 +1,6 @@
 """Packed entries decoded straight into a batch's rows, in compiled loops with the GIL released.
 
-`kdcache.codec.into.place` of what the codec decodes is the definition; tests compare. Nothing else is checked: the
+`kdcache.codec.base.copy_into` of what the codec decodes is the definition; tests compare. Nothing else is checked: the
 caller has checked that the stream and the logprobs, or their codes, hold all entries.
 
 Shape letters: P positions, Q positions that are kept, K entries per position (padded), E entries.

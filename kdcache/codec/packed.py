@@ -19,16 +19,23 @@ from numpy.typing import NDArray
 
 from kdcache.codec import estimates
 from kdcache.codec.base import (
+    Codec,
     ColumnValues,
+    DecodeTask,
+    EntryArrays,
+    EntryFormat,
     binary_array,
     check_ids_to_encode,
     check_vocab_size,
+    check_width,
     checked_column,
+    copy_into,
+    copy_scalars_into,
+    for_each,
     ids_fit,
     list_array,
 )
 from kdcache.codec.bit_stream import packed_size
-from kdcache.codec.into import EntryArrays, EntryFormat, Job, check_width, for_each, place, place_scalars
 from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, scalar_fields
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
@@ -40,7 +47,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedCodec:
+class PackedCodec(Codec):
     """Ids exact; a logprob of size x within x * 2^-11 nats (float16 rounding), below -65504 it becomes -inf.
 
     Bytes per position: (w/8 + 2) per entry + 2, and 2 for a target outside the support.
@@ -133,59 +140,63 @@ class PackedCodec:
         )
 
     def entry_format(self) -> EntryFormat | None:
-        """See `kdcache.codec.into.EntryFormat`; none of estimates."""
+        """The packed ids and float16 logprobs; None for a selection with estimates."""
         if has_estimates(self.selection):
             return None
         names = "token_ids_packed", "logprobs", "tail_logprobs"
         return EntryFormat(*names, self.id_bits, 0, self.vocab_size, _mass_of_halves())
 
     def decode_into(
-        self, columns: ColumnValues, offsets_P1: NDArray[np.int64], out: EntryArrays, keep_P: NDArray[np.bool_] | None
+        self,
+        columns: ColumnValues,
+        offsets_P1: NDArray[np.int64],
+        out: EntryArrays,
+        keep_P: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Without arrays in between where all entries are exact: see `kdcache.codec.into`."""
-        self.decode_many_into([Job(columns, offsets_P1, out, keep_P, "this sequence")])
+        """Decode without arrays in between, where all entries are exact."""
+        self.decode_many_into([DecodeTask(columns, offsets_P1, out, keep_P, "this sequence")])
 
-    def decode_many_into(self, jobs: Sequence[Job]) -> None:
-        """As `decode_into` for each of them, in one go."""
+    def decode_many_into(self, tasks: Sequence[DecodeTask]) -> None:
+        """Decode all sequences in one compiled call, where all entries are exact."""
         from kdcache.codec._numba_into import unpack_many
 
         if has_estimates(self.selection):
-            for_each(jobs, lambda job: place(self.decode(job.columns, job.offsets_P1), job.out, job.keep_P))
+            for_each(tasks, lambda task: copy_into(self.decode(task.columns, task.offsets_P1), task.out, task.keep_P))
             return
         unpackings: list[Unpacking] = []
-        for_each(jobs, lambda job: unpackings.append(self._unpacking(job)))
+        for_each(tasks, lambda task: unpackings.append(self._unpacking(task)))
         largest = iter(unpack_many(unpackings, self.id_bits).tolist())
-        for_each(jobs, lambda job: self._check_unpacked(job, next(largest)))
-        for_each(jobs, self._place_scalars)
+        for_each(tasks, lambda task: self._check_unpacked(task, next(largest)))
+        for_each(tasks, self._copy_scalars)
 
-    def _unpacking(self, job: Job) -> Unpacking:
+    def _unpacking(self, task: DecodeTask) -> Unpacking:
         """What the compiled loop is to do, once the columns have been found to be as long as it relies on."""
         from kdcache.codec._numba_into import Unpacking
 
-        num_entries = int(job.offsets_P1[-1])
+        num_entries = int(task.offsets_P1[-1])
         size = packed_size(num_entries, self.id_bits)
-        stream = checked_column(job.columns, "token_ids_packed", np.uint8, size)
-        halves_E = checked_column(job.columns, "logprobs", np.float16, num_entries)
-        kept_Q = None if job.keep_P is None else np.flatnonzero(job.keep_P)
-        return Unpacking.of(stream, halves_E, (job.offsets_P1, kept_Q), (job.out.token_ids_QK, job.out.logprobs_QK))
+        stream = checked_column(task.columns, "token_ids_packed", np.uint8, size)
+        halves_E = checked_column(task.columns, "logprobs", np.float16, num_entries)
+        kept_Q = None if task.keep_P is None else np.flatnonzero(task.keep_P)
+        return Unpacking.of(stream, halves_E, (task.offsets_P1, kept_Q), (task.out.token_ids_PK, task.out.logprobs_PK))
 
-    def _check_unpacked(self, job: Job, largest: int) -> None:
+    def _check_unpacked(self, task: DecodeTask, largest: int) -> None:
         """Look at what came of a sequence."""
         from kdcache.codec._numba_into import TOO_WIDE
 
         if largest == TOO_WIDE:
-            check_width(job.offsets_P1, job.out)
+            check_width(task.offsets_P1, task.out)
         if largest >= self.vocab_size:
             raise CorruptCacheError(f"a token id is outside the vocabulary of {self.vocab_size}")
 
-    def _place_scalars(self, job: Job) -> None:
+    def _copy_scalars(self, task: DecodeTask) -> None:
         """Write what is not a sequence's entries."""
-        out, keep_P = job.out, job.keep_P
-        tail_mass_P = self._tail_mass(job.columns, len(job.offsets_P1) - 1)
-        out.tail_mass_Q[:] = tail_mass_P if keep_P is None else tail_mass_P[keep_P]
-        if not (out.num_exact_Q is None and out.log_z_QT is None and out.entropy_Q is None):
-            scalars = decode_scalars(job.columns, self.selection, job.offsets_P1, np.float16)
-            place_scalars(scalars.get("num_exact_P"), scalars.get("log_z_PT"), scalars.get("entropy_P"), out, keep_P)
+        out, keep_P = task.out, task.keep_P
+        tail_mass_P = self._tail_mass(task.columns, len(task.offsets_P1) - 1)
+        out.tail_mass_P[:] = tail_mass_P if keep_P is None else tail_mass_P[keep_P]
+        if not (out.num_exact_P is None and out.log_z_PL is None and out.entropy_P is None):
+            scalars = decode_scalars(task.columns, self.selection, task.offsets_P1, np.float16)
+            copy_scalars_into(scalars.get("num_exact_P"), scalars.get("log_z_PT"), scalars.get("entropy_P"), out, keep_P)
 
     def _tail_mass(self, columns: ColumnValues, num_positions: int) -> NDArray[np.float32]:
         if not estimates.stores_tail(self.selection):

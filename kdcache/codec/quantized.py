@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from kdcache.codec import estimates
 from kdcache.codec.base import (
+    Codec,
     ColumnValues,
+    EntryFormat,
     binary_array,
     check_ids_to_encode,
     check_vocab_size,
@@ -26,7 +28,6 @@ from kdcache.codec.base import (
     list_array,
 )
 from kdcache.codec.bit_stream import packed_size
-from kdcache.codec.into import EntryFormat
 from kdcache.codec.levels import (
     LEAST_BITS,
     MOST_BITS,
@@ -44,7 +45,7 @@ from kdcache.format.selection import has_estimates
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizedCodec:
+class QuantizedCodec(Codec):
     """Ids exact; a logprob x within about 2 sqrt(|x| 4 b) / (2^b - 2) nats, in falling order, -inf and 0 exact; sums within 1.
 
     Bytes per position: (w + b) / 8 per exact entry, w / 8 and the count of draws per estimate, 1, and 1 for a target outside.
@@ -146,7 +147,7 @@ class QuantizedCodec:
         )
 
     def entry_format(self) -> EntryFormat | None:
-        """See `kdcache.codec.into.EntryFormat`; none of estimates."""
+        """The packed ids and codes; None for a selection with estimates."""
         if has_estimates(self.selection):
             return None
         names = "token_ids_packed", "logprob_codes", "tail_codes"

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.codec.base import ColumnValues, check_ids_to_encode, check_vocab_size, checked_column, ids_fit, list_array
+from kdcache.codec.base import Codec, ColumnValues, check_ids_to_encode, check_vocab_size, checked_column, ids_fit, list_array
 from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, scalar_fields
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
@@ -18,7 +18,7 @@ from kdcache.format.record import Distributions
 
 
 @dataclass(frozen=True, kw_only=True)
-class RawCodec:
+class RawCodec(Codec):
     """Exact. Bytes per position: 8 per entry + 4, and 4 for a target outside the support.
 
     Attributes:

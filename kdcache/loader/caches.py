@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
-from kdcache.codec.into import stores_half_logprobs
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.format.manifest import Manifest
 from kdcache.loader.base import Reader
@@ -135,7 +134,7 @@ def check_logprobs(manifests: Sequence[Manifest], dtype: np.dtype[Any]) -> None:
     """Raise ConfigError unless the caches' logprobs are of this dtype, float32 holding all of them."""
     for number, manifest in enumerate(manifests):
         codec, selection = manifest.identity.codec, manifest.identity.selection
-        if dtype == np.float16 and not stores_half_logprobs(get_codec(codec.codec_id, codec.params, selection)):
+        if dtype == np.float16 and not get_codec(codec.codec_id, codec.params, selection).stores_half_logprobs:
             raise ConfigError(
                 f"logprob_dtype is 'float16', but cache {number} (codec {codec.codec_id!r} {codec.params}, selection "
                 f"{selection.kind!r}) has logprobs that are no float16; use 'float32', or a cache of exact entries with codec "

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.into import EntryFormat, entry_format
+from kdcache.codec.base import EntryFormat
 from kdcache.format.selection import most_entries
 from kdcache.loader.batches.assemble import BatchLayout, blank_batch
 from kdcache.loader.batches.batch import Batch
@@ -77,7 +77,7 @@ def _parts(caches: CacheSet, numbers_R: NDArray[np.int64]) -> list[_Part] | None
 
 @lru_cache(maxsize=64)
 def _entries(rows: RowFormat) -> EntryFormat | None:
-    return entry_format(rows.codec)
+    return rows.codec.entry_format()
 
 
 def _num_columns(parts: Sequence[_Part], layout: BatchLayout) -> int | None:

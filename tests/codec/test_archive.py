@@ -14,7 +14,7 @@ from kdcache.codec import estimates, get_codec
 from kdcache.codec.archive.codec import ArchiveCodec
 from kdcache.codec.archive.model import MOST_ENTRIES_PER_BYTE
 from kdcache.codec.archive.reference import Decoder, Layout, Record
-from kdcache.codec.into import EntryArrays, decode_into, place
+from kdcache.codec.base import EntryArrays, copy_into
 from kdcache.codec.levels import level_masses
 from kdcache.errors import CorruptCacheError, FormatError, UnsupportedVersionError
 from kdcache.format.record import Distributions
@@ -89,9 +89,9 @@ def test_decoding_into_arrays_is_decoding_and_placing(selection, bits, keeps, sp
     columns, keep_P = columns_of(codec, distributions), None if keeps is None else (keeps >> np.arange(12) & 1).astype(bool)
     num_kept, width = 12 if keep_P is None else int(keep_P.sum()), int(distributions.num_entries_P.max()) + spare
     found, expected = blank(num_kept, width), blank(num_kept, width)
-    decode_into(codec, columns, distributions.offsets_P1, found, keep_P)
-    place(codec.decode(columns, distributions.offsets_P1), expected, keep_P)
-    for name in ("token_ids_QK", "logprobs_QK", "tail_mass_Q", "num_exact_Q"):
+    codec.decode_into(columns, distributions.offsets_P1, found, keep_P)
+    copy_into(codec.decode(columns, distributions.offsets_P1), expected, keep_P)
+    for name in ("token_ids_PK", "logprobs_PK", "tail_mass_P", "num_exact_P"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
 
 
@@ -99,7 +99,7 @@ def blank(num_positions: int, width: int, dtype: DTypeLike = np.float32) -> Entr
     shape = (num_positions, width)
     return EntryArrays(
         np.full(shape, 123, np.int32), np.full(shape, 1.5, dtype), np.full(shape[0], 7, np.float32),
-        num_exact_Q=np.full(shape[0], 9, np.int64),
+        num_exact_P=np.full(shape[0], 9, np.int64),
     )  # fmt: skip
 
 
@@ -109,9 +109,9 @@ def test_float16_is_decoded_into_float16():
     columns, width = columns_of(codec, distributions), int(distributions.num_entries_P.max())
     found, expected = blank(9, width, np.float16), blank(9, width)
     for out in (found, expected):
-        decode_into(codec, columns, distributions.offsets_P1, out)
-    assert found.logprobs_QK.dtype == np.float16
-    np.testing.assert_array_equal(found.logprobs_QK.astype(np.float32), expected.logprobs_QK)
+        codec.decode_into(columns, distributions.offsets_P1, out)
+    assert found.logprobs_PK.dtype == np.float16
+    np.testing.assert_array_equal(found.logprobs_PK.astype(np.float32), expected.logprobs_PK)
 
 
 def test_every_float16_that_a_logprob_may_become_is_read_as_numpy_reads_it():
@@ -130,14 +130,14 @@ def test_arrays_that_do_not_fit_are_not_written_to():
     codec = get_codec("archive", {"vocab_size": 97}, selected.SELECTIONS[0])
     columns, width = columns_of(codec, distributions), int(distributions.num_entries_P.max())
     with pytest.raises(CorruptCacheError, match=f"a position has {width} entries"):
-        decode_into(codec, columns, distributions.offsets_P1, blank(9, width - 1))
+        codec.decode_into(columns, distributions.offsets_P1, blank(9, width - 1))
     wide = blank(9, 2 * width)
-    strided = EntryArrays(wide.token_ids_QK[:, ::2], wide.logprobs_QK[:, ::2], wide.tail_mass_Q)
+    strided = EntryArrays(wide.token_ids_PK[:, ::2], wide.logprobs_PK[:, ::2], wide.tail_mass_P)
     with pytest.raises(ValueError, match="C-contiguous"):
-        decode_into(codec, columns, distributions.offsets_P1, strided)
+        codec.decode_into(columns, distributions.offsets_P1, strided)
     with pytest.raises(ValueError, match="8 rows for 9 positions"):
-        decode_into(codec, columns, distributions.offsets_P1, blank(8, width))
-    assert (wide.token_ids_QK == 123).all()
+        codec.decode_into(columns, distributions.offsets_P1, blank(8, width))
+    assert (wide.token_ids_PK == 123).all()
 
 
 @pytest.mark.parametrize("selection", selected.SELECTIONS, ids=lambda s: s.kind)
@@ -168,9 +168,9 @@ def check_refused_or_sound(codec, columns, distributions):
         found = codec.decode(columns, distributions.offsets_P1)
     except CorruptCacheError:
         with pytest.raises(CorruptCacheError):
-            decode_into(codec, columns, distributions.offsets_P1, out)
+            codec.decode_into(columns, distributions.offsets_P1, out)
         return
-    decode_into(codec, columns, distributions.offsets_P1, out)
+    codec.decode_into(columns, distributions.offsets_P1, out)
     assert found.num_entries == distributions.num_entries
     assert found.num_positions == distributions.num_positions
     assert len(found.outside_target_logprobs_M) <= found.num_positions

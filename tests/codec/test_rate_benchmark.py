@@ -85,12 +85,12 @@ def test_what_is_timed_is_whole_batches_of_all_rows(codec_id, monkeypatch):
     columns = {f.name: column_view(a) for f, a in zip(codec.fields(), codec.encode(records), strict=True)}
     decoded = []
 
-    def count(codec, jobs):
-        decoded.append([len(job.offsets_P1) - 1 for job in jobs])
-        decode(codec, jobs)
+    def count(self, tasks):
+        decoded.append([len(task.offsets_P1) - 1 for task in tasks])
+        decode(self, tasks)
 
-    decode = rate_schemes.decode_many_into
-    monkeypatch.setattr(rate_schemes, "decode_many_into", count)
+    decode = type(codec).decode_many_into
+    monkeypatch.setattr(type(codec), "decode_many_into", count)
     rate, copies = rate_schemes.timed_decode(
         codec, [{n: v[i] for n, v in columns.items()} for i in range(3)], records, rounds=2
     )

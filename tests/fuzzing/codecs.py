@@ -21,9 +21,8 @@ import kdcache.codec.archive.codec as archive_module
 from kdcache.codec import get_codec
 from kdcache.codec._numba_into import TOO_WIDE, Unpacking, unpack_many
 from kdcache.codec.archive.reference import Decoder, Layout
-from kdcache.codec.base import Codec
+from kdcache.codec.base import Codec, EntryArrays
 from kdcache.codec.bit_stream import packed_size
-from kdcache.codec.into import EntryArrays, decode_into
 from kdcache.errors import CorruptCacheError
 from kdcache.format.record import Distributions
 from kdcache.format.selection import fixed_exact
@@ -109,7 +108,7 @@ def _placed(
     num_positions, widest = len(offsets_P1) - 1, max(1, int(np.diff(offsets_P1).max(initial=0)))
     ids_PK, logprobs_PK = (pages.empty((num_positions, widest), kind) for kind in (np.int32, np.float32))
     try:
-        decode_into(codec, columns, offsets_P1, EntryArrays(ids_PK, logprobs_PK, pages.empty(num_positions, np.float32)))
+        codec.decode_into(columns, offsets_P1, EntryArrays(ids_PK, logprobs_PK, pages.empty(num_positions, np.float32)))
     except CorruptCacheError:
         return None
     return np.array(ids_PK), np.array(logprobs_PK)

@@ -21,13 +21,17 @@ from kdcache.codec import estimates
 from kdcache.codec.archive.model import MOST_ENTRIES_PER_BYTE
 from kdcache.codec.archive.tables import HALF_INFINITY, half_codes, half_logprobs, log_counts, places_of, tail_tables
 from kdcache.codec.base import (
+    Codec,
     ColumnValues,
+    EntryArrays,
     binary_array,
     check_ids_to_encode,
     check_vocab_size,
+    check_width,
     checked_column,
+    copy_into,
+    copy_scalars_into,
 )
-from kdcache.codec.into import EntryArrays, check_width, place, place_scalars
 from kdcache.codec.levels import (
     LEAST_BITS,
     MOST_BITS,
@@ -56,7 +60,7 @@ class _Decoded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArchiveCodec:
+class ArchiveCodec(Codec):
     """Ids exact, numbers as in `quantized` or (bits 16) in `packed`; entries that become equal stand in the order of their ids.
 
     Attributes:
@@ -175,25 +179,24 @@ class ArchiveCodec:
         )
 
     def decode_into(
-        self, columns: ColumnValues, offsets_P1: NDArray[np.int64], out: EntryArrays, keep_P: NDArray[np.bool_] | None
+        self,
+        columns: ColumnValues,
+        offsets_P1: NDArray[np.int64],
+        out: EntryArrays,
+        keep_P: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Without arrays in between: see `kdcache.codec.into`."""
-        if out.logprobs_QK.dtype != np.float32:  # float16, which the compiled loop does not write
-            place(self.decode(columns, offsets_P1), out, keep_P)
+        """Decode without arrays in between, where float32 is asked for."""
+        if out.logprobs_PK.dtype != np.float32:  # float16, which the compiled loop does not write
+            copy_into(self.decode(columns, offsets_P1), out, keep_P)
             return
         self._check_size(columns, offsets_P1)
         check_width(offsets_P1, out)
-        ids_QK, logprobs_QK = out.token_ids_QK, out.logprobs_QK
-        is_half = logprobs_QK.dtype == np.float16
-        if is_half:
-            logprobs_QK = np.empty(logprobs_QK.shape, np.float32)
-        places_P2 = places_of(ids_QK, logprobs_QK, len(offsets_P1) - 1, keep_P)
-        decoded = self._decode_to(columns, offsets_P1, (ids_QK.reshape(-1), logprobs_QK.reshape(-1), places_P2))
-        if is_half:
-            out.logprobs_QK[:] = logprobs_QK
-        out.tail_mass_Q[:] = decoded.tail_mass_P if keep_P is None else decoded.tail_mass_P[keep_P]
+        ids_PK, logprobs_PK = out.token_ids_PK, out.logprobs_PK
+        places_P2 = places_of(ids_PK, logprobs_PK, len(offsets_P1) - 1, keep_P)
+        decoded = self._decode_to(columns, offsets_P1, (ids_PK.reshape(-1), logprobs_PK.reshape(-1), places_P2))
+        out.tail_mass_P[:] = decoded.tail_mass_P if keep_P is None else decoded.tail_mass_P[keep_P]
         floats = decode_floats(columns, self.selection, len(offsets_P1) - 1, np.float16)
-        place_scalars(decoded.num_exact_P, floats.get("log_z_PT"), floats.get("entropy_P"), out, keep_P)
+        copy_scalars_into(decoded.num_exact_P, floats.get("log_z_PT"), floats.get("entropy_P"), out, keep_P)
 
     @staticmethod
     def _check_size(columns: ColumnValues, offsets_P1: NDArray[np.int64]) -> int:

@@ -52,7 +52,7 @@ def _fixed(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def places_of(
-    ids_QK: NDArray[np.int32], logprobs_QK: NDArray[np.float32], num_positions: int, keep_P: NDArray[np.bool_] | None
+    ids_QK: NDArray[np.int32], logprobs_PK: NDArray[np.float32], num_positions: int, keep_P: NDArray[np.bool_] | None
 ) -> NDArray[np.int64]:
     """(P, 2) where in the flat arrays each position begins, -1 for nowhere, and where its padding ends.
 
@@ -60,7 +60,7 @@ def places_of(
         ValueError: arrays that are not contiguous, not alike, or not of as many rows as are kept.
     """
     num_kept = num_positions if keep_P is None else int(np.count_nonzero(keep_P))
-    if not (ids_QK.flags.c_contiguous and logprobs_QK.flags.c_contiguous and ids_QK.shape == logprobs_QK.shape):
+    if not (ids_QK.flags.c_contiguous and logprobs_PK.flags.c_contiguous and ids_QK.shape == logprobs_PK.shape):
         raise ValueError("arrays that are decoded into must be C-contiguous and of one shape")
     if len(ids_QK) != num_kept:
         raise ValueError(f"arrays that are decoded into have {len(ids_QK)} rows for {num_kept} positions")

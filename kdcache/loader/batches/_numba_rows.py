@@ -16,7 +16,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from kdcache.codec._numba_into import NUM_ADDRESSES, Settings, unpack_at
-from kdcache.codec.into import EntryFormat
+from kdcache.codec.base import EntryFormat
 from kdcache.compiled import call, compiled, inlined, pointer
 from kdcache.loader.batches.batch import Batch
 from kdcache.store.records.numba_xxh3 import SCRATCH_BYTES, SHORT_BYTES, digest_at

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from kdcache.codec.base import Codec
-from kdcache.codec.into import EntryArrays, Job, decode_many_into, place
+from kdcache.codec.base import Codec, DecodeTask, EntryArrays, copy_into
 from kdcache.config.loader import MaskConfig
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo
@@ -103,7 +102,7 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
     choices = [EVERYTHING if layout.mask.is_all else choose(record.sequence, layout.mask) for record in records]
     batch = _blank(records, choices, layout, pool)
     remaining, position = iter(zip(records, choices, strict=True)), 0
-    jobs: dict[int, tuple[Codec, list[Job]]] = {}
+    tasks: dict[int, tuple[Codec, list[DecodeTask]]] = {}
     table, ends, held = [], [], []
     for b, num_sequences in enumerate(layout.sequences_per_row):
         column = 0
@@ -121,14 +120,14 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
                 batch.roles_P[position:end] = roles_P if choice.keep_P is None else roles_P[choice.keep_P]
             out = _entry_arrays(batch, slice(position, end))
             if isinstance(record, EncodedRecord):
-                jobs.setdefault(id(record.codec), (record.codec, []))[1].append(record.job(out, choice.keep_P))
+                tasks.setdefault(id(record.codec), (record.codec, []))[1].append(record.decode_task(out, choice.keep_P))
             else:
-                _place(record, out, choice.keep_P)
+                _copy(record, out, choice.keep_P)
             position, column = end, column + num_tokens
         ends.append(column)
     fill_tokens(batch, np.array(table, np.int64), np.array(ends, np.int64))
-    for codec, several in jobs.values():  # all of a cache's at once: see `kdcache.codec.into`
-        decode_many_into(codec, several)
+    for codec, several in tasks.values():  # all of a cache's at once
+        codec.decode_many_into(several)
     return batch
 
 
@@ -251,18 +250,18 @@ def _address(values: NDArray[Any], dtype: DTypeLike, held: list[NDArray[Any]]) -
 
 def _entry_arrays(batch: Batch, where: slice) -> EntryArrays:
     return EntryArrays(
-        token_ids_QK=batch.token_ids_PK[where],
-        logprobs_QK=batch.logprobs_PK[where],
-        tail_mass_Q=batch.tail_mass_P[where],
-        num_exact_Q=None if batch.num_exact_P is None else batch.num_exact_P[where],
-        log_z_QT=None if batch.log_z_PC is None else batch.log_z_PC[where],
-        entropy_Q=None if batch.entropy_P is None else batch.entropy_P[where],
+        token_ids_PK=batch.token_ids_PK[where],
+        logprobs_PK=batch.logprobs_PK[where],
+        tail_mass_P=batch.tail_mass_P[where],
+        num_exact_P=None if batch.num_exact_P is None else batch.num_exact_P[where],
+        log_z_PL=None if batch.log_z_PC is None else batch.log_z_PC[where],
+        entropy_P=None if batch.entropy_P is None else batch.entropy_P[where],
     )
 
 
-def _place(record: SequenceRecord, out: EntryArrays, keep_P: NDArray[np.bool_] | None) -> None:
+def _copy(record: SequenceRecord, out: EntryArrays, keep_P: NDArray[np.bool_] | None) -> None:
     try:
-        place(record.distributions, out, keep_P)
+        copy_into(record.distributions, out, keep_P)
     except CorruptCacheError as error:
         raise CorruptCacheError(f"{record.sequence.source}: {error}") from error
 

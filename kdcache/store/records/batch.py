@@ -14,9 +14,8 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from kdcache.codec.base import Codec, ColumnValues, ids_fit, list_array
+from kdcache.codec.base import Codec, ColumnValues, DecodeTask, EntryArrays, ids_fit, list_array
 from kdcache.codec.features import decode_features, encode_features, feature_fields
-from kdcache.codec.into import EntryArrays, Job
 from kdcache.errors import CorruptCacheError, FormatError, KdcacheError
 from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import FINISHES, ROLES, SequenceRecord, TokenSequence
@@ -141,9 +140,9 @@ class EncodedRecord:
         except KdcacheError as error:
             raise CorruptCacheError(f"{self.where}: {error}") from error
 
-    def job(self, out: EntryArrays, keep_P: NDArray[np.bool_] | None = None) -> Job:
-        """To write the kept positions where they belong: `kdcache.codec.into.decode_many_into` does it, for several at once."""
-        return Job(self.columns, self.offsets_P1, out, keep_P, self.where)
+    def decode_task(self, out: EntryArrays, keep_P: NDArray[np.bool_] | None = None) -> DecodeTask:
+        """The task of decoding the kept positions into arrays, for `Codec.decode_many_into`."""
+        return DecodeTask(self.columns, self.offsets_P1, out, keep_P, self.where)
 
 
 class BatchReader:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.codec.base import ColumnValues, check_ids_to_encode, check_vocab_size, checked_column, list_array
+from kdcache.codec.base import Codec, ColumnValues, check_ids_to_encode, check_vocab_size, checked_column, list_array
 from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, scalar_fields
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
@@ -20,7 +20,7 @@ FLOATS = {"logprobs": "logprobs_E", "tail_mass": "tail_mass_P", "outside_target_
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToyCodec:
+class ToyCodec(Codec):
     """Exact, and larger than it need be."""
 
     codec_id: ClassVar[str] = "toy"

@@ -1,4 +1,4 @@
-"""Decoding straight into a batch's arrays gives what decoding and placing gives, for every codec."""
+"""Decoding straight into a batch's arrays gives what decoding and copying gives, for every codec."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.codec import CODECS, get_codec
-from kdcache.codec.base import ColumnValues
-from kdcache.codec.into import EntryArrays, Job, decode_into, decode_many_into, place
+from kdcache.codec.base import ColumnValues, DecodeTask, EntryArrays, copy_into
 from kdcache.codec.packed import PackedCodec
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
@@ -47,11 +46,11 @@ def columns_of(codec: PackedCodec, distributions: Distributions) -> ColumnValues
 
 def blank(num_positions: int, k: int, selection: SelectionInfo) -> EntryArrays:
     return EntryArrays(
-        token_ids_QK=np.full((num_positions, k), 123, np.int32),
-        logprobs_QK=np.full((num_positions, k), 1.5, np.float32),
-        tail_mass_Q=np.full(num_positions, 7, np.float32),
-        log_z_QT=np.zeros((num_positions, len(selection.temperatures)), np.float32) if selection.temperatures else None,
-        entropy_Q=np.zeros(num_positions, np.float32) if selection.entropy else None,
+        token_ids_PK=np.full((num_positions, k), 123, np.int32),
+        logprobs_PK=np.full((num_positions, k), 1.5, np.float32),
+        tail_mass_P=np.full(num_positions, 7, np.float32),
+        log_z_PL=np.zeros((num_positions, len(selection.temperatures)), np.float32) if selection.temperatures else None,
+        entropy_P=np.zeros(num_positions, np.float32) if selection.entropy else None,
     )
 
 
@@ -71,7 +70,7 @@ def assert_same(left: EntryArrays, right: EntryArrays) -> None:
     seed=st.integers(0, 99),
     keeps=st.none() | st.integers(0, 2**12 - 1),
 )
-def test_decoding_into_arrays_is_decoding_and_placing(
+def test_decoding_into_arrays_is_decoding_and_copying(
     codec_id: str,
     counts: list[int],
     is_full: bool,
@@ -87,8 +86,8 @@ def test_decoding_into_arrays_is_decoding_and_placing(
     keep_P = None if keeps is None else np.array([keeps >> p & 1 for p in range(len(counts))], bool)
     num_kept = len(counts) if keep_P is None else int(keep_P.sum())
     found, expected = blank(num_kept, 7, selection), blank(num_kept, 7, selection)
-    decode_into(codec, columns, offsets_P1, found, keep_P)
-    place(codec.decode(columns, offsets_P1), expected, keep_P)
+    codec.decode_into(columns, offsets_P1, found, keep_P)
+    copy_into(codec.decode(columns, offsets_P1), expected, keep_P)
     assert_same(found, expected)
 
 
@@ -97,38 +96,40 @@ def test_every_float16_becomes_the_float32_that_numpy_makes_of_it() -> None:
     codec, columns = PackedCodec(vocab_size=5), {"logprobs": halves, "tail_logprobs": np.zeros(1024, np.float16)}
     columns["token_ids_packed"] = np.zeros(2**16 * 3 // 8, np.uint8)
     out = blank(1024, 64, EXACT[0])
-    decode_into(codec, columns, np.arange(1025, dtype=np.int64) * 64, out)
+    codec.decode_into(columns, np.arange(1025, dtype=np.int64) * 64, out)
     expected = halves.astype(np.float32).reshape(1024, 64)
-    np.testing.assert_array_equal(out.logprobs_QK, expected)
-    np.testing.assert_array_equal(np.signbit(out.logprobs_QK[expected == 0]), np.signbit(expected[expected == 0]))
+    np.testing.assert_array_equal(out.logprobs_PK, expected)
+    np.testing.assert_array_equal(np.signbit(out.logprobs_PK[expected == 0]), np.signbit(expected[expected == 0]))
 
 
 def test_several_sequences_at_once_are_each_by_itself_and_an_error_names_its_place() -> None:
     codec, rng = PackedCodec(vocab_size=97), np.random.default_rng(1)
-    jobs, expected = [], []
+    tasks, expected = [], []
     for number, counts in enumerate(([7, 7], [], [3, 0, 5], [7] * 20)):
         distributions = make_distributions(rng, counts, 97, EXACT[0])
         columns, out, alone = columns_of(codec, distributions), blank(len(counts), 7, EXACT[0]), blank(len(counts), 7, EXACT[0])
-        jobs.append(Job(columns, distributions.offsets_P1, out, None, f"row {number}"))
-        place(codec.decode(columns, distributions.offsets_P1), alone)
+        tasks.append(DecodeTask(columns, distributions.offsets_P1, out, None, f"row {number}"))
+        copy_into(codec.decode(columns, distributions.offsets_P1), alone)
         expected.append(alone)
-    decode_many_into(codec, jobs)
-    for job, alone in zip(jobs, expected, strict=True):
-        assert_same(job.out, alone)
-    decode_many_into(codec, [])
+    codec.decode_many_into(tasks)
+    for task, alone in zip(tasks, expected, strict=True):
+        assert_same(task.out, alone)
+    codec.decode_many_into([])
     with pytest.raises(CorruptCacheError, match=r"row 0: a token id is outside the vocabulary of 90"):
-        decode_many_into(PackedCodec(vocab_size=90), jobs)
-    jobs[2] = Job({**jobs[2].columns, "logprobs": np.zeros(3, np.float16)}, jobs[2].offsets_P1, jobs[2].out, None, "row 2")
+        PackedCodec(vocab_size=90).decode_many_into(tasks)
+    tasks[2] = DecodeTask(
+        {**tasks[2].columns, "logprobs": np.zeros(3, np.float16)}, tasks[2].offsets_P1, tasks[2].out, None, "row 2"
+    )
     with pytest.raises(CorruptCacheError, match=r"row 2: column 'logprobs' holds 3 values"):
-        decode_many_into(codec, jobs)
+        codec.decode_many_into(tasks)
 
 
 def test_arrays_that_are_not_contiguous_are_not_written_to() -> None:
     codec, columns, offsets_P1 = packed()
     room = blank(9, 14, EXACT[0])
-    out = EntryArrays(room.token_ids_QK[:, ::2], room.logprobs_QK[:, ::2], room.tail_mass_Q)
+    out = EntryArrays(room.token_ids_PK[:, ::2], room.logprobs_PK[:, ::2], room.tail_mass_P)
     with pytest.raises(ValueError, match="C-contiguous"):
-        decode_into(codec, columns, offsets_P1, out)
+        codec.decode_into(columns, offsets_P1, out)
 
 
 def packed(vocab_size: int = 97) -> tuple[PackedCodec, dict[str, np.ndarray], np.ndarray]:
@@ -140,13 +141,13 @@ def packed(vocab_size: int = 97) -> tuple[PackedCodec, dict[str, np.ndarray], np
 def test_bytes_at_any_alignment_are_read() -> None:
     codec, columns, offsets_P1 = packed()
     expected, found = blank(9, 7, EXACT[0]), blank(9, 7, EXACT[0])
-    decode_into(codec, columns, offsets_P1, expected)
+    codec.decode_into(columns, offsets_P1, expected)
     shifted = {}
     for name, values in columns.items():
         room = np.zeros(values.nbytes + 1, np.uint8)
         room[1:] = values.view(np.uint8)
         shifted[name] = room[1:].view(values.dtype)
-    decode_into(codec, shifted, offsets_P1, found)
+    codec.decode_into(shifted, offsets_P1, found)
     assert_same(found, expected)
 
 
@@ -155,12 +156,12 @@ def test_columns_that_are_too_short_are_refused_before_they_are_read(name: str) 
     codec, columns, offsets_P1 = packed()
     columns[name] = columns[name][: -8 if name == "token_ids_packed" else -1]
     with pytest.raises(CorruptCacheError, match=name):
-        decode_into(codec, columns, offsets_P1, blank(9, 7, EXACT[0]))
+        codec.decode_into(columns, offsets_P1, blank(9, 7, EXACT[0]))
 
 
 def test_ids_outside_the_vocabulary_and_rows_wider_than_the_batch_are_refused() -> None:
     codec, columns, offsets_P1 = packed()
     with pytest.raises(CorruptCacheError, match="outside the vocabulary of 90"):
-        decode_into(PackedCodec(vocab_size=90), columns, offsets_P1, blank(9, 7, EXACT[0]))
+        PackedCodec(vocab_size=90).decode_into(columns, offsets_P1, blank(9, 7, EXACT[0]))
     with pytest.raises(CorruptCacheError, match="a position has 7 entries"):
-        decode_into(codec, columns, offsets_P1, blank(9, 6, EXACT[0]))
+        codec.decode_into(columns, offsets_P1, blank(9, 6, EXACT[0]))
