@@ -21,7 +21,7 @@ from kdcache.format.manifest import Manifest
 from kdcache.format.record import SequenceRecord
 from kdcache.store.reader import CacheReader, open_cache
 from kdcache.store.records.batch import EncodedRecord
-from kdcache.store.records.sequence_table import MappedRows
+from kdcache.store.records.mapped import MappedRows
 
 Columns = Mapping[str, NDArray[np.generic]]
 

@@ -21,7 +21,7 @@ from kdcache.loader.batches.assemble import BatchLayout, blank_batch
 from kdcache.loader.batches.batch import Batch
 from kdcache.loader.batches.buffers import BufferPool
 from kdcache.loader.caches import CacheSet
-from kdcache.store.records.sequence_table import MappedRows, RowFormat
+from kdcache.store.records.mapped import MappedRows, RowFormat
 
 
 def read_direct(

@@ -28,7 +28,7 @@ from kdcache.store.files.location import Location, locate
 from kdcache.store.index import open_index
 from kdcache.store.records.arrow_file import open_arrow_file
 from kdcache.store.records.batch import BatchReader, EncodedRecord
-from kdcache.store.records.sequence_table import MappedRows, RowFormat
+from kdcache.store.records.mapped import MappedRows, RowFormat
 from kdcache.store.remote.look_ahead import LookAhead
 from kdcache.store.remote.remote_read import RemoteFile
 from kdcache.store.shard_checks import check_shard, open_shard

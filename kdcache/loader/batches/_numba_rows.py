@@ -19,16 +19,9 @@ from kdcache.codec._numba_into import NUM_ADDRESSES, Settings, unpack_at
 from kdcache.codec.base import EntryFormat
 from kdcache.compiled import call, compiled, inlined, pointer
 from kdcache.loader.batches.batch import Batch
+from kdcache.store.records.mapped import MappedRows, RowFormat
 from kdcache.store.records.numba_xxh3 import SCRATCH_BYTES, SHORT_BYTES, digest_at
-from kdcache.store.records.sequence_table import (
-    NUM_OF_ROW,
-    NUM_POSITIONS,
-    NUM_TOKENS,
-    ROW_BYTES,
-    ROW_DIGEST,
-    MappedRows,
-    RowFormat,
-)
+from kdcache.store.records.sequence_table import NUM_OF_ROW, NUM_POSITIONS, NUM_TOKENS, ROW_BYTES, ROW_DIGEST
 
 WHOLE, UNFIT, UNCHECKED = range(3)
 """Of a row: in the batch; not as it must be; in the batch, but too short for the compiled digest."""
