@@ -16,7 +16,7 @@
     +-- TeacherError       (RuntimeError)   a model that does not load or answers wrongly
     +-- CaptureError       (RuntimeError)   a capture that could not finish; the cause is chained
     +-- NotFiniteError     (ArithmeticError) a training or an evaluation came to a number that is not finite
-    +-- StorageError       (RuntimeError)   an object store that refuses access or does not answer
+    +-- StorageError       (RuntimeError)   a disk or an object store that is full, refuses access or does not answer
 
 A message is one sentence or two: what, which value, what was expected, what to do. The command line prints it and exits
 with status 2; anything that is not a KdcacheError is a bug of ours and is shown with its traceback.
@@ -107,4 +107,7 @@ class NotFiniteError(KdcacheError, ArithmeticError):
 
 
 class StorageError(KdcacheError, RuntimeError):
-    """An object store refuses access, or gave no good answer by the deadline. Says nothing of the cache; try again later."""
+    """A disk or an object store is full, refuses access, or does not answer in time.
+
+    It says nothing about the cache: what is published stays, and the same call resumes once the cause is gone.
+    """

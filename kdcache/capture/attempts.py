@@ -14,7 +14,7 @@ from kdcache.capture.teacher_slot import TeacherLostError, TeacherSlot
 from kdcache.capture.unit import UnitDone, UnitPath
 from kdcache.capture.watch.attempt_progress import AttemptProgress
 from kdcache.capture.watch.signals import StopRequest
-from kdcache.errors import CaptureError, ConfigError, InputError, KdcacheError, MismatchError, MissingDependencyError
+from kdcache.errors import ConfigError, InputError, KdcacheError, MismatchError, MissingDependencyError, StorageError
 from kdcache.format.manifest import SkippedSequence
 from kdcache.format.selection import fixed_entries
 from kdcache.inputs.content import Item
@@ -128,9 +128,7 @@ class UnitWorker:
 
 def is_fatal(error: Exception) -> bool:
     """Whether an error would also hit every other unit: the config, missing packages, the disk, a lost teacher."""
-    if isinstance(error, CaptureError) and isinstance(error.__cause__, OSError):
-        return True
-    return isinstance(error, (ConfigError, MissingDependencyError, MismatchError, TeacherLostError))
+    return isinstance(error, (ConfigError, MissingDependencyError, MismatchError, StorageError, TeacherLostError))
 
 
 def reason_of(error: BaseException) -> str:

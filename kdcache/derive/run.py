@@ -21,7 +21,7 @@ from kdcache.derive.options import DeriveOptions
 from kdcache.derive.positions import keep_positions
 from kdcache.derive.reduction.reduce import reduce_record
 from kdcache.derive.scalars import record_values
-from kdcache.errors import CaptureError, ConfigError, InputError, KdcacheError, MismatchError, StorageError
+from kdcache.errors import ConfigError, InputError, KdcacheError, MismatchError, StorageError
 from kdcache.format import paths
 from kdcache.format.manifest import LineageInfo, Manifest
 from kdcache.format.record import SequenceRecord
@@ -67,7 +67,7 @@ def derive(
         ConfigError: options that cannot be had of these sources. InputError: nothing to write, sequences that are missing, or
             a source that is not complete.
         MismatchError: sources that do not fit together; a target that holds something else.
-        CacheNotFoundError, CorruptCacheError: a source cannot be read. CaptureError: the disk refuses.
+        CacheNotFoundError, CorruptCacheError: a source cannot be read. StorageError: the disk or the store refuses.
     """
     options = options or DeriveOptions()
     root = locate(target)
@@ -94,7 +94,7 @@ def _nothing_left_behind(root: Location) -> Iterator[None]:
     try:
         yield
     except (KdcacheError, OSError) as error:
-        may_pass = isinstance(error, CaptureError | StorageError)
+        may_pass = isinstance(error, StorageError)
         if is_new and not isinstance(error, MismatchError) and not (may_pass and children(root / paths.JOURNAL)):
             with suppress(KdcacheError, OSError):
                 fs.remove_cache(root, made)

@@ -100,7 +100,8 @@ def convert(
 
     Raises:
         InputError: the source cannot be read, or is not sound and the repairs asked for do not make it so.
-        ConfigError: an unknown codec. MismatchError: the target holds another cache. CaptureError: the disk refuses.
+        ConfigError: an unknown codec. MismatchError: the target holds another cache. StorageError: the disk or the
+            store refuses.
     """
     if is_own_cache(source):
         raise InputError(f"{source} is a cache of kdcache already; there is nothing to convert")

@@ -8,6 +8,7 @@ from kdcache.errors import CacheNotFoundError, CorruptCacheError, FormatError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, manifest_from_json, manifest_to_json, shard_from_json
 from kdcache.store.files import fs
+from kdcache.store.files.disk_errors import read_error
 from kdcache.store.files.location import Location, children, read_file
 
 
@@ -104,4 +105,4 @@ def _read(path: Location) -> bytes:
     except CorruptCacheError:
         raise
     except OSError as error:
-        raise CorruptCacheError(f"{path}: cannot be read: {error.strerror}") from error
+        raise read_error(path, error) from error

@@ -18,6 +18,7 @@ from kdcache.format.manifest import IndexInfo, Manifest, ShardInfo
 from kdcache.format.schema import INDEX_SCHEMA
 from kdcache.shown import get_logger
 from kdcache.store.files import fs
+from kdcache.store.files.disk_errors import read_error
 from kdcache.store.files.location import Location, each
 from kdcache.store.records.arrow_file import open_arrow_buffer, open_arrow_file
 from kdcache.store.remote.remote_file import open_columns
@@ -89,7 +90,7 @@ def open_index(root: Location, info: IndexInfo | None) -> pa.Table:
         table = _index_file(path, info.sha256).read_all()
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
-        raise CorruptCacheError(f"{path}: cannot be read: {error}") from error
+        raise read_error(path, error) from error
     if any(
         table.schema.names.count(field.name) != 1 or table.schema.field(field.name).type != field.type for field in INDEX_SCHEMA
     ):
@@ -135,7 +136,7 @@ def _shard_rows(root: Location, shard: ShardInfo) -> pa.Table:
         file = open_arrow_file(path) if isinstance(path, Path) else open_columns(path, shard.num_bytes, _SOURCES)
         return pa.Table.from_batches(_file_rows(file, shard.unit), INDEX_SCHEMA)
     except (pa.ArrowException, OSError, KeyError, IndexError) as error:
-        raise CorruptCacheError(f"{root / shard.name}: cannot be read: {error}") from error
+        raise read_error(root / shard.name, error) from error
 
 
 def _file_rows(reader: pa.RecordBatchFileReader, unit: int) -> Iterator[pa.RecordBatch]:

@@ -7,7 +7,6 @@ killed in between leaves missing shards, which the next one sees.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo
 from kdcache.store import chain
 from kdcache.store.files import fs
+from kdcache.store.files.disk_errors import is_damage
 from kdcache.store.files.location import Location, locate
 from kdcache.store.index import open_index, publish_index_without
 
@@ -65,8 +65,7 @@ def repair_cache(path: str | Path, progress: Progress | None = None, *, remote: 
 
     Raises:
         CacheNotFoundError: there is no cache. CorruptCacheError: the newest manifest itself is damaged.
-        CaptureError: one of its folders is a link.
-        StorageError: the disk or store refuses.
+        StorageError: the disk or the store refuses, or one of the cache's folders is a link.
     """
     root = locate(path, remote)
     manifest = chain.newest_manifest(root)
@@ -132,7 +131,7 @@ def _changed(root: Location, shard: ShardInfo) -> str | None:
 
 def _unreadable(path: Location, error: OSError) -> str:
     """What a disk says of damage; raises StorageError for what says nothing of the file: a sound one is never set aside."""
-    if error.errno != errno.EIO:
+    if not is_damage(error):
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}; nothing was set aside") from error
     return f"it cannot be read: {error.strerror}"
 

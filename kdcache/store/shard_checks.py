@@ -11,6 +11,7 @@ from kdcache.codec.features import feature_fields
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
 from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, ShardMetadata, shard_metadata, shard_schema
+from kdcache.store.files.disk_errors import read_error
 from kdcache.store.records.arrow_file import open_arrow_file
 
 
@@ -28,7 +29,7 @@ def open_shard(root: Path, shard: ShardInfo, manifest: Manifest) -> tuple[pa.Rec
                 f"{path}: has {num_bytes} bytes, the manifest says {shard.num_bytes}; the shard is truncated or damaged"
             )
     except OSError as error:
-        raise CorruptCacheError(f"{path}: cannot be read: {error.strerror}") from error
+        raise read_error(path, error) from error
     file = open_arrow_file(path)
     return file, check_shard(file.schema, shard, manifest, str(path))
 

@@ -18,7 +18,7 @@ from kdcache.capture.executors.run import run_capture
 from kdcache.capture.poison import find_poison
 from kdcache.capture.watch.progress_file import ProgressFile, progress_path
 from kdcache.cli.main import main
-from kdcache.errors import CaptureError, InputError, TeacherError
+from kdcache.errors import CaptureError, InputError, StorageError, TeacherError
 from kdcache.store.files import fs
 from kdcache.store.summary import summarize_cache
 from kdcache.store.verify import verify_cache
@@ -152,7 +152,7 @@ def test_a_full_disk_is_no_fault_of_a_unit(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(fs, "publish_file", full)
-    with pytest.raises(CaptureError, match=r"unit 0 could not be written.*No space left"):
+    with pytest.raises(StorageError, match=r"unit 0 could not be written.*No space left"):
         run_capture(make_config(tmp_path, run={"max_failed": 9, "skip_poison": True}))
 
 

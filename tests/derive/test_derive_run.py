@@ -19,7 +19,7 @@ from kdcache.derive.choose import Select
 from kdcache.derive.options import DeriveOptions
 from kdcache.derive.reduction.reduce import Reduction
 from kdcache.derive.run import derive
-from kdcache.errors import CacheNotFoundError, CaptureError, ConfigError, CorruptCacheError, InputError, MismatchError
+from kdcache.errors import CacheNotFoundError, ConfigError, CorruptCacheError, InputError, MismatchError, StorageError
 from kdcache.format import paths
 from kdcache.format.manifest import LineageInfo, manifest_from_json, manifest_to_json
 from kdcache.format.record import SequenceRecord
@@ -255,7 +255,7 @@ def test_what_a_full_disk_has_left_is_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(fs, "publish_file", until_full)
     for num_files, is_left in ((0, False), (1, False), (4, True)):  # a unit has two, a shard and its record
         room[:] = [None] * num_files
-        with pytest.raises(CaptureError, match="No space left"):
+        with pytest.raises(StorageError, match="No space left"):
             derive([source], tmp_path / "out", DeriveOptions(unit_sequences=1))
         assert (tmp_path / "out").exists() == is_left
     monkeypatch.undo()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from kdcache.errors import CaptureError
+from kdcache.errors import StorageError
 from kdcache.store.files import fs
 
 
@@ -112,5 +112,5 @@ def test_temp_files_of_another_machine_are_swept_only_when_long_untouched(root):
 
 def test_directories_that_cannot_be_made_are_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CaptureError, match=r"cannot make the cache's directories under .*file"):
+    with pytest.raises(StorageError, match=r"the cache's folders cannot be made under .*file"):
         fs.make_directories(tmp_path / "file" / "cache")

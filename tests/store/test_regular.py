@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cache_making import make_cache, make_identity, make_manifest, make_unit
 
-from kdcache.errors import CaptureError, CorruptCacheError, KdcacheError
+from kdcache.errors import CorruptCacheError, KdcacheError, StorageError
 from kdcache.format import paths
 from kdcache.store.files import fs
 from kdcache.store.files.regular import open_regular, read_regular, write_new
@@ -150,7 +150,7 @@ def test_a_repair_moves_and_writes_nothing_through_a_link(tmp_path: Path, cache:
     pipe(shard)
     shutil.rmtree(cache / name, ignore_errors=True)
     (cache / name).symlink_to(elsewhere)
-    with pytest.raises(CaptureError, match="is a link"):
+    with pytest.raises(StorageError, match="is a link"):
         repair_cache(cache)
     assert list(elsewhere.iterdir()) == []
     (cache / name).unlink()

@@ -13,7 +13,7 @@ from cache_making import assert_same_record, make_identity, make_manifest, make_
 from fault_proxy import FaultProxy, Request
 
 from kdcache.config.remote import RemoteConfig
-from kdcache.errors import CacheNotFoundError, CaptureError, ConfigError, MismatchError, MissingDependencyError
+from kdcache.errors import CacheNotFoundError, ConfigError, MismatchError, MissingDependencyError, StorageError
 from kdcache.store import chain
 from kdcache.store.files import fs
 from kdcache.store.files.location import RemotePath, locate
@@ -138,7 +138,7 @@ def test_a_store_that_goes_away_fails_the_unit_in_words_and_leaves_no_file_behin
     writer = write(uri, [0], 2, config)
     s3.choose = lambda request: "unavailable"
     with pytest.raises(
-        CaptureError, match=r"unit 1 could not be written.*no good answer within 2 s.*nothing published is lost"
+        StorageError, match=r"unit 1 could not be written.*no good answer within 2 s.*nothing published is lost"
     ):
         writer.write_unit(1, make_unit(1))
     assert list((tmp_path / "spool").iterdir()) == []

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from writer_cases import changed, files, start
 
-from kdcache.errors import CaptureError, CorruptCacheError
+from kdcache.errors import CorruptCacheError, FormatError, StorageError
 from kdcache.format.record import SequenceRecord
 from kdcache.store.files import fs
 from kdcache.store.reader import open_cache
@@ -190,7 +190,7 @@ def test_a_fold_that_never_comes_first_gives_up(tmp_path, monkeypatch):
     one.write_unit(0, make_unit(0))
     monkeypatch.setattr(writer.chain, "add_manifest", lambda root, manifest: False)
     monkeypatch.setattr(writer, "MAX_FOLD_TRIES", 3)
-    with pytest.raises(CaptureError, match="could not be folded"):
+    with pytest.raises(StorageError, match="could not be folded"):
         one.fold()
 
 
@@ -268,7 +268,7 @@ def test_a_plan_without_units_is_complete_at_once(tmp_path):
 
 @pytest.mark.parametrize("unit", [-1, 3])
 def test_a_unit_beyond_the_plan_is_refused(tmp_path, unit):
-    with pytest.raises(CaptureError, match=f"unit {unit} is not in the plan of 3 units"):
+    with pytest.raises(FormatError, match=f"unit {unit} is not in the plan of 3 units"):
         start(tmp_path).write_unit(unit, [])
 
 
@@ -301,7 +301,7 @@ def test_a_full_disk_is_told_as_such_and_loses_nothing(tmp_path, monkeypatch, ac
     with monkeypatch.context() as patched:
         patched.setattr(fs, "sync_file", refuse)
         patched.setattr(fs, "make_directories", lambda root: None)
-        with pytest.raises(CaptureError, match=r"No space left.*nothing published is lost"):
+        with pytest.raises(StorageError, match=r"No space left.*nothing published is lost"):
             acts[act]()
     assert files(tmp_path / "tmp") == []
     assert start(tmp_path).published_units() == {0}

@@ -37,7 +37,7 @@ def run_capture(
     Raises:
         ConfigError, InputError, TeacherError, MissingDependencyError: before or while it runs; what is published stays.
         MismatchError: `out` holds another capture, or something that is no cache.
-        CaptureError: the disk refuses, the teacher stalls, or more units fail than `run.max_failed`.
+        StorageError: the disk or the store refuses. CaptureError: the teacher stalls, or more units fail than `run.max_failed`.
         KeyboardInterrupt: with a sentence that says how to go on.
     """
     stop = stop or StopRequest()

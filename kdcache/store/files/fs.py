@@ -18,8 +18,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from kdcache.errors import CaptureError
+from kdcache.errors import StorageError
 from kdcache.format import paths
+from kdcache.store.files.disk_errors import reason_of
 from kdcache.store.files.location import Location, own_files
 from kdcache.store.files.regular import is_own_file, is_own_folder, open_regular, what_is_not_own, write_new
 
@@ -79,7 +80,7 @@ def make_directories(root: Location) -> None:
         for path in [root, *(path.parent for path in missing)]:
             sync_directory(path)
     except OSError as error:
-        raise CaptureError(f"cannot make the cache's directories under {str(root)!r}: {error}") from error
+        raise StorageError(f"the cache's folders cannot be made under {str(root)!r}: {reason_of(error)}") from error
     reached("directories made")
 
 
@@ -263,17 +264,17 @@ def _temp_folder(root: Location) -> Path:
     folder = Path(spool) if spool is not None else Path(tempfile.gettempdir()) / f"kdcache-spool-{user}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if spool is None and (folder.lstat().st_uid != user or not is_own_folder(folder)):
-        raise CaptureError(
-            f"{str(folder)!r} is no folder of this user alone: another could change what is uploaded; set remote.spool_dir"
+        raise StorageError(
+            f"{str(folder)!r} is not a folder of this user alone: another could change what is uploaded; set remote.spool_dir"
         )
     return folder
 
 
 def _refuse_other_folder(path: Path) -> None:
-    """Raise CaptureError for a link to a folder: what is written, or swept, would be elsewhere."""
+    """Raise StorageError for a link to a folder: what is written, or swept, would be elsewhere."""
     there = what_is_not_own(path, folder=True)
     if there is not None:
-        raise CaptureError(
+        raise StorageError(
             f"{path}: is {there}, but a cache that is written has folders of its own; to keep it on another disk, move "
             "the whole cache there"
         )

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from kdcache.errors import CorruptCacheError
 from kdcache.format.arrow_messages import is_compressed, record_batch_places
+from kdcache.store.files.disk_errors import read_error
 from kdcache.store.files.regular import regular_file
 
 
@@ -22,7 +23,7 @@ def open_arrow_file(path: Path) -> pa.RecordBatchFileReader:
         with pa.memory_map(str(regular_file(path))) as file:
             data = file.read_buffer()
     except (pa.ArrowException, OSError) as error:
-        raise CorruptCacheError(f"{path}: cannot be read as an Arrow file: {error}") from error
+        raise read_error(path, error, "cannot be read as an Arrow file") from error
     return open_arrow_buffer(data, where=str(path))
 
 

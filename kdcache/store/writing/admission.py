@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdcache.codec.base import ids_fit
-from kdcache.errors import CaptureError, ConfigError, FormatError, MismatchError, UnsupportedVersionError
+from kdcache.errors import (
+    CaptureError,
+    ConfigError,
+    FormatError,
+    KdcacheError,
+    MismatchError,
+    StorageError,
+    UnsupportedVersionError,
+)
 from kdcache.format import paths
 from kdcache.format.manifest import FORMAT_VERSION, Manifest
 from kdcache.format.record import FINISHES, ROLES, Distributions, SequenceRecord
@@ -24,13 +32,22 @@ def refuse_foreign_directory(root: Location) -> None:
     """Raise MismatchError unless a cache is there or may be made there: a capture asks before it loads a model.
 
     Raises:
-        ConfigError: a store in which no cache can be written.
+        ConfigError: a store in which no cache can be written. StorageError: the disk refuses.
     """
     if not isinstance(root, Path) and not root.can_create:
         raise ConfigError(
             f"{root}: a cache can be read from such a store but not written into it, as it cannot put an object "
             "only where there is none; write to a disk, s3:// or gs://, and copy the cache there when it is complete"
         )
+    try:
+        _refuse_what_is_there(root)
+    except OSError as error:
+        if isinstance(error, KdcacheError):
+            raise
+        raise StorageError(f"{str(root)!r} cannot be looked at: {error.strerror or error}") from error
+
+
+def _refuse_what_is_there(root: Location) -> None:
     if root.exists() and not root.is_dir():
         raise MismatchError(f"output {str(root)!r} is a file; expected a directory for the cache")
     if not root.is_dir() or chain.manifest_numbers(root):

@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from kdcache.errors import CaptureError, CorruptCacheError
+from kdcache.errors import CorruptCacheError, StorageError
 from kdcache.format import paths
 from kdcache.shown import get_logger
 from kdcache.store.files import fs
@@ -52,13 +52,13 @@ def record_failure(root: Location, failed: FailedUnit) -> None:
     """Write a failure down, unless the same one is there.
 
     Raises:
-        CaptureError: the disk refuses.
+        StorageError: the disk or the store refuses.
     """
     try:
         fs.make_directory(root, paths.FAILED)
         fs.publish_new(root, msgspec.json.format(msgspec.json.encode(failed), indent=1) + b"\n", failed.name)
     except OSError as error:
-        raise CaptureError(f"the failure of unit {failed.unit} could not be recorded in {str(root)!r}: {error}") from error
+        raise StorageError(f"the failure of unit {failed.unit} could not be recorded in {str(root)!r}: {error}") from error
 
 
 def read_failures(root: Location, *, published: Collection[int]) -> list[FailedUnit]:

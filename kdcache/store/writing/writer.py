@@ -27,6 +27,7 @@ from kdcache.shown import get_logger
 from kdcache.store import chain
 from kdcache.store.chain import read_journal_record
 from kdcache.store.files import fs
+from kdcache.store.files.disk_errors import reason_of
 from kdcache.store.files.location import Location, each, locate, own_files
 from kdcache.store.index import publish_index
 from kdcache.store.records.batch import encode_records
@@ -41,6 +42,9 @@ MAX_RECORD_BATCH_BYTES = 2**30
 
 MAX_FOLD_TRIES = 1000
 """Each failed try is another writer's success, so that only more writers than this at once could meet it."""
+
+
+_RESUME = "nothing published is lost, and the same command resumes when the cause is gone"
 
 
 class CacheWriter:
@@ -77,7 +81,7 @@ class CacheWriter:
         Raises:
             MismatchError: the directory holds another capture, or files that are no cache.
             UnsupportedVersionError: it holds a cache of a newer format.
-            CaptureError: the directory cannot be made or written.
+            StorageError: the directory cannot be made or written.
         """
         root = locate(path, remote)
         refuse_foreign_directory(root)
@@ -114,7 +118,7 @@ class CacheWriter:
             CaptureError: the unit is not in the plan, a record cannot be stored, or the disk refuses.
         """
         if not 0 <= unit < self._first.plan.num_units:
-            raise CaptureError(f"unit {unit} is not in the plan of {self._first.plan.num_units} units")
+            raise FormatError(f"unit {unit} is not in the plan of {self._first.plan.num_units} units")
         temp = fs.temp_path(self.root)
         with _disk_errors(f"unit {unit} could not be written to {str(self.root)!r}"):
             try:
@@ -133,7 +137,7 @@ class CacheWriter:
         When the cache is complete, files that no manifest needs are swept: of units that were done twice, of folds that lost.
 
         Raises:
-            CorruptCacheError: a manifest or a shard is damaged. CaptureError: the disk refuses.
+            CorruptCacheError: a manifest or a shard is damaged. StorageError: the disk or the store refuses.
         """
         with _disk_errors(f"{str(self.root)!r} could not be folded"):
             for _ in range(MAX_FOLD_TRIES):
@@ -145,7 +149,7 @@ class CacheWriter:
                     if folded.is_complete:
                         self._sweep_redundant(folded)
                     return folded
-        raise CaptureError(
+        raise StorageError(
             f"{str(self.root)!r} could not be folded: {MAX_FOLD_TRIES} times another writer's manifest came first"
         )
 
@@ -260,8 +264,8 @@ def _disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except StorageError as error:
-        raise CaptureError(f"{what}: {error}; nothing published is lost") from error
+        raise StorageError(f"{what}: {error}; {_RESUME}") from error
     except KdcacheError:
         raise  # some of ours are OSErrors too
     except OSError as error:
-        raise CaptureError(f"{what}: {error}; nothing published is lost") from error
+        raise StorageError(f"{what}: {reason_of(error)}; {_RESUME}") from error
