@@ -46,7 +46,7 @@ from kdcache.config.loader import LoaderConfig
 from kdcache.config.selection import SELECTION_DEFAULTS
 from kdcache.format.manifest import CodecInfo, Manifest, PlanInfo, SelectionInfo
 from kdcache.format.record import Distributions, SequenceRecord, TokenSequence, sequence_key
-from kdcache.loader.cache import open_dataset
+from kdcache.loader.cache import open_cache
 from kdcache.loader.loader import Loader
 from kdcache.store.writing.writer import CacheWriter
 from kdcache.teacher.select.found import Found, record_of
@@ -179,7 +179,7 @@ def best_rate(once: Callable[[], Iterator[int]], seconds: float) -> float:
 def loading(folder: Path, seconds: float, rounds: int) -> dict[str, float]:
     """Tokens per CPU second through the loader; and of copying the shards from a memory map that is kept."""
     shards = [np.memmap(path, np.uint8, "r").view(np.ndarray) for path in sorted((folder / "data").rglob("*.arrow"))]
-    with open_dataset(folder) as cache:
+    with open_cache(folder) as cache:
         tokens = sum(shard.num_tokens for shard in cache.manifest.shards)
         loader = Loader(cache, LoaderConfig(seq_len=SEQ_LEN, batch_rows=BATCH_ROWS, num_threads=0))
         room = np.empty(max(map(len, shards)), np.uint8)

@@ -35,7 +35,7 @@ from kdcache.config.loader import LoaderConfig
 from kdcache.config.train import LossConfig, OptimizerConfig, StudentConfig, TrainConfig
 from kdcache.loader._torch import TorchBatch, to_torch
 from kdcache.loader.loader import Loader
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.summary import summarize_cache
 from kdcache.teacher import load_tokenizer
 from kdcache.train.body import hidden_states, output_projection
@@ -164,7 +164,7 @@ def train_student(config: TrainConfig, teacher: PreTrainedModel | None) -> tuple
     model = build_student(config.student, seed=config.seed).to(config.device).train()  # pyright: ignore[reportArgumentType]
     optimizer, digest, done, started = make_optimizer(model, config.optimizer), hashlib.sha256(), 0, time.process_time()
     steps = config.steps or 0
-    with open_cache(config.cache) as reader, Loader(reader, config.loader) as loader:
+    with open_reader(config.cache) as reader, Loader(reader, config.loader) as loader:
         meaning = entry_meaning(config.loss, reader.manifest.identity.selection)
         while done < steps:  # each loop is an epoch
             for arrays in loader:

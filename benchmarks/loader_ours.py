@@ -23,7 +23,7 @@ from loader_measure import MODES, Room, Row, Rows, check, measure, num_bytes, st
 from loader_rows import BATCH_ROWS, CODECS, SEQ_LEN
 
 from kdcache.config.loader import LoaderConfig
-from kdcache.loader.cache import Cache, open_dataset
+from kdcache.loader.cache import Cache, open_cache
 from kdcache.loader.loader import Loader
 
 OPTIONS = {
@@ -92,7 +92,7 @@ def modes(kind: str, cache: Cache, rows: Rows, logprob_dtype: str = "float32") -
 
 def result(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = Rows.load(arguments.rows)
-    with open_dataset(arguments.cache, verify=arguments.verify) as cache:
+    with open_cache(arguments.cache, verify=arguments.verify) as cache:
         if CODECS[arguments.codec].is_lossless:
             check(MapReader(cache) if arguments.kind == "map" else LoaderReader(cache, arguments.logprob_dtype), rows)
         if arguments.kind != "threads":

@@ -31,7 +31,7 @@ from kdcache.format.record import SequenceRecord
 from kdcache.loader.batches.assemble import BatchLayout, assemble
 from kdcache.loader.batches.buffers import BufferPool
 from kdcache.loader.batches.mask import choose
-from kdcache.loader.cache import Cache, open_dataset
+from kdcache.loader.cache import Cache, open_cache
 from kdcache.loader.caches import CacheSet
 from kdcache.loader.direct import read_direct
 from kdcache.loader.loader import Loader
@@ -151,14 +151,14 @@ def epochs(cache: Cache, folder: Path, rounds: int) -> Iterator[tuple[str, float
     yield "epoch of packed batches, verified", epoch_seconds(cache, 0, clock, rounds)
     yield "- with logprobs in float16", epoch_seconds(cache, 0, clock, rounds, "float16")
     yield "- record by record", epoch_seconds(RecordByRecord(cache), 0, clock, rounds)
-    with open_dataset(folder / "cache", verify=False) as unchecked:
+    with open_cache(folder / "cache", verify=False) as unchecked:
         yield "- without digests", epoch_seconds(unchecked, 0, clock, rounds)
         yield "- without digests, in float16", epoch_seconds(unchecked, 0, clock, rounds, "float16")
 
 
 def lines(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
     write(folder / "cache", arguments.sequences, arguments.k)
-    with open_dataset(folder / "cache") as cache:
+    with open_cache(folder / "cache") as cache:
         num_tokens = int(cache.num_tokens_S.sum())
         floor = copy_seconds(cache, folder, arguments.k, arguments.rounds)
         yield "| per CPU second | million tokens | ns per token |"

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from kdcache.config.loader import LoaderConfig
 from kdcache.format.manifest import CodecInfo, Manifest, PlanInfo
 from kdcache.format.record import SequenceRecord, TokenSequence, distributions_from_dense, sequence_key
-from kdcache.loader.cache import open_dataset
+from kdcache.loader.cache import open_cache
 from kdcache.loader.loader import Loader
 from kdcache.store.writing.writer import CacheWriter
 
@@ -91,7 +91,7 @@ def write_cache(folder: Path, rows: Rows, name: str) -> None:
 def write_packed_floor(folder: Path, cache_folder: Path) -> None:
     """Each sequence's columns of the `packed` cache as bytes, one sequence after another."""
     lengths = [0]
-    with open_dataset(cache_folder) as cache, (folder / "packed.bin").open("wb") as file:
+    with open_cache(cache_folder) as cache, (folder / "packed.bin").open("wb") as file:
         for number in range(len(cache)):
             unit, batch, row = cache.reader.place(number)
             views = cache.reader.record_batch(unit, batch).views.values()
@@ -103,7 +103,7 @@ def write_plan(folder: Path, cache_folder: Path) -> None:
     """`plan.npy`, (S, 3): batch, row and sequence of an epoch of packed batches, for readers that have no packing; and
     `shape.npy`: rows of a batch and tokens of a row."""
     with (
-        open_dataset(cache_folder) as cache,
+        open_cache(cache_folder) as cache,
         Loader(cache, LoaderConfig(seq_len=SEQ_LEN, batch_rows=BATCH_ROWS, num_threads=0)) as loader,
     ):
         plan = [

@@ -44,7 +44,7 @@ from kdcache.format.manifest import (
     TokenizerIdentity,
 )
 from kdcache.format.record import Distributions, SequenceRecord, TokenSequence, sequence_key
-from kdcache.loader.cache import open_dataset
+from kdcache.loader.cache import open_cache
 from kdcache.loader.loader import Loader
 from kdcache.store import chain
 from kdcache.store.index import open_index
@@ -134,7 +134,7 @@ def memory() -> dict[str, float]:
 def measure(folder: Path, num_batches: int, state: dict[str, object] | None) -> dict[str, object]:
     """What one process sees: seconds, MiB, and the state in the middle of the epoch where none is given."""
     before, start = memory(), time.perf_counter()
-    with open_dataset(folder) as cache:
+    with open_cache(folder) as cache:
         opened = time.perf_counter()
         with Loader(cache, OPTIONS) as loader:
             if state is not None:

@@ -40,7 +40,7 @@ from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, shard_to_json
 from kdcache.inputs.content import Item, Start
 from kdcache.store import chain
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.writing.writer import CacheWriter
 from kdcache.teacher.fake import FakeBackend, FakeTeacher
 
@@ -95,7 +95,7 @@ def simulate(num_units: int, num_ranks: int, folder: Path) -> Row:
         assert len({paths.parse_journal_name(name) for name in os.listdir(folder / paths.JOURNAL)}) == num_units
     with timed(row, "resume"):
         assert len(writer.published_units()) == num_units
-    with timed(row, "open_reader"), open_cache(folder) as reader:
+    with timed(row, "open_reader"), open_reader(folder) as reader:
         assert len(reader) == num_units
     sizes = [path.stat().st_size for path in (folder / paths.MANIFESTS).iterdir()]
     row.manifests_bytes, row.newest_manifest_bytes = sum(sizes), max(sizes)

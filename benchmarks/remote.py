@@ -30,7 +30,7 @@ from kdcache.config.loader import LoaderConfig
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import ConfigError
 from kdcache.format.record import NO_TARGET, Distributions, SequenceRecord
-from kdcache.loader.cache import open_dataset
+from kdcache.loader.cache import open_cache
 from kdcache.loader.loader import Loader
 from kdcache.store.files._fsspec import ObjectStore
 from kdcache.store.files.location import locate
@@ -96,7 +96,7 @@ def measure(name: str, uri: str, order: str, meter: Meter, num_bytes: int, remot
     """One epoch, and its line of the table."""
     meter.num_requests = meter.num_bytes = 0
     options = LoaderConfig(seq_len=2048, batch_rows=4, packing_buffer=64, order=order, local_shards=4)  # type: ignore[arg-type]
-    with open_dataset(uri, remote=remote) as cache, Loader(cache, options) as loader:
+    with open_cache(uri, remote=remote) as cache, Loader(cache, options) as loader:
         wall, cpu, num_tokens = time.perf_counter(), time.process_time(), int(cache.num_tokens_S.sum())
         try:
             for _ in loader:

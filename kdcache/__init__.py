@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kdcache.format.record import TokenSequence as TokenSequence
     from kdcache.loader._torch import TorchLoader as TorchLoader
     from kdcache.loader.cache import Cache as Cache
-    from kdcache.loader.cache import open_dataset as open  # noqa: F401
+    from kdcache.loader.cache import open_cache as open  # noqa: F401
     from kdcache.loader.loader import Loader as Loader
     from kdcache.loader.view import PackedView as PackedView
     from kdcache.loss.chunks import Head as Head
@@ -52,7 +52,7 @@ _EXPORTS = {
     "TokenSequence": "kdcache.format.record:TokenSequence",
     "TorchLoader": "kdcache.loader._torch:TorchLoader",
     "fused_sparse_kd_loss": "kdcache.loss.fused:fused_sparse_kd_loss",
-    "open": "kdcache.loader.cache:open_dataset",
+    "open": "kdcache.loader.cache:open_cache",
     "sparse_kd_loss": "kdcache.loss.sparse_kd:sparse_kd_loss",
     "vocab_parallel_sparse_kd_loss": "kdcache.loss.vocab_parallel:vocab_parallel_sparse_kd_loss",
 }

@@ -22,7 +22,7 @@ import numpy as np
 from kdcache.codec import CODECS
 from kdcache.format.manifest import FORMAT_VERSION, SelectionInfo
 from kdcache.format.record import SequenceRecord, TokenSequence
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {
@@ -76,7 +76,7 @@ def decoded_values(record: SequenceRecord) -> dict[str, Any]:
 
 
 def write_expected(cache: Path, path: Path) -> None:
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         lines = [json.dumps(decoded_values(record)) for record in reader]
     path.write_text("\n".join(lines) + "\n")
 

@@ -28,7 +28,7 @@ from kdcache.format.record import SequenceRecord
 from kdcache.store import chain
 from kdcache.store.files import fs
 from kdcache.store.files.location import Location, children, locate
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.writing.writer import CacheWriter
 
 Progress = Callable[[int, int], None]
@@ -76,7 +76,7 @@ def derive(
     if str(_absolute(root)) in {str(_absolute(locate(source))) for source in sources}:
         raise ConfigError(f"{target} is a source and the target; choose another directory for the new cache")
     with ExitStack() as stack:
-        readers = [stack.enter_context(open_cache(source)) for source in sources]
+        readers = [stack.enter_context(open_reader(source)) for source in sources]
         for source, reader in zip(sources, readers, strict=True):
             _refuse_incomplete(source, reader.manifest, options)
         job = make_job(readers, [str(reader.root).rstrip("/").rsplit("/", 1)[-1] for reader in readers], options)

@@ -19,14 +19,14 @@ from kdcache.config.remote import RemoteConfig
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import Manifest
 from kdcache.format.record import SequenceRecord
-from kdcache.store.reader import CacheReader, open_cache
+from kdcache.store.reader import CacheReader, open_reader
 from kdcache.store.records.batch import EncodedRecord
 from kdcache.store.records.mapped import MappedRows
 
 Columns = Mapping[str, NDArray[np.generic]]
 
 
-def open_dataset(uri: str | PathLike[str], *, verify: bool = True, remote: RemoteConfig | None = None) -> Cache:
+def open_cache(uri: str | PathLike[str], *, verify: bool = True, remote: RemoteConfig | None = None) -> Cache:
     """Open the newest snapshot of a cache: `kdcache.open`.
 
     Args:
@@ -39,7 +39,7 @@ def open_dataset(uri: str | PathLike[str], *, verify: bool = True, remote: Remot
         CacheNotFoundError: there is no cache there. StorageError: the store is out of reach.
         CorruptCacheError, UnsupportedVersionError: the manifest or the index cannot be read.
     """
-    return Cache(open_cache(fspath(uri), verify=verify, remote=remote))
+    return Cache(open_reader(fspath(uri), verify=verify, remote=remote))
 
 
 class Cache:

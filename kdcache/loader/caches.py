@@ -20,7 +20,7 @@ from kdcache.format.manifest import Manifest
 from kdcache.loader.base import Reader
 from kdcache.loader.batches.assemble import EntryColumns, Record
 from kdcache.loader.batches.features import find_features
-from kdcache.loader.cache import Cache, open_dataset
+from kdcache.loader.cache import Cache, open_cache
 from kdcache.loader.order.mix import CacheTable
 
 CacheLike = str | PathLike[str] | Reader
@@ -107,7 +107,7 @@ class CacheSet:
 
     def _opened(self, cache: CacheLike) -> Reader:
         if isinstance(cache, (str, PathLike)):
-            self._own.append(open_dataset(fspath(cache)))
+            self._own.append(open_cache(fspath(cache)))
             return self._own[-1]
         return cache
 

@@ -40,7 +40,7 @@ OPEN_BATCHES = 256
 _readers: weakref.WeakSet[CacheReader] = weakref.WeakSet()
 
 
-def open_cache(path: str | Path, *, verify: bool = True, remote: RemoteConfig | None = None) -> CacheReader:
+def open_reader(path: str | Path, *, verify: bool = True, remote: RemoteConfig | None = None) -> CacheReader:
     """Open the newest snapshot of a cache.
 
     Args:

@@ -22,7 +22,7 @@ from kdcache.errors import ConfigError, InputError, NotFiniteError
 from kdcache.half_precision import warn_if_emulated
 from kdcache.loader._torch import TorchBatch, to_torch
 from kdcache.loader.loader import Loader
-from kdcache.store.reader import CacheReader, open_cache
+from kdcache.store.reader import CacheReader, open_reader
 from kdcache.teacher import load_tokenizer
 from kdcache.train.body import vocab_size
 from kdcache.train.entries import entry_meaning
@@ -79,7 +79,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    with open_cache(config.cache, remote=config.remote) as reader:
+    with open_reader(config.cache, remote=config.remote) as reader:
         _check_cache(config, reader)
         heldout = _heldout(config)
         model = _student(config, reader)

@@ -9,7 +9,7 @@ import pytest
 from cache_making import make_cache, make_unit
 
 from kdcache.cli.main import main
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -39,12 +39,12 @@ def test_a_derivation_says_what_it_wrote_and_info_where_it_came_from(cache, tmp_
 
 
 def test_sequences_are_chosen_by_number_range_and_file_of_keys(cache, tmp_path, capsys):
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         keys = [reader[number].sequence.key for number in (8, 2)]
     (tmp_path / "keys.txt").write_text("".join(f"{key.hex()}\n" for key in keys))
     arguments = ["--select", "0", "--select", "3:5", "--select", f"@{tmp_path / 'keys.txt'}"]
     assert run(capsys, "derive", tmp_path / "b", "--from", cache, *arguments)[0] == 0
-    with open_cache(cache) as before, open_cache(tmp_path / "b") as after:
+    with open_reader(cache) as before, open_reader(tmp_path / "b") as after:
         found = [after[number].sequence.key for number in range(len(after))]
         assert found == [before[number].sequence.key for number in (0, 2, 3, 4, 8)]
 
@@ -108,7 +108,7 @@ shards: {{unit_items: 2}}
     sources = ["--from", tmp_path / "named", "--from", tmp_path / "plain"]
     assert run(capsys, "derive", tmp_path / "wiki", *sources, "--where", "domain == 'wiki'")[0] == 0
     assert run(capsys, "verify", tmp_path / "wiki")[0] == 0
-    with open_cache(tmp_path / "wiki") as reader:
+    with open_reader(tmp_path / "wiki") as reader:
         found = [reader[number].sequence for number in range(len(reader))]
     assert [sequence.domain for sequence in found] == ["wiki"] * 6, "windows of the first and third text"
     assert {sequence.source.split("#")[0] for sequence in found} == {f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3"}

@@ -21,7 +21,7 @@ from kdcache.cli.main import main
 from kdcache.errors import CorruptCacheError, StateError, TeacherError
 from kdcache.format import paths
 from kdcache.format.manifest import manifest_to_json
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.teacher.checkpoint import check_model_name
 from kdcache.train.evaluation.evaluate import heldout_curve
 
@@ -51,7 +51,7 @@ def claim(cache: Path, **teacher: Any) -> None:
 
 def replace(cache: Path, **fields: Any) -> None:
     """Have the cache's newest manifest say this, and sign it."""
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         manifest = reader.manifest
     changed = msgspec.structs.replace(manifest, **fields)
     (cache / paths.manifest_name(manifest.number)).write_bytes(manifest_to_json(changed))
@@ -187,7 +187,7 @@ def test_notes_of_a_manifest_may_be_anything(cache: Path, capsys: pytest.Capture
 
 
 def test_a_moment_that_a_manifest_notes_is_one(cache: Path):
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         manifest = reader.manifest
     assert recorded_moment(msgspec.structs.replace(manifest, config={"notes": 5})) is None
     for moment in ("soon", 5, [], {}):
@@ -196,7 +196,7 @@ def test_a_moment_that_a_manifest_notes_is_one(cache: Path):
 
 
 def test_answers_that_ended_in_no_sequence_are_not_divided(cache: Path):
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         shards = reader.manifest.shards
     replace(cache, shards=tuple(msgspec.structs.replace(s, num_sequences=0, num_finished={"stop": 0}) for s in shards))
     assert main(["info", str(cache)]) == 0

@@ -10,7 +10,7 @@ import pytest
 from kdcache.cli.main import main
 from kdcache.config.loader import LoaderConfig
 from kdcache.loader.loader import Loader
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 
 KINDS = {
     "top_k": ("k=5",),
@@ -42,7 +42,7 @@ def test_what_is_captured_is_verified_and_loaded_whatever_the_codec(tmp_path, ki
         cache = capture(tmp_path, codec, kind)
         assert main(["verify", str(cache)]) == 0
         assert "sound (complete)" in capsys.readouterr().out
-        with open_cache(cache) as reader, open_cache(exact) as definition:
+        with open_reader(cache) as reader, open_reader(exact) as definition:
             options = LoaderConfig(seq_len=16, batch_rows=2, num_threads=0)
             for found, expected in zip(Loader(reader, options), Loader(definition, options), strict=True):
                 # archive puts entries that it makes equal in the order of their ids

@@ -22,7 +22,7 @@ from kdcache.derive.options import DeriveOptions
 from kdcache.derive.reduction.reduce import Reduction
 from kdcache.derive.run import derive
 from kdcache.store.files import fs
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 
 KILLS = {
@@ -71,7 +71,7 @@ def main() -> None:
         target = folder / f"killed at {kill[0]}"
         if not os.WIFSIGNALED(derive_in_a_fork(sources, target, deadly(kill))):
             failures.append(f"{kill}: was not killed")
-        with open_cache(target) as reader:
+        with open_reader(target) as reader:
             if len(reader) != num_visible:
                 failures.append(f"{kill}: {len(reader)} sequences are visible")
         derive(sources, target, OPTIONS)

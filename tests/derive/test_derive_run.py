@@ -25,7 +25,7 @@ from kdcache.format.manifest import LineageInfo, manifest_from_json, manifest_to
 from kdcache.format.record import SequenceRecord
 from kdcache.store.files import fs
 from kdcache.store.files.location import children, locate
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 
 
@@ -34,7 +34,7 @@ def records_of(path: Path) -> list[SequenceRecord]:
     report = verify_cache(path)
     assert report.problems == []
     assert report.manifest.is_complete
-    with open_cache(path) as reader:
+    with open_reader(path) as reader:
         return [reader[number] for number in range(len(reader))]
 
 
@@ -47,7 +47,7 @@ def test_sources_follow_one_another_in_other_units_record_batches_and_codecs(tmp
     for ours, theirs in zip(found, expected, strict=True):
         assert_same_record(ours, theirs, is_exact=False)
     assert [shard.num_sequences for shard in derived.manifest.shards] == [4, 4, 4, 3]
-    with open_cache(tmp_path / "ab") as reader:
+    with open_reader(tmp_path / "ab") as reader:
         assert reader.num_record_batches(0) == 1
     # Written back as raw, the numbers keep what float16 made of them.
     derive([tmp_path / "ab"], tmp_path / "again", DeriveOptions(codec="raw"))
@@ -117,7 +117,7 @@ def test_a_derived_cache_names_its_sources_and_theirs(tmp_path):
     assert parent.lineage.operations[0].params == {"tau": 0.1, "seed": 4}
     assert parent.lineage.parents[0].selection == SELECTIONS["threshold"]
     assert manifest_from_json(manifest_to_json(second), where="here") == second
-    assert "lineage" not in json.loads(manifest_to_json(open_cache(a).manifest))
+    assert "lineage" not in json.loads(manifest_to_json(open_reader(a).manifest))
 
 
 def test_equal_derivations_give_equal_bytes_and_a_new_input_fingerprint_where_something_is_left_out(tmp_path):
@@ -126,7 +126,7 @@ def test_equal_derivations_give_equal_bytes_and_a_new_input_fingerprint_where_so
     for name in ("one", "two"):
         derive([a], tmp_path / name, options)
     assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
-    prints = [open_cache(a).manifest.identity.input_fingerprint]
+    prints = [open_reader(a).manifest.identity.input_fingerprint]
     for name, more in {"one": {}, "three": {"sample": 0.5}, "four": {"where": "num_tokens > 3"}}.items():
         prints.append(derive([a], tmp_path / name, dataclasses.replace(options, **more)).manifest.identity.input_fingerprint)
     assert prints[0] == prints[1]

@@ -21,7 +21,7 @@ from kdcache.cli.main import main
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import KdcacheError
 from kdcache.loader.batches.batch import Batch
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 
 MOST_RECORDS = 50
 _PARTS = (
@@ -84,7 +84,7 @@ def loaded(cache: Path, *, direct: bool = True, verify: bool = True, **options: 
 def records(cache: Path) -> str:
     """A digest of the first records; one that is refused counts as such."""
     digest = hashlib.sha256()
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         for number in range(min(len(reader), MOST_RECORDS)):
             try:
                 record = reader[number]

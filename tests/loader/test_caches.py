@@ -11,7 +11,7 @@ from memory_reader import MemoryReader, assert_same_stream, sequences_of
 import kdcache
 from kdcache.config.loader import LoaderConfig, MixConfig
 from kdcache.errors import CacheNotFoundError, ConfigError, MismatchError, StateError
-from kdcache.loader.cache import Cache, open_dataset
+from kdcache.loader.cache import Cache, open_cache
 from kdcache.loader.loader import Loader
 from kdcache.loader.view import PackedView
 from kdcache.store.writing.writer import CacheWriter
@@ -41,7 +41,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(path: Path) -> Cache:
-    return open_dataset(str(path))
+    return open_cache(str(path))
 
 
 def number_of(record: kdcache.SequenceRecord) -> int:

@@ -23,7 +23,7 @@ from kdcache.format.record import SequenceRecord
 from kdcache.format.schema import row_digest
 from kdcache.loader.batches.assemble import BatchLayout, assemble
 from kdcache.loader.batches.batch import ARRAYS, NUMBERS, OPTIONAL_ARRAYS, Batch
-from kdcache.loader.cache import open_dataset
+from kdcache.loader.cache import open_cache
 from kdcache.loader.caches import CacheLike, CacheSet
 from kdcache.loader.direct import read_direct
 from kdcache.loader.loader import Loader
@@ -104,7 +104,7 @@ def test_rows_of_any_sequences_are_the_batch_that_is_assembled(
     records = [with_numbers(make_record(i, **kind), selection) for i, kind in enumerate(kinds)]  # pyright: ignore[reportArgumentType]
     wanted = rng.integers(0, len(records), int(rng.integers(1, 12)))
     rows = [row for part in np.array_split(wanted, len(wanted) // 3 + 1) for row in (part, part[:0])]
-    with TemporaryDirectory() as folder, open_dataset(write(Path(folder), records, codec, selection, batch_bytes)) as cache:
+    with TemporaryDirectory() as folder, open_cache(write(Path(folder), records, codec, selection, batch_bytes)) as cache:
         found, expected = both(CacheSet(cache, (), dtype), rows)
         assert_same_bits(found, expected)
         assert expected.logprobs_PK.dtype == dtype
@@ -112,14 +112,14 @@ def test_rows_of_any_sequences_are_the_batch_that_is_assembled(
 
 def test_more_record_batches_than_are_kept_open_are_read_at_once(tmp_path: Path) -> None:
     records = [make_record(i, num_tokens=2) for i in range(300)]
-    with open_dataset(write(tmp_path / "c", records, CODECS[0], TOP_K, 1)) as cache:
+    with open_cache(write(tmp_path / "c", records, CODECS[0], TOP_K, 1)) as cache:
         assert_same_bits(*both(CacheSet(cache), list(np.arange(300).reshape(20, 15))))
 
 
 def test_several_caches_selections_and_threads_give_the_stream_of_the_records(tmp_path: Path) -> None:
     units = [make_unit(unit, num_sequences=20) for unit in range(2)]
     first, second = (
-        open_dataset(make_cache(tmp_path / str(c), "packed", units=[units[c]], record_batch_bytes=900)) for c in (0, 1)
+        open_cache(make_cache(tmp_path / str(c), "packed", units=[units[c]], record_batch_bytes=900)) for c in (0, 1)
     )
     caches: list[CacheLike] = [first, second.select([7, 3, 3, 12, 0])]
     options = LoaderConfig(seq_len=SEQ_LEN, batch_rows=2, num_threads=2)
@@ -136,11 +136,11 @@ def test_without_checks_the_batch_is_the_same_and_damage_is_not_seen(tmp_path: P
     rows = [np.array([0])]
     whole = both(CacheSet(path), rows)[1]
     damage(path, whole.logprobs_PK.astype(np.float16).tobytes())
-    with open_dataset(path, verify=False) as cache:
+    with open_cache(path, verify=False) as cache:
         found, expected = both(CacheSet(cache), rows)
         assert_same_bits(found, expected)
         assert (expected.logprobs_PK != whole.logprobs_PK).sum() == 1
-    with open_dataset(path) as cache:
+    with open_cache(path) as cache:
         assert read_direct(CacheSet(cache), rows, layout_of(CacheSet(cache), rows), None) is None
 
 
@@ -190,7 +190,7 @@ def test_no_flipped_bit_gives_another_batch_or_another_message(tmp_path: Path, c
 
 def is_refused_or_same(path: Path, rows: Sequence[np.ndarray], whole: Batch) -> bool:
     messages = []
-    with open_dataset(path) as cache:
+    with open_cache(path) as cache:
         caches = CacheSet(cache)
         try:
             assert_same_bits(both(caches, rows)[1], whole)

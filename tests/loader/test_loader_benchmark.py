@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdcache.loader.cache import open_dataset
+from kdcache.loader.cache import open_cache
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 FOUND = {"tokens": 2000.0, "cpu_seconds": 0.001, "wall_seconds": 0.002}
@@ -33,7 +33,7 @@ def test_a_cache_and_a_baseline_give_the_rows_that_were_written(bench: Any, tmp_
     making.write_plan(tmp_path / "rows", tmp_path / "packed")
     rows = measuring.Rows.load(tmp_path / "rows")
     baseline = bench("loader_baselines").BASELINES["Parquet"](rows, tmp_path / "parquet")
-    with open_dataset(tmp_path / "packed") as cache:
+    with open_cache(tmp_path / "packed") as cache:
         readers = [ours.MapReader(cache), ours.LoaderReader(cache), baseline]
         for reader in readers:
             measuring.check(reader, rows)
@@ -69,7 +69,7 @@ def test_a_packed_batch_of_a_baseline_is_the_loaders(bench: Any, tmp_path: Path)
     numbers = [number for _, number in rows.batches[0]]
     count = room.put_batch(rows.batches[0], map(rows.row, numbers))
     with (
-        open_dataset(tmp_path / "packed") as cache,
+        open_cache(tmp_path / "packed") as cache,
         bench("loader_ours").Loader(cache, bench("loader_ours").OPTIONS["packed"]) as loader,
     ):
         batch = next(iter(loader))

@@ -16,7 +16,7 @@ from kdcache.format.manifest import FeatureInfo
 from kdcache.loader.batches.batch import Batch, stack_batches
 from kdcache.loader.loader import Loader
 from kdcache.loader.view import PackedView
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.writing.writer import CacheWriter
 
 H = 3
@@ -75,7 +75,7 @@ def test_each_row_is_its_positions_and_each_pooled_row_its_sequences(tmp_path: P
     writer.write_unit(0, memory.records)
     writer.fold()
     options = msgspec.structs.replace(OPTIONS, mask=mask, packing=packing)
-    with open_cache(tmp_path / "cache") as reader, Loader(reader, options) as loader:
+    with open_reader(tmp_path / "cache") as reader, Loader(reader, options) as loader:
         batches = list(loader)
         assert sum(batch.num_sequences for batch in batches) == len(LENGTHS)
         for batch in batches:

@@ -11,7 +11,7 @@ from kdcache.config.loader import LoaderConfig
 from kdcache.errors import CorruptCacheError, StateError
 from kdcache.loader.loader import Loader
 from kdcache.loader.view import PackedView
-from kdcache.store.reader import CacheReader, open_cache
+from kdcache.store.reader import CacheReader, open_reader
 from kdcache.store.writing.writer import CacheWriter
 
 LENGTHS = np.random.default_rng(1).integers(1, 13, 40).tolist()
@@ -22,7 +22,7 @@ def write_cache(path: Path, memory: MemoryReader) -> CacheReader:
     writer = CacheWriter.open(path, memory.manifest, record_batch_bytes=2000)
     writer.write_unit(0, memory.records)
     writer.fold()
-    return open_cache(path)
+    return open_reader(path)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_flipped_bit_in_a_shard_is_an_error_at_its_batch_and_not_a_wrong_numbe
     data[place] ^= 1
     shard.chmod(0o644)
     shard.write_bytes(data)
-    with open_cache(tmp_path / "cache") as reader, Loader(reader, OPTIONS) as loader:
+    with open_reader(tmp_path / "cache") as reader, Loader(reader, OPTIONS) as loader:
         number = next(b for b in range(len(loader)) if any(7 in row for row in loader.layout.batch(b).rows))
         with pytest.raises(CorruptCacheError, match="digest"):
             list(loader)

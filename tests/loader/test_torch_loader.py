@@ -12,7 +12,7 @@ from kdcache.config.loader import LoaderConfig
 from kdcache.errors import StateError
 from kdcache.loader.batches.assemble import BatchLayout
 from kdcache.loader.batches.batch import Batch
-from kdcache.loader.cache import open_dataset
+from kdcache.loader.cache import open_cache
 from kdcache.loader.caches import CacheSet
 from kdcache.loader.direct import read_direct
 from kdcache.loader.loader import Loader
@@ -78,7 +78,7 @@ def test_two_workers_give_the_stream_of_a_cache_on_disk(tmp_path: Path, start: s
     """Its files are mapped here before the workers are started, and read by the compiled call or record by record."""
     path = make_cache(tmp_path / "cache", "packed", num_units=4, num_sequences=8)
     options = LoaderConfig(seq_len=32, batch_rows=2, packing_buffer=8, num_threads=1, with_roles=not is_direct)
-    with open_dataset(path) as cache, Loader(cache, options) as inner:
+    with open_cache(path) as cache, Loader(cache, options) as inner:
         first = inner.layout.batch(0).rows
         layout = BatchLayout(tuple(map(len, first)), 32, CacheSet(cache).columns, with_roles=not is_direct)
         assert (read_direct(CacheSet(cache), first, layout, None) is not None) == is_direct

@@ -27,7 +27,7 @@ from kdcache.foreign.base import ReadOptions
 from kdcache.foreign.formats.distillkit_codec import parse_config
 from kdcache.foreign.judge.doctor import ExamineOptions, examine
 from kdcache.inputs.formats.any_file import read_text_or_ids
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 
 LIMIT_BYTES = 3 * 2**28
 """Beyond what the process has when the first case is tried: most ask for more, the others for time without end."""
@@ -56,7 +56,7 @@ def spoilt(spoil: Callable[[Path], object]) -> Case:
 
 
 def read_all(cache: Path) -> None:
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         for _ in reader:
             pass
 

@@ -12,7 +12,7 @@ import pytest
 from cache_making import make_cache, make_record
 
 from kdcache.errors import CacheNotFoundError, CorruptCacheError, KdcacheError, UnsupportedVersionError
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.summary import summarize_cache
 from kdcache.store.verify import verify_cache
 
@@ -151,7 +151,7 @@ def sound(tmp_path_factory):
 
 
 def read_all(cache: Path) -> None:
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         for record in reader:
             assert record.sequence.num_tokens
 

@@ -25,7 +25,7 @@ from kdcache.format import paths
 from kdcache.store import chain
 from kdcache.store.files import fs
 from kdcache.store.files.location import Location, RemotePath, locate
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 from kdcache.store.writing.writer import CacheWriter
 
@@ -142,7 +142,7 @@ def let_the_first_writer_win(folder: Path) -> None:
     """Shards are named by content, so that which name comes first changes with the format: found out, not written down."""
     global FIRST_BYTES, SECOND_BYTES
     write_cache(folder)
-    with open_cache(folder) as reader:
+    with open_reader(folder) as reader:
         if reader.num_record_batches(WRITTEN_TWICE) != 1:
             FIRST_BYTES, SECOND_BYTES = SECOND_BYTES, FIRST_BYTES
     shutil.rmtree(folder)

@@ -14,7 +14,7 @@ import numpy as np
 
 from kdcache.errors import KdcacheError
 from kdcache.format.record import SequenceRecord
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 
 
@@ -26,7 +26,7 @@ def meaning(record: SequenceRecord) -> list[bytes | str]:
 
 
 def read_all(cache: Path) -> list[list[bytes | str]]:
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         return [meaning(reader[i]) for i in range(len(reader))]
 
 

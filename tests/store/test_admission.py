@@ -19,7 +19,7 @@ from kdcache.errors import CaptureError, MismatchError, UnsupportedVersionError
 from kdcache.format.manifest import FORMAT_VERSION, PlanInfo, SelectionInfo, manifest_to_json
 from kdcache.format.record import Distributions, SequenceRecord, TokenSequence
 from kdcache.store.files import fs
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.writing.writer import CacheWriter
 
 UNFIT = {
@@ -100,7 +100,7 @@ def test_a_whole_vocabulary_of_more_than_65535_entries_is_stored_where_the_selec
     distributions = make_distributions(1, sequence, np.array([vocab_size]), vocab_size=vocab_size)
     record = SequenceRecord(sequence, distributions)
     make_cache(tmp_path, "packed", units=[[record]], vocab_size=vocab_size, k=vocab_size)
-    with open_cache(tmp_path) as reader:
+    with open_reader(tmp_path) as reader:
         assert_same_record(reader[0], record, is_exact=False)
 
 
@@ -170,5 +170,5 @@ def test_a_cache_of_a_newer_minor_version_is_not_gone_on_with(tmp_path):
         match=rf"has format version 1\.{FORMAT_VERSION[1] + 1}, this kdcache writes 1\.{FORMAT_VERSION[1]}",
     ):
         start(tmp_path)
-    with open_cache(tmp_path) as reader:
+    with open_reader(tmp_path) as reader:
         assert len(reader) == 0

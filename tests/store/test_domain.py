@@ -9,7 +9,7 @@ from cache_making import make_manifest, make_unit
 
 from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.schema import DOMAIN_FIELD, SEQUENCE_FIELDS
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 from kdcache.store.writing.writer import CacheWriter
 
@@ -29,7 +29,7 @@ def write(path, domains, *, has_domains):
 def test_domains_come_back_and_the_cache_is_sound(tmp_path):
     shard = write(tmp_path / "cache", DOMAINS, has_domains=True)
     assert pa.ipc.open_file(shard).schema.names[len(SEQUENCE_FIELDS)] == DOMAIN_FIELD.name
-    with open_cache(tmp_path / "cache") as reader:
+    with open_reader(tmp_path / "cache") as reader:
         assert [reader[n].sequence.domain for n in range(len(reader))] == DOMAINS
     assert verify_cache(tmp_path / "cache").problems == []
 
@@ -37,7 +37,7 @@ def test_domains_come_back_and_the_cache_is_sound(tmp_path):
 def test_a_cache_without_domains_has_no_column_for_them_and_takes_none(tmp_path):
     shard = write(tmp_path / "cache", ["", ""], has_domains=False)
     assert DOMAIN_FIELD.name not in pa.ipc.open_file(shard).schema.names
-    with open_cache(tmp_path / "cache") as reader:
+    with open_reader(tmp_path / "cache") as reader:
         assert reader[0].sequence.domain == ""
     with pytest.raises(FormatError, match="of which domain it is, in a cache whose identity has no domains"):
         write(tmp_path / "other", ["wiki", ""], has_domains=False)
@@ -48,7 +48,7 @@ def test_another_domain_than_the_one_written_is_found(tmp_path):
     data = shard.read_bytes()
     assert data.count(b"wikicode") == 1
     shard.write_bytes(data.replace(b"wikicode", b"codecode"))
-    with open_cache(tmp_path / "cache") as reader:
+    with open_reader(tmp_path / "cache") as reader:
         with pytest.raises(CorruptCacheError, match="digest does not match"):
             reader[0]
         assert reader[1].sequence.domain == "code"
@@ -57,9 +57,9 @@ def test_another_domain_than_the_one_written_is_found(tmp_path):
 def test_a_shard_that_names_domains_under_a_manifest_that_has_none_is_refused(tmp_path):
     named = write(tmp_path / "named", ["wiki", "code"], has_domains=True)
     plain = write(tmp_path / "plain", ["", ""], has_domains=False)
-    with open_cache(tmp_path / "plain") as reader:
+    with open_reader(tmp_path / "plain") as reader:
         shard = reader.manifest.shards[0]
         assert shard.name.endswith(plain.name)
     plain.write_bytes(named.read_bytes())
-    with pytest.raises(CorruptCacheError), open_cache(tmp_path / "plain") as reader:
+    with pytest.raises(CorruptCacheError), open_reader(tmp_path / "plain") as reader:
         reader[0]

@@ -16,7 +16,7 @@ from kdcache.codec.features import bytes_per_row, encode_features, feature_field
 from kdcache.errors import CaptureError, CorruptCacheError, FormatError
 from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import SequenceRecord
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 from kdcache.store.writing.writer import CacheWriter
 
@@ -46,7 +46,7 @@ def test_features_come_back_within_their_bound(tmp_path):
     records = [with_features(seed) for seed in range(3)]
     manifest = write(tmp_path, records)
     assert verify_cache(tmp_path).problems == []
-    with open_cache(tmp_path) as reader:
+    with open_reader(tmp_path) as reader:
         for index, record in enumerate(records):
             expected, found = record.distributions.features, reader[index].distributions.features
             assert list(found) == [feature.name for feature in FEATURES]
@@ -77,7 +77,7 @@ def test_a_damaged_feature_is_found(tmp_path):
     values = with_features(1).distributions.features["layer4"].astype(np.float16).tobytes()
     data[data.index(values) + 5] ^= 1
     path.write_bytes(data)
-    with open_cache(tmp_path) as reader, pytest.raises(CorruptCacheError, match="digest"):
+    with open_reader(tmp_path) as reader, pytest.raises(CorruptCacheError, match="digest"):
         reader[0]
 
 

@@ -20,7 +20,7 @@ import kdcache.format.manifest as manifest_module
 from kdcache.codec import CODECS
 from kdcache.format.manifest import FORMAT_VERSION
 from kdcache.format.record import Distributions, SequenceRecord, TokenSequence
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_the_golden_caches_are_sound_and_decode_to_what_they_always_did(folder):
     assert [problem for problem in report.problems if "tail_mass sum to" not in problem] == []
     assert report.manifest.is_complete
     expected = expected_records(folder)
-    with open_cache(folder / "cache") as reader:
+    with open_reader(folder / "cache") as reader:
         assert len(reader) == len(expected) == (3 if kind_of(folder) else 9)
         for found, record in zip(reader, expected, strict=True):
             assert_nearly(found, record)
@@ -114,7 +114,7 @@ def test_the_decoder_in_the_spec_gives_the_readers_answer(folder):
             next(namespace["decode_shard"](str(shards(folder)[0])))
         return
     decoded = [row for path in shards(folder) for row in namespace["decode_shard"](str(path))]
-    with open_cache(folder / "cache") as reader:
+    with open_reader(folder / "cache") as reader:
         for (source, input_ids, positions, entries, tail_mass), record in zip(decoded, reader, strict=True):
             d = record.distributions
             assert source == record.sequence.source

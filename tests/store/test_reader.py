@@ -18,7 +18,7 @@ from kdcache.errors import CacheNotFoundError, CorruptCacheError, MismatchError
 from kdcache.format import paths
 from kdcache.format.manifest import FORMAT_VERSION, manifest_from_json, manifest_to_json
 from kdcache.store import reader as reader_module
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.summary import summarize_cache
 from kdcache.store.verify import verify_cache
 from kdcache.store.writing.writer import CacheWriter
@@ -42,7 +42,7 @@ def listing(path) -> dict[str, tuple]:
 
 
 def test_lengths_come_from_the_index_alone(cache, tmp_path):
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         assert reader.num_tokens_S.dtype == reader.num_positions_S.dtype == np.uint32
         assert reader.num_tokens_S.tolist() == [r.sequence.num_tokens for r in EXPECTED]
         assert reader.num_positions_S.tolist() == [r.distributions.num_positions for r in EXPECTED]
@@ -50,7 +50,7 @@ def test_lengths_come_from_the_index_alone(cache, tmp_path):
 
 
 def test_numbers_count_from_either_end_and_no_further(cache):
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         assert_same_record(reader[-1], EXPECTED[-1])
         assert_same_record(reader[np.int64(2)], EXPECTED[2])
         for number in (len(EXPECTED), -len(EXPECTED) - 1):
@@ -59,7 +59,7 @@ def test_numbers_count_from_either_end_and_no_further(cache):
 
 
 def test_a_reader_can_be_used_after_it_was_closed(cache):
-    reader = open_cache(cache)
+    reader = open_reader(cache)
     first = reader[0]
     reader.close()
     assert_reads_all(reader)
@@ -67,7 +67,7 @@ def test_a_reader_can_be_used_after_it_was_closed(cache):
 
 
 def test_records_outlive_their_reader(cache):
-    records = [open_cache(cache)[i] for i in range(len(EXPECTED))]
+    records = [open_reader(cache)[i] for i in range(len(EXPECTED))]
     gc.collect()
     for found, expected in zip(records, EXPECTED, strict=True):
         assert_same_record(found, expected)
@@ -75,7 +75,7 @@ def test_records_outlive_their_reader(cache):
 
 def test_few_record_batches_are_kept_open(cache, monkeypatch):
     monkeypatch.setattr(reader_module, "OPEN_BATCHES", 2)
-    reader = open_cache(cache)
+    reader = open_reader(cache)
     assert_reads_all(reader)
     assert_reads_all(reader)
     assert len(reader._batches) == 2
@@ -85,21 +85,21 @@ def test_few_record_batches_are_kept_open(cache, monkeypatch):
 def test_no_file_descriptor_is_kept_however_many_shards_are_read(cache):
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    reader = open_cache(cache)
+    reader = open_reader(cache)
     assert_reads_all(reader)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_an_incomplete_cache_is_read_as_far_as_it_was_folded(tmp_path):
     writer = CacheWriter.open(tmp_path, make_manifest(3))
-    with open_cache(tmp_path) as reader:
+    with open_reader(tmp_path) as reader:
         assert len(reader) == 0
         assert not reader.manifest.is_complete
     writer.write_unit(2, make_unit(2))
-    assert len(open_cache(tmp_path)) == 0
+    assert len(open_reader(tmp_path)) == 0
     writer.fold()
     writer.write_unit(0, make_unit(0))
-    with open_cache(tmp_path) as reader:
+    with open_reader(tmp_path) as reader:
         assert len(reader) == 3
         assert_same_record(reader[0], make_unit(2)[0])
     assert verify_cache(tmp_path).problems == []
@@ -109,23 +109,23 @@ def test_a_reader_keeps_its_snapshot_while_the_cache_grows(tmp_path):
     writer = CacheWriter.open(tmp_path, make_manifest(2))
     writer.write_unit(1, make_unit(1))
     writer.fold()
-    reader = open_cache(tmp_path)
+    reader = open_reader(tmp_path)
     writer.write_unit(0, make_unit(0))
     writer.fold()
     again = pickle.loads(pickle.dumps(reader))
     for old in (reader, again):
         assert len(old) == 3
         assert_same_record(old[0], make_unit(1)[0])
-    assert len(open_cache(tmp_path)) == 6
+    assert len(open_reader(tmp_path)) == 6
 
 
 def test_a_pickled_reader_reads_the_same_snapshot_from_another_directory(cache, monkeypatch, tmp_path):
     monkeypatch.chdir(cache.parent)
-    data = pickle.dumps(open_cache("cache", verify=False))
+    data = pickle.dumps(open_reader("cache", verify=False))
     monkeypatch.chdir(tmp_path)
     again = pickle.loads(data)
     assert_reads_all(again)
-    assert again.snapshot == open_cache(cache).snapshot
+    assert again.snapshot == open_reader(cache).snapshot
     assert not again._verify
     assert_reads_all(copy.deepcopy(again))
     assert len(data) < 1000
@@ -133,7 +133,7 @@ def test_a_pickled_reader_reads_the_same_snapshot_from_another_directory(cache, 
 
 def test_a_pickled_reader_refuses_another_cache_in_its_place(tmp_path):
     make_cache(tmp_path / "c", num_units=1)
-    data = pickle.dumps(open_cache(tmp_path / "c"))
+    data = pickle.dumps(open_reader(tmp_path / "c"))
     (tmp_path / "c").rename(tmp_path / "old")
     make_cache(tmp_path / "c", num_units=2)
     with pytest.raises(MismatchError, match="another cache was put in its place"):
@@ -142,7 +142,7 @@ def test_a_pickled_reader_refuses_another_cache_in_its_place(tmp_path):
 
 def test_several_threads_may_read_at_once(cache, monkeypatch):
     monkeypatch.setattr(reader_module, "OPEN_BATCHES", 2)
-    reader, errors = open_cache(cache), []
+    reader, errors = open_reader(cache), []
 
     def read(seed):
         try:
@@ -168,7 +168,7 @@ def read_all_in_child(reader) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 def test_a_reader_may_be_used_after_a_fork_even_one_with_its_lock_held(cache):
-    reader = open_cache(cache)
+    reader = open_reader(cache)
     reader[0]
     held, forked = threading.Event(), threading.Event()
 
@@ -197,7 +197,7 @@ def test_a_reader_never_writes(tmp_path):
     for path in [*(tmp_path / "c").rglob("*"), tmp_path / "c"]:
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     try:
-        with open_cache(tmp_path / "c") as reader:
+        with open_reader(tmp_path / "c") as reader:
             assert len([reader[i] for i in range(len(reader))]) == 9
             pickle.loads(pickle.dumps(reader))[0]
         assert verify_cache(tmp_path / "c").problems == []
@@ -215,7 +215,7 @@ def test_a_cache_without_journal_and_tmp_is_read(tmp_path):
     (tmp_path / "c/journal").rmdir()
     (tmp_path / "c/tmp").rmdir()
     assert verify_cache(tmp_path / "c").problems == []
-    assert len(open_cache(tmp_path / "c")) == 9
+    assert len(open_reader(tmp_path / "c")) == 9
 
 
 def test_a_cache_of_a_newer_minor_version_is_read_and_its_unknown_fields_passed_over(tmp_path):
@@ -245,7 +245,7 @@ def test_a_cache_of_a_newer_minor_version_is_read_and_its_unknown_fields_passed_
         parent = hashlib.sha256(text.encode()).hexdigest()
         path.write_text(json.dumps(fields | {"digest": parent}))
     assert verify_cache(tmp_path).problems == []
-    reader = open_cache(tmp_path)
+    reader = open_reader(tmp_path)
     assert reader.snapshot == parent
     assert pickle.loads(pickle.dumps(reader)).snapshot == parent
     assert_same_record(reader[0], make_unit(0)[0])
@@ -258,11 +258,11 @@ def test_a_path_without_a_cache_says_so(tmp_path, name, why):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheNotFoundError, match=rf"no cache at '{tmp_path / name}'.*{why}.*kdcache capture"):
-        open_cache(tmp_path / name)
+        open_reader(tmp_path / name)
 
 
 def test_reading_without_verifying_is_for_measuring_and_does_not_look_at_digests(cache):
-    assert_reads_all(open_cache(cache, verify=False))
+    assert_reads_all(open_reader(cache, verify=False))
 
 
 def test_a_summary_is_what_the_records_add_up_to(cache):

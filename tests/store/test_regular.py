@@ -17,7 +17,7 @@ from kdcache.errors import CorruptCacheError, KdcacheError, StorageError
 from kdcache.format import paths
 from kdcache.store.files import fs
 from kdcache.store.files.regular import open_regular, read_regular, write_new
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.remote.block_cache import DiskBlocks
 from kdcache.store.repair import repair_cache
 from kdcache.store.verify import verify_cache
@@ -84,7 +84,7 @@ def unix_socket(path: Path) -> None:
 
 
 def read_all(cache: Path) -> None:
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         for number in range(len(reader)):
             reader[number]
 

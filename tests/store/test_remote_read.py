@@ -18,7 +18,7 @@ from fault_proxy import FaultProxy, Request
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import CacheNotFoundError, ConfigError, CorruptCacheError, StorageError
 from kdcache.store.files.location import RemotePath, locate
-from kdcache.store.reader import CacheReader, open_cache
+from kdcache.store.reader import CacheReader, open_reader
 from kdcache.store.verify import verify_cache
 
 NUM_UNITS, NUM_SEQUENCES = 3, 5
@@ -68,7 +68,7 @@ def now_and_then(*faults: str, share: float = 0.3):
 
 
 def test_a_cache_in_a_store_reads_as_the_one_on_disk(cache, local):
-    with open_cache(cache) as remote, open_cache(local) as reader:
+    with open_reader(cache) as remote, open_reader(local) as reader:
         assert len(remote) == len(reader)
         assert remote.snapshot == reader.snapshot
         assert np.array_equal(remote.num_tokens_S, reader.num_tokens_S)
@@ -78,7 +78,7 @@ def test_a_cache_in_a_store_reads_as_the_one_on_disk(cache, local):
 
 
 def test_what_is_read_ahead_is_not_asked_for_again_and_neighbours_come_in_one_request(cache, s3):
-    with open_cache(cache, remote=QUICK) as reader:
+    with open_reader(cache, remote=QUICK) as reader:
         reader.prefetch(range(len(reader)))
         reader.prefetch(range(len(reader)))
         assert_stream(reader)
@@ -88,7 +88,7 @@ def test_what_is_read_ahead_is_not_asked_for_again_and_neighbours_come_in_one_re
 
 
 def test_threads_that_want_the_same_record_batch_at_once_ask_for_it_once(cache, s3):
-    with open_cache(cache, remote=QUICK) as reader:
+    with open_reader(cache, remote=QUICK) as reader:
         start = threading.Barrier(6)
 
         def read() -> None:
@@ -105,10 +105,10 @@ def test_threads_that_want_the_same_record_batch_at_once_ask_for_it_once(cache, 
 
 def test_blocks_in_a_folder_are_read_by_the_next_reader_without_a_request_for_data(cache, s3, tmp_path):
     config = RemoteConfig(block_dir=str(tmp_path / "blocks"), block_bytes=2**20)
-    with open_cache(cache, remote=config) as reader:
+    with open_reader(cache, remote=config) as reader:
         assert_stream(reader)
     s3.requests.clear()
-    with open_cache(cache, remote=config) as reader:
+    with open_reader(cache, remote=config) as reader:
         assert_stream(reader)
     assert not ranges(s3)
     assert not [request for request in s3.requests if "/index/" in request.path]
@@ -117,7 +117,7 @@ def test_blocks_in_a_folder_are_read_by_the_next_reader_without_a_request_for_da
 @pytest.mark.parametrize("fault", ["unavailable", "broken", "reset", "lost", "truncated", "short"])
 def test_no_fault_gives_a_wrong_record_or_ends_the_stream(cache, s3, fault):
     s3.choose = now_and_then(fault)
-    with open_cache(cache, remote=QUICK) as reader:
+    with open_reader(cache, remote=QUICK) as reader:
         reader.prefetch(ORDER)
         assert_stream(reader)
     assert fault in s3.faults
@@ -131,7 +131,7 @@ def test_bytes_that_are_changed_on_their_way_are_noticed_and_read_again(cache, s
         return "changed" if request.is_read and name in request.path and next(reads) in (0, 4) else None
 
     s3.choose = choose
-    with open_cache(cache, remote=QUICK) as reader:
+    with open_reader(cache, remote=QUICK) as reader:
         reader.prefetch(ORDER)
         assert_stream(reader)
     assert "changed" in s3.faults
@@ -140,7 +140,7 @@ def test_bytes_that_are_changed_on_their_way_are_noticed_and_read_again(cache, s
 @pytest.mark.slow
 def test_slow_answers_are_given_up_and_asked_for_again(cache, s3):
     s3.choose = now_and_then("slow", share=0.1)
-    with open_cache(cache, remote=QUICK) as reader:
+    with open_reader(cache, remote=QUICK) as reader:
         assert_stream(reader)
     assert "slow" in s3.faults
 
@@ -148,7 +148,7 @@ def test_slow_answers_are_given_up_and_asked_for_again(cache, s3):
 def test_all_faults_at_once_change_nothing(cache, s3, tmp_path):
     s3.choose = now_and_then("unavailable", "reset", "truncated", "short", "lost")
     config = RemoteConfig(deadline_seconds=30.0, timeout_seconds=2.0, block_dir=str(tmp_path / "b"), block_bytes=20_000)
-    with open_cache(cache, remote=config) as reader:
+    with open_reader(cache, remote=config) as reader:
         for first in range(0, len(ORDER), 4):
             reader.prefetch(ORDER[first : first + 8])
             assert_stream(reader, ORDER[first : first + 4])
@@ -156,7 +156,7 @@ def test_all_faults_at_once_change_nothing(cache, s3, tmp_path):
 
 
 def test_a_store_that_stays_away_ends_in_a_sentence_at_the_deadline(cache, s3):
-    with open_cache(cache, remote=RemoteConfig(deadline_seconds=2.0, timeout_seconds=2.0)) as reader:
+    with open_reader(cache, remote=RemoteConfig(deadline_seconds=2.0, timeout_seconds=2.0)) as reader:
         s3.choose = lambda request: "unavailable"
         with pytest.raises(StorageError, match=r"no good answer within 2 s and \d+ attempts"):
             reader[0]
@@ -166,7 +166,7 @@ def test_damage_in_the_store_itself_is_read_twice_and_then_told(cache, s3, local
     shard = sorted((local / "data").iterdir())[0]
     damage = shard.read_bytes().replace(EXPECTED[1].sequence.input_ids_N.tobytes(), bytes(4 * EXPECTED[1].sequence.num_tokens))
     RemotePath(f"{cache}/data/{shard.name}", RemoteConfig()).write_bytes(damage)
-    with open_cache(cache, remote=QUICK) as reader:
+    with open_reader(cache, remote=QUICK) as reader:
         assert_same_record(reader[0], EXPECTED[0])
         before = len(ranges(s3))
         with pytest.raises(CorruptCacheError, match=f"{cache}/data/{shard.name}: record batch 1, row 0: the row's digest"):
@@ -181,7 +181,7 @@ def test_a_truncated_and_a_missing_shard_are_told_without_waiting_for_the_deadli
     path = RemotePath(f"{cache}/data/{first}", RemoteConfig())
     path.write_bytes(path.read_bytes()[:-100])
     RemotePath(f"{cache}/data/{second}", RemoteConfig()).unlink()
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         with pytest.raises(CorruptCacheError, match="it is truncated or damaged"):
             reader[0]
         with pytest.raises(CorruptCacheError, match="the shard is missing"):
@@ -191,11 +191,11 @@ def test_a_truncated_and_a_missing_shard_are_told_without_waiting_for_the_deadli
 
 def test_a_place_without_a_cache_says_so(s3):
     with pytest.raises(CacheNotFoundError, match=f"no cache at 's3://{s3.bucket}/nothing'"):
-        open_cache(f"s3://{s3.bucket}/nothing")
+        open_reader(f"s3://{s3.bucket}/nothing")
 
 
 def test_a_pickled_reader_reads_on(cache):
-    with open_cache(cache, remote=QUICK) as reader:
+    with open_reader(cache, remote=QUICK) as reader:
         assert_stream(reader, ORDER[:3])
         with pickle.loads(pickle.dumps(reader)) as other:
             assert other.root.config == QUICK
@@ -205,7 +205,7 @@ def test_a_pickled_reader_reads_on(cache):
 @pytest.mark.parametrize("blocks", [None, "blocks"])
 def test_a_reader_may_be_used_after_a_fork(cache, tmp_path, blocks):
     config = RemoteConfig(block_dir=None if blocks is None else str(tmp_path / blocks), block_bytes=2**20)
-    with open_cache(cache, remote=config) as reader:
+    with open_reader(cache, remote=config) as reader:
         reader.prefetch(ORDER)
         assert_stream(reader, ORDER[:3])
         reader.prefetch(ORDER)
@@ -228,7 +228,7 @@ def test_several_threads_may_read_at_once(cache):
         except BaseException as error:
             errors.append(error)
 
-    with open_cache(cache, remote=QUICK) as reader:
+    with open_reader(cache, remote=QUICK) as reader:
         threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
         for thread in threads:
             thread.start()
@@ -244,7 +244,7 @@ def test_a_window_that_does_not_fit_is_refused_with_the_size_that_would(cache, t
         RemoteConfig(memory_bytes=20_000),
         RemoteConfig(block_dir=str(tmp_path / "blocks"), block_bytes=20_000),
     ):
-        with open_cache(cache, remote=config) as reader:
+        with open_reader(cache, remote=config) as reader:
             sizes = [shard.num_bytes for shard in reader.manifest.shards]
             needed = reader.largest_shards_bytes(2)
             assert needed == sum(sorted(sizes)[1:])
@@ -254,7 +254,7 @@ def test_a_window_that_does_not_fit_is_refused_with_the_size_that_would(cache, t
         enough = int(str(refusal.value).partition(" or more")[0].rpartition(" ")[2])
         field = "memory_bytes" if config.block_dir is None else "block_bytes"
         larger = {"block_dir": config.block_dir, field: enough}
-        with open_cache(cache, remote=RemoteConfig(**larger)) as reader:
+        with open_reader(cache, remote=RemoteConfig(**larger)) as reader:
             reader.reserve(needed)
 
 
@@ -262,18 +262,18 @@ def test_the_bytes_of_a_window_are_known_from_the_index_within_some_percent(s3, 
     units = [make_unit(unit, num_sequences=60) for unit in range(2)]
     folder = make_cache(tmp_path / "large", units=units, record_batch_bytes=1500)
     uri = copy_to_store(folder, f"s3://{s3.bucket}/large")
-    with open_cache(uri) as reader:
+    with open_reader(uri) as reader:
         num_bytes = sum(shard.num_bytes for shard in reader.manifest.shards)
         assert reader.window_bytes(range(len(reader))) == pytest.approx(num_bytes, rel=0.01)
         assert reader.window_bytes([0, 1, 0]) < num_bytes / 10
 
 
 def test_a_cache_on_disk_takes_the_same_calls_and_needs_no_room(local):
-    with open_cache(local) as reader:
+    with open_reader(local) as reader:
         reader.prefetch(ORDER)
         assert reader.window_bytes(ORDER) == reader.largest_shards_bytes(3) == 0
         reader.reserve(2**60)
-    with open_cache(local.as_uri()) as reader:
+    with open_reader(local.as_uri()) as reader:
         assert reader.root == local
         assert_stream(reader)
 
@@ -304,13 +304,13 @@ def test_a_cache_that_claims_another_s_shards_puts_no_blocks_in_their_place(tmp_
     lying = shutil.copytree(sound, tmp_path / "lying")
     (name,) = [path.relative_to(sound) for path in (sound / "data").iterdir()]
     claims = (sound / "manifests/000001.json").read_bytes()
-    (before,) = [record.distributions.logprobs_E for record in open_cache(sound)]
+    (before,) = [record.distributions.logprobs_E for record in open_reader(sound)]
     hostile.edit_rows(lying, hostile.set_list("logprobs", (before - 1).tolist()))
     hostile.shard_path(lying).rename(lying / name)
     (lying / "manifests/000001.json").write_bytes(claims)
     uris = [copy_to_store(folder, f"memory://claims/{folder.name}") for folder in (lying, sound)]
     config = RemoteConfig(block_dir=str(tmp_path / "blocks"), block_bytes=2**20)
-    with open_cache(uris[0], remote=config) as first, open_cache(uris[1], remote=config) as second:
+    with open_reader(uris[0], remote=config) as first, open_reader(uris[1], remote=config) as second:
         np.testing.assert_array_equal(first[0].distributions.logprobs_E, before - 1)  # it reads, as its rows are signed
         np.testing.assert_array_equal(second[0].distributions.logprobs_E, before)
         assert first.snapshot == second.snapshot

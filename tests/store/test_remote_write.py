@@ -17,7 +17,7 @@ from kdcache.errors import CacheNotFoundError, ConfigError, MismatchError, Missi
 from kdcache.store import chain
 from kdcache.store.files import fs
 from kdcache.store.files.location import RemotePath, locate
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 from kdcache.store.writing.set_aside import FailedUnit, read_failures, record_failure
 from kdcache.store.writing.writer import CacheWriter
@@ -39,7 +39,7 @@ def write(uri: str, units, num_units: int, remote: RemoteConfig = QUICK) -> Cach
 
 def assert_complete(uri: str, num_units: int) -> None:
     assert verify_cache(uri).problems == []
-    with open_cache(uri) as reader:
+    with open_reader(uri) as reader:
         assert reader.manifest.is_complete
         expected = [record for unit in range(num_units) for record in make_unit(unit)]
         assert len(reader) == len(expected)
@@ -57,7 +57,7 @@ def test_other_schemes_are_written_and_read_the_same_way(tmp_path, scheme):
     write(uri, range(3), 3).fold()
     assert_complete(uri, 3)
     with pytest.raises(CacheNotFoundError):
-        open_cache(f"{uri}-not-there")
+        open_reader(f"{uri}-not-there")
 
 
 def test_a_resumed_cache_is_complete_and_a_unit_done_twice_is_folded_once(uri):
@@ -210,7 +210,7 @@ def test_paths_and_uris_are_told_apart():
 @pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_a_store_whose_package_is_missing_says_which_extra_brings_it():
     with pytest.raises(MissingDependencyError, match=r"gs:// needs the package 'gcsfs'.*kdcache\[gs\]"):
-        open_cache("gs://bucket/cache")
+        open_reader("gs://bucket/cache")
 
 
 def test_a_fold_reads_of_a_shard_what_its_index_rows_are_made_of(uri, s3):

@@ -14,7 +14,7 @@ from hostile import flip
 from kdcache.cli.main import main
 from kdcache.errors import CorruptCacheError, StorageError
 from kdcache.store.files.location import RemotePath, locate
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.repair import find_misfits, repair_cache
 from kdcache.store.verify import verify_cache
 from kdcache.store.writing.writer import CacheWriter
@@ -44,7 +44,7 @@ def spoil(cache: Path, how: str) -> None:
 
 
 def make_again(cache: Path, before: bytes) -> None:
-    writer = CacheWriter.open(cache, open_cache(cache).manifest, record_batch_bytes=1)
+    writer = CacheWriter.open(cache, open_reader(cache).manifest, record_batch_bytes=1)
     assert writer.published_units() == {0, 2}
     writer.write_unit(1, make_unit(1, num_sequences=NUM_SEQUENCES))
     manifest = writer.fold()
@@ -63,7 +63,7 @@ def test_a_damaged_unit_is_set_aside_and_only_that_is_made_again(cache: Path, ho
     assert (cache / "damaged").is_dir()
     assert len(list((cache / "damaged").glob("*.arrow"))) == (how != "missing")
     expected = [record for unit in (0, 2) for record in make_unit(unit, num_sequences=NUM_SEQUENCES)]
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         assert len(reader) == len(expected)
         for found, record in zip(reader, expected, strict=True):
             assert_same_record(found, record)
@@ -85,13 +85,13 @@ def test_a_damaged_index_is_made_anew_with_and_without_a_damaged_shard(cache: Pa
     (index,) = (cache / "index").iterdir()
     flip(index, index.stat().st_size // 2)
     repair = repair_cache(cache)
-    assert (repair.damage, repair.made_index, len(open_cache(cache))) == ((), True, 9)
+    assert (repair.damage, repair.made_index, len(open_reader(cache))) == ((), True, 9)
     (newest,) = [path for path in (cache / "index").iterdir() if path.name == Path(repair.manifest.index.name).name]
     flip(newest, newest.stat().st_size // 2)
     spoil(cache, "a flipped bit")
     assert repair_cache(cache).made_index
     assert verify_cache(cache).problems == []
-    assert len(open_cache(cache)) == 6
+    assert len(open_reader(cache)) == 6
 
 
 def test_a_repair_that_is_killed_after_a_file_has_moved_is_done_by_the_next(cache: Path, monkeypatch: pytest.MonkeyPatch):
@@ -100,14 +100,14 @@ def test_a_repair_that_is_killed_after_a_file_has_moved_is_done_by_the_next(cach
         patch.setattr("kdcache.store.repair._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             repair_cache(cache)
-    assert [damage.reason for damage in find_misfits(cache, open_cache(cache).manifest)] == ["it is missing"]
+    assert [damage.reason for damage in find_misfits(cache, open_reader(cache).manifest)] == ["it is missing"]
     assert repair_cache(cache).manifest.number == 2
-    assert len(open_cache(cache)) == 6
+    assert len(open_reader(cache)) == 6
 
 
 def test_an_error_of_a_damaged_row_says_where_and_what_to_do(cache: Path):
     spoil(cache, "a flipped bit")
-    with open_cache(cache) as reader, pytest.raises(CorruptCacheError) as caught:
+    with open_reader(cache) as reader, pytest.raises(CorruptCacheError) as caught:
         reader[NUM_SEQUENCES]
     error = caught.value
     assert str(error).endswith(f"; `kdcache repair {cache}` sets what is damaged aside")
@@ -138,7 +138,7 @@ def test_a_cache_in_a_store_is_repaired_too(cache: Path, s3: FaultProxy):
     (locate(uri) / name).write_bytes(bytes(data))
     assert [damage.unit for damage in repair_cache(uri).damage] == [1]
     assert (locate(uri) / f"damaged/{shard_of(cache, 1).name}").read_bytes() == bytes(data)
-    assert len(open_cache(uri)) == 6
+    assert len(open_reader(uri)) == 6
 
 
 @pytest.mark.parametrize(("number", "is_damage"), [(errno.EACCES, False), (errno.EMFILE, False), (errno.EIO, True)])

@@ -22,7 +22,7 @@ from writer_cases import changed, files, start
 from kdcache.errors import CorruptCacheError, FormatError, StorageError
 from kdcache.format.record import SequenceRecord
 from kdcache.store.files import fs
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 from kdcache.store.writing import writer
 
@@ -32,7 +32,7 @@ from kdcache.store.writing import writer
 def test_what_is_written_is_read(tmp_path, codec_id, record_batch_bytes):
     make_cache(tmp_path, codec_id, num_sequences=5, record_batch_bytes=record_batch_bytes)
     expected = [record for unit in range(3) for record in make_unit(unit, num_sequences=5)]
-    with open_cache(tmp_path) as reader:
+    with open_reader(tmp_path) as reader:
         assert len(reader) == len(expected)
         for found, record in zip(reader, expected, strict=True):
             assert_same_record(found, record, is_exact=codec_id == "raw")
@@ -45,7 +45,7 @@ def test_any_records_make_a_sound_cache(tmp_path_factory, units):
     for codec_id in ("raw", "packed"):
         path = make_cache(tmp_path_factory.mktemp("c"), codec_id, units=units, k=6, record_batch_bytes=100)
         assert verify_cache(path).problems == []
-        with open_cache(path) as reader:
+        with open_reader(path) as reader:
             found = [reader[i] for i in range(len(reader))]
         if codec_id == "raw":
             for ours, theirs in zip(found, [record for unit in units for record in unit], strict=True):
@@ -245,7 +245,7 @@ def test_a_fold_over_a_damaged_shard_names_it(tmp_path):
 
 def test_empty_units_are_units(tmp_path):
     make_cache(tmp_path, units=[[], make_unit(1), []])
-    with open_cache(tmp_path) as reader:
+    with open_reader(tmp_path) as reader:
         assert len(reader) == 3
         assert reader.manifest.is_complete
     assert verify_cache(tmp_path).problems == []
@@ -253,7 +253,7 @@ def test_empty_units_are_units(tmp_path):
 
 def test_a_cache_of_empty_units_alone_is_a_cache(tmp_path):
     make_cache(tmp_path, units=[[], []])
-    with open_cache(tmp_path) as reader:
+    with open_reader(tmp_path) as reader:
         assert len(reader) == 0
         assert reader.num_tokens_S.dtype == np.uint32
     assert verify_cache(tmp_path).problems == []
@@ -261,7 +261,7 @@ def test_a_cache_of_empty_units_alone_is_a_cache(tmp_path):
 
 def test_a_plan_without_units_is_complete_at_once(tmp_path):
     assert start(tmp_path, num_units=0).fold().is_complete
-    with open_cache(tmp_path) as reader:
+    with open_reader(tmp_path) as reader:
         assert len(reader) == 0
     assert verify_cache(tmp_path).problems == []
 

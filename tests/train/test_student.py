@@ -10,13 +10,13 @@ from tiny_model import build_tiny_model
 from kdcache.config.train import StudentConfig
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.format.manifest import Identity
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.train.student import build_student, check_against_cache
 
 
 @pytest.fixture(scope="module")
 def identity(small_cache: Path) -> Identity:
-    with open_cache(small_cache) as reader:
+    with open_reader(small_cache) as reader:
         return reader.manifest.identity
 
 

@@ -19,7 +19,7 @@ from kdcache.loader._torch import to_torch
 from kdcache.loader.batches.batch import NO_TARGET, Batch
 from kdcache.loader.loader import Loader
 from kdcache.loss.sparse_kd import sparse_kd_loss
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.runs.run_folder import RunFolder, read_metrics
 from kdcache.train.schedule import learning_rate
@@ -64,7 +64,7 @@ def test_training_from_a_full_cache_is_training_with_the_live_teacher(
     teacher, student = load_teacher_model(tiny_model_dir), build_student(config.student, seed=config.seed)
     optimizer = make_optimizer(student, config.optimizer)
     live: list[float] = []
-    with open_cache(full_cache) as reader, Loader(reader, config.loader) as loader:
+    with open_reader(full_cache) as reader, Loader(reader, config.loader) as loader:
         while len(live) < 8:
             for batch in loader:
                 for group in optimizer.param_groups:
@@ -88,7 +88,7 @@ def test_alpha_zero_is_plain_cross_entropy_on_the_text(small_cache: Path, tiny_m
     config = train_config(small_cache, tiny_model_dir, tmp_path / "run", loss={"alpha": 0.0}, steps=1)
     loss = _run(config)[0]["loss"]
     student = build_student(config.student, seed=config.seed)
-    with open_cache(small_cache) as reader, Loader(reader, config.loader) as loader:
+    with open_reader(small_cache) as reader, Loader(reader, config.loader) as loader:
         sequences = _sequences(next(iter(loader)))
     parts = []
     for ids_N in sequences:
@@ -100,7 +100,7 @@ def test_alpha_zero_is_plain_cross_entropy_on_the_text(small_cache: Path, tiny_m
 def test_alpha_mixes_both_losses(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     configs = {alpha: train_config(small_cache, tiny_model_dir, tmp_path, loss={"alpha": alpha}) for alpha in (0.0, 0.25, 1.0)}
     model = build_student(configs[0.0].student, seed=0)
-    with open_cache(small_cache) as reader, Loader(reader, configs[0.0].loader) as loader:
+    with open_reader(small_cache) as reader, Loader(reader, configs[0.0].loader) as loader:
         batch = next(iter(loader))
     # Only positions with a label: there both terms are defined, and both means are over the same rows.
     batch.weights_P[:] = batch.target_ids_BT.reshape(-1)[batch.flat_positions_P] != NO_TARGET
@@ -112,7 +112,7 @@ def test_the_tail_policy_and_the_backend_reach_the_loss(small_cache: Path, tiny_
     def loss(**settings: Any) -> float:
         config = train_config(small_cache, tiny_model_dir, tmp_path, loss=settings)
         model = build_student(config.student, seed=0)
-        with open_cache(small_cache) as reader, Loader(reader, config.loader) as loader:
+        with open_reader(small_cache) as reader, Loader(reader, config.loader) as loader:
             batch = to_torch(next(iter(loader)))
         head, target_ids_P = output_projection(model), batch.target_ids_BT.flatten()[batch.flat_positions_P]
         hidden_PH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT).flatten(0, 1)[batch.flat_positions_P]
@@ -145,7 +145,7 @@ def test_a_sequence_has_the_same_loss_packed_and_alone(
         loader = {"seq_len": 128, "batch_rows": 4, "packing": packing, "num_threads": 0}
         config = train_config(small_cache, tiny_model_dir, tmp_path, loss={"alpha": alpha}, loader=loader)
         model, losses = build_student(config.student, seed=0).eval(), {}
-        with open_cache(small_cache) as reader, Loader(reader, config.loader) as batches:
+        with open_reader(small_cache) as reader, Loader(reader, config.loader) as batches:
             for batch in batches:
                 flat_positions_P = np.stack(np.unravel_index(batch.flat_positions_P, batch.segment_ids_BT.shape), axis=1)
                 segments_P = batch.segment_ids_BT.reshape(-1)[batch.flat_positions_P]
@@ -172,7 +172,7 @@ def test_distillation_and_labels_read_the_same_batches(small_cache: Path, tiny_m
 def test_epochs_read_the_whole_cache_so_many_times(small_cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     config = train_config(small_cache, tiny_model_dir, tmp_path / "run", steps=None, epochs=2)
     result = train(config, show_progress=False)
-    with open_cache(small_cache) as reader:
+    with open_reader(small_cache) as reader:
         assert result.num_tokens == 2 * int(reader.num_tokens_S.sum())
 
 
@@ -214,7 +214,7 @@ def _stop_after(config: TrainConfig, num_steps: int) -> None:
     """Train in this process until a failure after so many steps."""
     model = build_student(config.student, seed=config.seed)
     with (
-        open_cache(config.cache) as reader,
+        open_reader(config.cache) as reader,
         RunFolder(config, reader.snapshot) as folder,
         _BreakingLoader(reader, config.loader) as loader,
     ):

@@ -93,18 +93,18 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _unnamed(cache: str) -> ConfigError:
-    from kdcache.store.reader import open_cache
+    from kdcache.store.reader import open_reader
 
-    with open_cache(cache) as reader:
+    with open_reader(cache) as reader:
         return unnamed_teacher(cache, reader.manifest.config.get("teacher"))
 
 
 def _ask_teacher(args: argparse.Namespace) -> DeepReport:
     from kdcache.foreign.judge.deep import DeepOptions, verify_deep
-    from kdcache.store.reader import open_cache
+    from kdcache.store.reader import open_reader
 
     options = DeepOptions(num_sequences=args.sample, seed=args.seed, tolerance_nats=args.tolerance)
-    with open_cache(args.cache) as reader:
+    with open_reader(args.cache) as reader:
         config = teacher_config(args)
         for line in setting_differences(config, reader.manifest.config.get("teacher")):
             say(line, sys.stderr)

@@ -15,7 +15,7 @@ from kdcache.foreign.judge.deep import exact_rows
 from kdcache.foreign.judge.doctor import Examination, ExamineOptions, Progress, examine_opened
 from kdcache.format.manifest import Manifest, SelectionInfo
 from kdcache.format.record import SequenceRecord
-from kdcache.store.reader import open_cache
+from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 from kdcache.teacher.base import Teacher
 
@@ -85,7 +85,7 @@ def _for_own(finding: Finding, selection: SelectionInfo, *, is_placed: bool) -> 
 
 
 def _sequences(path: str | Path) -> Iterator[ForeignSequence]:
-    with open_cache(path) as reader:
+    with open_reader(path) as reader:
         for number in range(len(reader)):
             yield own_sequence(reader[number])
 
