@@ -29,7 +29,14 @@ OWN: dict[Kind, dict[str, str]] = {
         "archive": "kdcache.codec.archive.codec:ArchiveCodec",
     },
     "divergences": {},
-    "inputs": {},
+    "inputs": {
+        "txt": "kdcache.inputs.formats.text_files:TXT",
+        "lines": "kdcache.inputs.formats.text_files:LINES",
+        "jsonl": "kdcache.inputs.formats.text_files:JSONL",
+        "parquet": "kdcache.inputs.formats.table_files:PARQUET",
+        "arrow": "kdcache.inputs.formats.table_files:ARROW",
+        "dataset": "kdcache.inputs.formats._datasets:DATASET",
+    },
     "losses": {},
     "teachers": {},
 }

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from kdcache import extensions
 from kdcache.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, Seconds
 from kdcache.config.chat import check_arguments, parse_moment
 from kdcache.config.remote import RemoteConfig
@@ -74,7 +75,7 @@ class InputConfig(Config, frozen=True, kw_only=True):
         window: how long texts are treated.
     """
 
-    format: Literal["txt", "lines", "jsonl", "parquet", "arrow", "dataset"]
+    format: str
     paths: tuple[str, ...] = ()
     dataset: str | None = None
     dataset_config: str | None = None
@@ -94,6 +95,8 @@ class InputConfig(Config, frozen=True, kw_only=True):
     window: WindowConfig = WindowConfig()
 
     def __post_init__(self) -> None:
+        if not extensions.is_known("inputs", self.format):
+            raise ValueError(f"format is {self.format!r}, but must be one of {', '.join(extensions.names('inputs'))}")
         if self.format == "dataset":
             if self.dataset is None or self.paths:
                 raise ValueError("format 'dataset' takes `dataset` (a hub name or a path) and no `paths`")
@@ -101,10 +104,6 @@ class InputConfig(Config, frozen=True, kw_only=True):
                 raise ValueError("streaming needs `limit`: the plan is made before anything is read")
         elif not self.paths or self.dataset is not None or self.streaming:
             raise ValueError(f"format {self.format!r} takes `paths`, and neither `dataset` nor `streaming`")
-        if self.format in ("txt", "lines") and self.content != "text":
-            raise ValueError(f"format {self.format!r} holds content 'text', not {self.content!r}")
-        if self.format in ("txt", "lines") and self.domain_field is not None:
-            raise ValueError(f"format {self.format!r} has no fields, so that it cannot have domain_field {self.domain_field!r}")
         if self.supervise == "assistant" and self.content != "messages":
             raise ValueError("supervise 'assistant' needs content 'messages'")
         is_of_chats = self.one_item_per != "chat" or self.template_arguments or self.template_time is not None

@@ -10,17 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdcache.errors import InputError
+from kdcache.inputs.formats.base import COMPRESSED
 from kdcache.inputs.left_out import LeftOut
-
-_COMPRESSED = ("", ".gz", ".zst")
-ENDINGS = {
-    "txt": tuple(f".txt{packed}" for packed in _COMPRESSED),
-    "lines": tuple(f".txt{packed}" for packed in _COMPRESSED),
-    "jsonl": tuple(f"{name}{packed}" for name in (".jsonl", ".ndjson", ".json") for packed in _COMPRESSED),
-    "parquet": (".parquet",),
-    "arrow": (".arrow", ".feather", ".ipc"),
-}
-"""The endings that folders are searched for; a file that is named itself, or matched by a pattern, may end as it likes."""
 
 
 class FoundFiles(NamedTuple):
@@ -30,13 +21,14 @@ class FoundFiles(NamedTuple):
     left_out: LeftOut
 
 
-def find_files(paths: Iterable[str], input_format: str) -> FoundFiles:
+def find_files(paths: Iterable[str], input_format: str, endings: tuple[str, ...]) -> FoundFiles:
     """The files behind paths, folders and glob patterns. Links to files are followed, links to folders inside a folder are not.
 
     Args:
         paths: each a file, a folder (searched whole for the format's endings; hidden files and folders are left out), or a
             pattern with `*`, `?`, `[...]` or `**`.
-        input_format: a key of ENDINGS.
+        input_format: its name, for messages.
+        endings: of the format. A file that is named itself, or matched by a pattern, may end as it likes.
 
     Raises:
         InputError: a path that does not exist, or one that leads to no file.
@@ -48,11 +40,11 @@ def find_files(paths: Iterable[str], input_format: str) -> FoundFiles:
             raise InputError("input.paths holds an empty text; '.' is the working directory")
         here = LeftOut()
         try:
-            matches = _matches(path, ENDINGS[input_format], here)
+            matches = _matches(path, endings, here)
         except OSError as error:  # a name that is too long, a folder on the way that may not be looked into
             raise InputError(f"{path:.200}: cannot be looked for: {error.strerror}") from error
         if not matches:
-            raise InputError(_nothing(path, input_format, here))
+            raise InputError(_nothing(path, input_format, endings, here))
         found.update(matches)
         _take(here, left_out)
     files: dict[str, str] = {}
@@ -139,11 +131,11 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _nothing(path: str, input_format: str, left_out: LeftOut) -> str:
+def _nothing(path: str, input_format: str, endings: tuple[str, ...], left_out: LeftOut) -> str:
     there = f"; not read, {left_out}" if left_out else ""
     if Path(path).is_dir():
-        endings = " or ".join(ending for ending in ENDINGS[input_format] if not ending.endswith(_COMPRESSED[1:]))
-        return f"{path}: no file in this folder ends in {endings}, as input.format {input_format!r} asks{there}"
+        wanted = " or ".join(ending for ending in endings if not ending.endswith(COMPRESSED))
+        return f"{path}: no file in this folder ends in {wanted}, as input.format {input_format!r} asks{there}"
     if os.path.islink(path):
         return f"{path}: this link leads nowhere (to {os.readlink(path)!r})"
     if os.path.exists(path):

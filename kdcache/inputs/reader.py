@@ -6,16 +6,14 @@ are counted, reported and skipped; they give no sequence. Anything that cannot b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 from kdcache.config.capture import InputConfig
 from kdcache.inputs.content import BEGINNING, DEFAULT_FIELDS, Fields, Item, Start
 from kdcache.inputs.files import find_files
+from kdcache.inputs.formats.base import FileFormat, InputFile, find_format
 from kdcache.inputs.formats.open_file import TextFiles
 from kdcache.inputs.left_out import LeftOut
-
-_ReadFile = Callable[[str, int, Start], Iterator[Item]]
 
 
 class ItemReader:
@@ -28,32 +26,36 @@ class ItemReader:
     """
 
     def __init__(self, config: InputConfig, variables: frozenset[str] = frozenset()) -> None:
-        """List the files, in the order in which they will be read; raises InputError where a path leads to none.
+        """List the files, in the order in which they will be read.
 
         Args:
             config: what is read.
             variables: names that the chat template reads; a row's values of these names are not passed over in silence.
+
+        Raises:
+            ConfigError: the format does not hold what the config asks for.
+            InputError: a path that leads to no file.
         """
         self.config = config
         field = config.field or DEFAULT_FIELDS[config.content]
         self.fields = Fields(field, config.content, config.domain_field, variables, is_named=config.field is not None)
-        self.files, self.left_out = ([], LeftOut()) if config.format == "dataset" else find_files(config.paths, config.format)
+        self._format = find_format(config)
+        self.files, self.left_out = [], LeftOut()
+        if isinstance(self._format, FileFormat):
+            self.files, self.left_out = find_files(config.paths, config.format, self._format.endings)
         self.num_files_opened = 0
         self._opener = TextFiles()
 
     def items(self, start: Start = BEGINNING) -> Iterator[Item]:
         """Yield every item from `start` on, whatever the limit."""
-        if self.config.format == "dataset":
-            from kdcache.inputs.formats._datasets import read_dataset
-
-            yield from read_dataset(self.config, start, self.fields)
+        if not isinstance(self._format, FileFormat):
+            yield from self._format.read(self.config, start, self.fields)
             return
-        read = _file_reader(self.config, self.fields, self._opener)
         for index in range(start.file_index, len(self.files)):
             file_start = start if index == start.file_index else Start(index, 0, 0)
             is_new, is_empty = index >= self.num_files_opened, True
             self.num_files_opened = max(self.num_files_opened, index + 1)
-            for item in read(self.files[index], index, file_start):
+            for item in self._format.read(InputFile(self.files[index], self.fields, file_start, self._opener)):
                 is_empty = False
                 yield item
             if is_new and is_empty:
@@ -67,17 +69,3 @@ class ItemReader:
     def name(self) -> str:
         """The input, for messages."""
         return f"dataset {self.config.dataset}" if self.config.dataset else ", ".join(self.config.paths)
-
-
-def _file_reader(config: InputConfig, fields: Fields, opener: TextFiles) -> _ReadFile:
-    """The function that reads one file of this format."""
-    if config.format in ("parquet", "arrow"):
-        from kdcache.inputs.formats import table_files
-
-        read = table_files.read_parquet if config.format == "parquet" else table_files.read_arrow
-        return partial(read, fields=fields)
-    from kdcache.inputs.formats import text_files
-
-    if config.format == "jsonl":
-        return partial(text_files.read_jsonl, fields=fields, opener=opener)
-    return partial(text_files.read_txt if config.format == "txt" else text_files.read_lines, opener=opener)

@@ -10,7 +10,7 @@ import pytest
 
 from kdcache.capture.inputs import InputReader
 from kdcache.config.capture import InputConfig
-from kdcache.errors import InputError
+from kdcache.errors import ConfigError, InputError
 from kdcache.inputs.chat import Chat
 from kdcache.inputs.content import BEGINNING
 
@@ -218,5 +218,12 @@ def test_a_domain_that_is_missing_or_no_text_is_said(tmp_path, row, sentence):
 
 
 def test_a_format_without_fields_has_no_domains():
-    with pytest.raises(ValueError, match="format 'lines' has no fields"):
-        InputConfig(format="lines", paths=("x",), domain_field="kind")
+    with pytest.raises(ConfigError, match=r"input\.format 'lines' has no fields, so it cannot have input\.domain_field 'kind'"):
+        InputReader(InputConfig(format="lines", paths=("x",), domain_field="kind"))
+    with pytest.raises(ConfigError, match=r"input\.format 'txt' holds content 'text', not 'ids'"):
+        InputReader(InputConfig(format="txt", paths=("x",), content="ids"))
+
+
+def test_a_format_that_nobody_brings_is_refused_with_those_that_are_there():
+    with pytest.raises(ValueError, match="format is 'csv', but must be one of txt, lines, jsonl, parquet, arrow, dataset"):
+        InputConfig(format="csv", paths=("x",))

@@ -11,6 +11,8 @@ from kdcache.cli.main import main
 from kdcache.config.capture import InputConfig, ShardConfig
 from kdcache.errors import InputError
 from kdcache.inputs.files import find_files
+from kdcache.inputs.formats.table_files import PARQUET
+from kdcache.inputs.formats.text_files import JSONL
 from kdcache.inputs.left_out import LeftOut
 
 
@@ -60,7 +62,7 @@ def test_all_that_a_folder_holds_is_read_or_named(folder):
 
 
 def test_what_a_pattern_matches_and_nobody_reads_is_named(folder):
-    found = find_files([f"{folder}/*"], "jsonl")
+    found = find_files([f"{folder}/*"], "jsonl", JSONL.endings)
     assert [name.removeprefix(f"{folder}/") for name in found.files] == ["a.jsonl", "b.jsonl.gz", "d.md", "l.jsonl", "m.jsonl"]
     assert found.left_out.counts == {
         "hidden files": 1,
@@ -70,13 +72,13 @@ def test_what_a_pattern_matches_and_nobody_reads_is_named(folder):
         "other names of files that are read": 1,
     }
     # A link to the folder itself: every name below it comes again, as many times as the system follows.
-    assert len(find_files([f"{folder}/**/*.jsonl"], "jsonl").files) == 3
+    assert len(find_files([f"{folder}/**/*.jsonl"], "jsonl", JSONL.endings).files) == 3
     with pytest.raises(InputError, match=r"g\.jsonl: this link leads nowhere \(to '.*gone'\)"):
-        find_files([f"{folder}/g.jsonl"], "jsonl")
+        find_files([f"{folder}/g.jsonl"], "jsonl", JSONL.endings)
     with pytest.raises(InputError, match=r"k\.jsonl: not a plain file"):
-        find_files([f"{folder}/k.jsonl"], "jsonl")
+        find_files([f"{folder}/k.jsonl"], "jsonl", JSONL.endings)
     with pytest.raises(InputError, match=r"ends in \.parquet, .*; not read, .*; files of other endings: 7 \("):
-        find_files([str(folder)], "parquet")
+        find_files([str(folder)], "parquet", PARQUET.endings)
 
 
 def test_files_after_the_limit_are_named(tmp_path):
@@ -90,16 +92,16 @@ def test_files_after_the_limit_are_named(tmp_path):
 def test_odd_names_are_sentences_and_no_tracebacks(tmp_path):
     with open(os.fsencode(tmp_path) + b"/\xff.md", "w"):
         (tmp_path / "a.jsonl").write_text(line("a"))
-    assert str(find_files([str(tmp_path)], "jsonl").left_out).endswith(r"/\udcff.md)")
+    assert str(find_files([str(tmp_path)], "jsonl", JSONL.endings).left_out).endswith(r"/\udcff.md)")
     with pytest.raises(InputError, match=r"\\udcff\.md: the file's name is not UTF-8.*rename it"):
-        find_files([f"{tmp_path}/*"], "jsonl")
+        find_files([f"{tmp_path}/*"], "jsonl", JSONL.endings)
     for path, sentence in (
         ("x" * 5000, "cannot be looked for: File name too long"),
         ("a\0b", "no such file or folder"),
         ("", "empty text"),
     ):
         with pytest.raises(InputError, match=sentence):
-            find_files([path], "jsonl")
+            find_files([path], "jsonl", JSONL.endings)
 
 
 def test_the_names_are_bounded():

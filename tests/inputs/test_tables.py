@@ -16,8 +16,9 @@ import pytest
 from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError, KdcacheError
 from kdcache.inputs.chat import Chat
-from kdcache.inputs.content import BEGINNING, Fields
+from kdcache.inputs.content import Fields
 from kdcache.inputs.formats.arrow_files import check_rows
+from kdcache.inputs.formats.base import InputFile
 from kdcache.inputs.formats.parquet_bounds import rows_at_once
 from kdcache.inputs.formats.table_files import read_arrow, read_parquet
 from kdcache.inputs.reader import ItemReader
@@ -217,7 +218,7 @@ def test_rows_that_take_no_room_in_a_file_take_none_in_memory(tmp_path: Path, na
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     with pytest.raises(InputError, match="values are to come out of a file of"):
-        next(read_arrow(str(path), 0, BEGINNING, fields=Fields("text", "text")))
+        next(read_arrow(InputFile(str(path), Fields("text", "text"))))
 
 
 def test_a_parquet_file_of_long_runs_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -226,7 +227,7 @@ def test_a_parquet_file_of_long_runs_is_refused_unread(tmp_path: Path, monkeypat
     runs = pa.ListArray.from_arrays(pa.array([0, 2**24], pa.int32()), pa.array(np.zeros(2**24, np.int32)))
     pq.write_table(pa.table({"text": ["a"], "runs": runs}), path, compression="zstd")
     with pytest.raises(InputError, match="16,777,216 values in"):
-        next(read_parquet(str(path), 0, BEGINNING, fields=Fields("text", "text")))
+        next(read_parquet(InputFile(str(path), Fields("text", "text"))))
 
 
 def test_rows_that_name_one_long_text_again_and_again_are_read_a_few_at_a_time(tmp_path: Path):

@@ -286,7 +286,7 @@ def _arrow_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[str, Ro
 
 def _jsonl_rows(path: Path, _columns: list[str] | None) -> Iterator[tuple[str, Row]]:
     with _translated(path):
-        for row, where, _ in read_objects(str(path), 0, BEGINNING, opener=TextFiles()):
+        for row, where, _ in read_objects(str(path), BEGINNING, opener=TextFiles()):
             yield where, row
 
 

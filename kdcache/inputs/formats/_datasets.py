@@ -13,6 +13,7 @@ from kdcache.config.capture import InputConfig
 from kdcache.errors import InputError
 from kdcache.extras import needed_for
 from kdcache.inputs.content import Fields, Item, Start
+from kdcache.inputs.formats.base import SourceFormat
 from kdcache.inputs.formats.table_files import check_names, item_of, row_values
 
 _ROWS_PER_READ = 1024
@@ -20,7 +21,7 @@ _SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
 
 def read_dataset(config: InputConfig, start: Start, fields: Fields) -> Iterator[Item]:
-    """An item for each row, from `start.offset` on.
+    """Yield an item for each row, from `start.offset` on.
 
     Raises:
         MissingDependencyError: `datasets` is not installed.
@@ -83,3 +84,6 @@ def _values(dataset: Any, start: int, fields: Fields, config: InputConfig, name:
 
 def _one_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else "no further message"
+
+
+DATASET = SourceFormat(read_dataset)

@@ -8,6 +8,7 @@ from contextlib import closing
 
 from kdcache.errors import InputError
 from kdcache.inputs.content import BEGINNING, DEFAULT_FIELDS, Fields, Item, parse_content
+from kdcache.inputs.formats.base import InputFile
 from kdcache.inputs.formats.open_file import TextFiles
 from kdcache.inputs.formats.table_files import read_arrow, read_parquet, table_columns
 from kdcache.inputs.formats.text_files import read_objects
@@ -29,11 +30,11 @@ def read_text_or_ids(path: str) -> Iterator[Item]:
         return
     kind = "ids" if "text" not in columns and "input_ids" in columns else "text"
     read = read_parquet if found == "parquet" else read_arrow
-    yield from read(path, 0, BEGINNING, fields=Fields(DEFAULT_FIELDS[kind], kind))
+    yield from read(InputFile(path, Fields(DEFAULT_FIELDS[kind], kind)))
 
 
 def _json_items(path: str, opener: TextFiles) -> Iterator[Item]:
-    for value, where, start in read_objects(path, 0, BEGINNING, opener=opener):
+    for value, where, start in read_objects(path, BEGINNING, opener=opener):
         kind = "text" if value.get("text") is not None or "input_ids" not in value else "ids"
         name = DEFAULT_FIELDS[kind]
         if name not in value:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from kdcache.errors import InputError
-from kdcache.inputs.content import Start
+from kdcache.inputs.content import BEGINNING, Start
 from kdcache.inputs.formats.open_file import TextStream
 
 _CHUNK_BYTES = 2**18
@@ -28,7 +28,7 @@ class Value(NamedTuple):
     start: Start
 
 
-def read_values(stream: TextStream, path: str, file_index: int, start: Start) -> Iterator[Value]:
+def read_values(stream: TextStream, path: str, start: Start) -> Iterator[Value]:
     """Yield the values from `start` on, without decoding them.
 
     Raises:
@@ -38,15 +38,15 @@ def read_values(stream: TextStream, path: str, file_index: int, start: Start) ->
         stream.layout = _layout(stream, path)
     stream.seek(start.offset)
     if stream.layout == "lines":
-        for line, line_start in read_lines(stream, path, file_index, start):
+        for line, line_start in read_lines(stream, path, start):
             if line.strip():
                 # Also inside a file, where files were joined: a value does not begin with it.
                 yield Value(line.removeprefix(codecs.BOM_UTF8), f"{path}:{line_start.item_index + 1}", line_start)
     else:
-        yield from _Objects(stream, path, stream.layout == "array").read(file_index, start)
+        yield from _Objects(stream, path, stream.layout == "array").read(start)
 
 
-def read_lines(stream: TextStream, path: str, file_index: int, start: Start) -> Iterator[tuple[bytes, Start]]:
+def read_lines(stream: TextStream, path: str, start: Start) -> Iterator[tuple[bytes, Start]]:
     """Yield the lines from `start` on without their line ends, and without a byte order mark before the first."""
     offset, index = start.offset, start.item_index
     stream.seek(offset)
@@ -55,13 +55,13 @@ def read_lines(stream: TextStream, path: str, file_index: int, start: Start) -> 
         content = line.removesuffix(b"\n")
         if len(line) == most and not line.endswith(b"\n"):
             raise InputError(f"{path}:{index + 1}: a line of more than {most:,} bytes; split it")
-        yield content.removeprefix(codecs.BOM_UTF8) if offset == 0 else content, Start(file_index, offset, index)
+        yield content.removeprefix(codecs.BOM_UTF8) if offset == 0 else content, Start(start.file_index, offset, index)
         offset, index = offset + len(line), index + 1
 
 
 def _layout(stream: TextStream, path: str) -> str:
     """`lines`, `array`, or `printed`: objects over several lines. What does not fit any of them is read as lines."""
-    lines = (line for line, _ in read_lines(stream, path, 0, Start(0, 0, 0)) if line.strip())
+    lines = (line for line, _ in read_lines(stream, path, BEGINNING) if line.strip())
     stream.seek(0)
     head = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip(_SPACE)
     if head.startswith(b"["):  # whose one line may be the whole file
@@ -115,7 +115,7 @@ class _Objects:
         self._stream, self._path, self._is_array = stream, path, is_array
         self._data, self._base = b"", stream.tell()
 
-    def read(self, file_index: int, start: Start) -> Iterator[Value]:
+    def read(self, start: Start) -> Iterator[Value]:
         at, index = 0, start.item_index
         if start.offset == 0:
             at = self._blank(3 if self._more().startswith(codecs.BOM_UTF8) else 0) + self._is_array
@@ -127,7 +127,7 @@ class _Objects:
                 at = self._comma(at, index)
             where = f"{self._path}#{index}"
             at, end = self._object(at, where)
-            yield Value(self._data[at:end], where, Start(file_index, self._base + at, index))
+            yield Value(self._data[at:end], where, Start(start.file_index, self._base + at, index))
             at, index = end, index + 1
         if self._is_array:
             raise InputError(f"{self._path}: ends within its array, after {index:,} values: the file is cut off")

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from kdcache.errors import InputError
 from kdcache.inputs.content import Fields, Item, Start, parse_domain, parse_row
 from kdcache.inputs.formats.arrow_files import check_inflation, check_rows, check_views
+from kdcache.inputs.formats.base import FileFormat, InputFile
 from kdcache.inputs.formats.open_file import GIT_LFS
 from kdcache.inputs.formats.parquet_bounds import check_parquet, rows_at_once
 
@@ -21,12 +22,13 @@ _ARROW_FILE_MAGIC = b"ARROW1"
 _ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
 
 
-def read_parquet(path: str, file_index: int, start: Start, *, fields: Fields) -> Iterator[Item]:
-    """An item for each row; row groups before the start are not read.
+def read_parquet(file: InputFile) -> Iterator[Item]:
+    """Yield an item for each row; row groups before the start are not read.
 
     Raises:
         InputError: not a whole Parquet file, no such column, or a column or cell of the wrong type.
     """
+    path, start, fields = file.path, file.start, file.fields
     try:
         _refuse_pointer(path)
         with pq.ParquetFile(path) as table:
@@ -36,19 +38,20 @@ def read_parquet(path: str, file_index: int, start: Start, *, fields: Fields) ->
             columns = fields.read_names(table.schema_arrow.names)
             num_rows = rows_at_once(table.metadata, columns, os.path.getsize(path), _ROWS_PER_READ)
             batches = table.iter_batches(batch_size=num_rows, row_groups=groups, columns=columns)
-            yield from _rows(batches, path, start._replace(file_index=file_index), first_row, fields)
+            yield from _rows(batches, path, start, first_row, fields)
     except InputError:
         raise
     except Exception as error:  # of a damaged file Arrow raises what Python has: KeyError, TypeError, OverflowError, ...
         raise InputError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
 
 
-def read_arrow(path: str, file_index: int, start: Start, *, fields: Fields) -> Iterator[Item]:
-    """An item for each row of an Arrow IPC file (as Feather, or a cache of ours) or stream (as `datasets` writes).
+def read_arrow(file: InputFile) -> Iterator[Item]:
+    """Yield an item for each row of an Arrow IPC file (as Feather, or a cache of ours) or stream (as `datasets` writes).
 
     Raises:
         InputError: as `read_parquet`.
     """
+    path, start, fields = file.path, file.start, file.fields
     try:
         _refuse_pointer(path)
         with pa.memory_map(path) as source:
@@ -59,7 +62,7 @@ def read_arrow(path: str, file_index: int, start: Start, *, fields: Fields) -> I
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
             _check_columns(reader.schema, path, fields)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
-            yield from _rows(_while_whole(batches, path, source.size()), path, start._replace(file_index=file_index), 0, fields)
+            yield from _rows(_while_whole(batches, path, source.size()), path, start, 0, fields)
     except InputError:
         raise
     except Exception as error:  # as above
@@ -263,3 +266,7 @@ def _runs(column: Any) -> pa.Array:
 
 def _one_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+PARQUET = FileFormat(read_parquet, (".parquet",))
+ARROW = FileFormat(read_arrow, (".arrow", ".feather", ".ipc"))

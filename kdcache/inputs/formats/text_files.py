@@ -13,55 +13,59 @@ import msgspec
 
 from kdcache.errors import InputError
 from kdcache.inputs.content import Fields, Item, Start, parse_domain, parse_row
+from kdcache.inputs.formats.base import FileFormat, InputFile, also_compressed
 from kdcache.inputs.formats.json_faults import json_fault
 from kdcache.inputs.formats.json_values import read_lines as _lines
 from kdcache.inputs.formats.json_values import read_values
 from kdcache.inputs.formats.open_file import TextFiles
 
 
-def read_txt(path: str, file_index: int, start: Start, *, opener: TextFiles) -> Iterator[Item]:
-    """The one item of a file: all of it."""
-    if start.item_index:
+def read_txt(file: InputFile) -> Iterator[Item]:
+    """Yield the one item of a file: all of it."""
+    path = file.path
+    if file.start.item_index:
         return
-    with opener.open(path) as stream:
+    with file.opener.open(path) as stream:
         data = stream.read(stream.max_item_bytes) if stream.is_compressed else stream.read()
         if stream.is_compressed and stream.read(1):
             raise InputError(f"{path}: more than {stream.max_item_bytes:,} bytes come out of this file: decompress it")
-    yield Item(_decode(data.removeprefix(codecs.BOM_UTF8), path, first_line=1), path, Start(file_index, 0, 0))
+    yield Item(_decode(data.removeprefix(codecs.BOM_UTF8), path, first_line=1), path, file.start)
 
 
-def read_lines(path: str, file_index: int, start: Start, *, opener: TextFiles) -> Iterator[Item]:
-    """An item for each line, without its line end; a blank line is an empty item."""
-    with opener.open(path) as stream:
-        for line, line_start in _lines(stream, path, file_index, start):
+def read_lines(file: InputFile) -> Iterator[Item]:
+    """Yield an item for each line, without its line end; a blank line is an empty item."""
+    path = file.path
+    with file.opener.open(path) as stream:
+        for line, line_start in _lines(stream, path, file.start):
             line_number = line_start.item_index + 1
             yield Item(_decode(line, path, first_line=line_number).removesuffix("\r"), f"{path}:{line_number}", line_start)
 
 
-def read_jsonl(path: str, file_index: int, start: Start, *, fields: Fields, opener: TextFiles) -> Iterator[Item]:
-    """An item for each JSON object: on lines of their own, in an array, or one after another; blank lines are no items.
+def read_jsonl(file: InputFile) -> Iterator[Item]:
+    """Yield an item for each JSON object: on lines of their own, in an array, or one after another; blank lines are no items.
 
     Raises:
         InputError: a line that is no JSON object, that lacks a field, or whose field is of the wrong type.
     """
-    for value, where, value_start in read_objects(path, file_index, start, opener=opener):
+    fields = file.fields
+    for value, where, start in read_objects(file.path, file.start, opener=file.opener):
         for name in [*fields.content_names(list(value)), *([fields.domain] if fields.domain else [])]:
             if name not in value:
-                raise InputError(f"{where}: {_missing(name, value, path, fields)}")
+                raise InputError(f"{where}: {_missing(name, value, file.path, fields)}")
         content = parse_row(value, fields, where, "field", is_table=False)
         domain = parse_domain(value[fields.domain], f"{where}: field {fields.domain!r}") if fields.domain else ""
-        yield Item(content, where, value_start, domain)
+        yield Item(content, where, start, domain)
 
 
-def read_objects(path: str, file_index: int, start: Start, *, opener: TextFiles) -> Iterator[tuple[dict[str, Any], str, Start]]:
-    """Each JSON object of a file, where it stands in words, and where it starts.
+def read_objects(path: str, start: Start, *, opener: TextFiles) -> Iterator[tuple[dict[str, Any], str, Start]]:
+    """Yield each JSON object of a file, its file and line in words, and where it starts.
 
     Raises:
         InputError: a value that is no JSON object.
     """
     decoder = msgspec.json.Decoder()
     with opener.open(path) as stream:
-        for data, where, value_start in read_values(stream, path, file_index, start):
+        for data, where, value_start in read_values(stream, path, start):
             try:
                 value = decoder.decode(data)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -86,3 +90,8 @@ def _decode(data: bytes, path: str, *, first_line: int) -> str:
         raise InputError(
             f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); convert the file to UTF-8"
         ) from error
+
+
+TXT = FileFormat(read_txt, also_compressed(".txt"), has_fields=False)
+LINES = FileFormat(read_lines, also_compressed(".txt"), has_fields=False)
+JSONL = FileFormat(read_jsonl, also_compressed(".jsonl", ".ndjson", ".json"))

@@ -1,0 +1,84 @@
+"""What a format of input is, and how one is found by the name that `input.format` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from kdcache import extensions
+from kdcache.config.capture import InputConfig
+from kdcache.errors import ConfigError
+from kdcache.inputs.content import BEGINNING, Fields, Item, Start
+from kdcache.inputs.formats.open_file import TextFiles
+
+COMPRESSED = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of an input, and what to read of it.
+
+    Attributes:
+        path: as the user would write it.
+        fields: what is read of a row.
+        start: the item to begin with; its `file_index` is this file's own.
+        opener: opens text files, decompressed; keeps the compressed one that was read last.
+    """
+
+    path: str
+    fields: Fields
+    start: Start = BEGINNING
+    opener: TextFiles = field(default_factory=TextFiles)
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """A format whose items lie in files, which `input.paths` names.
+
+    Attributes:
+        read: yields the items of one file from its `start` on; raises InputError with file and line for what cannot be read.
+        endings: lower case, as `.jsonl`; folders are searched for them. A file that is named itself may end as it likes.
+        has_fields: whether an item is a field of a row, which the config names; else it is text.
+    """
+
+    read: Callable[[InputFile], Iterator[Item]]
+    endings: tuple[str, ...]
+    has_fields: bool = True
+
+
+@dataclass(frozen=True)
+class SourceFormat:
+    """A format whose items do not lie in files that the config names.
+
+    Attributes:
+        read: yields the items from a start on, of what the config names; raises InputError for what cannot be read.
+    """
+
+    read: Callable[[InputConfig, Start, Fields], Iterator[Item]]
+
+
+def find_format(config: InputConfig) -> FileFormat | SourceFormat:
+    """Find the format that a config names, and check that it has what the config asks of it.
+
+    Raises:
+        ConfigError: there is no such format, or it has no fields and the config names some.
+    """
+    found = extensions.find("inputs", config.format)
+    if not isinstance(found, (FileFormat, SourceFormat)):
+        raise ConfigError(
+            f"input.format {config.format!r} is a {type(found).__name__}, expected a FileFormat or a SourceFormat; mend "
+            "the package that brings it"
+        )
+    if isinstance(found, FileFormat) and not found.has_fields:
+        if config.content != "text":
+            raise ConfigError(f"input.format {config.format!r} holds content 'text', not {config.content!r}")
+        if config.domain_field is not None:
+            raise ConfigError(
+                f"input.format {config.format!r} has no fields, so it cannot have input.domain_field {config.domain_field!r}"
+            )
+    return found
+
+
+def also_compressed(*endings: str) -> tuple[str, ...]:
+    """The endings, and the same followed by `.gz` and `.zst`."""
+    return tuple(f"{ending}{packed}" for ending in endings for packed in ("", *COMPRESSED))
