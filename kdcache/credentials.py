@@ -135,7 +135,9 @@ def _named_secrets(value: Any, name: str) -> Iterator[str]:
 
 
 def _in_environment() -> set[str]:
-    return {value for name, value in os.environ.items() if len(value) >= MIN_CHARACTERS + 2 and is_secret_name(name)}
+    """Values of variables with a secret's name; the shell's PWD is the working directory and not a password."""
+    named = ((name, value) for name, value in os.environ.items() if len(value) >= MIN_CHARACTERS + 2 and name != "PWD")
+    return {value for name, value in named if is_secret_name(name)}
 
 
 def _masked_pairs(text: str) -> str:

@@ -38,7 +38,13 @@ OWN: dict[Kind, dict[str, str]] = {
         "dataset": "kdcache.inputs.formats._datasets:DATASET",
     },
     "losses": {},
-    "teachers": {},
+    "teachers": {
+        "auto": "kdcache.teacher.auto:AutoBackend",
+        "vllm": "kdcache.teacher.vllm:VllmBackend",
+        "transformers": "kdcache.teacher.hf:HfBackend",
+        "served": "kdcache.teacher.served:ServedBackend",
+        "fake": "kdcache.teacher.fake:FakeBackend",
+    },
 }
 """kind -> name -> "module:attribute", for what kdcache itself brings."""
 

@@ -144,3 +144,10 @@ def test_no_message_on_a_field_shows_a_secret():
     with pytest.raises(ConfigError) as caught:
         convert_config({"model": "x", "engine_options": {"token": [SECRET]}}, TeacherConfig)
     assert SECRET not in str(caught.value)
+
+
+def test_the_working_directory_is_no_secret_though_the_shell_calls_it_pwd(monkeypatch):
+    monkeypatch.setenv("PWD", "/home/someone/a/project")
+    monkeypatch.setenv("DB_PWD", "a/password/of/someone")
+    assert masked("in /home/someone/a/project") == "in /home/someone/a/project"
+    assert masked("with a/password/of/someone") == f"with {MASK}"

@@ -21,7 +21,7 @@ from kdcache.codec import get_codec
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.chat import parse_moment
 from kdcache.config.load import config_to_builtins
-from kdcache.errors import ConfigError, CorruptCacheError
+from kdcache.errors import ConfigError, CorruptCacheError, UnsupportedVersionError
 from kdcache.format.manifest import CodecInfo, FeatureInfo, Identity, Manifest, PlanInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.selection import selection_params
 from kdcache.store import chain
@@ -162,7 +162,11 @@ def selection_info(config: CaptureConfig) -> SelectionInfo:
 def codec_info(config: CaptureConfig, vocab_size: int) -> CodecInfo:
     """The codec and its parameters, for a vocabulary."""
     bits = {} if config.codec.bits is None else {"bits": config.codec.bits}
-    codec = get_codec(config.codec_id, {"vocab_size": vocab_size, **bits}, selection_info(config))
+    params = {"vocab_size": vocab_size, **bits, **config.codec.params}
+    try:
+        codec = get_codec(config.codec_id, params, selection_info(config))
+    except UnsupportedVersionError as error:
+        raise ConfigError(f"codec: {error}") from error
     return CodecInfo(codec_id=codec.codec_id, params=codec.params())
 
 

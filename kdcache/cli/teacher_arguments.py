@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from kdcache import extensions
 from kdcache.errors import ConfigError
 from kdcache.shown import shown
-from kdcache.teacher import BACKENDS
 
 if TYPE_CHECKING:
     from kdcache.config.teacher import TeacherConfig
@@ -26,7 +26,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser, *, what: str) -> None
     parser.add_argument(
         "--teacher-config", metavar="CONFIG.yaml", help="a capture config of yours: its section `teacher` says how to run it"
     )
-    parser.add_argument("--backend", choices=list(BACKENDS), help="what runs the teacher (default: auto)")
+    parser.add_argument("--backend", choices=extensions.names("teachers"), help="what runs the teacher (default: auto)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the teacher's weights (default: auto)")
 
 

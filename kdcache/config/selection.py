@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from kdcache import extensions
 from kdcache.config.base import Config, Positive, PositiveFloat
 
 SELECTION_DEFAULTS: dict[str, dict[str, int | float]] = {
@@ -77,15 +78,23 @@ class CodecConfig(Config, frozen=True, kw_only=True):
     Attributes:
         id: `auto`, `archive` for the random selections, whose entries are few, and `packed` for `top_k` and `top_p_k`.
             `packed` (fixed-width ids, float16 logprobs: read fastest), `quantized` (fixed-width ids, logprobs of a few bits,
-            sums kept within 1), `archive` (smallest, read at millions of entries a second) or `raw` (int32, float32: exact).
+            sums kept within 1), `archive` (smallest, read at millions of entries a second) or `raw` (int32, float32: exact);
+            or the name of an installed package's codec.
         bits: of a logprob; `quantized`: 4 to 8; `archive`: 4 to 8 as there, or 16 for float16 as in `packed`; null for 8.
+        params: parameters of an installed package's codec, by name.
     """
 
-    id: Literal["auto", "packed", "quantized", "archive", "raw"] = "auto"
+    id: str = "auto"
     bits: Literal[4, 5, 6, 7, 8, 16] | None = None
+    params: dict[str, bool | int | float | str] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.bits is not None and self.id not in ("quantized", "archive"):
+        if self.id != "auto" and not extensions.is_known("codecs", self.id):
+            known = ", ".join(map(repr, ["auto", *extensions.names("codecs")]))
+            raise ValueError(f"id is {self.id!r}, expected one of {known}, or a codec whose package is installed")
+        if self.bits is not None and self.id in ("auto", "packed", "raw"):
             raise ValueError(f"bits is for the codecs 'quantized' and 'archive'; leave it out for {self.id!r}")
         if self.bits == 16 and self.id == "quantized":
             raise ValueError("codec 'quantized' has 4 to 8 bits, not 16; 'packed' stores float16, and 'archive' with 16")
+        if self.params and self.id in ("auto", *extensions.OWN["codecs"]):
+            raise ValueError(f"params is for codecs of other packages; the only parameter of {self.id!r} may be bits")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from kdcache import extensions
 from kdcache.config.base import Config, Positive
 from kdcache.config.server import ServerConfig
 from kdcache.credentials import find_secret
@@ -48,7 +49,7 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
     Attributes:
         model: hub id or local folder in the Hugging Face layout; for `fake`, any name.
         backend: `vllm`, `transformers`, `served` (a server that is already running, see `server`), `fake`, or `auto`: vLLM
-            where it is installed and imports, otherwise transformers.
+            where it is installed and imports, otherwise transformers; or the name of an installed package's backend.
         revision: hub commit or tag; null for the default.
         adapter: vLLM, worker route: local folder of a LoRA adapter (PEFT's format) to apply to the model; null for none. One
             that changes embeddings or output projection is refused: merge it into the model.
@@ -63,9 +64,9 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
         num_threads: CPU threads of the model; null for the library's default.
         strict: fail instead of warning where `auto` would fall back (to vLLM's public route, or from a broken vLLM to
             transformers), and where a server's tokenizer cannot be compared with ours.
-        engine_options: further keyword arguments of `vllm.LLM` or `from_pretrained`. Those that can change the teacher's
-            numbers are part of its identity. `trust_remote_code: true` runs Python code that comes with the model, with your
-            rights: read that code first.
+        engine_options: further keyword arguments of `vllm.LLM`, `from_pretrained` or another package's backend. Those that
+            can change the teacher's numbers are part of its identity. `trust_remote_code: true` runs Python code that comes
+            with the model, with your rights: read that code first.
         vllm: backend `vllm` only: how it runs the teacher.
         fake: backend `fake` only: its size and seed.
         server: backend `served` only: where the server is, and how it is asked.
@@ -93,6 +94,8 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
         return self.engine_options.get("trust_remote_code") is True
 
     def __post_init__(self) -> None:
+        if not extensions.is_known("teachers", self.backend):
+            raise ValueError(f"backend is {self.backend!r}, expected one of {', '.join(extensions.names('teachers'))}")
         secret = find_secret(self.engine_options, path="engine_options")
         if secret is not None:
             raise ValueError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.errors import CorruptCacheError, FormatError
+from kdcache.errors import CorruptCacheError, FormatError, UnsupportedVersionError
 from kdcache.format.manifest import Manifest, ShardInfo
 from kdcache.format.record import SequenceRecord, check_distributions
 from kdcache.store import chain
@@ -79,11 +79,14 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
 
     Raises:
         CacheNotFoundError: there is no cache. CorruptCacheError: the newest manifest itself cannot be read.
+        UnsupportedVersionError: the cache's version or codec is not known here, so that nobody can say what is damaged.
     """
     root = locate(path)
     report = VerifyReport(chain.newest_manifest(root), problems=[*chain.check_chain(root), *chain.check_journal(root)])
     try:
         reader = CacheReader(root, report.manifest)
+    except UnsupportedVersionError:
+        raise  # not damage: what is there may be whole
     except FormatError as error:
         report.problems.append(str(error))
         return report

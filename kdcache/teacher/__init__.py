@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kdcache import extensions
 from kdcache.errors import ConfigError
 from kdcache.shown import get_logger, shown
 
@@ -18,27 +19,21 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-BACKENDS = {
-    "auto": "kdcache.teacher.auto:AutoBackend",
-    "vllm": "kdcache.teacher.vllm:VllmBackend",
-    "transformers": "kdcache.teacher.hf:HfBackend",
-    "served": "kdcache.teacher.served:ServedBackend",
-    "fake": "kdcache.teacher.fake:FakeBackend",
-}
-"""Name in a config -> `module:Class` of a `Backend`: the one place that knows which there are."""
+BACKENDS = extensions.OWN["teachers"]
+"""Name in a config -> `module:Class` of a `Backend`, for those that kdcache brings."""
 
 
 def find_backend(name: str) -> Backend:
-    """The backend of this name.
+    """Find the backend of this name, ours or another package's.
 
     Raises:
         ConfigError: there is none.
     """
-    from kdcache.teacher.backend import import_class
-
-    if name not in BACKENDS:
-        raise ConfigError(f"teacher.backend is {shown(repr(name), 100)}; expected one of {', '.join(BACKENDS)}")
-    return import_class(BACKENDS[name], (), purpose=f"teacher.backend {name!r}", extra=None)(name)
+    if not extensions.is_known("teachers", name):
+        raise ConfigError(
+            f"teacher.backend is {shown(repr(name), 100)}; expected one of {', '.join(extensions.names('teachers'))}"
+        )
+    return extensions.find("teachers", name)(name)
 
 
 def load_teacher(config: TeacherConfig) -> Teacher:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class Backend:
     """A kind of teacher, as `teacher.backend` names it.
 
-    To add one, write a subclass and a `Teacher`, and enter the subclass in `kdcache.teacher.BACKENDS`. The subclass is asked
-    before anything is loaded, on machines without the engine too: its module imports nothing heavy.
+    To add one, write a subclass and a `Teacher`, and enter the subclass in `kdcache.extensions.OWN`, or from another package
+    as an entry point of the group `kdcache.teachers`. The subclass is asked before anything is loaded, on machines without
+    the engine too: its module imports nothing heavy.
 
     Attributes:
         teacher: `module:Class` of its `Teacher`, which is called with the config. It is imported when a teacher is loaded.

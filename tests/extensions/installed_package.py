@@ -9,6 +9,8 @@ ENTRY_POINTS = """\
 [kdcache.codecs]
 toy = toy_codec:ToyCodec
 broken = toy_that_is_not_there:Codec
+[kdcache.teachers]
+toy = toy_teacher:ToyBackend
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from kdcache import extensions
 from kdcache.cli.foreign_arguments import (
     add_reading_arguments,
     examine_options,
@@ -42,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accept", action="append", default=[], metavar="FINDING",
         help="take on trust what the doctor calls unclear, as in --accept alignment_unclear; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--codec", choices=("packed", "raw"), default="packed", help="of the new cache (default: packed)")
+    parser.add_argument(
+        "--codec", choices=extensions.names("codecs"), default="packed", help="of the new cache (default: packed)"
+    )
     parser.add_argument(
         "--model", metavar="NAME", help="the teacher's name, for the new cache's manifest (default: that of --teacher)"
     )
