@@ -200,7 +200,7 @@ def train_and_score(plan: dict[str, Any], setting: str, seed: int, deadline: flo
                  "num_attention_heads": hidden // 64}  # fmt: skip
     config = TrainConfig(
         cache=capture_config(plan, cache).out, out="", seed=seed, steps=plan["steps"], device=plan["device"],
-        student=StudentConfig(config_from=folder, overrides=overrides), loss=LossConfig(**loss),
+        student=StudentConfig(model=folder, overrides=overrides), loss=LossConfig(**loss),
         loader=LoaderConfig(seq_len=plan["seq_len"], batch_rows=plan["batch_rows"], seed=seed, num_threads=1),
         optimizer=OptimizerConfig(lr=plan["lr"], betas=(0.9, plan["beta2"]), final_fraction=0.05),
     )  # fmt: skip

@@ -109,7 +109,7 @@ Step = Callable[[], object]
 def ours(student: LlamaForCausalLM, batch: TorchBatch, dtype: str, **loss: Any) -> Step:
     """The trainer's own step."""
     config = TrainConfig(
-        cache="", out="", steps=1, dtype=dtype, student=StudentConfig(config_from=""), loss=LossConfig(**loss)  # type: ignore[arg-type]
+        cache="", out="", steps=1, dtype=dtype, student=StudentConfig(model=""), loss=LossConfig(**loss)  # type: ignore[arg-type]
     )  # fmt: skip
     optimizer = make_optimizer(student, config.optimizer)
     return lambda: optimize(student, optimizer, batch, config, 1e-4)
@@ -117,7 +117,7 @@ def ours(student: LlamaForCausalLM, batch: TorchBatch, dtype: str, **loss: Any) 
 
 def by_hand(student: LlamaForCausalLM, batch: TorchBatch, dtype: str, loss: Callable[..., torch.Tensor]) -> Step:
     """The same step around another loss of (hidden states, weight, labels)."""
-    config = TrainConfig(cache="", out="", steps=1, student=StudentConfig(config_from=""))
+    config = TrainConfig(cache="", out="", steps=1, student=StudentConfig(model=""))
     optimizer, target_ids_P = make_optimizer(student, config.optimizer), batch.target_ids_BT.flatten()
 
     def step() -> None:

@@ -106,7 +106,7 @@ CAPTURE = {
     "teacher": {"model": "fake", "backend": "fake"},
     "out": "cache",
 }
-TRAIN = {"cache": "cache", "out": "run", "steps": 1, "student": {"config_from": "x"}}
+TRAIN = {"cache": "cache", "out": "run", "steps": 1, "student": {"model": "x"}}
 SECRET = "S3CRET-of-mine"
 
 

@@ -84,7 +84,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     fields: dict[str, Any] = {"input": {"format": "txt", "paths": [str(folder / "text.txt")], "window": {"size": 64}}}
     fields |= {"teacher": {"model": "fake", "backend": "fake"}, "selection": {"k": 4}, "out": "unused"}
     (folder / "fake.yaml").write_text(json.dumps(fields))
-    train = {"cache": str(folder / "cache"), "out": str(folder / "run"), "student": {"config_from": "x"}, "steps": 1}
+    train = {"cache": str(folder / "cache"), "out": str(folder / "run"), "student": {"model": "x"}, "steps": 1}
     (folder / "train.json").write_text(json.dumps(train))
     return json.loads(python("", CORE, str(folder)).rpartition("FOUND")[2])
 

@@ -197,7 +197,7 @@ STUDENT = {
 TRAINING = """\
 cache: {cache}
 out: {folder}/out
-student: {{config_from: {folder}, tokenizer: fake}}
+student: {{model: {folder}, tokenizer: fake}}
 loader: {{seq_len: 64, batch_rows: 2}}
 loss: {{divergence: {divergence}}}
 steps: 1

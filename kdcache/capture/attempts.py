@@ -52,7 +52,7 @@ class UnitWorker:
         while isinstance(outcome, Exception) and self._is_worth_another_try(outcome, attempts):
             attempts += 1
             outcome = self._attempt(self._path.capture, unit, attempts)
-        if isinstance(outcome, Exception) and run.skip_poison and not self._stop.is_requested:
+        if isinstance(outcome, Exception) and run.skip_failing and not self._stop.is_requested:
             attempts += 1
             outcome = self._attempt(self._capture_without_poison, unit, attempts)
         if isinstance(outcome, UnitDone):

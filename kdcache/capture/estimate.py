@@ -133,14 +133,14 @@ def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = N
 
 def _requests_of(items: list[Item], job: Job) -> tuple[list[Request], CutCounts]:
     """What the teacher would be given; without what cannot be read, where a capture would leave that out too."""
-    if not job.config.run.skip_poison:
+    if not job.config.run.skip_failing:
         return make_requests(items, job.tokenizer, job.config, vocab_size=2**31)
     requests, counts = [], CutCounts()
     for item in items:
         try:
             of_item, counted = make_requests([item], job.tokenizer, job.config, vocab_size=2**31)
         except InputError as error:
-            counts.note({f"left out by run.skip_poison, as in {error}": 1})
+            counts.note({f"left out by run.skip_failing, as in {error}": 1})
             continue
         requests += of_item
         counts.add(counted)

@@ -138,7 +138,7 @@ def _without_last_answer(item: Item, asked: GenerateConfig, counts: CutCounts) -
     if asked.last_answer == "error":
         raise InputError(
             f"{item.source}: the chat ends with the assistant's words, so that there is nothing to answer; take them out, or "
-            "set generate.last_answer to drop to have them answered anew"
+            "set generate.last_answer to skip to have the teacher answer instead"
         )
     kept = max((index + 1 for index, message in enumerate(messages) if message["role"] != "assistant"), default=0)
     counts.num_dropped_answers += 1

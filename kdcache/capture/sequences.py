@@ -27,7 +27,7 @@ class CutCounts:
         num_unsupervised: sequences skipped because none of their positions is supervised: chats, or windows of chats, in which
             the assistant says nothing.
         num_truncated_items, num_truncated_tokens: under policy `truncate`.
-        num_skipped: items and sequences left out because they make their unit fail, under `run.skip_poison`.
+        num_skipped: items and sequences left out because they make their unit fail, under `run.skip_failing`.
         num_long_prompts: prompts skipped because they leave no room for an answer, under `generate.long_prompts`.
         num_dropped_answers: chats whose last words, the assistant's, were left out, under `generate.last_answer`.
         notes: what the items hold beside that and nobody uses, and the like: a sentence for each kind -> items.

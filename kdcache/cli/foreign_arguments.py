@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from kdcache.cli.teacher_arguments import add_teacher_arguments, at_least
+from kdcache.cli.teacher_arguments import add_sample_arguments, add_teacher_arguments, at_least
 from kdcache.errors import ConfigError
 from kdcache.shown import shown
 
@@ -47,8 +47,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab-size", type=at_least(1), metavar="V", help="width of the teacher's output, padding included")
     parser.add_argument("--tokenizer", metavar="NAME", help="of the token ids: a hub id or a folder")
     add_teacher_arguments(parser, what="ask this model again about a random sample: what is a hint from the text becomes exact")
-    parser.add_argument("--sample", type=at_least(1), default=16, metavar="N", help="sequences to ask it about (default: 16)")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the sample (default: 0)")
+    add_sample_arguments(parser)
 
 
 def read_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ReadOptions:
@@ -74,7 +73,7 @@ def examine_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> Ex
         read=read_options(args, tokenizer),
         vocab_size=args.vocab_size,
         tokenizer_size=None if tokenizer is None else tokenizer.identity.vocab_size,
-        sample=args.sample,
+        num_sequences=args.num_sequences,
         seed=args.seed,
     )
 

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kdcache import extensions
+from kdcache.config.describe import choices_of, type_at
+from kdcache.config.teacher import TeacherConfig
 from kdcache.errors import ConfigError
 from kdcache.shown import shown
 
 if TYPE_CHECKING:
-    from kdcache.config.teacher import TeacherConfig
     from kdcache.teacher.base import Teacher
 
 _MOST = 100
 """Characters of a setting that are shown."""
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_teacher_arguments(parser: argparse.ArgumentParser, *, what: str) -> None:
@@ -27,7 +27,18 @@ def add_teacher_arguments(parser: argparse.ArgumentParser, *, what: str) -> None
         "--teacher-config", metavar="CONFIG.yaml", help="a capture config of yours: its section `teacher` says how to run it"
     )
     parser.add_argument("--backend", choices=extensions.names("teachers"), help="what runs the teacher (default: auto)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the teacher's weights (default: auto)")
+    parser.add_argument(
+        "--dtype", choices=choices_of(type_at(TeacherConfig, ["dtype"])), help="of the teacher's weights (default: auto)"
+    )
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser, *, prefix: str = "") -> None:
+    """Declare --num-sequences and --seed: about what the teacher is asked."""
+    parser.add_argument(
+        "--num-sequences", type=at_least(1), default=16, metavar="N",
+        help=f"{prefix}sequences to ask the teacher about, chosen at random (default: 16)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help=f"{prefix}of that choice (default: 0)")
 
 
 def asks_teacher(args: argparse.Namespace) -> bool:
@@ -44,7 +55,6 @@ def teacher_config(args: argparse.Namespace) -> TeacherConfig:
         ConfigError: no model is named, or the file holds no section `teacher` that makes sense.
     """
     from kdcache.config.load import convert_config, read_yaml_mapping
-    from kdcache.config.teacher import TeacherConfig
 
     fields: dict[str, Any] = {}
     if args.teacher_config is not None:

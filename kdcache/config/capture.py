@@ -134,8 +134,8 @@ class GenerateConfig(Config, frozen=True, kw_only=True):
         seed: of the draws; each answer's is a function of it, the prompt's tokens and the answer's number.
         long_prompts: a prompt that does not leave room for max_tokens in input.window.size: `error` names it and stops, `skip`
             leaves it out and counts it.
-        last_answer: a chat that ends with the assistant's words: `error` names it and stops, `drop` leaves these words out,
-            counts them, and has the teacher answer anew.
+        last_answer: a chat that ends with the assistant's words: `error` names it and stops, `skip` leaves these
+            words out, counts them, and has the teacher answer instead.
         capture_filtered: record the distributions that were drawn from, after temperature and filters, in place of the
             teacher's own.
     """
@@ -151,7 +151,7 @@ class GenerateConfig(Config, frozen=True, kw_only=True):
     ignore_eos: bool = False
     seed: NonNegative = 0
     long_prompts: Literal["error", "skip"] = "error"
-    last_answer: Literal["error", "drop"] = "error"
+    last_answer: Literal["error", "skip"] = "error"
     capture_filtered: bool = False
 
     def __post_init__(self) -> None:
@@ -223,7 +223,7 @@ class RunConfig(Config, frozen=True, kw_only=True):
         retries: how often a unit that failed is tried again before it is given up.
         max_failed: most units to set aside, with their reason, while the rest goes on; the next run tries them again. With 0
             the first unit that keeps failing stops the capture.
-        skip_poison: find the sequences that make a unit fail alone as well, leave them out, name them, and publish the rest.
+        skip_failing: find the sequences that make a unit fail, skip them, name them, and publish the rest.
         stall_seconds: when the teacher has answered nothing for so long, say so, print every thread's stack and stop; null to
             wait for ever.
         load_stall_seconds: the same for loading the teacher, a download of its weights included.
@@ -240,7 +240,7 @@ class RunConfig(Config, frozen=True, kw_only=True):
     ray_address: str | None = None
     retries: NonNegative = 1
     max_failed: NonNegative = 0
-    skip_poison: bool = False
+    skip_failing: bool = False
     stall_seconds: Seconds | None = 1800.0
     load_stall_seconds: Seconds | None = 7200.0
     progress_path: str | None = None

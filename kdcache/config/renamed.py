@@ -14,6 +14,10 @@ RENAMED = {
     "teacher.vocab_size": "teacher.fake.vocab_size",
     "teacher.context_length": "teacher.fake.context_length",
     "teacher.seed": "teacher.fake.seed",
+    "run.skip_poison": "run.skip_failing",
+    "accept_incomplete_cache": "accept: [incomplete]",
+    "student.accept_tokenizer_mismatch": "accept: [tokenizer]",
+    "student.config_from": "student.model",
     "loss.positions_per_chunk": "loss.chunk_positions",
 }
 """Old path of a field or section -> its path now. A longer path decides before a shorter one."""

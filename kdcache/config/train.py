@@ -23,23 +23,21 @@ class StudentConfig(Config, frozen=True, kw_only=True):
     """The model that is trained.
 
     Attributes:
-        config_from: folder in the Hugging Face layout or hub id, perhaps the teacher's; its `config.json` is the base.
+        model: folder in the Hugging Face layout or hub id, possibly the teacher's; its `config.json` is the base.
         revision: hub commit or tag; null for the default.
-        init: `random` builds new weights from the configuration; `pretrained` loads those of `config_from`.
+        init: `random` builds new weights from the configuration; `pretrained` loads those of `model`.
         overrides: fields of that configuration to change, as in {hidden_size: 128}; none with `pretrained`.
-        tokenizer: folder or hub id of the student's tokenizer; null for `config_from`. Its fingerprint must be the cache's.
+        tokenizer: folder or hub id of the student's tokenizer; null for that of `model`. Its fingerprint must be the cache's.
         attention: transformers' name of the attention; `auto` is sdpa where the model has it and it does all that the
             configuration asks, and eager elsewhere (no sdpa in gpt-oss, a soft cap that sdpa leaves out in Gemma 2).
-        accept_tokenizer_mismatch: train although the fingerprints differ. For tokenizers known to give the same ids.
     """
 
-    config_from: str
+    model: str
     revision: str | None = None
     init: Literal["random", "pretrained"] = "random"
     overrides: dict[str, Scalar | list[Scalar]] = msgspec.field(default_factory=dict)
     tokenizer: str | None = None
     attention: str = "auto"
-    accept_tokenizer_mismatch: bool = False
 
     def __post_init__(self) -> None:
         if self.init == "pretrained" and self.overrides:
@@ -54,8 +52,9 @@ class LossConfig(Config, frozen=True, kw_only=True):
         divergence: `forward_kl`, or another name of the table in kdcache/kernels/README.md.
         divergence_options: by name, as in {beta: 0.3}; what is left out has the default of the table.
         tail: what becomes of the teacher's mass outside the support: `bucket` compares it with the student's as one further
-            token, `drop` leaves it out, `renormalize` scales the support to mass 1. With the forward KL and a cache of a random
-            selection, `drop` trains on all entries, without bias; the others on its exact entries alone.
+            token, `drop` leaves it out, `renormalize` scales the support to mass 1, `uniform` spreads it evenly over the ids
+            outside the support. With the forward KL and a cache of a random selection, `drop` trains on all entries, without
+            bias; the others on its exact entries alone.
         temperature: of both sides; other than 1 must be one of the cache's selection.temperatures.
         backend: `numba`, `torch` or `triton`; `auto` takes the fastest that fits the device and has been tested on one.
         chunk_positions: positions whose logits exist at once; memory is this x vocabulary x 2 or 4 bytes. null: 512 on a
@@ -71,7 +70,7 @@ class LossConfig(Config, frozen=True, kw_only=True):
     alpha: Fraction = 1.0
     divergence: str = "forward_kl"
     divergence_options: dict[str, float] = msgspec.field(default_factory=dict)
-    tail: Literal["bucket", "drop", "renormalize"] = "bucket"
+    tail: Literal["bucket", "drop", "renormalize", "uniform"] = "bucket"
     temperature: PositiveFloat = 1.0
     backend: Literal["auto", "numba", "torch", "triton"] = "auto"
     chunk_positions: Positive | None = None
@@ -126,7 +125,9 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     Attributes:
         cache: directory of the cache, or its URI: `file://`, `s3://`, `gs://` or `hf://`.
         remote: how a cache in an object store is read, and where what was read is kept.
-        accept_incomplete_cache: train although the capture has not finished: on what it has published so far.
+        accept: what to train in spite of. `incomplete`: the capture has not finished; trains on what it has published so far.
+            `tokenizer`: the student's tokenizer has another fingerprint than the cache's; for tokenizers known to give the same
+            ids.
         out: directory of the run: `run.json`, `metrics.jsonl`, `checkpoints/`, and at the end `model/` in the Hugging Face
             layout. The same command on the same directory goes on where it stopped.
         steps: optimiser steps; give this or `epochs`.
@@ -143,7 +144,7 @@ class TrainConfig(Config, frozen=True, kw_only=True):
 
     cache: str
     remote: RemoteConfig = RemoteConfig()
-    accept_incomplete_cache: bool = False
+    accept: tuple[Literal["incomplete", "tokenizer"], ...] = ()
     out: str
     student: StudentConfig
     loader: LoaderConfig = LoaderConfig()

@@ -81,7 +81,7 @@ def sampled(fraction: float, seed: int, keys_S: NDArray[np.uint8]) -> NDArray[np
         ConfigError: a fraction outside (0, 1].
     """
     if not 0 < fraction <= 1:
-        raise ConfigError(f"sample: the fraction is {fraction!r}, expected one above 0 and at most 1")
+        raise ConfigError(f"fraction: {fraction!r} is given, expected one above 0 and at most 1")
     words_S2 = np.ascontiguousarray(keys_S).view("<u8")
     hashes_S = np.full(len(keys_S), (derived_seed("sample", seed) + GOLDEN) & MASK, np.uint64)
     for word in range(2):

@@ -126,8 +126,8 @@ def _numbers(readers: Sequence[CacheReader], names: Sequence[str], options: Deri
     if options.select is not None:
         taken_S = selected(options.select, keys_S)
     numbers_S = np.flatnonzero(taken_S)
-    if options.sample is not None:
-        numbers_S = numbers_S[sampled(options.sample, options.seed, keys_S[numbers_S])]
+    if options.fraction is not None:
+        numbers_S = numbers_S[sampled(options.fraction, options.seed, keys_S[numbers_S])]
     if not len(numbers_S):
         raise InputError(f"no sequence of {', '.join(map(repr, names))} is taken: {len(keys_S):,} there, 0 left to write")
     return numbers_SC[numbers_S], num_missing

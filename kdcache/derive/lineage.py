@@ -57,7 +57,7 @@ def _operations(selections: Sequence[SelectionInfo], options: DeriveOptions) -> 
         "mix": None if options.mix is None else {"weights": list(options.mix), "missing": options.missing, **seed},
         "concatenate": {} if options.mix is None and len(selections) > 1 else None,
         "select": _selected(options),
-        "sample": None if options.sample is None else {"fraction": options.sample, "seed": options.seed},
+        "sample": None if options.fraction is None else {"fraction": options.fraction, "seed": options.seed},
         "where": None if options.where is None else {"condition": options.where},
         "where_position": None if options.where_position is None else {"condition": options.where_position},
         "reduce": None if options.reduce is None else {**options.reduce.asked(), **seed},

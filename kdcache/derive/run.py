@@ -140,10 +140,10 @@ def derived_record(job: Job, records: Sequence[SequenceRecord]) -> SequenceRecor
 
 
 def _refuse_incomplete(source: str | Path, manifest: Manifest, options: DeriveOptions) -> None:
-    if not (manifest.is_complete or options.accept_incomplete):
+    if not (manifest.is_complete or "incomplete" in options.accept):
         raise InputError(
             f"{source}: only {len(manifest.shards)} of {manifest.plan.num_units} units are there, and what is derived would "
-            "look complete; finish it first, or take it as it is with --accept-incomplete (accept_incomplete)"
+            "look complete; finish it first, or use it as it is with --accept incomplete"
         )
 
 

@@ -116,11 +116,11 @@ def check_architecture(model: PreTrainedModel, *, is_packed: bool = True) -> Non
     except (AttributeError, TypeError, ValueError, LookupError, NotImplementedError) as error:  # of its own code, on plain text
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError(
-            f"student.config_from: {name} cannot be run on text alone ({reason}); expected a causal language model"
+            f"student.model: {name} cannot be run on text alone ({reason}); expected a causal language model"
         ) from error
     if not has_known_head:
         raise ConfigError(
-            f"student.config_from: the logits of {name} are not its output projection of the hidden states, scaled as "
+            f"student.model: the logits of {name} are not its output projection of the hidden states, scaled as "
             "logit_scale or logits_scaling and capped as final_logit_softcapping of its configuration say, and the loss knows "
             "nothing else"
         )
@@ -130,16 +130,15 @@ def check_architecture(model: PreTrainedModel, *, is_packed: bool = True) -> Non
 def _check_documents(model: PreTrainedModel, name: str, is_packed: bool) -> None:
     if is_packed and not keeps_documents_apart(model):
         raise ConfigError(
-            f"student.config_from: {name} lets packed documents see each other; set loader.packing to none, one document in "
-            "each row"
+            f"student.model: {name} lets packed documents see each other; set loader.packing to none, one document in each row"
         )
     if not ignores_batch_mates(model):
         raise ConfigError(
-            f"student.config_from: {name} says something else of a text when another row is in the batch (it takes statistics "
+            f"student.model: {name} says something else of a text when another row is in the batch (it takes statistics "
             "or factors from it); this trainer cannot train it"
         )
     if not ignores_what_follows(model):
-        raise ConfigError(f"student.config_from: {name} reads what follows a token; expected a causal language model")
+        raise ConfigError(f"student.model: {name} reads what follows a token; expected a causal language model")
 
 
 def _probe_ids(model: PreTrainedModel) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def _built(config: StudentConfig, seed: int, attention: str) -> PreTrainedModel:
     torch.manual_seed(seed)
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
     if config.init == "pretrained":
-        return load_model(config.config_from, revision=config.revision, field="student.config_from", **options)
+        return load_model(config.model, revision=config.revision, field="student.model", **options)
     model_config = _student_config(config)
     try:
         return language_model_class(model_config).from_config(model_config, **options)
@@ -124,10 +124,10 @@ def load_model(name: str, *, field: str, revision: str | None = None, **options:
 
 def _student_config(config: StudentConfig) -> Any:
     try:
-        base = AutoConfig.from_pretrained(config.config_from, revision=config.revision or "main", trust_remote_code=False)
+        base = AutoConfig.from_pretrained(config.model, revision=config.revision or "main", trust_remote_code=False)
     except Exception as error:
         raise ConfigError(
-            f"student.config_from: no model configuration can be read from {config.config_from!r}: {first_line(error)}"
+            f"student.model: no model configuration can be read from {config.model!r}: {first_line(error)}"
         ) from error
     return _overridden(base, config.overrides)
 
@@ -168,7 +168,9 @@ def _is_derived(base: Any, name: str) -> bool:
     return type(base).from_dict(fields).to_dict().get(name) == value
 
 
-def check_against_cache(model: PreTrainedModel, config: StudentConfig, identity: Identity, *, longest_sequence: int) -> None:
+def check_against_cache(
+    model: PreTrainedModel, config: StudentConfig, identity: Identity, *, longest_sequence: int, accept: Collection[str] = ()
+) -> None:
     """Refuse a student whose ids or positions are not the cache's.
 
     Args:
@@ -176,16 +178,18 @@ def check_against_cache(model: PreTrainedModel, config: StudentConfig, identity:
         config: names its tokenizer.
         identity: the cache's.
         longest_sequence: tokens of the cache's longest sequence.
+        accept: with `tokenizer`, another tokenizer is not refused.
 
     Raises:
         MismatchError: another tokenizer, a vocabulary too small for the teacher's ids, or too short a context.
     """
-    _check_tokenizer(config, identity)
+    if "tokenizer" not in accept:
+        _check_tokenizer(config, identity)
     advice = f"set student.overrides.vocab_size to {identity.teacher.vocab_size}"
     if config.init == "pretrained":
         advice = (
             f"load it with transformers, call resize_token_embeddings({identity.teacher.vocab_size}), save it with its "
-            "tokenizer, and name that folder as student.config_from"
+            "tokenizer, and name that folder as student.model"
         )
     check_vocabulary(vocab_size(model), identity, advice)
     context = getattr(text_config(model), "max_position_embeddings", None)
@@ -214,15 +218,13 @@ def check_vocabulary(size: int, identity: Identity, advice: str) -> None:
 
 
 def _check_tokenizer(config: StudentConfig, identity: Identity) -> None:
-    if config.accept_tokenizer_mismatch:
-        return
-    name = config.tokenizer or config.config_from
+    name = config.tokenizer or config.model
     mine, theirs = load_tokenizer(name, config.revision).identity, identity.tokenizer
     if mine.fingerprint != theirs.fingerprint:
         raise MismatchError(
             f"the student's tokenizer {name!r} ({mine.fingerprint[:12]}, {mine.vocab_size} ids) is not the one that made the "
             f"cache, {theirs.name!r} ({theirs.fingerprint[:12]}, {theirs.vocab_size} ids): set student.tokenizer to that one, "
-            "or student.accept_tokenizer_mismatch to true if both give the same ids"
+            "or `accept: [tokenizer]` if both give the same ids"
         )
 
 

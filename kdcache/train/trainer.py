@@ -212,7 +212,7 @@ class Trainer:
         self.folder.cut_metrics(state.metrics_bytes)
 
     def _save_model(self, path: Path) -> None:
-        name = self.config.student.tokenizer or self.config.student.config_from
+        name = self.config.student.tokenizer or self.config.student.model
         with without_progress_bars():
             self.model.save_pretrained(path)
             AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(path)
@@ -225,10 +225,10 @@ def num_batches(loader: Loader, num_epochs: int) -> int:
 
 def _check_cache(config: TrainConfig, reader: CacheReader) -> None:
     manifest = reader.manifest
-    if not (manifest.is_complete or config.accept_incomplete_cache):
+    if not (manifest.is_complete or "incomplete" in config.accept):
         raise InputError(
             f"{config.cache}: the capture has published {len(manifest.shards)} of {manifest.plan.num_units} units; "
-            "run `kdcache capture` again to finish it, or set accept_incomplete_cache to true to train on these"
+            "run `kdcache capture` again to finish it, or set `accept: [incomplete]` to train on these"
         )
     # Before the student is built: what the cache is not enough for.
     entry_meaning(config.loss, manifest.identity.selection)
@@ -240,7 +240,8 @@ def _student(config: TrainConfig, reader: CacheReader) -> PreTrainedModel:
     device = _device(config)
     model = build_student(config.student, seed=config.seed)
     longest = int(reader.num_tokens_S.max())
-    check_against_cache(model, config.student, reader.manifest.identity, longest_sequence=longest)
+    identity, accept = reader.manifest.identity, config.accept
+    check_against_cache(model, config.student, identity, longest_sequence=longest, accept=accept)
     check_architecture(model, is_packed=config.loader.packing != "none")
     warn_if_emulated(config.dtype, device.type, "`dtype: float32`")
     return model.to(device)  # pyright: ignore[reportArgumentType]
@@ -256,5 +257,5 @@ def _device(config: TrainConfig) -> torch.device:
 def _heldout(config: TrainConfig) -> Sequence[HeldoutSequence]:
     if config.heldout.data is None:
         return ()
-    tokenizer = load_tokenizer(config.student.tokenizer or config.student.config_from)
+    tokenizer = load_tokenizer(config.student.tokenizer or config.student.model)
     return read_heldout(config.heldout.data, tokenizer, window=config.heldout.window, max_tokens=config.heldout.max_tokens)

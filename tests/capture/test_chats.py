@@ -126,8 +126,8 @@ def test_a_chat_that_proves_nothing_ends_the_capture_or_is_left_out_by_name(make
     rows = [{"messages": [USER, {"role": "assistant", "content": word}]} for word in ("yes", "odd", "no")]
     with pytest.raises(InputError, match=r"x.jsonl:2: it cannot be proven .* message 1 is: the template writes something else"):
         run_capture(make_config(hiding, rows, unit_items=10))
-    config = make_config(hiding, rows, unit_items=10, run={"skip_poison": True})
-    assert [note.split(" as in ")[0] for note in estimate_capture(config).notes] == ["left out by run.skip_poison,"]
+    config = make_config(hiding, rows, unit_items=10, run={"skip_failing": True})
+    assert [note.split(" as in ")[0] for note in estimate_capture(config).notes] == ["left out by run.skip_failing,"]
     summary = run_capture(config)
     assert [skipped.source.rpartition(":")[2] for skipped in summary.skipped] == ["2"]
     assert [learnt for _, _, learnt in read(config)] == ["yes<|im_end|>", "no<|im_end|>"]

@@ -102,7 +102,7 @@ def test_an_input_mistake_is_not_tried_again(tmp_path, caplog):
 def test_poison_is_left_out_by_name_and_the_rest_of_its_unit_published(tmp_path, monkeypatch, capsys, caplog):
     lines = [*lines_with({6: "poison", 7: "wrong", 20: "poison"}), "x" * 80]
     policy = {"window": {"size": 64, "policy": "error"}}
-    config = make_config(tmp_path, lines, input=policy, run={"skip_poison": True})
+    config = make_config(tmp_path, lines, input=policy, run={"skip_failing": True})
     summary = run_capture(config)
     assert summary.manifest.is_complete
     assert [s.source.rpartition(":")[2] for s in summary.skipped] == ["6", "7", "20", "21"]
@@ -119,7 +119,7 @@ def test_poison_is_left_out_by_name_and_the_rest_of_its_unit_published(tmp_path,
 
 
 def test_a_teacher_that_fails_at_everything_is_not_taken_for_poison(tmp_path):
-    config = make_config(tmp_path, ["poison"] * 12, shards={"unit_items": 12}, run={"skip_poison": True, "retries": 0})
+    config = make_config(tmp_path, ["poison"] * 12, shards={"unit_items": 12}, run={"skip_failing": True, "retries": 0})
     with pytest.raises(CaptureError, match=r"9 of 12 sequences fail alone as well.*that is the teacher and not the text"):
         run_capture(config)
 
@@ -153,7 +153,7 @@ def test_a_full_disk_is_no_fault_of_a_unit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fs, "publish_file", full)
     with pytest.raises(StorageError, match=r"unit 0 could not be written.*No space left"):
-        run_capture(make_config(tmp_path, run={"max_failed": 9, "skip_poison": True}))
+        run_capture(make_config(tmp_path, run={"max_failed": 9, "skip_failing": True}))
 
 
 @given(st.data())
@@ -291,6 +291,6 @@ def test_the_command_ends_with_status_1_where_units_were_set_aside_and_says_whic
     out = capsys.readouterr().out
     assert "set aside  unit 1: " in out
     assert "1 unit left; run the same command again to try again" in out
-    assert main(["capture", str(path), "--set", "run.skip_poison=true"]) == 0
+    assert main(["capture", str(path), "--set", "run.skip_failing=true"]) == 0
     assert "1 sequence that made units fail (" in capsys.readouterr().out
     assert content(tmp_path / "cache").keys() == {*range(1, 21)} - {6}

@@ -101,7 +101,7 @@ def test_a_prompt_without_room_for_its_answer_is_refused_or_counted():
 def test_a_chat_that_is_answered_already_is_refused_or_answered_anew():
     with pytest.raises(InputError, match="x:0: the chat ends with the assistant's words"):
         prompts([[USER, ASSISTANT]])
-    some, counts = prompts([[USER, ASSISTANT, ASSISTANT], [ASSISTANT], [USER]], last_answer="drop")
+    some, counts = prompts([[USER, ASSISTANT, ASSISTANT], [ASSISTANT], [USER]], last_answer="skip")
     assert [prompt.sequence.input_ids_N.tolist() for prompt in some] == [some[1].sequence.input_ids_N.tolist()] * 2
     assert (counts.num_dropped_answers, counts.num_empty_items) == (2, 1)
 
@@ -233,7 +233,7 @@ def test_killed_while_it_writes_it_goes_on_and_gives_the_same(tmp_path):
 def test_prompts_that_the_teacher_cannot_answer_or_read_back_are_left_out_and_named(tmp_path, monkeypatch):
     faulty_teacher.install(setitem=monkeypatch.setitem)
     lines = [f"prompt {n} {({3: 'mute', 7: 'poison'}).get(n, '')}" for n in range(10)]
-    summary = run_capture(config(tmp_path, lines, run={"skip_poison": True, "retries": 0}, shards={"unit_items": 10}))
+    summary = run_capture(config(tmp_path, lines, run={"skip_failing": True, "retries": 0}, shards={"unit_items": 10}))
     assert {s.source.rpartition(":")[2]: s.reason.partition(": ")[2] for s in summary.skipped} == {
         "4": "the teacher has nothing to say",
         "8": "the teacher choked",

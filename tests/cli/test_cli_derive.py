@@ -25,8 +25,8 @@ def cache(tmp_path: Path) -> Path:
 
 
 def test_a_derivation_says_what_it_wrote_and_info_where_it_came_from(cache, tmp_path, capsys):
-    arguments = ["--from", cache, "--where", "num_tokens > 5", "--reduce", "top_k=2", "--codec", "packed"]
-    status, out, _ = run(capsys, "derive", tmp_path / "b", *arguments)
+    arguments = ["--where", "num_tokens > 5", "--reduce", "top_k=2", "--codec", "packed"]
+    status, out, _ = run(capsys, "derive", cache, "--out", tmp_path / "b", *arguments)
     assert status == 0
     assert "6 sequences" in out
     assert "where (condition=num_tokens > 5), reduce (top_k=2) of a (" in out
@@ -43,7 +43,7 @@ def test_sequences_are_chosen_by_number_range_and_file_of_keys(cache, tmp_path, 
         keys = [reader[number].sequence.key for number in (8, 2)]
     (tmp_path / "keys.txt").write_text("".join(f"{key.hex()}\n" for key in keys))
     arguments = ["--select", "0", "--select", "3:5", "--select", f"@{tmp_path / 'keys.txt'}"]
-    assert run(capsys, "derive", tmp_path / "b", "--from", cache, *arguments)[0] == 0
+    assert run(capsys, "derive", cache, "--out", tmp_path / "b", *arguments)[0] == 0
     with open_reader(cache) as before, open_reader(tmp_path / "b") as after:
         found = [after[number].sequence.key for number in range(len(after))]
         assert found == [before[number].sequence.key for number in (0, 2, 3, 4, 8)]
@@ -51,16 +51,16 @@ def test_sequences_are_chosen_by_number_range_and_file_of_keys(cache, tmp_path, 
 
 def test_two_caches_are_mixed_and_joined(cache, tmp_path, capsys):
     other = make_cache(tmp_path / "b", "quantized", units=[make_unit(u) for u in range(3)])
-    status, out, _ = run(capsys, "derive", tmp_path / "m", "--from", cache, "--from", other, "--mix", "0.5,0.5")
+    status, out, _ = run(capsys, "derive", cache, other, "--out", tmp_path / "m", "--mix", "0.5,0.5")
     assert status == 0
     assert "mix (weights=[0.5, 0.5]" in out
     assert "of a mixture do not follow from its parts" in out
-    status, out, _ = run(capsys, "derive", tmp_path / "ab", "--from", cache, "--from", other, "--unit-sequences", "5")
+    status, out, _ = run(capsys, "derive", cache, other, "--out", tmp_path / "ab", "--unit-sequences", "5")
     assert (status, "18 sequences" in out, "4 shards" in out) == (0, True, True)
 
 
 def test_a_condition_that_nothing_meets_leaves_an_empty_cache_and_says_so(cache, tmp_path, capsys):
-    status, out, _ = run(capsys, "derive", tmp_path / "b", "--from", cache, "--where", "source ~ 'books/*'")
+    status, out, _ = run(capsys, "derive", cache, "--out", tmp_path / "b", "--where", "source ~ 'books/*'")
     assert (status, "no sequence meets the condition: the cache is empty" in out) == (0, True)
     assert run(capsys, "verify", tmp_path / "b")[0] == 0
 
@@ -73,7 +73,7 @@ def test_a_condition_that_nothing_meets_leaves_an_empty_cache_and_says_so(cache,
         (["--select", "x"], "--select 'x': expected a number, a range"),
         (["--select", "5:99"], "select: 5:99 is not among the 9 sequences"),
         (["--select", "@nowhere"], "--select @nowhere: cannot be read"),
-        (["--sample", "2"], "sample: the fraction is 2.0, expected one above 0"),
+        (["--fraction", "2"], "fraction: 2.0 is given, expected one above 0"),
         (["--where", "num_tokens >"], "where: 'num_tokens >' is not understood at the end: expected a number"),
         (["--where", "max(entropy) > 1"], "where: the entropy is not stored in this cache"),
         (["--where-position", "num_tokens > 1"], "where_position: 'num_tokens > 1' is not understood"),
@@ -86,7 +86,7 @@ def test_a_condition_that_nothing_meets_leaves_an_empty_cache_and_says_so(cache,
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(cache, tmp_path, capsys, arguments, sentence):
-    status, out, err = run(capsys, "derive", tmp_path / "b", "--from", cache, *arguments)
+    status, out, err = run(capsys, "derive", cache, "--out", tmp_path / "b", *arguments)
     assert (status, out) == (2, "")
     assert err.startswith(f"kdcache: error: {sentence}")
     assert err.count("\n") == 1
@@ -105,8 +105,8 @@ shards: {{unit_items: 2}}
 """)
     plain = ["--set", "input.domain_field=null", "--set", f"out={tmp_path}/plain"]
     assert run(capsys, "capture", tmp_path / "c.yaml")[0] == run(capsys, "capture", tmp_path / "c.yaml", *plain)[0] == 0
-    sources = ["--from", tmp_path / "named", "--from", tmp_path / "plain"]
-    assert run(capsys, "derive", tmp_path / "wiki", *sources, "--where", "domain == 'wiki'")[0] == 0
+    sources = [tmp_path / "named", tmp_path / "plain"]
+    assert run(capsys, "derive", *sources, "--out", tmp_path / "wiki", "--where", "domain == 'wiki'")[0] == 0
     assert run(capsys, "verify", tmp_path / "wiki")[0] == 0
     with open_reader(tmp_path / "wiki") as reader:
         found = [reader[number].sequence for number in range(len(reader))]

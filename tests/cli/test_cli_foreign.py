@@ -48,7 +48,7 @@ def test_verify_deep_prints_a_table_and_json_and_tells_a_wrong_teacher(
     folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     deep = ("--deep", "--teacher-config", folder / "c.yaml")
-    status, out, _ = run(capsys, "verify", folder / "ours", *deep, "--sample", "4")
+    status, out, _ = run(capsys, "verify", folder / "ours", *deep, "--num-sequences", "4")
     assert status == 0
     assert "agrees: asked again about 4 sequences, 256 positions" in out
     for row in ("KL(live || cached)", "KL(live || live)", "rows shifted", "NLL", "kept mass"):
@@ -109,19 +109,19 @@ def test_convert_writes_what_verifies_and_refuses_what_is_shifted(
     folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     known = ["--tokenizer", tiny_model_dir, "--vocab-size", "520"]
-    status, out, _ = run(capsys, "convert", folder / "rows.parquet", tmp_path / "made", *known, "--model", "tiny")
+    status, out, _ = run(capsys, "convert", folder / "rows.parquet", "--out", tmp_path / "made", *known, "--model", "tiny")
     assert status == 0
     assert "8 sequences, 504 positions" in out
     assert "have no logprob in the source" in out
     assert run(capsys, "verify", tmp_path / "made")[0] == 0
     status, out, _ = run(capsys, "info", tmp_path / "made")
     assert "tiny" in out
-    status, out, err = run(capsys, "convert", folder / "late.parquet", tmp_path / "no", *known)
+    status, out, err = run(capsys, "convert", folder / "late.parquet", "--out", tmp_path / "no", *known)
     assert (status, out) == (2, "")
     assert "shifted_rows" in err
     assert "(mended by --shift -1)" in err
     assert not (tmp_path / "no").exists()
-    assert run(capsys, "convert", folder / "late.parquet", tmp_path / "moved", *known, "--shift", "-1")[0] == 0
+    assert run(capsys, "convert", folder / "late.parquet", "--out", tmp_path / "moved", *known, "--shift", "-1")[0] == 0
     status, out, _ = run(
         capsys,
         "verify",
@@ -139,10 +139,10 @@ def test_convert_writes_what_verifies_and_refuses_what_is_shifted(
 
 def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for arguments, sentence in (
-        (["convert", folder / "rows.parquet", tmp_path / "no"], "--tokenizer NAME is needed"),
+        (["convert", folder / "rows.parquet", "--out", tmp_path / "no"], "--tokenizer NAME is needed"),
         (["doctor", folder / "rows.parquet", "--column", "ids"], "--column 'ids': expected OURS=NAME"),
         (["doctor", tmp_path / "nothing"], "no such file or folder"),
-        (["convert", folder / "ours", tmp_path / "no", "--tokenizer", "fake"], "is a cache of kdcache already"),
+        (["convert", folder / "ours", "--out", tmp_path / "no", "--tokenizer", "fake"], "is a cache of kdcache already"),
     ):
         status, out, err = run(capsys, *arguments)
         assert (status, out) == (2, "")
@@ -158,9 +158,9 @@ def test_what_the_nll_leaves_out_and_whether_rows_were_placed_is_said(
     assert "placement" in out
     assert "proven from the text" in out
     said = ["--tokenizer", tiny_model_dir, "--vocab-size", "520"]
-    assert run(capsys, "convert", folder / "rows.parquet", tmp_path / "text", *said)[0] == 0
+    assert run(capsys, "convert", folder / "rows.parquet", "--out", tmp_path / "text", *said)[0] == 0
     asking = ["--teacher", tiny_model_dir, "--backend", "transformers"]
-    assert run(capsys, "convert", folder / "rows.parquet", tmp_path / "asked", *said, *asking)[0] == 0
+    assert run(capsys, "convert", folder / "rows.parquet", "--out", tmp_path / "asked", *said, *asking)[0] == 0
     for name, how in (("text", "from the text: "), ("asked", "by the teacher, which was asked about 8 sequences")):
         status, verified, _ = run(capsys, "verify", tmp_path / name)
         assert (status, f"{name}: sound (complete)" in verified) == (0, True)
@@ -184,7 +184,7 @@ def test_a_conversion_on_trust_is_not_called_sound(
 
     path = write_columns(tmp_path / "few.parquet", few_rows(write_truth(tiny_model_dir)))
     said = ["--tokenizer", tiny_model_dir, "--vocab-size", "520", "--accept", "alignment_unclear"]
-    assert run(capsys, "convert", path, tmp_path / "cache", *said)[0] == 0
+    assert run(capsys, "convert", path, "--out", tmp_path / "cache", *said)[0] == 0
     status, out, _ = run(capsys, "verify", tmp_path / "cache")
     assert (status, "its bytes are sound, its alignment was not proven (complete)" in out) == (0, True)
     assert "NOT proven: there are too few rows" in out

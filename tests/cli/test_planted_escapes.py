@@ -82,8 +82,8 @@ def look_at(run: Commands, cache: Path) -> str:
         ("doctor",), ("doctor", "--json"), ("fold",), ("repair",), ("convert", "--tokenizer", "fake", cache),
     )]  # fmt: skip
     shutil.rmtree(cache.parent / "derived", ignore_errors=True)
-    said.append(run("derive", cache.parent / "derived", "--from", cache, "--sample", "0.5"))
-    said.append(run("derive", cache.parent / "derived", "--from", cache, "--where", "domain == 'x'"))
+    said.append(run("derive", cache, "--out", cache.parent / "derived", "--fraction", "0.5"))
+    said.append(run("derive", cache, "--out", cache.parent / "derived", "--where", "domain == 'x'"))
     said.append(run("info", cache.parent / "derived"))
     return "\n".join(said)
 
@@ -193,7 +193,7 @@ def test_in_foreign_files(tmp_path: Path, run: Commands):
     for path in (*sorted(tmp_path.glob("*.*")), folder):
         run("doctor", path)
         run("doctor", "--json", path)
-        run("convert", path, tmp_path / "out", "--tokenizer", "fake")
+        run("convert", path, "--out", tmp_path / "out", "--tokenizer", "fake")
         run("doctor", path, "--column", f"ids={PLANT}", "--column", "values=logprobs")
 
 

@@ -90,7 +90,7 @@ def test_none_is_in_anything_written_or_said(
         assert run("capture", config("o.yaml", out=place)) == 2
         for command in (("info",), ("verify",), ("fold",), ("doctor",)):
             assert run(*command, place) == 2
-        assert run("derive", out / "x", "--from", place) == 2
+        assert run("derive", place, "--out", out / "x") == 2
     # What is not written is used and not shown.
     assert run("capture", config("c.yaml")) == 0
     assert run("capture", config("r.yaml", out="s3://bucket/x")) == 2
@@ -106,8 +106,8 @@ def test_none_is_in_anything_written_or_said(
         server.close()
     for command in (("info",), ("info", "--json"), ("verify",), ("doctor",), ("fold",)):
         assert run(*command, out / "cache") == 0
-    assert run("derive", out / "derived", "--from", out / "cache", "--sample", "0.5") == 0
-    assert run("convert", out / "cache", out / "converted", "--tokenizer", "fake", "--model", presigned) == 2
+    assert run("derive", out / "cache", "--out", out / "derived", "--fraction", "0.5") == 0
+    assert run("convert", out / "cache", "--out", out / "converted", "--tokenizer", "fake", "--model", presigned) == 2
     # A student.
     cache = write_cache(out / "of-model", tiny_model_dir, k=8, num_sequences=4)
     fields = json.loads(msgspec.json.encode(train_config(cache, tiny_model_dir, out / "run", steps=1)))

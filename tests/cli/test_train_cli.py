@@ -49,7 +49,7 @@ def test_train_and_evaluate_print_results_and_leave_files(
         assert f"model: {tmp_path / name / 'model'}" in printed
         assert "held-out nats per token  6." in printed
 
-    teacher = load_config(folder / "train.yaml", TrainConfig).student.config_from
+    teacher = load_config(folder / "train.yaml", TrainConfig).student.model
     students = ("--student", f"labels={tmp_path / 'labels'}", "--student", f"kd={tmp_path / 'kd'}")
     assert main(["evaluate", "--teacher", teacher, "--data", str(data), *students, "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -71,7 +71,7 @@ def test_mistakes_of_train_are_one_sentence_and_status_2(
     assert "give either `steps` or `epochs`" in train("epochs=1")
     assert "overrides change the shape" in train("student.init=pretrained")
     assert "no cache" in train(f"cache={tmp_path}").lower()
-    assert "student.config_from" in train(f"student.config_from={tmp_path}")
+    assert "student.model" in train(f"student.model={tmp_path}")
     assert "seq_len" in train("loader.seq_len=4")
     assert "held-out data cannot be read" in train("heldout.data=nowhere.jsonl")
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
@@ -83,7 +83,7 @@ def test_mistakes_of_evaluate_are_one_sentence_and_status_2(
     rest = ("--data", config_file.with_name("heldout.jsonl"), "--out", tmp_path / "out")
     assert "expected NAME=DIR" in _failure(capsys, "evaluate", "--teacher", "t", "--student", "kd", *rest)
     assert "given twice" in _failure(capsys, "evaluate", "--teacher", "t", "--student", "a=x", "--student", "a=y", *rest)
-    teacher = load_config(config_file, TrainConfig).student.config_from
+    teacher = load_config(config_file, TrainConfig).student.model
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{"txt": "not"}\n')
     arguments = ("--teacher", teacher, "--student", f"a={teacher}", "--data", broken, "--out", tmp_path / "out")

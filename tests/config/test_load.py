@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from kdcache.config.capture import CaptureConfig, TeacherConfig
+from kdcache.config.describe import type_at
 from kdcache.config.load import config_to_builtins, convert_config, load_config
+from kdcache.config.renamed import RENAMED
+from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError
 
 GOOD = """
@@ -100,6 +103,7 @@ def test_a_wrong_override_is_named(tmp_path, override, sentence):
     [
         ("output: {path: x, unit_items: 3}", "output.path", "out"),
         ("output: {unit_items: 3}", "output.unit_items", "shards.unit_items"),
+        ("run: {skip_poison: true}", "run.skip_poison", "run.skip_failing"),
         ("run: {remote: {options: {anon: true}}}", "run.remote.options.anon", "remote.options.anon"),
     ],
 )
@@ -140,3 +144,11 @@ def test_yaml_that_would_run_code_is_refused(tmp_path):
 def test_a_secret_among_the_engines_options_is_refused_before_it_is_written_anywhere(name):
     with pytest.raises(ValueError, match="set HF_TOKEN in the environment"):
         TeacherConfig(model="some/model", engine_options={name: "hf_secret"})
+
+
+def test_every_key_with_a_new_name_leads_to_a_field_that_exists():
+    roots = [CaptureConfig, TrainConfig]
+    for old, now in RENAMED.items():
+        path = now.partition(":")[0].split(".")
+        assert any(type_at(root, path) is not None for root in roots), now
+        assert all(type_at(root, old.split(".")) is None for root in roots), old

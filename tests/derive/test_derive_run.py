@@ -96,7 +96,7 @@ def test_a_mixture_leaves_out_what_not_all_have_only_where_it_is_told_to(tmp_pat
 
 def test_a_sample_and_a_choice_are_of_whole_records(tmp_path):
     source = make_cache(tmp_path / "a", num_units=4)
-    derive([source], tmp_path / "half", DeriveOptions(select=Select(numbers=((0, 8),)), sample=0.5, seed=3))
+    derive([source], tmp_path / "half", DeriveOptions(select=Select(numbers=((0, 8),)), fraction=0.5, seed=3))
     all_of_it, half = records_of(source), records_of(tmp_path / "half")
     assert len(half) == 4
     by_key = {record.sequence.key: record for record in all_of_it[:8]}
@@ -107,7 +107,7 @@ def test_a_sample_and_a_choice_are_of_whole_records(tmp_path):
 def test_a_derived_cache_names_its_sources_and_theirs(tmp_path):
     a = selected_cache(tmp_path / "a", "threshold")
     first = derive([a], tmp_path / "b", DeriveOptions(reduce=Reduction(tau=0.1), seed=4)).manifest
-    second = derive([tmp_path / "b"], tmp_path / "c", DeriveOptions(sample=0.5)).manifest
+    second = derive([tmp_path / "b"], tmp_path / "c", DeriveOptions(fraction=0.5)).manifest
     lineage = second.lineage
     assert isinstance(lineage, LineageInfo)
     assert [(op.name, op.params) for op in lineage.operations] == [("sample", {"fraction": 0.5, "seed": 0})]
@@ -127,7 +127,7 @@ def test_equal_derivations_give_equal_bytes_and_a_new_input_fingerprint_where_so
         derive([a], tmp_path / name, options)
     assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
     prints = [open_reader(a).manifest.identity.input_fingerprint]
-    for name, more in {"one": {}, "three": {"sample": 0.5}, "four": {"where": "num_tokens > 3"}}.items():
+    for name, more in {"one": {}, "three": {"fraction": 0.5}, "four": {"where": "num_tokens > 3"}}.items():
         prints.append(derive([a], tmp_path / name, dataclasses.replace(options, **more)).manifest.identity.input_fingerprint)
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
@@ -167,7 +167,7 @@ def test_what_cannot_be_derived_is_refused_before_anything_is_written(tmp_path):
         (DeriveOptions(codec="zip"), ConfigError, "codec 'zip' is unknown"),
         (DeriveOptions(bits=5), ConfigError, "codec: codec 'raw' does not take"),
         (DeriveOptions(unit_sequences=0), ConfigError, "unit_sequences is 0"),
-        (DeriveOptions(sample=0.001), InputError, "no sequence of 'a' is taken"),
+        (DeriveOptions(fraction=0.001), InputError, "no sequence of 'a' is taken"),
         (DeriveOptions(mix=(1.0,)), ConfigError, "1 cache was given"),
     ]
     for options, error, sentence in refused:
@@ -192,7 +192,7 @@ def test_a_source_that_is_not_complete_is_taken_only_where_that_is_accepted(tmp_
     writer.fold()
     with pytest.raises(InputError, match="only 1 of 2 units are there"):
         derive([tmp_path / "a"], tmp_path / "out")
-    derive([tmp_path / "a"], tmp_path / "out", DeriveOptions(accept_incomplete=True))
+    derive([tmp_path / "a"], tmp_path / "out", DeriveOptions(accept=frozenset({"incomplete"})))
     assert len(records_of(tmp_path / "out")) == 3
 
 
@@ -209,13 +209,13 @@ def test_sources_and_target_may_be_in_an_object_store(tmp_path):
 
 def test_a_target_that_was_made_otherwise_is_named_with_how(tmp_path):
     a, b = make_cache(tmp_path / "a"), make_cache(tmp_path / "b")
-    derive([a], tmp_path / "out", DeriveOptions(sample=0.5))
+    derive([a], tmp_path / "out", DeriveOptions(fraction=0.5))
     with pytest.raises(MismatchError, match=r"made by sample \(fraction=0.5, seed=0\) of a .*asked for is repack of a"):
         derive([a], tmp_path / "out")
     with pytest.raises(MismatchError, match="holds another cache, captured from a teacher"):
         derive([a], b)
     with pytest.raises(MismatchError, match="plan"):
-        derive([a], tmp_path / "out", DeriveOptions(sample=0.5, unit_sequences=1))
+        derive([a], tmp_path / "out", DeriveOptions(fraction=0.5, unit_sequences=1))
 
 
 def test_a_sequence_whose_last_position_goes_is_left_out(tmp_path):

@@ -369,7 +369,7 @@ UNLIKE_THE_TRUTH = ("few_hits", "other_logarithms", "outlier_rows", "temperature
 
 def _options(truth: Truth, case: Case, advice: str) -> ExamineOptions:
     width = None if "distillkit" in repr(case.write) or advice.startswith("--vocab") else 520
-    return ExamineOptions(vocab_size=width, tokenizer_size=512, sample=8)
+    return ExamineOptions(vocab_size=width, tokenizer_size=512, num_sequences=8)
 
 
 def look(path: Path, asked: Asked) -> Examination:
@@ -393,10 +393,10 @@ def test_two_advices_at_once_are_followed_at_once(truth: Truth, tmp_path: Path, 
     from kdcache.cli.commands.doctor import mending_command
 
     path = engine_s(truth, tmp_path)
-    asked = Asked(ConvertOptions(tokenizer=TOKENIZER, codec="raw", examine=ExamineOptions(vocab_size=520, sample=8)))
+    asked = Asked(ConvertOptions(tokenizer=TOKENIZER, codec="raw", examine=ExamineOptions(vocab_size=520, num_sequences=8)))
     for asking in (None, teacher):
         found = examine(path, asked.convert.examine, teacher=asking)
-        assert mending_command(found) == f"kdcache convert {path} DST --tokenizer NAME --repair k+1 --shift -1"
+        assert mending_command(found) == f"kdcache convert {path} --out OUT --tokenizer NAME --repair k+1 --shift -1"
         assert "missing_rows" in notes(found)
     convert(path, tmp_path / "cache", replace(asked.convert, shift=-1, repairs=frozenset({"k+1"})), teacher=teacher)
     assert_near_truth(tmp_path / "cache", truth, exact=True)

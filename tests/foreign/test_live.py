@@ -37,7 +37,7 @@ def teacher(truth: Truth) -> Iterator[Teacher]:
 
 
 def look(path: Path, teacher: Teacher, sample: int = 4) -> Examination:
-    return examine(path, ExamineOptions(sample=sample), teacher=teacher)
+    return examine(path, ExamineOptions(num_sequences=sample), teacher=teacher)
 
 
 def test_the_teacher_agrees_with_its_own_rows(truth: Truth, tmp_path: Path, teacher: Teacher):

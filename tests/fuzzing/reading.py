@@ -117,7 +117,7 @@ def read_all(cache: Path, *, everything: bool) -> dict[str, Outcome]:
             "local": lambda: loaded(cache, packing="none", num_threads=0, order="local"),
             "features": lambda: loaded(cache, packing="none", num_threads=0, features=("last", "mid")),
             "doctor": lambda: command("doctor", name),
-            "derive": lambda: command("derive", derived, "--from", name, "--accept-incomplete"),
+            "derive": lambda: command("derive", name, "--out", derived, "--accept", "incomplete"),
             "fold": lambda: command("fold", name),
         }
     try:

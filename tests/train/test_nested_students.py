@@ -77,7 +77,7 @@ def test_they_are_trained_evaluated_and_asked(
     folder = tmp_path / "student"
     make(kind).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder)
-    student = {"config_from": str(folder), "init": "pretrained"}
+    student = {"model": str(folder), "init": "pretrained"}
     measured = {"data": str(heldout), "window": 32, "max_tokens": 60}
     train(run_config(small_cache, folder, tmp_path / "run", student=student, heldout=measured, steps=2), show_progress=False)
     options = EvaluateOptions(
@@ -88,7 +88,7 @@ def test_they_are_trained_evaluated_and_asked(
         assert teacher.identity.vocab_size == TEXT["vocab_size"]
         assert teacher.identity.context_length == TEXT["max_position_embeddings"]
     # New weights of another size: the override is found below text_config.
-    smaller = {"config_from": str(folder), "overrides": {"intermediate_size": 24}}
+    smaller = {"model": str(folder), "overrides": {"intermediate_size": 24}}
     model = train(run_config(small_cache, folder, tmp_path / "small", student=smaller, steps=1), show_progress=False).model
     assert AutoConfig.from_pretrained(model).get_text_config().intermediate_size == 24
     arguments = TrainingArguments(str(tmp_path / "hf"), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
@@ -106,7 +106,7 @@ def test_too_small_a_vocabulary_or_context_below_text_config_is_refused(
         ({"max_position_embeddings": 8}, "max_position_embeddings is 8"),
         ({"hiden_size": 8}, r"overrides.hiden_size: .* did you mean 'hidden_size'"),
     ):
-        student = {"config_from": str(tmp_path), "tokenizer": str(tiny_model_dir), "overrides": overrides}
+        student = {"model": str(tmp_path), "tokenizer": str(tiny_model_dir), "overrides": overrides}
         with pytest.raises((MismatchError, ConfigError), match=message):
             train(run_config(small_cache, tiny_model_dir, tmp_path / "run", student=student), show_progress=False)
 
@@ -116,7 +116,7 @@ def test_a_student_without_sdpa_or_packing_trains_as_the_advice_says(
 ) -> None:
     config = AutoConfig.for_model("bloom", vocab_size=520, hidden_size=32, n_layer=1, n_head=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
-    student = {"config_from": str(tmp_path / "bloom"), "init": "pretrained", "tokenizer": str(tiny_model_dir)}
+    student = {"model": str(tmp_path / "bloom"), "init": "pretrained", "tokenizer": str(tiny_model_dir)}
     loader = {"seq_len": 64, "batch_rows": 2, "num_threads": 1}
 
     def run(student: dict[str, Any], **loader_changes: Any) -> None:

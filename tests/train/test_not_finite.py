@@ -130,8 +130,8 @@ def test_a_model_that_is_not_finite_is_neither_trained_nor_evaluated(
     tmp_path: Path,
 ) -> None:
     broken = nan_model(tiny_model_dir, tmp_path / "broken")
-    student = {"config_from": str(broken), "init": "pretrained", "tokenizer": str(tiny_model_dir)}
-    with pytest.raises(ConfigError, match=r"student.config_from: the weight 'lm_head.weight' .* not finite"):
+    student = {"model": str(broken), "init": "pretrained", "tokenizer": str(tiny_model_dir)}
+    with pytest.raises(ConfigError, match=r"student.model: the weight 'lm_head.weight' .* not finite"):
         train(train_config(small_cache, tiny_model_dir, tmp_path / "run", student=student), show_progress=False)
     with pytest.raises(ConfigError, match=r"--student bad: the weight 'lm_head.weight'"):
         evaluate(_options(tmp_path, tiny_model_dir, heldout, tmp_path / "out", students={"bad": str(broken)}))

@@ -34,7 +34,7 @@ def pretrained(folder: Path, tokenizer: Path, vocab_size: int) -> dict[str, Any]
     """A folder of a student with weights, as a config names it."""
     make_student(vocab_size=vocab_size).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return {"config_from": str(folder), "init": "pretrained"}
+    return {"model": str(folder), "init": "pretrained"}
 
 
 def test_entries_that_are_no_tokens_become_mass_of_the_tail() -> None:
@@ -110,7 +110,7 @@ def test_a_student_without_a_row_for_a_token_is_refused_and_the_advice_works(
     model.save_pretrained(tmp_path / "student")
     run(student)
 
-    other = {"config_from": str(tiny_model_dir), "overrides": {"vocab_size": 500}}
+    other = {"model": str(tiny_model_dir), "overrides": {"vocab_size": 500}}
     with pytest.raises(MismatchError, match=r"set student.overrides.vocab_size to 520"):
         run(other)
     (tmp_path / "run").rename(tmp_path / "first")

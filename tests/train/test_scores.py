@@ -23,7 +23,7 @@ def teacher(tiny_model_dir: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def student(tiny_model_dir: Path) -> PreTrainedModel:
-    config = StudentConfig(config_from=str(tiny_model_dir), overrides={"hidden_size": 32, "vocab_size": 530})
+    config = StudentConfig(model=str(tiny_model_dir), overrides={"hidden_size": 32, "vocab_size": 530})
     return build_student(config, seed=0).eval()
 
 

@@ -66,7 +66,7 @@ def loss_of_logits(logits_PV: Tensor, batch: TorchBatch) -> Tensor:
 
 
 def train_config(**loss: Any) -> TrainConfig:
-    student = {"config_from": "unused"}
+    student = {"model": "unused"}
     return convert_config({"cache": "unused", "out": "unused", "steps": 1, "student": student, "loss": loss}, TrainConfig)
 
 

@@ -59,7 +59,7 @@ def saved(folder: Path, kind: str, **fields: Any) -> Path:
 
 
 def student(folder: Path, **settings: Any) -> PreTrainedModel:
-    return build_student(StudentConfig(config_from=str(folder), init="pretrained", **settings), seed=0).eval()
+    return build_student(StudentConfig(model=str(folder), init="pretrained", **settings), seed=0).eval()
 
 
 def alone(folder: Path, ids: list[int]) -> torch.Tensor:

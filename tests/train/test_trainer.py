@@ -227,7 +227,7 @@ def _stop_after(config: TrainConfig, num_steps: int) -> None:
 def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_was_not(
     small_cache: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    student = {"config_from": str(tiny_model_dir), "overrides": {"attention_dropout": 0.2}}
+    student = {"model": str(tiny_model_dir), "overrides": {"attention_dropout": 0.2}}
     whole = train_config(small_cache, tiny_model_dir, tmp_path / "whole", student=student)
     expected = _run(whole)
     for stop in range(8):
@@ -391,5 +391,5 @@ def test_a_capture_that_has_not_finished_is_not_trained_on_unless_asked(tiny_mod
     config = train_config(cache, tiny_model_dir, tmp_path / "out", steps=1, epochs=None)
     with pytest.raises(InputError, match="published 1 of 2 units"):
         train(config, show_progress=False)
-    accepted = msgspec.structs.replace(config, accept_incomplete_cache=True)
+    accepted = msgspec.structs.replace(config, accept=("incomplete",))
     assert train(accepted, show_progress=False).num_steps == 1

@@ -107,7 +107,7 @@ def train_config(cache: Path, teacher_dir: Path, out: Path, **changes: Any) -> T
         "cache": str(cache),
         "out": str(out),
         "student": {
-            "config_from": str(teacher_dir),
+            "model": str(teacher_dir),
             "overrides": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
         },
         "loader": {"seq_len": 64, "batch_rows": 2, "num_threads": 1, "seed": 3},

@@ -1,4 +1,4 @@
-"""`kdcache convert SRC DST`: another tool's cache as one of ours."""
+"""`kdcache convert SOURCE --out OUT`: another tool's cache as one of ours."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sound is\n"
         "converted, what can be mended without a teacher is mended where you ask for it, and everything else is refused."
     )
-    parser.add_argument("source", metavar="SRC", help="a file or folder; see `kdcache doctor`")
-    parser.add_argument("target", metavar="DST", help="directory of the new cache; made if it is not there")
+    parser.add_argument("source", metavar="SOURCE", help="a file or folder; see `kdcache doctor`")
+    parser.add_argument("--out", required=True, metavar="OUT", help="directory of the new cache; created if missing")
     parser.add_argument("--shift", type=int, choices=(-1, 0, 1), default=0, help="move every row by so many positions")
     parser.add_argument(
         "--repair", dest="repairs", action="append", default=[], choices=REPAIRS,
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = _options(args)
     with loaded(teacher_config(args) if asks_teacher(args) else None) as teacher, progress_bar("examining") as progress:
-        conversion = convert(args.source, args.target, options, teacher=teacher, progress=progress)
+        conversion = convert(args.source, args.out, options, teacher=teacher, progress=progress)
     say(_as_text(args, conversion))
     return 0
 
@@ -84,7 +84,7 @@ def _as_text(args: argparse.Namespace, conversion: Conversion) -> str:
     account, manifest = conversion.account, conversion.manifest
     shown = {
         "converted": f"{args.source}: {conversion.examination.title}",
-        "cache": f"{args.target}: {count(manifest.total('num_sequences'), 'sequence')}, "
+        "cache": f"{args.out}: {count(manifest.total('num_sequences'), 'sequence')}, "
         f"{count(manifest.total('num_positions'), 'position')}, snapshot {manifest.number}",
         "left out": ", ".join(f"{number:,} {reason}" for reason, number in account.left_out.items() if number),
         "mended": ", ".join(f"{number:,} by {what}" for what, number in account.repaired.items() if number),

@@ -1,4 +1,4 @@
-"""`kdcache derive OUT --from CACHE ...`: a cache made of other caches, without a teacher."""
+"""`kdcache derive CACHE ... --out OUT`: a cache made of other caches, without a teacher."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ conditions compare scalars, and are joined by and, or, not and parentheses:
   of a position   target_logprob, entropy, entropy_floor, entropy_ceiling, top1_probability, tail_mass, position
 
 examples:
-  kdcache derive small --from big --where "mean(target_logprob) > -4 and source ~ 'wiki/*'"
-  kdcache derive small --from big --where-position "entropy_ceiling > 0.1" --reduce top_k=16
-  kdcache derive tenth --from big --sample 0.1 --seed 1 --codec archive
-  kdcache derive both --from a --from b
-  kdcache derive mixed --from teacher-a --from teacher-b --mix 0.7,0.3"""
+  kdcache derive big --out small --where "mean(target_logprob) > -4 and source ~ 'wiki/*'"
+  kdcache derive big --out small --where-position "entropy_ceiling > 0.1" --reduce top_k=16
+  kdcache derive big --out tenth --fraction 0.1 --seed 1 --codec archive
+  kdcache derive a b --out both
+  kdcache derive teacher-a teacher-b --out mixed --mix 0.7,0.3"""
 
 _REDUCTIONS = {"top_k": int, "top_p": float, "tau": float, "draws": int}
 
@@ -44,23 +44,23 @@ _REDUCTIONS = {"top_k": int, "top_p": float, "tau": float, "draws": int}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("target", metavar="OUT", help="directory of the new cache, or its URI; made if it is not there")
+    parser.add_argument("caches", nargs="+", metavar="CACHE", help="the sources: directories, or URIs in an object store")
     parser.add_argument(
-        "--from", dest="sources", action="append", required=True, metavar="CACHE", help="a source; may be repeated"
+        "--out", required=True, metavar="OUT", help="directory of the new cache, or its URI; created if missing"
     )
     parser.add_argument(
         "--mix", metavar="W,W,...", help="one cache of the mixture of the sources' teachers, with these weights, whose sum is 1"
     )
     parser.add_argument(
-        "--missing", choices=("refuse", "skip"), default="refuse",
-        help="--mix: what becomes of sequences that are not in all sources (default: refuse)",
+        "--missing", choices=("error", "skip"), default="error",
+        help="--mix: what becomes of sequences that are not in all sources (default: error)",
     )  # fmt: skip
     parser.add_argument(
         "--select", action="append", default=[], metavar="N|N:M|@FILE",
         help="sequences by number, counted from 0 through all sources, up to but without M, or by the keys in a file, in hex, "
         "one a line; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--sample", type=float, metavar="FRACTION", help="so much of the sequences, at random")
+    parser.add_argument("--fraction", type=float, metavar="F", help="fraction of the sequences to keep, chosen at random")
     parser.add_argument("--where", metavar="CONDITION", help="sequences of which this holds")
     parser.add_argument(
         "--where-position", metavar="CONDITION", help="positions of which this holds; others are not trained on"
@@ -70,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fewer entries per position, without bias: top_k=16 or top_p=0.9 of exact ones, tau=0.05 (threshold), draws=50 "
         "(sampled); may be repeated",
     )  # fmt: skip
-    parser.add_argument("--accept-incomplete", action="store_true", help="take a source that is not complete as far as it is")
+    parser.add_argument(
+        "--accept", action="append", default=[], choices=("incomplete",), help="incomplete: use incomplete sources as they are"
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of everything random here (default: 0)")
     parser.add_argument(
         "--codec", metavar="ID", help="of the new cache: raw, packed, quantized, archive (default: the source's)"
@@ -98,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
             bar.total = num_all
             bar.update(num_done - bar.n)
 
-        derived = derive(args.sources, args.target, options, progress=progress)
-    say(_as_text(args.target, derived))
+        derived = derive(args.caches, args.out, options, progress=progress)
+    say(_as_text(args.out, derived))
     return 0
 
 
@@ -111,14 +113,14 @@ def _options(args: argparse.Namespace) -> DeriveOptions:
         mix=None if args.mix is None else _weights(args.mix),
         missing=args.missing,
         select=_select(args.select) if args.select else None,
-        sample=args.sample,
+        fraction=args.fraction,
         where=args.where,
         where_position=args.where_position,
         reduce=_reduction(args.reduce) if args.reduce else None,
         seed=args.seed,
         codec=args.codec,
         bits=args.bits,
-        accept_incomplete=args.accept_incomplete,
+        accept=frozenset(args.accept),
         unit_sequences=args.unit_sequences,
         **given,
     )

@@ -61,7 +61,7 @@ def mending_command(examination: Examination) -> str | None:
     repairs = [finding.repair for finding in examination.findings if finding.severity == "repairable"]
     if not repairs or any(finding.severity in ("fatal", "undecided") for finding in examination.findings):
         return None
-    return " ".join(["kdcache convert", examination.path, "DST --tokenizer NAME", *dict.fromkeys(filter(None, repairs))])
+    return " ".join(["kdcache convert", examination.path, "--out OUT --tokenizer NAME", *dict.fromkeys(filter(None, repairs))])
 
 
 def _as_text(examination: Examination) -> str:

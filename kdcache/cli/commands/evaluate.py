@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a training run's directory or a model's folder; may be repeated",
     )
     parser.add_argument("--baseline", metavar="NAME", help="the student that others are compared with (default: the first)")
-    parser.add_argument("--out", required=True, metavar="DIR", help=f"directory for results.json, {TABLE} and {PLOT}")
+    parser.add_argument("--out", required=True, metavar="OUT", help=f"directory for results.json, {TABLE} and {PLOT}")
     parser.add_argument(
         "--max-tokens", type=_at_least(2), metavar="N", help="most tokens to score, evenly spread over the file (default: all)"
     )

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.nll_wording import alignment, conversion, left_out
 from kdcache.cli.teacher_arguments import (
+    add_sample_arguments,
     add_teacher_arguments,
     asks_teacher,
-    at_least,
     loaded,
     setting_differences,
     teacher_config,
@@ -39,10 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
     parser.add_argument("--deep", action="store_true", help="ask the teacher again about a random sample of the sequences")
     add_teacher_arguments(parser, what="--deep: hub id or folder of the teacher; never taken from the cache")
-    parser.add_argument(
-        "--sample", type=at_least(1), default=16, metavar="N", help="--deep: sequences to ask about (default: 16)"
-    )
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="--deep: of the sample (default: 0)")
+    add_sample_arguments(parser, prefix="--deep: ")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -103,7 +100,7 @@ def _ask_teacher(args: argparse.Namespace) -> DeepReport:
     from kdcache.foreign.judge.deep import DeepOptions, verify_deep
     from kdcache.store.reader import open_reader
 
-    options = DeepOptions(num_sequences=args.sample, seed=args.seed, tolerance_nats=args.tolerance)
+    options = DeepOptions(num_sequences=args.num_sequences, seed=args.seed, tolerance_nats=args.tolerance)
     with open_reader(args.cache) as reader:
         config = teacher_config(args)
         for line in setting_differences(config, reader.manifest.config.get("teacher")):

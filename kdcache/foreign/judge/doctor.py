@@ -32,14 +32,14 @@ class ExamineOptions:
         read: what the user says of the files.
         vocab_size: ids that the teacher's distributions range over; None for what the files say.
         tokenizer_size: ids of the tokenizer; None where it is not known.
-        sample: sequences to ask the teacher about.
+        num_sequences: how many to ask the teacher about, chosen at random.
         seed: of that choice.
     """
 
     read: ReadOptions = field(default_factory=ReadOptions)
     vocab_size: int | None = None
     tokenizer_size: int | None = None
-    sample: int = 16
+    num_sequences: int = 16
     seed: int = 0
 
 
@@ -159,7 +159,7 @@ def examine_opened(
 def fill(tally: Tally, cache: ForeignCache, options: ExamineOptions, progress: Progress | None) -> Sequence[ForeignSequence]:
     """Count every sequence; gives the sample for the teacher."""
     sample: Sequence[ForeignSequence] = ()
-    for sequence, sample in reservoir(cache.read(), options.sample, options.seed):  # noqa: B007 - the last one is the sample
+    for sequence, sample in reservoir(cache.read(), options.num_sequences, options.seed):  # noqa: B007 - the last one is the sample
         tally.add_sequence(sequence, cache.values)
         if progress is not None:
             progress(len(sequence.counts_R))
