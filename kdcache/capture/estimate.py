@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from kdcache import extensions
 from kdcache.capture.features import features_of, stated_features
 from kdcache.capture.generate import write_sequences
 from kdcache.capture.job import Job, check_fits, codec_info, output_location, prepare, selection_info
@@ -214,7 +215,8 @@ def _most_positions(requests: list[Request], config: CaptureConfig) -> int:
 def _bytes_are(config: CaptureConfig, probed: _Probed) -> Literal["expected", "most", "measured"]:
     if probed.is_measured:
         return "measured"
-    follows_content = config.codec_id == "archive" or fixed_entries(selection_info(config)) is None
+    codec = extensions.find("codecs", config.codec_id)
+    follows_content = codec.size_follows_content or fixed_entries(selection_info(config)) is None
     return "most" if follows_content else "expected"
 
 

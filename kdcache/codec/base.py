@@ -93,6 +93,8 @@ class Codec(ABC):
     """What every codec does; the module's docstring has the contract."""
 
     codec_id: ClassVar[str]
+    size_follows_content: ClassVar[bool] = False
+    """Whether equally many entries take more or fewer bytes by what they are, as after entropy coding."""
 
     @abstractmethod
     def params(self) -> dict[str, Any]:

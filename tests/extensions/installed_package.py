@@ -9,6 +9,9 @@ ENTRY_POINTS = """\
 [kdcache.codecs]
 toy = toy_codec:ToyCodec
 broken = toy_that_is_not_there:Codec
+[kdcache.inputs]
+dashes = toy_input:DASHES
+no_format = toy_input:read
 [kdcache.teachers]
 toy = toy_teacher:ToyBackend
 """

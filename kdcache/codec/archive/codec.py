@@ -70,6 +70,7 @@ class ArchiveCodec(Codec):
     """
 
     codec_id: ClassVar[str] = "archive"
+    size_follows_content: ClassVar[bool] = True
     vocab_size: int
     bits: int = 8
     selection: SelectionInfo = EXACT_TOP_K
