@@ -82,6 +82,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, capsys):
     assert "about 903 in 15 sequences" in out
     assert "time       unknown" in out
     assert sorted(path.name for path in folder.iterdir()) == ["c.yaml", "chats.jsonl", "corpus"]
+    assert main(["capture", "c.yaml", "--dry-run", "--set", "selection.k=null", "--set", "selection.tau=0.1"]) == 0
+    assert "(archive, threshold: tau 0.1); fewer where the teacher is sure, which --probe measures" in capsys.readouterr().out
     assert main(["capture", "c.yaml", "--dry-run", "--probe"]) == 0
     assert "tokens/s, as measured" in capsys.readouterr().out
     assert main(["capture", "c.yaml", "--probe"]) == 2

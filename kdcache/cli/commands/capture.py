@@ -171,7 +171,8 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
             **({"clock": clock(estimate.template_time)} if estimate.template_time else {}),
             **({"noted": f"of the sampled items {noted(estimate.notes)}"} if estimate.notes else {}),
             "positions": f"{at_most} {estimate.num_positions:,}, {most}{estimate.bytes_per_position:.1f} bytes each "
-            f"({config.codec_id}, {config.selection.kind}: {params})",
+            f"({config.codec_id}, {config.selection.kind}: {params})"
+            + ("; fewer where the teacher is sure, which --probe measures" if estimate.bytes_are == "most" else ""),
             **_feature_rows(estimate),
             "cache": f"{'at most' if most.startswith('at') else at_most} {size(estimate.num_bytes)} at {config.out}",
             "time": when,
