@@ -39,7 +39,6 @@ from kdcache.store.reader import open_reader
 from kdcache.store.summary import summarize_cache
 from kdcache.teacher import load_tokenizer
 from kdcache.train.body import hidden_states, output_projection
-from kdcache.train.entries import entry_meaning
 from kdcache.train.evaluation.heldout import HeldoutSequence, read_heldout
 from kdcache.train.evaluation.scores import score_models
 from kdcache.train.schedule import learning_rate
@@ -165,13 +164,12 @@ def train_student(config: TrainConfig, teacher: PreTrainedModel | None) -> tuple
     optimizer, digest, done, started = make_optimizer(model, config.optimizer), hashlib.sha256(), 0, time.process_time()
     steps = config.steps or 0
     with open_reader(config.cache) as reader, Loader(reader, config.loader) as loader:
-        meaning = entry_meaning(config.loss, reader.manifest.identity.selection)
         while done < steps:  # each loop is an epoch
             for arrays in loader:
                 digest.update(arrays.input_ids_BT.tobytes())
                 batch, rate = to_torch(arrays).to(config.device), learning_rate(done, steps, config.optimizer)
                 if teacher is None:
-                    optimize(model, optimizer, batch, config, rate, meaning)
+                    optimize(model, optimizer, batch, config, rate)
                 else:
                     for group in optimizer.param_groups:
                         group["lr"] = rate

@@ -64,7 +64,10 @@ class LoaderReader:
     def get(self, numbers: list[int]) -> Iterable[Row]:
         options = self.options
         with Loader(self.cache.select(numbers), options) as loader:
-            yield from ((batch.input_ids_BT[0, : batch.num_tokens], batch.token_ids_PK, batch.logprobs_PK) for batch in loader)
+            yield from (
+                (batch.input_ids_BT[0, : batch.num_tokens], batch.teacher.token_ids_PK, batch.teacher.logprobs_PK)
+                for batch in loader
+            )
 
     def scan(self) -> Iterable[Row]:
         return self.get(list(range(len(self.cache))))

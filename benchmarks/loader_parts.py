@@ -122,7 +122,7 @@ def steps(cache: Cache, rounds: int) -> Iterator[tuple[str, float, int]]:
     record = reader.encoded(row)
     layout = BatchLayout((1,), SEQ_LEN, caches.columns)
     out = assemble([record], layout, pool)
-    arrays = EntryArrays(out.token_ids_PK, out.logprobs_PK, out.tail_mass_P)
+    arrays = EntryArrays(out.teacher.token_ids_PK, out.teacher.logprobs_PK, out.teacher.tail_mass_P)
     views = list(reader.views.values())
     parts_1C2 = np.array([place_of(view, row) for view in views], np.int64)[None]
     rows = [np.array([number])]

@@ -11,7 +11,9 @@ from functools import partial
 
 import torch
 
-from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.format.soft_targets import SoftTargets
+from kdcache.loss.fused import Projection, fused_sparse_kd_loss
+from kdcache.loss.prepare import LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss
 
 NUM_ENTRIES = 64
@@ -23,7 +25,7 @@ class Inputs:
 
     hidden_PH: torch.Tensor
     weight_VH: torch.Tensor
-    targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    teacher: SoftTargets[torch.Tensor]
     target_ids_P: torch.Tensor
 
 
@@ -40,7 +42,7 @@ def make_inputs(rows: int, hidden: int, vocab: int, dtype: str) -> Inputs:
     return Inputs(
         torch.randn(rows, hidden).to(getattr(torch, dtype)).requires_grad_(),
         (torch.randn(vocab, hidden) / hidden**0.5).to(getattr(torch, dtype)).requires_grad_(),
-        (token_ids_PK, logprobs_PK, 1 - logprobs_PK.exp().sum(dim=1)),
+        SoftTargets.of(token_ids_PK, logprobs_PK, 1 - logprobs_PK.exp().sum(dim=1), entries="exact"),
         torch.randint(0, vocab, (rows,)),
     )
 
@@ -52,12 +54,13 @@ def three_matmuls(inputs: Inputs) -> None:
         _ = z_PV @ inputs.weight_VH, z_PV.T @ inputs.hidden_PH
 
 
-def fused(inputs: Inputs, **options: object) -> None:
-    fused_sparse_kd_loss(inputs.hidden_PH, inputs.weight_VH, *inputs.targets, **options).backward()  # type: ignore[arg-type]
+def fused(inputs: Inputs, *, divergence: str = "forward_kl", backend: str = "auto", chunk: int | None = None) -> None:
+    projection, settings = Projection(inputs.weight_VH, chunk_positions=chunk), LossSettings(backend=backend)
+    fused_sparse_kd_loss(inputs.hidden_PH, projection, inputs.teacher, divergence=divergence, settings=settings).backward()
 
 
 def whole_logits(inputs: Inputs) -> None:
-    sparse_kd_loss(inputs.hidden_PH @ inputs.weight_VH.T, *inputs.targets).backward()
+    sparse_kd_loss(inputs.hidden_PH @ inputs.weight_VH.T, inputs.teacher).backward()
 
 
 def gathered_kl(
@@ -69,12 +72,14 @@ def gathered_kl(
 
 
 def by_autograd(inputs: Inputs, loss: Callable[..., torch.Tensor] = gathered_kl) -> None:
-    loss(inputs.hidden_PH, inputs.weight_VH, *inputs.targets[:2]).backward()
+    loss(inputs.hidden_PH, inputs.weight_VH, inputs.teacher.token_ids_PK, inputs.teacher.logprobs_PK).backward()
 
 
 def chunked_autograd(inputs: Inputs, chunk: int = 512) -> None:
     """The usual form chunk by chunk, each chunk's graph done with before the next."""
-    parts = [tensor.split(chunk) for tensor in (inputs.hidden_PH.detach(), *inputs.targets[:2])]
+    parts = [
+        tensor.split(chunk) for tensor in (inputs.hidden_PH.detach(), inputs.teacher.token_ids_PK, inputs.teacher.logprobs_PK)
+    ]
     gradients = []
     for part_CH, ids_CK, logprobs_CK in zip(*parts, strict=True):
         hidden_CH = part_CH.requires_grad_()
@@ -86,7 +91,7 @@ def chunked_autograd(inputs: Inputs, chunk: int = 512) -> None:
 
 def dense_teacher(inputs: Inputs) -> None:
     """Full-vocabulary distillation: a dense teacher, kl_div, autograd."""
-    token_ids_PK, logprobs_PK, _ = inputs.targets
+    token_ids_PK, logprobs_PK = inputs.teacher.token_ids_PK, inputs.teacher.logprobs_PK
     p_PV = torch.zeros(len(token_ids_PK), len(inputs.weight_VH)).scatter_(1, token_ids_PK.long(), logprobs_PK.exp())
     log_q_PV = torch.log_softmax((inputs.hidden_PH @ inputs.weight_VH.T).float(), dim=1)
     torch.nn.functional.kl_div(log_q_PV, p_PV, reduction="batchmean").backward()
@@ -99,7 +104,7 @@ def linear_cross_entropy(inputs: Inputs) -> None:
 
 def dense_probabilities(inputs: Inputs) -> torch.Tensor:
     """(P, V) of the entries, in the student's dtype: what a loss that takes no entries must be given."""
-    token_ids_PK, logprobs_PK, _ = inputs.targets
+    token_ids_PK, logprobs_PK = inputs.teacher.token_ids_PK, inputs.teacher.logprobs_PK
     p_PV = torch.zeros(len(token_ids_PK), len(inputs.weight_VH), dtype=inputs.hidden_PH.dtype)
     return p_PV.scatter_(1, token_ids_PK.long(), logprobs_PK.exp().to(p_PV.dtype))
 
@@ -126,7 +131,7 @@ def groups_of(device: str) -> dict[str, dict[str, Variant]]:
     if device == "cpu":
         return GROUPS
     ours: dict[str, Variant] = {"fused, auto": fused, "fused, triton": partial(fused, backend="triton")}
-    ours |= {f"fused, triton, chunk {c}": partial(fused, backend="triton", chunk_size=c) for c in (1024, 2048, 4096, 8192)}
+    ours |= {f"fused, triton, chunk {c}": partial(fused, backend="triton", chunk=c) for c in (1024, 2048, 4096, 8192)}
     ours |= {f"fused, triton, {d}": partial(fused, backend="triton", divergence=d) for d in ("reverse_kl", "jensen_shannon")}
     others = {name.replace("numba", "auto"): variant for name, variant in GROUPS["torch"].items()}
     groups = GROUPS | {"ours": ours, "torch": others}
@@ -135,7 +140,7 @@ def groups_of(device: str) -> dict[str, dict[str, Variant]]:
 
 def _groups() -> dict[str, dict[str, Variant]]:
     ours: dict[str, Variant] = {"fused, numba": fused}
-    ours |= {f"fused, numba, chunk {c}": partial(fused, chunk_size=c) for c in (512, 1024, 2048)}
+    ours |= {f"fused, numba, chunk {c}": partial(fused, chunk=c) for c in (512, 1024, 2048)}
     compiled = torch.compile(gathered_kl)
     others: dict[str, Variant] = {
         "fused, torch": partial(fused, backend="torch"),

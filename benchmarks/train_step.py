@@ -70,7 +70,6 @@ class Case:
 
     def batch(self) -> TorchBatch:
         positions = self.rows * SEQUENCE
-        token_ids_PK, logprobs_PK, tail_mass_P = make_inputs(positions, 1, self.vocab, "float32").targets
         ids_BT = torch.randint(0, self.vocab, (self.rows, SEQUENCE))
         end_B1 = torch.full((self.rows, 1), NO_TARGET)
         return TorchBatch(
@@ -80,13 +79,8 @@ class Case:
             cu_seqlens_G1=torch.arange(self.rows + 1) * SEQUENCE,
             target_ids_BT=torch.cat([ids_BT[:, 1:], end_B1], dim=1),
             flat_positions_P=torch.arange(positions),
-            token_ids_PK=token_ids_PK,
-            logprobs_PK=logprobs_PK,
-            tail_mass_P=tail_mass_P,
+            teacher=make_inputs(positions, 1, self.vocab, "float32").teacher,
             weights_P=torch.ones(positions),
-            num_exact_P=None,
-            log_z_PC=None,
-            entropy_P=None,
             max_seqlen=SEQUENCE,
             num_sequences=self.rows,
             num_masked=0,

@@ -17,16 +17,20 @@ if TYPE_CHECKING:
     from kdcache.format.record import Distributions as Distributions
     from kdcache.format.record import SequenceRecord as SequenceRecord
     from kdcache.format.record import TokenSequence as TokenSequence
+    from kdcache.format.soft_targets import SoftTargets as SoftTargets
     from kdcache.loader._torch import TorchLoader as TorchLoader
     from kdcache.loader.cache import Cache as Cache
     from kdcache.loader.cache import open_cache as open  # noqa: F401
     from kdcache.loader.loader import Loader as Loader
     from kdcache.loader.view import PackedView as PackedView
     from kdcache.loss.chunks import Head as Head
+    from kdcache.loss.fused import Projection as Projection
     from kdcache.loss.fused import fused_sparse_kd_loss as fused_sparse_kd_loss
     from kdcache.loss.modules import FusedSparseKD as FusedSparseKD
     from kdcache.loss.modules import SparseKD as SparseKD
+    from kdcache.loss.prepare import LossSettings as LossSettings
     from kdcache.loss.sparse_kd import sparse_kd_loss as sparse_kd_loss
+    from kdcache.loss.vocab_parallel import VocabPart as VocabPart
     from kdcache.loss.vocab_parallel import vocab_parallel_sparse_kd_loss as vocab_parallel_sparse_kd_loss
     from kdcache.store.reader import CacheReader as CacheReader
     from kdcache.store.writing.writer import CacheWriter as CacheWriter
@@ -43,14 +47,18 @@ _EXPORTS = {
     "KdcacheError": "kdcache.errors:KdcacheError",
     "Loader": "kdcache.loader.loader:Loader",
     "LoaderConfig": "kdcache.config.loader:LoaderConfig",
+    "LossSettings": "kdcache.loss.prepare:LossSettings",
     "Manifest": "kdcache.format.manifest:Manifest",
     "MaskConfig": "kdcache.config.loader:MaskConfig",
     "MixConfig": "kdcache.config.loader:MixConfig",
     "PackedView": "kdcache.loader.view:PackedView",
+    "Projection": "kdcache.loss.fused:Projection",
     "SequenceRecord": "kdcache.format.record:SequenceRecord",
+    "SoftTargets": "kdcache.format.soft_targets:SoftTargets",
     "SparseKD": "kdcache.loss.modules:SparseKD",
     "TokenSequence": "kdcache.format.record:TokenSequence",
     "TorchLoader": "kdcache.loader._torch:TorchLoader",
+    "VocabPart": "kdcache.loss.vocab_parallel:VocabPart",
     "fused_sparse_kd_loss": "kdcache.loss.fused:fused_sparse_kd_loss",
     "open": "kdcache.loader.cache:open_cache",
     "sparse_kd_loss": "kdcache.loss.sparse_kd:sparse_kd_loss",

@@ -15,13 +15,12 @@ from pathlib import Path
 FILE_CAP, BODY_CAP, KERNEL_BODY_CAP, PARAMETER_CAP = 400, 50, 100, 7
 FOLDERS = ("kdcache", "tools")
 
-# Functions of the public surface that are called with keywords, in the manner of torch.nn.functional: an options object there
-# would be one more name to learn and would not read better.
+# The public losses are called with keywords, in the manner of torch.nn.functional; what is rarely asked for is one object.
 # torch's custom operators take tensors, numbers and strings, and no objects.
 MORE_PARAMETERS = {
-    "sparse_kd_loss": 15,
-    "fused_sparse_kd_loss": 19,
-    "vocab_parallel_sparse_kd_loss": 17,
+    "sparse_kd_loss": 8,
+    "fused_sparse_kd_loss": 9,
+    "vocab_parallel_sparse_kd_loss": 9,
     "_rows": 11,
     "_fused": 14,
     "_unpack_rows": 8,

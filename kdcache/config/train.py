@@ -51,10 +51,10 @@ class LossConfig(Config, frozen=True, kw_only=True):
         alpha: 1 for distillation only, 0 for labels only.
         divergence: `forward_kl`, or another name of the table in kdcache/kernels/README.md.
         divergence_options: by name, as in {beta: 0.3}; what is left out has the default of the table.
-        tail: what becomes of the teacher's mass outside the support: `bucket` compares it with the student's as one further
-            token, `drop` leaves it out, `renormalize` scales the support to mass 1, `uniform` spreads it evenly over the ids
-            outside the support. With the forward KL and a cache of a random selection, `drop` trains on all entries, without
-            bias; the others on its exact entries alone.
+        tail: what becomes of the teacher's mass outside the entries: `bucket` compares it with the student's as one further
+            token, `drop` leaves it out, `renormalize` scales the entries to mass 1, `uniform` spreads it over all other tokens.
+            null takes the best known: with the forward KL and a cache of a random selection `drop`, which trains on all entries
+            without bias; else `bucket`, which reads the exact entries alone.
         temperature: of both sides; other than 1 must be one of the cache's selection.temperatures.
         backend: `numba`, `torch` or `triton`; `auto` takes the fastest that fits the device and has been tested on one.
         chunk_positions: positions whose logits exist at once; memory is this x vocabulary x 2 or 4 bytes. null: 512 on a
@@ -70,7 +70,7 @@ class LossConfig(Config, frozen=True, kw_only=True):
     alpha: Fraction = 1.0
     divergence: str = "forward_kl"
     divergence_options: dict[str, float] = msgspec.field(default_factory=dict)
-    tail: Literal["bucket", "drop", "renormalize", "uniform"] = "bucket"
+    tail: Literal["bucket", "drop", "renormalize", "uniform"] | None = None
     temperature: PositiveFloat = 1.0
     backend: Literal["auto", "numba", "torch", "triton"] = "auto"
     chunk_positions: Positive | None = None

@@ -33,15 +33,18 @@ MIN_TAU = 2.0**-15
 @dataclass(frozen=True)
 class _Kind:
     params: tuple[str, ...]
-    has_estimates: bool
+    entries: str
 
+
+ENTRIES = ("exact", "unbiased", "mixed")
+"""What the entries of a position can be: all exact, all estimates, or exact ones before estimates."""
 
 _KINDS = {
-    "top_k": _Kind(("k",), False),
-    "top_p_k": _Kind(("p", "k"), False),
-    "sampled": _Kind(("num_draws", "seed"), True),
-    "threshold": _Kind(("tau", "seed"), True),
-    "top_k_sampled": _Kind(("k", "num_draws", "seed"), True),
+    "top_k": _Kind(("k",), "exact"),
+    "top_p_k": _Kind(("p", "k"), "exact"),
+    "sampled": _Kind(("num_draws", "seed"), "unbiased"),
+    "threshold": _Kind(("tau", "seed"), "mixed"),
+    "top_k_sampled": _Kind(("k", "num_draws", "seed"), "mixed"),
 }
 SELECTION_KINDS = tuple(_KINDS)
 
@@ -75,7 +78,12 @@ def selection_params(kind: str) -> tuple[str, ...]:
 
 def has_estimates(selection: SelectionInfo) -> bool:
     """Whether some entries are random estimates; then only what is linear in the probabilities may be computed of them."""
-    return _kind(selection).has_estimates
+    return _kind(selection).entries != "exact"
+
+
+def entries_of(kind: str) -> str:
+    """What the entries of a kind of selection are, one of ENTRIES; raises FormatError where the kind is unknown."""
+    return _kind(SelectionInfo(kind=kind, params={})).entries
 
 
 def fixed_entries(selection: SelectionInfo) -> int | None:

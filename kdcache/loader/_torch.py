@@ -1,7 +1,4 @@
-"""The loader's batches as torch tensors, for a plain loop or inside torch's DataLoader.
-
-Shape letters: B rows, T positions per row, P supervised positions, K entries per position.
-"""
+"""The loader's batches as torch tensors, for a plain loop or inside torch's DataLoader."""
 
 from __future__ import annotations
 
@@ -17,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.errors import StateError
-from kdcache.loader.batches.batch import ARRAYS, NUMBERS, OPTIONAL_ARRAYS, Batch
+from kdcache.format.soft_targets import SoftTargets
+from kdcache.loader.batches.batch import ARRAYS, NUMBERS, Batch
 from kdcache.loader.loader import Loader
 
 
@@ -26,7 +24,7 @@ class TorchBatch:
     """`kdcache.loader.batches.batch.Batch` as tensors: same names, shapes and dtypes, the same memory.
 
     Attributes:
-        state: the loader's state behind this batch, None from `to_torch`: what to save where batches pass through worker
+        state: the loader's state after this batch, None from `to_torch`: what to save where batches pass through worker
             processes or somebody's queue, so that the loader itself is ahead of the training.
     """
 
@@ -36,13 +34,8 @@ class TorchBatch:
     cu_seqlens_G1: Tensor
     target_ids_BT: Tensor
     flat_positions_P: Tensor
-    token_ids_PK: Tensor
-    logprobs_PK: Tensor
-    tail_mass_P: Tensor
+    teacher: SoftTargets[Tensor]
     weights_P: Tensor
-    num_exact_P: Tensor | None
-    log_z_PC: Tensor | None
-    entropy_P: Tensor | None
     max_seqlen: int
     num_sequences: int
     num_masked: int
@@ -50,8 +43,13 @@ class TorchBatch:
     features: dict[str, Tensor] | None = None
     roles_P: Tensor | None = None
 
+    @property
+    def target_ids_P(self) -> Tensor:
+        """(P,) the token that came after each of the positions, NO_TARGET after a sequence's last."""
+        return self.target_ids_BT.flatten()[self.flat_positions_P]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TorchBatch:
-        """The batch on a device; int32 stays int32, so cast labels there, not before the copy."""
+        """The batch on a device; int32 stays int32, so cast target ids there, not before the copy."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TorchBatch:
@@ -69,8 +67,9 @@ def to_torch(batch: Batch, state: dict[str, Any] | None = None) -> TorchBatch:
 
 
 def _tensors(batch: Batch | TorchBatch, function: Callable[[Any], Tensor]) -> dict[str, Any]:
-    values = {name: getattr(batch, name) for name in (*ARRAYS, *OPTIONAL_ARRAYS)}
-    made: dict[str, Any] = {name: None if value is None else function(value) for name, value in values.items()}
+    made: dict[str, Any] = {name: function(getattr(batch, name)) for name in ARRAYS}
+    made["teacher"] = batch.teacher.map(function)
+    made["roles_P"] = None if batch.roles_P is None else function(batch.roles_P)
     if batch.features is not None:
         made["features"] = {name: function(rows) for name, rows in batch.features.items()}
     return made

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdcache.kernels.base import Objective
 from kdcache.loss import torch_divergences, torch_rows, torch_slopes
-from kdcache.loss.arguments import TargetTensors
+from kdcache.loss.prepare import Prepared
 from kdcache.loss.torch_divergences import Masses
 from kdcache.loss.torch_rows import widened
 
@@ -60,18 +60,16 @@ class BucketStep:
     """See `kdcache.loss.row_steps.RowStep`; `make_passes` is a backend's."""
 
     make_passes: Callable[[Tensor, Tensor], Passes]
-    targets: TargetTensors
-    objective: Objective
-    scales_P: Tensor
+    ready: Prepared
 
     def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
-        part, scales_C = self.targets.rows(start, start + len(logits_CV)), self.scales_P[start : start + len(logits_CV)]
-        scales_C = scales_C.to(widened(scales_C).dtype)
+        part = self.ready.slice(start, start + len(logits_CV))
+        scales_C = widened(part.scales_P)
         if len(logits_CV) == 0:
             return scales_C, logits_CV
         with torch.no_grad():
-            rows = self.make_passes(logits_CV.detach(), _lifted_ids(part, self.objective.alpha))
-            return _run(rows, part, scales_C, self.objective, want_gradient), rows.logits_CV
+            rows = self.make_passes(logits_CV.detach(), _lifted_ids(part))
+            return _run(rows, part, scales_C, want_gradient), rows.logits_CV
 
 
 def bucket_terms(objective: Objective, masses: Masses) -> tuple[Tensor, Tensor]:
@@ -80,13 +78,13 @@ def bucket_terms(objective: Objective, masses: Masses) -> tuple[Tensor, Tensor]:
     return losses_P, torch_slopes.compute(objective.divergence, masses)
 
 
-def _lifted_ids(targets: TargetTensors, alpha: float) -> Tensor:
+def _lifted_ids(part: Prepared) -> Tensor:
     """(C, L) int32: the support, and the label where it is wanted and outside the support, else -1."""
-    ids_CK = targets.token_ids_PK.to(torch.int32)
+    ids_CK, target_ids_C = part.teacher.token_ids_PK.to(torch.int32), part.target_ids_P
     label_C = ids_CK.new_full((len(ids_CK),), -1)
-    if alpha < 1 and targets.target_ids_P is not None:
-        inside_C = (ids_CK == targets.target_ids_P[:, None]).any(dim=1)
-        label_C = torch.where(inside_C | (targets.target_ids_P < 0), -1, targets.target_ids_P).to(torch.int32)
+    if part.objective.alpha < 1 and target_ids_C is not None:
+        inside_C = (ids_CK == target_ids_C[:, None]).any(dim=1)
+        label_C = torch.where(inside_C | (target_ids_C < 0), -1, target_ids_C).to(torch.int32)
     return torch.cat([ids_CK, label_C[:, None]], dim=1).contiguous()
 
 
@@ -124,17 +122,18 @@ class _Teacher:
     offset_C: Tensor
 
     @classmethod
-    def of(cls, read: _Read, targets: TargetTensors, objective: Objective, vocab_size: int) -> _Teacher:
+    def of(cls, read: _Read, part: Prepared, vocab_size: int) -> _Teacher:
+        teacher, objective = part.teacher, part.objective
         t, alpha = objective.temperature, objective.alpha
         log_q_CB = torch.cat([read.z_CL[:, :-1] / t, read.tail_lse_C[:, None]], dim=1) - read.lse_C[:, None]
         if alpha == 0:
             zeros_C = torch.zeros_like(read.lse_C)
             return cls(zeros_C, torch.zeros_like(log_q_CB), zeros_C, zeros_C)
-        losses_C, h_CB = bucket_terms(objective, torch_rows.masses(targets, objective.tail, vocab_size, log_q_CB))
+        losses_C, h_CB = bucket_terms(objective, torch_rows.masses(teacher, objective.tail, vocab_size, log_q_CB))
         total_C, offset_C = -h_CB.sum(dim=1), torch.zeros_like(losses_C)
         if objective.tail == "uniform":
-            n_C = vocab_size - (targets.token_ids_PK >= 0).sum(dim=1)
-            r_C = torch.where(n_C > 0, widened(targets.tail_mass_P), 0.0)
+            n_C = vocab_size - (teacher.token_ids_PK >= 0).sum(dim=1)
+            r_C = torch.where(n_C > 0, widened(teacher.tail_mass_P), 0.0)
             log_ratio_C = (r_C / n_C).log() - read.outside_z_C / n_C + read.lse_C
             losses_C = losses_C + torch.where(r_C > 0, r_C * log_ratio_C, 0.0)
             total_C, offset_C = total_C + r_C, -r_C / n_C.clamp_min(1)
@@ -152,27 +151,27 @@ class _Label:
     is_label_CL: Tensor
 
     @classmethod
-    def of(cls, read: _Read, rows: Passes, targets: TargetTensors, objective: Objective) -> _Label:
-        zeros_C = torch.zeros_like(read.lse_C)
-        if objective.alpha == 1 or targets.target_ids_P is None:
+    def of(cls, read: _Read, rows: Passes, part: Prepared) -> _Label:
+        zeros_C, objective, target_ids_C = torch.zeros_like(read.lse_C), part.objective, part.target_ids_P
+        if objective.alpha == 1 or target_ids_C is None:
             return cls(zeros_C, zeros_C, read.top_C, read.lse_C, torch.zeros_like(read.z_CL, dtype=torch.bool))
         top_C, lse_C = read.top_C, read.lse_C
         if objective.temperature != 1:
             top_C, rest_C, _ = rows.statistics(1.0)
             lse_C = torch.cat([read.z_CL, rest_C[:, None]], dim=1).logsumexp(dim=1)
-        share_C = (targets.target_ids_P >= 0).to(lse_C.dtype) * (1 - objective.alpha)
-        is_label_CL = (rows.ids_CL == targets.target_ids_P[:, None]) & (rows.ids_CL >= 0)
+        share_C = (target_ids_C >= 0).to(lse_C.dtype) * (1 - objective.alpha)
+        is_label_CL = (rows.ids_CL == target_ids_C[:, None]) & (rows.ids_CL >= 0)
         label_z_C = read.z_CL.masked_fill(~is_label_CL, 0.0).sum(dim=1)
         return cls(torch.where(share_C > 0, share_C * (lse_C - label_z_C), 0.0), share_C, top_C, lse_C, is_label_CL)
 
 
-def _run(rows: Passes, targets: TargetTensors, scales_C: Tensor, objective: Objective, want_gradient: bool) -> Tensor:
+def _run(rows: Passes, part: Prepared, scales_C: Tensor, want_gradient: bool) -> Tensor:
     """(C,) float64 losses times their scales; the logits become the gradient, or what they were."""
-    read = _Read.of(rows, objective)
-    teacher = _Teacher.of(read, targets, objective, rows.logits_CV.shape[1])
-    label = _Label.of(read, rows, targets, objective)
+    read = _Read.of(rows, part.objective)
+    teacher = _Teacher.of(read, part, rows.logits_CV.shape[1])
+    label = _Label.of(read, rows, part)
     if want_gradient:
-        _write(rows, (read, teacher, label), scales_C, objective.temperature)
+        _write(rows, (read, teacher, label), scales_C, part.objective.temperature)
     else:
         rows.put(read.z_CL)
     return torch.where(scales_C > 0, (teacher.losses_C + label.losses_C) * scales_C, 0.0)

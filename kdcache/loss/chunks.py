@@ -64,7 +64,7 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Projection:
+class Product:
     """hidden (P, H), weight (V, H), bias (V,) or None, and what follows their product."""
 
     hidden_PH: Tensor
@@ -80,38 +80,38 @@ class Projection:
 
 
 def run_chunks(
-    projection: Projection, step: RowStep, wanted: tuple[bool, ...], chunk_size: int
+    product: Product, step: RowStep, wanted: tuple[bool, ...], chunk_positions: int
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The sum of the scaled losses, and its gradients by hidden, weight and bias: None where not wanted.
 
     Args:
-        projection: makes the logits.
+        product: makes the logits.
         step: the losses of a chunk's rows, and their gradients.
         wanted: gradients by hidden, weight and bias.
-        chunk_size: rows; 0 for `default_chunk_size`, which a graph that is traced could not ask for.
+        chunk_positions: rows; 0 for `default_chunk_positions`, which a graph that is traced could not ask for.
 
     Returns:
         A scalar of `loss_dtype`, and tensors of hidden's dtype.
     """
-    hidden_PH = projection.hidden_PH
-    chunk_size = chunk_size or default_chunk_size(hidden_PH, len(projection.weight_VH))
+    hidden_PH = product.hidden_PH
+    chunk_positions = chunk_positions or default_chunk_positions(hidden_PH, len(product.weight_VH))
     loss = torch.zeros((), dtype=torch.float64, device=hidden_PH.device)
-    gradients = _Gradients.zeros(projection, wanted, chunk_size)
+    gradients = _Gradients.zeros(product, wanted, chunk_positions)
     # Under autocast the products would come in another dtype than the buffer's.
     with torch.no_grad(), torch.autocast(hidden_PH.device.type, enabled=False):
-        for start, logits_CV, slope_CV in _chunks_of_logits(projection, chunk_size):
+        for start, logits_CV, slope_CV in _chunks_of_logits(product, chunk_positions):
             losses_C, gradient_CV = step(logits_CV, start, any(wanted))
             loss += losses_C.sum()
             if slope_CV is not None:
                 gradient_CV.mul_(slope_CV)
-            elif projection.head.logit_scale != 1:
-                gradient_CV.mul_(projection.head.logit_scale)
-            gradients.add(gradient_CV.to(product_dtype(hidden_PH)), projection, start)
+            elif product.head.logit_scale != 1:
+                gradient_CV.mul_(product.head.logit_scale)
+            gradients.add(gradient_CV.to(product_dtype(hidden_PH)), product, start)
             del losses_C, logits_CV, slope_CV, gradient_CV  # else the buffer lives until the gradients are rounded
     return loss.to(loss_dtype(hidden_PH.dtype)), gradients.finish(hidden_PH.dtype)
 
 
-def default_chunk_size(hidden_PH: Tensor, vocab_size: int) -> int:
+def default_chunk_positions(hidden_PH: Tensor, vocab_size: int) -> int:
     """On a CPU 512 rows of float32, 1024 in half precision: the same bytes. On a device 4096, more of a small vocabulary."""
     if hidden_PH.device.type == "cpu":
         return max(1, _CPU_BYTES_PER_ID // product_dtype(hidden_PH).itemsize)
@@ -137,10 +137,10 @@ class _Gradients:
     bias_V: Tensor | None
 
     @classmethod
-    def zeros(cls, projection: Projection, wanted: tuple[bool, ...], chunk_size: int) -> _Gradients:
-        hidden_PH, weight_VH, bias_V = projection.hidden_PH, projection.weight_VH, projection.bias_V
+    def zeros(cls, product: Product, wanted: tuple[bool, ...], chunk_positions: int) -> _Gradients:
+        hidden_PH, weight_VH, bias_V = product.hidden_PH, product.weight_VH, product.bias_V
         # A sum over many chunks in 8 bits of mantissa loses the later ones; one chunk is rounded once in any case.
-        half = hidden_PH.dtype in _HALF and len(hidden_PH) > chunk_size
+        half = hidden_PH.dtype in _HALF and len(hidden_PH) > chunk_positions
         dtype = torch.float32 if half else hidden_PH.dtype
         return cls(
             torch.empty_like(hidden_PH, memory_format=torch.contiguous_format) if wanted[0] else None,
@@ -148,11 +148,11 @@ class _Gradients:
             torch.zeros(bias_V.shape, dtype=dtype, device=bias_V.device) if bias_V is not None and wanted[2] else None,
         )
 
-    def add(self, gradient_CV: Tensor, projection: Projection, start: int) -> None:
+    def add(self, gradient_CV: Tensor, product: Product, start: int) -> None:
         rows = slice(start, start + len(gradient_CV))
-        hidden_CH = projection.hidden_PH[rows].to(gradient_CV.dtype)
+        hidden_CH = product.hidden_PH[rows].to(gradient_CV.dtype)
         if self.hidden_PH is not None:
-            _multiply_gradient(gradient_CV, projection.weight_VH, self.hidden_PH[rows])
+            _multiply_gradient(gradient_CV, product.weight_VH, self.hidden_PH[rows])
         if self.weight_VH is not None and self.weight_VH.dtype == gradient_CV.dtype:
             self.weight_VH.addmm_(gradient_CV.T, hidden_CH)
         elif self.weight_VH is not None and has_mixed_product(gradient_CV):
@@ -187,18 +187,18 @@ def _add_product(weight_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor) -> N
         weight_VH[start : start + num_rows] += product_BH
 
 
-def _chunks_of_logits(projection: Projection, chunk_size: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def _chunks_of_logits(product: Product, chunk_positions: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """(first row, logits, their derivative by the product or None) of each chunk.
 
     All are in the same memory each time: done with before the next is asked for.
     """
-    hidden_PH, head = projection.hidden_PH, projection.head
-    buffer_CV = hidden_PH.new_empty((min(chunk_size, len(hidden_PH)), len(projection.weight_VH)), dtype=projection.logits_dtype)
+    hidden_PH, head = product.hidden_PH, product.head
+    buffer_CV = hidden_PH.new_empty((min(chunk_positions, len(hidden_PH)), len(product.weight_VH)), dtype=product.logits_dtype)
     slope_CV = None if head.softcap is None else torch.empty_like(buffer_CV)
-    for start in range(0, len(hidden_PH), chunk_size):
-        part_CH = hidden_PH[start : start + chunk_size]
+    for start in range(0, len(hidden_PH), chunk_positions):
+        part_CH = hidden_PH[start : start + chunk_positions]
         logits_CV = buffer_CV[: len(part_CH)]
-        _multiply(part_CH, projection, logits_CV)
+        _multiply(part_CH, product, logits_CV)
         if head.logit_scale != 1:
             logits_CV.mul_(head.logit_scale)
         if slope_CV is None or head.softcap is None:
@@ -212,14 +212,14 @@ def _chunks_of_logits(projection: Projection, chunk_size: int) -> Iterator[tuple
         yield start, logits_CV, slope
 
 
-def _multiply(part_CH: Tensor, projection: Projection, logits_CV: Tensor) -> None:
+def _multiply(part_CH: Tensor, product: Product, logits_CV: Tensor) -> None:
     """logits = part W^T + bias, in the logits' dtype."""
-    weight_VH, bias_V = projection.weight_VH, projection.bias_V
+    weight_VH, bias_V = product.weight_VH, product.bias_V
     if logits_CV.dtype == part_CH.dtype and bias_V is None:
         torch.mm(part_CH, weight_VH.T, out=logits_CV)
     elif logits_CV.dtype == part_CH.dtype:
         torch.addmm(bias_V, part_CH, weight_VH.T, out=logits_CV)  # pyright: ignore[reportArgumentType]
-    elif product_dtype(part_CH) == part_CH.dtype and not projection.head.float32_logits:
+    elif product_dtype(part_CH) == part_CH.dtype and not product.head.float32_logits:
         logits_CV.copy_(part_CH @ weight_VH.T)
         if bias_V is not None:
             logits_CV += bias_V

@@ -1,7 +1,4 @@
-"""The losses as modules: options said once, tensors at every step.
-
-Shape letters: P positions (rows), K entries per position (padded), V the student's vocabulary, H hidden.
-"""
+"""The losses as modules: what is asked for is said once, tensors come at every step."""
 
 from __future__ import annotations
 
@@ -9,62 +6,63 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.format.soft_targets import SoftTargets
+from kdcache.kernels.divergences import Divergence
+from kdcache.loss.fused import Projection, fused_sparse_kd_loss
+from kdcache.loss.prepare import DEFAULT, LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss
 
 
-class SparseKD(nn.Module):
-    """`sparse_kd_loss` with its options given once; it has no parameters of its own.
+class _Loss(nn.Module):
+    """What a loss is asked for; it has no parameters of its own. The arguments are those of `sparse_kd_loss`."""
 
-    Args:
-        options: those keyword arguments of `sparse_kd_loss` that are not tensors.
-    """
-
-    def __init__(self, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        divergence: str | Divergence = "forward_kl",
+        alpha: float = 1.0,
+        temperature: float = 1.0,
+        settings: LossSettings = DEFAULT,
+    ) -> None:
         super().__init__()
-        self.options = options
+        self.asked: dict[str, Any] = {
+            "divergence": divergence, "alpha": alpha, "temperature": temperature, "settings": settings
+        }  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.asked.items())
+
+
+class SparseKD(_Loss):
+    """`sparse_kd_loss` as a module."""
 
     def forward(
         self,
         student_logits_PV: Tensor,
-        token_ids_PK: Tensor,
-        logprobs_PK: Tensor,
-        tail_mass_P: Tensor,
-        **tensors: Any,
+        teacher: SoftTargets[Tensor] | None,
+        *,
+        target_ids: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss; `tensors` are target_ids_P, weights_P, num_exact_P and log_z_P."""
-        return sparse_kd_loss(student_logits_PV, token_ids_PK, logprobs_PK, tail_mass_P, **self.options, **tensors)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        """The loss."""
+        return sparse_kd_loss(student_logits_PV, teacher, target_ids=target_ids, weights=weights, **self.asked)
 
 
-class FusedSparseKD(nn.Module):
-    """`fused_sparse_kd_loss` with its options given once; the projection's weight is the model's, given at every step.
+class FusedSparseKD(_Loss):
+    """`fused_sparse_kd_loss` as a module; the projection is the model's, given at every step.
 
-    Under FSDP2 the weight must be whole when this is called: call it inside the module that owns the projection, so that its
+    Under FSDP2 its weight must be whole when this is called: call it inside the module that owns the projection, so that its
     hooks have gathered it.
-
-    Args:
-        options: those keyword arguments of `fused_sparse_kd_loss` that are not tensors.
     """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.options = options
 
     def forward(
         self,
         hidden_PH: Tensor,
-        weight_VH: Tensor,
-        token_ids_PK: Tensor | None = None,
-        logprobs_PK: Tensor | None = None,
-        tail_mass_P: Tensor | None = None,
-        **tensors: Any,
+        projection: Tensor | Projection,
+        teacher: SoftTargets[Tensor] | None,
+        *,
+        target_ids: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss; `tensors` are bias, target_ids_P, weights_P, num_exact_P and log_z_P."""
-        teacher = (token_ids_PK, logprobs_PK, tail_mass_P)
-        return fused_sparse_kd_loss(hidden_PH, weight_VH, *teacher, **self.options, **tensors)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        """The loss."""
+        return fused_sparse_kd_loss(hidden_PH, projection, teacher, target_ids=target_ids, weights=weights, **self.asked)

@@ -1,7 +1,4 @@
-"""One backend's way from some rows of logits to their losses and gradients; what the chunks and the whole logits share.
-
-Shape letters: P positions (rows), C some rows, K entries per position (padded), V the student's vocabulary.
-"""
+"""One backend's way from some positions' logits to their losses and gradients; what the chunks and the whole logits share."""
 
 from __future__ import annotations
 
@@ -13,10 +10,9 @@ import torch
 from torch import Tensor
 
 from kdcache.kernels import get_backend
-from kdcache.kernels.base import Objective
-from kdcache.loss import arguments
-from kdcache.loss.arguments import TargetTensors
+from kdcache.kernels.base import Objective, Targets
 from kdcache.loss.bucket_rows import BucketStep
+from kdcache.loss.prepare import Prepared, check_values, to_kernel_targets
 from kdcache.loss.torch_passes import TorchPasses
 from kdcache.loss.triton_passes import TritonPasses
 
@@ -29,21 +25,21 @@ class RowStep(Protocol):
         ...
 
 
-def make_step(backend: str, targets: TargetTensors, scales_P: Tensor, objective: Objective, vocab_size: int) -> RowStep:
-    """The step of a backend that `arguments.choose_backend` has chosen.
+def make_step(ready: Prepared, vocab_size: int) -> RowStep:
+    """The step of the backend that was chosen.
 
     Raises:
         LossError: as `kdcache.kernels.base.make_targets`; on a device, values are not looked at.
     """
-    if backend == "numba":
-        return _NumbaStep(arguments.to_kernel_targets(targets, vocab_size, scales_P), objective)
-    arguments.check_values(targets, vocab_size)
-    return BucketStep(TritonPasses if backend == "triton" else TorchPasses, targets, objective, scales_P)
+    if ready.backend == "numba":
+        return _NumbaStep(to_kernel_targets(ready, vocab_size), ready.objective)
+    check_values(ready, vocab_size)
+    return BucketStep(TritonPasses if ready.backend == "triton" else TorchPasses, ready)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _NumbaStep:
-    targets: arguments.Targets
+    targets: Targets
     objective: Objective
 
     def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,4 @@
-"""The passes over a chunk of logits as Triton kernels; what they are for: `kdcache.loss.bucket_rows`.
-
-Shape letters: C rows, L lifted ids per row, V the student's vocabulary.
-"""
+"""The passes over a chunk of logits as Triton kernels; what they are for: `kdcache.loss.bucket_rows`."""
 
 from __future__ import annotations
 

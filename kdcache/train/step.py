@@ -1,7 +1,4 @@
-"""One step of training: packed forward, fused sparse loss, backward, AdamW.
-
-Shape letters: B rows, T tokens per row, P supervised positions, H hidden, V vocabulary.
-"""
+"""One step of training: packed forward, fused sparse loss, backward, AdamW."""
 
 from __future__ import annotations
 
@@ -13,10 +10,9 @@ from transformers import PreTrainedModel
 
 from kdcache.config.train import OptimizerConfig, TrainConfig
 from kdcache.loader._torch import TorchBatch
+from kdcache.train.batch_loss import BatchLoss
 from kdcache.train.body import hidden_states, output_projection
-from kdcache.train.entries import PLAIN, EntryMeaning
 from kdcache.train.packed import logits_head
-from kdcache.train.row_loss import RowLoss
 
 
 def optimize(
@@ -25,7 +21,6 @@ def optimize(
     batch: TorchBatch,
     config: TrainConfig,
     rate: float,
-    meaning: EntryMeaning = PLAIN,
 ) -> tuple[float, float]:
     """One step: forward, loss, backward, clip, update.
 
@@ -35,7 +30,6 @@ def optimize(
         batch: on the model's device.
         config: dtype, loss and clipping.
         rate: learning rate of this step.
-        meaning: of the batch's entries.
 
     Returns:
         The loss in nats per supervised position, and the gradient's norm before clipping. Where one of them is not finite,
@@ -43,7 +37,7 @@ def optimize(
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = student_loss(model, batch, config, meaning)
+    loss = student_loss(model, batch, config)
     loss.backward()
     largest = config.optimizer.grad_clip or float("inf")
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
@@ -55,14 +49,14 @@ def optimize(
     return numbers
 
 
-def student_loss(model: PreTrainedModel, batch: TorchBatch, config: TrainConfig, meaning: EntryMeaning = PLAIN) -> torch.Tensor:
+def student_loss(model: PreTrainedModel, batch: TorchBatch, config: TrainConfig) -> torch.Tensor:
     """The loss of a packed batch, a scalar per supervised position (nats, for the KLs); [P, V] logits never exist whole.
 
     On every device the loss fused with the output projection: numba on a CPU, torch on a GPU, unless `backend` says otherwise.
     """
     with torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         hidden_BTH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT)
-    loss = RowLoss(config.loss, meaning, logits_head(model))
+    loss = BatchLoss(config.loss, logits_head(model))
     return loss(hidden_BTH, output_projection(model), batch, dtype=getattr(torch, config.dtype))
 
 

@@ -24,13 +24,12 @@ from kdcache.loader._torch import TorchBatch, to_torch
 from kdcache.loader.loader import Loader
 from kdcache.store.reader import CacheReader, open_reader
 from kdcache.teacher import load_tokenizer
+from kdcache.train.batch_loss import BatchLoss, check_loss
 from kdcache.train.body import vocab_size
-from kdcache.train.entries import entry_meaning
 from kdcache.train.evaluation.heldout import HeldoutSequence, read_heldout
 from kdcache.train.evaluation.scores import heldout_nats_per_token
 from kdcache.train.finite import batch_reason, check_weights, not_finite_weight, shown_sources
 from kdcache.train.packed import check_architecture
-from kdcache.train.row_loss import RowLoss
 from kdcache.train.runs.checkpoint import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from kdcache.train.runs.run_folder import RunFolder
 from kdcache.train.schedule import learning_rate
@@ -73,7 +72,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
         ConfigError, MismatchError: see `build_student`, `check_against_cache`, `RunFolder`.
         CacheNotFoundError, CorruptCacheError: the cache cannot be read; what was trained up to the last checkpoint stays.
         InputError: held-out data that cannot be read, or a cache that is not complete or has no supervised position.
-        LossError: a loss that would be wrong for the cache's selection; see `entry_meaning`.
+        LossError: a loss that would be wrong for the cache's selection; see `check_loss`.
         NotFiniteError: a loss, gradient, weight or held-out measure is not finite; the last checkpoint stays, no model is
             published.
     """
@@ -99,9 +98,7 @@ class Trainer:
         heldout: Sequence[HeldoutSequence] = (),
     ) -> None:
         self.config, self.model, self.loader, self.folder, self.heldout = config, model, loader, folder, heldout
-        identity = loader.readers[0].manifest.identity
-        self.meaning = entry_meaning(config.loss, identity.selection, identity.teacher.vocab_size)
-        self._rows = RowLoss(config.loss, self.meaning)
+        self._loss = BatchLoss(config.loss)
         self.optimizer = make_optimizer(model, config.optimizer)
         self.num_steps = config.steps or num_batches(loader, config.epochs or 1)
         self.step = self.num_tokens = self.num_skipped = 0
@@ -136,12 +133,12 @@ class Trainer:
 
     def _train_on(self, batch: TorchBatch) -> float:
         rate = learning_rate(self.step, self.num_steps, self.config.optimizer)
-        loss, grad_norm = optimize(self.model, self.optimizer, batch, self.config, rate, self.meaning)
+        loss, grad_norm = optimize(self.model, self.optimizer, batch, self.config, rate)
         self.step += 1
         self.num_tokens += int((batch.segment_ids_BT > 0).sum())
         reason = batch_reason(loss, grad_norm)
         further: dict[str, Any] = {} if reason is None else {"left_out": reason}
-        padding_mass = self._rows.padding_mass(batch, vocab_size(self.model))
+        padding_mass = self._loss.padding_mass(batch, vocab_size(self.model))
         if padding_mass is not None:
             further["padding_mass"] = padding_mass
         self.folder.append_metrics(step=self.step, tokens=self.num_tokens, loss=loss, lr=rate, grad_norm=grad_norm, **further)
@@ -231,7 +228,7 @@ def _check_cache(config: TrainConfig, reader: CacheReader) -> None:
             "run `kdcache capture` again to finish it, or set `accept: [incomplete]` to train on these"
         )
     # Before the student is built: what the cache is not enough for.
-    entry_meaning(config.loss, manifest.identity.selection)
+    check_loss(config.loss, manifest.identity.selection)
     if not reader.num_positions_S.any():
         raise InputError(f"{config.cache}: the cache has no supervised position to train on")
 

@@ -46,15 +46,15 @@ def test_what_is_captured_is_verified_and_loaded_whatever_the_codec(tmp_path, ki
             options = LoaderConfig(seq_len=16, batch_rows=2, num_threads=0)
             for found, expected in zip(Loader(reader, options), Loader(definition, options), strict=True):
                 # archive puts entries that it makes equal in the order of their ids
-                np.testing.assert_array_equal(np.sort(found.token_ids_PK), np.sort(expected.token_ids_PK))
-                places = [np.argsort(batch.token_ids_PK, axis=-1) for batch in (found, expected)]
+                np.testing.assert_array_equal(np.sort(found.teacher.token_ids_PK), np.sort(expected.teacher.token_ids_PK))
+                places = [np.argsort(batch.teacher.token_ids_PK, axis=-1) for batch in (found, expected)]
                 logprobs = [
-                    np.exp(np.take_along_axis(batch.logprobs_PK, order, -1))
+                    np.exp(np.take_along_axis(batch.teacher.logprobs_PK, order, -1))
                     for batch, order in zip((found, expected), places, strict=True)
                 ]
                 np.testing.assert_allclose(*logprobs, rtol=0.15, atol=1e-6)
-                np.testing.assert_allclose(found.tail_mass_P, expected.tail_mass_P, rtol=0.15, atol=1e-6)
-                for name in ("num_exact_P", "entropy_P", "log_z_PC"):
-                    ours, theirs = getattr(found, name), getattr(expected, name)
+                np.testing.assert_allclose(found.teacher.tail_mass_P, expected.teacher.tail_mass_P, rtol=0.15, atol=1e-6)
+                for name in ("num_exact_P", "entropy_P", "log_z_PL"):
+                    ours, theirs = getattr(found.teacher, name), getattr(expected.teacher, name)
                     assert (ours is None) == (theirs is None)
                     assert ours is None or np.allclose(ours, theirs, rtol=1e-3)

@@ -20,14 +20,12 @@ import kdcache.loader.read as loader_read
 from kdcache.cli.main import main
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import KdcacheError
+from kdcache.format.soft_targets import ARRAYS
 from kdcache.loader.batches.batch import Batch
 from kdcache.store.reader import open_reader
 
 MOST_RECORDS = 50
-_PARTS = (
-    "input_ids_BT", "target_ids_BT", "flat_positions_P", "token_ids_PK", "logprobs_PK", "tail_mass_P", "weights_P",
-    "num_exact_P", "log_z_PC", "entropy_P",
-)  # fmt: skip
+_PARTS = ("input_ids_BT", "target_ids_BT", "flat_positions_P", "weights_P")
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,8 @@ def loaded(cache: Path, *, direct: bool = True, verify: bool = True, **options: 
         with kdcache.open(str(cache), verify=verify) as reader, kdcache.Loader(reader, config) as loader:
             for batch in loader:
                 _check_batch(batch, reader.manifest.identity.teacher.vocab_size)
-                for name in _PARTS:
-                    digest.update(_bytes(getattr(batch, name)))
+                for value in (*(getattr(batch, name) for name in _PARTS), *(getattr(batch.teacher, name) for name in ARRAYS)):
+                    digest.update(_bytes(value))
     return digest.hexdigest()
 
 
@@ -151,9 +149,8 @@ def _bytes(values: Any) -> bytes:
 def _check_batch(batch: Batch, vocab_size: int) -> None:
     """Raise AssertionError where an index would lead out of a student's arrays."""
     flat_positions_P = batch.flat_positions_P
-    assert batch.token_ids_PK.size == 0 or -1 <= batch.token_ids_PK.min() <= batch.token_ids_PK.max() < vocab_size, (
-        "entries' ids"
-    )
+    ids_PK = batch.teacher.token_ids_PK
+    assert ids_PK.size == 0 or -1 <= ids_PK.min() <= ids_PK.max() < vocab_size, "entries' ids"
     assert batch.input_ids_BT.size == 0 or 0 <= batch.input_ids_BT.min() <= batch.input_ids_BT.max() < vocab_size, "text's ids"
     assert ((batch.target_ids_BT == -100) | ((batch.target_ids_BT >= 0) & (batch.target_ids_BT < vocab_size))).all(), "labels"
     assert flat_positions_P.size == 0 or 0 <= flat_positions_P.min() <= flat_positions_P.max() < batch.input_ids_BT.size, "rows"

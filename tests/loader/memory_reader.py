@@ -20,6 +20,7 @@ from kdcache.format.manifest import (
     TokenizerIdentity,
 )
 from kdcache.format.record import NO_TARGET, ROLES, Distributions, SequenceRecord, TokenSequence, sequence_key
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.loader.batches.batch import Batch
 
 STRIDE = 1000
@@ -137,9 +138,15 @@ class MemoryReader:
 
 def assert_same(left: Batch, right: Batch) -> None:
     """Every field equal: shape, dtype and each element."""
-    for field in fields(Batch):
-        a, b = getattr(left, field.name), getattr(right, field.name)
-        np.testing.assert_array_equal(a, b, err_msg=field.name, strict=isinstance(a, np.ndarray))
+    for name, a, b in parts_of_both(left, right):
+        np.testing.assert_array_equal(a, b, err_msg=name, strict=isinstance(a, np.ndarray))
+
+
+def parts_of_both(left: Batch, right: Batch) -> list[tuple[str, Any, Any]]:
+    """Name and value of each field of both, those of the soft targets among them."""
+    named = [(field.name, left, right) for field in fields(Batch) if field.name != "teacher"]
+    named += [(field.name, left.teacher, right.teacher) for field in fields(SoftTargets)]
+    return [(name, getattr(a, name), getattr(b, name)) for name, a, b in named]
 
 
 def assert_same_stream(left: Sequence[Batch], right: Sequence[Batch]) -> None:

@@ -35,7 +35,7 @@ def test_two_sequences_in_a_row_by_hand() -> None:
     assert batch.segment_ids_BT.tolist() == [[1, 1, 1, 2, 2, 0, 0], [0] * 7]
     assert batch.target_ids_BT.tolist() == [[2, 3, -100, 1002, -100, -100, -100], [-100] * 7]
     assert batch.flat_positions_P.tolist() == [0, 1, 2, 3, 4]  # the last position of each has a teacher and no label
-    assert batch.token_ids_PK.tolist() == [*first.distributions.token_ids_E.reshape(3, 2).tolist(),
+    assert batch.teacher.token_ids_PK.tolist() == [*first.distributions.token_ids_E.reshape(3, 2).tolist(),
                                            *second.distributions.token_ids_E.reshape(2, 2).tolist()]  # fmt: skip
     assert batch.weights_P.tolist() == [1.0] * 5
     assert (batch.cu_seqlens_G1.tolist(), batch.max_seqlen) == ([0, 3, 5, 7, 14], 7)
@@ -78,11 +78,11 @@ def check_alignment(batch: Batch, records: list[SequenceRecord]) -> None:
 def check_distribution(batch: Batch, p: int, record: SequenceRecord, record_p: int) -> None:
     d = record.distributions
     entries = slice(d.offsets_P1[record_p], d.offsets_P1[record_p + 1])
-    filled = batch.token_ids_PK[p] != PADDING_ID
-    assert batch.token_ids_PK[p][filled].tolist() == d.token_ids_E[entries].tolist()
-    assert batch.logprobs_PK[p][filled].tolist() == d.logprobs_E[entries].tolist()
-    assert np.isneginf(batch.logprobs_PK[p][~filled]).all()
-    assert batch.tail_mass_P[p] == d.tail_mass_P[record_p]
+    filled = batch.teacher.token_ids_PK[p] != PADDING_ID
+    assert batch.teacher.token_ids_PK[p][filled].tolist() == d.token_ids_E[entries].tolist()
+    assert batch.teacher.logprobs_PK[p][filled].tolist() == d.logprobs_E[entries].tolist()
+    assert np.isneginf(batch.teacher.logprobs_PK[p][~filled]).all()
+    assert batch.teacher.tail_mass_P[p] == d.tail_mass_P[record_p]
 
 
 @settings(deadline=None)
@@ -98,15 +98,15 @@ def test_segments_cover_each_place_of_the_flattened_rows_once(rows: list[list[in
 
 def test_what_a_selection_keeps_beside_the_entries_comes_along_with_its_position() -> None:
     records = [with_scalars(record) for record in make_records([[3, 4], [2]], chat=True)]
-    columns = EntryColumns(3, has_exact=True, has_entropy=True, num_temperatures=2)
+    columns = EntryColumns(3, has_exact=True, has_entropy=True, temperatures=(0.5, 2.0))
     layout = BatchLayout((2, 1, 0), 8, columns, MaskConfig(roles=("user", "assistant", "tool", "none")))
     batch = assemble(records, layout)
     assert_same(batch, assemble_reference(records, layout))
-    assert batch.entropy_P is not None
-    assert batch.entropy_P.tolist() == batch.input_ids_BT.reshape(-1)[batch.flat_positions_P].tolist()
+    assert batch.teacher.entropy_P is not None
+    assert batch.teacher.entropy_P.tolist() == batch.input_ids_BT.reshape(-1)[batch.flat_positions_P].tolist()
     empty = assemble([], BatchLayout((0,), 8, columns))
-    assert empty.log_z_PC is not None
-    assert (empty.log_z_PC.shape, empty.num_exact_P is not None) == ((0, 2), True)
+    assert empty.teacher.log_z_PL is not None
+    assert (empty.teacher.log_z_PL.shape, empty.teacher.num_exact_P is not None) == ((0, 2), True)
 
 
 def with_scalars(record: SequenceRecord) -> SequenceRecord:
@@ -132,7 +132,7 @@ def test_a_label_never_is_a_token_of_another_sequence() -> None:
 def test_a_batch_without_positions_has_arrays_of_none() -> None:
     batch = assemble([], BatchLayout((0, 0), seq_len=8, columns=EntryColumns(3)))
     assert batch.flat_positions_P.shape == (0,)
-    assert batch.token_ids_PK.shape == batch.logprobs_PK.shape == (0, 3)
+    assert batch.teacher.token_ids_PK.shape == batch.teacher.logprobs_PK.shape == (0, 3)
     assert (batch.num_sequences, batch.num_tokens) == (0, 0)
 
 

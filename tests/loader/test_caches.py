@@ -154,8 +154,8 @@ def test_caches_that_cannot_share_a_batch_are_refused(identity: dict[str, object
 def test_caches_of_different_k_share_batches_of_the_larger() -> None:
     readers = [MemoryReader([3] * 8, k=2, supervised="all"), MemoryReader([3] * 8, k=5, first=50, supervised="all")]
     batches = list(Loader(readers, OPTIONS))
-    assert {batch.token_ids_PK.shape[1] for batch in batches} == {5}
-    sizes = {int((ids >= 0).sum()) for batch in batches for ids in batch.token_ids_PK}
+    assert {batch.teacher.token_ids_PK.shape[1] for batch in batches} == {5}
+    sizes = {int((ids >= 0).sum()) for batch in batches for ids in batch.teacher.token_ids_PK}
     assert sizes == {2, 5}
 
 

@@ -14,7 +14,7 @@ from cache_making import make_cache, make_manifest, make_record, make_unit
 from cache_making import make_identity as identity_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_reader import MemoryReader
+from memory_reader import MemoryReader, parts_of_both
 
 from kdcache.config.loader import LoaderConfig, MaskConfig
 from kdcache.errors import CorruptCacheError, KdcacheError
@@ -22,7 +22,7 @@ from kdcache.format.manifest import CodecInfo, SelectionInfo
 from kdcache.format.record import SequenceRecord
 from kdcache.format.schema import row_digest
 from kdcache.loader.batches.assemble import BatchLayout, assemble
-from kdcache.loader.batches.batch import ARRAYS, NUMBERS, OPTIONAL_ARRAYS, Batch
+from kdcache.loader.batches.batch import Batch
 from kdcache.loader.cache import open_cache
 from kdcache.loader.caches import CacheLike, CacheSet
 from kdcache.loader.direct import read_direct
@@ -80,8 +80,7 @@ def both(caches: CacheSet, rows: Sequence[np.ndarray]) -> tuple[Batch | None, Ba
 
 def assert_same_bits(found: Batch | None, expected: Batch) -> None:
     assert found is not None
-    for name in (*ARRAYS, *OPTIONAL_ARRAYS, *NUMBERS):
-        left, right = getattr(found, name), getattr(expected, name)
+    for name, left, right in parts_of_both(found, expected):
         if isinstance(right, np.ndarray):
             assert (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes()), name
         else:
@@ -107,7 +106,7 @@ def test_rows_of_any_sequences_are_the_batch_that_is_assembled(
     with TemporaryDirectory() as folder, open_cache(write(Path(folder), records, codec, selection, batch_bytes)) as cache:
         found, expected = both(CacheSet(cache, (), dtype), rows)
         assert_same_bits(found, expected)
-        assert expected.logprobs_PK.dtype == dtype
+        assert expected.teacher.logprobs_PK.dtype == dtype
 
 
 def test_more_record_batches_than_are_kept_open_are_read_at_once(tmp_path: Path) -> None:
@@ -135,11 +134,11 @@ def test_without_checks_the_batch_is_the_same_and_damage_is_not_seen(tmp_path: P
     path = Path(write(tmp_path / "c", [make_record(0, num_tokens=20)], CODECS[0], TOP_K, 10**6))
     rows = [np.array([0])]
     whole = both(CacheSet(path), rows)[1]
-    damage(path, whole.logprobs_PK.astype(np.float16).tobytes())
+    damage(path, whole.teacher.logprobs_PK.astype(np.float16).tobytes())
     with open_cache(path, verify=False) as cache:
         found, expected = both(CacheSet(cache), rows)
         assert_same_bits(found, expected)
-        assert (expected.logprobs_PK != whole.logprobs_PK).sum() == 1
+        assert (expected.teacher.logprobs_PK != whole.teacher.logprobs_PK).sum() == 1
     with open_cache(path) as cache:
         assert read_direct(CacheSet(cache), rows, layout_of(CacheSet(cache), rows), None) is None
 

@@ -87,15 +87,15 @@ def test_without_shuffle_and_packing_the_sequences_come_as_they_are(reader: Memo
 def test_k_is_the_same_in_all_batches_of_a_top_k_cache() -> None:
     """Also where a batch has only small supports, or none."""
     ragged = MemoryReader([3] * 20, k=5, ragged=True)
-    assert {batch.token_ids_PK.shape[1] for batch in Loader(ragged, make_options(batch_rows=1))} == {5}
+    assert {batch.teacher.token_ids_PK.shape[1] for batch in Loader(ragged, make_options(batch_rows=1))} == {5}
     none = MemoryReader([3] * 20, k=5, supervised="none")
-    assert {batch.token_ids_PK.shape for batch in Loader(none, make_options(batch_rows=1))} == {(0, 5)}
+    assert {batch.teacher.token_ids_PK.shape for batch in Loader(none, make_options(batch_rows=1))} == {(0, 5)}
 
 
 def test_k_of_another_selection_is_the_batch_s_largest_support() -> None:
     ragged = MemoryReader([3] * 20, k=5, identity={"kind": "top_p_k"}, ragged=True)
     for batch in Loader(ragged, make_options(batch_rows=1)):
-        assert batch.token_ids_PK.shape[1] == (batch.token_ids_PK >= 0).sum(axis=1).max(initial=0)
+        assert batch.teacher.token_ids_PK.shape[1] == (batch.teacher.token_ids_PK >= 0).sum(axis=1).max(initial=0)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])

@@ -77,7 +77,7 @@ def test_a_packed_batch_of_a_baseline_is_the_loaders(bench: Any, tmp_path: Path)
     assert (room.positions == batch.position_ids_BT.reshape(-1)).all()
     assert (room.segments == batch.segment_ids_BT.reshape(-1)).all()
     assert (room.labels == batch.target_ids_BT.reshape(-1)).all()
-    assert (room.token_ids[: count * 3].reshape(-1, 3) == batch.token_ids_PK).all()
+    assert (room.token_ids[: count * 3].reshape(-1, 3) == batch.teacher.token_ids_PK).all()
 
 
 def test_a_library_that_is_not_there_is_reported_and_ours_is_compared_with_the_others(bench: Any):

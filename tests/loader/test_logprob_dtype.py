@@ -44,22 +44,22 @@ def test_a_batch_of_float16_holds_the_values_of_float32(tmp_path: Path, codec_id
     with Loader(path, half) as loader:
         found = list(loader)
     for batch, other in zip(found, expected, strict=True):
-        assert (batch.logprobs_PK.dtype, other.logprobs_PK.dtype) == (np.float16, np.float32)
-        np.testing.assert_array_equal(batch.logprobs_PK, other.logprobs_PK)
-        np.testing.assert_array_equal(batch.token_ids_PK, other.token_ids_PK)
-    assert stack_batches(found).logprobs_PK.dtype == np.float16
+        assert (batch.teacher.logprobs_PK.dtype, other.teacher.logprobs_PK.dtype) == (np.float16, np.float32)
+        np.testing.assert_array_equal(batch.teacher.logprobs_PK, other.teacher.logprobs_PK)
+        np.testing.assert_array_equal(batch.teacher.token_ids_PK, other.teacher.token_ids_PK)
+    assert stack_batches(found).teacher.logprobs_PK.dtype == np.float16
 
 
 def test_the_view_and_tensors_have_the_dtype_too_and_a_state_goes_on_with_the_other(tmp_path: Path):
     path = write(tmp_path / "c", "packed")
     view = PackedView(path, HALF)
     rows = list(view)
-    assert {row.logprobs_PK.dtype for row in rows} == {np.dtype(np.float16)}
-    assert str(to_torch(rows[0]).logprobs_PK.dtype) == "torch.float16"
+    assert {row.teacher.logprobs_PK.dtype for row in rows} == {np.dtype(np.float16)}
+    assert str(to_torch(rows[0]).teacher.logprobs_PK.dtype) == "torch.float16"
     with Loader(path, HALF) as half, Loader(path, SINGLE) as single:
         batches = iter(TorchLoader(half))
         first = next(batches)
-        assert str(first.logprobs_PK.dtype) == "torch.float16"
+        assert str(first.teacher.logprobs_PK.dtype) == "torch.float16"
         assert first.state is not None
         single.load_state_dict(first.state)
         np.testing.assert_array_equal(next(batches).input_ids_BT.numpy(), next(iter(single)).input_ids_BT)

@@ -94,8 +94,8 @@ def test_a_masked_loader_gives_a_share_of_what_the_unmasked_gives_in_the_same_or
         np.testing.assert_array_equal(left.input_ids_BT, right.input_ids_BT)
         places = np.searchsorted(right.flat_positions_P, left.flat_positions_P)
         np.testing.assert_array_equal(left.flat_positions_P, right.flat_positions_P[places])
-        np.testing.assert_array_equal(left.token_ids_PK, right.token_ids_PK[places])
-        np.testing.assert_array_equal(left.logprobs_PK, right.logprobs_PK[places])
+        np.testing.assert_array_equal(left.teacher.token_ids_PK, right.teacher.token_ids_PK[places])
+        np.testing.assert_array_equal(left.teacher.logprobs_PK, right.teacher.logprobs_PK[places])
     assert left.num_positions < right.num_positions
 
 

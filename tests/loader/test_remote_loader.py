@@ -51,7 +51,9 @@ def copied(local: Path, uri: str, config: RemoteConfig) -> str:
 
 def stream(loader: Loader, num_epochs: int = 2) -> list[bytes]:
     return [
-        b"".join(np.ascontiguousarray(values).tobytes() for values in (b.input_ids_BT, b.token_ids_PK, b.logprobs_PK))
+        b"".join(
+            np.ascontiguousarray(values).tobytes() for values in (b.input_ids_BT, b.teacher.token_ids_PK, b.teacher.logprobs_PK)
+        )
         for _ in range(num_epochs)
         for b in loader
     ]

@@ -10,6 +10,7 @@ from memory_reader import MemoryReader, assert_same_stream
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import StateError
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.loader.batches.assemble import BatchLayout
 from kdcache.loader.batches.batch import Batch
 from kdcache.loader.cache import open_cache
@@ -36,6 +37,8 @@ def to_numpy(batches: Iterable[TorchBatch]) -> list[Batch]:
 
 
 def as_numpy(value: object) -> Any:
+    if isinstance(value, SoftTargets):
+        return value.map(as_numpy)
     return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
@@ -49,7 +52,7 @@ def test_tensors_share_the_arrays_memory(reader: MemoryReader) -> None:
     tensors = to_torch(batch)
     batch.input_ids_BT[0, 0] = 12345
     assert tensors.input_ids_BT[0, 0] == 12345
-    assert (tensors.input_ids_BT.dtype, tensors.flat_positions_P.dtype, tensors.logprobs_PK.dtype) == (
+    assert (tensors.input_ids_BT.dtype, tensors.flat_positions_P.dtype, tensors.teacher.logprobs_PK.dtype) == (
         torch.int32,
         torch.int64,
         torch.float32,
@@ -60,7 +63,7 @@ def test_tensors_share_the_arrays_memory(reader: MemoryReader) -> None:
 def test_a_batch_moves_as_a_whole(reader: MemoryReader) -> None:
     batch = next(iter(TorchLoader(Loader(reader, OPTIONS))))
     moved = batch.to("meta")
-    assert moved.logprobs_PK.device.type == moved.input_ids_BT.device.type == "meta"
+    assert moved.teacher.logprobs_PK.device.type == moved.input_ids_BT.device.type == "meta"
     assert (moved.num_sequences, moved.state) == (batch.num_sequences, batch.state)
 
 

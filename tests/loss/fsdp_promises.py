@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from loose_calls import step
 from test_head import H, P, Tied, V, make
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from kdcache.errors import LossError
+from kdcache.loss.fused import Projection
 from kdcache.loss.modules import FusedSparseKD, SparseKD
 
 USED = P - P % 2  # both ranks get the same number of rows, so that the mean over ranks is the batch's mean
@@ -24,14 +26,14 @@ class Untied(torch.nn.Module):
         super().__init__()
         self.embedding, self.middle = torch.nn.Embedding(V, H), torch.nn.Linear(H, H)
         self.head = torch.nn.Linear(H, V, bias=False)
-        self.fused, self.whole = FusedSparseKD(alpha=0.5, chunk_size=8), SparseKD(alpha=0.5)
+        self.fused, self.whole = FusedSparseKD(alpha=0.5), SparseKD(alpha=0.5)
         self.use_fused = fused
 
     def forward(self, ids_P: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
         hidden_PH = self.middle(self.embedding(ids_P)).tanh()
         if self.use_fused:
-            return self.fused(hidden_PH, self.head.weight, **targets)
-        return self.whole(self.head(hidden_PH), **targets)
+            return self.fused(hidden_PH, Projection(self.head.weight, chunk_positions=8), **step(targets))
+        return self.whole(self.head(hidden_PH), **step(targets))
 
 
 class Projected(torch.nn.Module):
@@ -39,10 +41,12 @@ class Projected(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.projection, self.loss = torch.nn.Linear(H, V, bias=False), FusedSparseKD(alpha=0.5, chunk_size=8)
+        self.projection, self.loss = torch.nn.Linear(H, V, bias=False), FusedSparseKD(alpha=0.5)
 
     def forward(self, hidden_PH: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.loss(hidden_PH, self.projection.weight, bias=self.projection.bias, **targets)
+        return self.loss(
+            hidden_PH, Projection(self.projection.weight, self.projection.bias, chunk_positions=8), **step(targets)
+        )
 
 
 class WithProjected(torch.nn.Module):

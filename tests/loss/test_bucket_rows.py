@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from contracts import kernels as contract
 from contracts.kernels import Problem, make_problem
+from loose_calls import prepared
 from test_sparse_kd import with_estimates
 
 from kdcache.kernels import divergences as d
 from kdcache.kernels.base import Objective
 from kdcache.kernels.reference import loss_and_gradient
 from kdcache.loss import torch_divergences, torch_rows, torch_slopes
-from kdcache.loss.arguments import TargetTensors
 from kdcache.loss.bucket_rows import BucketStep, Passes
 from kdcache.loss.row_steps import make_step
 from kdcache.loss.torch_passes import TorchPasses
 
 
 def run_step(backend: str, logits_PV: torch.Tensor, problem: Problem, objective: Objective, *, want_gradient: bool = True):
-    teacher = TargetTensors(**with_estimates(problem, objective))
-    assert teacher.weights_P is not None
-    step = make_step(backend, teacher, teacher.weights_P, objective, logits_PV.shape[1])
-    return step(logits_PV, 0, want_gradient)
+    ready = prepared(objective, backend, **with_estimates(problem, objective))
+    return make_step(ready, logits_PV.shape[1])(logits_PV, 0, want_gradient)
 
 
 def compute_by_step(backend: str, logits_PV, targets, objective):
@@ -81,10 +78,10 @@ def test_without_a_gradient_the_logits_come_back():
 def test_slopes_are_what_autograd_makes_of_the_values(divergence):
     """But for multiples of Q, which change no gradient by the logits."""
     problem, objective = make_problem(6, 40, 7), Objective("bucket", divergence=divergence)
-    targets = TargetTensors(**with_estimates(problem, objective))
+    teacher = prepared(objective, "torch", **with_estimates(problem, objective)).teacher
     generator = torch.Generator().manual_seed(0)
     log_q_PB = torch.randn(6, 8, generator=generator, dtype=torch.float64).log_softmax(dim=1).requires_grad_()
-    masses = torch_rows.masses(targets, "bucket", 40, log_q_PB)
+    masses = torch_rows.masses(teacher, "bucket", 40, log_q_PB)
     (wanted_PB,) = torch.autograd.grad(torch_divergences.compute(divergence, masses).sum(), log_q_PB)
     h_PB = torch_slopes.compute(divergence, masses)
     by_logits = [h - h.sum(dim=1, keepdim=True) * log_q_PB.exp() for h in (h_PB, wanted_PB)]
@@ -94,18 +91,16 @@ def test_slopes_are_what_autograd_makes_of_the_values(divergence):
 def check_ids_beyond_the_vocabulary(make_passes: Callable[[torch.Tensor, torch.Tensor], Passes]) -> None:
     """Such an id or label in row 1: NaN there, the other rows as without it, and nothing before or behind the rows changed."""
     problem = make_problem(3, 20, 4)
-    clean = TargetTensors(**with_estimates(problem, Objective("bucket", 0.5)))
-    assert clean.target_ids_P is not None
-    assert clean.weights_P is not None
+    clean = with_estimates(problem, Objective("bucket", 0.5))
     for name, foreign in itertools.product(("token_ids_PK", "target_ids_P"), (20, 21, 10_000, 2**31 - 1)):
-        spoiled = replace(clean, token_ids_PK=clean.token_ids_PK.clone(), target_ids_P=clean.target_ids_P.clone())
-        getattr(spoiled, name).view(3, -1)[1, -1] = foreign
+        spoiled = clean | {name: clean[name].clone()}
+        spoiled[name].view(3, -1)[1, -1] = foreign
         for want_gradient in (True, False):
             results = []
             for targets in (clean, spoiled):
                 memory_PV = torch.full((5, 20), 7.0)
                 memory_PV[1:4] = torch.tensor(problem.logits_PV)
-                step = BucketStep(make_passes, targets, Objective("bucket", 0.5), clean.weights_P)
+                step = BucketStep(make_passes, prepared(Objective("bucket", 0.5), "torch", **targets))
                 results.append((step(memory_PV[1:4], 0, want_gradient)[0], memory_PV))
             (losses_P, gradient_PV), (found_P, found_PV) = results
             assert found_P.isnan().tolist() == [False, True, False], (name, foreign)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loose_calls import fused_sparse_kd_loss, sparse_kd_loss
+from loose_calls import step as step_arguments
 from test_head import P, V, make
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kdcache.kernels import divergences as d
 from kdcache.loss import operators
 from kdcache.loss.chunks import Head
-from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.loss.fused import Projection
 from kdcache.loss.modules import FusedSparseKD
-from kdcache.loss.sparse_kd import sparse_kd_loss
+from kdcache.loss.prepare import LossSettings
 
 
 def compiled(function):
@@ -24,7 +26,7 @@ def options_of(divergence: d.Divergence) -> dict:
     """`num_exact_P` where the divergence asks for it."""
     if not divergence.requirements.tail_sample:
         return {"divergence": divergence}
-    return {"divergence": divergence, "targets": "unbiased", "num_exact_P": torch.arange(P) % 5}
+    return {"divergence": divergence, "entries": "unbiased", "num_exact_P": torch.arange(P) % 5}
 
 
 @pytest.mark.slow
@@ -75,7 +77,7 @@ def test_the_numba_path_is_one_operator_in_the_graph(reduction):
 def assert_fused_compiles_whole(backend: str, **options) -> None:
     """One graph, the numbers of the eager loss, gradients through what is before and after it."""
     leaves, targets = make()
-    options = {"alpha": 0.5, "chunk_size": 8, "backend": backend, "head": Head(softcap=5.0, vocab_size=V), **options}
+    options = {"alpha": 0.5, "chunk_positions": 8, "backend": backend, "head": Head(softcap=5.0, vocab_size=V), **options}
 
     def step(hidden_PH, weight_VH, bias_V):
         return fused_sparse_kd_loss(hidden_PH.tanh(), weight_VH, bias=bias_V, **targets, **options) * 2
@@ -89,7 +91,7 @@ def assert_fused_compiles_whole(backend: str, **options) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["numba", "torch"])
-@pytest.mark.parametrize("options", [{}, options_of(d.TailAwareKL()), {"targets": "unbiased", "tail": "drop"}], ids=len)
+@pytest.mark.parametrize("options", [{}, options_of(d.TailAwareKL()), {"entries": "unbiased", "tail": "drop"}], ids=len)
 def test_the_fused_loss_is_one_operator_in_a_models_graph(backend, options):
     assert_fused_compiles_whole(backend, **options)
 
@@ -100,7 +102,7 @@ def test_a_compiled_model_with_a_frozen_head_gets_no_gradient_for_it():
     weight_VH.requires_grad_(False)
 
     def step(hidden_PH):
-        return fused_sparse_kd_loss(hidden_PH.tanh(), weight_VH, **targets, backend="torch", chunk_size=8)
+        return fused_sparse_kd_loss(hidden_PH.tanh(), weight_VH, **targets, backend="torch", chunk_positions=8)
 
     gradients = [torch.autograd.grad(f(hidden_PH), hidden_PH)[0] for f in (compiled(step), step)]
     torch.testing.assert_close(*gradients)
@@ -112,10 +114,10 @@ def test_a_compiled_model_with_a_frozen_head_gets_no_gradient_for_it():
 def test_batches_of_every_size_share_a_graph(backend, dynamic):
     """Supervised positions are another number in every batch: one graph for the first, one for all others."""
     leaves, targets = make()
-    loss = FusedSparseKD(alpha=0.5, temperature=1.0, chunk_size=8, backend=backend)
+    loss = FusedSparseKD(alpha=0.5, temperature=1.0, settings=LossSettings(backend=backend))
 
     def step(hidden_PH, part):
-        return loss(hidden_PH.tanh(), leaves[1], **part)
+        return loss(hidden_PH.tanh(), Projection(leaves[1], chunk_positions=8), **step_arguments(part))
 
     torch.compiler.reset()
     graphs = CompileCounterWithBackend("aot_eager")
@@ -132,20 +134,17 @@ def test_batches_of_every_size_share_a_graph(backend, dynamic):
 def test_the_operators_keep_their_promises_to_torch():
     """Fake kernels and autograd of custom operators, by torch's own checks."""
     (hidden_PH, weight_VH, bias_V), t = make()
-    t = dict(list(t.items())[:4])
-    teacher, scales_P = tuple(t.values()), torch.ones(len(hidden_PH), dtype=torch.float64)
+    scales_P = torch.ones(len(hidden_PH), dtype=torch.float64)
+    tensors = (*(t[name] for name in ("token_ids_PK", "logprobs_PK", "tail_mass_P")), None, t["target_ids_P"], None, scales_P)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     logits_PV = (hidden_PH @ weight_VH.T).detach().requires_grad_()
-    words, numbers = "bucket forward_kl numba", [0.5, 1.0]
-    torch.library.opcheck(operators._rows, (logits_PV, *teacher, None, None, scales_P, words, numbers, True), test_utils=tests)
+    words, numbers = "bucket forward_kl numba exact", [0.5, 1.0]
+    torch.library.opcheck(operators._rows, (logits_PV, *tensors, words, numbers, True), test_utils=tests)
     arguments = (
         hidden_PH,
         weight_VH,
         bias_V,
-        *teacher,
-        None,
-        None,
-        scales_P,
+        *tensors,
         words,
         [1.0, 0.0, 0.0, *numbers],
         8,

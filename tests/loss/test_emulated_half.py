@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from loose_calls import fused_sparse_kd_loss, sparse_kd_loss
 from test_fused import Case, with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache import half_precision
 from kdcache.loss import chunks
-from kdcache.loss.chunks import Head, default_chunk_size
-from kdcache.loss.fused import fused_sparse_kd_loss
-from kdcache.loss.sparse_kd import sparse_kd_loss
+from kdcache.loss.chunks import Head, default_chunk_positions
 
 ROOT = Path(__file__).parents[2]
 HALF = (torch.bfloat16, torch.float16)
@@ -69,8 +68,8 @@ def fused(case: Case, head: Head, **options) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("chunk_size", [8, None])
-def test_no_half_product_runs_and_every_number_is_nearer_to_float64(dtype, chunk_size, emulated, monkeypatch):
+@pytest.mark.parametrize("chunk_positions", [8, None])
+def test_no_half_product_runs_and_every_number_is_nearer_to_float64(dtype, chunk_positions, emulated, monkeypatch):
     monkeypatch.setattr(chunks, "_WIDENED_ELEMENTS", 16 * 13)  # several blocks, the last one smaller
     for head in HEADS:
         case, numbers = Case(dtype), {}
@@ -78,7 +77,7 @@ def test_no_half_product_runs_and_every_number_is_nearer_to_float64(dtype, chunk
         for is_so in (False, True):
             emulated(is_so)
             with Products() as products:
-                numbers[is_so] = fused(case, head, chunk_size=chunk_size, backend="torch")
+                numbers[is_so] = fused(case, head, chunk_positions=chunk_positions, backend="torch")
             # The row losses multiply no matrices; the logits' product may be float32 in any case.
             assert (dtype in products.dtypes) is not is_so
         for half, single, right in zip(numbers[False], numbers[True], exact, strict=True):
@@ -104,8 +103,8 @@ def test_the_weight_is_widened_a_block_at_a_time(emulated, monkeypatch):
 def test_chunks_of_emulated_half_precision_take_the_same_bytes(emulated):
     for is_so, rows in ((False, 1024), (True, 512)):
         emulated(is_so)
-        assert default_chunk_size(torch.zeros(1, 1, dtype=torch.bfloat16), 32_000) == rows
-        assert default_chunk_size(torch.zeros(1, 1), 32_000) == 512
+        assert default_chunk_positions(torch.zeros(1, 1, dtype=torch.bfloat16), 32_000) == rows
+        assert default_chunk_positions(torch.zeros(1, 1), 32_000) == 512
 
 
 def _restricted() -> dict[str, str]:
@@ -127,10 +126,10 @@ from kdcache import half_precision
 for dtype in (torch.bfloat16, torch.float16):
     assert half_precision.is_emulated(dtype), half_precision.float32_gain(dtype)
     with Products() as products:
-        measured = fused(Case(dtype), Head(), chunk_size=8, backend="torch")
+        measured = fused(Case(dtype), Head(), chunk_positions=8, backend="torch")
     assert products.dtypes == {torch.float32}, products.dtypes
     kept, half_precision.float32_gain = half_precision.float32_gain, lambda dtype: 50.0
-    for one, two in zip(measured, fused(Case(dtype), Head(), chunk_size=8, backend="torch"), strict=True):
+    for one, two in zip(measured, fused(Case(dtype), Head(), chunk_positions=8, backend="torch"), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
     half_precision.float32_gain = kept
 """

@@ -11,13 +11,12 @@ import pytest
 import torch
 from contracts import kernels as contract
 from contracts.kernels import Problem, make_problem
+from loose_calls import fused_sparse_kd_loss, sparse_kd_loss
 from test_sparse_kd import with_estimates
 
 from kdcache.errors import LossError
 from kdcache.kernels.base import NO_TARGET, Objective
 from kdcache.loss import chunks
-from kdcache.loss.fused import fused_sparse_kd_loss
-from kdcache.loss.sparse_kd import sparse_kd_loss
 
 
 class Case:
@@ -46,7 +45,7 @@ class Case:
         """Those of an objective at temperature 1; `num_exact_P` where its divergence asks for it."""
         options = {"tail": objective.tail, "alpha": objective.alpha, "divergence": objective.divergence, **more}
         if objective.divergence.requirements.tail_sample:
-            options |= {"targets": "unbiased", "num_exact_P": self.num_exact_P}
+            options |= {"entries": "unbiased", "num_exact_P": self.num_exact_P}
         return options
 
     def unfused(self, **options) -> torch.Tensor:
@@ -61,8 +60,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 6e-2}
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("backend", ["numba", "torch"])
-@pytest.mark.parametrize("chunk_size", [8, 37, 512])
-def test_fused_equals_unfused(dtype, backend, chunk_size):
+@pytest.mark.parametrize("chunk_positions", [8, 37, 512])
+def test_fused_equals_unfused(dtype, backend, chunk_positions):
     if backend == "numba" and dtype == torch.float64:
         backend = "auto"
     case = Case(dtype)
@@ -71,7 +70,7 @@ def test_fused_equals_unfused(dtype, backend, chunk_size):
     for objective, reduction in zip(objectives, itertools.cycle(["mean", "sum"]), strict=False):
         options = case.options(objective, reduction=reduction)
         expected = case.unfused(**options, backend="torch")
-        loss = case.fused(**options, backend=backend, chunk_size=chunk_size)
+        loss = case.fused(**options, backend=backend, chunk_positions=chunk_positions)
         assert loss.dtype == expected.dtype
         assert loss.item() == pytest.approx(expected.item(), rel=TOLERANCE[dtype])
         expected_gradients = torch.autograd.grad(expected, case.leaves)
@@ -94,7 +93,7 @@ def test_half_precision_is_as_near_to_float64_as_whole_logits_in_that_precision(
     for objective in (objective for objective in contract.SMOOTH if objective.temperature == 1):
         wanted = with_gradients(exact.unfused(**case.options(objective), backend="torch"), exact.leaves)
         whole = with_gradients(case.unfused(**case.options(objective), backend="torch"), case.leaves)
-        fused = with_gradients(case.fused(**case.options(objective), backend=backend, chunk_size=8), case.leaves)
+        fused = with_gradients(case.fused(**case.options(objective), backend=backend, chunk_positions=8), case.leaves)
         for ours, theirs, right in zip(fused, whole, wanted, strict=True):
             errors = [
                 float((each.double() - right).abs().max() / right.abs().max().clamp_min(1e-30)) for each in (ours, theirs)
@@ -113,13 +112,13 @@ def computed_fused(backend: str):
         hidden_PV = torch.tensor(logits_PV, requires_grad=True)
         keywords = with_estimates(Problem(logits_PV, targets), objective)
         options = {"tail": objective.tail, "alpha": objective.alpha, "divergence": objective.divergence, "backend": backend}
-        options["targets"] = "unbiased" if objective.divergence.requirements.tail_sample else "exact"
+        options["entries"] = "unbiased" if objective.divergence.requirements.tail_sample else "exact"
         eye_VV = torch.eye(logits_PV.shape[1])
         losses_P = torch.zeros(len(logits_PV))
         for row in range(len(logits_PV)):
             alone = {name: tensor[row : row + 1] for name, tensor in keywords.items()} | {"weights_P": None}
             losses_P[row] = fused_sparse_kd_loss(hidden_PV[row : row + 1].detach(), eye_VV, **alone, **options, reduction="sum")
-        loss = fused_sparse_kd_loss(hidden_PV, eye_VV, **keywords, **options, reduction="sum", chunk_size=2)
+        loss = fused_sparse_kd_loss(hidden_PV, eye_VV, **keywords, **options, reduction="sum", chunk_positions=2)
         return losses_P.numpy(), torch.autograd.grad(loss, hidden_PV)[0].numpy()
 
     return compute
@@ -144,7 +143,7 @@ def test_memory_that_nobody_has_written_shows_nowhere(backend, nan_in_new_memory
         contract.assert_like_reference(computed_fused(backend), make_problem(5, 33, 5), objective)
     for dtype in (torch.float32, torch.bfloat16):
         case = Case(dtype)
-        for part in with_gradients(case.fused(backend=backend, chunk_size=8), case.leaves):
+        for part in with_gradients(case.fused(backend=backend, chunk_positions=8), case.leaves):
             assert part.isfinite().all()
 
 
@@ -155,8 +154,8 @@ def test_many_bfloat16_chunks_are_summed_in_float32():
     loss = fused_sparse_kd_loss(exact[0], exact[1], bias=exact[2], **case.targets)
     exact_weight_VH = torch.autograd.grad(loss, exact)[1]
     errors = []
-    for chunk_size in (1024, 2):
-        weight_VH = torch.autograd.grad(case.fused(chunk_size=chunk_size), case.leaves)[1]
+    for chunk_positions in (1024, 2):
+        weight_VH = torch.autograd.grad(case.fused(chunk_positions=chunk_positions), case.leaves)[1]
         errors.append(((weight_VH - exact_weight_VH).norm() / exact_weight_VH.norm()).item())
     assert errors[1] < 1.2 * errors[0]
 
@@ -164,14 +163,14 @@ def test_many_bfloat16_chunks_are_summed_in_float32():
 @pytest.mark.parametrize("elements", [1, 16 * 7, 16 * 101])
 def test_the_weights_gradient_may_be_summed_in_any_number_of_blocks(elements, monkeypatch):
     case = Case(torch.bfloat16)
-    whole_VH = torch.autograd.grad(case.fused(chunk_size=8), case.weight_VH)[0]
+    whole_VH = torch.autograd.grad(case.fused(chunk_positions=8), case.weight_VH)[0]
     monkeypatch.setattr(chunks, "_SUMMED_ELEMENTS", elements)
-    torch.testing.assert_close(torch.autograd.grad(case.fused(chunk_size=8), case.weight_VH)[0], whole_VH)
+    torch.testing.assert_close(torch.autograd.grad(case.fused(chunk_positions=8), case.weight_VH)[0], whole_VH)
 
 
 def test_two_backward_calls_and_two_chunks_of_a_batch_add_up():
     case = Case()
-    loss = case.fused(reduction="sum", chunk_size=8)
+    loss = case.fused(reduction="sum", chunk_positions=8)
     expected = torch.autograd.grad(case.unfused(reduction="sum", backend="torch"), case.leaves)
     (2 * loss).backward(retain_graph=True)
     loss.backward()
@@ -187,7 +186,7 @@ def test_two_backward_calls_and_two_chunks_of_a_batch_add_up():
 def test_frozen_inputs_get_no_gradient_and_the_others_theirs(frozen, backend):
     case, reference = Case(), Case()
     getattr(case, frozen).requires_grad_(False)
-    case.fused(backend=backend, chunk_size=8).backward()
+    case.fused(backend=backend, chunk_positions=8).backward()
     reference.unfused(backend="torch").backward()
     for name in ("hidden_PH", "weight_VH", "bias_V"):
         if name == frozen:
@@ -201,7 +200,7 @@ def test_without_gradients_the_loss_is_the_same(backend):
     case = Case()
     expected = case.fused(backend=backend).item()
     with torch.no_grad():
-        loss = case.fused(backend=backend, chunk_size=8)
+        loss = case.fused(backend=backend, chunk_positions=8)
     assert not loss.requires_grad
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
@@ -211,7 +210,7 @@ def test_labels_without_a_teacher_are_a_chunked_cross_entropy(backend):
     case = Case()
     target_ids_P = case.targets["target_ids_P"].long()
     counted_P = (target_ids_P != NO_TARGET).float()
-    options = {"alpha": 0.0, "target_ids_P": target_ids_P, "weights_P": counted_P, "chunk_size": 8, "backend": backend}
+    options = {"alpha": 0.0, "target_ids_P": target_ids_P, "weights_P": counted_P, "chunk_positions": 8, "backend": backend}
     empty = (torch.empty((37, 0), dtype=torch.int32), torch.empty((37, 0)), torch.ones(37))
     logits_PV = case.hidden_PH @ case.weight_VH.T + case.bias_V
     expected = torch.nn.functional.cross_entropy(logits_PV, target_ids_P, ignore_index=NO_TARGET)
@@ -241,9 +240,9 @@ def test_a_second_derivative_is_refused():
 
 def test_autocast_around_it_changes_nothing():
     case = Case()
-    expected = torch.autograd.grad(case.fused(chunk_size=8), case.leaves)
+    expected = torch.autograd.grad(case.fused(chunk_positions=8), case.leaves)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = case.fused(chunk_size=8)
+        loss = case.fused(chunk_positions=8)
     for gradient, want in zip(torch.autograd.grad(loss, case.leaves), expected, strict=True):
         torch.testing.assert_close(gradient, want, rtol=0, atol=0)
 
@@ -252,16 +251,14 @@ def test_nan_in_the_hidden_states_surfaces_unless_its_row_does_not_count():
     case = Case()
     with torch.no_grad():
         case.hidden_PH[5, 3] = torch.nan
-    assert case.fused(chunk_size=8).isnan()
+    assert case.fused(chunk_positions=8).isnan()
     case.targets["weights_P"][5] = 0
-    assert case.fused(chunk_size=8).isfinite()
+    assert case.fused(chunk_positions=8).isfinite()
 
 
 MEMORY_PROGRAM = """
 import re, torch
 from kdcache.loss import chunks
-from kdcache.loss.fused import fused_sparse_kd_loss
-from kdcache.loss.sparse_kd import sparse_kd_loss
 
 P, V, H, K = 4096, 8192, 64, 8
 hidden, weight = torch.randn(P, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
@@ -277,7 +274,7 @@ def grown(function):
     return peak_mib() - before
 
 def fused(rows):
-    return fused_sparse_kd_loss(hidden[:rows], weight, *(t[:rows] for t in targets), chunk_size=256, backend=BACKEND)
+    return fused_sparse_kd_loss(hidden[:rows], weight, *(t[:rows] for t in targets), chunk_positions=256, backend=BACKEND)
 
 fused(256).backward()
 print(grown(lambda: fused(P)), grown(lambda: sparse_kd_loss(hidden @ weight.T, *targets)))

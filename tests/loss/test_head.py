@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from contracts.kernels import make_problem
+from loose_calls import fused_sparse_kd_loss, sparse_kd_loss, step
 
 from kdcache import half_precision
 from kdcache.errors import LossError
 from kdcache.loss.chunks import Head
-from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.loss.fused import Projection
 from kdcache.loss.modules import FusedSparseKD, SparseKD
-from kdcache.loss.sparse_kd import sparse_kd_loss
+from kdcache.loss.prepare import LossSettings
 
 V, H, P = 101, 16, 37
 
@@ -45,7 +46,9 @@ def assert_same_gradients(loss: torch.Tensor, expected: torch.Tensor, leaves: tu
 def test_scaled_and_capped_logits_have_the_gradients_of_autograd(head, backend, dtype, bound):
     leaves, targets = make(dtype)
     options = {"alpha": 0.7, "divergence": "jensen_shannon"}
-    loss = fused_sparse_kd_loss(*leaves[:2], bias=leaves[2], **targets, **options, head=head, backend=backend, chunk_size=8)
+    loss = fused_sparse_kd_loss(
+        *leaves[:2], bias=leaves[2], **targets, **options, head=head, backend=backend, chunk_positions=8
+    )
     assert_same_gradients(loss, sparse_kd_loss(plain(leaves, head), **targets, **options, backend="torch"), leaves, bound)
 
 
@@ -69,7 +72,7 @@ def test_an_id_in_the_padding_is_refused():
     leaves, targets = make()
     with pytest.raises(LossError, match="outside the student's vocabulary of 20"):
         fused_sparse_kd_loss(*leaves[:2], **targets, head=Head(vocab_size=20))
-    with pytest.raises(LossError, match="vocab_size is 102, but the output projection has only 101 rows"):
+    with pytest.raises(LossError, match="vocab_size is 102, but the output projection has only 101 ids"):
         fused_sparse_kd_loss(*leaves[:2], **targets, head=Head(vocab_size=102))
 
 
@@ -91,7 +94,9 @@ def test_float32_logits_take_most_of_the_error_out_of_a_bfloat16_gradient_near_c
     wanted = torch.autograd.grad(fused_sparse_kd_loss(*exact, *teacher), exact)
     errors = []
     for float32_logits in (False, True):
-        loss = fused_sparse_kd_loss(hidden_PH, weight_VH, *teacher, head=Head(float32_logits=float32_logits), chunk_size=16)
+        loss = fused_sparse_kd_loss(
+            hidden_PH, weight_VH, *teacher, head=Head(float32_logits=float32_logits), chunk_positions=16
+        )
         gradients = torch.autograd.grad(loss, (hidden_PH, weight_VH))
         pairs = zip(gradients, wanted, strict=True)
         errors.append(max(((g.double() - w).norm() / w.norm()).item() for g, w in pairs))
@@ -106,18 +111,19 @@ class Tied(torch.nn.Module):
         super().__init__()
         self.embedding = torch.nn.Embedding(V, H)
         self.middle = torch.nn.Linear(H, H)
-        self.loss = FusedSparseKD(alpha=0.5, chunk_size=8)
+        self.loss = FusedSparseKD(alpha=0.5)
 
     def hidden_PH(self, ids_P: torch.Tensor) -> torch.Tensor:
         return self.middle(self.embedding(ids_P)).tanh()
 
     def forward(self, ids_P: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.loss(self.hidden_PH(ids_P), self.embedding.weight, **targets)
+        return self.loss(self.hidden_PH(ids_P), Projection(self.embedding.weight, chunk_positions=8), **step(targets))
 
 
 def reference_gradients(model: Tied, ids_P: torch.Tensor, targets: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     logits_PV = model.hidden_PH(ids_P) @ model.embedding.weight.T
-    return list(torch.autograd.grad(SparseKD(alpha=0.5, backend="torch")(logits_PV, **targets), list(model.parameters())))
+    loss = SparseKD(alpha=0.5, settings=LossSettings(backend="torch"))(logits_PV, **step(targets))
+    return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
 def test_tied_embeddings_get_both_gradients_and_checkpointing_changes_nothing():
@@ -131,7 +137,8 @@ def test_tied_embeddings_get_both_gradients_and_checkpointing_changes_nothing():
 
 def test_accumulated_parts_with_the_sum_add_up_to_the_batch_with_the_mean():
     model, (_, targets), ids_P = Tied(), make(), torch.arange(P) % V
-    wanted, model.loss = reference_gradients(model, ids_P, targets), FusedSparseKD(alpha=0.5, reduction="sum")
+    wanted = reference_gradients(model, ids_P, targets)
+    model.loss = FusedSparseKD(alpha=0.5, settings=LossSettings(reduction="sum"))
     for part in torch.arange(P).split(10):
         (model(ids_P[part], {k: v[part] for k, v in targets.items()}) / targets["weights_P"].sum()).backward()
     for parameter, want in zip(model.parameters(), wanted, strict=True):
@@ -144,9 +151,9 @@ def test_autocast_keeps_the_dtype_of_what_it_is_given():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden_PH = model.middle(model.embedding(ids_P))
         with pytest.raises(LossError, match=r"weight_VH is torch.float32 on cpu, but hidden_PH is torch.bfloat16"):
-            model.loss(hidden_PH, model.embedding.weight, **targets)
-        loss = model.loss(hidden_PH, model.embedding.weight.bfloat16(), **targets)
+            model.loss(hidden_PH, model.embedding.weight, **step(targets))
+        loss = model.loss(hidden_PH, model.embedding.weight.bfloat16(), **step(targets))
     loss.backward()
     assert model.embedding.weight.grad is not None
     assert model.embedding.weight.grad.dtype == torch.float32
-    assert repr(model.loss) == "FusedSparseKD(alpha=0.5, chunk_size=8)"
+    assert "alpha=0.5" in repr(model.loss)

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from loose_calls import fused_sparse_kd_loss, sparse_kd_loss
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import triton_kernels
 from fake_gpu import FakeGpu, peak_of
 
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.base import Objective
 from kdcache.kernels.divergences import DIVERGENCES
-from kdcache.loss.arguments import TargetTensors
-from kdcache.loss.chunks import Head, Projection, default_chunk_size, run_chunks
-from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.loss.chunks import Head, Product, default_chunk_positions, run_chunks
+from kdcache.loss.prepare import Prepared
 from kdcache.loss.row_steps import make_step
-from kdcache.loss.sparse_kd import sparse_kd_loss
 
 MIB = 2**20
 H, K = 2048, 64
@@ -33,16 +33,16 @@ def run(backend: str, vocab: int, objective: Objective, num_chunks: int = 2, hea
     quiet = triton_kernels.noted_launches() if backend == "triton" else nullcontext()
     with quiet, FakeGpu() as gpu:
         weight_VH = torch.empty(vocab, H, dtype=torch.bfloat16, device="cuda")
-        chunk = default_chunk_size(weight_VH, vocab)
+        chunk = default_chunk_positions(weight_VH, vocab)
         rows = chunk * num_chunks
         hidden_PH = torch.empty(rows, H, dtype=torch.bfloat16, device="cuda")
         ids_PK, logprobs_PK = torch.empty(rows, K, dtype=torch.int32, device="cuda"), torch.empty(rows, K, device="cuda")
         weights_P, target_ids_P = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int64, device="cuda")
         num_exact_P = torch.empty(rows, dtype=torch.int64, device="cuda")
-        targets = TargetTensors(ids_PK, logprobs_PK, weights_P, target_ids_P, weights_P, num_exact_P)
-        step = make_step(backend, targets, weights_P, objective, vocab)
-        projection = Projection(hidden_PH, weight_VH, None, head or Head())
-        peak, launches = peak_of(lambda: run_chunks(projection, step, (True, True, False), chunk), gpu)
+        teacher = SoftTargets(ids_PK, logprobs_PK, weights_P, "mixed", num_exact_P)
+        step = make_step(Prepared(teacher, target_ids_P, weights_P, weights_P, objective, backend), vocab)
+        product = Product(hidden_PH, weight_VH, None, head or Head())
+        peak, launches = peak_of(lambda: run_chunks(product, step, (True, True, False), chunk), gpu)
     return peak, 2 * chunk * vocab + 4 * vocab * H + 2 * rows * H, launches // num_chunks
 
 
@@ -50,7 +50,7 @@ def run(backend: str, vocab: int, objective: Objective, num_chunks: int = 2, hea
 @pytest.mark.parametrize(("vocab", "chunk"), [(151_936, 4096), (32_000, 16_384)])
 def test_a_step_takes_one_buffer_of_logits_its_gradients_and_some_blocks(backend, vocab, chunk):
     """4096 rows of 151,936 logits made three float32 temporaries of a chunk, 7 GiB, where the torch backend did not split."""
-    assert default_chunk_size(torch.empty(1, 1, dtype=torch.bfloat16, device="meta"), vocab) == chunk
+    assert default_chunk_positions(torch.empty(1, 1, dtype=torch.bfloat16, device="meta"), vocab) == chunk
     for objective in (Objective("bucket", 0.5), Objective("uniform", 0.5, temperature=2.0)):
         peak, needed, launches = run(backend, vocab, objective)
         assert needed <= peak <= needed + (320 if backend == "torch" else 96) * MIB

@@ -9,8 +9,11 @@ import torch
 
 import kdcache.loss
 from kdcache.errors import LossError
+from kdcache.format.selection import SELECTION_KINDS, entries_of
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.divergences import DIVERGENCES
-from kdcache.loss.selection_rules import SELECTIONS, allowed, rules_table, targets_for
+from kdcache.loss.prepare import LossSettings
+from kdcache.loss.selection_rules import Reading, allowed, reading_for, rules_table
 from kdcache.loss.sparse_kd import sparse_kd_loss
 
 
@@ -42,44 +45,80 @@ def test_an_exact_head_beside_estimates_is_enough_for_everything(selection):
             {"divergence": "reverse_kl"},
             "unbiased only in a loss linear in p, and reverse_kl is not; use 'forward_kl'",
         ),
-        ("sampled", {}, "forward_kl with tail 'bucket' .* tail 'bucket' would count the tail that they stand for once more"),
+        (
+            "sampled",
+            {"tail": "bucket"},
+            "tail 'bucket' would count the tail that they stand for once more",
+        ),
         (
             "sampled",
             {"tail": "drop", "temperature": 2.0},
             "temperature is 2.0, but the sampled entries .* alone; use temperature 1.0",
         ),
-        ("threshold", {"tail": "drop", "temperature": 2.0}, "use tail 'bucket', which takes the exact entries alone"),
+        ("threshold", {"tail": "drop", "temperature": 2.0}, "use tail 'bucket', which reads the exact entries alone"),
         ("sampled", {"divergence": "tail_aware_kl"}, "selection 'sampled', which has no exact head: the shape of the tail"),
         ("top_k", {"divergence": "tail_aware_kl"}, "selection 'top_k', which has no sample of the tail: the shape of the tail"),
         ("threshold", {"divergence": "reverse_kl", "tail": "drop"}, "reverse_kl with tail 'drop' would be wrong"),
         ("threshold", {"divergence": "kl"}, "divergence is 'kl'"),
+        (
+            "top_k",
+            {"entries": "unbiased"},
+            "'top_k' has exact entries only; use 'exact'",
+        ),
+        ("sampled", {"entries": "exact"}, "'sampled' has estimates only; use 'unbiased'"),
+        (
+            "threshold",
+            {"divergence": "reverse_kl", "entries": "unbiased"},
+            "use entries 'exact', which leaves",
+        ),
+        (
+            "threshold",
+            {"entries": "unbiased", "tail": "bucket"},
+            "would count it twice; use 'drop'",
+        ),
     ],
 )
 def test_what_is_refused_says_why_and_what_to_do(selection, options, sentence):
     with pytest.raises(LossError, match=sentence):
-        targets_for(selection, **options)
+        reading_for(selection, **options)
 
 
 def test_at_another_temperature_the_exact_entries_of_a_random_selection_are_used():
-    assert targets_for("top_k_sampled", "reverse_kl", temperature=2.0) == "exact"
+    for divergence in ("forward_kl", "reverse_kl"):
+        assert reading_for("top_k_sampled", divergence, temperature=2.0) == Reading("bucket", "exact")
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize(
+    ("selection", "reading"),
+    [
+        ("top_k", Reading("bucket", "exact")),
+        ("top_p_k", Reading("bucket", "exact")),
+        ("sampled", Reading("drop", "unbiased")),
+        ("threshold", Reading("drop", "unbiased")),
+        ("top_k_sampled", Reading("drop", "unbiased")),
+    ],
+)
+def test_the_default_is_one_bucket_for_exact_entries_and_all_entries_of_random_ones(selection, reading):
+    assert reading_for(selection) == reading
+
+
+@pytest.mark.parametrize("selection", SELECTION_KINDS)
 def test_the_loss_takes_all_that_is_allowed_and_nothing_that_is_not(selection):
-    rule, answers = SELECTIONS[selection], allowed(selection)
-    record = {
-        "token_ids_PK": torch.tensor([[1, 2, 4]]),
-        "logprobs_PK": torch.tensor([[0.5, 0.25, 0.1]]).log(),
-        "tail_mass_P": torch.tensor([0.25]),
-    }
-    if rule.exact and rule.estimates:
-        record["num_exact_P"] = torch.tensor([2])
+    answers, entries = allowed(selection), entries_of(selection)
+    teacher = SoftTargets.of(
+        torch.tensor([[1, 2, 4]]),
+        torch.tensor([[0.5, 0.25, 0.1]]).log(),
+        torch.tensor([0.25]),
+        entries=entries,
+        num_exact_P=torch.tensor([2]) if entries == "mixed" else None,
+    )
     for name in DIVERGENCES:
         for tail, use in answers.get(name, {}).items():
-            assert sparse_kd_loss(torch.zeros(1, 6), **record, divergence=name, tail=tail, targets=use).isfinite()
+            settings = LossSettings(tail=tail, entries=use)
+            assert sparse_kd_loss(torch.zeros(1, 6), teacher, divergence=name, settings=settings).isfinite()
         if name not in answers:
             with pytest.raises(LossError):
-                sparse_kd_loss(torch.zeros(1, 6), **record, divergence=name, targets="exact" if rule.exact else "unbiased")
+                sparse_kd_loss(torch.zeros(1, 6), teacher, divergence=name)
 
 
 def test_readme_holds_the_table_of_rules():

@@ -9,13 +9,14 @@ import pytest
 import torch
 from contracts import kernels as contract
 from contracts.kernels import Problem, make_problem
+from loose_calls import prepared, sparse_kd_loss
 
 import kdcache
 from kdcache.errors import LossError
 from kdcache.kernels.base import TAIL_POLICIES, Objective
 from kdcache.kernels.reference import loss_and_gradient
-from kdcache.loss import arguments, row_steps, torch_rows
-from kdcache.loss.sparse_kd import _Rows, sparse_kd_loss
+from kdcache.loss import row_steps, sparse_kd, torch_rows
+from kdcache.loss.sparse_kd import _Rows
 
 
 def tensors(problem: Problem) -> dict[str, torch.Tensor]:
@@ -39,19 +40,18 @@ def with_estimates(problem: Problem, objective: Objective) -> dict[str, torch.Te
 
 def at_temperature_1(z_PV, keywords, *, objective, backend, reduction):
     options = {"tail": objective.tail, "alpha": objective.alpha, "divergence": objective.divergence}
-    options["targets"] = "unbiased" if objective.divergence.requirements.tail_sample else "exact"
+    options["entries"] = "unbiased" if objective.divergence.requirements.tail_sample else "exact"
     return sparse_kd_loss(z_PV, **keywords, **options, reduction=reduction, backend=backend)
 
 
 def at_another(z_PV, keywords, *, objective, backend, reduction):
     """Below the public function, which makes the teacher's masses at T itself: here they are given as they are."""
-    teacher = arguments.TargetTensors(**keywords)
-    scales_P = arguments.row_scales(teacher, reduction)
+    ready, is_summed = prepared(objective, backend, reduction, **keywords), reduction != "none"
     if backend == "torch":
-        losses_P = torch_rows.row_losses(z_PV, teacher, objective)
-        losses_P = losses_P * scales_P.to(losses_P.dtype)
-        return losses_P if reduction == "none" else losses_P.sum()
-    return _Rows.apply(z_PV, row_steps.make_step(backend, teacher, scales_P, objective, z_PV.shape[1]), True, reduction)
+        losses_P = torch_rows.row_losses(z_PV, ready)
+        losses_P = losses_P * ready.scales_P.to(losses_P.dtype)
+        return losses_P.sum() if is_summed else losses_P
+    return _Rows.apply(z_PV, row_steps.make_step(ready, z_PV.shape[1]), True, is_summed)
 
 
 def computed_by(backend: str):
@@ -241,7 +241,7 @@ def test_auto_takes_numba_where_it_can_and_torch_elsewhere():
 
 
 def test_the_loss_is_a_public_name():
-    assert kdcache.sparse_kd_loss is sparse_kd_loss
+    assert kdcache.sparse_kd_loss is sparse_kd.sparse_kd_loss
 
 
 @pytest.mark.slow

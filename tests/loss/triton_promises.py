@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from contracts import kernels as contract
 from contracts.kernels import make_problem
+from loose_calls import fused_sparse_kd_loss, sparse_kd_loss
 from test_bucket_rows import check_ids_beyond_the_vocabulary, compute_by_step, run_step
 from test_compile import assert_fused_compiles_whole, assert_rows_compile_whole
 from test_half_logprobs import OPTIONS, check_fused, check_rows
@@ -20,8 +21,6 @@ from kdcache.kernels import divergences as d
 from kdcache.kernels.base import Objective
 from kdcache.kernels.reference import loss_and_gradient
 from kdcache.loss.chunks import Head
-from kdcache.loss.fused import fused_sparse_kd_loss
-from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.loss.triton_passes import TritonPasses
 
 run, compute = partial(run_step, "triton"), partial(compute_by_step, "triton")
@@ -53,7 +52,7 @@ def leave_no_memory_unwritten() -> None:
         for tail in ("bucket", "uniform"):
             contract.assert_like_reference(compute, make_problem(3, 71, 5), Objective(tail, 0.5))
         leaves, targets = make()
-        loss = fused_sparse_kd_loss(*leaves[:2], bias=leaves[2], **targets, backend="triton", chunk_size=16)
+        loss = fused_sparse_kd_loss(*leaves[:2], bias=leaves[2], **targets, backend="triton", chunk_positions=16)
         assert all(part.isfinite().all() for part in (loss, *torch.autograd.grad(loss, leaves)))
 
 
@@ -75,7 +74,7 @@ def equal_the_fused_loss_of_torch() -> None:
     for options in ({}, {"alpha": 0.4, "divergence": "reverse_kl", "head": Head(softcap=4.0)}):
         results = []
         for backend in ("triton", "torch"):
-            loss = fused_sparse_kd_loss(*leaves[:2], bias=leaves[2], **targets, **options, backend=backend, chunk_size=16)
+            loss = fused_sparse_kd_loss(*leaves[:2], bias=leaves[2], **targets, **options, backend=backend, chunk_positions=16)
             results.append((loss, *torch.autograd.grad(loss, leaves)))
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -94,7 +93,7 @@ def leave_logits_alone() -> None:
             continue
         z_PV, options = torch.tensor(problem.logits_PV), {"tail": objective.tail, "alpha": objective.alpha}
         before_PV = z_PV.clone()
-        options["targets"] = "unbiased" if objective.divergence.requirements.tail_sample else "exact"
+        options["entries"] = "unbiased" if objective.divergence.requirements.tail_sample else "exact"
         losses_P = sparse_kd_loss(
             z_PV,
             **with_estimates(problem, objective),

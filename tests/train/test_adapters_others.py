@@ -243,7 +243,7 @@ def test_a_loop_over_torchtitans_batches_goes_on_from_its_checkpoint(
     for last_step in (4, 9):
         model = make_student()
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
-        loader = TitanDataLoader(small_cache, OPTIONS, with_teacher=True)
+        loader = TitanDataLoader(small_cache, OPTIONS, with_batch=True)
         with Loader(small_cache, OPTIONS) as own:
             loss_of = StudentLoss(model, own)
         if losses:
@@ -252,7 +252,7 @@ def test_a_loop_over_torchtitans_batches_goes_on_from_its_checkpoint(
             optimizer.load_state_dict(saved["optimizer"])
             dcp.load({"dataloader": loader}, checkpoint_id=tmp_path / "step-4", no_dist=True)
         for inputs, _ in titan_batches(loader, last_step - len(losses)):
-            loss = loss_of(model, inputs["teacher"])
+            loss = loss_of(model, inputs["batch"])
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -268,14 +268,14 @@ def test_a_loop_over_torchtitans_batches_goes_on_from_its_checkpoint(
 def test_torchtitans_contract(small_cache: Path, tmp_path: Path, is_flat: bool) -> None:
     """Endless over epochs; the state goes through torch.distributed.checkpoint, to another number of ranks."""
     wanted = first_batches(small_cache, OPTIONS, 9)
-    loader = TitanDataLoader(small_cache, OPTIONS, is_flat=is_flat, with_teacher=True)
+    loader = TitanDataLoader(small_cache, OPTIONS, is_flat=is_flat, with_batch=True)
     assert isinstance(loader, Stateful)
     for (inputs, labels), batch in zip(titan_batches(loader, 5), wanted, strict=False):
         shape = (128,) if is_flat else (2, 64)
         assert torch.equal(inputs["input"], batch.input_ids_BT.long().reshape(shape))
         assert torch.equal(inputs["positions"], batch.position_ids_BT.long().reshape(shape))
         assert torch.equal(labels, batch.target_ids_BT.long().reshape(shape))
-        assert torch.equal(inputs["teacher"].logprobs_PK, batch.logprobs_PK)
+        assert torch.equal(inputs["batch"].teacher.logprobs_PK, batch.teacher.logprobs_PK)
     dcp.save({"dataloader": loader}, checkpoint_id=tmp_path / "step-5", no_dist=True)
     loader.close()
     halves = [TitanDataLoader(small_cache, OPTIONS, dp_rank=rank, dp_world_size=2, is_flat=is_flat) for rank in (0, 1)]

@@ -21,6 +21,7 @@ from kdcache.cli.main import main
 from kdcache.config.train import LossConfig
 from kdcache.errors import MismatchError
 from kdcache.format.manifest import SelectionInfo
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.loader.loader import Loader
 from kdcache.loss.padding import entries_within
 from kdcache.train.adapters import StudentLoss
@@ -41,21 +42,23 @@ def test_entries_that_are_no_tokens_become_mass_of_the_tail() -> None:
     ids_PK = torch.tensor([[3, 9, 7], [9, 1, 8]])
     logprobs_PK = torch.tensor([[0.5, 0.2, 0.1], [0.4, 0.3, 0.2]]).log()
     tail_P = torch.tensor([0.2, 0.5])
-    within = entries_within(8, ids_PK, logprobs_PK, tail_P)
-    assert within.token_ids_PK.tolist() == [[3, -1, 7], [-1, 1, -1]]
+    within = entries_within(SoftTargets.of(ids_PK, logprobs_PK, tail_P, entries="exact", vocab_size=10), 8)
+    assert within.teacher.token_ids_PK.tolist() == [[3, -1, 7], [-1, 1, -1]]
+    assert within.teacher.vocab_size == 8
     torch.testing.assert_close(within.left_out_P, torch.tensor([0.2, 0.6]))
-    torch.testing.assert_close(within.tail_mass_P, torch.tensor([0.4, 1.0]))
+    torch.testing.assert_close(within.teacher.tail_mass_P, torch.tensor([0.4, 1.0]))
     # In the second row only the first entry is exact: the tail's mass holds what the estimates stand for.
-    within = entries_within(8, ids_PK, logprobs_PK, tail_P, torch.tensor([3, 1]))
+    within = entries_within(SoftTargets.of(ids_PK, logprobs_PK, tail_P, entries="mixed", num_exact_P=torch.tensor([3, 1])), 8)
     torch.testing.assert_close(within.left_out_P, torch.tensor([0.2, 0.6]))
-    torch.testing.assert_close(within.tail_mass_P, torch.tensor([0.4, 0.9]))
+    torch.testing.assert_close(within.teacher.tail_mass_P, torch.tensor([0.4, 0.9]))
 
 
 @pytest.mark.parametrize("tail", ["bucket", "drop", "renormalize"])
 def test_the_loss_of_a_smaller_student_is_that_over_the_tokens(full_cache: Path, tail: str) -> None:
     """In words of torch alone: the teacher's 520 ids are in the cache, 8 of them are no tokens."""
     model, (batch,) = make_student(vocab_size=TOKENS), first_batches(full_cache, OPTIONS, 1)
-    teacher_PV = torch.zeros(len(batch.flat_positions_P), 520).scatter(1, batch.token_ids_PK.long(), batch.logprobs_PK.exp())
+    ids_PK, p_PK = batch.teacher.token_ids_PK.long(), batch.teacher.logprobs_PK.exp()
+    teacher_PV = torch.zeros(len(ids_PK), 520).scatter(1, ids_PK, p_PK)
     log_q_PV = own_logits(model, batch).log_softmax(dim=-1)
     p_PV = teacher_PV[:, :TOKENS]
     if tail == "renormalize":

@@ -24,13 +24,12 @@ from transformers import (
 
 from kdcache.config.load import convert_config
 from kdcache.config.train import LossConfig, TrainConfig
-from kdcache.kernels.divergences import ForwardKL
 from kdcache.loader._torch import TorchBatch
 from kdcache.loader.loader import Loader
 from kdcache.loss.chunks import Head
+from kdcache.loss.prepare import LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.train.adapters import StudentLoss
-from kdcache.train.entries import EntryMeaning
 from kdcache.train.evaluation.heldout import HeldoutSequence
 from kdcache.train.evaluation.scores import heldout_nats_per_token
 from kdcache.train.packed import check_architecture, logits_head
@@ -62,7 +61,7 @@ def own_logits(model: PreTrainedModel, batch: TorchBatch) -> Tensor:
 
 
 def loss_of_logits(logits_PV: Tensor, batch: TorchBatch) -> Tensor:
-    return sparse_kd_loss(logits_PV, batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P, backend="torch")
+    return sparse_kd_loss(logits_PV, batch.teacher, settings=LossSettings(backend="torch"))
 
 
 def train_config(**loss: Any) -> TrainConfig:
@@ -107,11 +106,10 @@ def test_ids_that_the_cache_does_not_have_are_left_out_or_trained_as_asked(small
     model, (batch,) = make_student(vocab_size=VOCAB_SIZE + 24), first_batches(small_cache, OPTIONS, 1)
     logits_PV, padding = own_logits(model, batch), slice(VOCAB_SIZE, None)
     wanted = {False: loss_of_logits(logits_PV[:, :VOCAB_SIZE], batch), True: loss_of_logits(logits_PV, batch)}
-    meaning = EntryMeaning(ForwardKL(), vocab_size=VOCAB_SIZE)
     for trained, expected in wanted.items():
         with Loader(small_cache, OPTIONS) as loader:
             adapted = StudentLoss(model, loader, LossConfig(train_padding=trained))(model, batch)
-        for loss in (student_loss(model, batch, train_config(train_padding=trained), meaning), adapted):
+        for loss in (student_loss(model, batch, train_config(train_padding=trained)), adapted):
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
             (gradient_VH,) = torch.autograd.grad(loss, model.lm_head.weight)
             assert bool(gradient_VH[padding].any()) == trained
@@ -124,8 +122,8 @@ def test_float32_logits_are_nearer_to_the_loss_without_rounding(small_cache: Pat
         losses = [StudentLoss(model, loader, LossConfig(float32_logits=wanted)) for wanted in (False, True)]
     hidden_BTH = torch.randn((*batch.input_ids_BT.shape, 32), generator=torch.Generator().manual_seed(0)).bfloat16()
     head = losses[0].head
-    found = [float(loss.rows(hidden_BTH, head, batch, dtype=torch.bfloat16).detach()) for loss in losses]
+    found = [float(loss.loss(hidden_BTH, head, batch, dtype=torch.bfloat16).detach()) for loss in losses]
     rounded = torch.nn.Linear(32, VOCAB_SIZE, bias=False)
     rounded.weight.data = head.weight.detach().bfloat16().double()
-    exact = float(losses[0].rows(hidden_BTH.double(), rounded, batch, dtype=torch.float64).detach())
+    exact = float(losses[0].loss(hidden_BTH.double(), rounded, batch, dtype=torch.float64).detach())
     assert abs(found[1] - exact) < abs(found[0] - exact) / 10

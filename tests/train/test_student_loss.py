@@ -16,8 +16,10 @@ from kdcache import half_precision
 from kdcache.config.train import LossConfig
 from kdcache.errors import ConfigError, LossError, MismatchError
 from kdcache.loader.loader import Loader
+from kdcache.loss.fused import Projection
+from kdcache.loss.prepare import LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss
-from kdcache.train import row_loss
+from kdcache.train import batch_loss
 from kdcache.train.adapters import StudentLoss
 
 
@@ -30,8 +32,8 @@ def loss_of(cache: Path, model: nn.Module, **config: Any) -> StudentLoss:
 def test_the_loss_and_its_gradients_are_those_of_the_logits(small_cache: Path, tail: str) -> None:
     model, (batch,) = make_student(), first_batches(small_cache, OPTIONS, 1)
     logits = model(input_ids=batch.input_ids_BT.long(), position_ids=batch.position_ids_BT.long(), use_cache=False).logits
-    targets = (batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P)
-    wanted = sparse_kd_loss(logits.flatten(0, 1)[batch.flat_positions_P], *targets, tail=tail, backend="torch")
+    settings = LossSettings(tail=tail, backend="torch")
+    wanted = sparse_kd_loss(logits.flatten(0, 1)[batch.flat_positions_P], batch.teacher, settings=settings)
     wanted.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
@@ -75,13 +77,13 @@ def test_the_loss_of_emulated_half_precision_is_taken_in_float32_and_the_layers_
     half_precision._warn.cache_clear()
     model, (batch,) = make_student(), first_batches(small_cache, OPTIONS, 1)
     ours, asked = loss_of(small_cache, model), []
-    real = row_loss.fused_sparse_kd_loss
+    real = batch_loss.fused_sparse_kd_loss
 
-    def noted(hidden_PH: torch.Tensor, weight_VH: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        asked.append((hidden_PH.dtype, weight_VH is model.lm_head.weight))
-        return real(hidden_PH, weight_VH, *rest, **options)
+    def noted(hidden_PH: torch.Tensor, projection: Projection, *rest: Any, **more: Any) -> torch.Tensor:
+        asked.append((hidden_PH.dtype, projection.weight_VH is model.lm_head.weight))
+        return real(hidden_PH, projection, *rest, **more)
 
-    monkeypatch.setattr(row_loss, "fused_sparse_kd_loss", noted)
+    monkeypatch.setattr(batch_loss, "fused_sparse_kd_loss", noted)
     single = ours(model, batch).item()
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):

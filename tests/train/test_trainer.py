@@ -18,6 +18,7 @@ from kdcache.errors import ConfigError, InputError, MismatchError, StateError
 from kdcache.loader._torch import to_torch
 from kdcache.loader.batches.batch import NO_TARGET, Batch
 from kdcache.loader.loader import Loader
+from kdcache.loss.prepare import LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.store.reader import open_reader
 from kdcache.train.body import hidden_states, output_projection
@@ -114,10 +115,10 @@ def test_the_tail_policy_and_the_backend_reach_the_loss(small_cache: Path, tiny_
         model = build_student(config.student, seed=0)
         with open_reader(small_cache) as reader, Loader(reader, config.loader) as loader:
             batch = to_torch(next(iter(loader)))
-        head, target_ids_P = output_projection(model), batch.target_ids_BT.flatten()[batch.flat_positions_P]
+        head = output_projection(model)
         hidden_PH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT).flatten(0, 1)[batch.flat_positions_P]
-        targets = (batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P)
-        expected = sparse_kd_loss(head(hidden_PH), *targets, target_ids_P=target_ids_P, tail=settings["tail"], backend="torch")
+        asked = LossSettings(tail=settings["tail"], backend="torch")
+        expected = sparse_kd_loss(head(hidden_PH), batch.teacher, settings=asked)
         ours = float(student_loss(model, batch, config).detach())
         assert ours == pytest.approx(float(expected.detach()), rel=1e-5)
         return ours

@@ -58,9 +58,10 @@ def read_rows(mapped: MappedRows, entries: EntryFormat, batch: Batch, tokens_RC:
         (R,) WHOLE, UNFIT or UNCHECKED; of a row that is UNFIT anything may be written in its positions.
     """
     status_R = np.empty(len(tokens_RC), np.int64)
-    settings = Settings.of(entries.id_bits, entries.value_bits, is_half=batch.logprobs_PK.dtype == np.float16)
+    teacher = batch.teacher
+    settings = Settings.of(entries.id_bits, entries.value_bits, is_half=teacher.logprobs_PK.dtype == np.float16)
     floats = np.zeros((2, 3), np.int64)
-    for line, (name, values) in zip(floats, (("log_z", batch.log_z_PC), ("entropy", batch.entropy_P)), strict=True):
+    for line, (name, values) in zip(floats, (("log_z", teacher.log_z_PL), ("entropy", teacher.entropy_P)), strict=True):
         if values is not None:
             line[:] = _column(mapped.format, name), _address(values), 1 if values.ndim == 1 else values.shape[1]
     _read_rows(
@@ -68,7 +69,7 @@ def read_rows(mapped: MappedRows, entries: EntryFormat, batch: Batch, tokens_RC:
         _about(mapped.format, entries),
         settings.numbers,
         (entries.masses, floats),
-        (batch.token_ids_PK, _address(batch.logprobs_PK), batch.tail_mass_P),
+        (teacher.token_ids_PK, _address(teacher.logprobs_PK), teacher.tail_mass_P),
         (tokens_RC, status_R),
     )
     return status_R

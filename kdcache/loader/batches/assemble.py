@@ -1,7 +1,4 @@
-"""How records become a batch. `assemble_reference` defines it, token by token; `assemble` is compared with it.
-
-Shape letters: as in batch.py; N tokens of a sequence, Q positions of a sequence that the mask keeps.
-"""
+"""How records become a batch. `assemble_reference` defines it, token by token; `assemble` is compared with it."""
 
 from __future__ import annotations
 
@@ -17,7 +14,8 @@ from kdcache.config.loader import MaskConfig
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import PADDING_ID, SequenceRecord
-from kdcache.format.selection import fixed_entries, fixed_exact, stores_num_exact
+from kdcache.format.selection import entries_of, fixed_entries, fixed_exact, stores_num_exact
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.loader.batches.batch import NO_ROLE, NO_TARGET, Batch
 from kdcache.loader.batches.buffers import BufferPool
 from kdcache.loader.batches.features import batch_features
@@ -36,14 +34,18 @@ class EntryColumns:
 
     Attributes:
         num_columns: K; None for the largest support of the batch.
+        selection: kind of the caches' selections, the same for all.
+        vocab_size: of the teacher.
         has_exact, has_entropy: whether num_exact_P and entropy_P are there.
-        num_temperatures: C.
+        temperatures: the L further ones.
     """
 
     num_columns: int | None
+    selection: str = "top_k"
+    vocab_size: int | None = None
     has_exact: bool = False
     has_entropy: bool = False
-    num_temperatures: int = 0
+    temperatures: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, selections: Sequence[SelectionInfo], vocab_size: int) -> EntryColumns:
@@ -54,9 +56,27 @@ class EntryColumns:
         first = selections[0]
         return cls(
             num_columns=None if None in widths or most > MOST_FIXED else most,
+            selection=first.kind,
+            vocab_size=vocab_size,
             has_exact=fixed_exact(first) is not None or stores_num_exact(first),
             has_entropy=first.entropy,
-            num_temperatures=len(first.temperatures),
+            temperatures=tuple(first.temperatures),
+        )
+
+    def blank(self, shape_PK: tuple[int, int], dtype: DTypeLike, pool: BufferPool) -> SoftTargets[NDArray[Any]]:
+        """Soft targets of P positions and K columns; entries and tail masses are left unwritten."""
+        num_positions, num_temperatures = shape_PK[0], len(self.temperatures)
+        return SoftTargets(
+            token_ids_PK=pool.take(shape_PK, np.int32),
+            logprobs_PK=pool.take(shape_PK, dtype),
+            tail_mass_P=np.empty(num_positions, np.float32),
+            entries=entries_of(self.selection),
+            num_exact_P=np.zeros(num_positions, np.int64) if self.has_exact else None,
+            vocab_size=self.vocab_size,
+            log_z_PL=np.zeros((num_positions, num_temperatures), np.float32) if num_temperatures else None,
+            temperatures=self.temperatures,
+            entropy_P=np.zeros(num_positions, np.float32) if self.has_entropy else None,
+            selection=self.selection,
         )
 
 
@@ -118,7 +138,7 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
             if batch.roles_P is not None:
                 roles_P = target_roles(record.sequence)
                 batch.roles_P[position:end] = roles_P if choice.keep_P is None else roles_P[choice.keep_P]
-            out = _entry_arrays(batch, slice(position, end))
+            out = _entry_arrays(batch.teacher, slice(position, end))
             if isinstance(record, EncodedRecord):
                 tasks.setdefault(id(record.codec), (record.codec, []))[1].append(record.decode_task(out, choice.keep_P))
             else:
@@ -135,7 +155,8 @@ def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -
     """The same, token by token: the definition that `assemble` is compared with."""
     choices = [choose(record.sequence, layout.mask) for record in records]
     batch = _blank(records, choices, layout, None)
-    batch.token_ids_PK[:], batch.logprobs_PK[:] = PADDING_ID, -np.inf
+    teacher = batch.teacher
+    teacher.token_ids_PK[:], teacher.logprobs_PK[:] = PADDING_ID, -np.inf
     batch.input_ids_BT[:], batch.position_ids_BT[:], batch.segment_ids_BT[:] = 0, 0, 0
     batch.target_ids_BT[:] = NO_TARGET
     remaining, p = iter(records), 0
@@ -156,14 +177,14 @@ def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -
                     batch.flat_positions_P[p] = b * layout.seq_len + column
                     batch.weights_P[p] = weights[record_p]
                     for k, entry in enumerate(range(d.offsets_P1[record_p], d.offsets_P1[record_p + 1])):
-                        batch.token_ids_PK[p, k] = d.token_ids_E[entry]
-                        batch.logprobs_PK[p, k] = d.logprobs_E[entry]
-                    batch.tail_mass_P[p] = d.tail_mass_P[record_p]
+                        teacher.token_ids_PK[p, k] = d.token_ids_E[entry]
+                        teacher.logprobs_PK[p, k] = d.logprobs_E[entry]
+                    teacher.tail_mass_P[p] = d.tail_mass_P[record_p]
                     if batch.roles_P is not None:
                         batch.roles_P[p] = sequence.roles_N[t + 1] if t + 1 < sequence.num_tokens else NO_ROLE
-                    for name, values in (("num_exact_P", d.num_exact_P), ("log_z_PC", d.log_z_PT), ("entropy_P", d.entropy_P)):
-                        if getattr(batch, name) is not None and values is not None:
-                            getattr(batch, name)[p] = values[record_p]
+                    for name, values in (("num_exact_P", d.num_exact_P), ("log_z_PL", d.log_z_PT), ("entropy_P", d.entropy_P)):
+                        if getattr(teacher, name) is not None and values is not None:
+                            getattr(teacher, name)[p] = values[record_p]
                     p += 1
                 record_p += bool(sequence.supervised_N[t])
                 column += 1
@@ -205,13 +226,8 @@ def blank_batch(
         max_seqlen=segments[1],
         target_ids_BT=np.empty(shape_BT, np.int32),
         flat_positions_P=np.empty(num_positions, np.int64),
-        token_ids_PK=pool.take((num_positions, num_columns), np.int32),
-        logprobs_PK=pool.take((num_positions, num_columns), layout.logprob_dtype),
-        tail_mass_P=np.empty(num_positions, np.float32),
+        teacher=columns.blank((num_positions, num_columns), layout.logprob_dtype, pool),
         weights_P=np.ones(num_positions, np.float32),
-        num_exact_P=np.zeros(num_positions, np.int64) if columns.has_exact else None,
-        log_z_PC=np.zeros((num_positions, columns.num_temperatures), np.float32) if columns.num_temperatures else None,
-        entropy_P=np.zeros(num_positions, np.float32) if columns.has_entropy else None,
         roles_P=np.full(num_positions, NO_ROLE, np.uint8) if layout.with_roles else None,
         num_sequences=num_sequences,
         num_masked=0,
@@ -248,14 +264,14 @@ def _address(values: NDArray[Any], dtype: DTypeLike, held: list[NDArray[Any]]) -
     return held[-1].__array_interface__["data"][0]
 
 
-def _entry_arrays(batch: Batch, where: slice) -> EntryArrays:
+def _entry_arrays(teacher: SoftTargets[NDArray[Any]], where: slice) -> EntryArrays:
     return EntryArrays(
-        token_ids_PK=batch.token_ids_PK[where],
-        logprobs_PK=batch.logprobs_PK[where],
-        tail_mass_P=batch.tail_mass_P[where],
-        num_exact_P=None if batch.num_exact_P is None else batch.num_exact_P[where],
-        log_z_PL=None if batch.log_z_PC is None else batch.log_z_PC[where],
-        entropy_P=None if batch.entropy_P is None else batch.entropy_P[where],
+        token_ids_PK=teacher.token_ids_PK[where],
+        logprobs_PK=teacher.logprobs_PK[where],
+        tail_mass_P=teacher.tail_mass_P[where],
+        num_exact_P=None if teacher.num_exact_P is None else teacher.num_exact_P[where],
+        log_z_PL=None if teacher.log_z_PL is None else teacher.log_z_PL[where],
+        entropy_P=None if teacher.entropy_P is None else teacher.entropy_P[where],
     )
 
 

@@ -1,8 +1,5 @@
 """What the loader hands to a trainer.
 
-Shape letters: B rows, T positions per row, P supervised positions of the batch flattened, K entries per position (padded),
-G segments of the batch, C further temperatures.
-
 Alignment: the logits that a student gives at (b, t) predict token t+1 of the SAME sequence. `target_ids_BT[b, t]` is that
 token, and `flat_positions_P` counts b * T + t: shift nothing again.
 """
@@ -10,13 +7,15 @@ token, and `flat_positions_P` counts b * T + t: shift nothing again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.format.record import PADDING_ID
+from kdcache.format.soft_targets import ARRAYS as SOFT_TARGET_ARRAYS
+from kdcache.format.soft_targets import SoftTargets
 
 NO_TARGET = -100
 """What torch's cross entropy leaves out by default."""
@@ -40,15 +39,10 @@ class Batch:
             position is not supervised or masked out, and at padding.
         flat_positions_P: (P,) int64, ascending; index into B*T of each position with a teacher's distribution that the mask
             keeps. A supervised last position of a sequence is among them although it has no target id. P may be 0.
-        token_ids_PK: (P, K) int32; PADDING_ID where a position has fewer entries. K is the same in all batches of a `top_k`
-            cache.
-        logprobs_PK: (P, K) float32, or float16 where LoaderConfig.logprob_dtype says so; nats, normalised over the whole
-            vocabulary; -inf at padding.
-        tail_mass_P: (P,) float32 in [0, 1].
+        teacher: what the teacher said at these positions: token_ids_PK int32, with K the same in all batches of a `top_k`
+            cache; logprobs_PK float32, or float16 where LoaderConfig.logprob_dtype says so, -inf at padding; num_exact_P int64;
+            its other arrays float32. The losses take it whole.
         weights_P: (P,) float32, 1 at each position, or by the mask: empty rows and padding have no position, hence no weight.
-        num_exact_P: (P,) int64, how many of a position's entries are exact, the others being estimates; None where all are.
-        log_z_PC: (P, C) float32, nats, as `Distributions.log_z_PT`; None where the cache keeps none.
-        entropy_P: (P,) float32, nats, of the teacher's whole distribution; None where the cache keeps none.
         num_sequences: in the batch; 0 for a rank that has only the empty rows of the last batch.
         num_masked: supervised positions of its sequences that the mask left out.
         features: name -> (P, H) float32, a row for each position, in the order of flat_positions_P; or (num_sequences, H) where
@@ -64,17 +58,17 @@ class Batch:
     max_seqlen: int
     target_ids_BT: NDArray[np.int32]
     flat_positions_P: NDArray[np.int64]
-    token_ids_PK: NDArray[np.int32]
-    logprobs_PK: NDArray[np.floating]
-    tail_mass_P: NDArray[np.float32]
+    teacher: SoftTargets[NDArray[Any]]
     weights_P: NDArray[np.float32]
-    num_exact_P: NDArray[np.int64] | None
-    log_z_PC: NDArray[np.float32] | None
-    entropy_P: NDArray[np.float32] | None
     num_sequences: int
     num_masked: int
     features: dict[str, NDArray[np.float32]] | None = None
     roles_P: NDArray[np.uint8] | None = None
+
+    @property
+    def target_ids_P(self) -> NDArray[np.int32]:
+        """(P,) the token that came after each of the positions, NO_TARGET after a sequence's last."""
+        return self.target_ids_BT.reshape(-1)[self.flat_positions_P]
 
     @property
     def num_tokens(self) -> int:
@@ -88,8 +82,8 @@ class Batch:
 
 
 ARRAYS = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "cu_seqlens_G1", "target_ids_BT", "flat_positions_P",
-          "token_ids_PK", "logprobs_PK", "tail_mass_P", "weights_P")  # fmt: skip
-OPTIONAL_ARRAYS = ("num_exact_P", "log_z_PC", "entropy_P", "roles_P")
+          "weights_P")  # fmt: skip
+"""The fields of a batch that are arrays and always there; `roles_P`, `features` and the arrays of `teacher` may be missing."""
 NUMBERS = ("max_seqlen", "num_sequences", "num_masked")
 
 
@@ -99,15 +93,8 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
     Args:
         batches: at least one, all with the same T and of the same caches; smaller supports are padded to the largest K.
     """
-    num_columns = max(batch.token_ids_PK.shape[1] for batch in batches)
-    fields: dict[str, Any] = {
-        name: np.concatenate([getattr(b, name) for b in batches]) for name in ARRAYS if not name.endswith("K")
-    }
-    for name in OPTIONAL_ARRAYS:
-        parts = [getattr(batch, name) for batch in batches]
-        fields[name] = None if parts[0] is None else np.concatenate(parts)
-    fields["token_ids_PK"] = np.concatenate([_widened(b.token_ids_PK, num_columns, PADDING_ID) for b in batches])
-    fields["logprobs_PK"] = np.concatenate([_widened(b.logprobs_PK, num_columns, -np.inf) for b in batches])
+    fields: dict[str, Any] = {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in ARRAYS}
+    roles = [batch.roles_P for batch in batches if batch.roles_P is not None]
     offsets = np.cumsum([0, *(batch.input_ids_BT.size for batch in batches)])
     fields["flat_positions_P"] = np.concatenate(
         [batch.flat_positions_P + offset for batch, offset in zip(batches, offsets, strict=False)]
@@ -116,11 +103,27 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
     fields["cu_seqlens_G1"] = np.concatenate([*starts, offsets[-1:]]).astype(np.int32)
     return Batch(
         **fields,
+        teacher=_stacked_teacher([batch.teacher for batch in batches]),
+        roles_P=np.concatenate(roles) if roles else None,
         max_seqlen=max(batch.max_seqlen for batch in batches),
         num_sequences=sum(batch.num_sequences for batch in batches),
         num_masked=sum(batch.num_masked for batch in batches),
         features=_stacked([batch.features for batch in batches]),
     )
+
+
+def _stacked_teacher(parts: Sequence[SoftTargets[NDArray[Any]]]) -> SoftTargets[NDArray[Any]]:
+    num_columns = max(part.token_ids_PK.shape[1] for part in parts)
+    arrays: dict[str, NDArray[Any] | None] = {}
+    for name in SOFT_TARGET_ARRAYS:
+        values = [getattr(part, name) for part in parts]
+        if name in _PADDING:
+            values = [_widened(array_PK, num_columns, _PADDING[name]) for array_PK in values]
+        arrays[name] = None if values[0] is None else np.concatenate(values)
+    return replace(parts[0], **arrays)
+
+
+_PADDING = {"token_ids_PK": PADDING_ID, "logprobs_PK": -np.inf}
 
 
 def _stacked(features: Sequence[dict[str, NDArray[np.float32]] | None]) -> dict[str, NDArray[np.float32]] | None:

@@ -36,7 +36,7 @@ class TitanDataLoader:
             per microbatch and rank.
         dp_rank, dp_world_size: as torchtitan gives them to `build`.
         is_flat: without a dimension for rows, as torchtitan has it since 2026-08-19.
-        with_teacher: put the whole batch into the dict, under `teacher`, for a loss against the cache's entries; the trainer
+        with_batch: put the whole batch into the dict, under `batch`, for a loss against the cache's entries; the trainer
             must take it out before the model is called, see README.md.
     """
 
@@ -48,10 +48,10 @@ class TitanDataLoader:
         dp_rank: int = 0,
         dp_world_size: int = 1,
         is_flat: bool = True,
-        with_teacher: bool = False,
+        with_batch: bool = False,
     ) -> None:
         self._stream = BatchStream(Loader(cache, options, rank=dp_rank, world_size=dp_world_size))
-        self._is_flat, self._with_teacher = is_flat, with_teacher
+        self._is_flat, self._with_batch = is_flat, with_batch
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         while True:
@@ -82,6 +82,6 @@ class TitanDataLoader:
         tensors = (batch.input_ids_BT.long(), batch.position_ids_BT.long(), batch.target_ids_BT.long())
         ids, positions, labels = (tensor.flatten() for tensor in tensors) if self._is_flat else tensors
         inputs: dict[str, Any] = {"input": ids, "positions": positions}
-        if self._with_teacher:
-            inputs["teacher"] = batch
+        if self._with_batch:
+            inputs["batch"] = batch
         return inputs, labels

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.train import LossConfig
 from kdcache.errors import ConfigError, StateError
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.loader._torch import TorchBatch
 from kdcache.loader.caches import CacheLike
 from kdcache.loader.loader import Loader
@@ -182,12 +183,16 @@ class _Numbers:
 
 
 def _inputs(batches: list[TorchBatch]) -> dict[str, Any]:
-    """A batch as a flat dict, which Trainer moves to its device."""
-    return {_NAMES.get(name, name): getattr(batches[0], name) for name in _FIELDS}
+    """A batch as dicts, which Trainer moves to its device."""
+    inputs = {_NAMES.get(name, name): getattr(batches[0], name) for name in _FIELDS}
+    teacher = batches[0].teacher
+    return inputs | {"teacher": {field.name: getattr(teacher, field.name) for field in fields(teacher)}}
 
 
 def _batch(inputs: Mapping[str, Any]) -> TorchBatch:
-    return TorchBatch(**{name: inputs[_NAMES.get(name, name)] for name in _FIELDS})
+    values: dict[str, Any] = {name: inputs[_NAMES.get(name, name)] for name in _FIELDS}
+    values["teacher"] = SoftTargets(**values["teacher"])
+    return TorchBatch(**values)
 
 
 def _check_arguments(args: TrainingArguments, others: dict[str, Any]) -> None:

@@ -1,7 +1,5 @@
 """The fused loss of a model that is called through its wrapper: DDP, FSDP2, accelerate's, Lightning's, an adapter's.
 
-Shape letters: B rows, T tokens per row, P supervised positions, H hidden, V vocabulary.
-
 Gradients are all-reduced (and sharded weights gathered) by hooks on the wrapper's forward, so the model must be called as a
 whole. It is, with its output projection exchanged for the time of the call for one that gives the loss instead of logits.
 """
@@ -23,11 +21,10 @@ from kdcache.loader.loader import Loader
 from kdcache.loss.global_mean import global_mean_scale
 from kdcache.shown import get_logger
 from kdcache.teacher.hf.attention import attention_gap, attention_of
+from kdcache.train.batch_loss import BatchLoss, check_loss
 from kdcache.train.body import output_projection, positions
-from kdcache.train.entries import entry_meaning
 from kdcache.train.finite import not_finite_weight, shown_sources
 from kdcache.train.packed import check_architecture, logits_head
-from kdcache.train.row_loss import RowLoss
 from kdcache.train.student import check_vocabulary
 
 log = get_logger(__name__)
@@ -67,11 +64,11 @@ class StudentLoss:
         identity = loader.readers[0].manifest.identity
         advice = f"call its resize_token_embeddings({identity.teacher.vocab_size}) first"
         check_vocabulary(self.head.out_features, identity, advice)
-        meaning = entry_meaning(config, identity.selection, identity.teacher.vocab_size)
-        self.rows = RowLoss(config, meaning, logits_head(plain))
+        check_loss(config, identity.selection)
+        self.loss = BatchLoss(config, logits_head(plain))
         self._loader, self._check_finite = loader, check_finite
         # The model takes the loss for logits, and scales and caps it: the first is undone, the second does nothing to the tiny.
-        self._shrink = 1.0 if self.rows.scaled.softcap is None else _SHRUNK
+        self._shrink = 1.0 if self.loss.scaled.softcap is None else _SHRUNK
 
     def __call__(self, model: nn.Module, batch: TorchBatch, scale: Tensor | float | None = None) -> Tensor:
         """A scalar.
@@ -87,7 +84,7 @@ class StudentLoss:
 
         def loss_of(hidden_BTH: Tensor) -> Tensor:
             with torch.autocast(hidden_BTH.device.type, enabled=False):
-                loss = self.rows(hidden_BTH, self.head, batch, dtype=dtype, reduction="mean" if scale is None else "sum")
+                loss = self.loss(hidden_BTH, self.head, batch, dtype=dtype, reduction="mean" if scale is None else "sum")
             return loss * self._shrink
 
         kind = batch.input_ids_BT.device.type
@@ -103,7 +100,7 @@ class StudentLoss:
                 f"{type(model).__name__} made logits of the shape {tuple(loss.shape)} without calling its output projection "
                 "as a module (its forward was exchanged?); the fused loss cannot be put in its place"
             )
-        loss = loss / (self._shrink * self.rows.scaled.logit_scale)
+        loss = loss / (self._shrink * self.loss.scaled.logit_scale)
         if self._check_finite and not bool(torch.isfinite(loss.detach())):
             self._refuse(model, loss, batch)
         return loss if scale is None else loss * scale
@@ -119,7 +116,7 @@ class StudentLoss:
 
     def weights(self, batches: Iterable[TorchBatch]) -> list[Tensor]:
         """(P,) what each position of each batch counts."""
-        return [self.rows.weights_P(batch) for batch in batches]
+        return [self.loss.weights_P(batch) for batch in batches]
 
     def scale(self, batches: Iterable[TorchBatch]) -> Tensor:
         """For all batches of one optimiser step: what makes their losses add up, and average over ranks, to the mean over all

@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from kdcache.config.train import LossConfig
 from kdcache.errors import ConfigError, LossError
 from kdcache.format.manifest import SelectionInfo
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.divergences import TailAwareKL
 from kdcache.loader._torch import TorchBatch
+from kdcache.loss.prepare import LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss
-from kdcache.train.entries import PLAIN, entry_meaning
+from kdcache.train.batch_loss import check_loss
 from kdcache.train.step import student_loss
 from kdcache.train.trainer import train
 
@@ -51,13 +53,16 @@ def batch() -> TorchBatch:
         cu_seqlens_G1=torch.tensor([0, T]),
         target_ids_BT=torch.cat([ids_1T[:, 1:], torch.tensor([[-100]])], dim=1),
         flat_positions_P=torch.arange(T),
-        token_ids_PK=top.indices.int(),
-        logprobs_PK=logprobs_PK,
-        tail_mass_P=1 - logprobs_PK[:, :NUM_EXACT].exp().sum(dim=1),
+        teacher=SoftTargets(
+            token_ids_PK=top.indices.int(),
+            logprobs_PK=logprobs_PK,
+            tail_mass_P=1 - logprobs_PK[:, :NUM_EXACT].exp().sum(dim=1),
+            entries="mixed",
+            num_exact_P=torch.full((T,), NUM_EXACT),
+            log_z_PL=torch.stack([(teacher_PV / t).logsumexp(dim=1) for t in (0.5, 2.0)], dim=1),
+            temperatures=(0.5, 2.0),
+        ),
         weights_P=torch.ones(T),
-        num_exact_P=torch.full((T,), NUM_EXACT),
-        log_z_PC=torch.stack([(teacher_PV / t).logsumexp(dim=1) for t in (0.5, 2.0)], dim=1),
-        entropy_P=None,
         max_seqlen=T,
         num_sequences=1,
         num_masked=0,
@@ -65,48 +70,51 @@ def batch() -> TorchBatch:
 
 
 @pytest.mark.parametrize(
-    ("loss", "kind", "expected"),
+    ("loss", "expected"),
     [
-        ({}, "threshold", {"targets": "exact"}),
-        ({"tail": "drop"}, "threshold", {"targets": "unbiased", "tail": "drop"}),
-        ({"tail": "drop", "alpha": 0.4}, "sampled", {"targets": "unbiased", "tail": "drop", "alpha": 0.4}),
-        ({"divergence": "reverse_kl", "alpha": 0.5}, "top_k_sampled", {"divergence": "reverse_kl", "alpha": 0.5}),
+        ({}, {"settings": LossSettings("drop", "unbiased")}),
+        ({"tail": "bucket"}, {"settings": LossSettings("bucket", "exact")}),
+        ({"tail": "drop", "alpha": 0.4}, {"settings": LossSettings("drop", "unbiased"), "alpha": 0.4}),
+        (
+            {"divergence": "reverse_kl", "alpha": 0.5},
+            {"divergence": "reverse_kl", "alpha": 0.5, "settings": LossSettings("bucket", "exact")},
+        ),
         (
             {"divergence": "tail_aware_kl", "divergence_options": {"tail_weight": 3.0}},
-            "threshold",
-            {"divergence": TailAwareKL(3.0), "targets": "unbiased"},
+            {"divergence": TailAwareKL(3.0), "settings": LossSettings("bucket", "unbiased")},
         ),
-        ({"temperature": 2.0}, "top_k_sampled", {"temperature": 2.0}),
+        ({"temperature": 2.0}, {"temperature": 2.0, "settings": LossSettings("bucket", "exact")}),
     ],
 )
-def test_the_step_computes_what_the_configuration_and_the_selection_say(
-    loss: dict[str, Any], kind: str, expected: dict[str, Any], model: PreTrainedModel, batch: TorchBatch, tmp_path: Path
+def test_the_step_computes_what_the_configuration_and_the_entries_say(
+    loss: dict[str, Any], expected: dict[str, Any], model: PreTrainedModel, batch: TorchBatch, tmp_path: Path
 ) -> None:
     config = train_config(tmp_path / "cache", Path("none"), tmp_path / "run", loss=loss)
-    got = student_loss(model, batch, config, entry_meaning(config.loss, selection(kind)))
+    got = student_loss(model, batch, config)
     logits_PV = model(batch.input_ids_BT).logits[0]
-    names = ("token_ids_PK", "logprobs_PK", "tail_mass_P", "num_exact_P", "weights_P")
-    assert batch.log_z_PC is not None
-    more = {"log_z_P": batch.log_z_PC[:, 1]} if "temperature" in expected else {}
-    wanted = sparse_kd_loss(
-        logits_PV, **{name: getattr(batch, name) for name in names}, target_ids_P=batch.target_ids_BT[0], **expected, **more
-    )
+    of_batch = {"target_ids": batch.target_ids_P, "weights": batch.weights_P}
+    wanted = sparse_kd_loss(logits_PV, batch.teacher, **of_batch, **expected)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("loss", "kind", "error", "sentence"),
     [
-        ({}, "sampled", LossError, "forward_kl with tail 'bucket' cannot be computed from the selection 'sampled'"),
+        (
+            {"tail": "bucket"},
+            "sampled",
+            LossError,
+            "tail 'bucket' cannot be computed from the selection 'sampled'",
+        ),
         ({"divergence": "hellinger"}, "sampled", LossError, "hellinger is not; use 'forward_kl' with tail 'drop'"),
         ({"divergence": "tail_aware_kl"}, "top_k", LossError, "which has no sample of the tail"),
         ({"divergence": "skew_kl", "divergence_options": {"beta": 1.0}}, "top_k", LossError, "skew_kl has no option 'beta'"),
-        ({"temperature": 3.0}, "top_k", ConfigError, r"loss.temperature is 3.0, but beside 1.0 .* for 0.5, 2.0"),
+        ({"temperature": 3.0}, "top_k", ConfigError, r"loss.temperature is 3.0, but besides 1.0 .* for 0.5, 2.0"),
     ],
 )
 def test_what_the_cache_is_not_enough_for_is_refused_in_one_sentence(loss, kind, error, sentence) -> None:
     with pytest.raises(error, match=sentence):
-        entry_meaning(LossConfig(**loss), selection(kind))
+        check_loss(LossConfig(**loss), selection(kind))
 
 
 @pytest.mark.parametrize(
@@ -133,4 +141,4 @@ def test_a_student_trains_from_a_cache_of_every_random_selection(kind, params, t
 
 
 def test_labels_alone_may_be_trained_from_any_selection() -> None:
-    assert entry_meaning(LossConfig(alpha=0.0), selection("sampled")) == PLAIN
+    check_loss(LossConfig(alpha=0.0, divergence="reverse_kl"), selection("sampled"))
