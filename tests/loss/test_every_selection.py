@@ -38,7 +38,7 @@ def batch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (folder / "text.txt").write_text("A line of text.\nAnother one, a little longer.\n")
     (folder / "config.yaml").write_text(
         f"input: {{format: txt, paths: [{folder}/text.txt], window: {{size: 12}}}}\n"
-        f"teacher: {{model: made-up, backend: fake, vocab_size: {V}}}\n"
+        f"teacher: {{model: made-up, backend: fake, fake: {{vocab_size: {V}}}}}\n"
         f"out: {folder}/cache\n"
     )
     settings = [f"selection.kind={kind}", *(f"selection.{setting}" for setting in KINDS[kind])]
