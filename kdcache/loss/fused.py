@@ -30,7 +30,8 @@ class Projection:
     Attributes:
         weight_VH: (V, H), of the hidden states' dtype and device. A frozen one costs no dW.
         bias_V: (V,), or None.
-        head: what the model does with the product before the softmax: scale, softcap, padded vocabulary, float32 logits.
+        head: what the model does with the product before the softmax: scale, softcap, padded vocabulary, float32 logits; None
+            for nothing.
         chunk_positions: positions whose logits exist at once; the buffer takes chunk_positions * V elements (with a softcap two
             of float32, and one of the hidden states' dtype besides; with float32 logits of half precision likewise one besides;
             of float32 where half precision is only emulated, as on many CPUs, and is multiplied in float32). None for 512 on a
@@ -43,7 +44,7 @@ class Projection:
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
-    head: Head = PLAIN_HEAD
+    head: Head | None = None
     chunk_positions: int | None = None
 
     def __post_init__(self) -> None:
@@ -52,7 +53,7 @@ class Projection:
 
     def without_padding(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the ids that exist."""
-        vocab_size, weight_VH = self.head.vocab_size, self.weight_VH
+        vocab_size, weight_VH = None if self.head is None else self.head.vocab_size, self.weight_VH
         if vocab_size is None:
             return weight_VH, self.bias_V
         if vocab_size > len(weight_VH):
@@ -99,10 +100,11 @@ def fused_sparse_kd_loss(
     asked = Asked(divergence, alpha, temperature, settings)
     ready = prepare.prepare(hidden_PH, teacher, asked, (target_ids, weights), len(weight_VH))
     tensors, num_positions = (hidden_PH, weight_VH, bias_V), projection.chunk_positions or 0
+    head = projection.head or PLAIN_HEAD
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
     if torch.compiler.is_compiling():
-        return operators.fused(Product(*tensors, projection.head), ready, num_positions, wanted)
-    work = _Work(make_step(ready, len(weight_VH)), projection.head, wanted, num_positions)
+        return operators.fused(Product(*tensors, head), ready, num_positions, wanted)
+    work = _Work(make_step(ready, len(weight_VH)), head, wanted, num_positions)
     loss = _FusedRows.apply(*tensors, work)
     assert isinstance(loss, Tensor)
     return loss
