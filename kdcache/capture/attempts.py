@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kdcache.capture.job import Job, selection_info
+from kdcache.capture.job import Job
 from kdcache.capture.plan import Unit
 from kdcache.capture.poison import find_poison
 from kdcache.capture.requests import Request
@@ -16,10 +16,8 @@ from kdcache.capture.watch.attempt_progress import AttemptProgress
 from kdcache.capture.watch.signals import StopRequest
 from kdcache.errors import ConfigError, InputError, KdcacheError, MismatchError, MissingDependencyError, StorageError
 from kdcache.format.manifest import SkippedSequence
-from kdcache.format.selection import fixed_entries
 from kdcache.inputs.content import Item
 from kdcache.shown import get_logger, shown
-from kdcache.store.writing.admission import check_record
 from kdcache.store.writing.set_aside import FailedUnit
 from kdcache.store.writing.writer import CacheWriter
 
@@ -107,10 +105,8 @@ class UnitWorker:
 
     def _fault_of(self, requests: Sequence[Request]) -> Exception | None:
         """What goes wrong when these are asked together; their answers are not kept."""
-        identity, fixed = self._slot.teacher.identity, fixed_entries(selection_info(self._job.config))
         try:
-            for record in self._path.records(requests, "looking for the sequences that make a unit fail"):
-                check_record(record, vocab_size=identity.vocab_size, fixed_entries=fixed)
+            self._path.check(requests, "looking for the sequences that make a unit fail")
         except Exception as error:
             if is_fatal(error):
                 raise

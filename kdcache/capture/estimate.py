@@ -20,14 +20,15 @@ from kdcache.capture.job import Job, check_fits, codec_info, output_location, pr
 from kdcache.capture.plan import Plan
 from kdcache.capture.requests import Request, make_requests, most_tokens
 from kdcache.capture.sequences import CutCounts
-from kdcache.capture.unit import score_records
+from kdcache.capture.unit import blaming_teacher, score_records
 from kdcache.capture.watch.progress import CaptureProgress
 from kdcache.codec import get_codec
 from kdcache.codec.features import bytes_per_row
 from kdcache.config.capture import CaptureConfig
 from kdcache.errors import ConfigError, InputError
-from kdcache.format.manifest import FeatureInfo, SelectionInfo
+from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
+from kdcache.format.record_checks import check_distributions
 from kdcache.format.selection import fixed_entries, fixed_exact, has_estimates, most_entries
 from kdcache.inputs.chat import Chat
 from kdcache.inputs.content import Item
@@ -260,6 +261,14 @@ def _encoded_bytes(config: CaptureConfig, vocab_size: int, answers: Sequence[Dis
     return sum(column.nbytes for column in columns) / num_positions + 2 * (fixed_entries(selection) is None)
 
 
+def _encoded_answers(config: CaptureConfig, teacher: TeacherIdentity, answers: Sequence[Distributions]) -> float:
+    """As `_encoded_bytes` for a teacher's own answers, which no writer has checked."""
+    with blaming_teacher(teacher):
+        for distributions in answers:
+            check_distributions(distributions, vocab_size=teacher.vocab_size)
+    return _encoded_bytes(config, teacher.vocab_size, answers)
+
+
 def _features_known_before(config: CaptureConfig) -> tuple[FeatureInfo, ...]:
     """The features that the config asks for, before the model is loaded; raises ConfigError where they are not known then."""
     features = stated_features(config)
@@ -287,7 +296,7 @@ def _probe(job: Job, requests: list[Request]) -> _Probed | None:
         started = time.perf_counter()
         answers = [record.distributions for record in score_records(chosen, teacher, config)]
         speed = sum(sequence.num_tokens for sequence in chosen) / (time.perf_counter() - started)
-        per_position = _encoded_bytes(config, teacher.identity.vocab_size, answers)
+        per_position = _encoded_answers(config, teacher.identity, answers)
         return _Probed(speed, per_position, features_of(config, teacher), is_measured=True)
 
 
@@ -303,7 +312,7 @@ def _probe_writing(job: Job, prompts: list[Prompt]) -> _Probed:
         sequences = list(write_sequences(chosen, teacher, config, tokenizer, lambda _: None))
         answers = [record.distributions for record in score_records(sequences, teacher, config)]
         speed = sum(sequence.num_tokens for sequence in sequences) / (time.perf_counter() - started)
-        per_position = _encoded_bytes(config, teacher.identity.vocab_size, answers)
+        per_position = _encoded_answers(config, teacher.identity, answers)
         return _Probed(speed, per_position, features_of(config, teacher), is_measured=True)
 
 

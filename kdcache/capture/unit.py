@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kdcache.capture.features import features_of
@@ -14,11 +15,10 @@ from kdcache.capture.sequences import CutCounts
 from kdcache.capture.teacher_slot import TeacherSlot
 from kdcache.capture.watch.attempt_progress import AttemptProgress
 from kdcache.capture.watch.meter import gpus_held, start_meter
-from kdcache.codec.features import check_features
 from kdcache.config.capture import CaptureConfig
-from kdcache.errors import FormatError, TeacherError
-from kdcache.format.manifest import FeatureInfo, ShardInfo, SkippedSequence, TeacherIdentity, UnitAccount
-from kdcache.format.record import SequenceRecord, TokenSequence, check_distributions, check_mass
+from kdcache.errors import CorruptCacheError, FormatError, TeacherError
+from kdcache.format.manifest import ShardInfo, SkippedSequence, TeacherIdentity, UnitAccount
+from kdcache.format.record import SequenceRecord, TokenSequence
 from kdcache.inputs.content import Item
 from kdcache.store.writing.writer import CacheWriter
 from kdcache.teacher.base import Teacher
@@ -85,8 +85,19 @@ class UnitPath:
         yield from self._progress.counted(score_records(sequences, self._slot.teacher, self._job.config))
 
     def publish(self, unit: Unit, requests: Sequence[Request], account: Callable[[], UnitAccount], doing: str) -> ShardInfo:
-        """Have the requests answered and publish the answers as the unit's shard."""
-        return self._writer.write_unit(unit.index, self.records(requests, doing), account=account)
+        """Have the requests answered and publish the answers as the unit's shard.
+
+        Raises:
+            TeacherError: an answer breaks the contract of a record; names its source.
+        """
+        with blaming_teacher(self._slot.teacher.identity):
+            return self._writer.write_unit(unit.index, self.records(requests, doing), account=account, sums_to_one=True)
+
+    def check(self, requests: Sequence[Request], doing: str) -> None:
+        """Have the requests answered and check the answers as `publish` does, without keeping them; raises as it does."""
+        with blaming_teacher(self._slot.teacher.identity):
+            for record in self.records(requests, doing):
+                self._writer.check(record, sums_to_one=True)
 
     def _sequences(self, requests: Sequence[Request]) -> list[TokenSequence]:
         """What is to be scored: the texts themselves, or the prompts with the answers that the teacher now writes."""
@@ -101,34 +112,27 @@ class UnitPath:
 
 
 def score_records(sequences: Sequence[TokenSequence], teacher: Teacher, config: CaptureConfig) -> Iterator[SequenceRecord]:
-    """Yield the teacher's answer to each sequence, checked, as it comes.
+    """Yield the teacher's answer to each sequence as it comes; who stores it checks it.
 
     Raises:
-        TeacherError: an answer breaks the contract of `kdcache.teacher.base`, or answers are missing.
+        TeacherError: answers are missing.
     """
     if not sequences:
         return
-    features = features_of(config, teacher)
-    answers = teacher.score(sequences, selection_info(config), features)
+    answers = teacher.score(sequences, selection_info(config), features_of(config, teacher))
     for sequence in sequences:
         distributions = next(answers, None)
         if distributions is None:
             raise TeacherError(f"{sequence.source}: the teacher {teacher.identity.model!r} gave no answer")
-        record = SequenceRecord(sequence, distributions)
-        _check_answer(record, teacher.identity, features)
-        yield record
+        yield SequenceRecord(sequence, distributions)
 
 
-def _check_answer(record: SequenceRecord, teacher: TeacherIdentity, features: Sequence[FeatureInfo]) -> None:
-    sequence, distributions = record.sequence, record.distributions
+@contextmanager
+def blaming_teacher(teacher: TeacherIdentity) -> Iterator[None]:
+    """Turn the FormatError of a record that breaks its contract into a TeacherError: its text was checked before."""
     try:
-        check_distributions(distributions, vocab_size=teacher.vocab_size)
-        check_mass(distributions)
-        check_features(distributions.features, features, distributions.num_positions)
+        yield
+    except CorruptCacheError:
+        raise
     except FormatError as error:
-        raise TeacherError(f"{sequence.source}: the teacher {teacher.model!r} gave a wrong answer: {error}") from error
-    asked = int(sequence.supervised_N.sum())
-    if distributions.num_positions != asked:
-        raise TeacherError(
-            f"{sequence.source}: the teacher {teacher.model!r} answered {distributions.num_positions} of {asked} positions"
-        )
+        raise TeacherError(f"the teacher {teacher.model!r} gave a wrong answer: {error}") from error

@@ -4,7 +4,8 @@ Contract (tests/contracts/codec.py runs it for every codec):
 
 - `decode(encode(d))` gives `d` back: ids, offsets and their order exactly; each number within `max_error_nats`. Entries that a
   codec makes equal may be reordered by rising id, as the record requires.
-- `encode` is deterministic: equal distributions and parameters give equal bytes. It refuses ids outside the vocabulary.
+- `encode` is deterministic: equal distributions and parameters give equal bytes. What it is given has passed
+  `kdcache.format.record_checks.check_record`, once, at the writer's door: it checks nothing again.
 - `decode` of hostile columns raises CorruptCacheError: it never crashes, never allocates more than its arguments imply,
   never returns ids outside the vocabulary.
 - The id and the parameters (JSON scalars) are all that a reader needs; both are in the shard's metadata.
@@ -109,7 +110,7 @@ class Codec(ABC):
         """One array per field, one value per sequence.
 
         Raises:
-            FormatError: an id outside the vocabulary, or more values than a column's 31-bit offsets can count.
+            FormatError: more values than a column's 31-bit offsets can count.
         """
 
     @abstractmethod
@@ -260,17 +261,3 @@ def check_vocab_size(vocab_size: Any) -> None:
     """Raise ValueError unless a codec's parameter is a number of ids that int32 can hold."""
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not 1 <= vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(f"vocab_size is {vocab_size!r}, expected an integer from 1 to 2^31")
-
-
-def ids_fit(token_ids_E: NDArray[np.int32], vocab_size: int) -> bool:
-    """Whether every id is in [0, vocab_size)."""
-    if len(token_ids_E) and token_ids_E.dtype == np.int32:
-        return int(token_ids_E.view(np.uint32).max()) < vocab_size  # one pass: a negative id is a large one
-    return len(token_ids_E) == 0 or bool(token_ids_E.min() >= 0 and token_ids_E.max() < vocab_size)
-
-
-def check_ids_to_encode(sequences: Sequence[Distributions], vocab_size: int) -> None:
-    """Raise FormatError if any id is outside the vocabulary: packed into too few bits it would change its neighbours."""
-    for distributions in sequences:
-        if not ids_fit(distributions.token_ids_E, vocab_size):
-            raise FormatError(f"a token id is outside the vocabulary of {vocab_size}; nothing was encoded")

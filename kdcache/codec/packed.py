@@ -25,14 +25,12 @@ from kdcache.codec.base import (
     EntryArrays,
     EntryFormat,
     binary_array,
-    check_ids_to_encode,
     check_vocab_size,
     check_width,
     checked_column,
     copy_into,
     copy_scalars_into,
     for_each,
-    ids_fit,
     list_array,
 )
 from kdcache.codec.bit_stream import packed_size
@@ -40,6 +38,7 @@ from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, s
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
+from kdcache.format.record_checks import ids_fit
 from kdcache.format.selection import has_estimates
 
 if TYPE_CHECKING:
@@ -97,7 +96,6 @@ class PackedCodec(Codec):
         # Imported on use: numba takes 0.4 s, and reading a raw cache does not need it.
         from kdcache.codec._numba import pack_bits
 
-        check_ids_to_encode(sequences, self.vocab_size)
         scalars = encode_scalars(sequences, self.selection, pa.float16(), _half)
         numbers = [self._numbers(d) for d in sequences]
         return [

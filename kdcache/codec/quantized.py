@@ -21,10 +21,8 @@ from kdcache.codec.base import (
     ColumnValues,
     EntryFormat,
     binary_array,
-    check_ids_to_encode,
     check_vocab_size,
     checked_column,
-    ids_fit,
     list_array,
 )
 from kdcache.codec.bit_stream import packed_size
@@ -41,6 +39,7 @@ from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, s
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
+from kdcache.format.record_checks import ids_fit
 from kdcache.format.selection import has_estimates
 
 
@@ -99,7 +98,6 @@ class QuantizedCodec(Codec):
     def encode(self, sequences: Sequence[Distributions]) -> list[pa.Array]:
         from kdcache.codec._numba import pack_bits
 
-        check_ids_to_encode(sequences, self.vocab_size)
         scalars = encode_scalars(sequences, self.selection, pa.float16(), lambda values: values.astype(np.float16))
         numbers = [self._numbers(d) for d in sequences]
         streams, lists = self._columns()

@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.codec.base import Codec, ColumnValues, check_ids_to_encode, check_vocab_size, checked_column, ids_fit, list_array
+from kdcache.codec.base import Codec, ColumnValues, check_vocab_size, checked_column, list_array
 from kdcache.codec.scalars import EXACT_TOP_K, decode_scalars, encode_scalars, scalar_fields
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
+from kdcache.format.record_checks import ids_fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,6 @@ class RawCodec(Codec):
         ]
 
     def encode(self, sequences: Sequence[Distributions]) -> list[pa.Array]:
-        check_ids_to_encode(sequences, self.vocab_size)
         return [
             list_array([d.token_ids_E for d in sequences], pa.int32()),
             list_array([d.logprobs_E for d in sequences], pa.float32()),

@@ -61,17 +61,13 @@ def encode_scalars(
     *,
     num_exact: bool = True,
 ) -> list[pa.Array]:
-    """One array per field, one value per sequence; log_z position by position.
-
-    Raises:
-        FormatError: distributions without what the selection keeps, or with what it does not.
-    """
+    """One array per field, one value per sequence; log_z position by position."""
     names = _names(selection, num_exact=num_exact)
     columns: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
-    for distributions in sequences:
-        values = _values(distributions, selection)
+    for d in sequences:
+        kept = {"num_exact": d.num_exact_P, "log_z": d.log_z_PT, "entropy": d.entropy_P}
         for name in names:
-            columns[name].append(values[name])
+            columns[name].append(np.asarray(kept[name]))
     return [
         list_array([_narrow_counts(v, selection) for v in columns[name]], num_exact_type(selection))
         if name == "num_exact"
@@ -127,20 +123,3 @@ def _num_exact(columns: ColumnValues, selection: SelectionInfo, offsets_P1: NDAr
         return num_exact_P
     fixed = fixed_exact(selection)
     return None if fixed is None else np.minimum(fixed, counts_P)
-
-
-def _values(d: Distributions, selection: SelectionInfo) -> dict[str, NDArray[Any]]:
-    """What the columns are to hold, if that is what the selection keeps."""
-    fixed = fixed_exact(selection)
-    if (d.num_exact_P is not None) != (fixed is not None or stores_num_exact(selection)):
-        raise FormatError(f"selection {selection.kind!r}: estimates are marked by num_exact, and only where there may be some")
-    if fixed is not None and not np.array_equal(np.minimum(fixed, d.num_entries_P), np.asarray(d.num_exact_P)):
-        raise FormatError(f"selection {selection.kind!r} makes {fixed} entries of a position exact; the record says otherwise")
-    num_temperatures = 0 if d.log_z_PT is None else d.log_z_PT.shape[1]
-    if num_temperatures != len(selection.temperatures):
-        raise FormatError(f"log_z at {num_temperatures} temperatures, but the selection keeps {len(selection.temperatures)}")
-    if (d.entropy_P is not None) != selection.entropy:
-        found = "no" if d.entropy_P is None else "an"
-        raise FormatError(f"selection.entropy is {selection.entropy}, but the record has {found} entropy")
-    columns = {"num_exact": d.num_exact_P, "log_z": d.log_z_PT, "entropy": d.entropy_P}
-    return {name: values for name, values in columns.items() if values is not None}

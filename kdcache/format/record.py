@@ -20,8 +20,6 @@ from kdcache.errors import FormatError
 KEY_BYTES = 16
 NO_TARGET = -1
 PADDING_ID = -1
-MASS_TOLERANCE = 2e-3
-"""By how much a teacher's probabilities at a position may miss 1: sums in float32, and a remote teacher's rounded logprobs."""
 
 ROLES = ("none", "system", "user", "assistant", "tool")
 """Names of the codes in `TokenSequence.roles_N`; `none` is plain text and the template's own tokens."""
@@ -248,69 +246,3 @@ def _in_order(ids_PK: NDArray[np.int32], logprobs_PK: NDArray[np.float32]) -> tu
         ids_PK[rows] = np.take_along_axis(ids_PK[rows], order, axis=-1)
         logprobs_PK[rows] = np.take_along_axis(logprobs_PK[rows], order, axis=-1)
     return ids_PK, logprobs_PK
-
-
-def check_distributions(distributions: Distributions, *, vocab_size: int) -> None:
-    """Raise FormatError unless every promise of `Distributions` holds; the message names the position.
-
-    Costs a few passes over the entries: for teachers' answers at capture, tests and `kdcache verify`, not for the loader.
-    """
-    d = distributions
-    if len(d.offsets_P1) < 1 or d.offsets_P1[0] != 0 or d.offsets_P1[-1] != d.num_entries or (np.diff(d.offsets_P1) < 0).any():
-        raise FormatError(f"offsets must rise from 0 to the number of entries, {d.num_entries}; got {d.offsets_P1[:4]}...")
-    if len(d.logprobs_E) != d.num_entries or len(d.tail_mass_P) != d.num_positions:
-        raise FormatError("token_ids, logprobs and tail_mass have lengths that do not fit together")
-    rows_E = np.repeat(np.arange(d.num_positions), d.num_entries_P)
-    _refuse(
-        rows_E, (d.token_ids_E < 0) | (d.token_ids_E >= vocab_size), f"a token id is outside the vocabulary of {vocab_size}"
-    )
-    _refuse(rows_E, ~(d.logprobs_E <= 0), "a logprob is above 0 or NaN")
-    _check_scalars(d)
-    exact_E = d.is_exact_E
-    same_row_E = (rows_E[1:] == rows_E[:-1]) & (exact_E[1:] == exact_E[:-1])
-    _refuse(rows_E[1:], same_row_E & (d.logprobs_E[1:] > d.logprobs_E[:-1]), "logprobs are not in falling order")
-    order = np.lexsort((d.token_ids_E, rows_E))
-    ids, rows = d.token_ids_E[order], rows_E[order]
-    _refuse(rows[1:], (rows[1:] == rows[:-1]) & (ids[1:] == ids[:-1]), "a token id appears twice")
-    _refuse(np.arange(d.num_positions), ~((d.tail_mass_P >= 0) & (d.tail_mass_P <= 1)), "tail_mass is outside [0, 1]")
-    if not (d.outside_target_logprobs_M <= 0).all():
-        raise FormatError("a target's logprob is above 0 or NaN")
-
-
-def check_mass(distributions: Distributions) -> None:
-    """Raise FormatError unless exact entries and tail_mass sum to 1 at each position, as a teacher's do before any codec.
-
-    A teacher whose logprobs are not normalised over the whole vocabulary, or are of another temperature, is found by it.
-    """
-    d = distributions
-    rows_E = np.repeat(np.arange(d.num_positions), d.num_entries_P)[d.is_exact_E]
-    exact_P = np.bincount(rows_E, np.exp(d.logprobs_E[d.is_exact_E].astype(np.float64)), d.num_positions)
-    missing_P = ~(np.abs(exact_P + d.tail_mass_P - 1) <= MASS_TOLERANCE)
-    if missing_P.any():
-        p = int(np.argmax(missing_P))
-        raise FormatError(
-            f"record {p}: exact entries of {exact_P[p]:.4f} and a tail_mass of {d.tail_mass_P[p]:.4f} do not sum to 1: the "
-            "logprobs are not normalised over the whole vocabulary, or of another temperature"
-        )
-
-
-def _check_scalars(d: Distributions) -> None:
-    rows_P = np.arange(d.num_positions)
-    if d.num_exact_P is not None:
-        if len(d.num_exact_P) != d.num_positions:
-            raise FormatError(f"num_exact has {len(d.num_exact_P)} values for {d.num_positions} positions")
-        _refuse(rows_P, (d.num_exact_P < 0) | (d.num_exact_P > d.num_entries_P), "more entries are exact than there are")
-    if d.log_z_PT is not None:
-        if d.log_z_PT.ndim != 2 or len(d.log_z_PT) != d.num_positions:
-            raise FormatError(f"log_z has the shape {d.log_z_PT.shape} at {d.num_positions} positions")
-        rows_PT = np.repeat(rows_P, d.log_z_PT.shape[1])
-        _refuse(rows_PT, ~np.isfinite(d.log_z_PT).reshape(-1), "log_z is not finite")
-    if d.entropy_P is not None:
-        if len(d.entropy_P) != d.num_positions:
-            raise FormatError(f"entropy has {len(d.entropy_P)} values for {d.num_positions} positions")
-        _refuse(rows_P, ~(d.entropy_P >= 0) | np.isinf(d.entropy_P), "the entropy is below 0 or not finite")
-
-
-def _refuse(rows: NDArray[np.int64], bad: NDArray[np.bool_], sentence: str) -> None:
-    if bad.any():
-        raise FormatError(f"record {int(rows[np.argmax(bad)])}: {sentence}")

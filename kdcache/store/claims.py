@@ -21,7 +21,8 @@ from kdcache.codec import get_codec
 from kdcache.codec.base import Codec
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import LineageInfo, Manifest, ParentInfo, ShardInfo
-from kdcache.format.record import MASS_TOLERANCE, SequenceRecord, sequence_key
+from kdcache.format.record import SequenceRecord, sequence_key
+from kdcache.format.record_checks import MASS_TOLERANCE
 from kdcache.store.writing.statistics import ShardStatistics
 
 _COUNTS = ("num_sequences", "num_tokens", "num_positions", "num_entries", "num_targets", "num_exact_entries")

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import CorruptCacheError, FormatError, UnsupportedVersionError
+from kdcache.format.identity import Identity
 from kdcache.format.manifest import Manifest, ShardInfo
-from kdcache.format.record import SequenceRecord, check_distributions
+from kdcache.format.record import SequenceRecord
+from kdcache.format.record_checks import check_record
 from kdcache.store import chain
 from kdcache.store.claims import ShardClaims
 from kdcache.store.files import fs
@@ -155,7 +157,7 @@ def _checked_records(
         for row in range(batch.num_rows):
             where = f"{reader.root / shard.name}: record batch {number}, row {row}"
             record = batch.record(row)
-            target_logprobs_P = _checked(record, reader.manifest.identity.teacher.vocab_size, where)
+            target_logprobs_P = _checked(record, reader.manifest.identity, where)
             if sequence >= len(reader) or reader.place(sequence) != (shard.unit, number, row):
                 raise CorruptCacheError(f"{where}: sequence {sequence} of the index is not here")
             reader.check_sequence(sequence, record, where)
@@ -163,11 +165,10 @@ def _checked_records(
             yield record, target_logprobs_P, where
 
 
-def _checked(record: SequenceRecord, vocab_size: int, where: str) -> NDArray[np.float32]:
+def _checked(record: SequenceRecord, identity: Identity, where: str) -> NDArray[np.float32]:
     """The logprobs of a record's targets, if it keeps its promises."""
     try:
-        check_distributions(record.distributions, vocab_size=vocab_size)
-        return record.distributions.target_logprobs(record.sequence.target_ids_P)
+        return check_record(record, identity)
     except FormatError as error:
         raise CorruptCacheError(f"{where}: {error}") from error
 

@@ -27,15 +27,26 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[
     Path("a.txt").write_text("".join(f"line {n}\n" for n in range(12)))
     Path("c.yaml").write_text(
         "input: {format: lines, paths: [a.txt], window: {size: 64}}\n"
-        "teacher: {model: fake, backend: fake, vocab_size: 300}\nselection: {k: 4}\nout: out\nshards: {unit_items: 4}\n"
+        "teacher: {model: fake, backend: fake, fake: {vocab_size: 300}}\nselection: {k: 4}\nout: out\nshards: {unit_items: 4}\n"
     )
     make_cache(tmp_path / "source")
     row = {"input_ids": [1, 2, 3, 4], "topk_ids": [[2, 9], [3, 9], [4, 9]], "topk_logprobs": [[-0.1, -3.0]] * 3}
     Path(FOREIGN).write_text(f"{json.dumps(row)}\n" * 3)
     return {
         "capture": ["capture", "c.yaml"],
-        "derive": ["derive", "out", "--from", "source", "--unit-sequences", "3"],
-        "convert": ["convert", FOREIGN, "out", "--tokenizer", "fake", "--vocab-size", "300", "--accept", "alignment_unclear"],
+        "derive": ["derive", "source", "--out", "out", "--unit-sequences", "3"],
+        "convert": [
+            "convert",
+            FOREIGN,
+            "--out",
+            "out",
+            "--tokenizer",
+            "fake",
+            "--vocab-size",
+            "300",
+            "--accept",
+            "alignment_unclear",
+        ],
     }
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from kdcache.codec import CODECS, get_codec
 from kdcache.codec.base import list_array
 from kdcache.errors import FormatError, UnsupportedVersionError
-from kdcache.format.record import NO_TARGET, check_distributions
+from kdcache.format.record import NO_TARGET
+from kdcache.format.record_checks import check_distributions
 
 
 @pytest.mark.parametrize("codec_id", CODECS)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from kdcache.errors import ConfigError, InputError, TeacherError
 from kdcache.format.manifest import SelectionInfo, TeacherIdentity
-from kdcache.format.record import Distributions, TokenSequence, check_distributions, sequence_key
+from kdcache.format.record import Distributions, TokenSequence, sequence_key
+from kdcache.format.record_checks import check_distributions
 from kdcache.teacher.base import Teacher
 from kdcache.teacher.select.reference import select_reference
 from kdcache.teacher.select.uniforms import position_states

@@ -13,7 +13,8 @@ from kdcache.derive.positions import keep_positions
 from kdcache.derive.scalars import check_available, record_values
 from kdcache.errors import ConfigError, InputError, MismatchError
 from kdcache.format.manifest import SelectionInfo
-from kdcache.format.record import SequenceRecord, check_distributions, sequence_key
+from kdcache.format.record import SequenceRecord, sequence_key
+from kdcache.format.record_checks import check_distributions
 
 KEYS = np.random.default_rng(3).integers(0, 256, (1000, 16), np.uint8)
 

@@ -14,7 +14,8 @@ from kdcache.derive.match import match_keys, shared_sequences
 from kdcache.derive.mix import check_weights, mix_records, mixed_identity
 from kdcache.errors import ConfigError, InputError, MismatchError
 from kdcache.format.manifest import Identity, SelectionInfo
-from kdcache.format.record import NO_TARGET, check_distributions
+from kdcache.format.record import NO_TARGET
+from kdcache.format.record_checks import check_distributions
 
 WEIGHTS = (0.3, 0.7)
 

@@ -13,7 +13,8 @@ from kdcache.derive.reduction.sampled import reduce_threshold
 from kdcache.derive.reduction.systematic import position_uniforms, systematic_counts
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import SelectionInfo
-from kdcache.format.record import NO_TARGET, check_distributions
+from kdcache.format.record import NO_TARGET
+from kdcache.format.record_checks import check_distributions
 from kdcache.format.selection import check_selection, most_entries
 from kdcache.teacher.select.reference import draw_reference
 from kdcache.teacher.select.uniforms import position_states, uniforms_of

@@ -10,16 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.errors import FormatError
-from kdcache.format.record import (
-    NO_TARGET,
-    PADDING_ID,
-    Distributions,
-    check_distributions,
-    check_mass,
-    distributions_from_dense,
-    find_targets,
-    sequence_key,
-)
+from kdcache.format.record import NO_TARGET, PADDING_ID, Distributions, distributions_from_dense, find_targets, sequence_key
+from kdcache.format.record_checks import check_distributions, check_mass
 
 
 def replaced(d: Distributions, **fields) -> Distributions:
@@ -119,16 +111,19 @@ def broken() -> dict[str, tuple[dict, str]]:
     rising[5], above[0], nan[5] = -90.0, 0.5, np.nan
     tail = np.where(np.arange(d.num_positions) == 2, 1.5, d.tail_mass_P).astype(np.float32)
     return {
-        "a repeated id": ({"token_ids_E": twice}, "record 1: a token id appears twice"),
-        "an id beyond the vocabulary": ({"token_ids_E": outside}, "record 1: a token id is outside the vocabulary of 97"),
-        "a negative id": ({"token_ids_E": negative}, "record 1: a token id is outside"),
-        "wrong order": ({"logprobs_E": rising}, "record 1: logprobs are not in falling order"),
-        "a positive logprob": ({"logprobs_E": above}, "record 0: a logprob is above 0 or NaN"),
-        "NaN": ({"logprobs_E": nan}, "record 1: a logprob is above 0 or NaN"),
-        "a tail above one": ({"tail_mass_P": tail}, "record 2: tail_mass is outside"),
-        "a NaN tail": ({"tail_mass_P": tail * np.nan}, "record 0: tail_mass is outside"),
-        "too few tails": ({"tail_mass_P": tail[1:]}, "lengths"),
-        "too few logprobs": ({"logprobs_E": rising[1:]}, "lengths"),
+        "a repeated id": ({"token_ids_E": twice}, "supervised position 1: a token id appears twice"),
+        "an id beyond the vocabulary": (
+            {"token_ids_E": outside},
+            "supervised position 1: a token id is outside the vocabulary of 97",
+        ),
+        "a negative id": ({"token_ids_E": negative}, "supervised position 1: a token id is outside"),
+        "wrong order": ({"logprobs_E": rising}, "supervised position 1: logprobs are not in falling order"),
+        "a positive logprob": ({"logprobs_E": above}, "supervised position 0: a logprob is above 0 or NaN"),
+        "NaN": ({"logprobs_E": nan}, "supervised position 1: a logprob is above 0 or NaN"),
+        "a tail above one": ({"tail_mass_P": tail}, "supervised position 2: tail_mass is outside"),
+        "a NaN tail": ({"tail_mass_P": tail * np.nan}, "supervised position 0: tail_mass is outside"),
+        "too few tails": ({"tail_mass_P": tail[1:]}, "tails"),
+        "too few logprobs": ({"logprobs_E": rising[1:]}, "logprobs"),
         "no offsets": ({"offsets_P1": np.zeros(0, np.int64)}, "offsets"),
         "offsets that fall": ({"offsets_P1": np.array([0, 9, 5, d.num_entries])}, "offsets"),
         "offsets that end early": ({"offsets_P1": d.offsets_P1[:-1]}, "offsets"),
@@ -137,7 +132,7 @@ def broken() -> dict[str, tuple[dict, str]]:
 
 
 @pytest.mark.parametrize("name", broken())
-def test_a_broken_promise_is_named_with_its_record(name):
+def test_a_broken_promise_is_named_with_its_position(name):
     fields, sentence = broken()[name]
     with pytest.raises(FormatError, match=sentence):
         check_distributions(replaced(make_record(3).distributions, **fields), vocab_size=97)

@@ -15,7 +15,7 @@ from cache_making import (
 )
 from writer_cases import changed, files, start
 
-from kdcache.errors import CaptureError, MismatchError, UnsupportedVersionError
+from kdcache.errors import FormatError, MismatchError, UnsupportedVersionError
 from kdcache.format.manifest import FORMAT_VERSION, PlanInfo, SelectionInfo, manifest_to_json
 from kdcache.format.record import Distributions, SequenceRecord, TokenSequence
 from kdcache.store.files import fs
@@ -52,7 +52,7 @@ def test_a_record_that_no_reader_could_read_is_refused_with_its_source(tmp_path,
     unfit = SequenceRecord(*spoil(record.sequence, record.distributions))
     one = start(tmp_path, codec_id=codec_id)
     before = files(tmp_path)
-    with pytest.raises(CaptureError, match=f"made#1: .*{sentence}"):
+    with pytest.raises(FormatError, match=f"made#1: .*{sentence}"):
         one.write_unit(0, [make_record(0), unfit])
     assert files(tmp_path) == before
 
@@ -83,7 +83,7 @@ def test_more_entries_than_the_format_counts_are_refused(tmp_path, kind, num_ent
         make_identity(), selection=SelectionInfo(kind=kind, params={"k": 5} if kind == "top_k" else {"k": 5, "p": 0.9})
     )
     one = CacheWriter.open(tmp_path, make_manifest(1, identity))
-    with pytest.raises(CaptureError, match=sentence):
+    with pytest.raises(FormatError, match=sentence):
         one.write_unit(0, [wide_record(num_entries)])
 
 
@@ -172,3 +172,38 @@ def test_a_cache_of_a_newer_minor_version_is_not_gone_on_with(tmp_path):
         start(tmp_path)
     with open_reader(tmp_path) as reader:
         assert len(reader) == 0
+
+
+KEPT = {
+    "estimates where all are exact": (
+        {"kind": "top_k", "params": {"k": 5}}, {"num_exact_P": np.full(11, 1)}, "estimates are marked by num_exact",
+    ),
+    "no estimates where some are": ({"kind": "sampled", "params": {"num_draws": 5, "seed": 0}}, {}, "marked by num_exact"),
+    "more exact entries than the selection has": (
+        {"kind": "sampled", "params": {"num_draws": 5, "seed": 0}}, {"num_exact_P": np.full(11, 1)}, "makes 0 entries .* exact",
+    ),
+    "no log_z": ({"kind": "top_k", "params": {"k": 5}, "temperatures": (2.0,)}, {}, "log_z at 0 temperatures, but .* keeps 1"),
+    "an entropy too many": (
+        {"kind": "top_k", "params": {"k": 5}}, {"entropy_P": np.ones(11, np.float32)}, "the record has an entropy",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_record_of_another_selection_than_the_caches_is_refused(tmp_path, name):
+    selection, change, sentence = KEPT[name]
+    record = make_record(1)
+    identity = msgspec.structs.replace(make_identity("raw"), selection=SelectionInfo(**selection))
+    with pytest.raises(FormatError, match=f"made#1: .*{sentence}"):
+        CacheWriter.open(tmp_path, make_manifest(1, identity)).write_unit(
+            0, [SequenceRecord(record.sequence, changed(record.distributions, **change))]
+        )
+
+
+def test_a_mass_that_is_not_one_is_refused_of_a_teacher_and_kept_of_a_cache(tmp_path):
+    record = make_record(1)
+    short = SequenceRecord(record.sequence, changed(record.distributions, tail_mass_P=record.distributions.tail_mass_P / 2))
+    one = start(tmp_path)
+    with pytest.raises(FormatError, match=r"made#1: supervised position \d+: exact entries of .* do not sum to 1"):
+        one.write_unit(0, [short], sums_to_one=True)
+    assert one.write_unit(0, [short]).num_sequences == 1

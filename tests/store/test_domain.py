@@ -39,7 +39,7 @@ def test_a_cache_without_domains_has_no_column_for_them_and_takes_none(tmp_path)
     assert DOMAIN_FIELD.name not in pa.ipc.open_file(shard).schema.names
     with open_reader(tmp_path / "cache") as reader:
         assert reader[0].sequence.domain == ""
-    with pytest.raises(FormatError, match="of which domain it is, in a cache whose identity has no domains"):
+    with pytest.raises(FormatError, match="of which domain it is, but the cache's identity has no domains"):
         write(tmp_path / "other", ["wiki", ""], has_domains=False)
 
 

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from kdcache.codec.features import bytes_per_row, encode_features, feature_fields, quantize_rows
-from kdcache.errors import CaptureError, CorruptCacheError, FormatError
+from kdcache.codec.features import bytes_per_row, feature_fields, quantize_rows
+from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import SequenceRecord
+from kdcache.format.record_checks import check_features
 from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 from kdcache.store.writing.writer import CacheWriter
@@ -84,7 +85,7 @@ def test_a_damaged_feature_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda f: {}, r"features \[\], the cache keeps"),
+        (lambda f: {}, r"features \[\], but the cache keeps"),
         (lambda f: f | {"other": f["layer2"]}, "'other'"),
         (lambda f: f | {"layer4": f["layer4"][:, :5]}, "expected float32 of"),
         (lambda f: f | {"layer4": f["layer4"] * np.float32(1e6)}, "float16 ends at 65504: use int8"),
@@ -94,12 +95,12 @@ def test_a_damaged_feature_is_found(tmp_path):
 def test_features_that_the_cache_cannot_keep_are_refused_by_name(change, sentence):
     features = change(with_features(1).distributions.features)
     with pytest.raises(FormatError, match=sentence):
-        encode_features([features], FEATURES)
+        check_features(features, FEATURES, 11)
 
 
-def test_too_few_rows_are_refused_when_they_are_written(tmp_path):
+def test_too_few_vectors_are_refused_when_they_are_written(tmp_path):
     record = with_features(1)
     features = {name: values[:-1] for name, values in record.distributions.features.items()}
     short = replace(record, distributions=replace(record.distributions, features=features))
-    with pytest.raises(CaptureError, match=r"feature 'layer4' has 10 rows, expected 11"):
+    with pytest.raises(FormatError, match=r"feature 'layer4' has 10 vectors, expected 11"):
         write(tmp_path, [short])

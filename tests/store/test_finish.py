@@ -10,7 +10,7 @@ from cache_making import assert_same_record, make_identity, make_manifest, make_
 
 import kdcache
 from kdcache.codec import get_codec
-from kdcache.errors import CaptureError, CorruptCacheError, FormatError
+from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import GenerationInfo
 from kdcache.format.record import FINISHES
 from kdcache.format.schema import FINISH_FIELD, SEQUENCE_FIELDS, row_digest, shard_metadata, shard_schema
@@ -63,7 +63,7 @@ def test_a_cache_of_given_text_has_no_such_column(tmp_path):
 def test_what_could_not_be_read_back_is_not_written(tmp_path):
     with pytest.raises(FormatError, match="identity has no generation"):
         write(tmp_path / "a", None, ["stop"])
-    with pytest.raises(CaptureError, match="ended by 'bored', known are stop, length"):
+    with pytest.raises(FormatError, match="ended by 'bored', known are stop, length"):
         write(tmp_path / "b", GENERATION, ["bored"])
 
 

@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch")
 from selection_cases import BACKENDS, KINDS, check_rows, define, draw_logits, of_kind, select  # noqa: E402
 
 from kdcache.errors import TeacherError  # noqa: E402
-from kdcache.format.record import Distributions, check_distributions  # noqa: E402
+from kdcache.format.record import Distributions  # noqa: E402
+from kdcache.format.record_checks import check_distributions  # noqa: E402
 from kdcache.format.selection import most_entries  # noqa: E402
 from kdcache.teacher.select import torch_selector  # noqa: E402
 from kdcache.teacher.select._torch_draws import apply_filters  # noqa: E402

@@ -20,7 +20,8 @@ from dense_forward import dense_forward
 from kdcache.config.teacher import TeacherConfig, VllmConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.format.manifest import SelectionInfo
-from kdcache.format.record import Distributions, TokenSequence, check_distributions
+from kdcache.format.record import Distributions, TokenSequence
+from kdcache.format.record_checks import check_distributions
 from kdcache.teacher import load_teacher
 from kdcache.teacher.select.reference import select_reference
 

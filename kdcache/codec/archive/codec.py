@@ -25,7 +25,6 @@ from kdcache.codec.base import (
     ColumnValues,
     EntryArrays,
     binary_array,
-    check_ids_to_encode,
     check_vocab_size,
     check_width,
     checked_column,
@@ -95,7 +94,6 @@ class ArchiveCodec(Codec):
         ]
 
     def encode(self, sequences: Sequence[Distributions]) -> list[pa.Array]:
-        check_ids_to_encode(sequences, self.vocab_size)
         floats = encode_scalars(
             sequences, self.selection, pa.float16(), lambda values: values.astype(np.float16), num_exact=False
         )

@@ -14,11 +14,12 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from kdcache.codec.base import Codec, ColumnValues, DecodeTask, EntryArrays, ids_fit, list_array
+from kdcache.codec.base import Codec, ColumnValues, DecodeTask, EntryArrays, list_array
 from kdcache.codec.features import decode_features, encode_features, feature_fields
 from kdcache.errors import CorruptCacheError, FormatError, KdcacheError
 from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import FINISHES, ROLES, SequenceRecord, TokenSequence
+from kdcache.format.record_checks import ids_fit
 from kdcache.format.schema import (
     DIGEST,
     DOMAIN_FIELD,
@@ -52,12 +53,8 @@ def encode_records(
     columns = _sequence_columns(records, fixed_entries)
     if FINISH_FIELD.name in schema.names:
         columns.append(pa.array([FINISHES.index(s.finish) for s in sequences], FINISH_FIELD.type))
-    elif any(s.finish for s in sequences):
-        raise FormatError("a sequence says how it ended, in a cache whose identity has no generation")
     if DOMAIN_FIELD.name in schema.names:
         columns.append(pa.array([s.domain for s in sequences], DOMAIN_FIELD.type))
-    elif any(s.domain for s in sequences):
-        raise FormatError("a sequence says of which domain it is, in a cache whose identity has no domains")
     columns += codec.encode([r.distributions for r in records])
     columns += encode_features([r.distributions.features for r in records], shard_metadata(schema, where="shard").features)
     names = schema.names[: len(columns)]

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec.archive.model import MOST_ENTRIES_PER_BYTE
-from kdcache.codec.base import ids_fit
 from kdcache.format.record import FINISHES, ROLES
+from kdcache.format.record_checks import ids_fit
 from kdcache.format.schema import FINISH_FIELD
 from kdcache.store.records.column_view import ColumnView
 

@@ -1,14 +1,11 @@
-"""What a writer refuses before it writes: directories that are not its cache, records that no reader could read."""
+"""What a writer refuses before it writes: directories that are not its cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from kdcache.codec.base import ids_fit
 from kdcache.errors import (
-    CaptureError,
     ConfigError,
-    FormatError,
     KdcacheError,
     MismatchError,
     StorageError,
@@ -16,16 +13,9 @@ from kdcache.errors import (
 )
 from kdcache.format import paths
 from kdcache.format.manifest import FORMAT_VERSION, Manifest
-from kdcache.format.record import FINISHES, ROLES, Distributions, SequenceRecord
 from kdcache.store import chain
 from kdcache.store.files import fs
 from kdcache.store.files.location import Location
-
-MAX_ENTRIES = 2**16 - 1
-"""Entries at one position, where the selection does not fix their number."""
-
-MAX_SEQUENCE_ENTRIES = 2**30
-"""Entries of one sequence: lists in a record batch have 31-bit offsets."""
 
 
 def refuse_foreign_directory(root: Location) -> None:
@@ -81,21 +71,6 @@ def refuse_other_capture(root: Location, theirs: Manifest, ours: Manifest) -> No
         )
 
 
-def check_record(record: SequenceRecord, *, vocab_size: int, fixed_entries: int | None) -> None:
-    """Raise CaptureError unless sequence and distributions fit together and into the format.
-
-    Whether the distributions are sound is the teacher's contract (`check_distributions`), and costs more.
-    """
-    problem = _sequence_problem(record, vocab_size) or _entries_problem(record.distributions, fixed_entries, vocab_size)
-    if problem is None:
-        try:
-            record.distributions.target_logprobs(record.sequence.target_ids_P)
-        except FormatError as error:
-            problem = str(error)
-    if problem is not None:
-        raise CaptureError(f"{record.sequence.source}: {problem}; the record cannot be stored")
-
-
 def _foreign_files(root: Location) -> list[str]:
     """Files where a cache's would be, with no manifest: a fold would sweep them as left over."""
     found = [path for name in paths.DIRECTORIES if (root / name).exists() for path in _listing(root / name)]
@@ -105,41 +80,3 @@ def _foreign_files(root: Location) -> list[str]:
 
 def _listing(directory: Location) -> list[Location]:
     return list(directory.iterdir()) if directory.is_dir() else [directory]
-
-
-def _sequence_problem(record: SequenceRecord, vocab_size: int) -> str | None:
-    s = record.sequence
-    if not s.num_tokens or len(s.supervised_N) != s.num_tokens or len(s.roles_N) != s.num_tokens:
-        return f"{s.num_tokens} tokens with {len(s.supervised_N)} flags and {len(s.roles_N)} roles"
-    if not ids_fit(s.input_ids_N, vocab_size):
-        return f"a token id of the text is outside the teacher's vocabulary of {vocab_size}"
-    if not ids_fit(s.turn_starts, s.num_tokens) or int(s.roles_N.max()) >= len(ROLES):
-        return "a turn starts outside the sequence, or a role is unknown"
-    if s.finish not in FINISHES:
-        return f"it ended by {s.finish!r}, known are {', '.join(FINISHES[1:])}"
-    if record.distributions.num_positions != int(s.supervised_N.sum()):
-        return f"distributions for {record.distributions.num_positions} of {int(s.supervised_N.sum())} supervised positions"
-    return None
-
-
-def _entries_problem(d: Distributions, fixed_entries: int | None, vocab_size: int) -> str | None:
-    counts_P = d.num_entries_P
-    if d.offsets_P1[0] != 0 or (counts_P < 0).any():
-        return "offsets that do not rise from 0"
-    if not d.offsets_P1[-1] == len(d.token_ids_E) == len(d.logprobs_E) or len(d.tail_mass_P) != d.num_positions:
-        lengths = f"{len(d.token_ids_E)} ids, {len(d.logprobs_E)} logprobs, {len(d.tail_mass_P)} tails"
-        return f"{d.offsets_P1[-1]} entries at {d.num_positions} positions with {lengths}"
-    most = int(counts_P.max(initial=0))
-    if d.num_entries > MAX_SEQUENCE_ENTRIES:
-        return f"{d.num_entries} entries, at most {MAX_SEQUENCE_ENTRIES} fit"
-    if fixed_entries is not None and most > fixed_entries:
-        return f"a position has {most} entries, but the selection keeps {fixed_entries}"
-    if most > MAX_ENTRIES and not (fixed_entries is not None and (counts_P == fixed_entries).all()):
-        return f"a position has {most} entries, at most {MAX_ENTRIES} fit where their number varies"
-    if d.num_exact_P is not None and (len(d.num_exact_P) != d.num_positions or (d.num_exact_P > counts_P).any()):
-        return "numbers of exact entries that do not fit the entries"
-    if any(scalars is not None and len(scalars) != d.num_positions for scalars in (d.log_z_PT, d.entropy_P)):
-        return f"log_z or entropy of another number of positions than {d.num_positions}"
-    if not ids_fit(d.token_ids_E, vocab_size):
-        return f"a token id of a support is outside the teacher's vocabulary of {vocab_size}"
-    return None

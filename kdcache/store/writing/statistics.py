@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import msgspec
@@ -31,11 +30,9 @@ class ShardStatistics:
     num_finished: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
     num_exact_entries: int | msgspec.UnsetType = msgspec.UNSET
 
-    def add(self, record: SequenceRecord, target_logprobs_P: NDArray[np.float32] | None = None) -> None:
-        """Count one sequence; `target_logprobs_P` where they are at hand already."""
+    def add(self, record: SequenceRecord, target_logprobs_P: NDArray[np.float32]) -> None:
+        """Count one sequence that is sound, with the teacher's logprobs of its targets."""
         distributions = record.distributions
-        if target_logprobs_P is None:
-            target_logprobs_P = distributions.target_logprobs(record.sequence.target_ids_P)
         has_target_P = record.sequence.target_ids_P != NO_TARGET
         floor_P, ceiling_P = entropy_bounds(distributions, self.vocab_size)
         self.num_sequences += 1
@@ -57,12 +54,6 @@ class ShardStatistics:
         if finish:
             counts = {} if isinstance(self.num_finished, msgspec.UnsetType) else self.num_finished
             self.num_finished = dict(sorted({**counts, finish: counts.get(finish, 0) + 1}.items()))
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether every sum is a number: NaN in one record would spoil the shard's, and JSON cannot hold it."""
-        sums = (self.target_logprob_sum, self.tail_mass_sum, self.entropy_floor_sum, self.entropy_ceiling_sum)
-        return all(map(math.isfinite, sums))
 
     def add_column_bytes(self, name: str, num_bytes: int) -> None:
         """Count a record batch's buffers of one column."""

@@ -12,15 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
-from kdcache.codec.features import check_features, feature_fields
+from kdcache.codec.features import feature_fields
 from kdcache.config.remote import RemoteConfig
-from kdcache.errors import CaptureError, CorruptCacheError, FormatError, KdcacheError, StorageError
+from kdcache.errors import CorruptCacheError, FormatError, KdcacheError, StorageError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo, UnitAccount, shard_to_json
 from kdcache.format.record import SequenceRecord
+from kdcache.format.record_checks import check_record
 from kdcache.format.schema import optional_fields, shard_schema
 from kdcache.format.selection import fixed_entries
 from kdcache.shown import get_logger
@@ -31,7 +34,7 @@ from kdcache.store.files.disk_errors import reason_of
 from kdcache.store.files.location import Location, each, locate, own_files
 from kdcache.store.index import publish_index
 from kdcache.store.records.batch import encode_records
-from kdcache.store.writing.admission import check_record, refuse_foreign_directory, refuse_other_capture
+from kdcache.store.writing.admission import refuse_foreign_directory, refuse_other_capture
 from kdcache.store.writing.statistics import ShardStatistics
 
 _log = get_logger(__name__)
@@ -105,7 +108,12 @@ class CacheWriter:
         return folded | {shard.unit for shard in self._journal(folded)}
 
     def write_unit(
-        self, unit: int, records: Iterable[SequenceRecord], *, account: Callable[[], UnitAccount] | None = None
+        self,
+        unit: int,
+        records: Iterable[SequenceRecord],
+        *,
+        account: Callable[[], UnitAccount] | None = None,
+        sums_to_one: bool = False,
     ) -> ShardInfo:
         """Encode, write and publish one unit as one shard.
 
@@ -113,16 +121,18 @@ class CacheWriter:
             unit: its number in the plan.
             records: its sequences, in order; may be empty. Consumed once; about one record batch of them is held at a time.
             account: asked, when the last record is written, what the unit took.
+            sums_to_one: the records are a teacher's own answers, whose mass is checked too.
 
         Raises:
-            CaptureError: the unit is not in the plan, a record cannot be stored, or the disk refuses.
+            FormatError: the unit is not in the plan, or a record breaks the contract (`check_record`); names its source.
+            StorageError: the disk or the store refuses.
         """
         if not 0 <= unit < self._first.plan.num_units:
             raise FormatError(f"unit {unit} is not in the plan of {self._first.plan.num_units} units")
         temp = fs.temp_path(self.root)
         with _disk_errors(f"unit {unit} could not be written to {str(self.root)!r}"):
             try:
-                statistics = self._write_shard(temp, unit, records)
+                statistics = self._write_shard(temp, unit, records, sums_to_one=sums_to_one)
                 fs.reached("temp file written")
                 shard = self._publish_shard(temp, unit, statistics, account() if account is not None else msgspec.UNSET)
                 fs.publish_bytes(self.root, shard_to_json(shard), paths.journal_name(unit, shard.sha256))
@@ -130,6 +140,17 @@ class CacheWriter:
                 temp.unlink(missing_ok=True)
         fs.reached("journal published")
         return shard
+
+    def check(self, record: SequenceRecord, *, sums_to_one: bool = False) -> NDArray[np.float32]:
+        """The check that every record meets before it is written; (P,) the teacher's logprobs of its targets.
+
+        Raises:
+            FormatError: see `check_record`; names the record's source.
+        """
+        try:
+            return check_record(record, self._first.identity, sums_to_one=sums_to_one)
+        except FormatError as error:
+            raise FormatError(f"{record.sequence.source}: {error}; the record cannot be stored") from error
 
     def fold(self) -> Manifest:
         """Publish a manifest that names every shard journalled so far; the newest one where there is nothing new.
@@ -190,7 +211,7 @@ class CacheWriter:
             _log.warning("%s; its unit is done again", error)
         return None
 
-    def _write_shard(self, temp: Path, unit: int, records: Iterable[SequenceRecord]) -> ShardStatistics:
+    def _write_shard(self, temp: Path, unit: int, records: Iterable[SequenceRecord], *, sums_to_one: bool) -> ShardStatistics:
         identity = self._first.identity
         vocab_size = identity.teacher.vocab_size
         fields = [*self._codec.fields(), *feature_fields(identity.features)]
@@ -200,29 +221,20 @@ class CacheWriter:
         )  # fmt: skip
         statistics = ShardStatistics(vocab_size)
         with pa.OSFile(str(temp), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for group in self._groups(records, statistics):
+            for group in self._groups(records, statistics, sums_to_one=sums_to_one):
                 batch = encode_records(group, self._codec, schema, self._fixed)
                 for name, column in zip(schema.names, batch.columns, strict=True):
                     statistics.add_column_bytes(name, column.nbytes)
                 writer.write_batch(batch)
         return statistics
 
-    def _check_features(self, record: SequenceRecord) -> None:
-        distributions = record.distributions
-        try:
-            check_features(distributions.features, self._first.identity.features, distributions.num_positions)
-        except FormatError as error:
-            raise CaptureError(f"{record.sequence.source}: {error}; the record cannot be stored") from error
-
-    def _groups(self, records: Iterable[SequenceRecord], statistics: ShardStatistics) -> Iterator[list[SequenceRecord]]:
+    def _groups(
+        self, records: Iterable[SequenceRecord], statistics: ShardStatistics, *, sums_to_one: bool
+    ) -> Iterator[list[SequenceRecord]]:
         group: list[SequenceRecord] = []
         num_bytes = 0
         for record in records:
-            check_record(record, vocab_size=statistics.vocab_size, fixed_entries=self._fixed)
-            self._check_features(record)
-            statistics.add(record)
-            if not statistics.is_finite:
-                raise CaptureError(f"{record.sequence.source}: a logprob or tail mass is NaN; the record cannot be stored")
+            statistics.add(record, self.check(record, sums_to_one=sums_to_one))
             group.append(record)
             num_bytes += sum(4 * values.size for values in record.distributions.features.values())
             num_bytes += 6 * record.distributions.num_entries + 8 * record.sequence.num_tokens
