@@ -125,7 +125,7 @@ SECRET = "S3CRET-of-mine"
     ],
 )
 def test_a_capture_s_config_with_a_secret_is_refused_without_showing_it(where: str, fields: dict):
-    with pytest.raises(ConfigError, match="is a secret by its name or its look") as caught:
+    with pytest.raises(ConfigError, match="looks like a secret, by name or value") as caught:
         convert_config(CAPTURE | fields, CaptureConfig, where="c.yaml")
     assert where.removeprefix("teacher.") in str(caught.value)
     assert SECRET not in str(caught.value)
@@ -136,7 +136,7 @@ def test_how_a_store_is_reached_may_hold_secrets_which_no_record_keeps():
     convert_config(CAPTURE | {"remote": remote}, CaptureConfig)
     convert_config(TRAIN | {"remote": remote}, TrainConfig)
     assert without_secrets(remote) == {"options": {"key": MASK, "secret": MASK, "endpoint_url": "http://h"}}
-    with pytest.raises(ConfigError, match="cache is a secret"):
+    with pytest.raises(ConfigError, match="cache looks like a secret"):
         convert_config(TRAIN | {"cache": f"s3://key:{SECRET}@bucket/x"}, TrainConfig)
 
 

@@ -1,4 +1,4 @@
-"""What may be asked of a chat template."""
+"""Arguments and the clock of a chat template, checked."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ RESERVED_ARGUMENTS = frozenset(
         "return_assistant_tokens_mask", "tokenizer_kwargs",
     }
 )  # fmt: skip
-"""Names that a template's further arguments cannot have: they are given in another way, or are no arguments of the template."""
+"""Names that a user's template arguments cannot have: kdcache sets them, or they are not arguments of the template."""
 
 
 def check_arguments(names: Iterable[str]) -> None:
-    """Raise ValueError where an argument of the template is not the user's to set."""
+    """Raise ValueError for a template argument that users cannot set."""
     for name in names:
         if name in RESERVED_ARGUMENTS:
-            raise ValueError(f"template_arguments holds {name!r}, which is given in another way; leave it out")
+            raise ValueError(f"template_arguments holds {name!r}, which kdcache sets itself; leave it out")
 
 
 def parse_moment(text: str) -> datetime:
-    """A moment from `2026-01-31` or `2026-01-31T12:00:00`; raises ValueError where it is none."""
+    """Parse `2026-01-31` or `2026-01-31T12:00:00`; raises ValueError for anything else."""
     try:
         return datetime.fromisoformat(text)
     except ValueError as error:
-        raise ValueError(f"template_time is {text!r}, but must be as in 2026-01-31 or 2026-01-31T12:00:00") from error
+        raise ValueError(
+            f"template_time is {text!r}, expected a date or time as in 2026-01-31 or 2026-01-31T12:00:00"
+        ) from error

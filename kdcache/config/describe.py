@@ -1,7 +1,7 @@
-"""What may be asked for, read off the config structs: their fields, types, defaults and documentation.
+"""The fields of a config: their types, defaults and documentation, read from the config classes.
 
-The docstrings of the structs are the one place where a field is described; `kdcache COMMAND --help` and the messages of
-`kdcache.config.load` are made from them.
+A field is described once, in its class's docstring; `kdcache COMMAND --help` and the messages of `kdcache.config.load` are made
+from these docstrings.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class FieldDescription:
 
     Attributes:
         path: as in `input.window.size`.
-        type: in words: "a whole number", "one of top_k".
+        type: in words, as in "whole number" or "auto | local".
         default: as YAML, or None where the field is required.
         text: its documentation, one paragraph.
     """
@@ -35,7 +35,7 @@ class FieldDescription:
 
 
 def describe_fields(config_type: type[msgspec.Struct], prefix: str = "") -> list[FieldDescription]:
-    """Every field under a struct, sections opened, in the order in which they are declared."""
+    """Every field of a config class and of its sections, in the order of declaration."""
     described: list[FieldDescription] = []
     texts = field_docs(config_type)
     hints = get_type_hints(config_type)
@@ -49,7 +49,7 @@ def describe_fields(config_type: type[msgspec.Struct], prefix: str = "") -> list
 
 
 def field_docs(config_type: type[msgspec.Struct]) -> dict[str, str]:
-    """Field -> its paragraph in the `Attributes:` of the struct's docstring; `a, b: text` describes both."""
+    """Field -> its paragraph under `Attributes:` in the class's docstring; `a, b: text` describes both."""
     _, _, body = inspect.cleandoc(config_type.__doc__ or "").partition("Attributes:\n")
     docs: dict[str, str] = {}
     for paragraph in re.split(r"\n(?=    \S)", "\n" + body):
@@ -60,7 +60,7 @@ def field_docs(config_type: type[msgspec.Struct]) -> dict[str, str]:
 
 
 def section_fields(kind: Any) -> dict[str, Any] | None:
-    """Field -> type for a struct, or for the struct inside an optional one; None for anything else."""
+    """Field -> type of a section, optional or not; None for anything else."""
     struct = _struct_of(kind)
     return None if struct is None else get_type_hints(struct)
 
@@ -71,7 +71,7 @@ def _struct_of(kind: Any) -> Any:
 
 
 def type_at(config_type: Any, path: Sequence[str]) -> Any:
-    """The declared type of the field at a path; `dict` for a mapping with free keys; None where there is no such field."""
+    """The declared type of the field at a path; `dict` for a mapping with free keys; None if the field does not exist."""
     kind = config_type
     for part in path:
         name, in_list, _ = part.partition("[")
@@ -81,19 +81,19 @@ def type_at(config_type: Any, path: Sequence[str]) -> Any:
 
 
 def element_type(kind: Any) -> Any:
-    """The type of a list's elements; None for what is no list."""
+    """The type of a list's elements; None for anything but a list."""
     return get_args(kind)[0] if get_origin(kind) in (tuple, list) else None
 
 
 def choices_of(kind: Any) -> tuple[Any, ...]:
-    """The values of a Literal, or of the Literal inside an optional one; () for another type."""
+    """The values of a Literal, optional or not; () for another type."""
     if get_origin(kind) is Literal:
         return get_args(kind)
     return tuple(choice for part in _union_parts(kind) if part is not kind for choice in choices_of(part))
 
 
 def nearest(name: str, known: Iterable[str] | Mapping[str, Any]) -> str | None:
-    """The known name that looks most like this one, or None where none is near."""
+    """The known name that looks most like this one; None if none is similar."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)
 
 

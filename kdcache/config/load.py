@@ -1,6 +1,6 @@
-"""A config file on disk -> a config struct, or one sentence that says which field is wrong, what it is and what it may be.
+"""Load a config file, or say in one sentence which field is wrong, what its value is and what it may be.
 
-yaml_text.py says how YAML is read.
+`yaml_text.py` says how YAML is read.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _WORDS = {"object": "a section (a mapping)", "array": "a list", "str": "text", "
 
 
 def load_config(path: str | Path, config_type: type[C], overrides: Sequence[str] = ()) -> C:
-    """Read a YAML file into a config, with some fields overridden.
+    """Load a config from a YAML file, with some fields overridden.
 
     Args:
         path: the file.
-        config_type: the struct that says which fields there are.
+        config_type: class of the config, which declares the fields.
         overrides: each `section.field=value`; the value is YAML, as in `input.paths=[a.txt, b.txt]` or `input.limit=null`.
 
     Raises:
-        ConfigError: the file cannot be read or is not YAML, a field is unknown, missing or has a value that it may not have.
-            The message starts with the file's or the field's path.
+        ConfigError: the file cannot be read or is not YAML; a field is unknown, missing or has a wrong value. The message
+            starts with the path of the file or field.
     """
     fields = read_yaml_mapping(path)
     for override in overrides:
@@ -45,34 +45,34 @@ def load_config(path: str | Path, config_type: type[C], overrides: Sequence[str]
 
 
 def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds; raises ConfigError, naming the file and the line, where it holds none."""
+    """Read a YAML file that holds a mapping; raises ConfigError, naming file and line, for anything else."""
     try:
         with Path(path).open("rb") as stream:
             data = stream.read(MAX_YAML_BYTES + 1)
         check_yaml_size(data, where=str(path))
         text = data.decode("utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such config file") from error
+        raise ConfigError(f"{path}: no such file") from error
     except IsADirectoryError as error:
-        raise ConfigError(f"{path}: a directory, but a YAML file was expected") from error
+        raise ConfigError(f"{path}: this is a directory; expected a YAML file") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}), but a YAML file was expected") from error
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text; expected a YAML file") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     fields = parse_yaml(text, where=str(path))
     if fields is None:
-        raise ConfigError(f"{path}: empty, but a mapping of sections was expected; configs/ holds complete examples")
+        raise ConfigError(f"{path}: the file is empty; expected a mapping of sections, as in the examples in configs/")
     if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: holds {_shown(fields)}, but a mapping of sections was expected")
+        raise ConfigError(f"{path}: the file holds {_shown(fields)}; expected a mapping of sections")
     return fields
 
 
 def apply_override(fields: dict[str, Any], config_type: type[msgspec.Struct], override: str) -> None:
-    """Set one field of a mapping that is not converted yet.
+    """Set one field in the plain mapping of a config.
 
     Args:
-        fields: changed in place; sections that are not there are made.
-        config_type: says which paths exist.
+        fields: modified in place; missing sections are created.
+        config_type: class of the config, which declares the paths.
         override: `section.field=value`.
 
     Raises:
@@ -81,20 +81,20 @@ def apply_override(fields: dict[str, Any], config_type: type[msgspec.Struct], ov
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"{override!r}: an override is written `section.field=value`, as in `input.limit=100`")
+        raise ConfigError(f"{override!r}: expected section.field=value, as in input.limit=100")
     _refuse_unknown_path(parts, config_type)
     section = fields
     for part in parts[:-1]:
         child = section.get(part)
-        # A copy: by an alias it may be another section's value too.
+        # A copy: through a YAML alias it may be another section's value too.
         section[part] = section = dict(child) if isinstance(child, dict) else {}
     section[parts[-1]] = parse_yaml(text, where=name)
 
 
 def convert_config(fields: Mapping[str, Any], config_type: type[C], *, where: str = "") -> C:
-    """A config from plain values; raises ConfigError as `load_config` does, with messages that start with `where`."""
+    """Make a config of plain values; raises ConfigError as `load_config` does, with messages that start with `where`."""
     prefix = f"{where}: " if where else ""
-    remember(fields)  # no message on a field shows them
+    remember(fields)  # so that no message shows them
     try:
         _refuse_unknown_fields(fields, config_type)
         return msgspec.convert(fields, config_type)
@@ -105,7 +105,7 @@ def convert_config(fields: Mapping[str, Any], config_type: type[C], *, where: st
 
 
 def config_to_builtins(config: msgspec.Struct) -> dict[str, Any]:
-    """The resolved config, defaults included, as JSON values: what a manifest keeps for people."""
+    """The config with all defaults as plain JSON values, as a manifest records it."""
     return msgspec.to_builtins(config)
 
 
@@ -116,7 +116,7 @@ def _refuse_unknown_path(parts: Sequence[str], config_type: type[msgspec.Struct]
         if fields is None:
             if index and type_at(config_type, parts[:index]) is dict:
                 return
-            raise ConfigError(f"{'.'.join(parts[:index])} is a value, so there is no field {'.'.join(parts)}")
+            raise ConfigError(f"{'.'.join(parts[:index])} is a value and not a section, so {'.'.join(parts)} does not exist")
         if part not in fields:
             raise ConfigError(_renamed(".".join(parts)) or _unknown(".".join(parts[: index + 1]), part, fields))
         kind = fields[part]
@@ -139,7 +139,7 @@ def _refuse_unknown_fields(fields: Any, config_type: Any, path: str = "") -> Non
 
 
 def _first_path(fields: Any, path: str) -> str:
-    """The path of a section's first field, of that one's first field, and so on: what a message about the section names."""
+    """The path of the first value in a section: what a message about the section names."""
     while isinstance(fields, Mapping) and fields:
         name, fields = next(iter(fields.items()))
         path = f"{path}.{name}"
@@ -154,7 +154,7 @@ def _renamed(path: str) -> str | None:
 def _unknown(path: str, name: str, known: Mapping[str, Any]) -> str:
     hint = nearest(name, known)
     if hint is None:
-        return f"{path}: no such field; the fields here are {', '.join(known)}"
+        return f"{path}: no such field; expected one of {', '.join(known)}"
     return f"{path}: no such field; did you mean {'.'.join([*path.split('.')[:-1], hint])}?"
 
 
@@ -164,9 +164,9 @@ def _explain(message: str, fields: Mapping[str, Any], config_type: type[msgspec.
     what, path = match["what"], match["path"] or ""
     missing = _MISSING.fullmatch(what)
     if missing:
-        return f"{path + '.' if path else ''}{missing[1]}: required, but not given"
+        return f"{path + '.' if path else ''}{missing[1]}: missing, but required"
     if match["key"]:
-        return f"{path}: a key that is not text"
+        return f"{path}: a key is not text"
     value = _value_at(fields, path)
     if what.startswith("Invalid enum value"):
         allowed = choices_of(type_at(config_type, path.split(".")))

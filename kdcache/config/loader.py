@@ -1,4 +1,4 @@
-"""What a loader may be asked for. Frozen, keyword-only, unknown keys refused; imports nothing heavy."""
+"""The config of a loader."""
 
 from __future__ import annotations
 

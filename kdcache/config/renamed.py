@@ -1,4 +1,4 @@
-"""Keys that have another name now, so that the message about an unknown key can say which."""
+"""Config keys that were renamed, so that the message about an unknown key can give the new name."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ RENAMED = {
     "student.config_from": "student.model",
     "loss.positions_per_chunk": "loss.chunk_positions",
 }
-"""Old path of a field or section -> its path now. A longer path decides before a shorter one."""
+"""Old path of a field or section -> its new path. A longer path is looked up before a shorter one."""
 
 
 def new_name(path: str) -> str | None:
-    """The path that an old one has now, also for a field below a section that was renamed; None where it never existed."""
+    """The new path for an old one, also for a field in a renamed section; None if nothing was renamed."""
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
         moved = RENAMED.get(".".join(parts[:end]))

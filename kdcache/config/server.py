@@ -1,4 +1,4 @@
-"""How a server that runs the teacher is asked. Frozen, keyword-only, unknown keys refused; imports nothing heavy."""
+"""How a server that runs the teacher is asked."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from kdcache.config.base import Config, NonNegative, Positive, Seconds
 
 
 class ServerConfig(Config, frozen=True, kw_only=True):
-    """The server that answers for the teacher, with backend `served` alone. Its address and how it is asked are no part of the
-    teacher's identity: a capture may go on with another server of the same model.
+    """The server that runs the teacher, for backend `served` only. Its address and how it is asked are not part of the
+    teacher's identity: a capture may be resumed with another server of the same model.
 
     Attributes:
         url: as clients of the OpenAI API take it, as in `http://host:8000/v1`.
-        model: the name that the teacher has there; null where only one model is served.
-        api: how its logprobs of a prompt are had: `prompt_logprobs` (vLLM), `echo` (the older API's `echo` with `logprobs`, if
-            it names tokens by their ids), or `auto`: the first of the two that the server understands.
-        api_key_env: name of the environment variable that holds the key which the server asks for; null for none. The key
-            itself goes into no config, manifest or log.
+        model: the name under which the server knows the teacher; null where it serves only one model.
+        api: which API returns prompt logprobs: `prompt_logprobs` (vLLM), `echo` (the older API's `echo` with `logprobs`, if it
+            names tokens by their ids), or `auto`: the first of the two that the server understands.
+        api_key_env: name of the environment variable that holds the server's key; null for none. The key itself is never
+            written into a config, manifest or log.
         concurrency: most requests in flight; up to twice as many answers wait in memory.
         timeout_seconds: longest silence of the server before a request is given up and sent again.
         deadline_seconds: most time for one sequence, from its first request to its answer.
         retries: how often a request is sent again after a timeout, a lost connection, or status 408, 429 or 5xx.
-        vocab_size: ids that its distributions range over; null for what the config.json of teacher.model says.
-        context_length: most tokens of a sequence; null for what the server says, less the one that it must generate.
+        vocab_size: token ids that its distributions cover; null for the value in the config.json of teacher.model.
+        context_length: most tokens of a sequence; null for the server's own limit, minus the one token that it must generate.
     """
 
     url: str | None = None

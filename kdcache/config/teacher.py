@@ -99,8 +99,8 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
         secret = find_secret(self.engine_options, path="engine_options")
         if secret is not None:
             raise ValueError(
-                f"{secret} is a secret by its name or its look, and these options are written into the cache; leave it "
-                "out; set HF_TOKEN in the environment, or the variable that the engine reads"
+                f"{secret} looks like a secret, by name or value, and would be written into the cache; remove it, and set "
+                "HF_TOKEN in the environment, or the variable that the engine reads"
             )
         self._check_sections()
         if self.backend == "served" and self.server.url is None:
@@ -108,7 +108,7 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
         if self.adapter is not None and (self.backend not in ("auto", "vllm") or self.vllm.route == "public"):
             raise ValueError(
                 f"adapter is for backend 'vllm' on its worker route, not for {self.backend!r} on route {self.vllm.route!r}; "
-                "elsewhere, merge it into its model and name the merged folder"
+                "otherwise merge it into its model and name the merged folder"
             )
 
     def _check_sections(self) -> None:
@@ -119,4 +119,4 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
             ("server", "served", self.server, self.backend == "served"),
         ):
             if section != type(section)() and not is_possible:
-                raise ValueError(f"{name} is for backend {backend!r} alone, not for {self.backend!r}")
+                raise ValueError(f"{name} is for backend {backend!r} only, not for {self.backend!r}")

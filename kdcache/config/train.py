@@ -1,4 +1,4 @@
-"""What a training run may be asked for. Frozen, keyword-only, unknown keys refused; imports nothing heavy.
+"""The config of a training run.
 
 `configs/train-*.yaml` are complete, commented examples; `kdcache.config.load` reads them.
 """
@@ -25,11 +25,11 @@ class StudentConfig(Config, frozen=True, kw_only=True):
     Attributes:
         model: folder in the Hugging Face layout or hub id, possibly the teacher's; its `config.json` is the base.
         revision: hub commit or tag; null for the default.
-        init: `random` builds new weights from the configuration; `pretrained` loads those of `model`.
-        overrides: fields of that configuration to change, as in {hidden_size: 128}; none with `pretrained`.
+        init: `random` builds new weights from the configuration; `pretrained` loads the weights of `model`.
+        overrides: fields of that configuration to change, as in {hidden_size: 128}; not possible with `pretrained`.
         tokenizer: folder or hub id of the student's tokenizer; null for that of `model`. Its fingerprint must be the cache's.
-        attention: transformers' name of the attention; `auto` is sdpa where the model has it and it does all that the
-            configuration asks, and eager elsewhere (no sdpa in gpt-oss, a soft cap that sdpa leaves out in Gemma 2).
+        attention: transformers' name of the attention. `auto` is sdpa where the model has it and it computes everything that
+            the configuration asks for, and eager elsewhere (gpt-oss has no sdpa; in Gemma 2, sdpa leaves out a soft cap).
     """
 
     model: str
@@ -48,23 +48,23 @@ class LossConfig(Config, frozen=True, kw_only=True):
     """What a step minimises: alpha * divergence(teacher, student) + (1 - alpha) * cross-entropy with the text.
 
     Attributes:
-        alpha: 1 for distillation only, 0 for labels only.
+        alpha: 1 for distillation only, 0 for the text only.
         divergence: `forward_kl`, or another name of the table in kdcache/kernels/README.md.
-        divergence_options: by name, as in {beta: 0.3}; what is left out has the default of the table.
-        tail: what becomes of the teacher's mass outside the entries: `bucket` compares it with the student's as one further
-            token, `drop` leaves it out, `renormalize` scales the entries to mass 1, `uniform` spreads it over all other tokens.
-            null takes the best known: with the forward KL and a cache of a random selection `drop`, which trains on all entries
-            without bias; else `bucket`, which reads the exact entries alone.
-        temperature: of both sides; other than 1 must be one of the cache's selection.temperatures.
+        divergence_options: the divergence's own parameters, as in {beta: 0.3}; the table has their defaults.
+        tail: what happens to the teacher's mass outside the support. `bucket` compares it with the student's as one further
+            token, `drop` leaves it out, `renormalize` scales the support to mass 1, `uniform` spreads it evenly over the ids
+            outside the support. null takes the best known: `drop` for the forward KL and a cache of a random selection, which
+            trains on all entries without bias; otherwise `bucket`, which reads the exact entries only.
+        temperature: of both sides; other than 1, it must be one of the cache's selection.temperatures.
         backend: `numba`, `torch` or `triton`; `auto` takes the fastest that fits the device and has been tested on one.
         chunk_positions: positions whose logits exist at once; memory is this x vocabulary x 2 or 4 bytes. null: 512 on a
-            CPU (1024 in bfloat16); on a GPU 4096, or as many as make 2^29 logits (16,384 of 32,000 ids).
-        float32_logits: with dtype bfloat16, logits in float32 of the same numbers. Their rounding is most of the gradient's
-            error where the student is close to the teacher; on a CPU the product then takes several times as long.
-        train_padding: of a student with more ids than the cache's vocabulary: false leaves them out, as if they did not exist:
-            no probability, no gradient, so mask them when generating. true counts them as ids to which the teacher gives
-            nothing. A teacher may have more ids than its student if no token of the tokenizer uses them: what it gives them
-            counts to its tail, and is in `metrics.jsonl` as `padding_mass`.
+            CPU (1024 in bfloat16); on a GPU 4096, or as many as make 2^29 logits (16,384 for 32,000 ids).
+        float32_logits: with dtype bfloat16, compute the logits in float32. Rounding them is most of the gradient's error where
+            the student is close to the teacher; on a CPU the product then takes several times as long.
+        train_padding: for a student with more ids than the cache's vocabulary. false leaves these ids out, as if they did not
+            exist: no probability, no gradient, so mask them when generating. true counts them as ids to which the teacher gives
+            nothing. A teacher may have more ids than its student if no token of the tokenizer uses them: their mass counts as
+            tail, and is `padding_mass` in `metrics.jsonl`.
     """
 
     alpha: Fraction = 1.0
@@ -83,13 +83,13 @@ class OptimizerConfig(Config, frozen=True, kw_only=True):
 
     Attributes:
         lr: highest learning rate.
-        betas: decay of the two running means. With drawn targets, at a moderate rate, 0.999 was the better second one: they
-            reach a rare token in few steps, which a short memory makes small; in a few hundred steps at 4e-3 it was the worse
+        betas: decay of the two running means. With drawn entries at a moderate rate, 0.999 was the better second one: they
+            reach a rare token in few steps, which a short memory makes small. In a few hundred steps at 4e-3 it was worse
             (benchmarks/LOG.md).
         weight_decay: on matrices; vectors (norms, biases) have none.
         grad_clip: largest norm of the whole gradient; null for no clipping.
-        schedule: from the end of the warm-up: `cosine` or `linear` fall to lr x final_fraction, `constant` stays.
-        warmup_fraction: share of all steps over which the rate rises from 0.
+        schedule: after the warm-up, `cosine` and `linear` fall to lr x final_fraction, `constant` stays.
+        warmup_fraction: share of all steps during which the rate rises from 0.
         final_fraction: rate of the last step as a share of lr.
     """
 
@@ -103,13 +103,13 @@ class OptimizerConfig(Config, frozen=True, kw_only=True):
 
 
 class HeldoutConfig(Config, frozen=True, kw_only=True):
-    """Held-out text that is scored now and then while training, for the curve.
+    """Held-out text that is scored during training, for the curve.
 
     Attributes:
-        data: JSON lines (also compressed), Parquet or Arrow, with a `text` or `input_ids` in each row; null to measure nothing
-            while training.
-        every_steps: steps between two measurements; the first is before step 1, one more follows the last step.
-        max_tokens: keep no more than these, in windows evenly spread over the file.
+        data: JSON lines (also compressed), Parquet or Arrow, each item with `text` or `input_ids`; null to measure nothing
+            during training.
+        every_steps: steps between two measurements; the first is before step 1, and one more follows the last step.
+        max_tokens: score at most this many tokens, in windows evenly spread over the file.
         window: most tokens in a sequence; longer texts are cut.
     """
 
@@ -124,22 +124,22 @@ class TrainConfig(Config, frozen=True, kw_only=True):
 
     Attributes:
         cache: directory of the cache, or its URI: `file://`, `s3://`, `gs://` or `hf://`.
-        remote: how a cache in an object store is read, and where what was read is kept.
+        remote: how a cache in an object store is read, and where the bytes that were read are kept.
         accept: what to train in spite of. `incomplete`: the capture has not finished; trains on what it has published so far.
             `tokenizer`: the student's tokenizer has another fingerprint than the cache's; for tokenizers known to give the same
             ids.
         out: directory of the run: `run.json`, `metrics.jsonl`, `checkpoints/`, and at the end `model/` in the Hugging Face
-            layout. The same command on the same directory goes on where it stopped.
+            layout. The same command on the same directory resumes where it stopped.
         steps: optimiser steps; give this or `epochs`.
         epochs: passes over the cache; give this or `steps`.
         seed: of the student's initial weights and of dropout; the order of reading has its own, `loader.seed`.
         num_threads: CPU threads; null for the library's default.
-        device: `auto` takes CUDA where there is one.
-        dtype: of the matrix products, the logits included; weights and optimiser state are float32 either way.
-        checkpoint_every_steps: steps between two checkpoints; the last step always makes one.
-        max_skipped_steps: how many steps whose loss or gradient is not finite may be left out (no update is made, the batch is
-            counted as read) before the run ends. 0 ends it at the first. May be raised when a run that ended so is resumed.
-        heldout: what is measured while training.
+        device: `auto` takes CUDA where it is available.
+        dtype: of the matrix products, including the logits; weights and optimiser state are float32 either way.
+        checkpoint_every_steps: steps between two checkpoints; the last step always writes one.
+        max_skipped_steps: how many steps with a non-finite loss or gradient may be skipped (the weights are not updated, and
+            the batch counts as read) before the run stops. 0 stops at the first. May be raised to resume a run that stopped so.
+        heldout: what is measured during training.
     """
 
     cache: str

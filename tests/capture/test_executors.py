@@ -100,7 +100,7 @@ def test_folds_on_the_way_cost_five_last_folds_in_all(tmp_path):
     [
         ({"rank": 2, "world_size": 2}, "rank is 2, but must be below world_size, 2"),
         ({"executor": "ray", "world_size": 2}, "spreads the units itself"),
-        ({"replicas": 2}, "for executor 'ray' alone"),
+        ({"replicas": 2}, "for executor 'ray' only"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path, run, sentence):

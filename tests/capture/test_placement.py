@@ -48,7 +48,7 @@ def test_a_replica_asks_for_its_engines_gpus_where_there_are_any_and_for_what_th
 
 
 def test_gpus_per_replica_is_for_ray_alone(tmp_path):
-    with pytest.raises(ConfigError, match="gpus_per_replica and ray_address are for executor 'ray' alone"):
+    with pytest.raises(ConfigError, match="gpus_per_replica and ray_address are for executor 'ray' only"):
         make_config(tmp_path, run={"gpus_per_replica": 1})
 
 

@@ -75,7 +75,7 @@ def test_verify_deep_prints_a_table_and_json_and_tells_a_wrong_teacher(
         (["--teacher", "x"], "--teacher is for --deep"),
         (["--tolerance", "1"], "--tolerance is for --deep"),
         (["--deep"], "name the teacher to ask with --teacher MODEL or --teacher-config CONFIG.yaml"),
-        (["--deep", "--teacher-config", "nowhere.yaml"], "nowhere.yaml: no such config file"),
+        (["--deep", "--teacher-config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--deep", "--tolerance", "-1"], "--tolerance is -1.0, expected nats, 0 or more"),
     ],
 )

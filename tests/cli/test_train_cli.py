@@ -65,7 +65,7 @@ def test_mistakes_of_train_are_one_sentence_and_status_2(
         sets = [part for override in (f"out={tmp_path / 'run'}", *overrides) for part in ("--set", override)]
         return _failure(capsys, "train", config_file, *sets)
 
-    assert "no such config file" in _failure(capsys, "train", tmp_path / "missing.yaml")
+    assert "no such file" in _failure(capsys, "train", tmp_path / "missing.yaml")
     assert "loss.alpha" in train("loss.alpha=2")
     assert "did you mean loss.alpha?" in train("loss.alfa=1")
     assert "give either `steps` or `epochs`" in train("epochs=1")

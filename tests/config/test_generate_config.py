@@ -47,7 +47,10 @@ def test_its_fields_are_described():
         ("generate: {stop: ['']}", r"generate\.stop"),
         ("generate: {temperature: 0, n: 2}", "at temperature 0 all answers to a prompt are the same"),
         ("generate: {temperature: 0, capture_filtered: true}", "nothing is drawn"),
-        ("generate: {max_tokens: 1024}", "max_tokens is 1024 and input.window.size, for prompt and answer together, 1024"),
+        (
+            "generate: {max_tokens: 1024}",
+            "max_tokens is 1024, but prompt and answer together must fit into input.window.size, 1024",
+        ),
         ("{generate: {}, input: {format: lines, paths: [a], window: {policy: truncate}}}", "prompts are not cut"),
         ("{generate: {}, input: {format: lines, paths: [a], window: {overlap: 4}}}", "prompts are not cut"),
     ],

@@ -82,10 +82,10 @@ def test_a_wrong_field_is_named_with_its_value_and_what_it_may_be(tmp_path, chan
     [
         ("selection.kk=3", "selection.kk: no such field; did you mean selection.k?"),
         ("input.windw.size=3", "input.windw: no such field; did you mean input.window?"),
-        ("input.limit.x=3", "input.limit is a value"),
+        ("input.limit.x=3", "input.limit is a value and not a section"),
         ("input.window=3", "input.window is a section"),
-        ("selection.k", "an override is written `section.field=value`"),
-        ("=3", "an override is written `section.field=value`"),
+        ("selection.k", "expected section.field=value, as in input.limit=100"),
+        ("=3", "expected section.field=value, as in input.limit=100"),
         ("selection.k=[", "selection.k:1: not YAML"),
         ("input.window.overlap=5000", "input.window: overlap is 5000, but must be smaller than size, 1024"),
         ("input.paths=a.txt", "input.paths: expected a list, got 'a.txt'"),
@@ -113,8 +113,8 @@ def test_a_key_under_its_old_name_is_answered_with_the_new_one(tmp_path, old, pa
 
 
 def test_a_missing_field_is_named(tmp_path):
-    assert "teacher.model: required, but not given" in refusal(tmp_path, GOOD.replace("model: m, ", ""))
-    assert "out: required, but not given" in refusal(tmp_path, GOOD.replace("out: out", ""))
+    assert "teacher.model: missing, but required" in refusal(tmp_path, GOOD.replace("model: m, ", ""))
+    assert "out: missing, but required" in refusal(tmp_path, GOOD.replace("out: out", ""))
 
 
 def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
@@ -124,15 +124,15 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
 
 
 def test_files_that_hold_no_mapping_are_refused_in_a_sentence(tmp_path):
-    assert "empty" in refusal(tmp_path, "")
-    assert "holds ['a']" in refusal(tmp_path, "- a")
+    assert "the file is empty" in refusal(tmp_path, "")
+    assert "the file holds ['a']" in refusal(tmp_path, "- a")
     assert "c.yaml:1: not YAML" in refusal(tmp_path, "a: [")
-    with pytest.raises(ConfigError, match="no such config file"):
+    with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "nowhere.yaml", CaptureConfig)
-    with pytest.raises(ConfigError, match="a directory, but a YAML file was expected"):
+    with pytest.raises(ConfigError, match="a directory; expected a YAML file"):
         load_config(tmp_path, CaptureConfig)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"binary\.yaml: not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"binary\.yaml: byte 0 is not UTF-8 text"):
         load_config(tmp_path / "binary.yaml", CaptureConfig)
 
 

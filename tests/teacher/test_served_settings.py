@@ -46,9 +46,9 @@ def test_a_server_without_an_address_and_settings_of_another_backend_are_refused
     sections = {"input": {"format": "lines", "paths": ["a"]}, "out": "c"}
     for teacher, sentence in [
         ({"backend": "served"}, r"backend 'served' needs server\.url"),
-        ({"server": {"url": "http://h/v1"}}, r"server is for backend 'served' alone, not for 'auto'"),
-        ({"backend": "transformers", "vllm": {"route": "worker"}}, r"vllm is for backend 'vllm' alone, not for 'transformers'"),
-        ({"fake": {"seed": 1}}, r"fake is for backend 'fake' alone, not for 'auto'"),
+        ({"server": {"url": "http://h/v1"}}, r"server is for backend 'served' only, not for 'auto'"),
+        ({"backend": "transformers", "vllm": {"route": "worker"}}, r"vllm is for backend 'vllm' only, not for 'transformers'"),
+        ({"fake": {"seed": 1}}, r"fake is for backend 'fake' only, not for 'auto'"),
     ]:
         with pytest.raises(ConfigError, match=sentence):
             convert_config(sections | {"teacher": {"model": "m"} | teacher}, CaptureConfig)
