@@ -31,8 +31,8 @@ GUARDS = {
     "store/index.py:_file_rows get_batch": "validate",
     "store/reader.py:_open_batch get_batch": "store/records/batch.py:__init__ validate",
     "foreign/formats/tables.py:_columns read_schema": "",  # names and types: no values
-    "foreign/formats/tables.py:_parquet_rows ParquetFile": "check_parquet",
-    "foreign/formats/tables.py:_parquet_rows iter_batches": "check_parquet",
+    "foreign/formats/tables.py:_parquet_items ParquetFile": "check_parquet",
+    "foreign/formats/tables.py:_parquet_items iter_batches": "check_parquet",
     "foreign/formats/megatron.py:_storages ZipFile": "sum",
     "foreign/formats/megatron.py:_decompressed CompressedInputStream": "max",
     "foreign/formats/megatron.py:_members open": "issparse",

@@ -12,8 +12,8 @@ from kdcache.errors import ConfigError
 from kdcache.shown import shown
 
 if TYPE_CHECKING:
-    from kdcache.foreign.base import ReadOptions
-    from kdcache.foreign.judge.doctor import Examination, ExamineOptions, Progress
+    from kdcache.foreign.base import ReadConfig
+    from kdcache.foreign.judge.doctor import Examination, ExamineConfig, Progress
     from kdcache.teacher.tokenizer import Tokenizer
 
 FORMATS = """
@@ -42,7 +42,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--first-position", type=at_least(0), metavar="P",
-        help="position of the first row (plain and Axolotl columns; position t has read tokens 0..t)",
+        help="index of the first position (plain and Axolotl columns; position t has read tokens 0..t)",
     )  # fmt: skip
     parser.add_argument("--vocab-size", type=at_least(1), metavar="V", help="width of the teacher's output, padding included")
     parser.add_argument("--tokenizer", metavar="NAME", help="of the token ids: a hub id or a folder")
@@ -50,9 +50,9 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     add_sample_arguments(parser)
 
 
-def read_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ReadOptions:
+def read_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ReadConfig:
     """What the flags say of the files; raises ConfigError for a --column that is no OURS=NAME."""
-    from kdcache.foreign.base import ReadOptions
+    from kdcache.foreign.base import ReadConfig
 
     columns = {}
     for argument in args.columns:
@@ -60,16 +60,16 @@ def read_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ReadO
         if not (ours and equals and theirs):
             raise ConfigError(f"--column {argument!r}: expected OURS=NAME, as in tokens=input_ids")
         columns[ours] = theirs
-    return ReadOptions(
+    return ReadConfig(
         columns=columns, values=args.values, config=args.config, first_position=args.first_position, tokenizer=tokenizer
     )
 
 
-def examine_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ExamineOptions:
+def examine_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ExamineConfig:
     """How closely to look."""
-    from kdcache.foreign.judge.doctor import ExamineOptions
+    from kdcache.foreign.judge.doctor import ExamineConfig
 
-    return ExamineOptions(
+    return ExamineConfig(
         read=read_options(args, tokenizer),
         vocab_size=args.vocab_size,
         tokenizer_size=None if tokenizer is None else tokenizer.identity.vocab_size,
@@ -89,12 +89,12 @@ def named_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
 
 @contextmanager
 def progress_bar(text: str) -> Iterator[Progress]:
-    """A bar on stderr that counts rows."""
+    """A bar on stderr that counts positions."""
     from tqdm import tqdm
 
     from kdcache.bars import bar_options
 
-    with tqdm(**bar_options(desc=text, unit="row", unit_scale=True, delay=1.0)) as bar:
+    with tqdm(**bar_options(desc=text, unit=" positions", unit_scale=True, delay=1.0)) as bar:
         yield bar.update
 
 

@@ -1,9 +1,7 @@
-"""What a reader of a foreign format gives, whatever the format: sequences with ragged rows of (id, value), and what is claimed
-of them.
+"""What the reader of a foreign format gives, whatever the format: sequences of stored positions, and what is claimed of them.
 
-Shape letters: N tokens of a sequence, R rows of it (one per distribution), E entries of all rows (ragged), K entries per row.
-
-A row claims a position of ours: the distribution after reading tokens 0..t. What it is in truth is for the probes to find.
+A stored position is a distribution that claims an index t of its text: to be what the teacher said after reading
+tokens 0..t. The probes find out whether it is.
 """
 
 from __future__ import annotations
@@ -22,9 +20,9 @@ from kdcache.teacher.tokenizer import Tokenizer
 ValueKind = Literal["logprobs", "logits", "probs", "nll"]
 Severity = Literal["fatal", "repairable", "undecided", "note"]
 
-MAX_ENTRIES_PER_ROW = 2**20
+MAX_ENTRIES_PER_POSITION = 2**20
 MAX_ENTRIES_PER_SEQUENCE = 2**28
-"""What a reader refuses to hold: 2 GiB of ids. A real row is at most a vocabulary, a real sequence some 10^5 rows of 10^2."""
+"""More is refused: 2 GiB of ids. A real position has at most a vocabulary, a real sequence some 10^5 positions of 10^2."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,40 +30,40 @@ class ForeignSequence:
     """One item of a foreign file.
 
     Attributes:
-        source: where it is, for people.
-        input_ids_N: (N,) int64; None where the file holds no tokens.
-        positions_R: (R,) int64, the position that each row claims; rising.
-        counts_R: (R,) int64, entries of each row; 0 for a row that is missing or null.
+        source: its file and line or row, for people.
+                input_ids_N: (N,) int64; None where the file holds no tokens.
+        positions_P: (P,) int64, the index t that each stored position claims; rising.
+        counts_P: (P,) int64, entries of each position; 0 for one that is missing or null.
         token_ids_E: (E,) int64, as stored.
         values_E: (E,) float64, as stored (decompressed where compressed): see `ForeignCache.values`.
-        log_z_R: (R,) float64, the normaliser that belongs to logits: logprob = value - log_z; None where there is none.
+        log_z_P: (P,) float64, the normaliser of logits: logprob = value - log_z; None where there is none.
         learnt_N: (N,) bool, tokens that a student is to learn by the file's own mask, so that position t is supervised where
             learnt_N[t+1] is; None where it has no mask.
     """
 
     source: str
     input_ids_N: NDArray[np.int64] | None
-    positions_R: NDArray[np.int64]
-    counts_R: NDArray[np.int64]
+    positions_P: NDArray[np.int64]
+    counts_P: NDArray[np.int64]
     token_ids_E: NDArray[np.int64]
     values_E: NDArray[np.float64]
-    log_z_R: NDArray[np.float64] | None = None
+    log_z_P: NDArray[np.float64] | None = None
     learnt_N: NDArray[np.bool_] | None = None
 
     @property
-    def offsets_R1(self) -> NDArray[np.int64]:
-        """(R+1,) where each row's entries start."""
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts_R)])
+    def offsets_P1(self) -> NDArray[np.int64]:
+        """Return (P+1,) where each position's entries start."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts_P)])
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is to be said of a cache.
+    """One thing to be said of a cache.
 
     Attributes:
-        name: for machines, as `shifted_rows`.
+        name: for machines, as `shifted_positions`.
         severity: `fatal` (nothing but another capture helps), `repairable` (`repair` names what to ask `convert` for),
-            `undecided` (cannot be told from the file; `--accept NAME` takes it on trust), `note` (no defect).
+            `undecided` (the file does not tell; `--accept NAME` takes it on trust), `note` (no defect).
         sentence: for people.
         repair: the flag of `kdcache convert` that mends it.
     """
@@ -108,14 +106,14 @@ class ForeignCache:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadOptions:
+class ReadConfig:
     """What a user may say of a foreign cache that its files do not.
 
     Attributes:
         columns: our name (a key of `columns.KNOWN`) -> the column's name in the files.
         values: what the values are; None to take the format's word.
         config: path of DistillKit's `compression_config.yaml`, or of a training config that holds it.
-        first_position: position of row 0 for plain columns; None for the format's own rule.
+        first_position: index t of the first stored position, for plain columns; None for the format's own rule.
         tokenizer: of the token ids: makes ids of chats and of tokens that files hold as text.
     """
 
@@ -126,12 +124,12 @@ class ReadOptions:
     tokenizer: Tokenizer | None = None
 
 
-NO_ROWS = ((np.zeros(0), np.zeros(0, np.int64)), (np.zeros(0), np.zeros(0, np.int64)))
-"""Ids and values, for `ragged`, of a sequence whose cells are null: it is counted, and not passed over."""
+NO_ENTRIES = ((np.zeros(0), np.zeros(0, np.int64)), (np.zeros(0), np.zeros(0, np.int64)))
+"""Ids and values, for `ragged`, of a sequence whose cells are null: it is counted, not passed over."""
 
 
-def without_rows(source: str, input_ids_N: NDArray[np.int64] | None) -> ForeignSequence:
-    """A sequence that has no row."""
+def without_positions(source: str, input_ids_N: NDArray[np.int64] | None) -> ForeignSequence:
+    """Make a sequence without positions."""
     none = np.zeros(0, np.int64)
     return ForeignSequence(source, input_ids_N, none, none, none, np.zeros(0))
 
@@ -139,7 +137,7 @@ def without_rows(source: str, input_ids_N: NDArray[np.int64] | None) -> ForeignS
 def ragged(
     source: str, ids: tuple[Any, Any], values: tuple[Any, Any]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Counts, ids and values of rows that a file holds as two nested lists.
+    """Join two nested lists of a file to counts, ids and values of positions.
 
     Args:
         source: for messages.
@@ -148,25 +146,25 @@ def ragged(
     Raises:
         InputError: the two nested lists do not have the same shape, or are larger than anything real.
     """
-    (flat_ids, counts_R), (flat_values, value_counts_R) = ids, values
-    if len(counts_R) != len(value_counts_R) or (counts_R != value_counts_R).any():
+    (flat_ids, counts_P), (flat_values, value_counts_P) = ids, values
+    if len(counts_P) != len(value_counts_P) or (counts_P != value_counts_P).any():
+        raise InputError(f"{source}: {_shape(counts_P)} ids, but {_shape(value_counts_P)} values; each id needs one value")
+    check_size(source, counts_P)
+    return counts_P.astype(np.int64), to_ids(source, flat_ids), np.asarray(flat_values, np.float64)
+
+
+def check_size(source: str, counts_P: NDArray[np.integer]) -> None:
+    """Raise InputError for positions or sequences larger than anything real, before they are allocated."""
+    if len(counts_P) and int(counts_P.max()) > MAX_ENTRIES_PER_POSITION:
         raise InputError(
-            f"{source}: {_shape(counts_R)} ids, but {_shape(value_counts_R)} values; they belong together one by one"
+            f"{source}: a position has {int(counts_P.max()):,} entries; at most {MAX_ENTRIES_PER_POSITION:,} are read"
         )
-    check_size(source, counts_R)
-    return counts_R.astype(np.int64), to_ids(source, flat_ids), np.asarray(flat_values, np.float64)
-
-
-def check_size(source: str, counts_R: NDArray[np.integer]) -> None:
-    """Raise InputError for rows or sequences larger than anything real: they are not to be allocated."""
-    if len(counts_R) and int(counts_R.max()) > MAX_ENTRIES_PER_ROW:
-        raise InputError(f"{source}: a row has {int(counts_R.max()):,} entries; at most {MAX_ENTRIES_PER_ROW:,} are read")
-    if int(counts_R.sum()) > MAX_ENTRIES_PER_SEQUENCE:
-        raise InputError(f"{source}: {int(counts_R.sum()):,} entries; at most {MAX_ENTRIES_PER_SEQUENCE:,} are read")
+    if int(counts_P.sum()) > MAX_ENTRIES_PER_SEQUENCE:
+        raise InputError(f"{source}: {int(counts_P.sum()):,} entries; at most {MAX_ENTRIES_PER_SEQUENCE:,} are read")
 
 
 def to_ids(source: str, ids: Any) -> NDArray[np.int64]:
-    """Ids as int64; raises InputError where they are no whole numbers."""
+    """Convert ids to int64; raises InputError where they are not whole numbers."""
     array = np.asarray(ids)
     if array.size == 0:
         return np.zeros(0, np.int64)
@@ -177,8 +175,8 @@ def to_ids(source: str, ids: Any) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _shape(counts_R: NDArray[np.integer]) -> str:
-    if not len(counts_R):
-        return "no rows of"
-    low, high = int(counts_R.min()), int(counts_R.max())
-    return f"{len(counts_R)} rows of {low if low == high else f'{low} to {high}'}"
+def _shape(counts_P: NDArray[np.integer]) -> str:
+    if not len(counts_P):
+        return "no positions of"
+    low, high = int(counts_P.min()), int(counts_P.max())
+    return f"{len(counts_P)} positions of {low if low == high else f'{low} to {high}'}"

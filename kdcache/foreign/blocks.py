@@ -1,7 +1,4 @@
-"""Rows of one sequence as rectangles of bounded size, with their logprobs and the targets that each shift would give them.
-
-Shape letters: N tokens, R rows, K entries per row (padded), E entries (ragged), S shifts.
-"""
+"""Positions of one sequence as rectangles of bounded size, with their logprobs and the targets under each of the 3 shifts."""
 
 from __future__ import annotations
 
@@ -22,102 +19,106 @@ CELLS_AT_ONCE = 2**21
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """Rows of one sequence as a rectangle. Padding: id -1, value and logprob -inf. targets_SR is -1 where there is none; rows_R
-    are the rows' numbers in the sequence."""
+    """Positions of one sequence as a rectangle.
 
-    ids_RK: NDArray[np.int64]
-    values_RK: NDArray[np.float64]
-    logprobs_RK: NDArray[np.float64]
-    filled_RK: NDArray[np.bool_]
-    counts_R: NDArray[np.int64]
-    targets_SR: NDArray[np.int64]
-    rows_R: NDArray[np.int64]
+    Padding has the id -1, and value and logprob -inf. targets_3P is -1 where there is none. index_P are the positions'
+    indices among those of the sequence.
+    """
+
+    ids_PK: NDArray[np.int64]
+    values_PK: NDArray[np.float64]
+    logprobs_PK: NDArray[np.float64]
+    filled_PK: NDArray[np.bool_]
+    counts_P: NDArray[np.int64]
+    targets_3P: NDArray[np.int64]
+    index_P: NDArray[np.int64]
 
 
 def blocks(sequence: ForeignSequence, values: ValueKind, cells_at_once: int = CELLS_AT_ONCE) -> Iterator[Block]:
-    """The rows that have entries, as rectangles of at most so many cells, or of one row."""
-    kept = np.flatnonzero(sequence.counts_R)
-    offsets_R1 = sequence.offsets_R1
+    """Yield the positions that have entries, as rectangles of at most this many cells, or of one position."""
+    kept = np.flatnonzero(sequence.counts_P)
+    offsets_P1 = sequence.offsets_P1
     start = 0
     while start < len(kept):
-        widest_R = np.maximum.accumulate(sequence.counts_R[kept[start:]])
-        cells_R = widest_R * np.arange(1, len(widest_R) + 1)
-        num_rows = max(1, int(np.searchsorted(cells_R, cells_at_once, side="right")))
-        yield _block(sequence, values, kept[start : start + num_rows], offsets_R1)
-        start += num_rows
+        widest_P = np.maximum.accumulate(sequence.counts_P[kept[start:]])
+        cells_P = widest_P * np.arange(1, len(widest_P) + 1)
+        num_positions = max(1, int(np.searchsorted(cells_P, cells_at_once, side="right")))
+        yield _block(sequence, values, kept[start : start + num_positions], offsets_P1)
+        start += num_positions
 
 
-def _block(sequence: ForeignSequence, kind: ValueKind, rows: NDArray[np.int64], offsets_R1: NDArray[np.int64]) -> Block:
-    counts_R = sequence.counts_R[rows]
-    filled_RK = np.arange(int(counts_R.max())) < counts_R[:, None]
-    places_RK = np.where(filled_RK, offsets_R1[rows][:, None] + np.arange(filled_RK.shape[1]), 0)
-    values_RK = np.where(filled_RK, sequence.values_E[places_RK], -np.inf)
-    log_z_R = None if sequence.log_z_R is None else sequence.log_z_R[rows]
-    logprobs_RK = as_logprobs(values_RK, kind, log_z_R)
+def _block(sequence: ForeignSequence, kind: ValueKind, positions: NDArray[np.int64], offsets_P1: NDArray[np.int64]) -> Block:
+    counts_P = sequence.counts_P[positions]
+    filled_PK = np.arange(int(counts_P.max())) < counts_P[:, None]
+    slots_PK = np.where(filled_PK, offsets_P1[positions][:, None] + np.arange(filled_PK.shape[1]), 0)
+    values_PK = np.where(filled_PK, sequence.values_E[slots_PK], -np.inf)
+    log_z_P = None if sequence.log_z_P is None else sequence.log_z_P[positions]
+    logprobs_PK = as_logprobs(values_PK, kind, log_z_P)
     return Block(
-        ids_RK=np.where(filled_RK, sequence.token_ids_E[places_RK], -1),
-        values_RK=values_RK,
-        logprobs_RK=np.where(filled_RK, logprobs_RK, -np.inf),
-        filled_RK=filled_RK,
-        counts_R=counts_R,
-        targets_SR=_targets(sequence, rows),
-        rows_R=rows,
+        ids_PK=np.where(filled_PK, sequence.token_ids_E[slots_PK], -1),
+        values_PK=values_PK,
+        logprobs_PK=np.where(filled_PK, logprobs_PK, -np.inf),
+        filled_PK=filled_PK,
+        counts_P=counts_P,
+        targets_3P=_targets(sequence, positions),
+        index_P=positions,
     )
 
 
-def as_logprobs(values_RK: NDArray[np.float64], kind: ValueKind, log_z_R: NDArray[np.float64] | None) -> NDArray[np.float64]:
-    """Logprobs of values of this kind; logits without a normaliser stay as they are. Sentinels become -inf."""
+def as_logprobs(values_PK: NDArray[np.float64], kind: ValueKind, log_z_P: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """Convert values of this kind to logprobs; logits without a normaliser stay as they are. Sentinels become -inf."""
     if kind == "probs":
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.log(values_RK)
+            return np.log(values_PK)
     if kind == "nll":
-        return -values_RK
-    if kind == "logits" and log_z_R is not None:
+        return -values_PK
+    if kind == "logits" and log_z_P is not None:
         with np.errstate(invalid="ignore"):
-            return values_RK - log_z_R[:, None]
-    return np.where(values_RK <= SENTINEL, -np.inf, values_RK) if kind == "logprobs" else values_RK
+            return values_PK - log_z_P[:, None]
+    return np.where(values_PK <= SENTINEL, -np.inf, values_PK) if kind == "logprobs" else values_PK
 
 
-def _targets(sequence: ForeignSequence, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _targets(sequence: ForeignSequence, positions: NDArray[np.int64]) -> NDArray[np.int64]:
     if sequence.input_ids_N is None:
-        return np.full((len(SHIFTS), len(rows)), -1, np.int64)
+        return np.full((len(SHIFTS), len(positions)), -1, np.int64)
     ids_N = sequence.input_ids_N
-    index_SR = sequence.positions_R[rows] + 1 + np.array(SHIFTS)[:, None]
-    inside_SR = (index_SR >= 0) & (index_SR < len(ids_N))
-    return np.where(inside_SR, ids_N[np.clip(index_SR, 0, max(len(ids_N) - 1, 0))] if len(ids_N) else -1, -1)
+    index_3P = sequence.positions_P[positions] + 1 + np.array(SHIFTS)[:, None]
+    inside_3P = (index_3P >= 0) & (index_3P < len(ids_N))
+    return np.where(inside_3P, ids_N[np.clip(index_3P, 0, max(len(ids_N) - 1, 0))] if len(ids_N) else -1, -1)
 
 
-def extra_rows(sequence: ForeignSequence, values: ValueKind) -> NDArray[np.bool_]:
-    """(R,) rows whose least entry the text may have chosen: it is no part of a top k.
+def may_hold_extra(sequence: ForeignSequence, values: ValueKind) -> NDArray[np.bool_]:
+    """Tell (P,) whether the text may have chosen a position's least entry, which then is not part of a top k.
 
-    Engines add the text's own token to the top k: rows of two widths, of which the wider have it; or first in the row, though
-    it is the least. What is left is cut by the teacher alone. Rows that are merely unsorted lose their least entry too.
+    Engines add the text's own token to the top k: positions then have two widths, and the wider ones hold it; or it
+    comes first, though it is the least. What is left is cut by the teacher alone. Positions that are merely unsorted lose
+    their least entry too.
     """
-    counts_R = sequence.counts_R
-    sizes = np.unique(counts_R[counts_R > 0])
+    counts_P = sequence.counts_P
+    sizes = np.unique(counts_P[counts_P > 0])
     if len(sizes) == 2 and sizes[1] == sizes[0] + 1:
-        return counts_R == sizes[1]
-    filled = np.flatnonzero(counts_R)
-    extra_R = np.zeros(len(counts_R), np.bool_)
+        return counts_P == sizes[1]
+    filled = np.flatnonzero(counts_P)
+    extra_P = np.zeros(len(counts_P), np.bool_)
     if len(filled):
-        starts = sequence.offsets_R1[:-1][filled]
+        starts = sequence.offsets_P1[:-1][filled]
         scores_E = -sequence.values_E if values == "nll" else sequence.values_E
-        is_first_least_R = (scores_E[starts] <= np.minimum.reduceat(scores_E, starts)) & (counts_R[filled] > 1)
-        extra_R = (counts_R > 1) & bool(is_first_least_R.any())
-    return extra_R
+        is_first_least_P = (scores_E[starts] <= np.minimum.reduceat(scores_E, starts)) & (counts_P[filled] > 1)
+        extra_P = (counts_P > 1) & bool(is_first_least_P.any())
+    return extra_P
 
 
-def has_duplicates(ids_RK: NDArray[np.int64], filled_RK: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(R,) whether an id stands twice in the row."""
+def has_duplicates(ids_PK: NDArray[np.int64], filled_PK: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Tell (P,) whether a position names an id twice."""
     # Padding gets ids of its own, so that it never equals anything.
-    distinct_RK = np.where(filled_RK, ids_RK, -2 - np.arange(ids_RK.shape[1]) - (1 << 40))
-    sorted_RK = np.sort(distinct_RK, axis=1)
-    return (sorted_RK[:, 1:] == sorted_RK[:, :-1]).any(axis=1)
+    distinct_PK = np.where(filled_PK, ids_PK, -2 - np.arange(ids_PK.shape[1]) - (1 << 40))
+    sorted_PK = np.sort(distinct_PK, axis=1)
+    return (sorted_PK[:, 1:] == sorted_PK[:, :-1]).any(axis=1)
 
 
-def logsumexp(values_RK: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(R,) log of the sum of exp over the last axis; -inf for rows of -inf."""
-    top_R = values_RK.max(axis=-1, initial=-np.inf)
-    safe_R = np.where(np.isfinite(top_R), top_R, 0.0)
+def logsumexp(values_PK: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return (P,) the log of the sum of exp over the last axis; -inf for positions of -inf."""
+    top_P = values_PK.max(axis=-1, initial=-np.inf)
+    safe_P = np.where(np.isfinite(top_P), top_P, 0.0)
     with np.errstate(divide="ignore"):
-        return np.log(np.exp(values_RK - safe_R[..., None]).sum(axis=-1)) + safe_R
+        return np.log(np.exp(values_PK - safe_P[..., None]).sum(axis=-1)) + safe_P

@@ -1,7 +1,4 @@
-"""Padding taken off a foreign sequence, by the mask that stands beside its tokens; and padding that no mask tells of.
-
-Shape letters: N tokens, R rows, E entries (ragged).
-"""
+"""Padding taken off a foreign sequence by the mask that comes with its tokens, and padding that no mask shows."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ LEAST_RUN, LEAST_SHARE, LEAST_SEQUENCES = 3, 0.4, 4
 
 
 def without_padding(sequence: ForeignSequence, mask_N: Any, where: str) -> ForeignSequence:
-    """The sequence between its padding on the left and on the right, rows and mask cut alike.
+    """The sequence between its padding on the left and on the right, positions and mask cut alike.
 
     Args:
-        sequence: with tokens and the positions that its rows claim among ALL tokens, padding included.
+        sequence: with tokens and the positions that its positions claim among ALL tokens, padding included.
         mask_N: (N,) 0 for padding; None where there is no mask.
         where: for messages.
 
@@ -45,16 +42,16 @@ def without_padding(sequence: ForeignSequence, mask_N: Any, where: str) -> Forei
         raise InputError(
             f"{where}: attention_mask has {end - start - len(real)} zeros between its ones; padding can stand at the ends alone"
         )
-    kept_R = (sequence.positions_R >= start) & (sequence.positions_R < end)
-    kept_E = np.repeat(kept_R, sequence.counts_R)
+    kept_P = (sequence.positions_P >= start) & (sequence.positions_P < end)
+    kept_E = np.repeat(kept_P, sequence.counts_P)
     return replace(
         sequence,
         input_ids_N=ids_N[start:end],
-        positions_R=sequence.positions_R[kept_R] - start,
-        counts_R=sequence.counts_R[kept_R],
+        positions_P=sequence.positions_P[kept_P] - start,
+        counts_P=sequence.counts_P[kept_P],
         token_ids_E=sequence.token_ids_E[kept_E],
         values_E=sequence.values_E[kept_E],
-        log_z_R=None if sequence.log_z_R is None else sequence.log_z_R[kept_R],
+        log_z_P=None if sequence.log_z_P is None else sequence.log_z_P[kept_P],
         learnt_N=None if sequence.learnt_N is None else sequence.learnt_N[start:end],
     )
 
@@ -88,11 +85,11 @@ class PaddingRuns:
     def findings(self) -> Iterator[Finding]:
         """What looks like padding."""
         for (side, token), lengths in self.lengths.items():
-            number = lengths.total()
-            if len(lengths) < 2 or number < max(LEAST_SHARE * self.num_sequences, LEAST_SEQUENCES):
+            count = lengths.total()
+            if len(lengths) < 2 or count < max(LEAST_SHARE * self.num_sequences, LEAST_SEQUENCES):
                 continue
             sentence = (
-                f"{number:,} of {self.num_sequences:,} sequences {side} {min(lengths)} to {max(lengths)} times the token "
+                f"{count:,} of {self.num_sequences:,} sequences {side} {min(lengths)} to {max(lengths)} times the token "
                 f"{token}: that looks like padding, which would be read and learnt as text, and no column says where it is; "
                 "name the mask with --column attention_mask=NAME, or cut the padding off"
             )
@@ -106,10 +103,10 @@ def _run(ids_N: NDArray[np.int64]) -> int:
 
 
 def _is_learnt(sequence: ForeignSequence, start: int) -> bool:
-    """Whether a row with an entry is about a token of the run, and no mask leaves it out."""
-    rows_E = np.repeat(np.arange(len(sequence.counts_R)), sequence.counts_R)
-    given = np.unique(rows_E[sequence.values_E > SENTINEL])
-    targets = sequence.positions_R[given] + 1
+    """Whether a position with an entry is about a token of the run, and no mask leaves it out."""
+    position_E = np.repeat(np.arange(len(sequence.counts_P)), sequence.counts_P)
+    given = np.unique(position_E[sequence.values_E > SENTINEL])
+    targets = sequence.positions_P[given] + 1
     assert sequence.input_ids_N is not None
     targets = targets[(targets > start) & (targets < len(sequence.input_ids_N))]
     return bool(len(targets)) and (sequence.learnt_N is None or bool(sequence.learnt_N[targets].any()))

@@ -1,9 +1,10 @@
-"""Whether rows belong to their text, without the teacher: how often the target is in the support, beside the rows' mass.
+"""Whether positions belong to their text, without the teacher: how often targets are in the support, and the supports' mass.
 
-A row that gives its support the probability m says that the target is outside it with probability 1 - m. Over the rows of a
-text that its teacher is calibrated on, misses and that add up. A row beside the wrong token misses far more often.
+A position that gives its support the probability m says that the target is outside it with probability 1 - m. Over the
+positions of a text that its teacher is calibrated on, misses and that add up. A position at the wrong token misses far
+more often.
 
-Shape letters: R rows, S shifts, G tilts of the bound. README.md defines the numbers and says what was measured.
+README.md defines the numbers and says what was measured. An axis of length 3 is over SHIFTS.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from kdcache.foreign.base import ForeignSequence
 from kdcache.foreign.blocks import SHIFTS, Block
 
 _SIZES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
-TILTS_G = np.array([*(-size for size in _SIZES), *_SIZES, 5.0, 6.0, 7.0, 8.0])
-"""Of the exponential in Chernoff's bound: the odds of a miss are multiplied by exp of these; small ones for many rows."""
+TILTS = np.array([*(-size for size in _SIZES), *_SIZES, 5.0, 6.0, 7.0, 8.0])
+"""Of the exponential in Chernoff's bound: the odds of a miss are multiplied by exp of these; small ones for many positions."""
 
 LEAST_MISS = 4e-3
-"""A row of bfloat16 has no better known mass; and every text has a typing error that no teacher expects."""
+"""A position of bfloat16 has no better known mass; and every text has a typing error that no teacher expects."""
 
 FLOOR_NATS = 1.0
 """A target outside the support is scored as the support's least entry minus this: no more is known of it."""
@@ -33,20 +34,20 @@ BEYOND, WITHIN = 6.0, 3.0
 """Deviations from which on chance is no explanation, and up to which it is."""
 
 FOREIGN_SHARE, SOUND_SHARE, PROVEN_SHARE = 0.7, 0.85, 0.9
-"""How much of the way from chance hits to those that the rows claim must be found. A chat model that is surer of plain text
-than it should be stays above the second; half of the rows out of place stay below the first. Between
+"""How much of the way from chance hits to the claimed ones must be found. A chat model that is surer of plain text
+than it should be stays above the second; half of the positions out of place stay below the first. Between
 the last two nothing is proven."""
 
 MIN_COMMON_SHARE = 0.3
-"""Of all rows together; below it they are all foreign, and none is to be named."""
+"""Of all positions together; below it they are all foreign, and none is to be named."""
 
 GAIN_NATS = 4.0
 """By how much a sequence's text must be likelier under another shift, which fits, to be called out of place where hits alone
-are between WITHIN and BEYOND. In sound sequences of fifty rows other shifts are 20 to 700 nats less likely."""
+are between WITHIN and BEYOND. In sound sequences of fifty positions other shifts are 20 to 700 nats less likely."""
 
-MIN_ROWS = 32
+MIN_POSITIONS = 32
 MIN_CLAIM = 0.05
-"""Rows that hold (nearly) the whole vocabulary hit any text: they must claim this much more than chance."""
+"""Positions that hold (nearly) the whole vocabulary hit any text: they must claim this much more than chance."""
 
 NUM_SUSPECTS, NUM_ASKED = 1000, 4
 """Sequences that are kept by name, and those that are kept whole for a teacher to be asked about."""
@@ -56,13 +57,13 @@ Verdict = Literal["proven", "consistent", "doubtful", "unclear", "foreign", "unt
 
 @dataclass(frozen=True)
 class Suspect:
-    """A sequence with fewer hits than its rows claim.
+    """A sequence with fewer hits than its positions claim.
 
     Attributes:
         source: where it is.
         deviations: negative; before the number of sequences is taken into account.
-        claimed, found, chance: shares of its rows, as in `Evidence`.
-        other_shift: the likeliest shift under which the same rows fit; None where there is none.
+        claimed, found, chance: shares of its positions, as in `Evidence`.
+        other_shift: the likeliest shift under which the same positions fit; None where there is none.
         gain: nats by which the text is likelier under that shift, given the support; 0 where there is none.
     """
 
@@ -76,30 +77,30 @@ class Suspect:
 
     @property
     def share(self) -> float:
-        """Of the way from chance to what the rows claim, how much is found."""
+        """Of the way from chance to what the positions claim, how much is found."""
         return share(self.claimed, self.found, self.chance)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What hits and masses say of one shift of the rows.
+    """What hits and masses say of one shift of the positions.
 
     Attributes:
         shift: which.
-        num_rows, num_sequences: that could be looked at.
-        claimed: mean mass of the rows: the share of targets that should be in the support.
+        num_positions, num_sequences: that could be looked at.
+        claimed: mean mass of the positions: the share of targets that should be in the support.
         found: the share that is.
         chance: the same under the other shift that hits less often.
-        deviations: of all rows, negative for too few hits; exp(-deviations^2 / 2) bounds how likely that is.
+        deviations: of all positions, negative for too few hits; exp(-deviations^2 / 2) bounds how likely that is.
         worst: that of the worst sequence, with the number of sequences taken into account; 0 where chance explains it.
         rival: of the other shift that fits best.
         suspects: sequences beyond chance and below FOREIGN_SHARE, the worst first; NUM_SUSPECTS at most.
         verdict: `proven`: this shift fits, and the others do not; `consistent`: it fits, and so does another; `doubtful`,
-            `unclear`, `foreign`: it fits less and less; `untested`: too few rows, or rows that hit any text.
+            `unclear`, `foreign`: it fits less and less; `untested`: too few positions, or positions that hit any text.
     """
 
     shift: int
-    num_rows: int
+    num_positions: int
     num_sequences: int
     claimed: float
     found: float
@@ -112,42 +113,42 @@ class Evidence:
 
     @property
     def share(self) -> float:
-        """Of the way from chance to what the rows claim, how much is found."""
+        """Of the way from chance to what the positions claim, how much is found."""
         return share(self.claimed, self.found, self.chance)
 
 
 @dataclass
 class _Sums:
-    """Of rows, per shift: how many, their misses, the misses that they claim, and the bound's logarithm per tilt; and the
-    text's logprob over rows that have a target under every shift."""
+    """Of positions, per shift: how many, their misses, the misses that they claim, and the bound's logarithm per tilt; and the
+    text's logprob over positions that have a target under every shift."""
 
-    rows_S: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
-    misses_S: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
-    claimed_S: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
-    bound_SG: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(SHIFTS), len(TILTS_G))))
-    score_S: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
+    num_3: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
+    misses_3: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
+    claimed_3: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
+    bounds_by_shift: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(SHIFTS), len(TILTS))))
+    score_3: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
 
     def add(self, other: _Sums) -> None:
-        self.rows_S += other.rows_S
-        self.misses_S += other.misses_S
-        self.claimed_S += other.claimed_S
-        self.bound_SG += other.bound_SG
-        self.score_S += other.score_S
+        self.num_3 += other.num_3
+        self.misses_3 += other.misses_3
+        self.claimed_3 += other.claimed_3
+        self.bounds_by_shift += other.bounds_by_shift
+        self.score_3 += other.score_3
 
     def deviations(self, index: int) -> float:
-        """Signed root of twice Chernoff's exponent: for many rows what (hits - masses) / sqrt(sum m (1 - m)) is."""
-        excess = self.misses_S[index] - self.claimed_S[index]
-        exponents_G = TILTS_G * self.misses_S[index] - self.bound_SG[index]
-        best = float(exponents_G[TILTS_G * excess >= 0].max(initial=0.0))
+        """Signed root of twice Chernoff's exponent: for many positions what (hits - masses) / sqrt(sum m (1 - m)) is."""
+        excess = self.misses_3[index] - self.claimed_3[index]
+        exponents = TILTS * self.misses_3[index] - self.bounds_by_shift[index]
+        best = float(exponents[TILTS * excess >= 0].max(initial=0.0))
         return -math.copysign(math.sqrt(2 * best), excess) if best > 0 else 0.0
 
     def shares(self, index: int) -> tuple[float, float, float]:
-        """The hits that are claimed, found, and found by chance, per row."""
-        rows = self.rows_S
-        found_S = 1 - np.divide(self.misses_S, rows, out=np.ones(len(SHIFTS)), where=rows > 0)
-        others = [float(found_S[i]) for i in range(len(SHIFTS)) if i != index and rows[i]]
-        claimed = 1 - float(self.claimed_S[index] / rows[index]) if rows[index] else math.nan
-        return claimed, float(found_S[index]), min(others, default=0.0)
+        """The hits that are claimed, found, and found by chance, per position."""
+        positions = self.num_3
+        found_3 = 1 - np.divide(self.misses_3, positions, out=np.ones(len(SHIFTS)), where=positions > 0)
+        others = [float(found_3[i]) for i in range(len(SHIFTS)) if i != index and positions[i]]
+        claimed = 1 - float(self.claimed_3[index] / positions[index]) if positions[index] else math.nan
+        return claimed, float(found_3[index]), min(others, default=0.0)
 
 
 @dataclass
@@ -160,28 +161,28 @@ class Proof:
     _worst: list[list[tuple[float, int, Suspect]]] = field(default_factory=lambda: [[] for _ in SHIFTS])
     _whole: list[tuple[float, int, ForeignSequence]] = field(default_factory=list)
 
-    def add_block(self, block: Block, sequence: ForeignSequence, extra_R: NDArray[np.bool_]) -> None:
-        """Rows of one sequence; `extra_R` are rows whose least entry the text itself may have chosen (`blocks.extra_rows`)."""
-        given_RK = block.filled_RK & (block.logprobs_RK > -np.inf) & (block.logprobs_RK < np.inf)
-        given_RK = _without_least(given_RK, block.logprobs_RK, extra_R[block.rows_R])
-        mass_R = np.where(given_RK, np.exp(np.minimum(block.logprobs_RK, 50.0)), 0.0).sum(axis=1)
-        miss_R = np.clip(1 - mass_R, LEAST_MISS, 1.0)
-        usable_R = given_RK.any(axis=1) & ~np.isnan(block.logprobs_RK).any(axis=1) & (mass_R < 2)
-        usable_SR = usable_R & (block.targets_SR >= 0) & _learnt(sequence, block)
-        bound_RG = np.log1p(miss_R[:, None] * np.expm1(TILTS_G))
-        is_target_SRK = np.stack([given_RK & (block.ids_RK == targets_R[:, None]) for targets_R in block.targets_SR])
-        hits_SR: NDArray[np.bool_] = np.any(is_target_SRK, axis=2)
-        scores_SR = _scores(is_target_SRK, hits_SR, given_RK, block.logprobs_RK)
+    def add_block(self, block: Block, sequence: ForeignSequence, extra_P: NDArray[np.bool_]) -> None:
+        """Add positions of one sequence; `extra_P` marks those whose least entry the text may have chosen."""
+        given_PK = block.filled_PK & (block.logprobs_PK > -np.inf) & (block.logprobs_PK < np.inf)
+        given_PK = _without_least(given_PK, block.logprobs_PK, extra_P[block.index_P])
+        mass_P = np.where(given_PK, np.exp(np.minimum(block.logprobs_PK, 50.0)), 0.0).sum(axis=1)
+        miss_P = np.clip(1 - mass_P, LEAST_MISS, 1.0)
+        usable_P = given_PK.any(axis=1) & ~np.isnan(block.logprobs_PK).any(axis=1) & (mass_P < 2)
+        usable_3P = usable_P & (block.targets_3P >= 0) & _learnt(sequence, block)
+        bounds_by_position = np.log1p(miss_P[:, None] * np.expm1(TILTS))
+        is_target_3PK = np.stack([given_PK & (block.ids_PK == targets_P[:, None]) for targets_P in block.targets_3P])
+        hits_3P: NDArray[np.bool_] = np.any(is_target_3PK, axis=2)
+        scores_3P = _scores(is_target_3PK, hits_3P, given_PK, block.logprobs_PK)
         self._current.add(_Sums(
-            usable_SR.sum(axis=1).astype(np.float64), (usable_SR & ~hits_SR).sum(axis=1).astype(np.float64),
-            usable_SR @ miss_R, usable_SR.astype(np.float64) @ bound_RG,
-            np.where(usable_SR.all(axis=0), scores_SR, 0.0).sum(axis=1),
+            usable_3P.sum(axis=1).astype(np.float64), (usable_3P & ~hits_3P).sum(axis=1).astype(np.float64),
+            usable_3P @ miss_P, usable_3P.astype(np.float64) @ bounds_by_position,
+            np.where(usable_3P.all(axis=0), scores_3P, 0.0).sum(axis=1),
         ))  # fmt: skip
 
     def close(self, sequence: ForeignSequence) -> None:
         """The sequence is at its end."""
         sums, self._current = self._current, _Sums()
-        if not sums.rows_S.any():
+        if not sums.num_3.any():
             return
         self.total.add(sums)
         self.num_sequences += 1
@@ -195,7 +196,7 @@ class Proof:
                 _keep(self._whole, NUM_ASKED, (-deviations, self.num_sequences, sequence))
 
     def at(self, shift: int) -> Evidence:
-        """What is known of the rows under a shift."""
+        """What is known of the positions under a shift."""
         index = SHIFTS.index(shift)
         claimed, found, chance = self.total.shares(index)
         deviations = self.total.deviations(index)
@@ -206,10 +207,10 @@ class Proof:
         limit = FOREIGN_SHARE * min(common, 1.0) if common > MIN_COMMON_SHARE else -math.inf
         foreign = [s for s in known if self._is_beyond(s) and s.share < limit]
         rivals = [self.total.deviations(i) for i in range(len(SHIFTS)) if i != index]
-        num_rows = int(self.total.rows_S[index])
+        num_positions = int(self.total.num_3[index])
         found_here = Evidence(
             shift,
-            num_rows,
+            num_positions,
             self.num_sequences,
             claimed,
             found,
@@ -220,7 +221,7 @@ class Proof:
             tuple(foreign),
             "untested",
         )
-        return replace(found_here, verdict=_verdict(found_here, float(np.delete(self.total.rows_S, index).min())))
+        return replace(found_here, verdict=_verdict(found_here, float(np.delete(self.total.num_3, index).min())))
 
     def suspects(self) -> list[ForeignSequence]:
         """Whole sequences that a teacher should be asked about, the worst first; those that chance explains are left out."""
@@ -239,9 +240,9 @@ class Proof:
         return -math.sqrt(rest) if rest > 0 else 0.0
 
 
-def _verdict(evidence: Evidence, rows_of_rivals: float) -> Verdict:
+def _verdict(evidence: Evidence, num_rival_positions: float) -> Verdict:
     e = evidence
-    if e.num_rows < MIN_ROWS or not e.claimed - min(e.chance, e.found) > MIN_CLAIM:
+    if e.num_positions < MIN_POSITIONS or not e.claimed - min(e.chance, e.found) > MIN_CLAIM:
         return "untested"
     if e.suspects or (e.deviations <= -BEYOND and e.share < FOREIGN_SHARE):
         return "foreign"
@@ -249,51 +250,51 @@ def _verdict(evidence: Evidence, rows_of_rivals: float) -> Verdict:
         return "unclear"
     if e.deviations <= -WITHIN and e.share < PROVEN_SHARE:
         return "doubtful"
-    return "proven" if e.rival <= -BEYOND and rows_of_rivals and e.found > e.chance else "consistent"
+    return "proven" if e.rival <= -BEYOND and num_rival_positions and e.found > e.chance else "consistent"
 
 
 def share(claimed: float, found: float, chance: float) -> float:
-    """Of the way from chance to what the rows claim, how much is found; 1 where there is no way."""
+    """Of the way from chance to what the positions claim, how much is found; 1 where there is no way."""
     room = claimed - chance
     return (found - chance) / room if room > MIN_CLAIM else 1.0
 
 
 def _other_shift(sums: _Sums, index: int) -> tuple[int | None, float]:
     """The likeliest other shift that fits, and how much likelier than this one the text is there."""
-    fitting = [i for i in range(len(SHIFTS)) if i != index and sums.rows_S[i] and sums.deviations(i) > -WITHIN]
+    fitting = [i for i in range(len(SHIFTS)) if i != index and sums.num_3[i] and sums.deviations(i) > -WITHIN]
     if not fitting:
         return None, 0.0
-    best = max(fitting, key=lambda i: sums.score_S[i])
-    return SHIFTS[best], float(sums.score_S[best] - sums.score_S[index])
+    best = max(fitting, key=lambda i: sums.score_3[i])
+    return SHIFTS[best], float(sums.score_3[best] - sums.score_3[index])
 
 
 def _scores(
-    is_target_SRK: NDArray[np.bool_], hits_SR: NDArray[np.bool_], given_RK: NDArray[np.bool_], logprobs_RK: NDArray[np.float64]
+    is_target_3PK: NDArray[np.bool_], hits_3P: NDArray[np.bool_], given_PK: NDArray[np.bool_], logprobs_PK: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """(S, R) logprob of each shift's target; outside the support that of the least entry, less a nat."""
-    least_R = np.where(given_RK, logprobs_RK, np.inf).min(axis=1)
-    found_SR = np.where(is_target_SRK, logprobs_RK, -np.inf).max(axis=2)
-    with np.errstate(invalid="ignore"):  # rows without an entry, which are not counted
-        return np.where(hits_SR, found_SR, least_R - FLOOR_NATS)
+    """Return (3, P) the logprob of each shift's target; outside the support that of the least entry, less a nat."""
+    least_P = np.where(given_PK, logprobs_PK, np.inf).min(axis=1)
+    found_3P = np.where(is_target_3PK, logprobs_PK, -np.inf).max(axis=2)
+    with np.errstate(invalid="ignore"):  # positions without an entry, which are not counted
+        return np.where(hits_3P, found_3P, least_P - FLOOR_NATS)
 
 
 def _without_least(
-    given_RK: NDArray[np.bool_], logprobs_RK: NDArray[np.float64], extra_R: NDArray[np.bool_]
+    given_PK: NDArray[np.bool_], logprobs_PK: NDArray[np.float64], extra_P: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    if not extra_R.any():
-        return given_RK
-    least_R = np.where(given_RK, logprobs_RK, np.inf).argmin(axis=1)
-    kept_RK = given_RK.copy()
-    kept_RK[np.flatnonzero(extra_R), least_R[extra_R]] = False
-    return kept_RK
+    if not extra_P.any():
+        return given_PK
+    least_P = np.where(given_PK, logprobs_PK, np.inf).argmin(axis=1)
+    kept_PK = given_PK.copy()
+    kept_PK[np.flatnonzero(extra_P), least_P[extra_P]] = False
+    return kept_PK
 
 
 def _learnt(sequence: ForeignSequence, block: Block) -> NDArray[np.bool_]:
-    """(S, R) whether the token that a row would be about is one that the file's own mask does not leave out, as padding."""
+    """Tell (3, P) whether the file's own mask keeps the token that a position would be about."""
     if sequence.learnt_N is None:
-        return np.ones(block.targets_SR.shape, np.bool_)
-    at_SR = sequence.positions_R[block.rows_R] + 1 + np.array(SHIFTS)[:, None]
-    return sequence.learnt_N[np.clip(at_SR, 0, len(sequence.learnt_N) - 1)]
+        return np.ones(block.targets_3P.shape, np.bool_)
+    at_3P = sequence.positions_P[block.index_P] + 1 + np.array(SHIFTS)[:, None]
+    return sequence.learnt_N[np.clip(at_3P, 0, len(sequence.learnt_N) - 1)]
 
 
 def _keep(kept: list, size: int, item: tuple) -> None:

@@ -1,6 +1,7 @@
 """Foreign sequences as records of ours: shifted, repaired where asked, sorted; with an account of what was left out.
 
-Shape letters: N tokens, R rows, E entries of all rows (ragged), P positions.
+Arrays with a letter are over all stored positions (P) or their entries (E); those without, over the positions that are kept.
+
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ impossible ones, which no NLL includes. Any finite number would be made up."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordOptions:
-    """How foreign rows become records.
+class RecordConfig:
+    """How foreign positions become records.
 
     Attributes:
         values: what the values are.
         vocab_size: every id must be below it.
-        shift: added to each row's position.
+        shift: added to each position's position.
         repairs: of REPAIRS.
-        widest: entries of the widest rows, for `k+1`.
-        has_extra: whether the widest rows hold the target beside their top k; else a row that starts with its least entry does.
+        widest: entries of the widest positions, for `k+1`.
+        has_extra: whether the widest positions hold the target beside their top k; else a position that starts with
+            its least entry does.
     """
 
     values: ValueKind
@@ -49,7 +51,7 @@ class RecordOptions:
 
 @dataclass
 class Account:
-    """What became of the rows: reason -> how many were left out; and what was done to others."""
+    """What became of the positions: reason -> how many were left out; and what was done to others."""
 
     num_records: int = 0
     num_positions: int = 0
@@ -60,15 +62,15 @@ class Account:
 
 @dataclass(slots=True, eq=False)
 class _Entries:
-    """Entries of the rows that are kept, E at a time, cut down step by step."""
+    """Entries of the positions that are kept, E at a time, cut down step by step."""
 
-    rows_E: NDArray[np.int64]
+    position_E: NDArray[np.int64]
     ids_E: NDArray[np.int64]
     logprobs_E: NDArray[np.float64]
     ranks_E: NDArray[np.int64]
 
     def keep(self, kept_E: NDArray[np.bool_] | NDArray[np.int64]) -> None:
-        self.rows_E, self.ids_E = self.rows_E[kept_E], self.ids_E[kept_E]
+        self.position_E, self.ids_E = self.position_E[kept_E], self.ids_E[kept_E]
         self.logprobs_E, self.ranks_E = self.logprobs_E[kept_E], self.ranks_E[kept_E]
 
 
@@ -84,46 +86,46 @@ def without_fitted(cache: ForeignCache) -> ForeignCache:
 
 def _exact_sequences(read: Callable[[], Iterator[ForeignSequence]], first: int) -> Iterator[ForeignSequence]:
     for sequence in read():
-        ranks_E = np.arange(len(sequence.values_E)) - np.repeat(sequence.offsets_R1[:-1], sequence.counts_R)
+        ranks_E = np.arange(len(sequence.values_E)) - np.repeat(sequence.offsets_P1[:-1], sequence.counts_P)
         kept_E = ranks_E < first
         yield replace(
             sequence,
-            counts_R=np.minimum(sequence.counts_R, first),
+            counts_P=np.minimum(sequence.counts_P, first),
             token_ids_E=sequence.token_ids_E[kept_E],
             values_E=sequence.values_E[kept_E],
         )
 
 
-def to_record(sequence: ForeignSequence, options: RecordOptions, account: Account) -> SequenceRecord | None:
-    """The record, or None where no row is left.
+def to_record(sequence: ForeignSequence, config: RecordConfig, account: Account) -> SequenceRecord | None:
+    """The record, or None where no position is left.
 
     Raises:
         InputError: an id outside the vocabulary, a duplicate with another value, a value that is no logprob.
     """
     ids_N = sequence.input_ids_N
     if ids_N is None or not len(ids_N):
-        account.left_out["rows without tokens"] += len(sequence.counts_R)
+        account.left_out["positions without tokens"] += len(sequence.counts_P)
         return None
-    _check_ids(sequence, options.values, options.vocab_size)
-    positions_R = sequence.positions_R + options.shift
-    kept_R = _kept(sequence, positions_R, options.values, account)
-    if not kept_R.any():
-        account.left_out["sequences without a row"] += 1
+    _check_ids(sequence, config.values, config.vocab_size)
+    positions_P = sequence.positions_P + config.shift
+    kept_P = _kept(sequence, positions_P, config.values, account)
+    if not kept_P.any():
+        account.left_out["sequences without a position"] += 1
         return None
     following_N = np.append(ids_N[1:], NO_TARGET)
-    targets_R = np.where(kept_R, following_N[np.clip(positions_R, 0, len(ids_N) - 1)], NO_TARGET)
-    entries, known_R = _entries(sequence, kept_R, targets_R, options, account)
-    has_entries_R = np.bincount(entries.rows_E, minlength=len(kept_R)) > 0
-    account.left_out["rows that a repair leaves no entry in"] += int((kept_R & ~has_entries_R).sum())
-    rows = np.flatnonzero(kept_R & has_entries_R)
-    if not len(rows):
-        account.left_out["sequences without a row"] += 1
+    targets_P = np.where(kept_P, following_N[np.clip(positions_P, 0, len(ids_N) - 1)], NO_TARGET)
+    entries, known_P = _entries(sequence, kept_P, targets_P, config, account)
+    has_entries_P = np.bincount(entries.position_E, minlength=len(kept_P)) > 0
+    account.left_out["positions that a repair leaves no entry in"] += int((kept_P & ~has_entries_P).sum())
+    positions = np.flatnonzero(kept_P & has_entries_P)
+    if not len(positions):
+        account.left_out["sequences without a position"] += 1
         return None
     supervised_N = np.zeros(len(ids_N), np.bool_)
-    supervised_N[positions_R[rows]] = True
-    distributions = _distributions(entries, rows, targets_R, known_R, account)
+    supervised_N[positions_P[positions]] = True
+    distributions = _distributions(entries, positions, targets_P, known_P, account)
     account.num_records += 1
-    account.num_positions += len(rows)
+    account.num_positions += len(positions)
     tokens_N = ids_N.astype(np.int32)
     return SequenceRecord(
         TokenSequence(
@@ -149,108 +151,112 @@ def _check_ids(sequence: ForeignSequence, values: ValueKind, vocab_size: int) ->
             )
 
 
-def _kept(sequence: ForeignSequence, positions_R: NDArray[np.int64], values: ValueKind, account: Account) -> NDArray[np.bool_]:
+def _kept(sequence: ForeignSequence, positions_P: NDArray[np.int64], values: ValueKind, account: Account) -> NDArray[np.bool_]:
     assert sequence.input_ids_N is not None
     num_tokens = len(sequence.input_ids_N)
-    # A row whose entries are all -inf says nothing: it is missing, and must not be learnt as a tail of mass 1.
-    rows_E = np.repeat(np.arange(len(sequence.counts_R)), sequence.counts_R)
+    # A position whose entries are all -inf says nothing: it is missing, and must not be learnt as a tail of mass 1.
+    position_E = np.repeat(np.arange(len(sequence.counts_P)), sequence.counts_P)
     given_E = ~np.isneginf(as_logprobs(sequence.values_E[:, None], values, None)[:, 0])
-    filled_R = np.bincount(rows_E[given_E], minlength=len(sequence.counts_R)) > 0
-    inside_R = (positions_R >= 0) & (positions_R < num_tokens)
-    kept_R = filled_R & inside_R
-    account.left_out["empty rows"] += int((~filled_R).sum())
-    account.left_out["rows outside their text"] += int((filled_R & ~inside_R).sum())
+    filled_P = np.bincount(position_E[given_E], minlength=len(sequence.counts_P)) > 0
+    inside_P = (positions_P >= 0) & (positions_P < num_tokens)
+    kept_P = filled_P & inside_P
+    account.left_out["empty positions"] += int((~filled_P).sum())
+    account.left_out["positions outside their text"] += int((filled_P & ~inside_P).sum())
     if sequence.learnt_N is not None:
         next_learnt_N = np.append(sequence.learnt_N[1:], False)
-        masked_R = kept_R & ~next_learnt_N[np.clip(positions_R, 0, num_tokens - 1)]
-        account.left_out["rows that the file's mask leaves out"] += int(masked_R.sum())
-        kept_R &= ~masked_R
-    return kept_R
+        masked_P = kept_P & ~next_learnt_N[np.clip(positions_P, 0, num_tokens - 1)]
+        account.left_out["positions that the file's mask leaves out"] += int(masked_P.sum())
+        kept_P &= ~masked_P
+    return kept_P
 
 
 def _entries(
-    sequence: ForeignSequence, kept_R: NDArray[np.bool_], targets_R: NDArray[np.int64], options: RecordOptions, account: Account
+    sequence: ForeignSequence, kept_P: NDArray[np.bool_], targets_P: NDArray[np.int64], config: RecordConfig, account: Account
 ) -> tuple[_Entries, NDArray[np.float64]]:
-    """The entries of the kept rows after every repair, in order; and (R,) the target's logprob where a repair took it out."""
-    counts_R = sequence.counts_R
-    log_z_E = None if sequence.log_z_R is None else np.repeat(sequence.log_z_R, counts_R)
-    rows_E = np.repeat(np.arange(len(counts_R)), counts_R)
+    """Return the entries of kept positions after every repair, and (P,) logprobs of the targets that a repair took out."""
+    counts_P = sequence.counts_P
+    log_z_E = None if sequence.log_z_P is None else np.repeat(sequence.log_z_P, counts_P)
+    position_E = np.repeat(np.arange(len(counts_P)), counts_P)
     entries = _Entries(
-        rows_E,
+        position_E,
         sequence.token_ids_E,
-        as_logprobs(sequence.values_E[:, None], options.values, log_z_E)[:, 0],
-        np.arange(len(rows_E)) - sequence.offsets_R1[rows_E],
+        as_logprobs(sequence.values_E[:, None], config.values, log_z_E)[:, 0],
+        np.arange(len(position_E)) - sequence.offsets_P1[position_E],
     )
-    entries.keep(kept_R[rows_E])
+    entries.keep(kept_P[position_E])
     if np.isnan(entries.logprobs_E).any() or np.isposinf(entries.logprobs_E).any():
-        raise InputError(f"{sequence.source}: a value is NaN or infinite; the row cannot be stored")
-    known_R = np.full(len(counts_R), np.nan)
-    if "k+1" in options.repairs:
-        _take_targets_out(entries, counts_R, targets_R, known_R, options)
-        account.repaired["k+1"] += int((~np.isnan(known_R)).sum())
+        raise InputError(f"{sequence.source}: a value is NaN or infinite; the position cannot be stored")
+    known_P = np.full(len(counts_P), np.nan)
+    if "k+1" in config.repairs:
+        _take_targets_out(entries, counts_P, targets_P, known_P, config)
+        account.repaired["k+1"] += int((~np.isnan(known_P)).sum())
     entries.keep(entries.logprobs_E > -np.inf)
-    if "duplicates" in options.repairs:
-        before = len(entries.rows_E)
+    if "duplicates" in config.repairs:
+        before = len(entries.position_E)
         entries.keep(_first_of_each(entries))
-        account.repaired["duplicates"] += before - len(entries.rows_E)
-    entries.keep(np.lexsort((entries.ids_E, -entries.logprobs_E, entries.rows_E)))
+        account.repaired["duplicates"] += before - len(entries.position_E)
+    entries.keep(np.lexsort((entries.ids_E, -entries.logprobs_E, entries.position_E)))
     _refuse_duplicates(entries, sequence.source)
-    return entries, known_R
+    return entries, known_P
 
 
 def _take_targets_out(
     entries: _Entries,
-    counts_R: NDArray[np.int64],
-    targets_R: NDArray[np.int64],
-    known_R: NDArray[np.float64],
-    options: RecordOptions,
+    counts_P: NDArray[np.int64],
+    targets_P: NDArray[np.int64],
+    known_P: NDArray[np.float64],
+    config: RecordConfig,
 ) -> None:
-    """Move the target from the support to beside it where the engine added it: there it is the row's least entry."""
-    least_R = np.full(len(counts_R), np.inf)
-    np.minimum.at(least_R, entries.rows_E, entries.logprobs_E)
-    is_least_E = (entries.ids_E == targets_R[entries.rows_E]) & (entries.logprobs_E <= least_R[entries.rows_E])
-    where_E = counts_R[entries.rows_E] == options.widest if options.has_extra else entries.ranks_E == 0
-    out_E = is_least_E & where_E & (counts_R[entries.rows_E] > 1)
-    known_R[entries.rows_E[out_E]] = entries.logprobs_E[out_E]
+    """Move the target from the support to beside it where the engine added it: there it is the position's least entry."""
+    least_P = np.full(len(counts_P), np.inf)
+    np.minimum.at(least_P, entries.position_E, entries.logprobs_E)
+    is_least_E = (entries.ids_E == targets_P[entries.position_E]) & (entries.logprobs_E <= least_P[entries.position_E])
+    where_E = counts_P[entries.position_E] == config.widest if config.has_extra else entries.ranks_E == 0
+    out_E = is_least_E & where_E & (counts_P[entries.position_E] > 1)
+    known_P[entries.position_E[out_E]] = entries.logprobs_E[out_E]
     entries.keep(~out_E)
 
 
 def _first_of_each(entries: _Entries) -> NDArray[np.int64]:
-    """Indices of the greatest entry of each (row, id)."""
-    order = np.lexsort((entries.ranks_E, -entries.logprobs_E, entries.ids_E, entries.rows_E))
-    rows, ids = entries.rows_E[order], entries.ids_E[order]
-    is_first = np.append(True, (rows[1:] != rows[:-1]) | (ids[1:] != ids[:-1])) if len(order) else np.zeros(0, bool)
+    """Indices of the greatest entry of each (position, id)."""
+    order = np.lexsort((entries.ranks_E, -entries.logprobs_E, entries.ids_E, entries.position_E))
+    positions, ids = entries.position_E[order], entries.ids_E[order]
+    is_first = np.append(True, (positions[1:] != positions[:-1]) | (ids[1:] != ids[:-1])) if len(order) else np.zeros(0, bool)
     return np.sort(order[is_first])
 
 
 def _refuse_duplicates(entries: _Entries, source: str) -> None:
-    keys = np.sort(entries.rows_E * (int(entries.ids_E.max(initial=0)) + 1) + entries.ids_E)
+    keys = np.sort(entries.position_E * (int(entries.ids_E.max(initial=0)) + 1) + entries.ids_E)
     if (keys[1:] == keys[:-1]).any():
-        raise InputError(f"{source}: a row names an id twice; --repair duplicates keeps the greater value")
+        raise InputError(f"{source}: a position names an id twice; --repair duplicates keeps the greater value")
 
 
 def _distributions(
-    entries: _Entries, rows: NDArray[np.int64], targets_R: NDArray[np.int64], known_R: NDArray[np.float64], account: Account
+    entries: _Entries,
+    positions: NDArray[np.int64],
+    targets_P: NDArray[np.int64],
+    known_P: NDArray[np.float64],
+    account: Account,
 ) -> Distributions:
-    place_R = np.full(len(targets_R), -1)
-    place_R[rows] = np.arange(len(rows))
-    at_E = place_R[entries.rows_E]
-    mass_P = np.bincount(at_E, np.exp(entries.logprobs_E), len(rows))
+    rank_P = np.full(len(targets_P), -1)
+    rank_P[positions] = np.arange(len(positions))
+    at_E = rank_P[entries.position_E]
+    mass = np.bincount(at_E, np.exp(entries.logprobs_E), len(positions))
     # A normaliser in half precision leaves masses a little above 1: they are brought back to it.
-    over_P = np.log(np.maximum(mass_P, 1.0))
-    account.repaired["masses brought to 1"] += int((over_P > 1e-6).sum())
-    logprobs_E = np.minimum(entries.logprobs_E - over_P[at_E], 0.0).astype(np.float32)
-    targets_P = targets_R[rows]
-    inside_P = np.zeros(len(rows), np.bool_)
-    inside_P[at_E[entries.ids_E == targets_P[at_E]]] = True
-    outside_P = (targets_P != NO_TARGET) & ~inside_P
-    outside = known_R[rows][outside_P]
-    account.num_unknown_targets += int(np.isnan(outside).sum())
-    counts_P = np.bincount(at_E, minlength=len(rows))
+    over = np.log(np.maximum(mass, 1.0))
+    account.repaired["masses brought to 1"] += int((over > 1e-6).sum())
+    logprobs_E = np.minimum(entries.logprobs_E - over[at_E], 0.0).astype(np.float32)
+    targets = targets_P[positions]
+    inside = np.zeros(len(positions), np.bool_)
+    inside[at_E[entries.ids_E == targets[at_E]]] = True
+    outside = (targets != NO_TARGET) & ~inside
+    unknown = known_P[positions][outside]
+    account.num_unknown_targets += int(np.isnan(unknown).sum())
+    counts = np.bincount(at_E, minlength=len(positions))
     return Distributions(
         token_ids_E=entries.ids_E.astype(np.int32),
         logprobs_E=logprobs_E,
-        offsets_P1=np.concatenate([[0], np.cumsum(counts_P)]).astype(np.int64),
-        tail_mass_P=np.clip(1.0 - mass_P, 0.0, 1.0).astype(np.float32),
-        outside_target_logprobs_M=np.where(np.isnan(outside), UNKNOWN_TARGET, np.minimum(outside, 0.0)).astype(np.float32),
+        offsets_P1=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        tail_mass_P=np.clip(1.0 - mass, 0.0, 1.0).astype(np.float32),
+        outside_target_logprobs_M=np.where(np.isnan(unknown), UNKNOWN_TARGET, np.minimum(unknown, 0.0)).astype(np.float32),
     )

@@ -51,7 +51,7 @@ def test_verify_deep_prints_a_table_and_json_and_tells_a_wrong_teacher(
     status, out, _ = run(capsys, "verify", folder / "ours", *deep, "--num-sequences", "4")
     assert status == 0
     assert "agrees: asked again about 4 sequences, 256 positions" in out
-    for row in ("KL(live || cached)", "KL(live || live)", "rows shifted", "NLL", "kept mass"):
+    for row in ("KL(live || cached)", "KL(live || live)", "positions shifted", "NLL", "kept mass"):
         assert row in out
     status, out, _ = run(capsys, "verify", folder / "ours", *deep, "--json", "--seed", "3")
     report = json.loads(out)
@@ -91,7 +91,7 @@ def test_doctor_says_what_a_cache_is_and_what_is_wrong(folder: Path, tiny_model_
     assert "plain columns (parquet): nothing wrong" in out
     status, out, _ = run(capsys, "doctor", folder / "late.parquet")
     assert status == 1
-    assert "wrong: shifted_rows: rows are shifted by -1" in out
+    assert "wrong: shifted_positions: positions are shifted by -1" in out
     assert "[kdcache convert --shift -1]" in out
     status, out, _ = run(
         capsys, "doctor", folder / "rows.parquet", "--teacher", tiny_model_dir, "--backend", "transformers", "--json"
@@ -118,7 +118,7 @@ def test_convert_writes_what_verifies_and_refuses_what_is_shifted(
     assert "tiny" in out
     status, out, err = run(capsys, "convert", folder / "late.parquet", "--out", tmp_path / "no", *known)
     assert (status, out) == (2, "")
-    assert "shifted_rows" in err
+    assert "shifted_positions" in err
     assert "(mended by --shift -1)" in err
     assert not (tmp_path / "no").exists()
     assert run(capsys, "convert", folder / "late.parquet", "--out", tmp_path / "moved", *known, "--shift", "-1")[0] == 0
@@ -187,7 +187,7 @@ def test_a_conversion_on_trust_is_not_called_sound(
     assert run(capsys, "convert", path, "--out", tmp_path / "cache", *said)[0] == 0
     status, out, _ = run(capsys, "verify", tmp_path / "cache")
     assert (status, "its bytes are sound, its alignment was not proven (complete)" in out) == (0, True)
-    assert "NOT proven: there are too few rows" in out
+    assert "NOT proven: there are too few positions" in out
     assert "`kdcache verify --deep --teacher MODEL` tells" in out
     asked = ["--deep", "--teacher", tiny_model_dir, "--backend", "transformers"]
     assert "teacher" in run(capsys, "verify", tmp_path / "cache", *asked)[1]

@@ -36,8 +36,8 @@ from kdcache.config.capture import TeacherConfig
 from kdcache.errors import InputError
 from kdcache.foreign.advice import ADVICE
 from kdcache.foreign.base import Finding
-from kdcache.foreign.convert import ConvertOptions, convert
-from kdcache.foreign.judge.doctor import Examination, ExamineOptions, examine
+from kdcache.foreign.convert import ConvertConfig, convert
+from kdcache.foreign.judge.doctor import Examination, ExamineConfig, examine
 from kdcache.format.manifest import TokenizerIdentity
 from kdcache.store.verify import verify_cache
 from kdcache.teacher import load_teacher
@@ -54,7 +54,7 @@ FINE = {"d": 520, "k": 32, "exact_k": 16, "polynomial_terms": [0, 1, 2], "delta_
 class Asked:
     """What a user has said so far."""
 
-    convert: ConvertOptions
+    convert: ConvertConfig
     teacher: Teacher | None = None
 
     def read(self, **changes: Any) -> Asked:
@@ -219,14 +219,14 @@ CASES: dict[tuple[str, str], Case] = {
     ("duplicate_ids", "--repair duplicates"): Case(columns(repeat), repair("duplicates")),
     ("few_hits", "--teacher MODEL"): Case(a_third_moved, tell),
     ("few_hits", "--accept"): Case(a_third_moved, accept("few_hits")),
-    ("foreign_rows", "--teacher MODEL"): Case(
+    ("foreign_positions", "--teacher MODEL"): Case(
         columns(lambda item: setattr(item, "input_ids", [(7 * i + 3) % 500 for i in item.input_ids])), tell
     ),
     ("foreign_sequences", "--teacher MODEL"): Case(one_moved, tell),
     ("ids_outside_vocabulary", "--vocab-size V"): Case(
         distillkit(FINE | {"d": 513}), lambda asked, _: asked.examine(vocab_size=520)
     ),
-    ("k_plus_1_rows", "--repair k+1"): Case(
+    ("k_plus_1_entries", "--repair k+1"): Case(
         lambda t, f: write_columns(f / "a.parquet", with_extra_target(t)), repair("k+1"), with_teacher=True
     ),
     ("many_hits", "--teacher MODEL"): Case(greedy, tell),
@@ -241,7 +241,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("other_logarithms", "--accept"): Case(
         columns(of_values(lambda values: values / np.log(2))), accept("other_logarithms")
     ),
-    ("outlier_rows", "--accept"): Case(columns(damaged_rows), accept("outlier_rows"), with_teacher=True),
+    ("outlier_positions", "--accept"): Case(columns(damaged_rows), accept("outlier_positions"), with_teacher=True),
     ("padding", "--column attention_mask=NAME"): Case(
         padded, lambda asked, _: asked.read(columns={"attention_mask": "mask_of_text"})
     ),
@@ -251,8 +251,8 @@ CASES: dict[tuple[str, str], Case] = {
         before=lambda asked: asked.examine(vocab_size=None),
     ),
     ("probabilities", "--values probs"): Case(columns(of_values(np.exp)), lambda asked, _: asked.read(values="probs")),
-    ("shifted_rows", "--shift -1"): Case(columns(shift(1)), lambda asked, _: asked.say(shift=-1)),
-    ("shifted_rows", "--shift +1"): Case(columns(shift(-1)), lambda asked, _: asked.say(shift=1)),
+    ("shifted_positions", "--shift -1"): Case(columns(shift(1)), lambda asked, _: asked.say(shift=-1)),
+    ("shifted_positions", "--shift +1"): Case(columns(shift(-1)), lambda asked, _: asked.say(shift=1)),
     ("teacher_moves", "--accept"): Case(columns(nothing), accept("teacher_moves"), with_teacher=True),
     ("temperature_applied", "--teacher MODEL"): Case(tempered(3.0), tell),
     ("temperature_applied", "--accept"): Case(tempered(3.0), accept("temperature_applied")),
@@ -261,7 +261,7 @@ CASES: dict[tuple[str, str], Case] = {
 
 DECIDED_OTHERWISE = {
     ("few_hits", "--teacher MODEL"): {"teacher_disagrees", "foreign_sequences"},
-    ("foreign_rows", "--teacher MODEL"): {"teacher_disagrees"},
+    ("foreign_positions", "--teacher MODEL"): {"teacher_disagrees"},
     ("foreign_sequences", "--teacher MODEL"): {"foreign_sequences"},
     ("many_hits", "--teacher MODEL"): {"teacher_disagrees"},
     ("other_logarithms", "--teacher MODEL"): {"temperature_applied"},
@@ -333,8 +333,8 @@ def _messages(tree: ast.Module) -> Iterator[str]:
 
 
 def test_a_finding_with_another_repair_cannot_be_made():
-    with pytest.raises(ValueError, match="'shifted_rows' advises '--repair rows', which is not in ADVICE"):
-        Finding("shifted_rows", "repairable", "so", "--repair rows")
+    with pytest.raises(ValueError, match="'shifted_positions' advises '--repair rows', which is not in ADVICE"):
+        Finding("shifted_positions", "repairable", "so", "--repair rows")
 
 
 @pytest.mark.parametrize(("name", "advice"), CASES, ids=lambda value: value.replace(" ", "_"))
@@ -342,7 +342,7 @@ def test_the_advice_works(truth: Truth, tmp_path: Path, monkeypatch: pytest.Monk
     case = CASES[name, advice]
     if name == "teacher_moves":
         monkeypatch.setattr(live, "what_moved", lambda *_: "the answer moves")
-    asked = case.before(Asked(ConvertOptions(tokenizer=TOKENIZER, codec="raw", examine=_options(truth, case, advice))))
+    asked = case.before(Asked(ConvertConfig(tokenizer=TOKENIZER, codec="raw", examine=_options(truth, case, advice))))
     asked = replace(asked, teacher=TEACHERS[0] if case.with_teacher else None)
     path = case.write(truth, tmp_path)
     (finding,) = [found for found in look(path, asked).findings if found.name == name]
@@ -364,12 +364,12 @@ def test_the_advice_works(truth: Truth, tmp_path: Path, monkeypatch: pytest.Monk
     assert_near_truth(tmp_path / "cache", truth, exact=name not in UNLIKE_THE_TRUTH)
 
 
-UNLIKE_THE_TRUTH = ("few_hits", "other_logarithms", "outlier_rows", "temperature_applied")
+UNLIKE_THE_TRUTH = ("few_hits", "other_logarithms", "outlier_positions", "temperature_applied")
 
 
-def _options(truth: Truth, case: Case, advice: str) -> ExamineOptions:
+def _options(truth: Truth, case: Case, advice: str) -> ExamineConfig:
     width = None if "distillkit" in repr(case.write) or advice.startswith("--vocab") else 520
-    return ExamineOptions(vocab_size=width, tokenizer_size=512, num_sequences=8)
+    return ExamineConfig(vocab_size=width, tokenizer_size=512, num_sequences=8)
 
 
 def look(path: Path, asked: Asked) -> Examination:
@@ -393,10 +393,10 @@ def test_two_advices_at_once_are_followed_at_once(truth: Truth, tmp_path: Path, 
     from kdcache.cli.commands.doctor import mending_command
 
     path = engine_s(truth, tmp_path)
-    asked = Asked(ConvertOptions(tokenizer=TOKENIZER, codec="raw", examine=ExamineOptions(vocab_size=520, num_sequences=8)))
+    asked = Asked(ConvertConfig(tokenizer=TOKENIZER, codec="raw", examine=ExamineConfig(vocab_size=520, num_sequences=8)))
     for asking in (None, teacher):
         found = examine(path, asked.convert.examine, teacher=asking)
         assert mending_command(found) == f"kdcache convert {path} --out OUT --tokenizer NAME --repair k+1 --shift -1"
-        assert "missing_rows" in notes(found)
+        assert "missing_positions" in notes(found)
     convert(path, tmp_path / "cache", replace(asked.convert, shift=-1, repairs=frozenset({"k+1"})), teacher=teacher)
     assert_near_truth(tmp_path / "cache", truth, exact=True)

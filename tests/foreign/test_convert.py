@@ -12,19 +12,19 @@ from foreign_cases import Item, K, Truth, changed, few_rows, items, log_softmax,
 
 import kdcache
 from kdcache.errors import InputError, MismatchError
-from kdcache.foreign.base import ReadOptions
-from kdcache.foreign.convert import Conversion, ConvertOptions, convert
-from kdcache.foreign.judge.doctor import ExamineOptions
+from kdcache.foreign.base import ReadConfig
+from kdcache.foreign.convert import Conversion, ConvertConfig, convert
+from kdcache.foreign.judge.doctor import ExamineConfig
 from kdcache.format.manifest import TokenizerIdentity
 from kdcache.format.record import NO_TARGET
 from kdcache.store.verify import verify_cache
 
 TOKENIZER = TokenizerIdentity(name="tiny", fingerprint="f" * 64, vocab_size=512)
-OPTIONS = ConvertOptions(tokenizer=TOKENIZER, codec="raw", examine=ExamineOptions(vocab_size=520, tokenizer_size=512))
+OPTIONS = ConvertConfig(tokenizer=TOKENIZER, codec="raw", examine=ExamineConfig(vocab_size=520, tokenizer_size=512))
 FORMATS = Path(__file__).parent / "data"
 
 
-def converted(source: Path, target: Path, options: ConvertOptions = OPTIONS, **changes: Any) -> Conversion:
+def converted(source: Path, target: Path, options: ConvertConfig = OPTIONS, **changes: Any) -> Conversion:
     made = convert(source, target, replace(options, **changes))
     report = verify_cache(target)
     assert report.problems == []
@@ -32,7 +32,7 @@ def converted(source: Path, target: Path, options: ConvertOptions = OPTIONS, **c
     return made
 
 
-def refused(source: Path, target: Path, options: ConvertOptions = OPTIONS, **changes: Any) -> str:
+def refused(source: Path, target: Path, options: ConvertConfig = OPTIONS, **changes: Any) -> str:
     with pytest.raises(InputError) as caught:
         convert(source, target, replace(options, **changes))
     assert not target.exists()
@@ -77,7 +77,7 @@ def test_a_converted_cache_is_found_sound_and_feeds_a_loader(truth: Truth, tmp_p
     from kdcache.foreign.judge.own import examine_own
 
     converted(write_columns(tmp_path / "a.parquet", items(truth)), tmp_path / "cache")
-    found = examine_own(tmp_path / "cache", ExamineOptions())
+    found = examine_own(tmp_path / "cache", ExamineConfig())
     assert found.is_sound
     assert found.alignment is not None
     assert found.alignment.verdict == "aligned"
@@ -93,11 +93,11 @@ def test_shifted_rows_are_moved_when_asked_for_by_as_much_as_they_are_off(truth:
 
     path = write_columns(tmp_path / "a.parquet", changed(items(truth), move))
     told = refused(path, tmp_path / "no")
-    assert "shifted_rows" in told
+    assert "shifted_positions" in told
     assert f"(mended by --shift {shift:+d})" in told
     refused(path, tmp_path / "no", shift=-shift)
     made = converted(path, tmp_path / "cache", shift=shift)
-    assert made.account.left_out["rows outside their text"] == (8 if shift == -1 else 0)
+    assert made.account.left_out["positions outside their text"] == (8 if shift == -1 else 0)
     # What np.roll brought round from the other end is not a row of this text: it is at one end, and is passed over here.
     with kdcache.open(tmp_path / "cache") as reader:
         record = reader[0]
@@ -119,13 +119,13 @@ def test_an_engine_s_rows_are_converted_with_a_shift(truth: Truth, tmp_path: Pat
 
     path = write_columns(tmp_path / "a.jsonl", changed(items(truth), as_the_engine_gives_it))
     made = converted(path, tmp_path / "cache", shift=-1)
-    assert made.account.left_out["empty rows"] == 8
+    assert made.account.left_out["empty positions"] == 8
     assert_is_truth(tmp_path / "cache", truth)
 
 
 def test_the_extra_target_of_k_plus_1_rows_becomes_the_target_s_logprob(truth: Truth, tmp_path: Path):
     path = write_columns(tmp_path / "a.parquet", with_extra_target(truth))
-    assert "k_plus_1_rows" in refused(path, tmp_path / "no")
+    assert "k_plus_1_entries" in refused(path, tmp_path / "no")
     made = converted(path, tmp_path / "cache", repairs=frozenset({"k+1"}))
     assert made.account.num_unknown_targets == 0
     assert made.manifest.identity.selection.params == {"k": K}
@@ -165,7 +165,7 @@ def test_probabilities_and_called_logits_are_converted_when_said_what_they_are(t
 
     path = write_columns(tmp_path / "a.parquet", changed(items(truth), exponentiate))
     assert "(mended by --values probs)" in refused(path, tmp_path / "no")
-    said = replace(OPTIONS, examine=replace(OPTIONS.examine, read=ReadOptions(values="probs")))
+    said = replace(OPTIONS, examine=replace(OPTIONS.examine, read=ReadConfig(values="probs")))
     converted(path, tmp_path / "cache", said)
     assert_is_truth(tmp_path / "cache", truth)
 
@@ -197,7 +197,7 @@ def test_a_mask_decides_which_positions_are_supervised(truth: Truth, tmp_path: P
         for i in items(truth)
     ]
     made = converted(write_rows(tmp_path / "a.parquet", rows), tmp_path / "cache")
-    assert made.account.left_out["rows that the file's mask leaves out"] == 8 * 9
+    assert made.account.left_out["positions that the file's mask leaves out"] == 8 * 9
     with kdcache.open(tmp_path / "cache") as reader:
         # Token 10 is the first that is learnt: position 9 predicts it.
         assert reader[0].sequence.positions_P.tolist() == list(range(9, 63))
@@ -221,20 +221,20 @@ def test_an_unclear_place_is_taken_on_trust_by_name_only(truth: Truth, tmp_path:
 
 def test_ids_outside_the_vocabulary_and_an_unknown_width_are_refused(truth: Truth, tmp_path: Path):
     path = write_columns(tmp_path / "a.parquet", items(truth))
-    narrow = replace(OPTIONS, examine=ExamineOptions(vocab_size=512, tokenizer_size=512))
+    narrow = replace(OPTIONS, examine=ExamineConfig(vocab_size=512, tokenizer_size=512))
     assert "ids_outside_vocabulary" in refused(path, tmp_path / "no", narrow)
-    unknown = replace(OPTIONS, examine=ExamineOptions(tokenizer_size=512))
+    unknown = replace(OPTIONS, examine=ExamineConfig(tokenizer_size=512))
     assert "(mended by --vocab-size V)" in refused(path, tmp_path / "no", unknown)
 
 
 @pytest.mark.parametrize("name", ["budget", "published", "residuals", "exact", "legacy"])
 def test_distillkit_caches_are_converted(tmp_path: Path, name: str):
-    made = converted(FORMATS / "distillkit" / name, tmp_path / "cache", ConvertOptions(tokenizer=TOKENIZER, codec="raw"))
+    made = converted(FORMATS / "distillkit" / name, tmp_path / "cache", ConvertConfig(tokenizer=TOKENIZER, codec="raw"))
     assert (made.account.num_records, made.account.num_positions) == (3, 48)
 
 
 def test_of_broken_tails_the_exact_entries_are_kept_when_asked(tmp_path: Path):
-    options = ConvertOptions(tokenizer=TOKENIZER, codec="raw")
+    options = ConvertConfig(tokenizer=TOKENIZER, codec="raw")
     assert "(mended by --repair tails)" in refused(FORMATS / "distillkit" / "recommended", tmp_path / "no", options)
     made = converted(FORMATS / "distillkit" / "recommended", tmp_path / "cache", options, repairs=frozenset({"tails"}))
     assert made.manifest.identity.selection.params == {"k": 16}
@@ -248,13 +248,13 @@ def test_of_broken_tails_the_exact_entries_are_kept_when_asked(tmp_path: Path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nemo_aligner_caches_are_converted(tmp_path: Path, dtype: str):
     made = converted(
-        FORMATS / "nemo_aligner" / f"{dtype}.jsonl", tmp_path / "cache", ConvertOptions(tokenizer=TOKENIZER, codec="raw")
+        FORMATS / "nemo_aligner" / f"{dtype}.jsonl", tmp_path / "cache", ConvertConfig(tokenizer=TOKENIZER, codec="raw")
     )
     assert made.account.num_positions == 3 * 13
 
 
 def test_axolotl_columns_are_converted_with_the_shift_that_its_trainer_lacks(tmp_path: Path):
-    options = ConvertOptions(tokenizer=TOKENIZER, codec="raw")
+    options = ConvertConfig(tokenizer=TOKENIZER, codec="raw")
     assert "--shift -1" in refused(FORMATS / "axolotl" / "v2.jsonl", tmp_path / "no", options)
     made = converted(FORMATS / "axolotl" / "v2.jsonl", tmp_path / "cache", options, shift=-1)
     assert made.account.num_positions == 48
@@ -283,7 +283,7 @@ def test_rows_of_minus_infinity_are_left_out_and_not_learnt_as_a_tail(truth: Tru
             item.values[number] = [-np.inf] * K
 
     made = converted(write_columns(tmp_path / "a.parquet", changed(items(truth), lose)), tmp_path / "cache")
-    assert +made.account.left_out == {"empty rows": 24}
+    assert +made.account.left_out == {"empty positions": 24}
     assert made.account.num_positions == 8 * 60
     assert_is_truth(tmp_path / "cache", truth)
     with kdcache.open(tmp_path / "cache") as reader:
@@ -300,11 +300,11 @@ def test_how_the_alignment_was_proven_is_recorded(truth: Truth, tmp_path: Path):
     few = write_columns(tmp_path / "b.parquet", few_rows(truth))
     on_trust = converted(few, tmp_path / "few", accept=frozenset({"alignment_unclear"})).manifest.config["notes"]
     assert on_trust["alignment"]["proven_by"] is None
-    assert "too few rows" in on_trust["alignment"]["reason"]
+    assert "too few positions" in on_trust["alignment"]["reason"]
 
 
 def test_sequences_without_rows_are_left_out_and_said(truth: Truth, tmp_path: Path):
     rows = [{"input_ids": i.input_ids, "topk_ids": i.ids, "topk_logprobs": i.values} for i in items(truth)]
     rows[1] |= {"topk_ids": None, "topk_logprobs": None}
     made = converted(write_rows(tmp_path / "a.jsonl", rows), tmp_path / "cache")
-    assert (made.account.num_records, made.account.left_out["sequences without a row"]) == (7, 1)
+    assert (made.account.num_records, made.account.left_out["sequences without a position"]) == (7, 1)

@@ -15,8 +15,8 @@ from foreign_cases import Truth
 import kdcache
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import InputError, MismatchError
-from kdcache.foreign.judge.deep import DeepOptions, DeepReport, verify_deep
-from kdcache.foreign.judge.doctor import ExamineOptions
+from kdcache.foreign.judge.deep import DeepConfig, DeepReport, verify_deep
+from kdcache.foreign.judge.doctor import ExamineConfig
 from kdcache.foreign.judge.own import examine_own
 from kdcache.format.manifest import CodecInfo, Identity, Manifest, PlanInfo, SelectionInfo, TokenizerIdentity
 from kdcache.format.record import Distributions, SequenceRecord, TokenSequence, distributions_from_dense, sequence_key
@@ -77,7 +77,7 @@ def write(
 
 def ask(path: Path, teacher: Teacher, **options: object) -> DeepReport:
     with kdcache.open(path) as reader:
-        return verify_deep(reader, teacher, DeepOptions(**options))  # pyright: ignore[reportArgumentType]
+        return verify_deep(reader, teacher, DeepConfig(**options))  # pyright: ignore[reportArgumentType]
 
 
 def with_logprobs(record: SequenceRecord, change: Callable[[np.ndarray], np.ndarray]) -> SequenceRecord:
@@ -220,14 +220,14 @@ def test_what_a_sampler_s_filters_left_is_a_note_to_the_doctor(truth: Truth, tmp
     for filters, is_sound in (({"top_k": 16.0}, True), ({}, False)):
         path = tmp_path / str(is_sound)
         write(path, teacher, SelectionInfo(kind="top_k", params={"k": 16}, filters=filters), filtered)
-        found = examine_own(path, ExamineOptions())
+        found = examine_own(path, ExamineConfig())
         assert "renormalised" in {finding.name for finding in found.findings}
         assert found.is_sound == is_sound
 
 
 def test_the_doctor_of_our_own_cache_verifies_probes_and_asks(truth: Truth, tmp_path: Path, teacher: Teacher):
     cache = capture(tmp_path / "c", truth, teacher)
-    found = examine_own(cache, ExamineOptions(), teacher=teacher)
+    found = examine_own(cache, ExamineConfig(), teacher=teacher)
     assert found.is_sound
     assert {"teacher_agrees"} <= {finding.name for finding in found.findings}
     (shard,) = (cache / "data").iterdir()
@@ -235,7 +235,7 @@ def test_the_doctor_of_our_own_cache_verifies_probes_and_asks(truth: Truth, tmp_
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    damaged = examine_own(cache, ExamineOptions())
+    damaged = examine_own(cache, ExamineConfig())
     assert not damaged.is_sound
     assert any("damaged" in finding.sentence for finding in damaged.findings)
 
@@ -272,7 +272,7 @@ def test_a_teacher_that_moves_with_its_neighbours_is_a_finding_and_not_a_toleran
     assert report.is_sound != finds
     # Captured with neighbours, compared with the text alone: the sound teacher finds what the other one hides.
     assert ask(cache, teacher, num_sequences=8).is_sound != finds
-    found = {finding.name: finding for finding in examine_own(cache, ExamineOptions(), teacher=moving).findings}
+    found = {finding.name: finding for finding in examine_own(cache, ExamineConfig(), teacher=moving).findings}
     assert any("depends on the texts beside it" in finding.sentence for finding in found.values()) == finds
 
 

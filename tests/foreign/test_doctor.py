@@ -21,12 +21,12 @@ from foreign_cases import (
 )
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import ReadOptions
-from kdcache.foreign.judge.doctor import Examination, ExamineOptions, examine
+from kdcache.foreign.base import ReadConfig
+from kdcache.foreign.judge.doctor import Examination, ExamineConfig, examine
 
 
-def look(path: Path, read: ReadOptions | None = None, **options: int) -> Examination:
-    return examine(path, ExamineOptions(read=read or ReadOptions(), **options))
+def look(path: Path, read: ReadConfig | None = None, **options: int) -> Examination:
+    return examine(path, ExamineConfig(read=read or ReadConfig(), **options))
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow", "jsonl"])
@@ -36,7 +36,7 @@ def test_a_sound_cache_is_not_accused(truth: Truth, tmp_path: Path, ending: str)
     assert defects(found) == {}
     assert found.alignment is not None
     assert found.alignment.verdict == "aligned"
-    assert found.tally.num_rows == 8 * 63
+    assert found.counts.num_positions == 8 * 63
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -52,7 +52,7 @@ def test_shifted_rows(truth: Truth, tmp_path: Path, shift: int):
         item.ids, item.values = (np.roll(rows, -shift, axis=0).tolist() for rows in (item.ids, item.values))
 
     found = look(write_columns(tmp_path / "a.parquet", changed(items(truth), move)))
-    assert defects(found) == {"shifted_rows": f"--shift {shift:+d}"}
+    assert defects(found) == {"shifted_positions": f"--shift {shift:+d}"}
 
 
 def test_an_engine_s_empty_first_row_is_a_shift(truth: Truth, tmp_path: Path):
@@ -60,8 +60,8 @@ def test_an_engine_s_empty_first_row_is_a_shift(truth: Truth, tmp_path: Path):
         item.ids, item.values = [[], *item.ids], [[], *item.values]
 
     found = look(write_columns(tmp_path / "a.jsonl", changed(items(truth), as_the_engine_gives_it)))
-    assert defects(found) == {"shifted_rows": "--shift -1"}
-    assert notes(found) == {"missing_rows"}
+    assert defects(found) == {"shifted_positions": "--shift -1"}
+    assert notes(found) == {"missing_positions"}
 
 
 def test_renormalised_values(truth: Truth, tmp_path: Path):
@@ -105,7 +105,7 @@ def test_probabilities_in_place_of_logprobs(truth: Truth, tmp_path: Path):
 
     path = write_columns(tmp_path / "a.parquet", changed(items(truth), exponentiate))
     assert defects(look(path)) == {"probabilities": "--values probs"}
-    assert defects(look(path, ReadOptions(values="probs"))) == {}
+    assert defects(look(path, ReadConfig(values="probs"))) == {}
 
 
 def test_unnormalised_values(truth: Truth, tmp_path: Path):
@@ -132,12 +132,12 @@ def test_logits_without_and_with_their_normaliser(truth: Truth, tmp_path: Path):
 def test_logprobs_that_are_called_logits(truth: Truth, tmp_path: Path):
     path = write_columns(tmp_path / "a.parquet", items(truth), values="top_logits")
     assert defects(look(path)) == {"named_logits": "--values logprobs"}
-    assert defects(look(path, ReadOptions(values="logprobs"))) == {}
+    assert defects(look(path, ReadConfig(values="logprobs"))) == {}
 
 
 def test_k_plus_1_rows(truth: Truth, tmp_path: Path):
     found = look(write_columns(tmp_path / "a.parquet", with_extra_target(truth)))
-    assert defects(found) == {"k_plus_1_rows": "--repair k+1"}
+    assert defects(found) == {"k_plus_1_entries": "--repair k+1"}
 
 
 def test_the_extra_target_in_the_place_of_the_kth(truth: Truth, tmp_path: Path):
@@ -213,14 +213,14 @@ def test_columns_of_other_names_are_named(truth: Truth, tmp_path: Path):
     path = write_columns(tmp_path / "a.parquet", items(truth), tokens="text_ids", ids="cand", values="lp")
     with pytest.raises(InputError, match=r"'text_ids', 'cand', 'lp' is known .* --column ids=NAME"):
         look(path)
-    assert defects(look(path, ReadOptions(columns={"tokens": "text_ids", "ids": "cand", "values": "lp"}))) == {}
+    assert defects(look(path, ReadConfig(columns={"tokens": "text_ids", "ids": "cand", "values": "lp"}))) == {}
     with pytest.raises(InputError, match="--column ids=nope: expected one of tokens, ids"):
-        look(path, ReadOptions(columns={"ids": "nope"}))
+        look(path, ReadConfig(columns={"ids": "nope"}))
 
 
 def test_an_empty_cache(tmp_path: Path):
     found = look(write_rows(tmp_path / "a.jsonl", [{"input_ids": [1, 2], "ids": [], "logprobs": []}]))
-    assert defects(found) == {"no_rows": None}
+    assert defects(found) == {"no_positions": None}
 
 
 def test_sequences_without_rows_and_counts_that_do_not_fit_are_counted(truth: Truth, tmp_path: Path):
@@ -231,13 +231,16 @@ def test_sequences_without_rows_and_counts_that_do_not_fit_are_counted(truth: Tr
     rows[3] |= {"topk_ids": made[3].ids[:30], "topk_logprobs": made[3].values[:30]}
     rows[4] |= {"topk_ids": made[4].ids + made[4].ids[:4], "topk_logprobs": made[4].values + made[4].values[:4]}
     found = look(write_rows(tmp_path / "a.parquet", rows))
-    assert (defects(found), notes(found)) == ({}, {"sequences_without_rows", "rows_for_a_part", "rows_outside_text"})
-    tally = found.tally
-    assert (tally.num_sequences, tally.num_rowless_sequences) == (8, 2)
-    assert (tally.num_shorter_sequences, tally.num_uncovered) == (1, 33)
-    assert (tally.num_longer_sequences, tally.num_rows_outside) == (1, 3)
+    assert (defects(found), notes(found)) == (
+        {},
+        {"sequences_without_positions", "positions_for_a_part", "positions_outside_text"},
+    )
+    counts = found.counts
+    assert (counts.num_sequences, counts.num_sequences_without_positions) == (8, 2)
+    assert (counts.num_shorter_sequences, counts.num_uncovered) == (1, 33)
+    assert (counts.num_longer_sequences, counts.num_positions_outside) == (1, 3)
     told = {finding.name: finding.sentence for finding in found.findings}
-    assert told["sequences_without_rows"].startswith("2 of 8 sequences have no row")
+    assert told["sequences_without_positions"].startswith("2 of 8 sequences have no position")
 
 
 def test_rows_that_are_wholly_minus_infinity_are_missing(truth: Truth, tmp_path: Path):
@@ -246,8 +249,8 @@ def test_rows_that_are_wholly_minus_infinity_are_missing(truth: Truth, tmp_path:
             item.values[number] = [-np.inf] * len(item.values[number])
 
     found = look(write_columns(tmp_path / "a.parquet", changed(items(truth), lose)))
-    assert (defects(found), notes(found)) == ({}, {"missing_rows", "missing_entries"})
-    assert found.tally.num_missing_rows == 24
+    assert (defects(found), notes(found)) == ({}, {"missing_positions", "missing_entries"})
+    assert found.counts.num_missing_positions == 24
 
 
 def test_ids_that_no_engine_gave_are_not_looked_at(truth: Truth, tmp_path: Path):
@@ -264,7 +267,7 @@ def test_negated_logprobs_and_counts_of_draws_are_named(truth: Truth, tmp_path: 
 
     path = write_columns(tmp_path / "a.parquet", changed(items(truth), negate))
     assert defects(look(path)) == {"negated_logprobs": "--values nll"}
-    assert defects(look(path, ReadOptions(values="nll"))) == {}
+    assert defects(look(path, ReadConfig(values="nll"))) == {}
 
     rng = np.random.default_rng(0)
     made = items(truth)

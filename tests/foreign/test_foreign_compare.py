@@ -11,7 +11,7 @@ from foreign_cases import log_softmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.foreign.judge.compare import FLOOR, Rows, divergence, fit_line, match, ragged_rows
+from kdcache.foreign.judge.compare import FLOOR, Supports, divergence, fit_line, match, supports_of
 
 V = 30
 
@@ -20,10 +20,10 @@ def top(logprobs_V: np.ndarray, k: int) -> dict[int, float]:
     return {int(i): float(logprobs_V[i]) for i in np.argsort(-logprobs_V)[:k]}
 
 
-def as_rows(supports: list[dict[int, float]]) -> Rows:
+def as_rows(supports: list[dict[int, float]]) -> Supports:
     counts = np.array([len(s) for s in supports])
     ids = np.array([i for s in supports for i in s], np.int64)
-    return ragged_rows(counts, ids, np.array([v for s in supports for v in s.values()]))
+    return supports_of(counts, ids, np.array([v for s in supports for v in s.values()]))
 
 
 def teacher(seed: int, rows: int = 5) -> np.ndarray:
@@ -111,4 +111,4 @@ def test_the_line_gives_the_temperature_and_the_offset(temperature: float):
 
 def test_taken_rows_come_in_their_new_order():
     rows = as_rows([{1: -1.0}, {}, {3: -3.0}]).take(np.array([0, 2]))
-    assert (rows.num_rows, rows.rows_E.tolist(), rows.ids_E.tolist()) == (2, [0, 1], [1, 3])
+    assert (rows.num_positions, rows.position_E.tolist(), rows.ids_E.tolist()) == (2, [0, 1], [1, 3])

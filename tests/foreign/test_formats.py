@@ -12,21 +12,21 @@ import pytest
 from foreign_cases import Truth, items, log_softmax, write_distillkit
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import ForeignSequence, ReadOptions
+from kdcache.foreign.base import ForeignSequence, ReadConfig
 from kdcache.foreign.formats.detect import open_foreign
 from kdcache.foreign.formats.distillkit_codec import Config, fit_quality
-from kdcache.foreign.judge.doctor import Examination, ExamineOptions, examine
+from kdcache.foreign.judge.doctor import Examination, ExamineConfig, examine
 
 DATA = Path(__file__).parent / "data"
 DISTILLKIT = ["recommended", "budget", "published", "residuals", "exact", "legacy"]
 
 
 def sequences(path: Path) -> list[ForeignSequence]:
-    return list(open_foreign(path, ReadOptions()).read())
+    return list(open_foreign(path, ReadConfig()).read())
 
 
 def look(path: Path) -> Examination:
-    return examine(path, ExamineOptions())
+    return examine(path, ExamineConfig())
 
 
 def wrong(examination: Examination) -> set[str]:
@@ -34,7 +34,7 @@ def wrong(examination: Examination) -> set[str]:
 
 
 def row(sequence: ForeignSequence, number: int) -> tuple[list[int], np.ndarray]:
-    start, end = sequence.offsets_R1[number : number + 2]
+    start, end = sequence.offsets_P1[number : number + 2]
     return sequence.token_ids_E[start:end].tolist(), sequence.values_E[start:end]
 
 
@@ -42,7 +42,7 @@ def row(sequence: ForeignSequence, number: int) -> tuple[list[int], np.ndarray]:
 def test_distillkit_rows_are_what_its_own_decoder_reads(name: str):
     first = sequences(DATA / "distillkit" / name)[0]
     assert first.input_ids_N is not None
-    assert (len(first.input_ids_N), first.positions_R.tolist()) == (17, list(range(16)))
+    assert (len(first.input_ids_N), first.positions_P.tolist()) == (17, list(range(16)))
     for number, expected in zip((0, 7), json.loads((DATA / "distillkit" / name / "decoded.json").read_text()), strict=True):
         ids, values = row(first, number)
         assert ids == expected["ids"]
@@ -58,9 +58,9 @@ def test_of_distillkit_s_settings_only_the_recommended_one_has_broken_tails(name
 def test_broken_tails_are_seen_in_the_values_too(tmp_path: Path):
     """Where rows drop off a step at the seam, whatever the config's condition number says."""
     shutil.copytree(DATA / "distillkit" / "recommended", tmp_path / "c")
-    tally = look(tmp_path / "c").tally
-    assert tally.num_seam_rows == tally.num_rows == 48
-    assert look(DATA / "distillkit" / "published").tally.num_seam_rows == 0
+    counts = look(tmp_path / "c").counts
+    assert counts.num_seam_positions == counts.num_positions == 48
+    assert look(DATA / "distillkit" / "published").counts.num_seam_positions == 0
 
 
 def test_the_condition_number_tells_which_configs_can_be_fitted():
@@ -80,7 +80,7 @@ def test_a_distillkit_cache_without_its_config_is_refused_in_words_and_read_with
     training = tmp_path / "train.yaml"
     own = (DATA / "distillkit" / "budget" / "compression_config.yaml").read_text()
     training.write_text("teacher:\n  logprob_compressor:\n" + "".join(f"    {line}\n" for line in own.splitlines()))
-    assert wrong(examine(tmp_path, ExamineOptions(read=ReadOptions(config=str(training))))) == set()
+    assert wrong(examine(tmp_path, ExamineConfig(read=ReadConfig(config=str(training))))) == set()
     training.write_text(own.replace("k: 50", "k: 40"))
     with pytest.raises(InputError, match="bytepacked_indices are 57 bytes, but 40 ids of a vocabulary of 512 take 45"):
         look_with(tmp_path, training)
@@ -90,7 +90,7 @@ def test_a_distillkit_cache_without_its_config_is_refused_in_words_and_read_with
 
 
 def look_with(path: Path, config: Path) -> Examination:
-    return examine(path, ExamineOptions(read=ReadOptions(config=str(config))))
+    return examine(path, ExamineConfig(read=ReadConfig(config=str(config))))
 
 
 def test_documents_that_distillkit_packed_are_taken_apart(tmp_path: Path):
@@ -104,7 +104,7 @@ def test_documents_that_distillkit_packed_are_taken_apart(tmp_path: Path):
     pq.write_table(pa.Table.from_pylist([packed]), tmp_path / "c" / "data_0.parquet")
     apart = sequences(tmp_path / "c")
     whole = sequences(DATA / "distillkit" / "exact")
-    assert [len(s.counts_R) for s in apart] == [16, 9]
+    assert [len(s.counts_P) for s in apart] == [16, 9]
     for found, expected in zip(apart, whole, strict=False):
         assert row(found, 3)[0] == row(expected, 3)[0]
         assert found.input_ids_N is not None
@@ -113,10 +113,10 @@ def test_documents_that_distillkit_packed_are_taken_apart(tmp_path: Path):
 
 def test_axolotl_columns_are_one_off_and_its_transform_renormalises():
     columns, prepared = look(DATA / "axolotl" / "v2.jsonl"), look(DATA / "axolotl" / "prepared.parquet")
-    assert wrong(columns) == {"shifted_rows"}
-    assert wrong(prepared) == {"shifted_rows", "renormalised"}
-    assert {f.repair for f in columns.findings if f.name == "shifted_rows"} == {"--shift -1"}
-    assert sequences(DATA / "axolotl" / "v2.jsonl")[0].positions_R.tolist() == list(range(1, 17))
+    assert wrong(columns) == {"shifted_positions"}
+    assert wrong(prepared) == {"shifted_positions", "renormalised"}
+    assert {f.repair for f in columns.findings if f.name == "shifted_positions"} == {"--shift -1"}
+    assert sequences(DATA / "axolotl" / "v2.jsonl")[0].positions_P.tolist() == list(range(1, 17))
     learnt_N = sequences(DATA / "axolotl" / "prepared.parquet")[0].learnt_N
     assert learnt_N is not None
     assert learnt_N.tolist() == [False] * 3 + [True] * 14
@@ -127,11 +127,11 @@ def test_nemo_aligner_logits_and_their_normaliser_give_logprobs(dtype: str, slac
     found = look(DATA / "nemo_aligner" / f"{dtype}.jsonl")
     assert wrong(found) == set()
     first = sequences(DATA / "nemo_aligner" / f"{dtype}.jsonl")[0]
-    assert first.log_z_R is not None
+    assert first.log_z_P is not None
     assert first.input_ids_N is not None
     assert first.learnt_N is not None
-    assert (len(first.input_ids_N), first.learnt_N.sum(), len(first.counts_R)) == (17, 13, 16)
-    logprobs = row(first, 5)[1] - first.log_z_R[5]
+    assert (len(first.input_ids_N), first.learnt_N.sum(), len(first.counts_P)) == (17, 13, 16)
+    logprobs = row(first, 5)[1] - first.log_z_P[5]
     zipf = -1.4 * np.log(np.arange(1, 513.0))
     np.testing.assert_allclose(logprobs, (zipf - np.log(np.exp(zipf).sum()))[:6], atol=slack)
 
@@ -147,7 +147,7 @@ def test_labels_that_are_not_the_next_tokens_are_refused(tmp_path: Path):
 def test_megatron_s_tars_are_read_without_their_pickles():
     found = sequences(DATA / "megatron" / "top_k")
     expected = json.loads((DATA / "megatron" / "top_k" / "decoded.json").read_text())
-    assert [len(s.counts_R) for s in found[:2]] == expected["num_rows"]
+    assert [len(s.counts_P) for s in found[:2]] == expected["num_rows"]
     for number in (0, 1):
         ids, values = row(found[1], number)
         assert ids == expected["ids"][number]
@@ -161,8 +161,8 @@ def test_a_folder_that_the_datasets_library_saved_is_read(tmp_path: Path):
     rows = [json.loads(line) for line in (DATA / "axolotl" / "v2.jsonl").read_text().splitlines()]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     found = look(tmp_path / "saved")
-    assert (found.title, wrong(found)) == ("Axolotl v2 logprob columns (arrow)", {"shifted_rows"})
-    assert found.tally.num_rows == 48
+    assert (found.title, wrong(found)) == ("Axolotl v2 logprob columns (arrow)", {"shifted_positions"})
+    assert found.counts.num_positions == 48
 
 
 def test_tars_of_two_runs_in_one_folder_are_named(tmp_path: Path):
@@ -229,11 +229,11 @@ def test_damage_of_other_kinds_is_not_put_down_to_the_config(truth: Truth, tmp_p
     late = items(truth, 32)
     for item in late:
         item.ids, item.values = (np.roll(rows, 1, axis=0).tolist() for rows in (item.ids, item.values))
-    assert wrong(look(write_distillkit(tmp_path / "late", late, FINE))) == {"shifted_rows"}
+    assert wrong(look(write_distillkit(tmp_path / "late", late, FINE))) == {"shifted_positions"}
     other = items(truth, 32)
     for item in other:
         item.input_ids = [(7 * i + 3) % 500 for i in item.input_ids]
-    assert wrong(look(write_distillkit(tmp_path / "other", other, FINE))) == {"foreign_rows"}
+    assert wrong(look(write_distillkit(tmp_path / "other", other, FINE))) == {"foreign_positions"}
     flat = items(truth, 32)
     for item, logits_NV in zip(flat, truth.logits_SNV, strict=True):
         item.values = np.take_along_axis(log_softmax(logits_NV[:-1] / 2), np.array(item.ids), axis=1).tolist()

@@ -20,10 +20,10 @@ from foreign_cases import write_rows
 
 from kdcache.errors import InputError
 from kdcache.foreign import base
-from kdcache.foreign.base import ReadOptions
+from kdcache.foreign.base import ReadConfig
 from kdcache.foreign.formats.detect import is_own_cache
 from kdcache.foreign.formats.distillkit_codec import parse_config
-from kdcache.foreign.judge.doctor import ExamineOptions, examine
+from kdcache.foreign.judge.doctor import ExamineConfig, examine
 
 DATA = Path(__file__).parent / "data"
 GOOD = {"input_ids": [1, 2, 3], "topk_ids": [[1, 2], [3, 4]], "topk_logprobs": [[-1.0, -2.0], [-1.0, -2.0]]}
@@ -31,7 +31,7 @@ GOOD = {"input_ids": [1, 2, 3], "topk_ids": [[1, 2], [3, 4]], "topk_logprobs": [
 
 def told(path: Path, **read: Any) -> str:
     with pytest.raises(InputError) as caught:
-        examine(path, ExamineOptions(read=ReadOptions(**read)))
+        examine(path, ExamineConfig(read=ReadConfig(**read)))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -39,8 +39,8 @@ def told(path: Path, **read: Any) -> str:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"topk_ids": [[1, 2], [3]]}, "2 rows of 1 to 2 ids, but 2 rows of 2 values"),
-        ({"topk_ids": [[1, 2]]}, "1 rows of 2 ids, but 2 rows of 2 values"),
+        ({"topk_ids": [[1, 2], [3]]}, "2 positions of 1 to 2 ids, but 2 positions of 2 values"),
+        ({"topk_ids": [[1, 2]]}, "1 positions of 2 ids, but 2 positions of 2 values"),
         ({"topk_ids": [[1.5, 2], [3, 4]]}, "token ids must be whole numbers"),
         ({"topk_ids": [[10**400, 2], [3, 4]]}, "number is too large|not a JSON object|whole numbers"),
         ({"topk_ids": [[2**63, 2], [3, 4]]}, "token ids must be whole numbers"),
@@ -92,12 +92,12 @@ def test_files_cut_anywhere_or_with_any_byte_turned_end_in_a_sentence_or_are_rea
     for data in damaged:
         (tmp_path / name).write_bytes(data)
         with contextlib.suppress(InputError):
-            examine(tmp_path / name, ExamineOptions())
+            examine(tmp_path / name, ExamineConfig())
 
 
 def test_rows_larger_than_anything_real_are_not_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(base, "MAX_ENTRIES_PER_ROW", 1)
-    assert "a row has 2 entries; at most 1 are read" in told(write_rows(tmp_path / "a.jsonl", [GOOD]))
+    monkeypatch.setattr(base, "MAX_ENTRIES_PER_POSITION", 1)
+    assert "a position has 2 entries; at most 1 are read" in told(write_rows(tmp_path / "a.jsonl", [GOOD]))
 
 
 def test_a_parquet_file_whose_run_lengths_stand_for_too_many_values_is_refused_unread(
@@ -120,7 +120,7 @@ ROWS_OF_NOTHING = {
 @pytest.mark.parametrize(
     ("n", "sentence"),
     [
-        (2**24 + 1, "16,777,217 rows of one sequence; at most 16,777,216 are read"),
+        (2**24 + 1, "16,777,217 positions of one sequence; at most 16,777,216 are read"),
         (2**31 - 2, "4,294,967,298 values are to come out of a file of"),
     ],
 )
@@ -145,7 +145,7 @@ def test_compressed_buffers_are_read_within_a_factor_and_refused_beyond(tmp_path
             writer.write_batch(batch)
         return tmp_path / name
 
-    assert examine(write("small.arrow", 2**20), ExamineOptions()).tally.num_rows == 2
+    assert examine(write("small.arrow", 2**20), ExamineConfig()).counts.num_positions == 2
     bomb = write("bomb.arrow", 2**27)
     assert bomb.stat().st_size < 2**16
     assert "as of no real data" in told(bomb)
@@ -197,8 +197,8 @@ def test_a_megatron_tar_with_a_hostile_pickle_is_read_without_opening_it(tmp_pat
     ids = np.array([5, 6], "<u2").tobytes()
     members = {"_meta.json": json.dumps(META).encode(), "1.pt.zst": blob([values, ids, b"\0\1"]), "../../evil": b"x"}
     path = tar(tmp_path / "cp0_dp0__1.tar", members, tarfile.SYMTYPE)
-    found = examine(path, ExamineOptions())
-    assert (found.tally.num_rows, found.tally.max_id) == (1, 6 + 65536)
+    found = examine(path, ExamineConfig())
+    assert (found.counts.num_positions, found.counts.max_id) == (1, 6 + 65536)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cp0_dp0__1.tar"]
 
 

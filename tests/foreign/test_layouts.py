@@ -12,16 +12,16 @@ import pytest
 from foreign_cases import Item, K, Truth, defects, items, notes, with_extra_target, write_columns, write_rows
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import ForeignSequence, ReadOptions
+from kdcache.foreign.base import ForeignSequence, ReadConfig
 from kdcache.foreign.formats.detect import open_foreign
-from kdcache.foreign.judge.doctor import ExamineOptions, examine
+from kdcache.foreign.judge.doctor import ExamineConfig, examine
 from kdcache.teacher import load_tokenizer
 
 PAD = 7
 
 
 def read(path: Path, **options: Any) -> list[ForeignSequence]:
-    return list(open_foreign(path, ReadOptions(**options)).read())
+    return list(open_foreign(path, ReadConfig(**options)).read())
 
 
 def assert_same_rows(found: list[ForeignSequence], expected: list[Item], *, first: int = 0) -> None:
@@ -30,8 +30,8 @@ def assert_same_rows(found: list[ForeignSequence], expected: list[Item], *, firs
     for sequence, item in zip(found, expected, strict=True):
         assert sequence.input_ids_N is not None
         assert sequence.input_ids_N.tolist() == item.input_ids
-        assert sequence.positions_R.tolist() == list(range(first, len(item.ids)))
-        offsets = sequence.offsets_R1
+        assert sequence.positions_P.tolist() == list(range(first, len(item.ids)))
+        offsets = sequence.offsets_P1
         for r, (ids, values) in enumerate(zip(item.ids[first:], item.values[first:], strict=True)):
             row = slice(offsets[r], offsets[r + 1])
             found_row = dict(zip(sequence.token_ids_E[row].tolist(), sequence.values_E[row].tolist(), strict=True))
@@ -50,15 +50,15 @@ def test_lists_of_objects_are_ids_and_values_whatever_the_column_s_name(tmp_path
     path = write_rows(tmp_path / f"a.{ending}", [{"input_ids": i.input_ids, column: as_objects(i)} for i in made])
     assert_same_rows(read(path), made)
     assert_same_rows(read(path, columns={"entries": column}), made)
-    assert defects(examine(path, ExamineOptions())) == {}
+    assert defects(examine(path, ExamineConfig())) == {}
 
 
 def test_axolotl_s_older_lists_are_read_and_are_one_off(tmp_path: Path, truth: Truth):
     made = items(truth)
     rows = [{"input_ids": i.input_ids, "said": as_objects(i, "token", "token_id:{}".format)} for i in made]
     path = write_rows(tmp_path / "a.parquet", rows)
-    found = examine(path, ExamineOptions())
-    assert (found.title, defects(found)) == ("Axolotl legacy logprob lists (parquet)", {"shifted_rows": "--shift -1"})
+    found = examine(path, ExamineConfig())
+    assert (found.title, defects(found)) == ("Axolotl legacy logprob lists (parquet)", {"shifted_positions": "--shift -1"})
 
 
 def test_entries_that_are_text_are_refused_with_what_to_ask_the_engine_for(tmp_path: Path, truth: Truth):
@@ -79,13 +79,13 @@ def test_published_chats_get_their_ids_from_the_named_tokenizer(tmp_path: Path, 
         for chat, N in zip(chats, ids, strict=True)
     ]
     path = write_rows(tmp_path / "a.parquet", rows)
-    without = examine(path, ExamineOptions()).findings
+    without = examine(path, ExamineConfig()).findings
     assert [(f.name, "--tokenizer NAME" in f.sentence) for f in without if f.severity == "fatal"] == [("no_tokens", True)]
     found = read(path, tokenizer=tokenizer)
     assert [s.input_ids_N.tolist() for s in found if s.input_ids_N is not None] == ids
     rows[1]["logprobs"].append([-0.5, -1.0])
     rows[1]["target_token_ids"].append([3, 4])
-    with pytest.raises(InputError, match=r"#1: \d+ rows, but the tokenizer's chat template makes \d+ tokens of the chat"):
+    with pytest.raises(InputError, match=r"#1: \d+ positions, but the tokenizer's chat template makes \d+ tokens of the chat"):
         read(write_rows(tmp_path / "b.parquet", rows), tokenizer=tokenizer)
 
 
@@ -127,12 +127,12 @@ def test_answers_about_a_prompt_are_its_rows(tmp_path: Path, truth: Truth, shape
     assert_same_rows(read(path), made)
     # A tokenizer must be named to convert: ids that JSON has written as text are no tokens' text for it, "7" least of all.
     assert_same_rows(read(path, tokenizer=load_tokenizer(str(truth.model))), made)
-    assert defects(examine(path, ExamineOptions())) == {}
+    assert defects(examine(path, ExamineConfig())) == {}
 
 
 def test_vllm_adds_the_text_s_token_and_the_doctor_knows(tmp_path: Path, truth: Truth):
     path = write_rows(tmp_path / "a.jsonl", [vllm_native(item) for item in with_extra_target(truth)])
-    assert defects(examine(path, ExamineOptions())) == {"k_plus_1_rows": "--repair k+1"}
+    assert defects(examine(path, ExamineConfig())) == {"k_plus_1_entries": "--repair k+1"}
 
 
 def written_vllm(item: Item, start: int) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def test_answers_that_an_engine_wrote_follow_their_prompt(tmp_path: Path, truth:
     rows = [{"prompt_token_ids": item.input_ids[:start]} | written(item, start) for item in made]
     assert_same_rows(read(write_rows(tmp_path / "a.jsonl", rows)), made, first=start - 1)
     without = write_rows(tmp_path / "b.jsonl", [written(item, start) for item in made])
-    assert "no_tokens" in defects(examine(without, ExamineOptions()))
+    assert "no_tokens" in defects(examine(without, ExamineConfig()))
 
 
 def test_text_of_tokens_becomes_ids_where_the_tokenizer_tells_them_apart(tmp_path: Path, tiny_model_dir: Path):
@@ -171,7 +171,7 @@ def test_text_of_tokens_becomes_ids_where_the_tokenizer_tells_them_apart(tmp_pat
     (found,) = read(write_rows(tmp_path / "a.jsonl", rows), tokenizer=tokenizer)
     assert found.input_ids_N is not None
     assert found.input_ids_N.tolist() == prompt + answer
-    assert found.positions_R.tolist() == list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
+    assert found.positions_P.tolist() == list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
     assert found.token_ids_E.tolist() == answer
     content[0]["token"] = "\ufffd"
     with pytest.raises(InputError, match="is the text of several tokens of this tokenizer, so that its id cannot be told"):
@@ -209,14 +209,12 @@ def test_sglang_s_rows_from_a_later_token_on_stand_where_they_belong(tmp_path: P
         about["input_top_logprobs"] = [None, *about["input_top_logprobs"][start + 1 :]]
         about["input_token_logprobs"] = about["input_token_logprobs"][start:]
         rows.append(row)
-    (finding,) = [
-        f for f in examine(write_rows(tmp_path / "a.jsonl", rows), ExamineOptions()).findings if f.severity == "fatal"
-    ]
+    (finding,) = [f for f in examine(write_rows(tmp_path / "a.jsonl", rows), ExamineConfig()).findings if f.severity == "fatal"]
     assert (finding.name, "the first 9 are missing (logprob_start_len)" in finding.sentence) == ("no_tokens", True)
     rows = [{"input_ids": item.input_ids} | row for item, row in zip(made, rows, strict=True)]
     for sequence, item in zip(read(write_rows(tmp_path / "b.jsonl", rows)), made, strict=True):
-        assert sequence.positions_R.tolist() == list(range(start - 1, len(item.ids)))
-        assert sequence.counts_R.tolist() == [0] + [K] * (len(item.ids) - start)
+        assert sequence.positions_P.tolist() == list(range(start - 1, len(item.ids)))
+        assert sequence.counts_P.tolist() == [0] + [K] * (len(item.ids) - start)
         assert sequence.token_ids_E.tolist() == [token for row in item.ids[start:] for token in row]
 
 
@@ -241,9 +239,9 @@ def test_answers_of_other_servers(tmp_path: Path, truth: Truth, shape: Any):
 def test_an_error_among_answers_is_counted(tmp_path: Path, truth: Truth):
     rows = [{"response": {"body": vllm_choice(item)}} for item in items(truth)]
     rows[3] = {"response": None, "error": {"message": "too long"}}
-    examination = examine(write_rows(tmp_path / "a.jsonl", rows), ExamineOptions())
-    assert notes(examination) == {"sequences_without_rows"}
-    assert examination.tally.num_sequences == len(rows)
+    examination = examine(write_rows(tmp_path / "a.jsonl", rows), ExamineConfig())
+    assert notes(examination) == {"sequences_without_positions"}
+    assert examination.counts.num_sequences == len(rows)
 
 
 @pytest.mark.parametrize(
@@ -270,8 +268,8 @@ def test_rows_of_the_text_s_token_alone_are_no_top_1(tmp_path: Path, truth: Trut
         item.ids = [[token] for token in item.input_ids[1:]]
         item.values = [[float(logprobs_NV[t, token])] for t, (token,) in enumerate(item.ids)]
     path = write_rows(tmp_path / "a.jsonl", [vllm_native(item) for item in made])
-    assert "targets_alone" in defects(examine(path, ExamineOptions(vocab_size=520)))
-    assert defects(examine(write_columns(tmp_path / "b.parquet", items(truth, 1)), ExamineOptions(vocab_size=520))) == {}
+    assert "targets_alone" in defects(examine(path, ExamineConfig(vocab_size=520)))
+    assert defects(examine(write_columns(tmp_path / "b.parquet", items(truth, 1)), ExamineConfig(vocab_size=520))) == {}
 
 
 def padded(item: Item, left: int, right: int) -> dict[str, Any]:
@@ -291,9 +289,9 @@ def test_attention_mask_takes_padding_off_both_ends(tmp_path: Path, truth: Truth
     for n, (sequence, item) in enumerate(zip(read(path), made, strict=True)):
         assert sequence.input_ids_N is not None
         assert sequence.input_ids_N.tolist() == item.input_ids, n
-        assert sequence.positions_R.tolist() == list(range(len(item.ids) + 1))  # the last one has no target
+        assert sequence.positions_P.tolist() == list(range(len(item.ids) + 1))  # the last one has no target
         assert sequence.token_ids_E.reshape(-1, K).tolist() == [*item.ids, item.ids[-1]]
-    assert defects(examine(path, ExamineOptions())) == {}
+    assert defects(examine(path, ExamineConfig())) == {}
 
 
 def test_rows_of_the_text_alone_beside_padded_tokens_start_where_the_text_does(tmp_path: Path, truth: Truth):
@@ -353,7 +351,7 @@ def test_json_lines_are_read_compressed_and_as_an_array(tmp_path: Path, truth: T
 def test_what_a_folder_holds_beside_is_named(tmp_path: Path, truth: Truth):
     write_columns(tmp_path / "a.jsonl", items(truth))
     (tmp_path / "a.npz").write_bytes(b"x")
-    assert examine(tmp_path, ExamineOptions()).facts["not read"] == "1 files: a.npz"
+    assert examine(tmp_path, ExamineConfig()).facts["not read"] == "1 files: a.npz"
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path: Path):

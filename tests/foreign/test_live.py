@@ -23,7 +23,7 @@ from foreign_cases import (
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import InputError
 from kdcache.foreign.base import ForeignSequence
-from kdcache.foreign.judge.doctor import Examination, ExamineOptions, examine
+from kdcache.foreign.judge.doctor import Examination, ExamineConfig, examine
 from kdcache.foreign.judge.live import reservoir
 from kdcache.teacher import load_teacher
 from kdcache.teacher.base import Teacher
@@ -37,7 +37,7 @@ def teacher(truth: Truth) -> Iterator[Teacher]:
 
 
 def look(path: Path, teacher: Teacher, sample: int = 4) -> Examination:
-    return examine(path, ExamineOptions(num_sequences=sample), teacher=teacher)
+    return examine(path, ExamineConfig(num_sequences=sample), teacher=teacher)
 
 
 def test_the_teacher_agrees_with_its_own_rows(truth: Truth, tmp_path: Path, teacher: Teacher):
@@ -66,12 +66,12 @@ def test_shifted_rows_are_found_in_text_that_the_teacher_did_not_write(
         wrapped = 0 if shift < 0 else -1
         item.ids[wrapped], item.values[wrapped] = [], []
     path = write_columns(tmp_path / "a.parquet", made)
-    assert defects(examine(path, ExamineOptions())) == {"foreign_rows": None}
-    assert defects(look(path, teacher)) == {"shifted_rows": f"--shift {shift:+d}"}
+    assert defects(examine(path, ExamineConfig())) == {"foreign_positions": None}
+    assert defects(look(path, teacher)) == {"shifted_positions": f"--shift {shift:+d}"}
 
 
 def from_teacher(made: list[Item], teacher: Teacher) -> None:
-    """Rows of the teacher for whatever text the items have."""
+    """Supports of the teacher for whatever text the items have."""
     from kdcache.foreign.judge.live import live_selection, token_sequence
 
     asked = [
@@ -155,9 +155,9 @@ def test_rows_that_differ_by_more_than_rounding_are_counted_and_named(truth: Tru
     made[2].ids[9][5] = next(i for i in range(500) if i not in made[2].ids[9])
     made[5].values[30][0] += 0.6
     found = look(write_columns(tmp_path / "a.parquet", made), teacher, sample=8)
-    assert set(defects(found)) == {"outlier_rows"}
-    assert told(found)["outlier_rows"].startswith("3 of 504 rows differ from the teacher's by far more than rounding")
-    assert "a.parquet#2 position 7 (4)" in told(found)["outlier_rows"]
+    assert set(defects(found)) == {"outlier_positions"}
+    assert told(found)["outlier_positions"].startswith("3 of 504 positions differ from the teacher's by far more than rounding")
+    assert "a.parquet#2 position 7 (4)" in told(found)["outlier_positions"]
     assert found.comparison is not None
     assert {(source[-2:], position) for source, position, _ in found.comparison.outliers} == {("#2", 7), ("#2", 9), ("#5", 30)}
 
@@ -193,19 +193,19 @@ def test_a_fit_that_wavers_by_little_is_sound(truth: Truth, tmp_path: Path, teac
         for row in item.values[::8]:
             row[16:] = [value + 0.25 for value in row[16:]]
     path = write_distillkit(tmp_path / "a", made, SETTINGS | {"delta_encoding": False})
-    found = examine(path, ExamineOptions())
-    assert found.tally.num_rising_tail_rows > 0.02 * found.tally.num_rows
+    found = examine(path, ExamineConfig())
+    assert found.counts.num_rising_tail_positions > 0.02 * found.counts.num_positions
     assert defects(found) == {}
     assert (defects(asked := look(path, teacher)), "teacher_agrees" in notes(asked)) == ({}, True)
 
 
 def test_a_curve_of_another_config_is_found_with_and_without_the_teacher(truth: Truth, tmp_path: Path, teacher: Teacher):
     path = write_distillkit(tmp_path / "a", items(truth, 32), SETTINGS, normalize_t=True)
-    alone, asked = examine(path, ExamineOptions()), look(path, teacher)
+    alone, asked = examine(path, ExamineConfig()), look(path, teacher)
     assert defects(alone) == defects(asked) == {"broken_tails": "--repair tails"}
     assert "with normalize_t: false" in told(alone)["broken_tails"]
     right = write_distillkit(tmp_path / "b", items(truth, 32), SETTINGS)
-    assert (defects(examine(right, ExamineOptions())), defects(look(right, teacher))) == ({}, {})
+    assert (defects(examine(right, ExamineConfig())), defects(look(right, teacher))) == ({}, {})
 
 
 def test_short_answers_of_nemo_aligner_agree_with_their_teacher(truth: Truth, tmp_path: Path, teacher: Teacher):

@@ -13,25 +13,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.foreign.base import ForeignSequence, ReadOptions
+from kdcache.foreign.base import ForeignSequence, ReadConfig
 from kdcache.foreign.blocks import SHIFTS, blocks
 from kdcache.foreign.formats.detect import open_foreign
-from kdcache.foreign.judge.alignment import MIN_ROWS, judge
-from kdcache.foreign.probes import FLOOR_NATS, ROUNDING, Tally
+from kdcache.foreign.judge.alignment import MIN_POSITIONS, judge
+from kdcache.foreign.probes import FLOOR_NATS, ROUNDING, ProbeCounts
 
 
-def sequence(seed: int, num_rows: int = 12, width: int = 6) -> ForeignSequence:
+def sequence(seed: int, num_positions: int = 12, width: int = 6) -> ForeignSequence:
     """Ragged rows with empty ones, duplicates, unsorted values and odd numbers."""
     rng = np.random.default_rng(seed)
-    counts_R = rng.integers(0, width, num_rows)
-    values_E = np.round(rng.normal(-2, 1.5, counts_R.sum()), 2)
+    counts_P = rng.integers(0, width, num_positions)
+    values_E = np.round(rng.normal(-2, 1.5, counts_P.sum()), 2)
     values_E[rng.random(len(values_E)) < 0.03] = -np.inf
     return ForeignSequence(
         source="made",
-        input_ids_N=rng.integers(0, 9, num_rows + 1),
-        positions_R=np.arange(num_rows),
-        counts_R=counts_R,
-        token_ids_E=rng.integers(0, 9, counts_R.sum()),
+        input_ids_N=rng.integers(0, 9, num_positions + 1),
+        positions_P=np.arange(num_positions),
+        counts_P=counts_P,
+        token_ids_E=rng.integers(0, 9, counts_P.sum()),
         values_E=values_E,
     )
 
@@ -40,7 +40,7 @@ def slow(made: ForeignSequence) -> dict[str, Any]:
     """The totals, a row at a time."""
     found: dict[str, Any] = {"masses": [], "unsorted": 0, "duplicates": 0, "sizes": Counter(), "scores": []}
     assert made.input_ids_N is not None
-    for r, (start, end) in enumerate(zip(made.offsets_R1[:-1], made.offsets_R1[1:], strict=True)):
+    for r, (start, end) in enumerate(zip(made.offsets_P1[:-1], made.offsets_P1[1:], strict=True)):
         ids, values = made.token_ids_E[start:end].tolist(), made.values_E[start:end].tolist()
         if not ids:
             continue
@@ -68,47 +68,47 @@ def score(ids: list[int], values: list[float], target: object) -> float:
 @settings(max_examples=40, deadline=None)
 def test_totals_are_those_of_plain_loops(seed: int):
     made = sequence(seed)
-    tally, expected = Tally(), slow(made)
-    tally.add_sequence(made, "logprobs")
+    counts, expected = ProbeCounts(), slow(made)
+    counts.add_sequence(made, "logprobs")
     masses = np.array(expected["masses"])
-    assert tally.sizes == expected["sizes"]
-    assert (tally.num_unsorted_rows, tally.num_duplicate_rows) == (expected["unsorted"], expected["duplicates"])
-    assert tally.mass_sum == pytest.approx(masses.sum())
-    assert tally.num_heavy_rows == (masses > 1 + ROUNDING).sum()
+    assert counts.sizes == expected["sizes"]
+    assert (counts.num_unsorted_positions, counts.num_duplicate_positions) == (expected["unsorted"], expected["duplicates"])
+    assert counts.mass_sum == pytest.approx(masses.sum())
+    assert counts.num_heavy_positions == (masses > 1 + ROUNDING).sum()
     scores = np.array(expected["scores"]).reshape(-1, len(SHIFTS))
-    assert tally.num_paired == len(scores)
-    np.testing.assert_allclose(tally.score_sum, scores.sum(axis=0), atol=1e-9)
-    np.testing.assert_allclose(tally.score_diff_sum, (scores - scores[:, 1:2]).sum(axis=0), atol=1e-9)
+    assert counts.num_paired == len(scores)
+    np.testing.assert_allclose(counts.score_sum, scores.sum(axis=0), atol=1e-9)
+    np.testing.assert_allclose(counts.score_diff_sum, (scores - scores[:, 1:2]).sum(axis=0), atol=1e-9)
 
 
 @pytest.mark.parametrize("cells", [1, 7, 20, 10**6])
 def test_rows_are_the_same_in_blocks_of_any_size(cells: int):
-    made = sequence(5, num_rows=40)
+    made = sequence(5, num_positions=40)
     parts = list(blocks(made, "logprobs", cells))
     assert len(parts) == 1 or cells < 10**6
-    assert all(part.ids_RK.size <= cells or len(part.ids_RK) == 1 for part in parts)
-    flat = [(i, v) for part in parts for i, v in zip(part.ids_RK[part.filled_RK], part.values_RK[part.filled_RK], strict=True)]
+    assert all(part.ids_PK.size <= cells or len(part.ids_PK) == 1 for part in parts)
+    flat = [(i, v) for part in parts for i, v in zip(part.ids_PK[part.filled_PK], part.values_PK[part.filled_PK], strict=True)]
     assert flat == list(zip(made.token_ids_E, made.values_E, strict=True))
-    assert sum((part.targets_SR.shape[1] for part in parts), 0) == (made.counts_R > 0).sum()
+    assert sum((part.targets_3P.shape[1] for part in parts), 0) == (made.counts_P > 0).sum()
 
 
 def test_few_rows_give_no_verdict_and_no_rows_give_none_either():
     path = Path(__file__).parent / "data" / "distillkit" / "exact"
-    tally = Tally()
-    assert judge(tally).verdict == "unclear"
-    (first, *rest) = open_foreign(path, ReadOptions()).read()
-    tally.add_sequence(first, "logprobs")
-    assert tally.num_paired < MIN_ROWS
-    assert judge(tally).verdict == "unclear"
+    counts = ProbeCounts()
+    assert judge(counts).verdict == "unclear"
+    (first, *rest) = open_foreign(path, ReadConfig()).read()
+    counts.add_sequence(first, "logprobs")
+    assert counts.num_paired < MIN_POSITIONS
+    assert judge(counts).verdict == "unclear"
     for made in rest:
-        tally.add_sequence(made, "logprobs")
-    assert judge(tally).verdict == "aligned"
+        counts.add_sequence(made, "logprobs")
+    assert judge(counts).verdict == "aligned"
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_that_know_nothing_of_the_text_give_no_verdict(seed: int):
-    tally = Tally()
+    counts = ProbeCounts()
     for number in range(20):
-        tally.add_sequence(sequence(100 * seed + number, num_rows=60), "logprobs")
-    assert tally.num_paired > 500
-    assert judge(tally).verdict == "unclear"
+        counts.add_sequence(sequence(100 * seed + number, num_positions=60), "logprobs")
+    assert counts.num_paired > 500
+    assert judge(counts).verdict == "unclear"

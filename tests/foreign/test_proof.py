@@ -12,8 +12,8 @@ import pytest
 from foreign_cases import Item, Truth, changed, defects, items, log_softmax, notes, with_extra_target, write_columns
 
 from kdcache.foreign.base import ForeignSequence
-from kdcache.foreign.blocks import blocks, extra_rows
-from kdcache.foreign.judge.doctor import Examination, ExamineOptions, examine
+from kdcache.foreign.blocks import blocks, may_hold_extra
+from kdcache.foreign.judge.doctor import Examination, ExamineConfig, examine
 from kdcache.foreign.proof import BEYOND, WITHIN, Evidence, Proof
 
 K, V = 16, 400
@@ -25,7 +25,7 @@ def teacher_text(seed: int, num_tokens: int, *, sure: float = 1.0, flat: float =
     Below 1 `flat` makes rows of less mass.
     """
     rng = np.random.default_rng(seed)
-    # Rows differ in how flat they are, as a language model's do.
+    # Supports differ in how flat they are, as a language model's do.
     logits_NV = np.sort(rng.gumbel(size=(num_tokens, V)), axis=1)[:, ::-1] * rng.uniform(0.5, 3.0, (num_tokens, 1)) * 1.5 * flat
     order_NV = np.argsort(rng.random((num_tokens, V)), axis=1)
     true_NV, said_NV = log_softmax(logits_NV), log_softmax(sure * logits_NV)
@@ -51,7 +51,7 @@ def evidence(sequences: list[ForeignSequence], shift: int = 0) -> Evidence:
     proof = Proof()
     for sequence in sequences:
         for block in blocks(sequence, "logprobs"):
-            proof.add_block(block, sequence, extra_rows(sequence, "logprobs"))
+            proof.add_block(block, sequence, may_hold_extra(sequence, "logprobs"))
         proof.close(sequence)
     return proof.at(shift)
 
@@ -70,22 +70,22 @@ def rows_of(sequence: ForeignSequence, number: int) -> tuple[np.ndarray, np.ndar
     return sequence.token_ids_E.reshape(-1, K)[number:], sequence.values_E.reshape(-1, K)[number:]
 
 
-def with_rows(sequence: ForeignSequence, ids_RK: np.ndarray, values_RK: np.ndarray) -> ForeignSequence:
-    n = len(ids_RK)
+def with_rows(sequence: ForeignSequence, ids_PK: np.ndarray, values_PK: np.ndarray) -> ForeignSequence:
+    n = len(ids_PK)
     return dataclasses.replace(
         sequence,
-        positions_R=np.arange(n),
-        counts_R=np.full(n, K),
-        token_ids_E=ids_RK.reshape(-1),
-        values_E=values_RK.reshape(-1),
+        positions_P=np.arange(n),
+        counts_P=np.full(n, K),
+        token_ids_E=ids_PK.reshape(-1),
+        values_E=values_PK.reshape(-1),
     )
 
 
 def shifted(sequence: ForeignSequence, first: int = 0) -> ForeignSequence:
-    """Rows from the first on stand one later than they belong."""
-    ids_RK, values_RK = sequence.token_ids_E.reshape(-1, K), sequence.values_E.reshape(-1, K)
-    moved = np.r_[: first + 1, first : len(ids_RK) - 1]
-    return with_rows(sequence, ids_RK[moved], values_RK[moved])
+    """Supports from the first on stand one later than they belong."""
+    ids_PK, values_PK = sequence.token_ids_E.reshape(-1, K), sequence.values_E.reshape(-1, K)
+    moved = np.r_[: first + 1, first : len(ids_PK) - 1]
+    return with_rows(sequence, ids_PK[moved], values_PK[moved])
 
 
 def swapped(sequences: list[ForeignSequence]) -> list[ForeignSequence]:
@@ -95,10 +95,10 @@ def swapped(sequences: list[ForeignSequence]) -> list[ForeignSequence]:
 
 def padded(sequence: ForeignSequence) -> ForeignSequence:
     """A quarter more tokens, all one, beside copies of the last row."""
-    ids_RK, values_RK = sequence.token_ids_E.reshape(-1, K), sequence.values_E.reshape(-1, K)
-    number = len(ids_RK) // 2
+    ids_PK, values_PK = sequence.token_ids_E.reshape(-1, K), sequence.values_E.reshape(-1, K)
+    number = len(ids_PK) // 2
     longer = dataclasses.replace(sequence, input_ids_N=np.append(sequence.input_ids_N, np.zeros(number, int)))
-    return with_rows(longer, *(np.concatenate([a, np.repeat(a[-1:], number, axis=0)]) for a in (ids_RK, values_RK)))
+    return with_rows(longer, *(np.concatenate([a, np.repeat(a[-1:], number, axis=0)]) for a in (ids_PK, values_PK)))
 
 
 DAMAGES: dict[str, Callable[[list[ForeignSequence]], list[ForeignSequence]]] = {
@@ -178,7 +178,7 @@ def test_the_number_of_sequences_is_taken_into_account():
 def test_the_text_s_own_token_in_the_row_proves_nothing(truth: Truth, tmp_path: Path):
     """Every target is in a row of k+1 entries; without those the rows of another text are found out."""
     path = write_columns(tmp_path / "a.parquet", with_extra_target(truth))
-    assert set(defects(examine(path, ExamineOptions()))) == {"k_plus_1_rows"}
+    assert set(defects(examine(path, ExamineConfig()))) == {"k_plus_1_entries"}
     rows = with_extra_target(truth)
     others = [*rows[1:], rows[0]]
     for item, other in zip(rows, [list(map(list, o.ids)) for o in others], strict=True):
@@ -186,11 +186,11 @@ def test_the_text_s_own_token_in_the_row_proves_nothing(truth: Truth, tmp_path: 
         for t, target in enumerate(item.input_ids[1:]):
             item.ids[t] = [i for i in other[t][:K] if i != target] + [target]
             item.values[t] = [*item.values[t][: len(item.ids[t]) - 1], -12.0]
-    assert "foreign_rows" in defects(examine(write_columns(tmp_path / "b.parquet", rows), ExamineOptions()))
+    assert "foreign_positions" in defects(examine(write_columns(tmp_path / "b.parquet", rows), ExamineConfig()))
 
 
 def look(path: Path, made: list[Item]) -> Examination:
-    return examine(write_columns(path / "a.parquet", made), ExamineOptions())
+    return examine(write_columns(path / "a.parquet", made), ExamineConfig())
 
 
 def test_the_doctor_names_what_is_out_of_place(truth: Truth, tmp_path: Path):
@@ -203,9 +203,9 @@ def test_the_doctor_names_what_is_out_of_place(truth: Truth, tmp_path: Path):
     assert "a.parquet#3 (" in sentence
     assert "and -1 would fit" in sentence
     plus_one = look(tmp_path, changed(items(truth), lambda item: setattr(item, "ids", (np.array(item.ids) + 1).tolist())))
-    assert set(defects(plus_one)) == {"foreign_rows"}
+    assert set(defects(plus_one)) == {"foreign_positions"}
     other = look(tmp_path, changed(items(truth), lambda i: setattr(i, "input_ids", [(7 * t + 3) % 500 for t in i.input_ids])))
-    assert set(defects(other)) == {"foreign_rows"}
+    assert set(defects(other)) == {"foreign_positions"}
 
 
 def test_a_text_that_was_written_greedily_is_a_note(truth: Truth, tmp_path: Path):

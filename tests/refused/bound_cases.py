@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdcache.config.yaml_text import MAX_YAML_BYTES, parse_yaml
-from kdcache.foreign.base import ReadOptions
+from kdcache.foreign.base import ReadConfig
 from kdcache.foreign.formats.distillkit_codec import parse_config
-from kdcache.foreign.judge.doctor import ExamineOptions, examine
+from kdcache.foreign.judge.doctor import ExamineConfig, examine
 from kdcache.inputs.formats.any_file import read_text_or_ids
 from kdcache.store.reader import open_reader
 
@@ -62,7 +62,7 @@ def read_all(cache: Path) -> None:
 
 
 def foreign(write: Callable[[Path], Path]) -> Case:
-    return Case(lambda _, folder: write(folder), lambda path: examine(path, ExamineOptions(read=ReadOptions())))
+    return Case(lambda _, folder: write(folder), lambda path: examine(path, ExamineConfig(read=ReadConfig())))
 
 
 def plain(run: Callable[[], object]) -> Case:

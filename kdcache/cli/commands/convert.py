@@ -19,7 +19,7 @@ from kdcache.errors import ConfigError
 from kdcache.shown import say
 
 if TYPE_CHECKING:
-    from kdcache.foreign.convert import Conversion, ConvertOptions
+    from kdcache.foreign.convert import Conversion, ConvertConfig
 
 REPAIRS = ("k+1", "duplicates", "tails")
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("source", metavar="SOURCE", help="a file or folder; see `kdcache doctor`")
     parser.add_argument("--out", required=True, metavar="OUT", help="directory of the new cache; created if missing")
-    parser.add_argument("--shift", type=int, choices=(-1, 0, 1), default=0, help="move every row by so many positions")
+    parser.add_argument("--shift", type=int, choices=(-1, 0, 1), default=0, help="move every position by this much")
     parser.add_argument(
         "--repair", dest="repairs", action="append", default=[], choices=REPAIRS,
         help="k+1: the text's token beside the top k becomes the target's logprob; duplicates: keep an id's greater value; "
@@ -56,20 +56,20 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and say what was written and what was not."""
     from kdcache.foreign.convert import convert
 
-    options = _options(args)
+    options = _config(args)
     with loaded(teacher_config(args) if asks_teacher(args) else None) as teacher, progress_bar("examining") as progress:
         conversion = convert(args.source, args.out, options, teacher=teacher, progress=progress)
     say(_as_text(args, conversion))
     return 0
 
 
-def _options(args: argparse.Namespace) -> ConvertOptions:
-    from kdcache.foreign.convert import ConvertOptions
+def _config(args: argparse.Namespace) -> ConvertConfig:
+    from kdcache.foreign.convert import ConvertConfig
 
     tokenizer = named_tokenizer(args)
     if tokenizer is None:
         raise ConfigError("--tokenizer NAME is needed: without it nobody can tell later what the ids mean")
-    return ConvertOptions(
+    return ConvertConfig(
         tokenizer=tokenizer.identity,
         model=args.model or (teacher_config(args).model if asks_teacher(args) else "unknown"),
         codec=args.codec,
@@ -95,7 +95,7 @@ def _as_text(args: argparse.Namespace, conversion: Conversion) -> str:
             "impossible "
             "and are in no NLL"
         )
-    if conversion.examination.tally.vocab_size is None:
+    if conversion.examination.counts.vocab_size is None:
         width = manifest.identity.teacher.vocab_size
         shown["vocabulary"] = f"{width:,} ids, the tokenizer's; where the teacher's output is wider, say so with --vocab-size V"
     lines = finding_lines(conversion.examination)

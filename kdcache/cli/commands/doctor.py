@@ -23,12 +23,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Read a cache of teacher outputs, ours or another tool's, from end to end and say what it is and what is wrong with "
-        "it:\n"
-        "rows shifted against their text, renormalised or unnormalised values, logits or probabilities in place of logprobs, "
-        "broken\n"
-        "polynomial tails, ids of a padded vocabulary, k+1 rows, duplicate ids, a temperature that was applied.\n"
-        "Exit status 1 when there is anything but notes."
+        "Read a cache of teacher outputs, ours or another tool's, from end to end; say what it is and what is wrong with it:\n"
+        "positions shifted against their text, renormalised or unnormalised values, logits or probabilities instead of\n"
+        "logprobs, broken polynomial tails, ids of a padded vocabulary, k+1 entries, duplicate ids, a temperature that was\n"
+        "applied. Exit status 1 when there is anything but notes."
     )
     parser.add_argument("path", metavar="PATH", help="a file or folder")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")

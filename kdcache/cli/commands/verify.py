@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Exit status 1 when anything is wrong.\n\n"
         "With --deep the teacher is asked again about a random sample, each sequence alone: KL of live and cached\n"
         "distributions, that of the live teacher with itself in a batch (an answer that moves with its neighbours is wrong),\n"
-        "shifts of the rows by -1, 0 and +1, the NLL, and what the tail that is not stored can cost."
+        "shifts of the positions by -1, 0 and +1, the NLL, and what the tail that is not stored can cost."
     )
     parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
     parser.add_argument("--deep", action="store_true", help="ask the teacher again about a random sample of the sequences")
@@ -97,10 +97,10 @@ def _unnamed(cache: str) -> ConfigError:
 
 
 def _ask_teacher(args: argparse.Namespace) -> DeepReport:
-    from kdcache.foreign.judge.deep import DeepOptions, verify_deep
+    from kdcache.foreign.judge.deep import DeepConfig, verify_deep
     from kdcache.store.reader import open_reader
 
-    options = DeepOptions(num_sequences=args.num_sequences, seed=args.seed, tolerance_nats=args.tolerance)
+    options = DeepConfig(num_sequences=args.num_sequences, seed=args.seed, tolerance_nats=args.tolerance)
     with open_reader(args.cache) as reader:
         config = teacher_config(args)
         for line in setting_differences(config, reader.manifest.config.get("teacher")):
@@ -130,7 +130,7 @@ def _deep_text(deep: DeepReport) -> str:
         "teacher": f"{'agrees' if deep.is_sound else 'does not agree'}: asked again about {asked}",
         "  KL(live || cached)": f"{_spread(deep.kl_mean, deep.kl_p99, deep.kl_max)} (allowed: mean {deep.allowed:.3g})",
         "  KL(live || live)": f"{_spread(deep.control_mean, deep.control_p99, deep.control_max)}, alone and in a batch",
-        "  rows shifted": f"{shifts} nats",
+        "  positions shifted": f"{shifts} nats",
         "  logprobs": f"at most {deep.max_difference:.3g} nats apart; cached = {deep.slope:.4f} x live",
         "  NLL": f"cached {deep.cached_nll:.6f}, live {deep.live_nll:.6f} nats, at most {deep.nll_difference:.3g} apart",
         "  kept mass": f"{deep.kept_mass:.5f}; taking the support for the whole costs {deep.renormalisation_cost:.4f} nats",

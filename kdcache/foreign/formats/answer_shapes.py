@@ -1,6 +1,6 @@
 """What servers call the parts of an answer, and which id a token's text stands for.
 
-| server | prompt rows | written rows |
+| server | prompt positions | written positions |
 |---|---|---|
 | vLLM, native | `prompt_logprobs`: null or {"5": {"logprob": -0.1}} | `outputs[].logprobs`, the same; `token_ids` |
 | vLLM, OpenAI API | `prompt_logprobs` of the answer or of a choice | as OpenAI's; `choices[].token_ids` |
@@ -23,7 +23,7 @@ from kdcache.errors import InputError
 from kdcache.foreign.formats.pairs import to_id
 from kdcache.teacher.tokenizer import Tokenizer
 
-Item = list[tuple[Any, Any]]
+Entries = list[tuple[Any, Any]]
 """(token, logprob) of one item, as the server wrote them; empty for null."""
 
 
@@ -34,8 +34,8 @@ class Answer:
     Attributes:
         server: whose answers these are, for people.
         is_prompt: whether the items are about tokens of the prompt; else about those that the engine wrote.
-        rows: an item for each token.
-        tokens: of the rows, as the server wrote them (ids or text); None where it did not.
+        positions: an item for each token.
+        tokens: of the positions, as the server wrote them (ids or text); None where it did not.
         prompt_ids: token ids of the prompt, where the answer holds them; whatever the server wrote.
         messages: the chat that was asked, where it is kept beside.
         start: of a prompt, the token that item 0 is about (SGLang: logprob_start_len).
@@ -43,15 +43,15 @@ class Answer:
 
     server: str
     is_prompt: bool
-    rows: list[Item]
+    positions: list[Entries]
     tokens: list[Any] | None = None
     prompt_ids: Any = None
     messages: Any = None
     start: int = 0
 
     @property
-    def ids_in_rows(self) -> bool:
-        """Whether the tokens of the prompt, all of them, are told beside its rows."""
+    def has_prompt_ids(self) -> bool:
+        """Whether the tokens of the prompt, all of them, are told beside its positions."""
         return self.is_prompt and self.tokens is not None and not self.start
 
 
@@ -77,26 +77,26 @@ class AnswerTokens:
             )
         return found
 
-    def row(self, item: Item, where: str) -> dict[int, float]:
-        """id -> logprob of one item; raises InputError for a value that is no number."""
-        row = {}
-        for token, value in item:
+    def by_id(self, entries: Entries, where: str) -> dict[int, float]:
+        """Map id -> logprob of one token's entries; raises InputError for a value that is not a number."""
+        found = {}
+        for token, value in entries:
             if type(value) not in (int, float):
                 raise InputError(f"{where}: a token's logprob is {value!r:.60}, but a number was expected")
-            row[self.id_of(token, where)] = float(value)
-        return row
+            found[self.id_of(token, where)] = float(value)
+        return found
 
 
-def answers_of(row: Mapping[str, Any]) -> Iterator[Answer]:
+def answers_of(item: Mapping[str, Any]) -> Iterator[Answer]:
     """The texts with logprobs in one line; none where it is no answer."""
-    body = row
+    body = item
     for inner in ("response", "body"):  # a line of OpenAI's batch output
         body = body[inner] if isinstance(body.get(inner), Mapping) else body
-    messages = row.get("messages") or _part(row, "request", "messages") or _part(row, "request", "body", "messages")
+    messages = item.get("messages") or _part(item, "request", "messages") or _part(item, "request", "body", "messages")
     if isinstance(body.get("meta_info"), Mapping):
         yield from _sglang(body, messages)
         return
-    prompt = body.get("prompt_token_ids") or row.get("prompt_token_ids") or row.get("input_ids")
+    prompt = body.get("prompt_token_ids") or item.get("prompt_token_ids") or item.get("input_ids")
     if isinstance(body.get("prompt_logprobs"), list):
         yield _vllm_prompt(body["prompt_logprobs"], prompt)
     for choice in (*_dicts(body.get("choices")), *_dicts(body.get("outputs"))):
@@ -116,24 +116,24 @@ def _choice(choice: Mapping[str, Any], prompt: Any, messages: Any) -> Iterator[A
         yield Answer("vLLM's outputs", False, [_by_id(cell) for cell in logprobs], written, prompt, messages)
     elif isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list):
         content = list(_dicts(logprobs["content"]))
-        rows = [_item(part.get("top_logprobs")) for part in content]
-        yield Answer("chat answers", False, rows, written or [part.get("token") for part in content], prompt, messages)
+        positions = [_entries(part.get("top_logprobs")) for part in content]
+        yield Answer("chat answers", False, positions, written or [part.get("token") for part in content], prompt, messages)
     elif isinstance(logprobs, Mapping) and isinstance(logprobs.get("top_logprobs"), list) and echo is None:
-        rows = [_item(cell) for cell in logprobs["top_logprobs"]]
-        yield Answer("completions", False, rows, written or logprobs.get("tokens"), prompt, messages)
+        positions = [_entries(cell) for cell in logprobs["top_logprobs"]]
+        yield Answer("completions", False, positions, written or logprobs.get("tokens"), prompt, messages)
 
 
-def _vllm_prompt(rows: list[Any], prompt: Any) -> Answer:
-    return Answer("vLLM's prompt_logprobs", True, [_by_id(cell) for cell in rows], prompt_ids=prompt)
+def _vllm_prompt(positions: list[Any], prompt: Any) -> Answer:
+    return Answer("vLLM's prompt_logprobs", True, [_by_id(cell) for cell in positions], prompt_ids=prompt)
 
 
 def _echo(logprobs: Mapping[str, Any]) -> Answer | None:
     """A completion that starts with its prompt: only there is a token that nothing was said about."""
     if not isinstance(logprobs.get("top_logprobs"), list):
         return None
-    rows = [_item(cell) for cell in logprobs["top_logprobs"]]
-    is_echo = bool(rows) and not rows[0] and (logprobs.get("token_logprobs") or [0])[0] is None
-    return Answer("completions", True, rows, logprobs.get("tokens")) if is_echo else None
+    positions = [_entries(cell) for cell in logprobs["top_logprobs"]]
+    is_echo = bool(positions) and not positions[0] and (logprobs.get("token_logprobs") or [0])[0] is None
+    return Answer("completions", True, positions, logprobs.get("tokens")) if is_echo else None
 
 
 def _written_elsewhere(body: Mapping[str, Any], prompt: Any, messages: Any) -> Iterator[Answer]:
@@ -142,28 +142,28 @@ def _written_elsewhere(body: Mapping[str, Any], prompt: Any, messages: Any) -> I
     if isinstance(details, Mapping) and isinstance(details.get("top_tokens"), list):
         before = [part.get("id") for part in _dicts(details.get("prefill"))] or prompt
         written = [part.get("id") for part in _dicts(details.get("tokens"))]
-        yield Answer("TGI's answers", False, [_item(cell) for cell in details["top_tokens"]], written, before, messages)
+        yield Answer("TGI's answers", False, [_entries(cell) for cell in details["top_tokens"]], written, before, messages)
     if isinstance(steps, list):
         parts = list(_dicts(steps))
-        rows = [_item(part.get("top_logprobs")) for part in parts]
-        yield Answer("llama.cpp's answers", False, rows, [part.get("id") for part in parts], prompt, messages)
+        positions = [_entries(part.get("top_logprobs")) for part in parts]
+        yield Answer("llama.cpp's answers", False, positions, [part.get("id") for part in parts], prompt, messages)
 
 
 def _sglang(body: Mapping[str, Any], messages: Any) -> Iterator[Answer]:
     about = body["meta_info"]
     for side, is_prompt in (("input", True), ("output", False)):
-        rows, tokens = about.get(f"{side}_top_logprobs"), about.get(f"{side}_token_logprobs")
-        if not rows or not isinstance(rows, list) or not any(rows):
+        positions, tokens = about.get(f"{side}_top_logprobs"), about.get(f"{side}_token_logprobs")
+        if not positions or not isinstance(positions, list) or not any(positions):
             continue
         written = [entry[1] if isinstance(entry, list) and len(entry) > 1 else None for entry in tokens or ()] or None
         prompt = body.get("prompt_token_ids") or body.get("input_ids")
         if prompt is None and not is_prompt:
             prompt = _input_ids(about)
-        start = _start(about, rows) if is_prompt else 0
+        start = _start(about, positions) if is_prompt else 0
         yield Answer(
             "SGLang's answers",
             is_prompt,
-            [_item(cell) for cell in rows],
+            [_entries(cell) for cell in positions],
             written,
             prompt,
             None if is_prompt else messages,
@@ -171,10 +171,10 @@ def _sglang(body: Mapping[str, Any], messages: Any) -> Iterator[Answer]:
         )
 
 
-def _start(about: Mapping[str, Any], rows: list[Any]) -> int:
+def _start(about: Mapping[str, Any], positions: list[Any]) -> int:
     """The prompt's token that the first item is about: there are as many items as tokens from there on."""
-    number = about.get("prompt_tokens")
-    return max(number - len(rows), 0) if type(number) is int else 0
+    num_tokens = about.get("prompt_tokens")
+    return max(num_tokens - len(positions), 0) if type(num_tokens) is int else 0
 
 
 def _input_ids(about: Mapping[str, Any]) -> list[int] | None:
@@ -184,12 +184,12 @@ def _input_ids(about: Mapping[str, Any]) -> list[int] | None:
     return [entry[1] for entry in tokens] if all(isinstance(entry, list) and len(entry) > 1 for entry in tokens) else None
 
 
-def _by_id(cell: Any) -> Item:
+def _by_id(cell: Any) -> Entries:
     """The same of vLLM's own objects, whose keys are ids: JSON makes text of them, and some tokens' text is a number."""
-    return [(int(token) if isinstance(token, str) and token.isdecimal() else token, value) for token, value in _item(cell)]
+    return [(int(token) if isinstance(token, str) and token.isdecimal() else token, value) for token, value in _entries(cell)]
 
 
-def _item(cell: Any) -> Item:
+def _entries(cell: Any) -> Entries:
     """(token, logprob) pairs of whatever a server writes for one token."""
     if isinstance(cell, Mapping):
         return [(token, _value(value)) for token, value in cell.items() if value is not None]
@@ -223,8 +223,8 @@ def _dicts(cell: Any) -> Iterator[Mapping[str, Any]]:
     return (entry for entry in cell if isinstance(entry, Mapping)) if isinstance(cell, list) else iter(())
 
 
-def _part(row: Mapping[str, Any], *names: str) -> Any:
-    found: Any = row
+def _part(entries: Mapping[str, Any], *names: str) -> Any:
+    found: Any = entries
     for name in names:
         found = found.get(name) if isinstance(found, Mapping) else None
     return found

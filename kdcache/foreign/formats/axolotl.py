@@ -1,9 +1,9 @@
-"""Axolotl's distillation columns: `logprobs` and `target_token_ids` per row (v2), what its transform makes of them, or the
+"""Axolotl's distillation columns: `logprobs` and `target_token_ids` per position (v2), what its transform makes of them, or the
 older lists of {"token": "token_id:5", "logprob": -0.1}. Published ones often hold chats in place of token ids.
 
-Its transform puts the last row at the last token and fills up on the left, and its trainer (067b021) compares the row at index
-t with the student's logits[t]: so the row at index t claims position t. Engines give the distribution OF token t there, which
-is position t - 1; nothing shifts it since axolotl#2700.
+Its transform puts the last position at the last token and fills up on the left, and its trainer (067b021) compares the
+position at index t with the student's logits[t]: so the position at index t claims position t. Engines give the
+distribution OF token t there, which is position t - 1; nothing shifts it since axolotl#2700.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import NO_ROWS, Finding, ForeignCache, ForeignSequence, ReadOptions, ragged, to_ids
+from kdcache.foreign.base import NO_ENTRIES, Finding, ForeignCache, ForeignSequence, ReadConfig, ragged, to_ids
 from kdcache.foreign.formats.chats import chat_ids, find_messages
 from kdcache.foreign.formats.columns import no_tokens
 from kdcache.foreign.formats.pairs import PairColumn, find_pairs, read_pairs
-from kdcache.foreign.formats.tables import Row, Table, flat, nested
+from kdcache.foreign.formats.tables import Cells, Table, flat, nested
 from kdcache.foreign.padding import without_padding
 
 IDS, PREPARED = "target_token_ids", "target_logprobs"
 IGNORED_LABEL = -100
 
 
-def open_axolotl(path: str, table: Table, options: ReadOptions) -> ForeignCache | None:
+def open_axolotl(path: str, table: Table, reading: ReadConfig) -> ForeignCache | None:
     """The cache behind a path, or None where its columns are not Axolotl's."""
-    layout = _layout(table, options)
+    layout = _layout(table, reading)
     if layout is None:
         return None
     findings: list[Finding] = []
     if layout.tokens is None and layout.messages is None:
-        findings.append(no_tokens(options.columns.get("tokens", "input_ids"), table))
-    elif layout.tokens is None and options.tokenizer is None:
+        findings.append(no_tokens(reading.columns.get("tokens", "input_ids"), table))
+    elif layout.tokens is None and reading.tokenizer is None:
         findings.append(_needs_tokenizer(layout))
     if layout.values == PREPARED:
-        sentence = "the values went through Axolotl's transform, which renormalises each row over its support"
+        sentence = "the values went through Axolotl's transform, which renormalises each position over its support"
         findings.append(Finding("transformed", "note", sentence))
     return ForeignCache(
         format="axolotl",
         title=f"Axolotl {layout.title} ({table.kind})",
         path=path,
-        values=options.values or "logprobs",
-        read=partial(_sequences, table, layout, options),
-        facts={"columns": ", ".join(layout.columns), **_template_fact(layout, options)},
+        values=reading.values or "logprobs",
+        read=partial(_sequences, table, layout, reading),
+        facts={"columns": ", ".join(layout.columns), **_template_fact(layout, reading)},
         findings=tuple(findings),
     )
 
@@ -68,8 +68,8 @@ class _Layout:
         return [name for name in found if isinstance(name, str)]
 
 
-def _layout(table: Table, options: ReadOptions) -> _Layout | None:
-    tokens = options.columns.get("tokens", "input_ids")
+def _layout(table: Table, reading: ReadConfig) -> _Layout | None:
+    tokens = reading.columns.get("tokens", "input_ids")
     text, messages = tokens if tokens in table.columns else None, find_messages(table)
     if IDS in table.columns and {"logprobs", PREPARED} & set(table.columns):
         is_prepared = PREPARED in table.columns
@@ -84,70 +84,72 @@ def _layout(table: Table, options: ReadOptions) -> _Layout | None:
 
 def _needs_tokenizer(layout: _Layout) -> Finding:
     sentence = (
-        f"the text is there as chats in the column {layout.messages!r}, without token ids: whether rows belong to their tokens "
-        "cannot be checked, and nothing can be converted; name the tokenizer that made the rows, with its chat template, with "
-        "--tokenizer NAME"
+        f"the text is there as chats in the column {layout.messages!r}, without token ids: whether positions "
+        "belong to their tokens cannot be checked, and nothing can be converted; name the tokenizer that made "
+        "the positions, with its chat template, with --tokenizer NAME"
     )
     return Finding("no_tokens", "fatal", sentence)
 
 
-def _template_fact(layout: _Layout, options: ReadOptions) -> dict[str, str]:
-    if layout.tokens is not None or options.tokenizer is None:
+def _template_fact(layout: _Layout, reading: ReadConfig) -> dict[str, str]:
+    if layout.tokens is not None or reading.tokenizer is None:
         return {}
     return {"text": f"the chats in {layout.messages!r}, through the chat template of the tokenizer that you named"}
 
 
-def _sequences(table: Table, layout: _Layout, options: ReadOptions) -> Iterator[ForeignSequence]:
-    first = options.first_position
-    for where, row in table.rows([*layout.columns, "labels", "attention_mask"]):
-        rows = _rows(where, row, layout) or NO_ROWS
-        ids_N = _text(where, row, layout, options)
-        labels = flat(row.get("labels"), f"{where}: labels")
-        if ids_N is not None and len(rows[0][1]) > len(ids_N):
-            raise InputError(_too_many(where, len(rows[0][1]), len(ids_N), layout))
-        counts_R, token_ids_E, values_E = ragged(where, *rows)
-        before = 0 if ids_N is None else len(ids_N) - len(counts_R)
+def _sequences(table: Table, layout: _Layout, reading: ReadConfig) -> Iterator[ForeignSequence]:
+    first = reading.first_position
+    for where, item in table.items([*layout.columns, "labels", "attention_mask"]):
+        positions = _entries_of(where, item, layout) or NO_ENTRIES
+        ids_N = _text(where, item, layout, reading)
+        labels = flat(item.get("labels"), f"{where}: labels")
+        if ids_N is not None and len(positions[0][1]) > len(ids_N):
+            raise InputError(_too_many(where, len(positions[0][1]), len(ids_N), layout))
+        counts_P, token_ids_E, values_E = ragged(where, *positions)
+        before = 0 if ids_N is None else len(ids_N) - len(counts_P)
         learnt_N = None
         if labels is not None and ids_N is not None and len(labels) == len(ids_N):
             learnt_N = labels != IGNORED_LABEL
         sequence = ForeignSequence(
             source=where,
             input_ids_N=ids_N,
-            positions_R=np.arange(len(counts_R)) + (before if first is None else first),
-            counts_R=counts_R,
+            positions_P=np.arange(len(counts_P)) + (before if first is None else first),
+            counts_P=counts_P,
             token_ids_E=token_ids_E,
             values_E=values_E,
             learnt_N=learnt_N,
         )
-        mask_N = flat(row.get("attention_mask"), f"{where}: attention_mask")
+        mask_N = flat(item.get("attention_mask"), f"{where}: attention_mask")
         yield without_padding(sequence, mask_N if layout.tokens else None, where)
 
 
-def _rows(where: str, row: Row, layout: _Layout) -> Any:
+def _entries_of(where: str, item: Cells, layout: _Layout) -> Any:
     """((ids, lengths), (values, lengths)); None where there are none."""
     if layout.pairs is not None:
-        return read_pairs(row.get(layout.values), layout.pairs, f"{where}: {layout.values}")
-    ids, values = nested(row.get(IDS), f"{where}: {IDS}"), nested(row.get(layout.values), f"{where}: {layout.values}")
+        return read_pairs(item.get(layout.values), layout.pairs, f"{where}: {layout.values}")
+    ids, values = nested(item.get(IDS), f"{where}: {IDS}"), nested(item.get(layout.values), f"{where}: {layout.values}")
     return None if ids is None or values is None else (ids, values)
 
 
-def _text(where: str, row: Row, layout: _Layout, options: ReadOptions) -> NDArray[np.int64] | None:
+def _text(where: str, item: Cells, layout: _Layout, reading: ReadConfig) -> NDArray[np.int64] | None:
     if layout.tokens is not None:
-        text = flat(row.get(layout.tokens), f"{where}: {layout.tokens}")
+        text = flat(item.get(layout.tokens), f"{where}: {layout.tokens}")
         return None if text is None else to_ids(where, text)
     return (
         None
         if layout.messages is None
-        else chat_ids(row.get(layout.messages), options.tokenizer, f"{where}: {layout.messages}")
+        else chat_ids(item.get(layout.messages), reading.tokenizer, f"{where}: {layout.messages}")
     )
 
 
-def _too_many(where: str, num_rows: int, num_tokens: int, layout: _Layout) -> str:
+def _too_many(where: str, num_positions: int, num_tokens: int, layout: _Layout) -> str:
     if layout.tokens is None:
         return (
-            f"{where}: {num_rows} rows, but the tokenizer's chat template makes {num_tokens} tokens of the chat; the rows were "
-            "made with another template or tokenizer: name that one with --tokenizer"
+            f"{where}: {num_positions} positions, but the tokenizer's chat template makes {num_tokens} tokens "
+            "of the chat; the positions were made with another template or tokenizer: name that one with "
+            "--tokenizer"
         )
     return (
-        f"{where}: {num_rows} rows for {num_tokens} tokens; Axolotl would keep the wrong end of them. Give each token one row"
+        f"{where}: {num_positions} positions for {num_tokens} tokens; Axolotl would keep the wrong end of "
+        "them. Give each token one position"
     )

@@ -1,4 +1,4 @@
-"""Token ids of chats that lie beside a teacher's rows in place of ids, through the chat template of a named tokenizer."""
+"""Token ids of chats that lie beside a teacher's positions in place of ids, through the chat template of a named tokenizer."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NAMES = ("messages", "messages_combined", "conversations", "conversation", "chat
 def find_messages(table: Table) -> str | None:
     """The column of chats: one of the usual names, or any whose cells are lists of {role, content}; None for none."""
     names = [name for name in NAMES if name in table.columns] + [name for name in table.columns if name not in NAMES]
-    for row in table.first_rows(names):
+    for item in table.first_items(names):
         for name in names:
-            cell = plain(row.get(name)) if _may_be_chat(row.get(name)) else None
+            cell = plain(item.get(name)) if _may_be_chat(item.get(name)) else None
             if isinstance(cell, list) and cell and isinstance(cell[0], dict) and {"role", "content"} <= cell[0].keys():
                 return name
     return None

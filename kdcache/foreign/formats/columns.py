@@ -1,7 +1,8 @@
-"""Plain columns: token ids of the text, and for each row lists of ids and of values, under any of the usual names; or one
+"""Plain columns: token ids of the text, and for each position lists of ids and of values, under any of the usual names; or one
 column of lists of {token_id, logprob}.
 
-Row r is taken for position r. Rows may be null, as an engine's first one is; the probes then find where the others belong.
+Position r is taken for position r. Positions may be null, as an engine's first one is; the probes then find where the
+others belong.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import NO_ROWS, Finding, ForeignCache, ForeignSequence, ReadOptions, ValueKind, ragged, to_ids
+from kdcache.foreign.base import NO_ENTRIES, Finding, ForeignCache, ForeignSequence, ReadConfig, ValueKind, ragged, to_ids
 from kdcache.foreign.formats.pairs import PairColumn, find_pairs, read_pairs
-from kdcache.foreign.formats.tables import Row, Table, flat, nested
+from kdcache.foreign.formats.tables import Cells, Table, flat, nested
 from kdcache.foreign.padding import without_padding
 
 KNOWN = {
@@ -43,13 +44,13 @@ _FLAT = ("tokens", "log_z", "attention_mask")
 _ABOUT_TOKENS = ("tokens", "labels", "loss_mask", "attention_mask")
 
 
-def open_columns(path: str, table: Table, options: ReadOptions) -> ForeignCache | None:
+def open_columns(path: str, table: Table, reading: ReadConfig) -> ForeignCache | None:
     """The cache behind a path, or None where no column could be ids or values.
 
     Raises:
         InputError: a column that the user named is not there.
     """
-    names = find_columns(table, dict(options.columns))
+    names = find_columns(table, dict(reading.columns))
     pairs = find_entries(table, names)
     if pairs is None and not {"ids", "values"} <= names.keys():
         return None
@@ -57,13 +58,13 @@ def open_columns(path: str, table: Table, options: ReadOptions) -> ForeignCache 
         names = {ours: theirs for ours, theirs in names.items() if ours in (*_ABOUT_TOKENS, "log_z")} | {
             "entries": pairs.column
         }
-    values: ValueKind = options.values or (_kind_by_name(names["values"]) if pairs is None else pairs.values)
+    values: ValueKind = reading.values or (_kind_by_name(names["values"]) if pairs is None else pairs.values)
     return ForeignCache(
         format="columns",
         title=f"plain columns ({table.kind})",
         path=path,
         values=values,
-        read=partial(_sequences, table, names, pairs, options.first_position or 0),
+        read=partial(_sequences, table, names, pairs, reading.first_position or 0),
         facts={"columns": ", ".join(f"{ours}={theirs}" for ours, theirs in names.items())},
         findings=() if "tokens" in names else (no_tokens("input_ids", table),),
     )
@@ -99,9 +100,9 @@ def find_entries(table: Table, names: dict[str, str]) -> PairColumn | None:
 def no_tokens(name: str, table: Table) -> Finding:
     """What is to be said where the text is missing."""
     sentence = (
-        f"there is no column {name!r} with the token ids of the text ({', '.join(map(repr, table.columns))} are there): "
-        "whether "
-        "rows belong to their tokens cannot be checked, and nothing can be converted; name it with --column tokens=NAME"
+        f"there is no column {name!r} with the token ids of the text ({', '.join(map(repr, table.columns))} "
+        "are there): whether positions belong to their tokens cannot be checked, and nothing can be "
+        "converted; name it with --column tokens=NAME"
     )
     return Finding("no_tokens", "fatal", sentence)
 
@@ -113,50 +114,50 @@ def _kind_by_name(column: str) -> ValueKind:
 
 
 def _sequences(table: Table, names: dict[str, str], pairs: PairColumn | None, first: int) -> Iterator[ForeignSequence]:
-    for where, row in table.rows(list(names.values())):
-        rows = _rows(where, row, names, pairs)
-        counts_R, token_ids_E, values_E = ragged(where, *(rows or NO_ROWS))
-        cells = {ours: flat(row.get(theirs), f"{where}: {theirs}") for ours, theirs in names.items() if ours in _FLAT}
-        log_z_R, mask_N = cells.get("log_z"), cells.get("attention_mask")
-        if log_z_R is not None and rows is not None and len(log_z_R) != len(counts_R):
-            raise InputError(f"{where}: {len(log_z_R)} values of {names['log_z']} for {len(counts_R)} rows")
+    for where, item in table.items(list(names.values())):
+        positions = _entries_of(where, item, names, pairs)
+        counts_P, token_ids_E, values_E = ragged(where, *(positions or NO_ENTRIES))
+        cells = {ours: flat(item.get(theirs), f"{where}: {theirs}") for ours, theirs in names.items() if ours in _FLAT}
+        log_z_P, mask_N = cells.get("log_z"), cells.get("attention_mask")
+        if log_z_P is not None and positions is not None and len(log_z_P) != len(counts_P):
+            raise InputError(f"{where}: {len(log_z_P)} values of {names['log_z']} for {len(counts_P)} positions")
         ids_N = None if cells.get("tokens") is None else to_ids(where, cells["tokens"])
         sequence = ForeignSequence(
             source=where,
             input_ids_N=ids_N,
-            positions_R=np.arange(len(counts_R)) + first + _left_padding(mask_N, len(counts_R)),
-            counts_R=counts_R,
+            positions_P=np.arange(len(counts_P)) + first + _left_padding(mask_N, len(counts_P)),
+            counts_P=counts_P,
             token_ids_E=token_ids_E,
             values_E=values_E,
-            log_z_R=None if log_z_R is None or rows is None else log_z_R.astype(np.float64),
-            learnt_N=None if ids_N is None else _learnt(where, row, names, len(ids_N)),
+            log_z_P=None if log_z_P is None or positions is None else log_z_P.astype(np.float64),
+            learnt_N=None if ids_N is None else _learnt(where, item, names, len(ids_N)),
         )
         yield without_padding(sequence, mask_N, where)
 
 
-def _rows(where: str, row: Row, names: dict[str, str], pairs: PairColumn | None) -> Any:
+def _entries_of(where: str, item: Cells, names: dict[str, str], pairs: PairColumn | None) -> Any:
     """((ids, lengths), (values, lengths)) of one sequence; None where it has none."""
     if pairs is not None:
-        return read_pairs(row.get(pairs.column), pairs, f"{where}: {pairs.column}")
-    ids, values = (nested(row.get(names[ours]), f"{where}: {names[ours]}") for ours in ("ids", "values"))
+        return read_pairs(item.get(pairs.column), pairs, f"{where}: {pairs.column}")
+    ids, values = (nested(item.get(names[ours]), f"{where}: {names[ours]}") for ours in ("ids", "values"))
     return None if ids is None or values is None else (ids, values)
 
 
-def _left_padding(mask_N: Any, num_rows: int) -> int:
-    """Tokens of padding before row 0: none where the rows are one for each token, padding included.
+def _left_padding(mask_N: Any, num_positions: int) -> int:
+    """Tokens of padding before position 0: none where the positions are one for each token, padding included.
 
-    Rows of the text alone, beside tokens that were padded on the left, start where the text does.
+    Positions of the text alone, beside tokens that were padded on the left, start where the text does.
     """
     if mask_N is None or not mask_N.any():
         return 0
     num_real, start = int(np.count_nonzero(mask_N)), int(np.argmax(mask_N != 0))
-    is_of_all = num_rows in (len(mask_N) - 1, len(mask_N))
-    return start if num_rows in (num_real - 1, num_real) and not is_of_all else 0
+    is_of_all = num_positions in (len(mask_N) - 1, len(mask_N))
+    return start if num_positions in (num_real - 1, num_real) and not is_of_all else 0
 
 
-def _learnt(where: str, row: Row, names: dict[str, str], num_tokens: int) -> np.ndarray | None:
+def _learnt(where: str, item: Cells, names: dict[str, str], num_tokens: int) -> np.ndarray | None:
     for ours, ignored in (("labels", -100), ("loss_mask", 0)):
-        column = flat(row.get(names[ours]), f"{where}: {names[ours]}") if ours in names else None
+        column = flat(item.get(names[ours]), f"{where}: {names[ours]}") if ours in names else None
         if column is not None:
             if len(column) != num_tokens:
                 raise InputError(f"{where}: {len(column)} values of {names[ours]} for {num_tokens} tokens")

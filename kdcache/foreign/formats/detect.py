@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import ForeignCache, ReadOptions
+from kdcache.foreign.base import ForeignCache, ReadConfig
 from kdcache.foreign.formats.answers import open_answers
 from kdcache.foreign.formats.axolotl import open_axolotl
 from kdcache.foreign.formats.columns import open_columns
@@ -28,7 +28,7 @@ def is_own_cache(path: str | Path) -> bool:
         return False
 
 
-def open_foreign(path: str | Path, options: ReadOptions) -> ForeignCache:
+def open_foreign(path: str | Path, reading: ReadConfig) -> ForeignCache:
     """Open what is at the path with the reader of its format.
 
     Raises:
@@ -41,18 +41,18 @@ def open_foreign(path: str | Path, options: ReadOptions) -> ForeignCache:
         raise InputError(f"{named}: cannot be read: {error.strerror}") from error
     if not is_there:
         raise InputError(f"{named}: no such file or folder (working directory {Path.cwd()})")
-    cache = open_megatron(str(path), options)
+    cache = open_megatron(str(path), reading)
     if cache is not None:
         return cache
     table = open_table(named)
     if table is None:
         raise InputError(_nothing(named))
     # Plain columns last: their names are the loosest. Columns that the user names say that it is that.
-    readers = (open_columns,) if {"ids", "values", "entries"} & set(options.columns) else (
+    readers = (open_columns,) if {"ids", "values", "entries"} & set(reading.columns) else (
         open_distillkit, open_nemo_aligner, open_answers, open_axolotl, open_columns,
     )  # fmt: skip
     for reader in readers:
-        cache = reader(str(path), table, options)
+        cache = reader(str(path), table, reading)
         if cache is not None:
             return replace(cache, facts={**cache.facts, **_left_out(table, named)})
     raise InputError(
@@ -73,7 +73,6 @@ def _nothing(path: Path) -> str:
     if path.suffix.lower() in PICKLES:
         return f"{path}: {path.suffix} files may be pickles, which run any code when opened; write Parquet, Arrow or JSON lines"
     return (
-        f"{path}: neither a cache of kdcache, nor Parquet, Arrow or JSON-lines files, nor tars that Megatron-LM's logits "
-        "saver names "
-        "(cp0_dp0__100.tar)"
+        f"{path}: neither a cache of kdcache, nor Parquet, Arrow or JSON-lines files, nor tars that "
+        "Megatron-LM's logits saver names (cp0_dp0__100.tar)"
     )

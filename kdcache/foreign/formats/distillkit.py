@@ -1,8 +1,8 @@
 """DistillKit's Parquet (and Arrow, after packing): compressed logprobs, packed ids, the text's ids.
 
-Row r of an item is position r: the sampler drops the engine's empty first row. It appends a padding token to the text, so the
-last row is about that token unless the text was cut at the longest length. The config is not in the data files:
-`compression_config.yaml` lies beside them, or the user names it.
+Position r of an item is position r: the sampler drops the engine's empty first position. It appends a padding token to
+the text, so the last position is about that token unless the text was cut at the longest length. The config is not in
+the data files: `compression_config.yaml` lies beside them, or the user names it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kdcache.config.yaml_text import parse_yaml
 from kdcache.errors import ConfigError, InputError
-from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence, ReadOptions, check_size, to_ids, without_rows
+from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence, ReadConfig, check_size, to_ids, without_positions
 from kdcache.foreign.formats.distillkit_codec import (
     MAX_CONDITION,
     Config,
@@ -39,12 +39,12 @@ COMPRESSED = ("compressed_logprobs", "bytepacked_indices")
 LEGACY = ("packed_indices", "exact_values", "coeffs")
 MAX_CONFIG_BYTES = 2**20
 
-_ROWS_AT_ONCE = 256
-ROWS_LOOKED_AT = 512
-"""Rows that are decoded under other configs, where they look wrong under the one that was named."""
+_POSITIONS_AT_ONCE = 256
+POSITIONS_LOOKED_AT = 512
+"""Positions that are decoded under other configs, where they look wrong under the one that was named."""
 
 
-def open_distillkit(path: str, table: Table, options: ReadOptions) -> ForeignCache | None:
+def open_distillkit(path: str, table: Table, reading: ReadConfig) -> ForeignCache | None:
     """The cache behind a path, or None where its columns are not DistillKit's.
 
     Raises:
@@ -53,7 +53,7 @@ def open_distillkit(path: str, table: Table, options: ReadOptions) -> ForeignCac
     is_legacy = set(LEGACY) <= set(table.columns)
     if "input_ids" not in table.columns or not (is_legacy or set(COMPRESSED) <= set(table.columns)):
         return None
-    config, where = _read_config(Path(path), options.config)
+    config, where = _read_config(Path(path), reading.config)
     if isinstance(config, LegacyConfig) != is_legacy:
         kinds = ("the older layout", "the newer one")
         raise InputError(f"{path}: the columns are of {kinds[not is_legacy]}, but {where} is a config of {kinds[is_legacy]}")
@@ -62,7 +62,7 @@ def open_distillkit(path: str, table: Table, options: ReadOptions) -> ForeignCac
         format="distillkit",
         title=f"DistillKit {'legacy ' if is_legacy else ''}compressed logprobs ({table.kind})",
         path=path,
-        values=options.values or "logprobs",
+        values=reading.values or "logprobs",
         read=partial(_sequences, table, config),
         facts=_facts(config, where, fit),
         vocab_size=config.vocab_size if isinstance(config, LegacyConfig) else config.d,
@@ -72,22 +72,24 @@ def open_distillkit(path: str, table: Table, options: ReadOptions) -> ForeignCac
 
 
 def _config_findings(table: Table, config: Config | LegacyConfig) -> Iterator[Finding]:
-    """What the first rows say of the config; nothing of the older layout, whose columns are of fixed widths."""
+    """What the first positions say of the config; nothing of the older layout, whose columns are of fixed widths."""
     if isinstance(config, LegacyConfig):
         return
     parts: list[NDArray[np.uint8]] = []
     hits: list[NDArray[np.bool_]] = []
-    for where, row in table.rows(["input_ids", *COMPRESSED]):
-        tokens = flat(row.get("input_ids"), f"{where}: input_ids")
-        values, ids = (_rectangle(row.get(name), f"{where}: {name}") for name in COMPRESSED)
-        number = 0 if tokens is None else min(len(values), len(ids), len(tokens) - 1, ROWS_LOOKED_AT)
-        if number < 1 or values.shape[1] != config.value_bytes or ids.shape[1] != config.id_bytes:
+    for where, item in table.items(["input_ids", *COMPRESSED]):
+        tokens = flat(item.get("input_ids"), f"{where}: input_ids")
+        values, ids = (_rectangle(item.get(name), f"{where}: {name}") for name in COMPRESSED)
+        num_looked_at = 0 if tokens is None else min(len(values), len(ids), len(tokens) - 1, POSITIONS_LOOKED_AT)
+        if num_looked_at < 1 or values.shape[1] != config.value_bytes or ids.shape[1] != config.id_bytes:
             continue  # reading says so, in words
-        parts.append(_as_bytes(values[:number]))
-        named_RK = decode_ids(_as_bytes(ids[:number]), config)
+        parts.append(_as_bytes(values[:num_looked_at]))
+        named_PK = decode_ids(_as_bytes(ids[:num_looked_at]), config)
         text_N = np.append(to_ids(where, tokens), (-1, -1))
-        hits.append(np.stack([(named_RK == text_N[at : at + number, None]).any(axis=1) for at in (0, 1, 2)]))  # of each shift
-        if sum(map(len, parts)) >= ROWS_LOOKED_AT:
+        hits.append(
+            np.stack([(named_PK == text_N[at : at + num_looked_at, None]).any(axis=1) for at in (0, 1, 2)])
+        )  # of each shift
+        if sum(map(len, parts)) >= POSITIONS_LOOKED_AT:
             break
     found = (
         wrong_config(np.concatenate(parts), float(np.concatenate(hits, axis=1).mean(axis=1).max()), config) if parts else None
@@ -98,54 +100,57 @@ def _config_findings(table: Table, config: Config | LegacyConfig) -> Iterator[Fi
 
 def _sequences(table: Table, config: Config | LegacyConfig) -> Iterator[ForeignSequence]:
     names = ["input_ids", "attention_mask", *(LEGACY if isinstance(config, LegacyConfig) else COMPRESSED)]
-    for where, row in table.rows(names):
-        tokens = flat(row.get("input_ids"), f"{where}: input_ids")
+    for where, item in table.items(names):
+        tokens = flat(item.get("input_ids"), f"{where}: input_ids")
         if tokens is None:
-            yield without_rows(where, None)
+            yield without_positions(where, None)
             continue
-        ids_RK, values_RK = _decode(row, config, where)
-        documents = flat(row.get("attention_mask"), f"{where}: attention_mask")
-        yield from _documents(where, to_ids(where, tokens), ids_RK, values_RK, documents)
+        ids_PK, values_PK = _decode(item, config, where)
+        documents = flat(item.get("attention_mask"), f"{where}: attention_mask")
+        yield from _documents(where, to_ids(where, tokens), ids_PK, values_PK, documents)
 
 
 def _documents(
-    where: str, ids_N: NDArray[np.int64], ids_RK: NDArray[np.int64], values_RK: NDArray[np.float64], documents: Any
+    where: str, ids_N: NDArray[np.int64], ids_PK: NDArray[np.int64], values_PK: NDArray[np.float64], documents: Any
 ) -> Iterator[ForeignSequence]:
     """One sequence, or one for each document that the packing pass has numbered in attention_mask."""
-    num_rows = len(ids_RK)
-    edges = [0, max(len(ids_N), num_rows)]
-    if documents is not None and len(documents) == len(ids_N) and num_rows <= len(ids_N) and len(documents):
+    num_positions = len(ids_PK)
+    edges = [0, max(len(ids_N), num_positions)]
+    if documents is not None and len(documents) == len(ids_N) and num_positions <= len(ids_N) and len(documents):
         edges = [0, *(np.flatnonzero(np.diff(documents)) + 1).tolist(), len(ids_N)]
-    for number, (start, end) in enumerate(pairwise(edges)):
-        rows = slice(start, min(end, num_rows))
-        counts_R = np.full(max(rows.stop - rows.start, 0), ids_RK.shape[1], np.int64)
+    for num_looked_at, (start, end) in enumerate(pairwise(edges)):
+        positions = slice(start, min(end, num_positions))
+        counts_P = np.full(max(positions.stop - positions.start, 0), ids_PK.shape[1], np.int64)
         yield ForeignSequence(
-            source=where if len(edges) == 2 else f"{where}.{number}",
+            source=where if len(edges) == 2 else f"{where}.{num_looked_at}",
             input_ids_N=ids_N[start:end],
-            positions_R=np.arange(len(counts_R)),
-            counts_R=counts_R,
-            token_ids_E=ids_RK[rows].reshape(-1),
-            values_E=values_RK[rows].reshape(-1),
+            positions_P=np.arange(len(counts_P)),
+            counts_P=counts_P,
+            token_ids_E=ids_PK[positions].reshape(-1),
+            values_E=values_PK[positions].reshape(-1),
         )
 
 
-def _decode(row: Any, config: Config | LegacyConfig, where: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _decode(item: Any, config: Config | LegacyConfig, where: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     names = LEGACY if isinstance(config, LegacyConfig) else COMPRESSED
-    parts = [_rectangle(row.get(name), f"{where}: {name}") for name in names]
-    num_rows = len(parts[0])
-    if any(len(part) != num_rows for part in parts):
-        raise InputError(f"{where}: {' and '.join(f'{len(p)} rows of {n}' for n, p in zip(names, parts, strict=True))}")
-    check_size(where, np.full(num_rows, config.k, np.int64))
-    if not num_rows:
+    parts = [_rectangle(item.get(name), f"{where}: {name}") for name in names]
+    num_positions = len(parts[0])
+    if any(len(part) != num_positions for part in parts):
+        raise InputError(f"{where}: {' and '.join(f'{len(p)} positions of {n}' for n, p in zip(names, parts, strict=True))}")
+    check_size(where, np.full(num_positions, config.k, np.int64))
+    if not num_positions:
         return np.zeros((0, config.k), np.int64), np.zeros((0, config.k))
     try:
-        chunks = [_decode_rows([p[at : at + _ROWS_AT_ONCE] for p in parts], config) for at in range(0, num_rows, _ROWS_AT_ONCE)]
+        chunks = [
+            _decode_part([p[at : at + _POSITIONS_AT_ONCE] for p in parts], config)
+            for at in range(0, num_positions, _POSITIONS_AT_ONCE)
+        ]
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return np.concatenate([ids for ids, _ in chunks]), np.concatenate([values for _, values in chunks])
 
 
-def _decode_rows(parts: list[NDArray[Any]], config: Config | LegacyConfig) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _decode_part(parts: list[NDArray[Any]], config: Config | LegacyConfig) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     if isinstance(config, LegacyConfig):
         packed, exact, coefficients = parts
         return decode_legacy(packed.astype(np.int64).view(np.uint64), exact, coefficients, config)
@@ -153,23 +158,23 @@ def _decode_rows(parts: list[NDArray[Any]], config: Config | LegacyConfig) -> tu
     return decode_ids(ids, config), decode_values(values, config)
 
 
-def _as_bytes(rows_RQ: NDArray[Any]) -> NDArray[np.uint8]:
-    if rows_RQ.size and (rows_RQ.min() < 0 or rows_RQ.max() > 255):
-        raise InputError(f"a packed byte is {rows_RQ.max() if rows_RQ.max() > 255 else rows_RQ.min()}, expected 0 to 255")
-    return rows_RQ.astype(np.uint8)
+def _as_bytes(packed: NDArray[Any]) -> NDArray[np.uint8]:
+    if packed.size and (packed.min() < 0 or packed.max() > 255):
+        raise InputError(f"a packed byte is {packed.max() if packed.max() > 255 else packed.min()}, expected 0 to 255")
+    return packed.astype(np.uint8)
 
 
 def _rectangle(cell: Any, where: str) -> NDArray[Any]:
-    """Rows of equal length as one array."""
+    """Positions of equal length as one array."""
     found = nested(cell, where)
     if found is None:
         return np.zeros((0, 0))
-    values, counts_R = found
-    if len(counts_R) and (counts_R != counts_R[0]).any():
+    values, counts_P = found
+    if len(counts_P) and (counts_P != counts_P[0]).any():
         raise InputError(
-            f"{where}: rows of {counts_R.min()} to {counts_R.max()} values; all must be as long as the config says"
+            f"{where}: positions of {counts_P.min()} to {counts_P.max()} values; all must be as long as the config says"
         )
-    return values.reshape(len(counts_R), int(counts_R[0]) if len(counts_R) else 0)
+    return values.reshape(len(counts_P), int(counts_P[0]) if len(counts_P) else 0)
 
 
 def _read_config(path: Path, named: str | None) -> tuple[Config | LegacyConfig, str]:
@@ -204,9 +209,8 @@ def _facts(config: Config | LegacyConfig, where: str, fit: FitQuality | None) ->
     }
     if fit is not None:
         facts["fit"] = (
-            f"at best a smooth curve comes back within {fit.mean_error_nats:.2g} nats in the mean, {fit.max_error_nats:.2g} "
-            "at worst "
-            f"(condition number {fit.condition:.1e})"
+            f"at best a smooth curve comes back within {fit.mean_error_nats:.2g} nats in the mean, "
+            f"{fit.max_error_nats:.2g} at worst (condition number {fit.condition:.1e})"
         )
     return facts
 
@@ -215,9 +219,8 @@ def _fit_findings(fit: FitQuality | None) -> tuple[Finding, ...]:
     if fit is None or not fit.is_broken:
         return ()
     sentence = (
-        f"the fitted tails are broken: the design matrix of the polynomial terms has condition number {fit.condition:.1e}, and "
-        f"DistillKit solves in float32, which carries {MAX_CONDITION:.1e}: the coefficients are noise. The exact entries can "
-        "be kept; "
-        "to capture again, use normalize_t: true"
+        "the fitted tails are broken: the design matrix of the polynomial terms has condition number "
+        f"{fit.condition:.1e}, and DistillKit solves in float32, which carries {MAX_CONDITION:.1e}: the "
+        "coefficients are noise. The exact entries can be kept; to capture again, use normalize_t: true"
     )
     return (Finding("broken_tails", "repairable", sentence, "--repair tails"),)

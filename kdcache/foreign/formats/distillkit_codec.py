@@ -1,11 +1,12 @@
-"""DistillKit's compressed rows in NumPy: exact values, a fitted curve, quantised residuals, packed ids.
+"""DistillKit's compressed positions in NumPy: exact values, a fitted curve, quantised residuals, packed ids.
 
-Written from what arcee-ai/DistillKit at a61c2e7 does (distillkit/compression/): a row of `compressed_logprobs` holds, one after
-another, `exact_k` values, one coefficient per polynomial term, and for each residual bin a scale and packed integers. The curve
-over ranks exact_k..k-1 is sum_i c_i t^i for whole i, and c sqrt(t), c exp(t) for the special ones, with t = 0, 1, .. or, with
-`normalize_t`, evenly from 0 to 1. Ids are bits, most significant first. `delta_encoding` stores differences.
+Written from what arcee-ai/DistillKit at a61c2e7 does (distillkit/compression/): a position of `compressed_logprobs`
+holds, one after another, `exact_k` values, one coefficient per polynomial term, and for each residual bin a scale and
+packed integers. The curve over ranks exact_k..k-1 is sum_i c_i t^i for whole i, and c sqrt(t), c exp(t) for the
+special ones, with t = 0, 1, .. or, with `normalize_t`, evenly from 0 to 1. Ids are bits, most significant first.
+`delta_encoding` stores differences.
 
-Shape letters: R rows, K entries per row, C terms, Q bytes per row, V vocabulary.
+
 """
 
 from __future__ import annotations
@@ -90,13 +91,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of a row of `compressed_logprobs`."""
+        """Bytes of a position of `compressed_logprobs`."""
         terms = len(self.polynomial_terms or []) * _BYTES[self.term_dtype]
         return self.exact_k * _BYTES[self.exact_dtype] + terms + sum(b.num_bytes for b in self.residual_bins)
 
     @property
     def id_bytes(self) -> int:
-        """Bytes of a row of `bytepacked_indices`."""
+        """Bytes of a position of `bytepacked_indices`."""
         return (self.k * self.id_bits + 7) // 8
 
 
@@ -139,74 +140,73 @@ def parse_config(fields: Any, where: str) -> Config | LegacyConfig:
         raise InputError(f"{where}: not a compression config of DistillKit: {error}") from error
 
 
-def decode_values(rows_RQ: NDArray[np.uint8], config: Config) -> NDArray[np.float64]:
-    """(R, K) logprobs, in float32 arithmetic as DistillKit's own decoder.
+def decode_values(packed: NDArray[np.uint8], config: Config) -> NDArray[np.float64]:
+    """Decode (positions, bytes) to (P, K) logprobs, in float32 arithmetic as DistillKit's own decoder.
 
     Raises:
-        InputError: rows of another length than the config's.
+        InputError: positions of another length than the config's.
     """
-    if rows_RQ.shape[1] != config.value_bytes:
+    if packed.shape[1] != config.value_bytes:
         raise InputError(
-            f"rows of compressed_logprobs are {rows_RQ.shape[1]} bytes, but the config says {config.value_bytes}: it is not "
-            "the "
-            "config that made them"
+            f"positions of compressed_logprobs are {packed.shape[1]} bytes, but the config says "
+            f"{config.value_bytes}: it is not the config that made them"
         )
     cut = config.exact_k * _BYTES[config.exact_dtype]
-    exact_RK = _floats(rows_RQ[:, :cut], config.exact_dtype)
+    exact_PK = _floats(packed[:, :cut], config.exact_dtype)
     terms = config.polynomial_terms or []
     end = cut + len(terms) * _BYTES[config.term_dtype]
-    fitted_RK = _residuals(rows_RQ[:, end:], config)
+    fitted_PK = _residuals(packed[:, end:], config)
     if terms:
-        basis_KC = polynomial_basis(terms, config.num_fitted, normalize_t=config.normalize_t).astype(np.float32)
-        coefficients_RC = _floats(rows_RQ[:, cut:end], config.term_dtype)
+        basis = polynomial_basis(terms, config.num_fitted, normalize_t=config.normalize_t).astype(np.float32)
+        coefficients = _floats(packed[:, cut:end], config.term_dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            fitted_RK = fitted_RK + (basis_KC * coefficients_RC[:, None, :]).sum(axis=-1, dtype=np.float32)
-    values_RK = np.concatenate([exact_RK, fitted_RK], axis=1, dtype=np.float32)
+            fitted_PK = fitted_PK + (basis * coefficients[:, None, :]).sum(axis=-1, dtype=np.float32)
+    values_PK = np.concatenate([exact_PK, fitted_PK], axis=1, dtype=np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        return (np.cumsum(values_RK, axis=1, dtype=np.float32) if config.delta_encoding else values_RK).astype(np.float64)
+        return (np.cumsum(values_PK, axis=1, dtype=np.float32) if config.delta_encoding else values_PK).astype(np.float64)
 
 
-def decode_ids(rows_RQ: NDArray[np.uint8], config: Config) -> NDArray[np.int64]:
-    """(R, K) ids; raises InputError for rows of another length than the config's."""
-    if rows_RQ.shape[1] != config.id_bytes:
+def decode_ids(packed: NDArray[np.uint8], config: Config) -> NDArray[np.int64]:
+    """Decode (positions, bytes) to (P, K) ids; raises InputError for another number of bytes than the config's."""
+    if packed.shape[1] != config.id_bytes:
         raise InputError(
-            f"rows of bytepacked_indices are {rows_RQ.shape[1]} bytes, but {config.k} ids of a vocabulary of {config.d} take "
-            f"{config.id_bytes}: the config's d or k is not the one that made them"
+            f"positions of bytepacked_indices are {packed.shape[1]} bytes, but {config.k} ids of a vocabulary "
+            f"of {config.d} take {config.id_bytes}: the config's d or k is not the one that made them"
         )
-    return _unpack(rows_RQ, config.id_bits, config.k)
+    return _unpack(packed, config.id_bits, config.k)
 
 
 def decode_legacy(
-    packed_RX: NDArray[np.uint64], exact_RK: NDArray[np.floating], coefficients_RC: NDArray[np.floating], config: LegacyConfig
+    packed: NDArray[np.uint64], exact_PK: NDArray[np.floating], coefficients: NDArray[np.floating], config: LegacyConfig
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """(R, K) ids and values of the older layout; X integers per row.
+    """Decode the older layout to (P, K) ids and values, from (positions, integers).
 
     Raises:
-        InputError: rows of another length than the config's.
+        InputError: positions of another length than the config's.
     """
     per_integer = 64 // config.id_bits
     num_terms = config.polynomial_degree + 1 + config.with_sqrt_term if config.exact_k < config.k else 0
     expected = (-(-config.k // per_integer), config.exact_k, num_terms)
-    found = (packed_RX.shape[1], exact_RK.shape[1], coefficients_RC.shape[1])
+    found = (packed.shape[1], exact_PK.shape[1], coefficients.shape[1])
     if found != expected:
         raise InputError(
-            f"rows hold {found[0]} packed integers, {found[1]} exact values and {found[2]} coefficients, but the config says "
-            f"{expected[0]}, {expected[1]} and {expected[2]}"
+            f"positions hold {found[0]} packed integers, {found[1]} exact values and {found[2]} coefficients, "
+            f"but the config says {expected[0]}, {expected[1]} and {expected[2]}"
         )
     shifts = np.arange(per_integer, dtype=np.uint64) * np.uint64(config.id_bits)
-    ids_RK = (packed_RX[:, :, None] >> shifts) & np.uint64(2**config.id_bits - 1)
+    ids_PK = (packed[:, :, None] >> shifts) & np.uint64(2**config.id_bits - 1)
     t_K = np.arange(1, config.k - config.exact_k + 1, dtype=np.float64)
     sign = -1 if config.invert_polynomial else 1
     with np.errstate(over="ignore", invalid="ignore"):
         columns = [t_K ** (sign * power) for power in range(config.polynomial_degree + 1)]
-        basis_KC = np.stack([*columns, np.sqrt(t_K)][: max(num_terms, 1)], axis=-1)[:, :num_terms]
-        fitted_RK = coefficients_RC.astype(np.float64) @ basis_KC.T
-    values_RK = np.concatenate([exact_RK.astype(np.float64), fitted_RK], axis=1)
-    return ids_RK.reshape(len(packed_RX), -1)[:, : config.k].astype(np.int64), values_RK
+        basis = np.stack([*columns, np.sqrt(t_K)][: max(num_terms, 1)], axis=-1)[:, :num_terms]
+        fitted_PK = coefficients.astype(np.float64) @ basis.T
+    values_PK = np.concatenate([exact_PK.astype(np.float64), fitted_PK], axis=1)
+    return ids_PK.reshape(len(packed), -1)[:, : config.k].astype(np.int64), values_PK
 
 
 def polynomial_basis(terms: list[int | str], num_ranks: int, *, normalize_t: bool) -> NDArray[np.float64]:
-    """(K, C) the terms at every fitted rank."""
+    """Return (ranks, terms): the terms at every fitted rank."""
     t_K = np.linspace(0, 1, num_ranks) if normalize_t else np.arange(num_ranks, dtype=np.float64)
     special = {"sqrt": np.sqrt, "exp": np.exp}
     with np.errstate(over="ignore", divide="ignore"):
@@ -237,41 +237,41 @@ def fit_quality(config: Config) -> FitQuality | None:
     terms = config.polynomial_terms
     if not terms or not config.num_fitted:
         return None
-    basis_KC = polynomial_basis(terms, config.num_fitted, normalize_t=config.normalize_t)
+    basis = polynomial_basis(terms, config.num_fitted, normalize_t=config.normalize_t)
     true_K = -1.65 * np.log(np.arange(config.exact_k, config.k) + 1.0) - math.log(2.3)
-    if not np.isfinite(basis_KC).all():
+    if not np.isfinite(basis).all():
         return FitQuality(math.inf, math.inf, math.inf)
-    errors_K = np.abs(basis_KC @ np.linalg.lstsq(basis_KC, true_K, rcond=None)[0] - true_K)
-    return FitQuality(float(errors_K.mean()), float(errors_K.max()), float(np.linalg.cond(basis_KC)))
+    errors_K = np.abs(basis @ np.linalg.lstsq(basis, true_K, rcond=None)[0] - true_K)
+    return FitQuality(float(errors_K.mean()), float(errors_K.max()), float(np.linalg.cond(basis)))
 
 
-def _residuals(rows_RQ: NDArray[np.uint8], config: Config) -> NDArray[np.float32]:
-    residual_RK = np.zeros((len(rows_RQ), config.num_fitted), np.float32)
+def _residuals(packed: NDArray[np.uint8], config: Config) -> NDArray[np.float32]:
+    residual_PK = np.zeros((len(packed), config.num_fitted), np.float32)
     byte = rank = 0
     for group in config.residual_bins:
         start = byte + _BYTES[group.scale_dtype]
-        scale_R1 = _floats(rows_RQ[:, byte:start], group.scale_dtype)
-        steps_RK = _unpack(rows_RQ[:, start : byte + group.num_bytes], group.element_bits, group.num_elements)
-        signed_RK = steps_RK * 2 - 1 if group.element_bits == 1 else steps_RK - (1 << (group.element_bits - 1))
-        residual_RK[:, rank : rank + group.num_elements] = signed_RK.astype(np.float32) * scale_R1
+        scale_P1 = _floats(packed[:, byte:start], group.scale_dtype)
+        steps_PK = _unpack(packed[:, start : byte + group.num_bytes], group.element_bits, group.num_elements)
+        signed_PK = steps_PK * 2 - 1 if group.element_bits == 1 else steps_PK - (1 << (group.element_bits - 1))
+        residual_PK[:, rank : rank + group.num_elements] = signed_PK.astype(np.float32) * scale_P1
         byte, rank = byte + group.num_bytes, rank + group.num_elements
-    return residual_RK
+    return residual_PK
 
 
-def _unpack(rows_RQ: NDArray[np.uint8], width: int, number: int) -> NDArray[np.int64]:
+def _unpack(packed: NDArray[np.uint8], width: int, num_values: int) -> NDArray[np.int64]:
     weights = np.int64(1) << np.arange(width - 1, -1, -1, dtype=np.int64)
-    steps = np.empty((len(rows_RQ), number), np.int64)
-    at_once = max(1, MAX_UNPACKED_BITS // (number * width))
-    for at in range(0, len(rows_RQ), at_once):
-        part_RQ = rows_RQ[at : at + at_once]
-        bits = np.unpackbits(part_RQ, axis=1, count=number * width, bitorder="big").reshape(len(part_RQ), number, width)
+    steps = np.empty((len(packed), num_values), np.int64)
+    at_once = max(1, MAX_UNPACKED_BITS // (num_values * width))
+    for at in range(0, len(packed), at_once):
+        part = packed[at : at + at_once]
+        bits = np.unpackbits(part, axis=1, count=num_values * width, bitorder="big").reshape(len(part), num_values, width)
         steps[at : at + at_once] = bits.astype(np.int64) @ weights
     return steps
 
 
-def _floats(rows_RQ: NDArray[np.uint8], name: FloatName) -> NDArray[np.float32]:
-    data_RQ = np.ascontiguousarray(rows_RQ)
+def _floats(packed: NDArray[np.uint8], name: FloatName) -> NDArray[np.float32]:
+    data = np.ascontiguousarray(packed)
     if name == "bfloat16":  # the upper half of a float32
-        return (data_RQ.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return (data.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
     with np.errstate(over="ignore"):
-        return data_RQ.view({"float16": "<f2", "float32": "<f4", "float64": "<f8"}[name]).astype(np.float32)
+        return data.view({"float16": "<f2", "float32": "<f4", "float64": "<f8"}[name]).astype(np.float32)

@@ -1,8 +1,8 @@
-"""Whether a DistillKit config is the one that wrote the rows: other settings take as many bytes and give other values.
+"""Whether a DistillKit config is the one that wrote the positions: other settings take as many bytes and give other values.
 
-A config is suspected where its rows rise, or their mass is far from the share of the text's tokens in them, or where the
+A config is suspected where its positions rise, or their mass is far from the share of the text's tokens in them, or where the
 curve leaves the line on which the exact ranks lie (logprobs fall about evenly with the logarithm of the rank) and another
-setting stays on it. Shape letters: R rows, K entries, Q bytes.
+setting stays on it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from kdcache.foreign.base import Finding
 from kdcache.foreign.formats.distillkit_codec import Config, decode_values
 from kdcache.foreign.probes import TAIL_RISE_NATS
 
-MIN_ROWS = 32
+MIN_POSITIONS = 32
 USUAL_TERMS: tuple[int | str, ...] = (0, 1, 2, 3, 4, "sqrt")
 
 RISING_SHARE, MASS_OFF = 0.5, 0.15
-"""Rows that rise, and mass below the hits, from which on a config is suspected; a sound fit stays far below."""
+"""Positions that rise, and mass below the hits, from which on a config is suspected; a sound fit stays far below."""
 
 FALLING_SHARE, MASS_NEAR = 0.95, 0.1
 """What another config must reach to be named."""
@@ -41,47 +41,47 @@ LINE_NATS, LINE_RATIO, LINE_ERRORS = 0.03, 0.75, 6.0
 
 @dataclass(frozen=True)
 class _Look:
-    """What rows look like under a config."""
+    """What positions look like under a config."""
 
     config: Config
-    values_RK: NDArray[np.float64]
+    values_PK: NDArray[np.float64]
     rising: float
     mass: float
 
     def is_off(self, hits: float) -> bool:
-        # A text that the rows are not about is hit less often than any mass says: that is no fault of the config.
+        # A text that the positions are not about is hit less often than any mass says: that is no fault of the config.
         return not (self.rising < RISING_SHARE and hits - MASS_OFF < self.mass < 1 + MASS_NEAR)
 
     def fits(self, hits: float) -> bool:
         return self.rising <= 1 - FALLING_SHARE and abs(self.mass - hits) < MASS_NEAR
 
 
-def wrong_config(rows_RQ: NDArray[np.uint8], hits: float, config: Config) -> Finding | None:
-    """What is to be said of the config, from some rows.
+def wrong_config(packed: NDArray[np.uint8], hits: float, config: Config) -> Finding | None:
+    """What is to be said of the config, from some positions.
 
     Args:
-        rows_RQ: `compressed_logprobs` of some rows.
-        hits: share of these rows whose ids hold the text's token.
+        packed: `compressed_logprobs` of some positions.
+        hits: share of these positions whose ids hold the text's token.
         config: the one that was named.
     """
-    stated = _look(rows_RQ, config)
-    if len(rows_RQ) < MIN_ROWS or stated is None:
+    stated = _look(packed, config)
+    if len(packed) < MIN_POSITIONS or stated is None:
         return None
     if stated.is_off(hits):
-        others = (look for other in _same_bytes(config) if (look := _look(rows_RQ, other)) is not None and look.fits(hits))
+        others = (look for other in _same_bytes(config) if (look := _look(packed, other)) is not None and look.fits(hits))
         best = min(others, key=lambda look: (_num_changes(config, look.config), abs(look.mass - hits)), default=None)
         return None if best is None else _of_values(stated, best, hits)
     if _can_be_extrapolated(stated) and float(_off_the_line(stated).mean()) > FAR_NATS:
-        return _far_off_the_line(rows_RQ, stated, hits)
-    others = [_look(rows_RQ, other) for other in _switched(config)]
+        return _far_off_the_line(packed, stated, hits)
+    others = [_look(packed, other) for other in _switched(config)]
     fitting = [look for look in others if look is not None and look.fits(hits) and _stays_on_the_line(stated, look)]
     return _of_tails(stated, fitting[0]) if fitting else None
 
 
-def _far_off_the_line(rows_RQ: NDArray[np.uint8], stated: _Look, hits: float) -> Finding | None:
+def _far_off_the_line(packed: NDArray[np.uint8], stated: _Look, hits: float) -> Finding | None:
     """Tails that are nowhere near where the exact ranks lead; any config of as many bytes that leads there is to be named."""
     limit = FAR_RATIO * float(_off_the_line(stated).mean())
-    looks = (look for other in _same_bytes(stated.config) if (look := _look(rows_RQ, other)) is not None)
+    looks = (look for other in _same_bytes(stated.config) if (look := _look(packed, other)) is not None)
     fitting = [look for look in looks if look.fits(hits) and _can_be_extrapolated(look) and _off_the_line(look).mean() < limit]
     if not fitting:
         return None
@@ -98,15 +98,15 @@ def _can_be_extrapolated(look: _Look) -> bool:
     return look.config.exact_k >= MIN_EXACT and look.config.num_fitted > 0
 
 
-def _look(rows_RQ: NDArray[np.uint8], config: Config) -> _Look | None:
+def _look(packed: NDArray[np.uint8], config: Config) -> _Look | None:
     try:
-        values_RK = decode_values(rows_RQ, config)
+        values_PK = decode_values(packed, config)
     except InputError:
         return None
     with np.errstate(over="ignore", invalid="ignore"):
-        rising_R = ~((values_RK[:, 1:] - values_RK[:, :-1]).max(axis=1, initial=-np.inf) <= TAIL_RISE_NATS)
-        mass = float(np.exp(np.minimum(values_RK, 50.0)).sum(axis=1).mean())
-    return _Look(config, values_RK, float(rising_R.mean()), mass if math.isfinite(mass) else math.inf)
+        rising_P = ~((values_PK[:, 1:] - values_PK[:, :-1]).max(axis=1, initial=-np.inf) <= TAIL_RISE_NATS)
+        mass = float(np.exp(np.minimum(values_PK, 50.0)).sum(axis=1).mean())
+    return _Look(config, values_PK, float(rising_P.mean()), mass if math.isfinite(mass) else math.inf)
 
 
 def _switched(config: Config) -> Iterator[Config]:
@@ -117,7 +117,7 @@ def _switched(config: Config) -> Iterator[Config]:
 
 
 def _same_bytes(config: Config) -> Iterator[Config]:
-    """Configs whose rows are as long: other switches, other terms, more or fewer exact values, another type of float."""
+    """Configs whose positions are as long: other switches, other terms, more or fewer exact values, another type of float."""
     terms = tuple(config.polynomial_terms or ())
     widths = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
     splits: list[tuple[int, Sequence[int | str]]] = [
@@ -148,24 +148,24 @@ def _num_changes(config: Config, other: Config) -> int:
 def _stays_on_the_line(stated: _Look, other: _Look) -> bool:
     if not _can_be_extrapolated(stated):
         return False
-    stated_R, other_R = _off_the_line(stated), _off_the_line(other)
-    better_R = stated_R - other_R
-    error = float(better_R.std()) / math.sqrt(len(better_R))
+    stated_P, other_P = _off_the_line(stated), _off_the_line(other)
+    better_P = stated_P - other_P
+    error = float(better_P.std()) / math.sqrt(len(better_P))
     return (
-        other_R.mean() < LINE_RATIO * stated_R.mean()
-        and better_R.mean() > max(LINE_NATS, LINE_ERRORS * error)
+        other_P.mean() < LINE_RATIO * stated_P.mean()
+        and better_P.mean() > max(LINE_NATS, LINE_ERRORS * error)
     )  # fmt: skip
 
 
 def _off_the_line(look: _Look) -> NDArray[np.float64]:
-    """(R,) mean |fitted - line|, the line through the latter half of the exact ranks over the logarithm of the rank."""
+    """Return (P,) the mean |fitted - line|: the line through the latter half of the exact ranks over log rank."""
     exact_k = look.config.exact_k
     ranks_K = np.log(np.arange(look.config.k) + 1.0)
     known_K = ranks_K[exact_k // 2 : exact_k] - ranks_K[exact_k // 2 : exact_k].mean()
-    known_RK = look.values_RK[:, exact_k // 2 : exact_k]
-    slope_R = (known_RK * known_K).sum(axis=1) / (known_K**2).sum()
-    line_RK = known_RK.mean(axis=1)[:, None] + slope_R[:, None] * (ranks_K[exact_k:] - ranks_K[exact_k // 2 : exact_k].mean())
-    return np.abs(look.values_RK[:, exact_k:] - line_RK).mean(axis=1)
+    known_PK = look.values_PK[:, exact_k // 2 : exact_k]
+    slope_P = (known_PK * known_K).sum(axis=1) / (known_K**2).sum()
+    line_PK = known_PK.mean(axis=1)[:, None] + slope_P[:, None] * (ranks_K[exact_k:] - ranks_K[exact_k // 2 : exact_k].mean())
+    return np.abs(look.values_PK[:, exact_k:] - line_PK).mean(axis=1)
 
 
 def _changes(config: Config, other: Config) -> str:
@@ -179,10 +179,10 @@ def _yaml(value: object) -> str:
 
 def _of_values(stated: _Look, best: _Look, hits: float) -> Finding:
     sentence = (
-        f"the config is probably not the one that wrote the rows: as it says, {stated.rising:.0%} of them rise and their mass "
-        f"is {stated.mass:.3g} in the mean, where {hits:.2f} of the text's tokens are in them; with "
-        f"{_changes(stated.config, best.config)} they fall and their mass is {best.mass:.2f}. Name the right one with "
-        "--config FILE"
+        f"the config is probably not the one that wrote the positions: as it says, {stated.rising:.0%} of them "
+        f"rise and their mass is {stated.mass:.3g} in the mean, where {hits:.2f} of the text's tokens are in "
+        f"them; with {_changes(stated.config, best.config)} they fall and their mass is {best.mass:.2f}. Name "
+        "the right one with --config FILE"
     )
     return Finding("wrong_config", "fatal", sentence)
 

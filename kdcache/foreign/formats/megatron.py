@@ -2,7 +2,7 @@
 
 A blob is a zip file: a pickle that says which tensors there are, and each tensor's bytes as a member of its own. The pickle is
 not opened here, ever: a pickle runs what it likes. The writer's order is fixed (all values, then all low halves of the ids,
-then all 17th bits), and its k is in `_meta.json`, so without top-p the bytes alone tell the rows.
+then all 17th bits), and its k is in `_meta.json`, so without top-p the bytes alone tell the positions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.errors import InputError
-from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence, ReadOptions, check_size
+from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence, ReadConfig, check_size
 from kdcache.foreign.blocks import SENTINEL
 from kdcache.store.files.regular import leads_inside
 
@@ -44,14 +44,14 @@ VOCAB_LIMIT = 2**17
 
 @dataclass(frozen=True)
 class Saver:
-    """What the metadata say of the rows."""
+    """What the metadata say of the positions."""
 
     k: int
     p: float | None
     dtype: str
 
 
-def open_megatron(path: str, options: ReadOptions) -> ForeignCache | None:
+def open_megatron(path: str, reading: ReadConfig) -> ForeignCache | None:
     """The tars behind a path that is one or a folder of them; None where there are none.
 
     Raises:
@@ -73,7 +73,7 @@ def open_megatron(path: str, options: ReadOptions) -> ForeignCache | None:
         format="megatron",
         title="Megatron-LM offline logprobs (tar)",
         path=path,
-        values=options.values or "logprobs",
+        values=reading.values or "logprobs",
         read=partial(_sequences, {file: _saver(found, file) for file, found in metas.items()}),
         facts={
             "files": f"{len(files)}, of {len({_numbers(f)[:2] for f in files})} context and data ranks",
@@ -87,9 +87,9 @@ def open_megatron(path: str, options: ReadOptions) -> ForeignCache | None:
 def _findings(meta: dict[str, Any], saver: Saver) -> Iterator[Finding]:
     yield Finding(
         "no_tokens", "fatal",
-        "the tars hold no token ids: a Megatron student must replay the same data order (the seed, length, samples and blend "
-        "in "
-        "the metadata), so alignment cannot be checked here and nothing can be converted; capture again with kdcache",
+        "the tars hold no token ids: a Megatron student must replay the same data order (the seed, length, "
+        "samples and blend in the metadata), so alignment cannot be checked here and nothing can be "
+        "converted; capture again with kdcache",
     )  # fmt: skip
     yield Finding(
         "no_identity", "note", "neither the teacher nor its tokenizer is named; the metadata's hash is of the data alone"
@@ -97,9 +97,8 @@ def _findings(meta: dict[str, Any], saver: Saver) -> Iterator[Finding]:
     if saver.p is not None:
         yield Finding(
             "needs_unpickling", "fatal",
-            f"with top-p {saver.p} the width of a row is only in the pickled part of each blob, and pickles are not opened: "
-            "they "
-            "can run any code; the values were not looked at",
+            f"with top-p {saver.p} the width of a position is only in the pickled part of each blob, and "
+            "pickles are not opened: they can run any code; the values were not looked at",
         )  # fmt: skip
     identifiers = meta.get("identifiers")
     text = json.dumps(identifiers, sort_keys=False, separators=(",", ":"))
@@ -137,34 +136,40 @@ def _sequences(files: dict[Path, Saver]) -> Iterator[ForeignSequence]:
 
 def _microbatches(data: bytes, saver: Saver, where: str) -> Iterator[ForeignSequence]:
     storages = _storages(_decompressed(data, where), where)
-    number = len(storages) // 3
-    if not number or len(storages) != 3 * number:
+    num_microbatches = len(storages) // 3
+    if not num_microbatches or len(storages) != 3 * num_microbatches:
         raise InputError(f"{where}: {len(storages)} tensors, expected three for each microbatch")
-    groups = zip(storages[:number], storages[number : 2 * number], storages[2 * number :], strict=True)
+    groups = zip(
+        storages[:num_microbatches],
+        storages[num_microbatches : 2 * num_microbatches],
+        storages[2 * num_microbatches :],
+        strict=True,
+    )
     for index, (values, low, high) in enumerate(groups):
         dtype = np.dtype(DTYPES[saver.dtype])
         sizes = len(values) // dtype.itemsize, len(low) // 2, len(high)
         if len(set(sizes)) != 1 or sizes[0] % saver.k or len(values) % dtype.itemsize or len(low) % 2:
             raise InputError(
-                f"{where}: microbatch {index} has {sizes[0]} values, {sizes[1]} ids and {sizes[2]} bits for rows of {saver.k}"
+                f"{where}: microbatch {index} has {sizes[0]} values, {sizes[1]} ids and {sizes[2]} bits for "
+                f"positions of {saver.k}"
             )
         values_E = np.frombuffer(values, dtype)
         if saver.dtype == "bf16":
             values_E = (values_E.astype(np.uint32) << np.uint32(16)).view(np.float32)
         ids_E = np.frombuffer(low, "<u2").astype(np.int64) | (np.frombuffer(high, np.uint8) != 0).astype(np.int64) << 16
-        counts_R = np.full(sizes[0] // saver.k, saver.k, np.int64)
-        check_size(where, counts_R)
-        yield _without_sentinels(f"{where}[{index}]", counts_R, ids_E, values_E.astype(np.float64))
+        counts_P = np.full(sizes[0] // saver.k, saver.k, np.int64)
+        check_size(where, counts_P)
+        yield _without_sentinels(f"{where}[{index}]", counts_P, ids_E, values_E.astype(np.float64))
 
 
-def _without_sentinels(where: str, counts_R: np.ndarray, ids_E: np.ndarray, values_E: np.ndarray) -> ForeignSequence:
+def _without_sentinels(where: str, counts_P: np.ndarray, ids_E: np.ndarray, values_E: np.ndarray) -> ForeignSequence:
     kept_E = values_E > SENTINEL
-    rows_E = np.repeat(np.arange(len(counts_R)), counts_R)
+    position_E = np.repeat(np.arange(len(counts_P)), counts_P)
     return ForeignSequence(
         source=where,
         input_ids_N=None,
-        positions_R=np.arange(len(counts_R)),
-        counts_R=np.bincount(rows_E[kept_E], minlength=len(counts_R)).astype(np.int64),
+        positions_P=np.arange(len(counts_P)),
+        counts_P=np.bincount(position_E[kept_E], minlength=len(counts_P)).astype(np.int64),
         token_ids_E=ids_E[kept_E],
         values_E=values_E[kept_E],
     )

@@ -1,7 +1,4 @@
-"""Cells whose entries are objects, as engines write them: `[[{"token_id": 5, "logprob": -0.1}, ...], ...]`, a list per row.
-
-Shape letters: R rows, E entries of all rows (ragged).
-"""
+"""Cells of entry objects, as engines write them: `[[{"token_id": 5, "logprob": -0.1}, ...], ...]`, a list for each position."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from numpy.typing import NDArray
 
 from kdcache.errors import InputError
 from kdcache.foreign.base import ValueKind
-from kdcache.foreign.formats.tables import ROWS_TO_LOOK_AT, Table, check_num_rows, list_lengths
+from kdcache.foreign.formats.tables import ITEMS_TO_LOOK_AT, Table, check_num_positions, list_lengths
 
 ID_FIELDS = ("token_id", "tokenId", "id", "token", "index", "idx")
 VALUE_FIELDS: dict[str, ValueKind] = {
@@ -51,9 +48,9 @@ class PairColumn:
 
 def find_pairs(table: Table, candidates: Sequence[str]) -> PairColumn | None:
     """The first of these columns whose cells hold lists of objects with an id and a value; None for none."""
-    for row in table.first_rows(candidates):
+    for position in table.first_items(candidates):
         for name in candidates:
-            cell = row.get(name)
+            cell = position.get(name)
             if (entry := _first_entry(cell)) is not None:
                 ids = next((field for field in ID_FIELDS if field in entry), None)
                 values = next((field for field in VALUE_FIELDS if field in entry), None)
@@ -65,7 +62,7 @@ def find_pairs(table: Table, candidates: Sequence[str]) -> PairColumn | None:
 def read_pairs(
     cell: Any, pairs: PairColumn, where: str
 ) -> tuple[tuple[NDArray[Any], NDArray[np.int64]], tuple[NDArray[Any], NDArray[np.int64]]] | None:
-    """(ids, length of each row), (values, length of each row) of one cell; a null row is empty. None for a null cell.
+    """Read one cell: (ids, entries of each position), (values, the same). A null position is empty; None for a null cell.
 
     Raises:
         InputError: the cell is something else, or an id is no whole number.
@@ -73,21 +70,21 @@ def read_pairs(
     if isinstance(cell, pa.Scalar):
         if not cell.is_valid:
             return None
-        rows: Any = getattr(cell, "values", None)
-        if not isinstance(rows, pa.Array) or not pa.types.is_struct(getattr(rows.type, "value_type", pa.null())):
+        positions: Any = getattr(cell, "values", None)
+        if not isinstance(positions, pa.Array) or not pa.types.is_struct(getattr(positions.type, "value_type", pa.null())):
             raise InputError(
                 f"{where}: expected a list of lists of {{{pairs.id_field}, {pairs.value_field}}}, found {cell.type}"
             )
-        check_num_rows(rows, where)
-        entries, counts_R = rows.flatten(), list_lengths(rows)
+        check_num_positions(positions, where)
+        entries, counts_P = positions.flatten(), list_lengths(positions)
         ids = pc.call_function("struct_field", [entries], pc.StructFieldOptions([pairs.id_field])).to_pylist()
         values = pc.call_function("struct_field", [entries], pc.StructFieldOptions([pairs.value_field])).to_pylist()
     elif cell is None:
         return None
     else:
-        ids, values, counts_R = _from_lists(cell, pairs, where)
+        ids, values, counts_P = _from_lists(cell, pairs, where)
     ids_E = np.array([to_id(token, where) for token in ids], np.int64)
-    return (ids_E, counts_R), (_numbers(values, pairs, where), counts_R)
+    return (ids_E, counts_P), (_numbers(values, pairs, where), counts_P)
 
 
 def to_id(token: Any, where: str) -> int:
@@ -108,22 +105,26 @@ def to_id(token: Any, where: str) -> int:
 
 def _first_entry(cell: Any) -> dict[str, Any] | None:
     if isinstance(cell, pa.Scalar):
-        rows: Any = getattr(cell, "values", None)
-        is_nested = isinstance(rows, pa.Array) and pa.types.is_struct(getattr(rows.type, "value_type", pa.null()))
-        cell = rows[:ROWS_TO_LOOK_AT].to_pylist() if is_nested else None
-    for row in cell if isinstance(cell, list) else ():
-        for entry in row if isinstance(row, list) else ():
+        positions: Any = getattr(cell, "values", None)
+        is_nested = isinstance(positions, pa.Array) and pa.types.is_struct(getattr(positions.type, "value_type", pa.null()))
+        cell = positions[:ITEMS_TO_LOOK_AT].to_pylist() if is_nested else None
+    for position in cell if isinstance(cell, list) else ():
+        for entry in position if isinstance(position, list) else ():
             return entry if isinstance(entry, dict) else None
     return None
 
 
 def _from_lists(cell: Any, pairs: PairColumn, where: str) -> tuple[list[Any], list[Any], NDArray[np.int64]]:
-    rows = [row or [] for row in cell] if isinstance(cell, list) else None
-    entries = [entry for row in rows for entry in row] if rows is not None and all(isinstance(r, list) for r in rows) else None
-    if rows is None or entries is None or not all(isinstance(entry, dict) for entry in entries):
+    positions = [position or [] for position in cell] if isinstance(cell, list) else None
+    entries = (
+        [entry for position in positions for entry in position]
+        if positions is not None and all(isinstance(r, list) for r in positions)
+        else None
+    )
+    if positions is None or entries is None or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{where}: expected a list of lists of {{{pairs.id_field}, {pairs.value_field}}}")
     ids, values = [entry.get(pairs.id_field) for entry in entries], [entry.get(pairs.value_field) for entry in entries]
-    return ids, values, np.array([len(row) for row in rows], np.int64)
+    return ids, values, np.array([len(position) for position in positions], np.int64)
 
 
 def _numbers(values: list[Any], pairs: PairColumn, where: str) -> NDArray[np.float64]:

@@ -1,6 +1,6 @@
-"""Rows of Parquet, Arrow and JSON-lines files, a few at a time, whatever is in them.
+"""Items of Parquet, Arrow and JSON-lines files, a few at a time, whatever is in them.
 
-A row is a mapping of column -> cell. `flat` and `nested` make arrays of a cell, be it Arrow's or JSON's.
+An item is a mapping of column -> cell. `flat` and `nested` make arrays of a cell, be it Arrow's or JSON's.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ ENDINGS = {
     ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow", ".jsonl": "jsonl", ".ndjson": "jsonl",
     ".json": "jsonl",
 }  # fmt: skip
-ROWS_PER_READ = 8
-ROWS_TO_LOOK_AT = 16
+ITEMS_PER_READ = 8
+ITEMS_TO_LOOK_AT = 16
 """To tell a layout by: the first answers of an engine may be empty."""
 
-MAX_ROWS_PER_SEQUENCE = 2**24
+MAX_POSITIONS_PER_SEQUENCE = 2**24
 _DESCRIPTIONS = {
     "dataset_info.json",
     "state.json",
@@ -45,7 +45,7 @@ _DESCRIPTIONS = {
     ".gitattributes",
 }
 
-Row = Mapping[str, Any]
+Cells = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Table:
         """Of all files, in the order in which they are met."""
         return tuple(dict.fromkeys(name for columns in self.columns_of for name in columns))
 
-    def rows(self, columns: list[str]) -> Iterator[tuple[str, Row]]:
-        """(where it is, the named columns) of each row; columns that no file has are left out.
+    def items(self, columns: list[str]) -> Iterator[tuple[str, Cells]]:
+        """(where it is, the named columns) of each item; columns that no file has are left out.
 
         Raises:
             InputError: a file that cannot be read, or that lacks a named column which others have.
@@ -79,13 +79,13 @@ class Table:
         for path in self.files:
             yield from _READERS[self.kind](path, columns)
 
-    def first_rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        """The first few rows, to tell a layout by; columns that are not there are left out."""
+    def first_items(self, columns: Sequence[str]) -> Iterator[Cells]:
+        """The first few items, to tell a layout by; columns that are not there are left out."""
         rows = (row for path in self.files for _, row in _READERS[self.kind](path, list(columns)))
-        return islice(rows, ROWS_TO_LOOK_AT)
+        return islice(rows, ITEMS_TO_LOOK_AT)
 
     def _check_alike(self, needed: set[str]) -> None:
-        """A file that lacks a column would be left out row by row, without a word."""
+        """A file that lacks a column would be left out item by item, without a word."""
         having = {name: path for path, there in zip(self.files, self.columns_of, strict=True) for name in needed & {*there}}
         for path, there in zip(self.files, self.columns_of, strict=True):
             if there and (missing := sorted(having.keys() - {*there})):
@@ -160,7 +160,7 @@ def plain(cell: Any, where: str = "") -> Any:
         return cell
     values: Any = getattr(cell, "values", None)
     while isinstance(values, pa.Array):
-        check_num_rows(values, where or "a cell")
+        check_num_positions(values, where or "a cell")
         values = values.flatten() if _is_list(values.type) else None
     return cell.as_py(maps_as_pydicts="lossy")
 
@@ -168,11 +168,11 @@ def plain(cell: Any, where: str = "") -> Any:
 def _nested_arrow(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     rows: Any = getattr(cell, "values", None)
     if isinstance(rows, pa.Array) and pa.types.is_null(rows.type):
-        check_num_rows(rows, where)
+        check_num_positions(rows, where)
         return np.zeros(0), np.zeros(len(rows), np.int64)
     if not isinstance(rows, pa.Array) or not _is_list(rows.type):
         raise InputError(f"{where}: expected a list of lists of numbers, found {cell.type}")
-    check_num_rows(rows, where)
+    check_num_positions(rows, where)
     values = rows.flatten()
     if not _is_number(values.type) or values.null_count:
         raise InputError(
@@ -181,14 +181,14 @@ def _nested_arrow(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64
     return values.to_numpy(zero_copy_only=False), list_lengths(rows)
 
 
-def check_num_rows(rows: pa.Array, where: str) -> None:
-    """Raise InputError for more rows than any real sequence has: rows of nothing take no bytes in a file, and eight here."""
-    if len(rows) > MAX_ROWS_PER_SEQUENCE:
-        raise InputError(f"{where}: {len(rows):,} rows of one sequence; at most {MAX_ROWS_PER_SEQUENCE:,} are read")
+def check_num_positions(rows: pa.Array, where: str) -> None:
+    """Raise InputError for more positions than a real sequence has: empty ones take no bytes in a file, and eight here."""
+    if len(rows) > MAX_POSITIONS_PER_SEQUENCE:
+        raise InputError(f"{where}: {len(rows):,} positions of one sequence; at most {MAX_POSITIONS_PER_SEQUENCE:,} are read")
 
 
 def list_lengths(rows: pa.Array) -> NDArray[np.int64]:
-    """(R,) elements of each list; 0 for a null one."""
+    """Return (P,) the elements of each list; 0 for a null one."""
     counts = pc.call_function("coalesce", [pc.call_function("list_value_length", [rows]), pa.scalar(0, pa.int64())])
     return counts.to_numpy(zero_copy_only=False).astype(np.int64)
 
@@ -234,7 +234,7 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
     found = [file for file in there if _kind_of(file) and file.is_file() and file.name not in _DESCRIPTIONS]
     # What a stranger's link names elsewhere is no part of the folder.
     found = [file for file in found if not file.name.startswith((".", "cache-")) and leads_inside(file, path)]
-    # A .json beside files of rows describes them, as `datasets` has it; alone it holds the rows.
+    # A .json beside files of items describes them, as `datasets` has it; alone it holds the items.
     wanted = [file for file in found if file.suffix.lower() != ".json"] or found
     return wanted, [file for file in there if file not in set(wanted) and file.name not in _DESCRIPTIONS]
 
@@ -249,53 +249,53 @@ def _kind_of(path: Path) -> str | None:
 
 def _columns(kind: str, path: Path) -> tuple[str, ...]:
     if kind == "jsonl":
-        return tuple(next((row for _, row in _jsonl_rows(path, None)), {}))
+        return tuple(next((row for _, row in _jsonl_items(path, None)), {}))
     with _translated(path):
         if kind == "parquet":
             names = pq.read_schema(path).names
         else:
             with pa.memory_map(str(path)) as source:
                 names = open_arrow(source, str(path))[0].names
-    twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
     if twice is not None:
         raise InputError(f"{path}: has two columns {twice!r}; which of them is meant cannot be told: rename one")
     return tuple(names)
 
 
-def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[str, Row]]:
+def _parquet_items(path: Path, columns: list[str] | None) -> Iterator[tuple[str, Cells]]:
     with _translated(path), pq.ParquetFile(path) as table:
         names = [name for name in table.schema_arrow.names if columns is None or name in columns]
         check_parquet(table.metadata, str(path))
-        number = 0
-        num_rows = rows_at_once(table.metadata, names, path.stat().st_size, ROWS_PER_READ)
+        index = 0
+        num_rows = rows_at_once(table.metadata, names, path.stat().st_size, ITEMS_PER_READ)
         for batch in table.iter_batches(batch_size=num_rows, columns=names):
             batch.validate(full=True)  # Parquet's text may be no UTF-8
-            yield from _batch_rows(batch, path, number)
-            number += batch.num_rows
+            yield from _batch_items(batch, path, index)
+            index += batch.num_rows
 
 
-def _arrow_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[str, Row]]:
+def _arrow_items(path: Path, columns: list[str] | None) -> Iterator[tuple[str, Cells]]:
     with _translated(path), pa.memory_map(str(path)) as source:
         schema, batches = open_arrow(source, str(path))
         names = [name for name in schema.names if columns is None or name in columns]
-        number = 0
+        index = 0
         for batch in batches:
-            yield from _batch_rows(batch.select(names), path, number)
-            number += batch.num_rows
+            yield from _batch_items(batch.select(names), path, index)
+            index += batch.num_rows
 
 
-def _jsonl_rows(path: Path, _columns: list[str] | None) -> Iterator[tuple[str, Row]]:
+def _jsonl_items(path: Path, _columns: list[str] | None) -> Iterator[tuple[str, Cells]]:
     with _translated(path):
         for row, where, _ in read_objects(str(path), BEGINNING, opener=TextFiles()):
             yield where, row
 
 
-_READERS: dict[str, Callable[[Path, list[str] | None], Iterator[tuple[str, Row]]]] = {
-    "parquet": _parquet_rows, "arrow": _arrow_rows, "jsonl": _jsonl_rows,
+_READERS: dict[str, Callable[[Path, list[str] | None], Iterator[tuple[str, Cells]]]] = {
+    "parquet": _parquet_items, "arrow": _arrow_items, "jsonl": _jsonl_items,
 }  # fmt: skip
 
 
-def _batch_rows(batch: pa.RecordBatch, path: Path, first: int) -> Iterator[tuple[str, Row]]:
+def _batch_items(batch: pa.RecordBatch, path: Path, first: int) -> Iterator[tuple[str, Cells]]:
     for index in range(batch.num_rows):
         cells = {name: batch.column(column)[index] for column, name in enumerate(batch.schema.names)}
         yield f"{path}#{first + index}", cells

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from kdcache.codec import get_codec
 from kdcache.errors import InputError, MismatchError
 from kdcache.foreign.blocks import SHIFTS
-from kdcache.foreign.judge.compare import Rows, divergence, fit_line, ragged_rows
-from kdcache.foreign.judge.live import concatenated, live_rows, live_selection, paired
+from kdcache.foreign.judge.compare import Supports, divergence, fit_line, supports_of
+from kdcache.foreign.judge.live import concatenated, live_selection, live_supports, paired
 from kdcache.foreign.judge.neighbours import (
     FULL_PRECISION,
     FULL_PRECISION_NATS,
@@ -41,7 +41,7 @@ arithmetic, when they are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepOptions:
+class DeepConfig:
     """How much to ask again.
 
     Attributes:
@@ -61,12 +61,12 @@ class DeepReport:
 
     Attributes:
         sequences: their numbers in the cache.
-        num_positions: compared: rows with exact entries.
+        num_positions: compared: positions with exact entries.
         kl_mean, kl_p99, kl_max: KL(live || cached) in nats per position; NaN where the cache holds no exact entry.
         control_mean, control_p99, control_max: KL(live || live) of the same sequences, one at a time and beside one another;
             more than rounding explains is a problem of its own.
         allowed: mean KL up to which the cache is the teacher's.
-        shift_kl: mean KL when the cached rows are moved by each of SHIFTS.
+        shift_kl: mean KL when the cached positions are moved by each of SHIFTS.
         max_difference: greatest |cached - live| of a logprob, in nats.
         slope: of cached on live logprobs: 1 unless a temperature was applied.
         cached_nll, live_nll: nats per target that has a finite stored logprob.
@@ -109,7 +109,7 @@ class DeepReport:
         return {"sound": self.is_sound, "shifts": SHIFTS} | {name: _plain(value) for name, value in fields.items()}
 
 
-def verify_deep(reader: CacheReader, teacher: Teacher, options: DeepOptions) -> DeepReport:
+def verify_deep(reader: CacheReader, teacher: Teacher, config: DeepConfig) -> DeepReport:
     """Ask the teacher again about a random sample of the cache's sequences.
 
     Raises:
@@ -118,13 +118,13 @@ def verify_deep(reader: CacheReader, teacher: Teacher, options: DeepOptions) -> 
         CorruptCacheError: a sampled record is damaged. TeacherError: the teacher fails.
     """
     check_teacher(reader.manifest.identity, teacher)
-    numbers = choose(reader.num_positions_S, options)
-    records = [reader[number] for number in numbers]
+    indices = choose(reader.num_positions_S, config)
+    records = [reader[index] for index in indices]
     asked = [_everywhere(record.sequence) for record in records]
     widest = max(1, *(int(exact_counts(record.distributions).max(initial=1)) for record in records))
     selection = live_selection(widest, teacher.identity.vocab_size)
     # The cache is compared with what the teacher says of each text alone: the capture's own batches would repeat its faults.
-    return _report(reader, teacher, numbers, records, ask_twice(teacher, asked, selection), options)
+    return _report(reader, teacher, indices, records, ask_twice(teacher, asked, selection), config)
 
 
 def check_teacher(identity: Identity, teacher: Teacher) -> None:
@@ -147,7 +147,7 @@ def check_teacher(identity: Identity, teacher: Teacher) -> None:
         )
 
 
-def choose(num_positions_S: NDArray[np.integer], options: DeepOptions) -> tuple[int, ...]:
+def choose(num_positions_S: NDArray[np.integer], config: DeepConfig) -> tuple[int, ...]:
     """The numbers of the sampled sequences, ascending; those without positions are passed over.
 
     Raises:
@@ -156,8 +156,8 @@ def choose(num_positions_S: NDArray[np.integer], options: DeepOptions) -> tuple[
     candidates = np.flatnonzero(num_positions_S > 0)
     if not len(candidates):
         raise InputError("the cache has no sequence with a recorded position; there is nothing to ask the teacher about")
-    rng = np.random.default_rng((options.seed, 0xDEE9))
-    size = min(max(options.num_sequences, 1), len(candidates))
+    rng = np.random.default_rng((config.seed, 0xDEE9))
+    size = min(max(config.num_sequences, 1), len(candidates))
     return tuple(sorted(rng.choice(candidates, size, replace=False).tolist()))
 
 
@@ -166,16 +166,16 @@ def exact_counts(distributions: Distributions) -> NDArray[np.int64]:
     return distributions.num_entries_P if distributions.num_exact_P is None else distributions.num_exact_P
 
 
-def exact_rows(distributions: Distributions) -> Rows:
-    """The exact entries, row p for the p-th supervised position."""
+def exact_supports(distributions: Distributions) -> Supports:
+    """The exact entries, position p for the p-th supervised position."""
     counts_P = distributions.num_entries_P
     rank_E = np.arange(distributions.num_entries) - np.repeat(distributions.offsets_P1[:-1], counts_P)
     kept_E = rank_E < np.repeat(exact_counts(distributions), counts_P)
-    return ragged_rows(exact_counts(distributions), distributions.token_ids_E[kept_E], distributions.logprobs_E[kept_E])
+    return supports_of(exact_counts(distributions), distributions.token_ids_E[kept_E], distributions.logprobs_E[kept_E])
 
 
 def _everywhere(sequence: TokenSequence) -> TokenSequence:
-    """The same text with every position supervised: shifted rows need neighbours that the cache may not hold."""
+    """The same text with every position supervised: shifted positions need neighbours that the cache may not hold."""
     supervised_N = np.ones(sequence.num_tokens, np.bool_)
     return TokenSequence(
         input_ids_N=sequence.input_ids_N,
@@ -188,45 +188,45 @@ def _everywhere(sequence: TokenSequence) -> TokenSequence:
 
 
 def _report(
-    reader: CacheReader, teacher: Teacher, numbers: tuple[int, ...], records: Sequence[SequenceRecord],
-    asked: AskedTwice, options: DeepOptions,
+    reader: CacheReader, teacher: Teacher, indices: tuple[int, ...], records: Sequence[SequenceRecord],
+    asked: AskedTwice, config: DeepConfig,
 ) -> DeepReport:  # fmt: skip
-    stored = [exact_rows(record.distributions) for record in records]
+    stored = [exact_supports(record.distributions) for record in records]
     positions = [record.sequence.positions_P for record in records]
     live = asked.alone
-    answers = [live_rows(answer) for answer in live]
+    answers = [live_supports(answer) for answer in live]
     at = {
         shift: [paired(s, a, p + shift) for s, a, p in zip(stored, answers, positions, strict=True)] for shift in SHIFTS
     }  # fmt: skip
     joined = {shift: tuple(concatenated([pair[side] for pair in pairs]) for side in (0, 1)) for shift, pairs in at.items()}
     moved = asked.movement(positions)
-    kl_R, control_R = divergence(*joined[0]), np.concatenate(moved)
+    kl_P, control_P = divergence(*joined[0]), np.concatenate(moved)
     line = fit_line(joined[0][1], joined[0][0])
     bound = _codec_bound(reader, joined[0][1])
-    control_mean = float(control_R.mean())
-    allowed = options.tolerance_nats
+    control_mean = float(control_P.mean())
+    allowed = config.tolerance_nats
     if allowed is None:
         control = min(control_mean, rounding_nats(teacher.identity))
         allowed = CONTROL_FACTOR * control + bound + _engine_allowance(reader.manifest.identity, teacher)
     shift_kl = tuple(_mean(divergence(*joined[shift])) for shift in SHIFTS)
     nll = _nll(records, live)
     tails = np.concatenate([record.distributions.tail_mass_P for record in records]).astype(np.float64)
-    worst = max(map(_mean, (divergence(*pair) for pair in at[0] if pair[0].num_rows)), default=math.nan)
-    figures = {"kl": _mean(kl_R), "worst": worst, "allowed": allowed, "shift_kl": shift_kl, "nll": nll, "slope": line.slope}
+    worst = max(map(_mean, (divergence(*pair) for pair in at[0] if pair[0].num_positions)), default=math.nan)
+    figures = {"kl": _mean(kl_P), "worst": worst, "allowed": allowed, "shift_kl": shift_kl, "nll": nll, "slope": line.slope}
     return DeepReport(
-        numbers, len(kl_R), *_spread(kl_R), *_spread(control_R), allowed, shift_kl, line.max_difference, line.slope,
+        indices, len(kl_P), *_spread(kl_P), *_spread(control_P), allowed, shift_kl, line.max_difference, line.slope,
         *nll, float(1 - tails.mean()), float(tails.mean()), float(-np.log(np.maximum(1 - tails, 1e-12)).mean()), bound,
         tuple(filter(None, [what_moved(moved, teacher.identity), *_problems(figures)])),
     )  # fmt: skip
 
 
-def _codec_bound(reader: CacheReader, stored: Rows) -> float:
+def _codec_bound(reader: CacheReader, stored: Supports) -> float:
     """Most that the codec can have added to the mean KL: each logprob of live weight p is at most its error off."""
     identity = reader.manifest.identity
     codec = get_codec(identity.codec.codec_id, identity.codec.params, identity.selection)
     errors_E = codec.max_error_nats(stored.logprobs_E)
     finite_E = np.where(np.isfinite(errors_E), errors_E, 0.0)
-    return float((np.exp(stored.logprobs_E) * finite_E).sum() / max(stored.num_rows, 1))
+    return float((np.exp(stored.logprobs_E) * finite_E).sum() / max(stored.num_positions, 1))
 
 
 def _engine_allowance(identity: Identity, teacher: Teacher) -> float:
@@ -239,14 +239,14 @@ def _engine_allowance(identity: Identity, teacher: Teacher) -> float:
 
 def _nll(records: Sequence[SequenceRecord], live: Sequence[Distributions]) -> tuple[float, float, float]:
     """Cached and live NLL per target, and the greatest difference; over targets that both give a finite logprob."""
-    cached_T, live_T = [], []
+    cached_parts, live_parts = [], []
     for record, answer in zip(records, live, strict=True):
         targets_P = record.sequence.target_ids_P
         everywhere_N = answer.target_logprobs(np.append(record.sequence.input_ids_N[1:], NO_TARGET).astype(np.int32))
         has_P = targets_P != NO_TARGET
-        cached_T.append(record.distributions.target_logprobs(targets_P)[has_P].astype(np.float64))
-        live_T.append(everywhere_N[record.sequence.positions_P][has_P].astype(np.float64))
-    cached, found = np.concatenate(cached_T), np.concatenate(live_T)
+        cached_parts.append(record.distributions.target_logprobs(targets_P)[has_P].astype(np.float64))
+        live_parts.append(everywhere_N[record.sequence.positions_P][has_P].astype(np.float64))
+    cached, found = np.concatenate(cached_parts), np.concatenate(live_parts)
     both = np.isfinite(cached) & np.isfinite(found)
     if not both.any():
         return math.nan, math.nan, math.nan
@@ -261,8 +261,8 @@ def _problems(figures: dict[str, Any]) -> list[str]:
     best = SHIFTS[int(np.nanargmin(shift_kl))] if not all(map(math.isnan, shift_kl)) else 0
     if best:
         problems.append(
-            f"rows moved by {best:+d} are nearer to the teacher (KL {min(shift_kl):.3g} nats) than as they stand ({kl:.3g}): "
-            "they are shifted"
+            f"positions moved by {best:+d} are nearer to the teacher (KL {min(shift_kl):.3g} nats) than as "
+            f"they stand ({kl:.3g}): they are shifted"
         )
     if kl > allowed:
         problems.append(

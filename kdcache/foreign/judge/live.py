@@ -1,7 +1,4 @@
-"""A teacher asked again about some sequences, and what it says beside what is stored.
-
-Shape letters: N tokens, R stored rows, P positions.
-"""
+"""A teacher asked again about some sequences, and what it says compared with what is stored."""
 
 from __future__ import annotations
 
@@ -14,19 +11,19 @@ from numpy.typing import NDArray
 
 from kdcache.errors import InputError
 from kdcache.foreign.base import ForeignSequence, ValueKind
-from kdcache.foreign.blocks import SHIFTS, as_logprobs, extra_rows
-from kdcache.foreign.judge.compare import LineFit, Rows, divergence, fit_line, match, ragged_rows, sums
+from kdcache.foreign.blocks import SHIFTS, as_logprobs, may_hold_extra
+from kdcache.foreign.judge.compare import LineFit, Supports, divergence, fit_line, match, sums, supports_of
 from kdcache.foreign.judge.neighbours import ask_twice, what_moved
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence, sequence_key
 from kdcache.teacher.base import Teacher
 
 MAX_LIVE_ENTRIES = 1024
-"""Of a live row: twice what is stored is enough to see whether a support is the teacher's, and engines cap what they give."""
+"""Entries of a live position: twice as many as are stored show whether a support is the teacher's, and engines have caps."""
 
 OUTLIER_NATS, OUTLIER_FACTOR = 0.1, 8.0
-"""A row differs by more than rounding where an entry is off by this, and by this many times what rows are off by in the
-median: bfloat16 and other engines move whole caches, damaged bytes move rows."""
+"""A position differs by more than rounding where an entry is off by this, and by this many times the median position's
+difference: bfloat16 and other engines move whole caches, damaged bytes move single positions."""
 
 NAMED_OUTLIERS = 3
 
@@ -36,26 +33,27 @@ SHIFT_FACTOR = 0.5
 
 @dataclass(frozen=True)
 class Comparison:
-    """Stored rows beside the teacher's, over a sample.
+    """Stored positions beside the teacher's, over a sample.
 
     Attributes:
-        num_sequences, num_rows: compared; num_rows under the best shift.
-        kl: for each of SHIFTS, mean nats of KL(live || stored) over the rows that have a live row there.
+        num_sequences, num_positions: compared; num_positions under the best shift.
+        kl: for each of SHIFTS, mean nats of KL(live || stored) over the positions that have a live position there.
         shift: that of the least, where it is far less than elsewhere; else 0.
         line: how the stored values differ under it; `exact_line` the same over the ranks that are stored and not fitted.
-        common_share: of the stored entries under it, those that the live rows name too: near 1 for any distortion of values.
+        common_share: of the stored entries under it, those that the live positions name too: near 1 for any distortion
+            of values.
         kept_mass, renormalisation_cost: means of the live mass of the stored supports, and of -log of it: the KL that a student
             pays who takes the support for the whole.
         exact_kl: KL of the ranks that are stored and not fitted; that of all where nothing is fitted.
         fitted_error: mean |stored - live| of fitted entries in nats; NaN where there are none.
-        typical_difference: median over rows of the greatest difference in a row, in nats: rounding, and engines.
-        num_outlier_rows: rows that differ by far more than that; `outliers` names some, (source, position, nats).
+        typical_difference: median over positions of the greatest difference in a position, in nats: rounding, and engines.
+        num_outlier_positions: positions that differ by far more than that; `outliers` names some, (source, position, nats).
         sequence_kl: (source, mean KL under the best shift) of each sequence.
         moved: a sentence where the teacher's answer for a text depends on the texts beside it.
     """
 
     num_sequences: int
-    num_rows: int
+    num_positions: int
     kl: tuple[float, ...]
     shift: int
     line: LineFit
@@ -66,7 +64,7 @@ class Comparison:
     exact_kl: float
     fitted_error: float
     typical_difference: float
-    num_outlier_rows: int
+    num_outlier_positions: int
     outliers: tuple[tuple[str, int, float], ...]
     sequence_kl: tuple[tuple[str, float], ...]
     moved: str | None = None
@@ -83,41 +81,41 @@ def compare_with_teacher(
     usable = [s for s in sequences if is_readable(s, teacher)]
     if not usable:
         raise InputError(
-            f"none of the {len(sequences)} sampled sequences can be read by the teacher {teacher.identity.model!r}: they have "
-            "no "
-            f"tokens, ids outside its {teacher.identity.vocab_size}, or more tokens than {teacher.identity.context_length}"
+            f"none of the {len(sequences)} sampled sequences can be read by the teacher "
+            f"{teacher.identity.model!r}: they have no tokens, ids outside its {teacher.identity.vocab_size}, "
+            f"or more tokens than {teacher.identity.context_length}"
         )
-    widest = max(int(s.counts_R.max(initial=1)) for s in usable)
+    widest = max(int(s.counts_P.max(initial=1)) for s in usable)
     asked = ask_twice(teacher, [token_sequence(s) for s in usable], live_selection(widest, teacher.identity.vocab_size))
-    pairs = [(stored_rows(s, values), live_rows(a), s) for s, a in zip(usable, asked.alone, strict=True)]
+    pairs = [(stored_supports(s, values), live_supports(a), s) for s, a in zip(usable, asked.alone, strict=True)]
     kl = tuple(
-        _mean([divergence(*paired(stored, live, s.positions_R + shift)) for stored, live, s in pairs]) for shift in SHIFTS
+        _mean([divergence(*paired(stored, live, s.positions_P + shift)) for stored, live, s in pairs]) for shift in SHIFTS
     )
     shift = _clear_shift(kl)
-    joined = [paired(stored, live, s.positions_R + shift) for stored, live, s in pairs]
+    joined = [paired(stored, live, s.positions_P + shift) for stored, live, s in pairs]
     live, stored = concatenated([pair[0] for pair in joined]), concatenated([pair[1] for pair in joined])
     line = fit_line(stored, live)
     exact = leading(stored, approximate_from) if approximate_from else stored
-    kept_R = kept_live_mass(stored, live)
-    differences = [row_differences(*pair) for pair in joined]
+    kept_P = kept_live_mass(stored, live)
+    differences = [differences_of(*pair) for pair in joined]
     typical, outlying = _outliers(differences)
     return Comparison(
         num_sequences=len(usable),
-        num_rows=stored.num_rows,
+        num_positions=stored.num_positions,
         kl=kl,
         shift=shift,
         line=line,
         exact_line=fit_line(exact, live),
-        common_share=line.num_entries / max(len(stored.rows_E), 1),
-        kept_mass=float(kept_R.mean()),
-        renormalisation_cost=float(-np.log(np.maximum(kept_R, 1e-12)).mean()),
+        common_share=line.num_entries / max(len(stored.position_E), 1),
+        kept_mass=float(kept_P.mean()),
+        renormalisation_cost=float(-np.log(np.maximum(kept_P, 1e-12)).mean()),
         exact_kl=_mean([divergence(live, exact)]),
         fitted_error=_fitted_error(stored, live, approximate_from),
         typical_difference=typical,
-        num_outlier_rows=len(outlying),
+        num_outlier_positions=len(outlying),
         outliers=tuple(
-            (usable[s].source, _position(pairs[s][0], usable[s].positions_R + shift, row), float(differences[s][row]))
-            for s, row in outlying[:NAMED_OUTLIERS]
+            (usable[s].source, _position(pairs[s][0], usable[s].positions_P + shift, position), float(differences[s][position]))
+            for s, position in outlying[:NAMED_OUTLIERS]
         ),
         sequence_kl=tuple(_sequence_kl(usable, joined, approximate_from)),
         moved=what_moved(asked.movement(), teacher.identity),
@@ -133,52 +131,58 @@ def _clear_shift(kl: tuple[float, ...]) -> int:
 
 
 def _sequence_kl(
-    sequences: Sequence[ForeignSequence], pairs: Sequence[tuple[Rows, Rows]], approximate_from: int | None
+    sequences: Sequence[ForeignSequence], pairs: Sequence[tuple[Supports, Supports]], approximate_from: int | None
 ) -> Iterator[tuple[str, float]]:
     for sequence, (live, stored) in zip(sequences, pairs, strict=True):
         exact = leading(stored, approximate_from) if approximate_from else stored
-        if exact.num_rows:
+        if exact.num_positions:
             yield sequence.source, _mean([divergence(live, exact)])
 
 
-def row_differences(live: Rows, stored: Rows) -> NDArray[np.float64]:
-    """(R,) the greatest |stored - live| in nats over a row's common entries, and over stored ones above the least live one
-    that the live row does not name."""
+def differences_of(live: Supports, stored: Supports) -> NDArray[np.float64]:
+    """Return (P,) the greatest |stored - live| in nats of a position.
+
+    Over common entries, and over stored entries above the least live one that the live support does not name.
+    """
     in_stored, in_live = match(stored, live)
-    differences_R = np.zeros(stored.num_rows)
-    np.maximum.at(differences_R, stored.rows_E[in_stored], np.abs(stored.logprobs_E[in_stored] - live.logprobs_E[in_live]))
-    least_R = np.full(live.num_rows, np.inf)
-    np.minimum.at(least_R, live.rows_E, live.logprobs_E)
-    lone_E = np.ones(len(stored.rows_E), bool)
+    differences_P = np.zeros(stored.num_positions)
+    np.maximum.at(differences_P, stored.position_E[in_stored], np.abs(stored.logprobs_E[in_stored] - live.logprobs_E[in_live]))
+    least_P = np.full(live.num_positions, np.inf)
+    np.minimum.at(least_P, live.position_E, live.logprobs_E)
+    lone_E = np.ones(len(stored.position_E), bool)
     lone_E[in_stored] = False
-    np.maximum.at(differences_R, stored.rows_E[lone_E], stored.logprobs_E[lone_E] - least_R[stored.rows_E[lone_E]])
-    return differences_R
+    np.maximum.at(differences_P, stored.position_E[lone_E], stored.logprobs_E[lone_E] - least_P[stored.position_E[lone_E]])
+    return differences_P
 
 
 def _outliers(differences: Sequence[NDArray[np.float64]]) -> tuple[float, list[tuple[int, int]]]:
-    """The typical difference, and (sequence, row) of those that are far beyond it, the greatest first."""
+    """The typical difference, and (sequence, position) of those that are far beyond it, the greatest first."""
     together = np.concatenate(differences)
     if not len(together):
         return math.nan, []
     typical = float(np.median(together))
     limit = max(OUTLIER_NATS, OUTLIER_FACTOR * typical)
-    found = [(-rows_R[row], s, int(row)) for s, rows_R in enumerate(differences) for row in np.flatnonzero(rows_R > limit)]
-    return typical, [(s, row) for _, s, row in sorted(found)]
+    found = [
+        (-found_P[position], s, int(position))
+        for s, found_P in enumerate(differences)
+        for position in np.flatnonzero(found_P > limit)
+    ]
+    return typical, [(s, position) for _, s, position in sorted(found)]
 
 
-def _position(stored: Rows, positions_R: NDArray[np.int64], number: int) -> int:
-    """The position of a row of those that `paired` has kept."""
-    filled_R = np.bincount(stored.rows_E, minlength=stored.num_rows) > 0
-    return int(positions_R[filled_R & (positions_R >= 0)][number])
+def _position(stored: Supports, positions_P: NDArray[np.int64], index: int) -> int:
+    """The position of a position of those that `paired` has kept."""
+    filled_P = np.bincount(stored.position_E, minlength=stored.num_positions) > 0
+    return int(positions_P[filled_P & (positions_P >= 0)][index])
 
 
-def _fitted_error(stored: Rows, live: Rows, approximate_from: int | None) -> float:
+def _fitted_error(stored: Supports, live: Supports, approximate_from: int | None) -> float:
     if approximate_from is None:
         return math.nan
     in_stored, in_live = match(stored, live)
-    is_fitted_C = (ranks(stored) >= approximate_from)[in_stored]
-    errors_C = np.abs(stored.logprobs_E[in_stored] - live.logprobs_E[in_live])[is_fitted_C]
-    return float(errors_C.mean()) if len(errors_C) else math.nan
+    is_fitted_common = (ranks(stored) >= approximate_from)[in_stored]
+    errors_common = np.abs(stored.logprobs_E[in_stored] - live.logprobs_E[in_live])[is_fitted_common]
+    return float(errors_common.mean()) if len(errors_common) else math.nan
 
 
 def live_selection(widest: int, vocab_size: int) -> SelectionInfo:
@@ -210,58 +214,65 @@ def token_sequence(sequence: ForeignSequence) -> TokenSequence:
     )
 
 
-def stored_rows(sequence: ForeignSequence, values: ValueKind) -> Rows:
-    """The stored rows, as logprobs where their kind gives them; entries that are no number are left out."""
-    log_z_E = None if sequence.log_z_R is None else np.repeat(sequence.log_z_R, sequence.counts_R)
+def stored_supports(sequence: ForeignSequence, values: ValueKind) -> Supports:
+    """The stored positions, as logprobs where their kind gives them; entries that are no number are left out."""
+    log_z_E = None if sequence.log_z_P is None else np.repeat(sequence.log_z_P, sequence.counts_P)
     logprobs_E = as_logprobs(sequence.values_E[:, None], values, log_z_E)[:, 0]
-    rows = ragged_rows(sequence.counts_R, sequence.token_ids_E, logprobs_E)
+    positions = supports_of(sequence.counts_P, sequence.token_ids_E, logprobs_E)
     kept_E = np.isfinite(logprobs_E) & (sequence.token_ids_E >= 0)
-    extra_R = extra_rows(sequence, values)
-    if extra_R.any():  # `divergence` bounds what is not stored by a row's least entry, which must not be the text's choice
-        least_R = np.full(rows.num_rows, np.inf)
-        np.minimum.at(least_R, rows.rows_E[kept_E], logprobs_E[kept_E])
-        kept_E &= ~(extra_R[rows.rows_E] & (logprobs_E <= least_R[rows.rows_E]))
-    return Rows(rows.num_rows, rows.rows_E[kept_E], rows.ids_E[kept_E], np.minimum(rows.logprobs_E[kept_E], 50.0))
+    extra_P = may_hold_extra(sequence, values)
+    if extra_P.any():  # `divergence` bounds what is not stored by a position's least entry, which must not be the text's choice
+        least_P = np.full(positions.num_positions, np.inf)
+        np.minimum.at(least_P, positions.position_E[kept_E], logprobs_E[kept_E])
+        kept_E &= ~(extra_P[positions.position_E] & (logprobs_E <= least_P[positions.position_E]))
+    return Supports(
+        positions.num_positions,
+        positions.position_E[kept_E],
+        positions.ids_E[kept_E],
+        np.minimum(positions.logprobs_E[kept_E], 50.0),
+    )
 
 
-def live_rows(answer: Distributions) -> Rows:
-    """The teacher's answer; row p is its p-th position."""
-    return ragged_rows(answer.num_entries_P, answer.token_ids_E, answer.logprobs_E)
+def live_supports(answer: Distributions) -> Supports:
+    """The teacher's answer; position p is its p-th position."""
+    return supports_of(answer.num_entries_P, answer.token_ids_E, answer.logprobs_E)
 
 
-def paired(stored: Rows, live: Rows, positions_R: NDArray[np.int64]) -> tuple[Rows, Rows]:
-    """(live, stored) rows side by side: stored row r with the live row of its position, where it has one and is not empty."""
-    filled_R = np.bincount(stored.rows_E, minlength=stored.num_rows) > 0
-    rows = np.flatnonzero(filled_R & (positions_R >= 0) & (positions_R < live.num_rows))
-    return live.take(positions_R[rows]), stored.take(rows)
+def paired(stored: Supports, live: Supports, positions_P: NDArray[np.int64]) -> tuple[Supports, Supports]:
+    """Pair (live, stored) supports: each stored one that is not empty with the live one at the index that it claims."""
+    filled_P = np.bincount(stored.position_E, minlength=stored.num_positions) > 0
+    positions = np.flatnonzero(filled_P & (positions_P >= 0) & (positions_P < live.num_positions))
+    return live.take(positions_P[positions]), stored.take(positions)
 
 
-def ranks(rows: Rows) -> NDArray[np.int64]:
-    """(E,) the place of each entry in its row."""
-    return np.arange(len(rows.rows_E)) - np.searchsorted(rows.rows_E, rows.rows_E)
+def ranks(positions: Supports) -> NDArray[np.int64]:
+    """Return (E,) the rank of each entry in its position."""
+    return np.arange(len(positions.position_E)) - np.searchsorted(positions.position_E, positions.position_E)
 
 
-def leading(rows: Rows, number: int) -> Rows:
-    """The first entries of each row."""
-    kept_E = ranks(rows) < number
-    return Rows(rows.num_rows, rows.rows_E[kept_E], rows.ids_E[kept_E], rows.logprobs_E[kept_E])
+def leading(positions: Supports, index: int) -> Supports:
+    """The first entries of each position."""
+    kept_E = ranks(positions) < index
+    return Supports(
+        positions.num_positions, positions.position_E[kept_E], positions.ids_E[kept_E], positions.logprobs_E[kept_E]
+    )
 
 
-def concatenated(parts: Sequence[Rows]) -> Rows:
-    """Rows of several sequences, one after another."""
-    starts = np.cumsum([0, *(part.num_rows for part in parts)])
-    return Rows(
+def concatenated(parts: Sequence[Supports]) -> Supports:
+    """Positions of several sequences, one after another."""
+    starts = np.cumsum([0, *(part.num_positions for part in parts)])
+    return Supports(
         int(starts[-1]),
-        np.concatenate([part.rows_E + start for part, start in zip(parts, starts, strict=False)]),
+        np.concatenate([part.position_E + start for part, start in zip(parts, starts, strict=False)]),
         np.concatenate([part.ids_E for part in parts]),
         np.concatenate([part.logprobs_E for part in parts]),
     )
 
 
-def kept_live_mass(stored: Rows, live: Rows) -> NDArray[np.float64]:
-    """(R,) what the teacher gives to the ids that are stored, as far as the live row names them."""
+def kept_live_mass(stored: Supports, live: Supports) -> NDArray[np.float64]:
+    """Return (P,) the live mass of the stored ids, as far as the live support names them."""
     _, in_live = match(stored, live)
-    return np.minimum(sums(live.rows_E[in_live], np.exp(live.logprobs_E[in_live]), live.num_rows), 1.0)
+    return np.minimum(sums(live.position_E[in_live], np.exp(live.logprobs_E[in_live]), live.num_positions), 1.0)
 
 
 def _mean(parts: Sequence[NDArray[np.float64]]) -> float:
@@ -275,9 +286,9 @@ def reservoir(
     """Pass sequences on, with a list that at the end holds `size` of them, each as likely as any other."""
     rng = np.random.default_rng((seed, 0x5A3))
     kept: list[ForeignSequence] = []
-    for number, sequence in enumerate(sequences):
+    for index, sequence in enumerate(sequences):
         if len(kept) < size:
             kept.append(sequence)
-        elif (place := int(rng.integers(number + 1))) < size:
-            kept[place] = sequence
+        elif (slot := int(rng.integers(index + 1))) < size:
+            kept[slot] = sequence
         yield sequence, kept

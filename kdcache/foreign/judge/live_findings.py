@@ -9,24 +9,23 @@ from kdcache.foreign.blocks import SHIFTS
 from kdcache.foreign.judge.live import Comparison
 
 SUPERSEDED = (
-    "shifted_rows", "alignment_unclear", "temperature_applied", "foreign_rows", "foreign_sequences", "few_hits", "many_hits",
-    "broken_tails", "other_logarithms",
+    "shifted_positions", "alignment_unclear", "temperature_applied", "foreign_positions", "foreign_sequences", "few_hits",
+    "many_hits", "broken_tails", "other_logarithms",
 )  # fmt: skip
-"""Hints from the text and from the values that the teacher's word replaces."""
+"""Hints from the text and the values, which the teacher's answer replaces."""
 
 TOLERANCE_NATS = 0.02
-"""Mean KL between the stored rows and the same teacher through another engine, in bfloat16, stays below; a wrong model does
-not."""
+"""The mean KL to the same teacher in another engine, in bfloat16, stays below this; a wrong model's does not."""
 
 SLOPE_TOLERANCE = 0.05
 SAME_SUPPORT, RESIDUAL_SHARE = 0.7, 0.5
-"""A temperature leaves the order of a row, so its support, and a line: rows of another text share few ids, off any line."""
+"""A temperature keeps a position's order, so its support, and a line; positions of another text share few ids, off any line."""
 
 OFFSET_NATS = 0.02
 """Mean difference of stored and live logprobs that rounding does not explain."""
 
 BROKEN_TAIL_NATS = 0.1
-"""Mean error of fitted entries: a sound fit of 48 ranks is 0.04 off, README's budget config of DistillKit 0.12, a curve that is
+"""Mean error of fitted entries: a sound fit of 48 ranks is 0.04 off, the budget config in DistillKit's README 0.12, a curve
 read with another spacing 0.18."""
 
 FOREIGN_NATS, FOREIGN_FACTOR = 0.3, 4.0
@@ -46,8 +45,8 @@ def with_teacher(cache: ForeignCache, findings: Sequence[Finding], comparison: C
 def _findings(cache: ForeignCache, c: Comparison) -> Iterator[Finding]:
     listed = ", ".join(f"{shift:+d}: {kl:.3g}" for shift, kl in zip(SHIFTS, c.kl, strict=True))
     if c.shift:
-        sentence = f"the teacher says that rows are shifted by {c.shift:+d}: KL(live || stored) under shifts {listed} nats"
-        yield Finding("shifted_rows", "repairable", sentence, f"--shift {c.shift:+d}")
+        sentence = f"the teacher says that positions are shifted by {c.shift:+d}: KL(live || stored) under shifts {listed} nats"
+        yield Finding("shifted_positions", "repairable", sentence, f"--shift {c.shift:+d}")
     line = c.exact_line
     if not line.num_entries:
         yield Finding(
@@ -58,7 +57,7 @@ def _findings(cache: ForeignCache, c: Comparison) -> Iterator[Finding]:
     if foreign is not None:
         yield foreign
         return
-    # The slope is not a number where every row has one exact entry, or is flat: nothing can be said of a temperature then.
+    # The slope is not a number where every position has one exact entry, or is flat: nothing can be said of a temperature then.
     if (
         c.common_share > SAME_SUPPORT
         and line.slope > 0
@@ -67,7 +66,7 @@ def _findings(cache: ForeignCache, c: Comparison) -> Iterator[Finding]:
     ):
         sentence = (
             f"a temperature of {1 / line.slope:.3g} was applied to the stored values (they are {line.slope:.3g} times the "
-            f"teacher's, within {line.residual:.2g} nats); this cannot be undone from a truncated row"
+            f"teacher's, within {line.residual:.2g} nats); this cannot be undone from a truncated position"
         )
         yield Finding("temperature_applied", "fatal", sentence)
         return
@@ -107,16 +106,16 @@ def _kl(c: Comparison) -> float:
 
 
 def _foreign_sequences(c: Comparison) -> Finding | None:
-    """Some sequences are far off the teacher, and the rest are not: rows of another text, or out of place."""
+    """Some sequences are far off the teacher, and the rest are not: positions of another text, or out of place."""
     foreign = [(source, kl) for source, kl in c.sequence_kl if kl > TOLERANCE_NATS]
     others = [kl for _, kl in c.sequence_kl if kl <= TOLERANCE_NATS]
     if not foreign or not others or min(kl for _, kl in foreign) < max(FOREIGN_NATS, FOREIGN_FACTOR * max(others)):
         return None
     named = ", ".join(f"{source} ({kl:.2g})" for source, kl in sorted(foreign, key=lambda item: -item[1])[:NAMED_SEQUENCES])
     sentence = (
-        f"{len(foreign):,} of {len(c.sequence_kl):,} sequences hold rows that the teacher does not give for their text, by KL "
-        f"in nats: {named}; the others are within {max(others):.2g}. Their rows are shifted, or of another text; take them "
-        "out, or make their rows again"
+        f"{len(foreign):,} of {len(c.sequence_kl):,} sequences hold positions that the teacher does not give "
+        f"for their text, by KL in nats: {named}; the others are within {max(others):.2g}. Their positions are "
+        "shifted, or of another text; take them out, or make their positions again"
     )
     return Finding("foreign_sequences", "fatal", sentence)
 
@@ -124,15 +123,20 @@ def _foreign_sequences(c: Comparison) -> Finding | None:
 def _agreement(c: Comparison, listed: str) -> Iterator[Finding]:
     kl = _kl(c)
     if kl > TOLERANCE_NATS:
-        sentence = f"the values are not this teacher's: KL(live || stored) is {kl:.3g} nats per row (shifts {listed}), up to "
+        sentence = (
+            f"the values are not this teacher's: KL(live || stored) is {kl:.3g} nats per position (shifts {listed}), up to "
+        )
         yield Finding("teacher_disagrees", "fatal", f"{sentence}{c.line.max_difference:.2g} nats apart in an entry")
         return
-    sentence = f"the teacher agrees: KL(live || stored) is {kl:.3g} nats per row over {c.num_rows:,} rows, at most "
+    sentence = (
+        f"the teacher agrees: KL(live || stored) is {kl:.3g} nats per position over {c.num_positions:,} positions, at most "
+    )
     yield Finding("teacher_agrees", "note", f"{sentence}{c.line.max_difference:.2g} nats in an entry")
-    if c.num_outlier_rows:
+    if c.num_outlier_positions:
         named = ", ".join(f"{source} position {position} ({nats:.2g})" for source, position, nats in c.outliers)
         sentence = (
-            f"{c.num_outlier_rows:,} of {c.num_rows:,} rows differ from the teacher's by far more than rounding; rows are "
-            f"{c.typical_difference:.2g} nats off in the median: {named}; these rows, or bytes of the file, may be damaged"
+            f"{c.num_outlier_positions:,} of {c.num_positions:,} positions differ from the teacher's by far "
+            f"more than rounding; positions are {c.typical_difference:.2g} nats off in the median: {named}; "
+            "these positions, or bytes of the file, may be damaged"
         )
-        yield Finding("outlier_rows", "undecided", sentence)
+        yield Finding("outlier_positions", "undecided", sentence)

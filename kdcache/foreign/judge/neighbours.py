@@ -1,7 +1,4 @@
-"""A teacher asked twice about the same texts, alone and beside one another: its answer for a text must not move.
-
-Shape letters: P positions.
-"""
+"""A teacher asked twice about the same texts, alone and in a batch: its answer for a text must not move."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.foreign.judge.compare import divergence, ragged_rows
+from kdcache.foreign.judge.compare import divergence, supports_of
 from kdcache.format.manifest import SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.teacher.base import Teacher
@@ -31,7 +28,7 @@ class AskedTwice:
     def movement(self, positions: Sequence[NDArray[np.integer]] | None = None) -> list[NDArray[np.float64]]:
         """(P,) nats of KL(alone || beside) for each sequence; at these of its supervised positions, None for all."""
         pairs = zip(self.alone, self.beside, strict=True)
-        moved = [divergence(*(ragged_rows(d.num_entries_P, d.token_ids_E, d.logprobs_E) for d in pair)) for pair in pairs]
+        moved = [divergence(*(supports_of(d.num_entries_P, d.token_ids_E, d.logprobs_E) for d in pair)) for pair in pairs]
         return moved if positions is None else [kl_P[at] for kl_P, at in zip(moved, positions, strict=True)]
 
 

@@ -11,22 +11,22 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.foreign.base import Finding, ForeignCache, ForeignSequence
-from kdcache.foreign.judge.deep import exact_rows
-from kdcache.foreign.judge.doctor import Examination, ExamineOptions, Progress, examine_opened
+from kdcache.foreign.judge.deep import exact_supports
+from kdcache.foreign.judge.doctor import Examination, ExamineConfig, Progress, examine_opened
 from kdcache.format.manifest import Manifest, SelectionInfo
 from kdcache.format.record import SequenceRecord
 from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 from kdcache.teacher.base import Teacher
 
-PLACEMENT = ("alignment_unclear", "foreign_rows", "foreign_sequences", "few_hits")
+DOUBTS = ("alignment_unclear", "foreign_positions", "foreign_sequences", "few_hits")
 """Doubts that the text raises: it may be one that the teacher knows nothing of."""
 
 FEW_IMPOSSIBLE = 0.01
 
 
 def examine_own(
-    path: str | Path, options: ExamineOptions, *, teacher: Teacher | None = None, progress: Progress | None = None
+    path: str | Path, config: ExamineConfig, *, teacher: Teacher | None = None, progress: Progress | None = None
 ) -> Examination:
     """Verify a cache of ours and put the probes to it.
 
@@ -55,49 +55,52 @@ def examine_own(
         format="kdcache", title="cache of kdcache", path=str(path), values="logprobs", read=read, facts=facts,
         vocab_size=teller.vocab_size, findings=damage,
     )  # fmt: skip
-    tokenizer_size = options.tokenizer_size or manifest.identity.tokenizer.vocab_size
-    found = examine_opened(cache, replace(options, tokenizer_size=tokenizer_size), teacher=teacher, progress=progress)
+    tokenizer_size = config.tokenizer_size or manifest.identity.tokenizer.vocab_size
+    found = examine_opened(cache, replace(config, tokenizer_size=tokenizer_size), teacher=teacher, progress=progress)
     selection = manifest.identity.selection
-    is_placed = _knows_its_places(manifest)
-    return replace(found, findings=tuple(_for_own(finding, selection, is_placed=is_placed) for finding in found.findings))
+    is_aligned = _knows_its_alignment(manifest)
+    return replace(found, findings=tuple(_for_own(finding, selection, is_aligned=is_aligned) for finding in found.findings))
 
 
 def _left_out(manifest: Manifest) -> str:
     return f"{manifest.total('num_impossible_targets'):,} of {manifest.total('num_targets'):,} targets left out"
 
 
-def _knows_its_places(manifest: Manifest) -> bool:
-    """Whether a teacher was asked and gave the targets' logprobs, so that the NLL kept at capture says where rows belong."""
+def _knows_its_alignment(manifest: Manifest) -> bool:
+    """Whether a teacher gave the targets' logprobs at capture, so that the NLL kept then shows where positions belong."""
     is_converted = "converted_from" in manifest.notes
     return not is_converted and manifest.total("num_impossible_targets") <= FEW_IMPOSSIBLE * manifest.total("num_targets")
 
 
-def _for_own(finding: Finding, selection: SelectionInfo, *, is_placed: bool) -> Finding:
-    """What is no defect of ours: the capture compared the NLL, so where rows belong is known; a selection may keep no exact
-    entry, or hold what a sampler's filters left, on purpose."""
-    if is_placed and finding.name in PLACEMENT:
-        sentence = "the text alone does not show where rows belong, as it is not one that this teacher would write"
+def _for_own(finding: Finding, selection: SelectionInfo, *, is_aligned: bool) -> Finding:
+    """Soften what is not a defect of ours.
+
+    The capture compared the NLL, so where positions belong is known; a selection may keep no exact entry on purpose, or hold
+    what a sampler's filters left.
+    """
+    if is_aligned and finding.name in DOUBTS:
+        sentence = "the text alone does not show where positions belong, as it is not one that this teacher would write"
         return replace(finding, severity="note", sentence=f"{sentence}; the NLL that was kept at capture agrees, and shows it")
     if finding.name in ("renormalised", "temperature_applied") and selection.filters:
         why = f"the distributions are those after the sampler's filters {selection.filters}, as asked for at capture"
         return replace(finding, severity="note", sentence=why)
-    return finding if finding.name != "no_rows" else replace(finding, severity="note")
+    return finding if finding.name != "no_positions" else replace(finding, severity="note")
 
 
 def _sequences(path: str | Path) -> Iterator[ForeignSequence]:
     with open_reader(path) as reader:
-        for number in range(len(reader)):
-            yield own_sequence(reader[number])
+        for index in range(len(reader)):
+            yield own_sequence(reader[index])
 
 
 def own_sequence(record: SequenceRecord) -> ForeignSequence:
     """A record's exact entries as a foreign sequence."""
-    rows = exact_rows(record.distributions)
+    positions = exact_supports(record.distributions)
     return ForeignSequence(
         source=record.sequence.source,
         input_ids_N=record.sequence.input_ids_N.astype(np.int64),
-        positions_R=record.sequence.positions_P,
-        counts_R=np.bincount(rows.rows_E, minlength=rows.num_rows).astype(np.int64),
-        token_ids_E=rows.ids_E,
-        values_E=rows.logprobs_E,
+        positions_P=record.sequence.positions_P,
+        counts_P=np.bincount(positions.position_E, minlength=positions.num_positions).astype(np.int64),
+        token_ids_E=positions.ids_E,
+        values_E=positions.logprobs_E,
     )
