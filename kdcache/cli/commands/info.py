@@ -24,11 +24,11 @@ _BUYS = {
     "top_k": (_FOR_ALL, f"threshold: {_PER_BYTE}"),
     "top_p_k": (_FOR_ALL, f"threshold: {_PER_BYTE}"),
     "threshold": (
-        f"{_PER_BYTE}; other divergences learn from the exact entries alone",
-        "top_k: every divergence, at about ten times the bytes",
+        f"{_PER_BYTE}; other divergences and temperatures learn from the exact entries alone",
+        "top_k: every divergence, and temperatures, at about ten times the bytes",
     ),
     "top_k_sampled": (
-        f"{_PER_BYTE}; other divergences learn from the exact entries alone",
+        f"{_PER_BYTE}; other divergences and temperatures learn from the exact entries alone",
         "threshold: less noise at the same bytes; top_k: every divergence, at about ten times the bytes",
     ),
     "sampled": (

@@ -1,4 +1,4 @@
-"""The smallest: one adaptive arithmetic code for everything, learned anew in each sequence. For object stores and cold caches.
+"""The smallest codec, and the default for random selections: one adaptive arithmetic code, learned anew in each sequence.
 
 Ids are coded as sets, bit by bit from the leading one, each bit predicted from the leading bits of all ids of the sequence so
 far (and of those of entries of its kind): frequent ids become short, wherever they stand in the vocabulary. Entries of equal
