@@ -39,7 +39,10 @@ ORDER = {
         "derive",
         "foreign",
     ],
-    "tutorials": [],
+    "tutorials": [
+        *("capture-one-node", "capture-slurm", "object-stores", "selection", "temperature", "your-own-trainer"),
+        *("huggingface-trainer", "trl", "unsloth", "ms-swift", "axolotl", "repair", "format"),
+    ],
     "reference": ["api", "cli", "config", "format", "glossary"],
     "project": ["changelog", "contributing", "security", "benchmarks"],
 }

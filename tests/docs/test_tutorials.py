@@ -1,0 +1,112 @@
+"""Every tutorial is run, block by block. Large models are replaced by tiny ones of the same kind, a cluster by processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fault_proxy import FaultProxy
+from tiny_model import build_tiny_model
+from tutorial_runner import RUN, Tutorial, blocks_of
+
+PAGES = Path(__file__).parents[2] / "kdcache" / "docs"
+
+
+@pytest.fixture
+def models(tiny_model_dir: Path) -> dict[str, str]:
+    """Names of models in the pages -> the folder of the tiny one that a test has."""
+    return {"Qwen/Qwen3-8B": str(tiny_model_dir), "Qwen/Qwen3-0.6B": str(tiny_model_dir)}
+
+
+def page(name: str) -> Path:
+    return PAGES / f"{name}.md"
+
+
+def test_every_page_has_a_test_of_its_own_and_says_why_a_block_is_not_run() -> None:
+    tested = Path(__file__).read_text() + (Path(__file__).parent / "test_trainer_tutorials.py").read_text()
+    pages = [path for path in PAGES.glob("*.md") if path.name != "README.md"]
+    assert [path.stem for path in pages if f'page("{path.stem}")' not in tested] == []
+    blocks = [(path.stem, block) for path in pages for block in blocks_of(path.read_text("utf-8"))]
+    unmarked = [(name, block.kind) for name, block in blocks if block.kind not in (*RUN, "text")]
+    assert unmarked == []
+    assert [(name, block.note) for name, block in blocks if block.note and len(block.note) < 20] == []
+
+
+def test_a_capture_on_one_node(work_folder: Path, models: dict[str, str]) -> None:
+    Tutorial(
+        page("capture-one-node"), instead=models | {"backend: vllm": "backend: transformers", "size: 2048": "size: 64"}
+    ).run()
+    assert (work_folder / "cache" / "manifests").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_capture_on_one_node_with_vllm(work_folder: Path, models: dict[str, str]) -> None:
+    pytest.importorskip("vllm")
+    Tutorial(page("capture-one-node"), instead=models | {"size: 2048": "size: 64"}).run()
+    assert (work_folder / "cache" / "manifests").is_dir()
+
+
+def test_a_capture_on_a_slurm_array(work_folder: Path) -> None:
+    instead = {
+        "Qwen/Qwen3-8B": "fake",
+        "backend: vllm": "backend: fake",
+        "size: 2048": "size: 64",
+        "unit_chars: 2000000": "unit_chars: 2000",
+    }
+    Tutorial(page("capture-slurm"), instead=instead).run()
+    progress = sorted(path.name for path in work_folder.glob("*.progress.json"))
+    assert len(list((work_folder / "cache" / "data").glob("*.arrow"))) == 3
+    assert progress == [f"cache.rank-{rank}.progress.json" for rank in range(3)]
+
+
+@pytest.fixture
+def small(models: dict[str, str]) -> dict[str, str]:
+    """What makes a page run on a CPU in seconds."""
+    return models | {
+        "backend: vllm": "backend: transformers",
+        "size: 2048": "size: 64",
+        "seq_len=2048": "seq_len=64",
+        "batch_rows=16": "batch_rows=2",
+    }
+
+
+def test_your_own_trainer(with_cache: Path, small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    student = build_tiny_model(tmp_path_factory.mktemp("student") / "tiny-llama", seed=1)
+    quick = {"Qwen/Qwen3-0.6B": str(student), "lr=1e-5": "lr=1e-2", "== [8, 8]": "== [1, 1]"}
+    names = Tutorial(page("your-own-trainer"), instead=small | quick).run()
+    assert 0 < float(names["loss"].detach()) < 5
+
+
+def test_choosing_a_selection(work_folder: Path, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    names = Tutorial(page("selection"), instead=small).run()
+    shown = capsys.readouterr().out
+    assert float(names["loss"]) > 0
+    assert "buys" in shown
+    assert str(names.get("error", "")) == ""
+    assert "total_variation" in shown
+
+
+def test_temperature(work_folder: Path, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    names = Tutorial(page("temperature"), instead=small).run()
+    shown = capsys.readouterr().out
+    assert float(names["loss"]) > 0
+    assert "3.0" in shown.splitlines()[-1]
+
+
+def test_object_stores(work_folder: Path, s3: FaultProxy, models: dict[str, str], tiny_model_dir: Path) -> None:
+    instead = models | {"s3://bucket": f"s3://{s3.bucket}", "--set shards": "--set teacher.backend=transformers --set shards"}
+    Tutorial(page("object-stores"), instead=instead).run()
+    assert any(path.is_file() for path in (work_folder / "blocks").rglob("*"))
+
+
+def test_damage_and_repair(with_cache: Path, captured: Path, tiny_model_dir: Path) -> None:
+    (with_cache / "capture.yaml").symlink_to(captured / "capture.yaml")
+    before = {path.name: path.read_bytes() for path in (with_cache / "cache" / "data").glob("*.arrow")}
+    Tutorial(page("repair")).run()
+    assert {path.name: path.read_bytes() for path in (with_cache / "cache" / "data").glob("*.arrow")} == before
+
+
+def test_the_format(work_folder: Path, small: dict[str, str]) -> None:
+    names = Tutorial(page("format"), instead=small).run()
+    assert names["token_ids"].shape == (len(names["positions"]), 8)
