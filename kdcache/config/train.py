@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from kdcache import extensions
 from kdcache.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.remote import RemoteConfig
@@ -44,6 +45,25 @@ class StudentConfig(Config, frozen=True, kw_only=True):
             raise ValueError("overrides change the shape of a student; they need init 'random'")
 
 
+class TermConfig(Config, frozen=True, kw_only=True):
+    """One further term of the loss, brought by an installed package (entry points of the group `kdcache.losses`).
+
+    Attributes:
+        term: its name.
+        weight: what its mean over the positions is multiplied by.
+        options: the term's own parameters, by name.
+    """
+
+    term: str
+    weight: NonNegativeFloat = 1.0
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not extensions.is_known("losses", self.term):
+            known = ", ".join(map(repr, extensions.names("losses"))) or "none is installed"
+            raise ValueError(f"term is {self.term!r}, but must be the name of an installed package's loss term: {known}")
+
+
 class LossConfig(Config, frozen=True, kw_only=True):
     """What a step minimises: alpha * divergence(teacher, student) + (1 - alpha) * cross-entropy with the text.
 
@@ -65,6 +85,7 @@ class LossConfig(Config, frozen=True, kw_only=True):
             exist: no probability, no gradient, so mask them when generating. true counts them as ids to which the teacher gives
             nothing. A teacher may have more ids than its student if no token of the tokenizer uses them: their mass counts as
             tail, and is `padding_mass` in `metrics.jsonl`.
+        terms: further terms, which other packages bring, added to the divergence and the cross entropy.
     """
 
     alpha: Fraction = 1.0
@@ -76,6 +97,7 @@ class LossConfig(Config, frozen=True, kw_only=True):
     chunk_positions: Positive | None = None
     float32_logits: bool = False
     train_padding: bool = False
+    terms: tuple[TermConfig, ...] = ()
 
 
 class OptimizerConfig(Config, frozen=True, kw_only=True):

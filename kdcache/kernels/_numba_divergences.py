@@ -30,7 +30,7 @@ SIGNATURE = types.float64(types.float64[:, ::1], types.float64[::1])
 @cache
 def get_compiled(kind: type[d.Divergence]) -> Callable[..., Any]:
     """The machine code of a divergence's O(K) part, of the type SIGNATURE."""
-    return compiled(SIGNATURE)(_FUNCTIONS[kind])
+    return compiled(SIGNATURE)(kind.for_numba or _FUNCTIONS[kind])
 
 
 def _forward_kl(x_6B, _):

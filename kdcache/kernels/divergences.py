@@ -6,9 +6,11 @@ Standard library only: configs, docs and tests read the same table.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from kdcache import extensions
 from kdcache.errors import LossError
 
 TAIL_POLICIES = ("drop", "renormalize", "bucket", "uniform")
@@ -50,7 +52,15 @@ _SUPPORT_ONLY = Requirements(
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Base of all: the name by which it is asked for, and what it needs. Fields of the subclasses are its options.
+    """Base of all: the name by which it is asked for, and what it needs. Fields of the subclasses are its options, numbers.
+
+    The formulas of ours stand in one table per backend. A divergence of another package is one file: a frozen dataclass that
+    overrides `in_numpy` and `in_torch`, and `for_numba` where the compiled kernels are to run it too. It is registered under
+    its name as an entry point of the group `kdcache.divergences`. Within torch.compile it is given made, not by name.
+
+    Attributes:
+        for_numba: what `kdcache.kernels._numba_divergences` says, as a plain function that numba can compile; None leaves a
+            loss on a CPU to torch.
 
     Raises:
         LossError: an option outside its range.
@@ -58,6 +68,15 @@ class Divergence:
 
     name: ClassVar[str]
     requirements: ClassVar[Requirements] = _BUCKET_ONLY
+    for_numba: ClassVar[Callable[[Any, Any], float] | None] = None
+
+    def in_numpy(self, log_p_PB: Any, log_q_PB: Any) -> tuple[Any, Any]:
+        """(P,) losses and (P, B) h of arrays: the definition, as a function of `kdcache.kernels.reference_divergences`."""
+        raise NotImplementedError(f"{type(self).__name__} has no in_numpy, which defines it")
+
+    def in_torch(self, masses: Any) -> tuple[Any, Any]:
+        """(P,) losses and (P, B) h of `kdcache.loss.torch_divergences.Masses`; autograd can pass through the losses."""
+        raise NotImplementedError(f"{type(self).__name__} has no in_torch, by which it is trained")
 
     @property
     def parameters(self) -> tuple[float, ...]:
@@ -327,13 +346,28 @@ def get_divergence(name: str | Divergence, **options: Any) -> Divergence:
     """
     if isinstance(name, Divergence):
         return name
-    if name not in DIVERGENCES:
-        raise LossError(f"divergence is {name!r}, but must be one of {', '.join(map(repr, DIVERGENCES))}")
-    kind = DIVERGENCES[name]
+    kind = find_kind(name)
     for option in options:
         if option not in kind.__match_args__:
             raise LossError(f"{name} has no option {option!r}; it has {', '.join(map(repr, kind.__match_args__)) or 'none'}")
     return kind(**options)
+
+
+def find_kind(name: str) -> type[Divergence]:
+    """The class of this name, ours or another package's.
+
+    Raises:
+        LossError: there is no such divergence.
+    """
+    if name in DIVERGENCES:
+        return DIVERGENCES[name]
+    if not extensions.is_known("divergences", name):
+        known = [*DIVERGENCES, *extensions.names("divergences")]
+        raise LossError(f"divergence is {name!r}, but must be one of {', '.join(map(repr, known))}")
+    kind = extensions.find("divergences", name)
+    if not (isinstance(kind, type) and issubclass(kind, Divergence) and kind.name == name):
+        raise LossError(f"divergence {name!r} is no Divergence of this name, but {kind!r}; mend the package that brings it")
+    return kind
 
 
 def requirements_table() -> str:

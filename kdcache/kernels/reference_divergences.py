@@ -32,7 +32,8 @@ def compute(
     if isinstance(divergence, d.TailAwareKL):
         estimates_PB = np.zeros(log_p_PB.shape, bool) if estimates_PB is None else estimates_PB
         return tail_aware_kl(divergence, log_p_PB, log_q_PB, estimates_PB)
-    return _FORMULAS[type(divergence)](divergence, log_p_PB, log_q_PB)
+    formula = _FORMULAS.get(type(divergence), type(divergence).in_numpy)
+    return formula(divergence, log_p_PB, log_q_PB)
 
 
 def forward_kl(_: d.Divergence, log_p_PB: Floats, log_q_PB: Floats) -> Terms:

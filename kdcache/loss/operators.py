@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.base import Objective
-from kdcache.kernels.divergences import DIVERGENCES
+from kdcache.kernels.divergences import find_kind
 from kdcache.loss.chunks import Head, Product, loss_dtype, run_chunks
 from kdcache.loss.gradients import refuse_second_derivative, scale_gradient
 from kdcache.loss.prepare import Prepared
@@ -49,7 +49,7 @@ def _encode(ready: Prepared) -> tuple[str, list[float]]:
 def _decode(tensors: tuple[Tensor | None, ...], words: str, numbers: list[float]) -> Prepared:
     tail, divergence, backend, entries = words.split()
     alpha, temperature, *parameters = numbers
-    objective = Objective(tail, alpha, DIVERGENCES[divergence](*parameters), temperature)
+    objective = Objective(tail, alpha, find_kind(divergence)(*parameters), temperature)
     token_ids_PK, logprobs_PK, tail_mass_P, num_exact_P, target_ids_P, weights_P, scales_P = tensors
     assert token_ids_PK is not None
     assert logprobs_PK is not None

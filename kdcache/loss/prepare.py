@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcache.errors import LossError
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.base import PADDING_ID, Objective, Targets, make_targets
-from kdcache.kernels.divergences import Divergence, get_divergence
+from kdcache.kernels.divergences import DIVERGENCES, Divergence, get_divergence
 from kdcache.loss.selection_rules import reading_for
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -128,7 +128,7 @@ def prepare(
         objective, teacher = _read(_checked_teacher(teacher, asked.alpha, vocab_size), student, asked)
     _check_tensors(student, {"target_ids": target_ids_P, "weights": weights_P})
     scales_P = position_scales(student, weights_P, settings.reduction)
-    backend = choose_backend(settings.backend, student)
+    backend = choose_backend(settings.backend, student, objective.divergence)
     return Prepared(teacher, target_ids_P, weights_P, scales_P, objective, backend)
 
 
@@ -238,7 +238,7 @@ def refuse_transform(advice: str) -> None:
         )
 
 
-def choose_backend(backend: str, student: Tensor) -> str:
+def choose_backend(backend: str, student: Tensor, divergence: Divergence) -> str:
     """`numba`, `triton` or `torch`.
 
     Raises:
@@ -248,6 +248,9 @@ def choose_backend(backend: str, student: Tensor) -> str:
         torch.float32,
         torch.bfloat16,
     )
+    is_compilable = type(divergence).for_numba is not None or divergence.name in DIVERGENCES
+    if backend == "numba" and fits and not is_compilable:
+        raise LossError(f"{divergence.name} has no form for the numba backend; use 'torch', or 'auto'")
     if backend == "numba" and not fits:
         raise LossError(
             f"the numba backend takes float32 or bfloat16 on a CPU, not {student.dtype} on {student.device}; use 'torch'"
@@ -260,7 +263,7 @@ def choose_backend(backend: str, student: Tensor) -> str:
             "'numba' or 'torch'"
         )
     if backend == "auto":
-        return "numba" if fits else "torch"
+        return "numba" if fits and is_compilable else "torch"
     return backend
 
 

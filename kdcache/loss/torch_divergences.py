@@ -45,7 +45,8 @@ class Masses:
 
 def compute(divergence: d.Divergence, masses: Masses) -> Tensor:
     """(P,) losses."""
-    return _FORMULAS[type(divergence)](divergence, masses)
+    formula = _FORMULAS.get(type(divergence))
+    return divergence.in_torch(masses)[0] if formula is None else formula(divergence, masses)
 
 
 def forward_kl(_: d.Divergence, x: Masses) -> Tensor:

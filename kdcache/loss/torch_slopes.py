@@ -21,7 +21,8 @@ from kdcache.loss.torch_divergences import Masses
 
 def compute(divergence: d.Divergence, masses: Masses) -> Tensor:
     """(P, B) h."""
-    return _SLOPES[type(divergence)](divergence, masses)
+    slope = _SLOPES.get(type(divergence))
+    return divergence.in_torch(masses)[1] if slope is None else slope(divergence, masses)
 
 
 def forward_kl(_: d.Divergence, x: Masses) -> Tensor:

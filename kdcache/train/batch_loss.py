@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdcache.config.train import LossConfig
 from kdcache.errors import ConfigError
-from kdcache.format.manifest import SelectionInfo
+from kdcache.format.manifest import Manifest
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.half_precision import is_emulated
 from kdcache.kernels.divergences import Divergence, get_divergence
@@ -20,16 +20,18 @@ from kdcache.loss.fused import PLAIN_HEAD, Projection, fused_sparse_kd_loss
 from kdcache.loss.padding import entries_within
 from kdcache.loss.prepare import LossSettings
 from kdcache.loss.selection_rules import reading_for
+from kdcache.train.terms import StudentStates, check_terms, sum_of_terms
 
 
-def check_loss(config: LossConfig, selection: SelectionInfo) -> None:
-    """Refuse, before anything is trained, what a cache of this selection is not enough for; nothing where alpha is 0.
+def check_loss(config: LossConfig, manifest: Manifest) -> None:
+    """Refuse, before anything is trained, a loss for which a cache is not enough.
 
     Raises:
         LossError: an unknown divergence or parameter, or a loss that would be wrong for the selection.
-        ConfigError: a temperature for which the cache has no normalisers.
+        ConfigError: a temperature for which the cache has no normalisers, or a term that lacks something in it.
     """
-    divergence = _divergence(config)
+    check_terms(config.terms, manifest)
+    divergence, selection = _divergence(config), manifest.identity.selection
     if config.alpha == 0:
         return
     reading_for(selection.kind, divergence, tail=config.tail, temperature=config.temperature)
@@ -94,17 +96,23 @@ class BatchLoss:
             self._head(batch.teacher, num_ids),
             config.chunk_positions,
         )
-        return fused_sparse_kd_loss(
-            hidden_BTH.flatten(0, -2).index_select(0, batch.flat_positions_P).to(dtype),
+        hidden_PH = hidden_BTH.flatten(0, -2).index_select(0, batch.flat_positions_P).to(dtype)
+        weights_P = self.weights_P(batch)
+        loss = fused_sparse_kd_loss(
+            hidden_PH,
             projection,
             entries_within(batch.teacher, num_ids).teacher if _has_padding(batch.teacher, num_ids) else batch.teacher,
             divergence=_divergence(config),
             alpha=config.alpha,
             temperature=config.temperature,
             target_ids=batch.target_ids_P,
-            weights=self.weights_P(batch),
+            weights=weights_P,
             settings=LossSettings(tail=config.tail, reduction=reduction, backend=config.backend),
         )
+        if not config.terms:
+            return loss
+        total = sum_of_terms(config.terms, StudentStates(hidden_PH, projection), batch, weights_P)
+        return loss + (total if reduction == "sum" else total / weights_P.sum().clamp_min(torch.finfo(total.dtype).tiny))
 
     def padding_mass(self, batch: TorchBatch, num_ids: int) -> float | None:
         """The mean mass of entries whose ids the student does not have, see `entries_within`; None where it has all."""

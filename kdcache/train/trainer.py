@@ -228,7 +228,7 @@ def _check_cache(config: TrainConfig, reader: CacheReader) -> None:
             "run `kdcache capture` again to finish it, or set `accept: [incomplete]` to train on these"
         )
     # Before the student is built: what the cache is not enough for.
-    check_loss(config.loss, manifest.identity.selection)
+    check_loss(config.loss, manifest)
     if not reader.num_positions_S.any():
         raise InputError(f"{config.cache}: the cache has no supervised position to train on")
 

@@ -9,6 +9,11 @@ ENTRY_POINTS = """\
 [kdcache.codecs]
 toy = toy_codec:ToyCodec
 broken = toy_that_is_not_there:Codec
+[kdcache.divergences]
+squared_distance = toy_divergence:SquaredDistance
+squared_distance_in_torch = toy_divergence:SquaredDistanceInTorch
+[kdcache.losses]
+top_token_error = toy_loss:TopTokenError
 [kdcache.inputs]
 dashes = toy_input:DASHES
 no_format = toy_input:read

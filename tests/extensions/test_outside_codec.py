@@ -45,7 +45,7 @@ def test_a_cache_is_captured_verified_derived_and_loaded_with_it(toys, tmp_path,
     assert main(["verify", cache]) == 0
     assert main(["info", cache]) == 0
     assert "toy" in capsys.readouterr().out
-    assert main(["derive", str(tmp_path / "raw"), "--from", cache, "--codec", "raw"]) == 0
+    assert main(["derive", cache, "--out", str(tmp_path / "raw"), "--codec", "raw"]) == 0
     with kdcache.open(cache) as ours, kdcache.open(tmp_path / "raw") as raw:
         assert np.array_equal(ours[0].distributions.logprobs_E, raw[0].distributions.logprobs_E)
         config = kdcache.LoaderConfig(seq_len=64, batch_rows=2, num_threads=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +98,11 @@ def test_the_step_computes_what_the_configuration_and_the_entries_say(
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+def manifest(kind: str) -> Any:
+    """As much of a cache's manifest as a loss is checked against."""
+    return SimpleNamespace(identity=SimpleNamespace(selection=selection(kind)))
+
+
 @pytest.mark.parametrize(
     ("loss", "kind", "error", "sentence"),
     [
@@ -114,7 +120,7 @@ def test_the_step_computes_what_the_configuration_and_the_entries_say(
 )
 def test_what_the_cache_is_not_enough_for_is_refused_in_one_sentence(loss, kind, error, sentence) -> None:
     with pytest.raises(error, match=sentence):
-        check_loss(LossConfig(**loss), selection(kind))
+        check_loss(LossConfig(**loss), manifest(kind))
 
 
 @pytest.mark.parametrize(
@@ -141,4 +147,4 @@ def test_a_student_trains_from_a_cache_of_every_random_selection(kind, params, t
 
 
 def test_labels_alone_may_be_trained_from_any_selection() -> None:
-    check_loss(LossConfig(alpha=0.0, divergence="reverse_kl"), selection("sampled"))
+    check_loss(LossConfig(alpha=0.0, divergence="reverse_kl"), manifest("sampled"))

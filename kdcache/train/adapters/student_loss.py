@@ -64,7 +64,7 @@ class StudentLoss:
         identity = loader.readers[0].manifest.identity
         advice = f"call its resize_token_embeddings({identity.teacher.vocab_size}) first"
         check_vocabulary(self.head.out_features, identity, advice)
-        check_loss(config, identity.selection)
+        check_loss(config, loader.readers[0].manifest)
         self.loss = BatchLoss(config, logits_head(plain))
         self._loader, self._check_finite = loader, check_finite
         # The model takes the loss for logits, and scales and caps it: the first is undone, the second does nothing to the tiny.
