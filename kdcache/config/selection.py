@@ -38,7 +38,7 @@ class SelectionConfig(Config, frozen=True, kw_only=True):
         p: `top_p_k`: probability mass to reach, in (0, 1]. null: 0.95.
         num_draws: `sampled`, `top_k_sampled`: draws per position. null: 50.
         tau: `threshold`: probability from which a token is always kept, in (0, 1]. null: 0.04, at most 26 entries and about 24
-            bytes per position. Half of it takes nearly twice the bytes and halves the noise.
+            bytes per position. Half of it takes about 1.5 times the bytes and halves the noise.
         seed: of the random kinds; each draw is a function of it, the sequence and the position.
         temperatures: further temperatures at which students may be trained; each costs one number per position.
         entropy: keep the teacher's entropy, one number per position.
