@@ -40,7 +40,7 @@ ORDER = {
         "foreign",
     ],
     "tutorials": [
-        *("capture-one-node", "capture-slurm", "object-stores", "selection", "temperature", "your-own-trainer"),
+        *("capture-one-node", "capture-slurm", "object-stores", "selection", "temperature", "extending", "your-own-trainer"),
         *("huggingface-trainer", "trl", "unsloth", "ms-swift", "axolotl", "repair", "format"),
     ],
     "reference": ["api", "cli", "config", "format", "glossary"],

@@ -9,6 +9,8 @@ from fault_proxy import FaultProxy
 from tiny_model import build_tiny_model
 from tutorial_runner import RUN, Tutorial, blocks_of
 
+import kdcache
+
 PAGES = Path(__file__).parents[2] / "kdcache" / "docs"
 
 
@@ -30,6 +32,20 @@ def test_every_page_has_a_test_of_its_own_and_says_why_a_block_is_not_run() -> N
     unmarked = [(name, block.kind) for name, block in blocks if block.kind not in (*RUN, "text")]
     assert unmarked == []
     assert [(name, block.note) for name, block in blocks if block.note and len(block.note) < 20] == []
+
+
+def test_an_input_format_of_another_package(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = work_folder / "dashes-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: dashes\nVersion: 1.0\n")
+    (registered,) = (block.text for block in blocks_of(page("extending").read_text("utf-8")) if block.kind == "text")
+    name, _, pointer = registered.splitlines()[1].partition(" = ")
+    module = pointer.strip('"')
+    (about / "entry_points.txt").write_text(f"[kdcache.inputs]\n{name} = {module}\n")
+    monkeypatch.syspath_prepend(str(work_folder))
+    Tutorial(page("extending")).run()
+    with kdcache.open("cache") as cache:
+        assert cache.sources() == ["texts/a.dashes#0", "texts/a.dashes#1"]
 
 
 def test_a_capture_on_one_node(work_folder: Path, models: dict[str, str]) -> None:
