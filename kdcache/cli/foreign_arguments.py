@@ -1,4 +1,4 @@
-"""What `doctor` and `convert` share: what a user says of a foreign cache that its files do not."""
+"""What `doctor` and `convert` share: flags for what a foreign cache's files do not tell."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FORMATS = """
 formats: DistillKit (Parquet, or Arrow after its packing pass; needs its compression_config.yaml), Axolotl v2 logprob columns,
 NeMo-Aligner top-k JSON lines, answers of vLLM, SGLang and OpenAI-like servers kept as JSON lines, plain columns of ids and
 values or of {token_id, logprob} lists (Parquet, Arrow, `datasets` folders, JSON lines, compressed ones too), Megatron-LM tars
-(looked at, not converted: they hold no tokens). Pickles are not opened.
+(examined, not converted: they hold no tokens). Pickles are not opened.
 """
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how to read the files, and whom to ask."""
+    """Declare how the files are read, and which teacher is asked."""
     parser.epilog = FORMATS.strip()
     parser.add_argument(
         "--column", dest="columns", action="append", default=[], metavar="OURS=NAME",
@@ -35,23 +35,23 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--values",
         choices=("logprobs", "logits", "probs", "nll"),
-        help="what the values are, whatever they are called; nll: -log p",
+        help="what the values are, whatever their column is called; nll: -log p",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="DistillKit's compression_config.yaml, or a training config that repeats it"
     )
     parser.add_argument(
         "--first-position", type=at_least(0), metavar="P",
-        help="index of the first position (plain and Axolotl columns; position t has read tokens 0..t)",
+        help="position of the first stored distribution (plain and Axolotl columns; position t has read tokens 0..t)",
     )  # fmt: skip
     parser.add_argument("--vocab-size", type=at_least(1), metavar="V", help="width of the teacher's output, padding included")
-    parser.add_argument("--tokenizer", metavar="NAME", help="of the token ids: a hub id or a folder")
-    add_teacher_arguments(parser, what="ask this model again about a random sample: what is a hint from the text becomes exact")
+    parser.add_argument("--tokenizer", metavar="NAME", help="hub id or folder of the tokenizer that made the token ids")
+    add_teacher_arguments(parser, what="ask this model about a random sample: what the text can only suggest becomes exact")
     add_sample_arguments(parser)
 
 
 def read_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ReadConfig:
-    """What the flags say of the files; raises ConfigError for a --column that is no OURS=NAME."""
+    """How the files are read, from the flags; raises ConfigError for a --column without OURS=NAME."""
     from kdcache.foreign.base import ReadConfig
 
     columns = {}
@@ -66,7 +66,7 @@ def read_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ReadC
 
 
 def examine_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ExamineConfig:
-    """How closely to look."""
+    """How closely to look, from the flags."""
     from kdcache.foreign.judge.doctor import ExamineConfig
 
     return ExamineConfig(
@@ -89,7 +89,7 @@ def named_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
 
 @contextmanager
 def progress_bar(text: str) -> Iterator[Progress]:
-    """A bar on stderr that counts positions."""
+    """A progress bar on stderr that counts distributions."""
     from tqdm import tqdm
 
     from kdcache.bars import bar_options
@@ -101,9 +101,9 @@ def progress_bar(text: str) -> Iterator[Progress]:
 def finding_lines(examination: Examination) -> list[str]:
     """A line for each finding, the worst first."""
     order = ("fatal", "repairable", "undecided", "note")
-    labels = {"fatal": "wrong", "repairable": "wrong", "undecided": "unclear", "note": "note"}
+    words = {"fatal": "wrong", "repairable": "wrong", "undecided": "unclear", "note": "note"}
     lines = []
     for finding in sorted(examination.findings, key=lambda finding: order.index(finding.severity)):
         mended = f" [kdcache convert {finding.repair}]" if finding.repair else ""
-        lines.append(shown(f"{labels[finding.severity]}: {finding.name}: {finding.sentence}{mended}"))
+        lines.append(shown(f"{words[finding.severity]}: {finding.name}: {finding.sentence}{mended}"))
     return lines

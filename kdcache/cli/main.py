@@ -1,8 +1,8 @@
 """The command `kdcache`: find the subcommand, run it, turn errors into one sentence.
 
-Exit status: 0 done, 1 a check found damage or a capture set units aside, 2 wrong usage, config, input or cache, or a training
-whose numbers are no longer finite, 130 and 143 interrupted. stdout carries results, stderr everything else. Only the module of
-the chosen subcommand is imported, so that `--help` is instant.
+Exit status: 0 done; 1 a check found damage, or a capture set units aside; 2 wrong usage, config, input or cache, or a training
+whose numbers are no longer finite; 130 and 143 interrupted. Results go to stdout, everything else to stderr. Only the module of
+the chosen subcommand is imported, so `--help` is instant.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from kdcache.extras import needed_for
 from kdcache.shown import say
 
 COMMANDS = {
-    "capture": ("capture", "run a teacher over text and write what it says into a cache"),
-    "info": ("info", "say what a cache holds"),
-    "fold": ("fold", "make what is published so far visible to readers"),
-    "verify": ("verify", "re-read a whole cache and check every promise it makes"),
+    "capture": ("capture", "run a teacher over text and cache its distributions"),
+    "info": ("info", "show what a cache contains: teacher, amount of text, size"),
+    "fold": ("fold", "make everything published so far visible to readers"),
+    "verify": ("verify", "read a whole cache again and check everything it claims"),
     "repair": (
         "repair",
-        "set damaged units of a cache aside, so that they can be made again",
+        "set damaged units of a cache aside, so that they can be captured again",
     ),
-    "doctor": ("doctor", "say what any cache is, ours or another tool's, and what is wrong with it"),
-    "convert": ("convert", "write another tool's cache as one of ours"),
-    "derive": ("derive", "make a cache of other caches: choose, filter, join, reduce, mix; no teacher is asked"),
+    "doctor": ("doctor", "examine any cache, ours or another tool's, and report what is wrong with it"),
+    "convert": ("convert", "convert another tool's cache to a kdcache cache"),
+    "derive": ("derive", "make a cache from caches, without a teacher: choose, filter, join, reduce, mix"),
     "train": ("train", "train a student from a cache"),
     "evaluate": ("evaluate", "compare students with their teacher on held-out text"),
 }
 """name -> (module in `kdcache.cli.commands`, one line of help)."""
 
 _EXTRAS = {"train": "train", "evaluate": "train"}
-"""What brings all that a command needs."""
+"""command -> the extra that installs everything it needs."""
 
 
 class Command(Protocol):
-    """What the module of a subcommand holds."""
+    """What the module of a subcommand provides."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
         ...
 
     def run(self, args: argparse.Namespace) -> int:
-        """Do it; the exit status."""
+        """Run the command and return the exit status."""
         ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status. Usage mistakes and `--help` leave through SystemExit, as argparse has it."""
-    # Before anything imports torch: it would otherwise print where it binds memory, into every command's output.
+    """Run the command line and return the exit status. Usage errors and `--help` raise SystemExit, as argparse does."""
+    # Before anything imports torch, which would otherwise print where it binds memory into every command's output.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not faulthandler.is_enabled():
-        with suppress(OSError, ValueError):  # where stderr is no file
-            faulthandler.enable()  # a process that dies in native code, as of a file cut while it is mapped, says where
+        with suppress(OSError, ValueError):  # where stderr is not a file
+            faulthandler.enable()  # a process that dies in native code, e.g. when a mapped file is truncated, reports where
     if argv is None:
         sys.excepthook = _show_bug
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen is not None:
         command = cast("Command", import_module(f"kdcache.cli.commands.{COMMANDS[chosen][0]}"))
         command.add_arguments(subparsers[chosen])
+        subparsers[chosen].usage = _usage(subparsers[chosen])
     args = parser.parse_args(arguments)
     if command is None:
         parser.print_help()
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A traceback as Python prints it, without what a file's text in it would do to a terminal."""
+    """Print a traceback as Python does, with control characters from a file's text escaped."""
     say("".join(traceback.format_exception(kind, error, trace)), sys.stderr)
 
 
@@ -92,8 +93,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     parser = argparse.ArgumentParser(
         prog="kdcache",
         parents=[shared],
-        description="Run a teacher model once, offline; train any number of students from its cache as if it were live.",
-        epilog="`kdcache COMMAND --help` says more about a command.",
+        description="Run a teacher model once, offline, and train any number of students from its cache as if it were live.",
+        epilog="`kdcache COMMAND --help` explains a command, with examples.",
     )
     parser.add_argument("--version", action="version", version=f"kdcache {__version__}")
     choices = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -107,8 +108,19 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return parser, names
 
 
+def _usage(parser: argparse.ArgumentParser) -> str:
+    """One line of usage: what has to be given. The options are listed below it."""
+    given = []
+    for action in parser._actions:
+        if not action.option_strings:
+            given.append(f"{action.metavar} [{action.metavar} ...]" if action.nargs == "+" else str(action.metavar))
+        elif action.required:
+            given.append(f"{action.option_strings[0]} {action.metavar}")
+    return " ".join([parser.prog, *given, "[options]"])
+
+
 def run_command(command: Command, args: argparse.Namespace) -> int:
-    """Run a command; its exit status, or that of the error it raised. What is no KdcacheError is a bug and is raised."""
+    """Run a command and return its exit status, or that of a KdcacheError. Any other error is a bug and propagates."""
     name = getattr(command, "__name__", "").rpartition(".")[2]
     try:
         with needed_for(f"kdcache {name}", _EXTRAS.get(name)):
@@ -122,6 +134,6 @@ def run_command(command: Command, args: argparse.Namespace) -> int:
         say(f"\nkdcache: interrupted{': ' if interrupt.args else ''}{interrupt}", sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our stdout has gone (`| head`). Python would complain once more when it flushes stdout at exit.
+        # The reader of stdout is gone (`| head`). Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

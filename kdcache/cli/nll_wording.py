@@ -1,4 +1,4 @@
-"""What `info` and `verify` say of a cache's NLL, and of whether its rows belong to their tokens."""
+"""What `info` and `verify` print about a cache's NLL, and about whether its distributions belong to their tokens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from kdcache.format.manifest import Manifest
 
 FEW = 0.01
-"""Share of targets without a logprob up to which the NLL speaks for a whole cache."""
+"""Up to this share of targets without a logprob, the NLL is evidence for the whole cache."""
 
 
 def left_out(manifest: Manifest) -> str:
-    """How many targets the NLL leaves out, and what the number is then not; empty where it leaves out none."""
+    """How many targets the NLL leaves out, and why; empty if none."""
     num_targets, num_left_out = manifest.total("num_targets"), manifest.total("num_impossible_targets")
     if not num_left_out:
         return ""
@@ -27,21 +27,21 @@ def left_out(manifest: Manifest) -> str:
 
 
 def conversion(manifest: Manifest) -> dict[str, Any] | None:
-    """What `kdcache convert` has noted; None for a cache that a teacher was asked for."""
+    """The notes of `kdcache convert`; None for a captured cache."""
     return manifest.notes if "converted_from" in manifest.notes else None
 
 
 def alignment(manifest: Manifest) -> dict[str, str]:
-    """A line on whether rows were shown to belong to their tokens; none for a capture whose NLL shows it for nearly all."""
+    """A line on whether distributions were proven to belong to their tokens; none if a capture's NLL proves it."""
     notes = conversion(manifest)
     if notes is None:
         num_targets, num_left_out = manifest.total("num_targets"), manifest.total("num_impossible_targets")
         if num_left_out <= FEW * num_targets:
             return {}
         shown = (
-            f"the NLL shows it for {num_targets - num_left_out:,} of {num_targets:,} targets, and says nothing of the others"
+            f"the NLL shows it for {num_targets - num_left_out:,} of {num_targets:,} targets, and says nothing about the others"
         )
-        return {"alignment": f"{shown}; `kdcache verify --deep` compares all rows"}
+        return {"alignment": f"{shown}; `kdcache verify --deep` compares all positions"}
     proof = notes.get("alignment")
     return {"alignment": f"{_proof(proof if isinstance(proof, dict) else {})} (from {notes['converted_from']})"}
 
@@ -50,8 +50,8 @@ def _proof(proof: dict[str, Any]) -> str:
     by = proof.get("proven_by")
     if by == "teacher":
         return (
-            f"proven at conversion by the teacher, which was asked about {_count(proof.get('num_sequences', 0))} sequences: KL "
-            f"{_number(proof.get('kl_nats'))} nats"
+            f"proven at conversion by the teacher, asked about {_count(proof.get('num_sequences', 0))} sequences: KL "
+            f"{_digits(proof.get('kl_nats'))} nats"
         )
     if by == "text":
         return (
@@ -60,19 +60,19 @@ def _proof(proof: dict[str, Any]) -> str:
         )
     reason = proof.get("reason", "it was converted before this was recorded")
     return (
-        f"NOT proven: {reason}; whether rows belong to their tokens is taken on trust. "
+        f"NOT proven: {reason}; whether distributions belong to their tokens is taken on trust. "
         "`kdcache verify --deep --teacher MODEL` tells"
     )
 
 
-# What stands in a manifest's notes may be anything that JSON has, whole numbers beyond any float's range too.
+# A manifest's notes may hold any JSON value, including whole numbers beyond a float's range.
 
 
 def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and abs(value) <= MAX_COUNT else "-"
 
 
-def _number(value: Any) -> str:
+def _digits(value: Any) -> str:
     return f"{value:.2g}" if _is_finite(value) else "-"
 
 

@@ -1,4 +1,4 @@
-"""What `doctor`, `convert` and `verify --deep` share: which teacher to ask, by the user's flags and config alone."""
+"""What `doctor`, `convert` and `verify --deep` share: which teacher is asked, from the user's flags and config only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser, *, what: str) -> None
     """Declare --teacher, --teacher-config, --backend and --dtype."""
     parser.add_argument("--teacher", metavar="MODEL", help=what)
     parser.add_argument(
-        "--teacher-config", metavar="CONFIG.yaml", help="a capture config of yours: its section `teacher` says how to run it"
+        "--teacher-config", metavar="CONFIG.yaml", help="your capture config, whose section `teacher` says how to run it"
     )
     parser.add_argument("--backend", choices=extensions.names("teachers"), help="what runs the teacher (default: auto)")
     parser.add_argument(
@@ -47,12 +47,12 @@ def asks_teacher(args: argparse.Namespace) -> bool:
 
 
 def teacher_config(args: argparse.Namespace) -> TeacherConfig:
-    """The teacher's config, from the flags and from the user's own file alone.
+    """The teacher's config, from the flags and the user's own file only.
 
-    Never from a cache: a model runs code, reads files and calls servers, and whoever wrote the cache would choose which.
+    Never from a cache: a model can run code, read files and call servers, and the cache's author would choose which.
 
     Raises:
-        ConfigError: no model is named, or the file holds no section `teacher` that makes sense.
+        ConfigError: no model is named, or the file has no valid section `teacher`.
     """
     from kdcache.config.load import convert_config, read_yaml_mapping
 
@@ -60,7 +60,7 @@ def teacher_config(args: argparse.Namespace) -> TeacherConfig:
     if args.teacher_config is not None:
         section = read_yaml_mapping(args.teacher_config).get("teacher")
         if not isinstance(section, dict):
-            raise ConfigError(f"{args.teacher_config}: has no section `teacher`, as a capture config has")
+            raise ConfigError(f"{args.teacher_config}: no section `teacher`; expected a capture config")
         fields = dict(section)
     given = {"model": args.teacher, "backend": args.backend, "dtype": args.dtype}
     fields |= {name: value for name, value in given.items() if value is not None}
@@ -68,12 +68,12 @@ def teacher_config(args: argparse.Namespace) -> TeacherConfig:
 
 
 def captured_teacher(captured: Any) -> dict[str, Any]:
-    """What a cache's manifest says of how its teacher was run, to be shown and compared; empty where it says nothing."""
+    """How the cache's manifest says its teacher was run, to be shown and compared; empty if it says nothing."""
     return {str(name): value for name, value in captured.items()} if isinstance(captured, Mapping) else {}
 
 
 def unnamed_teacher(cache: str, captured: Any) -> ConfigError:
-    """What to say where nobody names the teacher."""
+    """The error for flags that name no teacher."""
     said = captured_teacher(captured)
     names = [name for name in ("model", "revision", "backend", "dtype") if said.get(name)]
     says = ", ".join(f"{name} {shown(repr(said[name]), _MOST)}" for name in names)
@@ -84,12 +84,12 @@ def unnamed_teacher(cache: str, captured: Any) -> ConfigError:
 
 
 def setting_differences(config: TeacherConfig, captured: Any) -> list[str]:
-    """A line for each setting of the cache's own account that is not what will be asked."""
+    """A line for each setting in which the cache's teacher differs from the one that will be asked."""
     import msgspec
 
     ours, theirs = msgspec.to_builtins(config), captured_teacher(captured)
     return [
-        f"note: the cache says that its teacher had {shown(name, _MOST)} {shown(repr(value), _MOST)}; "
+        f"note: according to the cache, its teacher had {shown(name, _MOST)} {shown(repr(value), _MOST)}; "
         f"asked with {shown(repr(ours.get(name)), _MOST)}"
         for name, value in sorted(theirs.items())
         if value != ours.get(name)
@@ -98,7 +98,7 @@ def setting_differences(config: TeacherConfig, captured: Any) -> list[str]:
 
 @contextmanager
 def loaded(config: TeacherConfig | None) -> Iterator[Teacher | None]:
-    """The teacher, closed at the end; None for no config."""
+    """Load the teacher and close it at the end; None for no config."""
     if config is None:
         yield None
         return
@@ -112,7 +112,7 @@ def loaded(config: TeacherConfig | None) -> Iterator[Teacher | None]:
 
 
 def at_least(smallest: int) -> Any:
-    """An argparse type: a whole number that is not smaller."""
+    """An argparse type: a whole number of at least this size."""
 
     def parse(text: str) -> int:
         value = int(text)
@@ -120,5 +120,5 @@ def at_least(smallest: int) -> Any:
             raise argparse.ArgumentTypeError(f"{value} is below {smallest}")
         return value
 
-    parse.__name__ = "whole number"  # argparse shows it for text that is no number
+    parse.__name__ = "whole number"  # argparse shows it for text that is not a number
     return parse

@@ -1,4 +1,4 @@
-"""Numbers and tables as people read them."""
+"""Counts, sizes, durations and tables, as people read them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from kdcache.shown import as_printed, shown, write
 _NAME_CHARACTERS = 60
 
 
-def count(number: int, noun: str) -> str:
+def count(num: int, noun: str) -> str:
     """ "1 unit", "12,345 units"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{num:,} {noun}{'' if num == 1 else 's'}"
 
 
 def size(num_bytes: float) -> str:
@@ -37,15 +37,15 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def rows(values: Mapping[str, str]) -> str:
-    """One line per entry, the names in one column and the values in the next. Names may be a file's, as columns' are."""
+def aligned(values: Mapping[str, str]) -> str:
+    """One line per value, with the names in one column. Names and values may come from a file: both are made printable."""
     plain = [(shown(name, _NAME_CHARACTERS), shown(value)) for name, value in values.items()]
     width = max((len(name) for name, _ in plain), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in plain)
 
 
 def say_json(value: Any) -> None:
-    """Print one JSON object, whole; NaN becomes null, and what a terminal would obey or hide is written as `\\u` escapes."""
+    """Print a value as one JSON object. NaN becomes null, and control characters become `\\u` escapes."""
     import msgspec
 
     write(as_printed(msgspec.json.format(msgspec.json.encode(value), indent=2).decode()))

@@ -62,10 +62,10 @@ def test_ranks_share_the_units_and_the_last_one_folds(tmp_path):
 def test_a_rank_whose_units_are_done_does_not_load_its_teacher(tmp_path, monkeypatch, capsys):
     path = write_config(make_config(tmp_path), tmp_path / "c.yaml")
     assert main(["capture", str(path), "--rank", "1", "--world-size", "2"]) == 0
-    assert "this rank is done; of the others' units 5 are not folded yet" in capsys.readouterr().out
+    assert "this rank is done; 5 units of the others are not visible yet" in capsys.readouterr().out
     monkeypatch.setattr("kdcache.capture.teacher_slot.load_teacher", None)
     assert main(["capture", str(path), "--rank", "1", "--world-size", "2"]) == 0
-    assert "nothing to do; all rank 1's units of 5 units are published" in capsys.readouterr().out
+    assert "nothing to do; rank 1's share of 5 units is published" in capsys.readouterr().out
 
 
 def test_what_a_rank_published_is_folded_by_hand(tmp_path, capsys):

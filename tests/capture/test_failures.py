@@ -290,7 +290,7 @@ def test_the_command_ends_with_status_1_where_units_were_set_aside_and_says_whic
     assert main(["capture", str(path), "--max-failed", "1"]) == 1
     out = capsys.readouterr().out
     assert "set aside  unit 1: " in out
-    assert "1 unit left; run the same command again to try again" in out
+    assert "1 unit left; run the same command again to retry" in out
     assert main(["capture", str(path), "--set", "run.skip_failing=true"]) == 0
     assert "1 sequence that made units fail (" in capsys.readouterr().out
     assert content(tmp_path / "cache").keys() == {*range(1, 21)} - {6}

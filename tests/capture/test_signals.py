@@ -29,7 +29,7 @@ def test_a_signal_lets_the_unit_in_work_be_finished_and_says_what_is_left(tmp_pa
     process.send_signal(sent)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
-    assert "stopped with 3 units left; run the same command again to go on" in out
+    assert "stopped with 3 units left; run the same command again to resume" in out
     assert f"{sent.name}: stopping after the unit in work; once more stops at once" in err
     assert sorted(content(tmp_path / "cache")) == [*range(1, 9)]
     assert os.listdir(tmp_path / "cache/tmp") == []

@@ -69,8 +69,7 @@ def test_capture_verify_info(folder, capsys):
     assert (selection["kind"], selection["params"]) == ("top_k", {"k": 8})
     assert main(["capture", "c.yaml"]) == 0
     assert capsys.readouterr().out == (
-        "cache: nothing to do; all 3 units are published, of the sizes that they should have "
-        "(`kdcache verify cache` reads them)\n"
+        "cache: nothing to do; 3 units are published and of the right size (`kdcache verify cache` reads everything)\n"
     )
 
 
@@ -78,7 +77,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, capsys):
     assert main(["capture", "c.yaml", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "3 files, 3 items (0 empty), 900 characters" in out
-    assert "3 units, 0 of them published already" in out
+    assert "3 units, 0 of them already published" in out
     assert "about 903 in 15 sequences" in out
     assert "time       unknown" in out
     assert sorted(path.name for path in folder.iterdir()) == ["c.yaml", "chats.jsonl", "corpus"]
@@ -171,7 +170,7 @@ def test_a_killed_capture_is_finished_by_the_same_command(folder, capsys, sent):
     process.send_signal(sent)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == (0 if sent == signal.SIGINT else -sent)
-    assert ("run the same command again to go on" in out) == (sent == signal.SIGINT)
+    assert ("run the same command again to resume" in out) == (sent == signal.SIGINT)
     assert main(["capture", "c.yaml", *sets]) == 0
     assert "had been published by earlier runs" in capsys.readouterr().out
     assert main(["verify", "cache"]) == 0

@@ -31,7 +31,7 @@ def test_a_derivation_says_what_it_wrote_and_info_where_it_came_from(cache, tmp_
     assert "6 sequences" in out
     assert "where (condition=num_tokens > 5), reduce (top_k=2) of a (" in out
     assert "3 by a condition" in out
-    assert "numbers keep what codec 'quantized' rounded off in the source" in out
+    assert "logprobs are as codec 'quantized' rounded them in the source" in out
     assert run(capsys, "verify", tmp_path / "b")[0] == 0
     assert "derived    where (condition=num_tokens > 5), reduce" in run(capsys, "info", tmp_path / "b")[1]
     assert '"lineage": {' in run(capsys, "info", tmp_path / "b", "--json")[1]
@@ -54,7 +54,7 @@ def test_two_caches_are_mixed_and_joined(cache, tmp_path, capsys):
     status, out, _ = run(capsys, "derive", cache, other, "--out", tmp_path / "m", "--mix", "0.5,0.5")
     assert status == 0
     assert "mix (weights=[0.5, 0.5]" in out
-    assert "of a mixture do not follow from its parts" in out
+    assert "of a mixture cannot be computed from its parts" in out
     status, out, _ = run(capsys, "derive", cache, other, "--out", tmp_path / "ab", "--unit-sequences", "5")
     assert (status, "18 sequences" in out, "4 shards" in out) == (0, True, True)
 
@@ -68,9 +68,9 @@ def test_a_condition_that_nothing_meets_leaves_an_empty_cache_and_says_so(cache,
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--mix", "0.5;0.5"], "--mix '0.5;0.5': expected numbers with commas"),
+        (["--mix", "0.5;0.5"], "--mix '0.5;0.5': expected numbers separated by commas"),
         (["--mix", "0.5,0.5"], "mix: 1 cache was given, expected two or more"),
-        (["--select", "x"], "--select 'x': expected a number, a range"),
+        (["--select", "x"], "--select 'x': expected an index, a range"),
         (["--select", "5:99"], "select: 5:99 is not among the 9 sequences"),
         (["--select", "@nowhere"], "--select @nowhere: cannot be read"),
         (["--fraction", "2"], "fraction: 2.0 is given, expected one above 0"),

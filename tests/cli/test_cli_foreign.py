@@ -51,8 +51,8 @@ def test_verify_deep_prints_a_table_and_json_and_tells_a_wrong_teacher(
     status, out, _ = run(capsys, "verify", folder / "ours", *deep, "--num-sequences", "4")
     assert status == 0
     assert "agrees: asked again about 4 sequences, 256 positions" in out
-    for row in ("KL(live || cached)", "KL(live || live)", "positions shifted", "NLL", "kept mass"):
-        assert row in out
+    for line in ("KL(live || cached)", "KL(live || live)", "positions shifted", "NLL", "kept mass"):
+        assert line in out
     status, out, _ = run(capsys, "verify", folder / "ours", *deep, "--json", "--seed", "3")
     report = json.loads(out)
     assert (status, report["sound"], report["deep"]["sound"]) == (0, True, True)
@@ -72,8 +72,8 @@ def test_verify_deep_prints_a_table_and_json_and_tells_a_wrong_teacher(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--teacher", "x"], "--teacher is for --deep"),
-        (["--tolerance", "1"], "--tolerance is for --deep"),
+        (["--teacher", "x"], "--teacher needs --deep"),
+        (["--tolerance", "1"], "--tolerance needs --deep"),
         (["--deep"], "name the teacher to ask with --teacher MODEL or --teacher-config CONFIG.yaml"),
         (["--deep", "--teacher-config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--deep", "--tolerance", "-1"], "--tolerance is -1.0, expected nats, 0 or more"),
@@ -161,7 +161,7 @@ def test_what_the_nll_leaves_out_and_whether_rows_were_placed_is_said(
     assert run(capsys, "convert", folder / "rows.parquet", "--out", tmp_path / "text", *said)[0] == 0
     asking = ["--teacher", tiny_model_dir, "--backend", "transformers"]
     assert run(capsys, "convert", folder / "rows.parquet", "--out", tmp_path / "asked", *said, *asking)[0] == 0
-    for name, how in (("text", "from the text: "), ("asked", "by the teacher, which was asked about 8 sequences")):
+    for name, how in (("text", "from the text: "), ("asked", "by the teacher, asked about 8 sequences")):
         status, verified, _ = run(capsys, "verify", tmp_path / name)
         assert (status, f"{name}: sound (complete)" in verified) == (0, True)
         for shown in (verified, run(capsys, "info", tmp_path / name)[1]):

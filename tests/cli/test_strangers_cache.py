@@ -97,7 +97,7 @@ def test_code_beside_a_model_runs_for_the_user_s_own_config_alone(
     assert "the cache says: model" in err
     status, err = run(capsys, *asked, "--teacher", model_with_code, "--backend", "transformers")
     assert (status, (tmp_path / "ran").exists()) == (2, False)
-    assert "note: the cache says that its teacher had engine_options {'trust_remote_code': True}; asked with {}" in err
+    assert "note: according to the cache, its teacher had engine_options {'trust_remote_code': True}; asked with {}" in err
     mine = tmp_path / "mine.yaml"
     mine.write_text(json.dumps({"teacher": trusting}))
     run(capsys, *asked, "--teacher-config", mine)

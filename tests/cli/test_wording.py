@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdcache.cli.wording import count, duration, rows, size
+from kdcache.cli.wording import aligned, count, duration, size
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 units"), (1, "1 unit"), (12345, "12,345 units")])
@@ -24,6 +24,6 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-def test_rows_are_aligned():
-    assert rows({"a": "1", "long": "2"}) == "a     1\nlong  2"
-    assert rows({}) == ""
+def test_lines_are_aligned():
+    assert aligned({"a": "1", "long": "2"}) == "a     1\nlong  2"
+    assert aligned({}) == ""

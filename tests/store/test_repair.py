@@ -124,7 +124,7 @@ def test_the_command_says_what_it_did(cache: Path, capsys: pytest.CaptureFixture
     assert main(["repair", str(cache)]) == 1
     captured = capsys.readouterr()
     assert "set aside: unit 1: data/000001-" in captured.err
-    assert "snapshot 2 holds 2 of 3 units; run `kdcache capture` again as it was run to make 1 unit anew" in captured.out
+    assert "snapshot 2 holds 2 of 3 units; run the same `kdcache capture` again to redo 1 unit" in captured.out
 
 
 def test_a_cache_in_a_store_is_repaired_too(cache: Path, s3: FaultProxy):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kdcache.cli.config_arguments import add_config_arguments, read_config
-from kdcache.cli.wording import count, duration, rows, size
+from kdcache.cli.wording import aligned, count, duration, size
 from kdcache.config.capture import CaptureConfig
 from kdcache.shown import say
 
@@ -18,40 +18,44 @@ if TYPE_CHECKING:
 
 
 RUN_FLAGS = {
-    "--rank": ("run.rank", "which of --world-size processes this one is, from 0"),
-    "--world-size": ("run.world_size", "processes that share the units: unit u is rank u mod N's"),
-    "--executor": ("run.executor", "local, or ray for the actors of a cluster"),
-    "--replicas": ("run.replicas", "with --executor ray: actors, each with a teacher of its own"),
+    "--rank": ("run.rank", "index of this process among --world-size, from 0"),
+    "--world-size": ("run.world_size", "processes that share the units: unit u belongs to rank u mod N"),
+    "--executor": ("run.executor", "local, or ray for actors of a cluster"),
+    "--replicas": ("run.replicas", "with --executor ray: actors, each with its own teacher"),
     "--gpus-per-replica": ("run.gpus_per_replica", "with --executor ray: GPUs that each actor asks the cluster for"),
-    "--max-failed": ("run.max_failed", "units that may fail and be set aside while the rest goes on"),
+    "--max-failed": ("run.max_failed", "units that may fail and be set aside while the capture continues"),
 }
-"""flag -> (the field that it sets, help): what differs between the processes of one capture, or between its runs."""
+"""flag -> (the field that it sets, help), for what differs between the processes or the runs of one capture."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Run a teacher over text and write what it says into a cache.\n\n"
-        "The work is cut into units, and each finished unit is a shard on disk. Stop it, kill it, run the same command\n"
-        "again: it goes on with the first unit that is not finished, and says so when there is nothing left to do.\n\n"
-        "Ctrl-C or SIGTERM stops it after the unit in work, with exit status 0; a second one stops it at once (130, 143).\n"
-        "Exit status 1: it came to its end, but units were set aside (see --max-failed)."
+        "Run a teacher over text and cache its distributions.\n\n"
+        "  kdcache capture configs/capture-text.yaml --dry-run        print the plan, the size and the time\n"
+        "  kdcache capture configs/capture-text.yaml                  run it; after any stop, run it again to resume\n"
+        "  kdcache capture c.yaml --set selection.tau=0.02 --set out=s3://bucket/cache\n"
+        "  kdcache capture c.yaml --rank 3 --world-size 8             one of eight processes that share the work\n\n"
+        "The work is cut into units; each finished unit is a shard of the cache. Ctrl-C or SIGTERM stops after the\n"
+        "current unit, with exit status 0; a second one stops at once (130, 143). After any stop, even a kill, run the same\n"
+        "command again: it resumes with the first unfinished unit, and reports when there is nothing left to do.\n"
+        "Exit status 1: it finished, but some units failed and were set aside (see --max-failed)."
     )
     add_config_arguments(parser, CaptureConfig, example="capture-text.yaml")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan, the expected tokens, bytes and time; write nothing"
+        "--dry-run", action="store_true", help="print the plan and the expected tokens, bytes and time; write nothing"
     )
     parser.add_argument("--probe", action="store_true", help="with --dry-run: load the teacher and time it on a few sequences")
     parser.add_argument(
         "--stop-status", type=int, default=0, metavar="N",
-        help="exit status when a signal stopped the capture with work left; such as 75 for schedulers that restart what fails",
+        help="exit status when a signal stops the capture with work left; e.g. 75, which many schedulers treat as 'retry'",
     )  # fmt: skip
     for flag, (field, help_text) in RUN_FLAGS.items():
         parser.add_argument(flag, metavar="N" if flag != "--executor" else "NAME", help=f"{help_text} (sets {field})")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Capture, or with --dry-run say what it would come to."""
+    """Capture, or print an estimate with --dry-run."""
     given = ((field, getattr(args, flag.lstrip("-").replace("-", "_"))) for flag, (field, _) in RUN_FLAGS.items())
     args.overrides = [*args.overrides, *(f"{field}={value}" for field, value in given if value is not None)]
     config = read_config(args, CaptureConfig)
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         say(_estimate_text(config, estimate_capture(config, BarProgress(), probe=args.probe)))
         return 0
     if args.probe:
-        say("kdcache: --probe does something with --dry-run only", sys.stderr)
+        say("kdcache: --probe needs --dry-run", sys.stderr)
         return 2
     from kdcache.capture.executors.run import run_capture
     from kdcache.capture.watch.signals import Interrupted, StopRequest, stopping_on_signals
@@ -84,10 +88,15 @@ def run(args: argparse.Namespace) -> int:
 def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:
     manifest, run = summary.manifest, config.run
     if summary.num_units_captured == summary.num_units_left == 0:
-        whose = f"rank {run.rank}'s units of " if run.world_size > 1 else ""
-        done = f"{summary.path}: nothing to do; all {whose}{count(summary.num_units, 'unit')} are published"
-        done += f", of the sizes that they should have (`kdcache verify {summary.path}` reads them)"
-        return rows({"cache": done, "not read": str(summary.left_out)}) if summary.left_out else done
+        units = count(summary.num_units, "unit")
+        what = (
+            f"rank {run.rank}'s share of {units} is"
+            if run.world_size > 1
+            else f"{units} {'is' if units == '1 unit' else 'are'}"
+        )
+        done = f"{summary.path}: nothing to do; {what} published and of the right size"
+        done += f" (`kdcache verify {summary.path}` reads everything)"
+        return aligned({"cache": done, "not read": str(summary.left_out)}) if summary.left_out else done
     counts = summary.counts
     shown = {
         "cache": f"{summary.path}: {count(manifest.total('num_sequences'), 'sequence')}, "
@@ -101,11 +110,11 @@ def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:
         (counts.num_empty_items, "empty item", "skipped"),
         (counts.num_unsupervised, "sequence", "without a supervised position skipped"),
         (counts.num_long_prompts, "prompt", "without room for an answer skipped"),
-        (counts.num_dropped_answers, "chat", "answered anew, its last words dropped"),
+        (counts.num_dropped_answers, "chat", "answered by the teacher, its last answer left out"),
         (counts.num_skipped, "sequence", f"that made units fail ({_names(summary)})"),
         (counts.num_truncated_tokens, "token", f"cut off {count(counts.num_truncated_items, 'item')} by policy 'truncate'"),
     ]
-    shown["left out"] = "; ".join(f"{count(number, noun)} {what}" for number, noun, what in left_out if number)
+    shown["left out"] = "; ".join(f"{count(num, noun)} {what}" for num, noun, what in left_out if num)
     shown["not read"] = str(summary.left_out)
     shown["noted"] = noted(counts.notes)
     shown["clock"] = clock(manifest.notes.get("template_time"))
@@ -114,21 +123,21 @@ def _summary_text(config: CaptureConfig, summary: CaptureSummary) -> str:
     )
     shown["set aside"] = "; ".join(f"unit {failed.unit}: {failed.reason}" for failed in summary.set_aside)
     shown["next"] = _next_step(summary, run.world_size > 1)
-    return rows({name: text for name, text in shown.items() if text})
+    return aligned({name: text for name, text in shown.items() if text})
 
 
 def clock(moment: str | None) -> str:
-    """What time it is for the chat template, where that matters."""
+    """The time that the chat template writes; empty where it writes none."""
     return f"the chat template writes the time as if it were {moment} (input.template_time)" if moment else ""
 
 
 def noted(notes: Mapping[str, int]) -> str:
-    """What the items hold and nobody uses, and the like."""
-    return "; ".join(f"{count(number, 'item')}: {sentence}" for sentence, number in sorted(notes.items()))
+    """What was noticed about the items, and about how many of them."""
+    return "; ".join(f"{count(num, 'item')}: {sentence}" for sentence, num in sorted(notes.items()))
 
 
 def _names(summary: CaptureSummary, most: int = 5) -> str:
-    """The first sequences that were left out, and where the others are named."""
+    """The first sequences that were left out, and the command that lists the others."""
     names = ", ".join(sequence.source for sequence in summary.skipped[:most])
     return names + ("" if len(summary.skipped) <= most else f", ...: kdcache info {summary.path} --skipped")
 
@@ -136,12 +145,12 @@ def _names(summary: CaptureSummary, most: int = 5) -> str:
 def _next_step(summary: CaptureSummary, has_ranks: bool) -> str:
     left = f"{count(summary.num_units_left, 'unit')} left"
     if summary.is_stopped:
-        return f"stopped with {left}; run the same command again to go on"
+        return f"stopped with {left}; run the same command again to resume"
     if summary.num_units_left:
-        return f"{left}; run the same command again to try again"
+        return f"{left}; run the same command again to retry"
     missing = summary.manifest.plan.num_units - len(summary.manifest.shards)
     if has_ranks and missing:
-        return f"this rank is done; of the others' units {missing:,} are not folded yet (the rank that ends last does it)"
+        return f"this rank is done; {missing:,} units of the others are not visible yet (the last rank to finish folds them)"
     return f"kdcache verify {summary.path}"
 
 
@@ -155,32 +164,32 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
         read = f"{files}{count(plan.num_items, 'item')} ({plan.num_empty_items:,} empty), {count(plan.num_chars, measure)}"
     seconds = estimate.seconds_left
     if seconds is None:
-        when = "unknown before the teacher runs; --probe loads it and measures"
+        when = "unknown until the teacher runs; --probe loads it and measures"
     else:
         when = f"about {duration(seconds)} at {estimate.tokens_per_second:,.0f} tokens/s, as measured"
-    # In place of what it will be, where that follows from the teacher: --probe measures it.
+    # Bytes that follow from the teacher's answers are a bound until --probe measures them.
     most = {"most": "at most ", "expected": "", "measured": "measured: "}[estimate.bytes_are]
     params = ", ".join(f"{name} {value}" for name, value in config.selection.params.items())
     at_most = "about" if config.generate is None else "at most"
-    return rows(
+    return aligned(
         {
             "input": read,
             **({"not read": str(estimate.left_out)} if estimate.left_out else {}),
-            "plan": f"{count(len(plan.units), 'unit')}, {estimate.num_units_before:,} of them published already",
-            **_tokens_row(config, estimate),
+            "plan": f"{count(len(plan.units), 'unit')}, {estimate.num_units_before:,} of them already published",
+            **_tokens_lines(config, estimate),
             **({"clock": clock(estimate.template_time)} if estimate.template_time else {}),
             **({"noted": f"of the sampled items {noted(estimate.notes)}"} if estimate.notes else {}),
             "positions": f"{at_most} {estimate.num_positions:,}, {most}{estimate.bytes_per_position:.1f} bytes each "
             f"({config.codec_id}, {config.selection.kind}: {params})"
             + ("; fewer where the teacher is sure, which --probe measures" if estimate.bytes_are == "most" else ""),
-            **_feature_rows(estimate),
+            **_feature_lines(estimate),
             "cache": f"{'at most' if most.startswith('at') else at_most} {size(estimate.num_bytes)} at {config.out}",
             "time": when,
         }
     )
 
 
-def _feature_rows(estimate: CaptureEstimate) -> dict[str, str]:
+def _feature_lines(estimate: CaptureEstimate) -> dict[str, str]:
     shown = {}
     for feature, num_each, per, num_bytes in estimate.features:
         pooling = "" if feature.pooling == "none" else f", {feature.pooling} of a sequence's positions"
@@ -189,12 +198,12 @@ def _feature_rows(estimate: CaptureEstimate) -> dict[str, str]:
     return shown
 
 
-def _tokens_row(config: CaptureConfig, estimate: CaptureEstimate) -> dict[str, str]:
+def _tokens_lines(config: CaptureConfig, estimate: CaptureEstimate) -> dict[str, str]:
     sampled = f"(from {count(estimate.num_sampled_items, 'sampled item')})"
     if config.generate is None:
         return {"tokens": f"about {estimate.num_tokens:,} in {count(estimate.num_sequences, 'sequence')} {sampled}"}
     prompts = estimate.num_tokens - estimate.num_positions
     return {
-        "tokens": f"about {prompts:,} of prompts {sampled}, at most {estimate.num_positions:,} to be written, "
-        f"in {count(estimate.num_sequences, 'answer')} ({config.generate.n} to each prompt)"
+        "tokens": f"about {prompts:,} in prompts {sampled}, at most {estimate.num_positions:,} in answers, "
+        f"{count(estimate.num_sequences, 'answer')} ({config.generate.n} per prompt)"
     }

@@ -1,4 +1,4 @@
-"""`kdcache convert SOURCE --out OUT`: another tool's cache as one of ours."""
+"""`kdcache convert SOURCE --out OUT`: convert another tool's cache to a kdcache cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdcache.cli.foreign_arguments import (
     progress_bar,
 )
 from kdcache.cli.teacher_arguments import asks_teacher, loaded, teacher_config
-from kdcache.cli.wording import count, rows
+from kdcache.cli.wording import aligned, count
 from kdcache.errors import ConfigError
 from kdcache.shown import say
 
@@ -27,21 +27,23 @@ REPAIRS = ("k+1", "duplicates", "tails")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Write another tool's cache as one of ours. It is examined first, from end to end, as `kdcache doctor` does: what is "
-        "sound is\n"
-        "converted, what can be mended without a teacher is mended where you ask for it, and everything else is refused."
+        "Convert another tool's cache to a kdcache cache.\n\n"
+        "  kdcache convert logprobs.parquet --out cache --tokenizer my/teacher\n"
+        "  kdcache convert logprobs.parquet --out cache --tokenizer my/teacher --shift -1 --repair tails\n\n"
+        "The source is examined first, completely, as `kdcache doctor` does. What is sound is converted; what can be repaired\n"
+        "without a teacher is repaired if you ask for it; everything else is refused."
     )
     parser.add_argument("source", metavar="SOURCE", help="a file or folder; see `kdcache doctor`")
     parser.add_argument("--out", required=True, metavar="OUT", help="directory of the new cache; created if missing")
-    parser.add_argument("--shift", type=int, choices=(-1, 0, 1), default=0, help="move every position by this much")
+    parser.add_argument("--shift", type=int, choices=(-1, 0, 1), default=0, help="move all positions by this many")
     parser.add_argument(
         "--repair", dest="repairs", action="append", default=[], choices=REPAIRS,
-        help="k+1: the text's token beside the top k becomes the target's logprob; duplicates: keep an id's greater value; "
-        "tails: leave out entries that are fitted; may be repeated",
+        help="k+1: the text's own token, stored after the top k, becomes the target's logprob; duplicates: keep the greater "
+        "value of an id; tails: leave out entries whose values are fitted; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--accept", action="append", default=[], metavar="FINDING",
-        help="take on trust what the doctor calls unclear, as in --accept alignment_unclear; may be repeated",
+        help="trust what the doctor calls unclear, as in --accept alignment_unclear; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--codec", choices=extensions.names("codecs"), default="packed", help="of the new cache (default: packed)"
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and say what was written and what was not."""
+    """Convert, and print what was written and what was not."""
     from kdcache.foreign.convert import convert
 
     options = _config(args)
@@ -68,7 +70,7 @@ def _config(args: argparse.Namespace) -> ConvertConfig:
 
     tokenizer = named_tokenizer(args)
     if tokenizer is None:
-        raise ConfigError("--tokenizer NAME is needed: without it nobody can tell later what the ids mean")
+        raise ConfigError("--tokenizer NAME is needed, because the ids mean nothing without it")
     return ConvertConfig(
         tokenizer=tokenizer.identity,
         model=args.model or (teacher_config(args).model if asks_teacher(args) else "unknown"),
@@ -86,17 +88,16 @@ def _as_text(args: argparse.Namespace, conversion: Conversion) -> str:
         "converted": f"{args.source}: {conversion.examination.title}",
         "cache": f"{args.out}: {count(manifest.total('num_sequences'), 'sequence')}, "
         f"{count(manifest.total('num_positions'), 'position')}, snapshot {manifest.number}",
-        "left out": ", ".join(f"{number:,} {reason}" for reason, number in account.left_out.items() if number),
-        "mended": ", ".join(f"{number:,} by {what}" for what, number in account.repaired.items() if number),
+        "left out": ", ".join(f"{num:,} {reason}" for reason, num in account.left_out.items() if num),
+        "repaired": ", ".join(f"{num:,} by {what}" for what, num in account.repaired.items() if num),
     }
     if account.num_unknown_targets:
         shown["targets"] = (
             f"{account.num_unknown_targets:,} are outside their support and have no logprob in the source: they count as "
-            "impossible "
-            "and are in no NLL"
+            "impossible and are left out of the NLL"
         )
     if conversion.examination.counts.vocab_size is None:
         width = manifest.identity.teacher.vocab_size
-        shown["vocabulary"] = f"{width:,} ids, the tokenizer's; where the teacher's output is wider, say so with --vocab-size V"
+        shown["vocabulary"] = f"{width:,} ids, as the tokenizer has; if the teacher's output is wider, pass --vocab-size V"
     lines = finding_lines(conversion.examination)
-    return "\n".join([rows({name: text for name, text in shown.items() if text}), *lines])
+    return "\n".join([aligned({name: text for name, text in shown.items() if text}), *lines])

@@ -1,4 +1,4 @@
-"""`kdcache derive CACHE ... --out OUT`: a cache made of other caches, without a teacher."""
+"""`kdcache derive CACHE ... --out OUT`: a cache made from caches, without a teacher."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.cli.teacher_arguments import at_least
-from kdcache.cli.wording import count, rows, size
+from kdcache.cli.wording import aligned, count, size
 from kdcache.errors import ConfigError, InputError
 from kdcache.shown import say
 
@@ -19,61 +19,62 @@ if TYPE_CHECKING:
     from kdcache.format.manifest import Manifest
 
 DESCRIPTION = """\
-Make a cache of other caches, without asking a teacher. What is asked for is done in one pass, in this order: caches are put one
-behind the other (or mixed), sequences chosen, positions left out, entries reduced, and all is written again.
+Make a cache from caches, without asking a teacher.
 
-The sources are not changed. Nothing is visible before all of it is there; a run that was ended is gone on with by the same
-command. The manifest names the sources and what was done: see `kdcache info`."""
-
-EXAMPLES = """\
-conditions compare scalars, and are joined by and, or, not and parentheses:
-  of a sequence   num_tokens, num_positions, num_targets; source, domain and finish with == != ~ !~ (~ matches * and ?);
-                  mean(x), max(x), min(x), any(x < 1), all(x < 1) and share(x < 1) > 0.5 over its positions
-  of a position   target_logprob, entropy, entropy_floor, entropy_ceiling, top1_probability, tail_mass, position
-
-examples:
   kdcache derive big --out small --where "mean(target_logprob) > -4 and source ~ 'wiki/*'"
   kdcache derive big --out small --where-position "entropy_ceiling > 0.1" --reduce top_k=16
   kdcache derive big --out tenth --fraction 0.1 --seed 1 --codec archive
   kdcache derive a b --out both
-  kdcache derive teacher-a teacher-b --out mixed --mix 0.7,0.3"""
+  kdcache derive teacher-a teacher-b --out mixed --mix 0.7,0.3
+
+Everything is done in one pass, in this order: caches are concatenated (or mixed), sequences chosen, positions left out, entries
+reduced, and the result is written. The sources are not changed. Nothing is visible until the new cache is complete; run the
+same command again to resume. The manifest records the sources and what was done: see `kdcache info`."""
+
+CONDITIONS = """\
+conditions compare scalars, and are joined by and, or, not and parentheses:
+  of a sequence   num_tokens, num_positions, num_targets; source, domain and finish with == != ~ !~ (~ matches * and ?);
+                  mean(x), max(x), min(x), any(x < 1), all(x < 1) and share(x < 1) > 0.5 over its positions
+  of a position   target_logprob, entropy, entropy_floor, entropy_ceiling, top1_probability, tail_mass, position"""
 
 _REDUCTIONS = {"top_k": int, "top_p": float, "tau": float, "draws": int}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.description, parser.epilog = DESCRIPTION, CONDITIONS
     parser.add_argument("caches", nargs="+", metavar="CACHE", help="the sources: directories, or URIs in an object store")
     parser.add_argument(
         "--out", required=True, metavar="OUT", help="directory of the new cache, or its URI; created if missing"
     )
     parser.add_argument(
-        "--mix", metavar="W,W,...", help="one cache of the mixture of the sources' teachers, with these weights, whose sum is 1"
+        "--mix", metavar="W,W,...", help="mix the sources' teachers into one distribution, with these weights, whose sum is 1"
     )
     parser.add_argument(
         "--missing", choices=("error", "skip"), default="error",
-        help="--mix: what becomes of sequences that are not in all sources (default: error)",
+        help="--mix: what happens to sequences that are not in all sources (default: error)",
     )  # fmt: skip
     parser.add_argument(
         "--select", action="append", default=[], metavar="N|N:M|@FILE",
-        help="sequences by number, counted from 0 through all sources, up to but without M, or by the keys in a file, in hex, "
-        "one a line; may be repeated",
+        help="sequences to keep: by index, counted from 0 through all sources, up to but not including M; or by the keys in a "
+        "file, in hex, one per line; may be repeated",
     )  # fmt: skip
     parser.add_argument("--fraction", type=float, metavar="F", help="fraction of the sequences to keep, chosen at random")
-    parser.add_argument("--where", metavar="CONDITION", help="sequences of which this holds")
+    parser.add_argument("--where", metavar="CONDITION", help="keep the sequences for which CONDITION is true")
     parser.add_argument(
-        "--where-position", metavar="CONDITION", help="positions of which this holds; others are not trained on"
+        "--where-position",
+        metavar="CONDITION",
+        help="keep the positions for which CONDITION is true; the others are not trained on",
     )
     parser.add_argument(
         "--reduce", action="append", default=[], metavar="NAME=VALUE",
-        help="fewer entries per position, without bias: top_k=16 or top_p=0.9 of exact ones, tau=0.05 (threshold), draws=50 "
-        "(sampled); may be repeated",
+        help="keep fewer entries per position, without bias: top_k=16 or top_p=0.9 of exact ones, tau=0.05 (threshold), "
+        "draws=50 (sampled); may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--accept", action="append", default=[], choices=("incomplete",), help="incomplete: use incomplete sources as they are"
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of everything random here (default: 0)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all random choices (default: 0)")
     parser.add_argument(
         "--codec", metavar="ID", help="of the new cache: raw, packed, quantized, archive (default: the source's)"
     )
@@ -82,12 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unit-sequences", type=at_least(1), metavar="N", help="sequences of the sources per shard (default: about 256 MiB)"
     )
     parser.add_argument(
-        "--record-batch-bytes", type=at_least(1), metavar="N", help="bytes of rows per Arrow record batch (default: 4 MiB)"
+        "--record-batch-bytes", type=at_least(1), metavar="N", help="bytes of sequences per Arrow record batch (default: 4 MiB)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Derive with a progress bar, and say what was written."""
+    """Derive with a progress bar, and print what was written."""
     options = _options(args)
     from tqdm import tqdm
 
@@ -130,7 +131,7 @@ def _weights(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(weight) for weight in text.split(","))
     except ValueError as error:
-        raise ConfigError(f"--mix {text!r}: expected numbers with commas between them, as in 0.7,0.3") from error
+        raise ConfigError(f"--mix {text!r}: expected numbers separated by commas, as in 0.7,0.3") from error
 
 
 def _reduction(arguments: list[str]) -> Reduction:
@@ -143,7 +144,7 @@ def _reduction(arguments: list[str]) -> Reduction:
             asked[name] = _REDUCTIONS[name](text)
         except (KeyError, ValueError) as error:
             raise ConfigError(
-                f"--reduce {argument!r}: expected NAME=VALUE, top_k and draws being whole numbers, top_p and tau numbers"
+                f"--reduce {argument!r}: expected NAME=VALUE, as in top_k=16, top_p=0.9, tau=0.05 or draws=50"
             ) from error
     return Reduction(**asked)
 
@@ -151,28 +152,28 @@ def _reduction(arguments: list[str]) -> Reduction:
 def _select(arguments: list[str]) -> Select:
     from kdcache.derive.choose import Select
 
-    numbers, keys = [], []
+    indexes, keys = [], []
     for argument in arguments:
         if argument.startswith("@"):
             keys += _keys(argument[1:])
             continue
         first, colon, end = argument.partition(":")
         try:
-            numbers.append((int(first), int(end) if colon else int(first) + 1))
+            indexes.append((int(first), int(end) if colon else int(first) + 1))
         except ValueError as error:
-            raise ConfigError(f"--select {argument!r}: expected a number, a range as in 0:1000, or @FILE with keys") from error
-    return Select(numbers=tuple(numbers), keys=tuple(keys))
+            raise ConfigError(f"--select {argument!r}: expected an index, a range as in 0:1000, or @FILE with keys") from error
+    return Select(numbers=tuple(indexes), keys=tuple(keys))
 
 
 def _keys(path: str) -> list[bytes]:
     try:
         lines = Path(path).read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--select @{path}: cannot be read: {error}; expected keys in hex, one a line") from error
+        raise InputError(f"--select @{path}: cannot be read: {error}; expected keys in hex, one per line") from error
     try:
         return [bytes.fromhex(line) for line in lines]
     except ValueError as error:
-        raise InputError(f"--select @{path}: {error}; expected keys in hex, one a line") from error
+        raise InputError(f"--select @{path}: {error}; expected keys in hex, one per line") from error
 
 
 def _as_text(path: str, derived: Derived) -> str:
@@ -189,23 +190,25 @@ def _as_text(path: str, derived: Derived) -> str:
         "left out": _left_out(derived, num_kept),
         "note": "; ".join(_notes(manifest)),
     }
-    return rows({name: text for name, text in shown.items() if text})
+    return aligned({name: text for name, text in shown.items() if text})
 
 
 def _left_out(derived: Derived, num_kept: int) -> str:
     out = {"by a condition": derived.num_read - num_kept, "not in all sources": derived.num_missing}
-    return ", ".join(f"{number:,} {why}" for why, number in out.items() if number)
+    return ", ".join(f"{num:,} {why}" for why, num in out.items() if num)
 
 
 def _notes(manifest: Manifest) -> list[str]:
-    """What a user may not expect of what was made."""
+    """What a user may not expect of the new cache."""
     from kdcache.format.manifest import LineageInfo
 
     assert isinstance(manifest.lineage, LineageInfo)
     codecs = sorted({parent.codec.codec_id for parent in manifest.lineage.parents} - {"raw", manifest.identity.codec.codec_id})
-    notes = [f"numbers keep what codec {codec!r} rounded off in the source" for codec in codecs]
+    notes = [f"logprobs are as codec {codec!r} rounded them in the source" for codec in codecs]
     if not manifest.total("num_sequences"):
         notes.append("no sequence meets the condition: the cache is empty")
     if any(operation.name == "mix" for operation in manifest.lineage.operations):
-        notes.append("entropy, further temperatures and features of a mixture do not follow from its parts and are left out")
+        notes.append(
+            "entropy, further temperatures and features of a mixture cannot be computed from its parts and are left out"
+        )
     return notes

@@ -1,4 +1,4 @@
-"""`kdcache doctor PATH`: what a cache is, ours or another tool's, and what is wrong with it."""
+"""`kdcache doctor PATH`: examine any cache, ours or another tool's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdcache.cli.foreign_arguments import (
     progress_bar,
 )
 from kdcache.cli.teacher_arguments import asks_teacher, loaded, teacher_config
-from kdcache.cli.wording import rows, say_json
+from kdcache.cli.wording import aligned, say_json
 from kdcache.shown import say
 
 if TYPE_CHECKING:
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Read a cache of teacher outputs, ours or another tool's, from end to end; say what it is and what is wrong with it:\n"
-        "positions shifted against their text, renormalised or unnormalised values, logits or probabilities instead of\n"
-        "logprobs, broken polynomial tails, ids of a padded vocabulary, k+1 entries, duplicate ids, a temperature that was\n"
-        "applied. Exit status 1 when there is anything but notes."
+        "Examine any cache of teacher outputs, ours or another tool's, and report what is wrong with it.\n\n"
+        "  kdcache doctor logprobs.parquet\n"
+        "  kdcache doctor logprobs.parquet --tokenizer my/teacher --teacher my/teacher    compare with the teacher itself\n\n"
+        "It finds positions shifted against their text, renormalised or unnormalised values, logits or probabilities instead\n"
+        "of logprobs, broken polynomial tails, ids of a padded vocabulary, k+1 entries, duplicate ids, and an applied\n"
+        "temperature. Exit status 1 if it finds anything but notes."
     )
     parser.add_argument("path", metavar="PATH", help="a file or folder")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = examine_options(args, named_tokenizer(args))
     is_own = is_own_cache(args.path)
-    cache = None if is_own else open_foreign(args.path, options.read)  # before a model is loaded for nothing
+    cache = None if is_own else open_foreign(args.path, options.read)  # before a model is loaded in vain
     with loaded(teacher_config(args) if asks_teacher(args) else None) as teacher, progress_bar("examining") as progress:
         if cache is None:
             examination = examine_own(args.path, options, teacher=teacher, progress=progress)
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def mending_command(examination: Examination) -> str | None:
-    """One command that mends everything that was found; None where there is nothing to mend, or where something cannot be."""
+    """One command that repairs everything that was found; None if nothing needs it, or something cannot be repaired."""
     repairs = [finding.repair for finding in examination.findings if finding.severity == "repairable"]
     if not repairs or any(finding.severity in ("fatal", "undecided") for finding in examination.findings):
         return None
@@ -63,8 +65,8 @@ def mending_command(examination: Examination) -> str | None:
 
 
 def _as_text(examination: Examination) -> str:
-    number = sum(finding.severity != "note" for finding in examination.findings)
-    verdict = "nothing wrong" if examination.is_sound else f"{number} thing{'s' * (number > 1)} wrong or unclear"
+    num_wrong = sum(finding.severity != "note" for finding in examination.findings)
+    verdict = "nothing wrong" if examination.is_sound else f"{num_wrong} thing{'s' * (num_wrong > 1)} wrong or unclear"
     shown = {"cache": f"{examination.path}: {examination.title}: {verdict}", **examination.facts}
     command = mending_command(examination)
-    return "\n".join([rows(shown), *finding_lines(examination), *([f"mended by: {command}"] if command else [])])
+    return "\n".join([aligned(shown), *finding_lines(examination), *([f"to repair it: {command}"] if command else [])])

@@ -1,4 +1,4 @@
-"""`kdcache evaluate`: students beside their teacher on held-out text."""
+"""`kdcache evaluate`: compare students with their teacher on held-out text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ TABLE = "evaluation.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Declare the arguments."""
+    parser.description = (
+        "Compare students with their teacher on held-out text.\n\n"
+        "  kdcache evaluate --teacher my/teacher --data heldout.jsonl --student kd=runs/kd --out eval\n\n"
+        "Prints held-out loss, KL and agreement with intervals, and writes results.json, a table and a plot."
+    )
     parser.add_argument("--teacher", required=True, metavar="DIR", help="the teacher: a folder or a hub id")
     parser.add_argument(
-        "--data", required=True, metavar="FILE", help="held-out JSON lines, Parquet or Arrow: `text` or `input_ids`"
+        "--data", required=True, metavar="FILE", help="held-out JSON lines, Parquet or Arrow, with `text` or `input_ids`"
     )
     parser.add_argument(
         "--student",
@@ -43,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate; prints the table, the verdicts and the curves, and writes results.json, the table and the plot."""
     students = _students(args.students)
-    # Before hours of scoring, not after them.
+    # Before hours of scoring, not after.
     require("torch", "transformers", "matplotlib", purpose="kdcache evaluate", extra="train")
     from kdcache.report.evaluation import curve_lines, evaluation_sentences, evaluation_table
     from kdcache.report.plot import plot_evaluation

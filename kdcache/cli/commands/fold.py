@@ -1,4 +1,4 @@
-"""`kdcache fold CACHE`: make what is published so far visible to readers."""
+"""`kdcache fold CACHE`: make everything published so far visible to readers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from kdcache.shown import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Make every unit that is published so far part of the cache's newest snapshot. A capture does so itself, now and then\n"
-        "and at its end; this is for the ranks of a job array that were ended before they came to that, or to look at a cache\n"
-        "in the middle of a capture. Safe at any time, beside any number of captures."
+        "Make every unit published so far part of the cache's newest snapshot.\n\n"
+        "  kdcache fold cache\n\n"
+        "A capture folds from time to time and at its end. Fold yourself if the ranks of a job array were killed before\n"
+        "that, or to look at a cache during a capture. Safe at any time, while any number of captures run."
     )
     parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fold, and say what there is now."""
+    """Fold, and print what the cache has now."""
     from kdcache.store import chain
     from kdcache.store.files.location import locate
     from kdcache.store.writing.writer import CacheWriter

@@ -1,4 +1,4 @@
-"""`kdcache info CACHE`: what a cache holds, from its manifest alone."""
+"""`kdcache info CACHE`: show what a cache contains, from its manifest alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.nll_wording import alignment, left_out
-from kdcache.cli.wording import count, duration, rows, say_json, size
+from kdcache.cli.wording import aligned, count, duration, say_json, size
 from kdcache.config.capture import GenerateConfig
 from kdcache.shown import say, shown, write
 
@@ -41,7 +41,12 @@ _BUYS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.description = "Say what a cache holds: who spoke, over how much text, and what it costs. Reads the manifest alone."
+    parser.description = (
+        "Show what a cache contains: teacher, amount of text, size, and which losses it is good for.\n\n"
+        "  kdcache info cache\n"
+        "  kdcache info s3://bucket/cache --json\n\n"
+        "Reads the manifest only. A tail policy in the list of losses is a value of the config's loss.tail."
+    )
     parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     parser.add_argument("--skipped", action="store_true", help="list the sequences that were left out, with the reason")
@@ -75,45 +80,45 @@ def _fields(summary: CacheSummary) -> dict[str, Any]:
 
 def _as_text(path: str, summary: CacheSummary) -> str:
     manifest = summary.manifest
-    shown = _identity_rows(path, manifest) | {
+    shown = _identity_lines(path, manifest) | {
         "text": f"{count(summary.num_sequences, 'sequence')}, {count(summary.num_tokens, 'token')}, "
         f"{count(summary.num_positions, 'position')} recorded",
-        "size": f"{size(summary.num_bytes)}, {_number(summary.bytes_per_position)} bytes per position",
-        **_selection_rows(summary),
-        "entropy": f"{_number(summary.entropy_floor, 4)} to {_number(summary.entropy_ceiling, 4)} nats per position",
+        "size": f"{size(summary.num_bytes)}, {_decimals(summary.bytes_per_position)} bytes per position",
+        **_selection_lines(summary),
+        "entropy": f"{_decimals(summary.entropy_floor, 4)} to {_decimals(summary.entropy_ceiling, 4)} nats per position",
         "NLL": _nll(summary),
         **alignment(manifest),
     }
     if summary.num_finished and summary.num_sequences:
-        ways = [f"{number:,} ended by {way}" for way, number in summary.num_finished.items()]
-        shown["answers"] = f"{', '.join(ways)}; {_number(summary.num_positions / summary.num_sequences)} tokens each"
-    shown |= _account_rows(path, summary)
-    columns = {f"  {name}": _number(value) for name, value in summary.column_bytes_per_position.items()}
-    return f"{rows(shown)}\nbytes per position by column\n{rows(columns)}"
+        ways = [f"{num:,} ended by {way}" for way, num in summary.num_finished.items()]
+        shown["answers"] = f"{', '.join(ways)}; {_decimals(summary.num_positions / summary.num_sequences)} tokens each"
+    shown |= _account_lines(path, summary)
+    columns = {f"  {name}": _decimals(value) for name, value in summary.column_bytes_per_position.items()}
+    return f"{aligned(shown)}\nbytes per position by column\n{aligned(columns)}"
 
 
 def _nll(summary: CacheSummary) -> str:
-    nll, missing = _number(summary.teacher_nll, 4), left_out(summary.manifest)
+    nll, missing = _decimals(summary.teacher_nll, 4), left_out(summary.manifest)
     if not missing:
         return f"{nll} nats per target, the text under the teacher"
     num_used = summary.manifest.total("num_targets") - summary.num_impossible_targets
     return f"{nll} nats for each of {count(num_used, 'target')}; {missing}"
 
 
-def _selection_rows(summary: CacheSummary) -> dict[str, str]:
-    """Which entries there are, at which temperatures students can be trained from them, and with which losses."""
+def _selection_lines(summary: CacheSummary) -> dict[str, str]:
+    """Which entries there are, and at which temperatures and with which losses students can be trained on them."""
     from kdcache.format.selection import fixed_exact, has_estimates
 
     selection = summary.manifest.identity.selection
-    entries = f"{_number(summary.entries_per_position)} per position"
+    entries = f"{_decimals(summary.entries_per_position)} per position"
     if has_estimates(selection):
         exact = summary.num_exact_entries / summary.num_positions if summary.num_positions else math.nan
-        entries += f": {_number(exact)} exact, {_number(summary.entries_per_position - exact)} unbiased estimates"
+        entries += f": {_decimals(exact)} exact, {_decimals(summary.entries_per_position - exact)} unbiased estimates"
     further = ", ".join(f"{t:g}" for t in selection.temperatures if fixed_exact(selection) != 0)
     also = f" and, from the exact entries, {further}" if has_estimates(selection) else f", {further}"
     return {
         "entries": entries,
-        "kept mass": f"{_number(summary.kept_mass, 5)} of the probability is in exact entries",
+        "kept mass": f"{_decimals(summary.kept_mass, 5)} of the probability is in exact entries",
         "training": f"at temperature 1{also if further else ''}; others need what selection.temperatures keeps",
         "buys": _BUYS[selection.kind][0],
         "instead": _BUYS[selection.kind][1],
@@ -122,7 +127,7 @@ def _selection_rows(summary: CacheSummary) -> dict[str, str]:
 
 
 def _losses(kind: str, *, has_both: bool) -> list[str]:
-    """The losses that can be computed, by the tail policies that they may have, those that read the estimates first."""
+    """The losses that can be computed, with their tail policies; those that read unbiased entries come first."""
     from kdcache.loss.selection_rules import allowed
 
     meanings = {"unbiased": "from all entries: " if has_both else "", "exact": "from exact entries: " if has_both else ""}
@@ -136,7 +141,7 @@ def _losses(kind: str, *, has_both: bool) -> list[str]:
     return shown
 
 
-def _account_rows(path: str, summary: CacheSummary) -> dict[str, str]:
+def _account_lines(path: str, summary: CacheSummary) -> dict[str, str]:
     cost, num_skipped = summary.cost, len(summary.skipped)
     shown = {"set aside": "; ".join(f"unit {failed.unit}: {failed.reason}" for failed in summary.set_aside)}
     if num_skipped:
@@ -149,7 +154,7 @@ def _account_rows(path: str, summary: CacheSummary) -> dict[str, str]:
     return {name: text for name, text in shown.items() if text}
 
 
-def _identity_rows(path: str, manifest: Manifest) -> dict[str, str]:
+def _identity_lines(path: str, manifest: Manifest) -> dict[str, str]:
     identity = manifest.identity
     num_done, num_units = len(manifest.shards), manifest.plan.num_units
     state = "complete" if manifest.is_complete else f"not complete: {num_done:,} published"
@@ -167,7 +172,7 @@ def _identity_rows(path: str, manifest: Manifest) -> dict[str, str]:
 
 
 def _lineage(manifest: Manifest) -> dict[str, str]:
-    """Of which caches it was made, where no teacher was asked."""
+    """The caches that a derived cache was made from."""
     from kdcache.derive.lineage import lineage_words
     from kdcache.format.manifest import LineageInfo
 
@@ -175,14 +180,14 @@ def _lineage(manifest: Manifest) -> dict[str, str]:
 
 
 def _feature(feature: FeatureInfo) -> str:
-    """Which hidden states, how far off at most, and of what there is one row."""
-    off = {"float16": "off by at most |x| 2^-11", "int8": "off by at most 1/254 of a row's largest magnitude"}[feature.dtype]
-    of = {"none": "a row per position", "mean": "the mean of a sequence's positions", "last": "a sequence's last position"}
+    """Which hidden states, their largest error, and what each vector belongs to."""
+    off = {"float16": "off by at most |x| 2^-11", "int8": "off by at most 1/254 of a vector's largest magnitude"}[feature.dtype]
+    of = {"none": "a vector per position", "mean": "the mean of a sequence's positions", "last": "a sequence's last position"}
     return f"layer {feature.layer}, {feature.size:,} x {feature.dtype} ({off}), {of[feature.pooling]}"
 
 
 def _generation(identity: Identity) -> dict[str, str]:
-    """How answers were made: the numbers that matter always, the others where they are not the usual ones."""
+    """How answers were made: the most important settings, and the others if they differ from the defaults."""
     if identity.generation is None:
         return {}
     given = {name: getattr(identity.generation, name) for name in identity.generation.__struct_fields__}
@@ -207,5 +212,5 @@ def _params(params: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in params.items())
 
 
-def _number(value: float, digits: int = 2) -> str:
+def _decimals(value: float, digits: int = 2) -> str:
     return "-" if math.isnan(value) else f"{value:,.{digits}f}"

@@ -12,9 +12,11 @@ from kdcache.shown import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Read every byte of a cache, set damaged and missing units aside (in its folder `damaged/`; nothing is deleted), and\n"
-        "publish a snapshot of the others. The command that made the cache, run again, then makes exactly these units anew;\n"
-        "where that cannot be, the rest stays readable. Exit status 1 where something was damaged, 0 where nothing was."
+        "Set damaged and missing units of a cache aside, so that they can be captured again.\n\n"
+        "  kdcache repair cache\n"
+        "  kdcache capture config.yaml        as it was run: captures exactly the missing units\n\n"
+        "Reads every byte, moves damaged units to the cache's folder `damaged/` (nothing is deleted), and publishes a\n"
+        "snapshot of the others, which stay readable without the teacher. Exit status 1 if something was damaged, 0 if not."
     )
     parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
 
@@ -38,11 +40,11 @@ def run(args: argparse.Namespace) -> int:
     for damage in repair.damage:
         say(f"set aside: unit {damage.unit}: {damage.name}: {damage.reason}", sys.stderr)
     if repair.made_index:
-        say("the index was damaged, and is made anew", sys.stderr)
+        say("the index was damaged and has been rebuilt", sys.stderr)
     manifest = repair.manifest
     again = "derive" if manifest.lineage else "capture"  # UNSET is false
     missing = manifest.plan.num_units - len(manifest.shards)
-    hint = f"; run `kdcache {again}` again as it was run to make {count(missing, 'unit')} anew" if missing else ""
+    hint = f"; run the same `kdcache {again}` again to redo {count(missing, 'unit')}" if missing else ""
     say(
         f"{args.cache}: {count(len(repair.damage), 'unit')} set aside; snapshot {manifest.number} holds "
         f"{len(manifest.shards):,} of {count(manifest.plan.num_units, 'unit')}{hint}"

@@ -1,4 +1,4 @@
-"""`kdcache train CONFIG.yaml`: a student from a cache; run again, it goes on where it stopped."""
+"""`kdcache train CONFIG.yaml`: train a student from a cache; run again, it resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from kdcache.shown import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    parser.description = (
+        "Train a student from a cache.\n\n"
+        "  kdcache train configs/train-text.yaml --set cache=cache --set student.model=my/student --set out=runs/kd\n"
+        "  kdcache train configs/train-kd.yaml --set loss.divergence=reverse_kl --set out=runs/reverse\n\n"
+        "After any stop, run the same command again: it resumes at its last checkpoint."
+    )
     add_config_arguments(parser, TrainConfig, example="train-kd.yaml")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train with a progress bar; prints what was done, the held-out curve and where the model is."""
+    """Train with a progress bar; print what was done, the held-out curve and where the model is."""
     config = read_config(args, TrainConfig)
     from kdcache.report.evaluation import curve_lines
     from kdcache.train.evaluation.evaluate import heldout_curve
@@ -28,10 +34,10 @@ def run(args: argparse.Namespace) -> int:
     resumed = f", {result.num_resumed:,} of them in an earlier run" if result.num_resumed else ""
     say(f"{result.num_steps:,} steps{resumed}, {result.num_tokens:,} tokens; {new_steps:,} steps in {result.seconds:.1f} s")
     if result.num_skipped:
-        say(f"{result.num_skipped:,} of the steps made no update: a loss or gradient was not finite; see metrics.jsonl")
+        say(f"{result.num_skipped:,} of the steps were skipped because a loss or gradient was not finite; see metrics.jsonl")
     masses = [mass for line in read_metrics(result.out) if isinstance(mass := line.get("padding_mass"), float)]
     if masses:
-        say(f"teacher's mass on ids that the student does not have: {sum(masses) / len(masses):.3g} on average, left out")
+        say(f"teacher's mass on ids that the student lacks: {sum(masses) / len(masses):.3g} on average, left out")
     for line in curve_lines({"held-out nats per token": heldout_curve(result.out)}, encoding=sys.stdout.encoding):
         say(line)
     say(f"model: {result.model}")

@@ -1,4 +1,4 @@
-"""`kdcache verify CACHE`: re-read a whole cache, with --deep ask its teacher again; exit status 1 when anything is wrong."""
+"""`kdcache verify CACHE`: read a whole cache again and check everything it claims; with --deep ask its teacher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kdcache.cli.teacher_arguments import (
     teacher_config,
     unnamed_teacher,
 )
-from kdcache.cli.wording import count, rows, say_json, size
+from kdcache.cli.wording import aligned, count, say_json, size
 from kdcache.errors import ConfigError
 from kdcache.shown import say, shown
 
@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Re-read a whole cache and check every promise it makes: the chain of manifests, each shard's SHA-256, each row's\n"
-        "digest, each record, and that the teacher's NLL of the text, recomputed from the cache, is the teacher's own.\n"
-        "Exit status 1 when anything is wrong.\n\n"
-        "With --deep the teacher is asked again about a random sample, each sequence alone: KL of live and cached\n"
-        "distributions, that of the live teacher with itself in a batch (an answer that moves with its neighbours is wrong),\n"
-        "shifts of the positions by -1, 0 and +1, the NLL, and what the tail that is not stored can cost."
+        "Read a whole cache again and check everything it claims.\n\n"
+        "  kdcache verify cache\n"
+        "  kdcache verify cache --deep --teacher my/teacher        ask the teacher again about a random sample\n\n"
+        "Checks the chain of manifests, the SHA-256 of each shard, the digest of each sequence, each record, and that the\n"
+        "teacher's NLL of the text, recomputed from the cache, is the one that the teacher reported. Exit status 1 if\n"
+        "anything is wrong.\n\n"
+        "--deep compares live and cached distributions (KL), and the live teacher with itself in a batch, because an answer\n"
+        "that depends on its neighbours is wrong. It also tries positions shifted by -1, 0 and +1, compares the NLL, and\n"
+        "computes what the missing tail can cost."
     )
     parser.add_argument("cache", metavar="CACHE", help="the cache's directory, or its URI in an object store")
     parser.add_argument("--deep", action="store_true", help="ask the teacher again about a random sample of the sequences")
@@ -44,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         metavar="NATS",
-        help="--deep: mean KL allowed (default: what control, codec and engine explain)",
+        help="--deep: mean KL allowed (default: what codec, engine and the live teacher's own variation explain)",
     )
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
@@ -84,7 +87,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     names = ("teacher", "teacher_config", "backend", "dtype", "tolerance")
     for_deep = [name.replace("_", "-") for name in names if getattr(args, name) is not None]
     if for_deep and not args.deep:
-        raise ConfigError(f"--{for_deep[0]} is for --deep: without it no teacher is asked")
+        raise ConfigError(f"--{for_deep[0]} needs --deep, which asks the teacher")
     if args.tolerance is not None and not args.tolerance >= 0:
         raise ConfigError(f"--tolerance is {args.tolerance}, expected nats, 0 or more")
 
@@ -133,9 +136,9 @@ def _deep_text(deep: DeepReport) -> str:
         "  positions shifted": f"{shifts} nats",
         "  logprobs": f"at most {deep.max_difference:.3g} nats apart; cached = {deep.slope:.4f} x live",
         "  NLL": f"cached {deep.cached_nll:.6f}, live {deep.live_nll:.6f} nats, at most {deep.nll_difference:.3g} apart",
-        "  kept mass": f"{deep.kept_mass:.5f}; taking the support for the whole costs {deep.renormalisation_cost:.4f} nats",
+        "  kept mass": f"{deep.kept_mass:.5f}; renormalising the support would cost {deep.renormalisation_cost:.4f} nats",
     }
-    return rows(lines)
+    return aligned(lines)
 
 
 def _spread(mean: float, high: float, most: float) -> str:
@@ -156,7 +159,7 @@ def _report_text(path: str, report: VerifyReport) -> str:
     manifest = report.manifest
     num_done, num_units = len(manifest.shards), manifest.plan.num_units
     command = "derive" if manifest.lineage else "capture"  # UNSET is false
-    state = "complete" if manifest.is_complete else f"{num_done:,} of {count(num_units, 'unit')}; `kdcache {command}` goes on"
+    state = "complete" if manifest.is_complete else f"{num_done:,} of {count(num_units, 'unit')}; `kdcache {command}` resumes"
     lines = {
         "cache": f"{path}: {_verdict(report)} ({state})",
         "read": f"{count(report.num_sequences, 'sequence')}, {count(report.num_positions, 'position')}, "
@@ -169,4 +172,4 @@ def _report_text(path: str, report: VerifyReport) -> str:
         )
     if missing := left_out(manifest):
         lines["left out"] = missing
-    return rows(lines | alignment(manifest))
+    return aligned(lines | alignment(manifest))
