@@ -139,7 +139,7 @@ def open_cache_writer(job: Job, teacher: Teacher) -> CacheWriter:
     manifest = first_manifest(job, teacher.identity, features_of(job.config, teacher))
     writer = CacheWriter.open(job.path, manifest, record_batch_bytes=job.config.shards.record_batch_bytes)
     # Of processes that start at once, one has started the cache: its moment counts.
-    started = recorded_moment(chain.read_manifest(job.path, 0)) if job.tokenizer.reads_clock else None
+    started = recorded_moment(chain.newest_manifest(job.path)) if job.tokenizer.reads_clock else None
     if started is not None:
         job.tokenizer.set_clock(started)
     return writer
@@ -175,7 +175,7 @@ def template_moment(config: CaptureConfig) -> datetime:
     if config.input.template_time is not None:
         return parse_moment(config.input.template_time)
     path = output_location(config)
-    noted = recorded_moment(chain.read_manifest(path, 0)) if chain.manifest_numbers(path) else None
+    noted = recorded_moment(chain.newest_manifest(path)) if chain.manifest_numbers(path) else None
     return noted or datetime.now().replace(microsecond=0)
 
 

@@ -151,7 +151,7 @@ def _refuse_other(root: Location, lineage: LineageInfo | msgspec.UnsetType) -> N
     """Raise MismatchError if the target is a cache already, made otherwise: the writer would only name fingerprints."""
     if not chain.manifest_numbers(root):
         return
-    there = chain.read_manifest(root, 0).lineage
+    there = chain.newest_manifest(root).lineage
     if there != lineage:
         assert isinstance(lineage, LineageInfo)
         how = "captured from a teacher" if not isinstance(there, LineageInfo) else f"made by {lineage_words(there)}"

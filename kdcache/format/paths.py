@@ -8,7 +8,7 @@
     journal/000017-<same 16 hex>.json    unit 17 is done, and this is its shard
     index/<sha256, 16 hex>.arrow     one row per sequence: where it is, how long it is
     failed/000017-<hash of the reason, 16 hex>.json   unit 17 failed and was set aside; the directory is made with the first one
-    damaged/...                      what a repair took out of data/ and journal/, under its names; for people
+    damaged/...                      what a repair took out of the other folders, under its names; for people
     tmp/<host>-<pid>-<token>.<n>     not published yet; swept when its writer is gone
 """
 

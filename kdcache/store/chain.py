@@ -40,13 +40,18 @@ def newest_manifest(root: Location) -> Manifest:
     """The manifest with the highest number.
 
     Raises:
-        CacheNotFoundError: the path is no cache. CorruptCacheError: the newest manifest is damaged.
+        CacheNotFoundError: there is no cache at the path. CorruptCacheError: the newest manifest is damaged; says what to do.
     """
     numbers = manifest_numbers(root)
     if not numbers:
         what = "there is no such directory" if not root.is_dir() else "it holds no manifests/"
         raise CacheNotFoundError(f"no cache at {str(root)!r}: {what}; expected what `kdcache capture` wrote")
-    return read_manifest(root, numbers[-1])
+    try:
+        return read_manifest(root, numbers[-1])
+    except CorruptCacheError as error:
+        damaged = CorruptCacheError(f"{error}; `kdcache repair {root}` sets the manifest aside and takes the one before it")
+        damaged.path = str(root / paths.manifest_name(numbers[-1]))
+        raise damaged from error
 
 
 def add_manifest(root: Location, manifest: Manifest) -> bool:
@@ -86,17 +91,42 @@ def check_chain(root: Location) -> list[str]:
     """What is wrong with the chain, a sentence each; empty when every manifest is whole and names its parent."""
     problems: list[str] = []
     parent: str | None = None
-    for expected, number in enumerate(manifest_numbers(root)):
-        if number != expected:
-            return [*problems, f"manifest {expected} is missing; the next one there is {number}"]
+    expected = 0
+    for number in manifest_numbers(root):
+        missing = [n for n in range(expected, number) if not _was_set_aside(root, n)]
+        if missing:
+            return [*problems, f"manifest {missing[0]} is missing; the next one there is {number}"]
         try:
             manifest = read_manifest(root, number)
         except FormatError as error:
             return [*problems, str(error)]
-        if manifest.parent != parent:
+        if number == expected and manifest.parent != parent:
             problems.append(f"manifest {number} names {manifest.parent} as its parent, but manifest {number - 1} is {parent}")
-        parent = manifest.digest
+        parent, expected = manifest.digest, number + 1
     return problems
+
+
+def damaged_documents(root: Location) -> dict[str, str]:
+    """Manifests and journal records that cannot be read: name inside the cache -> what is wrong. Never a newer format's."""
+    found = {}
+    for number in manifest_numbers(root):
+        try:
+            read_manifest(root, number)
+        except CorruptCacheError as error:
+            found[paths.manifest_name(number)] = str(error).removeprefix(f"{root / paths.manifest_name(number)}: ")
+    for path in sorted(children(root / paths.JOURNAL), key=str):
+        try:
+            if paths.parse_journal_name(path.name) is not None:
+                read_journal_record(path)
+        except FileNotFoundError:
+            continue
+        except CorruptCacheError as error:
+            found[f"{paths.JOURNAL}/{path.name}"] = str(error).removeprefix(f"{path}: ")
+    return found
+
+
+def _was_set_aside(root: Location, number: int) -> bool:
+    return (root / paths.DAMAGED / paths.manifest_name(number).rpartition("/")[2]).exists()
 
 
 def _read(path: Location) -> bytes:

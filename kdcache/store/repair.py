@@ -1,8 +1,9 @@
-"""A way out of damage: what is damaged or missing is set aside, and a snapshot without it published.
+"""A way out of damage: what is damaged or missing is set aside, and a snapshot without it is published.
 
-A capture (or derivation) that is run again then makes exactly these units anew. Nothing is deleted: what was taken out lies
-in `damaged/`, under its name, until somebody deletes it. The files go first and the manifest comes after: a repair that is
-killed in between leaves missing shards, which the next one sees.
+The capture (or derivation) that made the cache, run again, then makes exactly the units that are gone. Nothing is deleted: what
+was taken out lies in `damaged/`, under its name, until somebody deletes it. The files go first and the manifest comes after: a
+repair that is killed in between leaves missing shards, which the next one sees. A damaged manifest is set aside too; the one
+before it, with what the journal has since, takes its place.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from pathlib import Path
 import msgspec
 
 from kdcache.config.remote import RemoteConfig
-from kdcache.errors import CorruptCacheError, StorageError
+from kdcache.errors import CacheNotFoundError, CorruptCacheError, StorageError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo
 from kdcache.store import chain
 from kdcache.store.files import fs
-from kdcache.store.files.disk_errors import is_damage
+from kdcache.store.files.disk_errors import is_damage, reason_of
 from kdcache.store.files.location import Location, locate
 from kdcache.store.index import open_index, publish_index_without
+from kdcache.store.writing.writer import CacheWriter
 
 MAX_TRIES = 20
 """Each time another writer's manifest came first."""
@@ -32,15 +34,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Damage:
-    """One unit that was taken out of a cache.
+    """One file that is to be taken out of a cache, or was.
 
     Attributes:
-        unit: its number in the plan.
-        name: of its shard, inside the cache.
+        unit: index in the plan of the unit whose shard it is; None for a manifest or a journal record.
+        name: of the file, inside the cache.
         reason: what is wrong with it, in words.
     """
 
-    unit: int
+    unit: int | None
     name: str
     reason: str
 
@@ -51,41 +53,74 @@ class Repair:
 
     Attributes:
         manifest: the newest snapshot, after it.
-        damage: units that were set aside, in their order.
-        made_index: whether the index was damaged and made anew.
+        damage: files that were set aside: manifests and journal records, then shards in the order of their units.
+        made_index: whether the index was damaged and made again.
     """
 
     manifest: Manifest
     damage: tuple[Damage, ...] = ()
     made_index: bool = False
 
+    @property
+    def num_units(self) -> int:
+        """How many units were set aside."""
+        return sum(damage.unit is not None for damage in self.damage)
+
 
 def repair_cache(path: str | Path, progress: Progress | None = None, *, remote: RemoteConfig | None = None) -> Repair:
     """Set damaged and missing shards aside, and publish a snapshot of the others. Reads every byte once.
 
     Raises:
-        CacheNotFoundError: there is no cache. CorruptCacheError: the newest manifest itself is damaged.
+        CacheNotFoundError: there is no cache. CorruptCacheError: no manifest is whole.
         StorageError: the disk or the store refuses, or one of the cache's folders is a link.
     """
     root = locate(path, remote)
-    manifest = chain.newest_manifest(root)
-    damage = tuple(_find(root, manifest, progress))
-    made_index = _is_index_damaged(root, manifest)
-    if not damage and not made_index:
-        return Repair(manifest)
-    fs.make_directories(root)  # none may be a link: what is written or moved would be elsewhere
     try:
+        documents = _set_documents_aside(root)
+        manifest = chain.newest_manifest(root)
+        damage = _find(root, manifest, progress)
+        made_index = _is_index_damaged(root, manifest)
+        if not damage and not made_index:
+            return Repair(manifest, tuple(documents))
+        fs.make_directories(root)  # none may be a link: what is written or moved would be elsewhere
         for found in damage:
-            _set_aside(root, found, {shard.unit: shard for shard in manifest.shards}[found.unit])
-        return Repair(_publish(root, {found.name for found in damage}), damage, made_index)
+            _set_aside(root, found, {shard.name: shard for shard in manifest.shards}[found.name])
+        return Repair(_publish(root, {found.name for found in damage}), (*documents, *damage), made_index)
+    except CacheNotFoundError:
+        raise
     except OSError as error:
-        raise StorageError(f"{root}: could not be repaired: {error}; run it again") from error
+        raise StorageError(f"{root}: could not be repaired: {reason_of(error)}; run it again") from error
 
 
 def find_misfits(root: Location, manifest: Manifest) -> list[Damage]:
     """Shards that are missing or of another size than the manifest says: what is seen without reading them."""
     found = ((shard, _misfit(root, shard)) for shard in manifest.shards)
     return [Damage(shard.unit, shard.name, reason) for shard, reason in found if reason is not None]
+
+
+def _set_documents_aside(root: Location) -> list[Damage]:
+    """Move damaged manifests and journal records out; where the newest manifest was one, fold the journal into the one before.
+
+    Raises:
+        CorruptCacheError: no manifest is whole.
+    """
+    found = [Damage(None, name, reason) for name, reason in chain.damaged_documents(root).items()]
+    if not found:
+        return found
+    names, numbers = {damage.name for damage in found}, chain.manifest_numbers(root)
+    if all(paths.manifest_name(number) in names for number in numbers):
+        raise CorruptCacheError(
+            f"{root / found[0].name}: {found[0].reason}; no manifest of {str(root)!r} is whole, and nothing else says what its "
+            "shards are: "
+            "make the cache again in another folder"
+        )
+    fs.make_directories(root)
+    fs.make_directory(root, paths.DAMAGED)
+    for name in sorted(names):
+        fs.move(root, name, f"{paths.DAMAGED}/{name.rpartition('/')[2]}")
+    if paths.manifest_name(numbers[-1]) in names:
+        CacheWriter.open(root, chain.newest_manifest(root)).fold()
+    return found
 
 
 def _find(root: Location, manifest: Manifest, progress: Progress | None) -> list[Damage]:
@@ -151,7 +186,7 @@ def _set_aside(root: Location, damage: Damage, shard: ShardInfo) -> None:
 
 
 def _publish(root: Location, names: set[str]) -> Manifest:
-    """The next snapshot, without the shards of these names; of a unit that was made anew in the meantime the new one stays."""
+    """The next snapshot, without the shards of these names; of a unit that was made again in the meantime the new one stays."""
     for _ in range(MAX_TRIES):
         newest = chain.newest_manifest(root)
         units = {shard.unit for shard in newest.shards if shard.name in names}

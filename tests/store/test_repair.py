@@ -156,3 +156,43 @@ def test_a_shard_that_may_not_be_read_is_not_taken_for_a_damaged_one(
     with pytest.raises(StorageError, match=r"cannot be read: .*; nothing was set aside"):
         repair_cache(cache)
     assert sorted(path.name for path in cache.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_damaged_manifest_is_set_aside_and_the_journal_gives_back_its_units(cache: Path, number: int):
+    path = cache / "manifests" / f"{number:06d}.json"
+    flip(path, len(path.read_bytes()) // 2)
+    if number == 1:
+        with pytest.raises(CorruptCacheError, match=f"`kdcache repair {cache}` sets the manifest aside") as caught:
+            open_reader(cache)
+        assert caught.value.path == str(path)
+    else:  # an older snapshot: readers and writers do without it
+        assert CacheWriter.open(cache, open_reader(cache).manifest).published_units() == {0, 1, 2}
+        assert len(verify_cache(cache).problems) == 1
+    repair = repair_cache(cache)
+    assert [(damage.unit, damage.name) for damage in repair.damage] == [(None, f"manifests/{path.name}")]
+    assert repair.manifest.is_complete
+    assert verify_cache(cache).problems == []
+    assert len(open_reader(cache)) == 9
+
+
+def test_a_cache_without_a_whole_manifest_is_said_to_be_beyond_repair(cache: Path):
+    for path in (cache / "manifests").iterdir():
+        flip(path, 40)
+    with pytest.raises(CorruptCacheError, match=r"no manifest of .* is whole.*make the cache again in another folder"):
+        repair_cache(cache)
+    assert len(list((cache / "manifests").iterdir())) == 2
+
+
+def test_a_damaged_journal_record_is_set_aside(cache: Path):
+    path = next((cache / "journal").iterdir())
+    flip(path, 40)
+    assert len(verify_cache(cache).problems) == 1
+    assert [damage.name for damage in repair_cache(cache).damage] == [f"journal/{path.name}"]
+    assert verify_cache(cache).problems == []
+
+
+def test_one_flipped_bit_is_one_problem(cache: Path):
+    spoil(cache, "a flipped bit")
+    (problem,) = verify_cache(cache).problems
+    assert "record batch 0" in problem

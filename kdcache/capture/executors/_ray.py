@@ -181,7 +181,7 @@ def _drive(job: Job, progress: CaptureProgress, stop: StopRequest) -> CaptureSum
     needs = replica_needs(job.config, ray.cluster_resources())
     crew = _Crew(_actor_maker(job, needs), needs, job.config.run.replicas, progress, deque(job.plan.units))
     first = _wait_for_first(crew)
-    writer = CacheWriter.open(job.path, chain.read_manifest(job.path, 0))  # the first worker has started the cache
+    writer = CacheWriter.open(job.path, chain.newest_manifest(job.path))  # the first worker has started the cache
     tally = Tally(job, writer, progress, stop)
     crew.waiting = deque(tally.units)
     with folded_on_failure(tally, stop), stop.working():

@@ -62,7 +62,7 @@ def _existing_writer(job: Job) -> CacheWriter | None:
     """A writer of the cache that is there; raises MismatchError where it differs in anything that needs no teacher to see."""
     if not chain.manifest_numbers(job.path):
         return None
-    there = chain.read_manifest(job.path, 0).identity
+    there = chain.newest_manifest(job.path).identity
     features = stated_features(job.config)
     # Where only the loaded teacher can tell, it is compared when it is loaded; what differs without it shows here.
     features = there.features if features is None else features

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     root = locate(args.cache)
     before = chain.newest_manifest(root)
-    manifest = CacheWriter.open(root, chain.read_manifest(root, 0)).fold()
+    manifest = CacheWriter.open(root, chain.newest_manifest(root)).fold()
     num_new = len(manifest.shards) - len(before.shards)
     state = "complete" if manifest.is_complete else "not complete"
     say(

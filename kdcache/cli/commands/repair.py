@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
         say(f"{args.cache}: nothing to repair; every shard and the index are as they were written")
         return 0
     for damage in repair.damage:
-        say(f"set aside: unit {damage.unit}: {damage.name}: {damage.reason}", sys.stderr)
+        unit = "" if damage.unit is None else f"unit {damage.unit}: "
+        say(f"set aside: {unit}{damage.name}: {damage.reason}", sys.stderr)
     if repair.made_index:
         say("the index was damaged and has been rebuilt", sys.stderr)
     manifest = repair.manifest
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     missing = manifest.plan.num_units - len(manifest.shards)
     hint = f"; run the same `kdcache {again}` again to redo {count(missing, 'unit')}" if missing else ""
     say(
-        f"{args.cache}: {count(len(repair.damage), 'unit')} set aside; snapshot {manifest.number} holds "
+        f"{args.cache}: {count(repair.num_units, 'unit')} set aside; snapshot {manifest.number} holds "
         f"{len(manifest.shards):,} of {count(manifest.plan.num_units, 'unit')}{hint}"
     )
     return 1

@@ -8,7 +8,7 @@ next run sweeps or publishes again under the same content-derived name.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -93,7 +93,7 @@ class CacheWriter:
             fs.sweep_temp_files(root)
             if not chain.manifest_numbers(root):
                 chain.add_manifest(root, manifest)
-        first = chain.read_manifest(root, 0)
+        first = chain.newest_manifest(root)
         refuse_other_capture(root, first, manifest)
         return cls(root, first, record_batch_bytes)
 
@@ -267,8 +267,12 @@ class CacheWriter:
 
     def _index_names(self) -> set[str]:
         """Of all manifests: who reads an older snapshot needs its index."""
-        manifests = (chain.read_manifest(self.root, number) for number in chain.manifest_numbers(self.root))
-        return {manifest.index.name for manifest in manifests if manifest.index is not None}
+        names = set()
+        for number in chain.manifest_numbers(self.root):
+            with suppress(CorruptCacheError):  # an older snapshot that nobody can read any more
+                manifest = chain.read_manifest(self.root, number)
+                names |= {manifest.index.name} if manifest.index is not None else set()
+        return names
 
 
 @contextmanager
