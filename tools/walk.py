@@ -120,8 +120,8 @@ def gradient(folder: Path) -> Walk:
     with tracer.following():
         loader = kdcache.TorchLoader(kdcache.Loader(kdcache.open(cache), options))
         batch = next(iter(loader))
-        logits_PV = torch.zeros(len(batch.rows_P), VOCAB_SIZE, requires_grad=True)
-        kdcache.sparse_kd_loss(logits_PV, batch.token_ids_PK, batch.logprobs_PK, batch.tail_mass_P).backward()
+        logits_PV = torch.zeros(batch.teacher.num_positions, VOCAB_SIZE, requires_grad=True)
+        kdcache.sparse_kd_loss(logits_PV, batch.teacher).backward()
     loader.close()
     return tracer.walk
 
@@ -174,10 +174,10 @@ def make_cache(folder: Path) -> Path:
     (folder / "text").write_text("".join(f"line {i}: a text of a few words\n" for i in range(8)))
     fields = {
         "input": {"format": "lines", "paths": [str(folder / "text")], "window": {"size": 64}},
-        "teacher": {"model": "fake", "backend": "fake", "vocab_size": VOCAB_SIZE},
+        "teacher": {"model": "fake", "backend": "fake", "fake": {"vocab_size": VOCAB_SIZE}},
         "selection": {"kind": "top_k", "k": 8},
         "codec": {"id": "packed"},
-        "output": {"path": str(folder / "cache")},
+        "out": str(folder / "cache"),
     }
     run_capture(convert_config(fields, CaptureConfig))
     return folder / "cache"
