@@ -33,8 +33,8 @@ import torch
 from device import Device, add_argument, chosen
 from loss_variants import GROUPS, Inputs, Variant, groups_of, make_inputs, three_matmuls
 
-from kdcache.kernels import get_backend
-from kdcache.kernels.base import Objective, make_targets
+from kdcache.kernels import _numba
+from kdcache.kernels.base import Objective, make_kernel_inputs
 from kdcache.kernels.divergences import DIVERGENCES
 
 RESULTS = Path(__file__).parent / "results"
@@ -119,11 +119,11 @@ def kernel_ns_per_logit(vocab_size: int, dtype: str, divergence: str, num_rows: 
         logits_PV = (logits_PV.view(np.uint32) >> 16).astype(np.uint16)
     ids_PK = np.stack([rng.choice(vocab_size, 64, replace=False) for _ in range(num_rows)])
     logprobs_PK, tail_P = np.full(ids_PK.shape, np.log(0.9 / 64)), np.full(num_rows, 0.1)
-    targets = make_targets(ids_PK, logprobs_PK, tail_P, vocab_size=vocab_size, num_exact_P=np.full(num_rows, 32))
+    targets = make_kernel_inputs(ids_PK, logprobs_PK, tail_P, vocab_size=vocab_size, num_exact_P=np.full(num_rows, 32))
     best, objective, losses_P = np.inf, Objective(divergence=DIVERGENCES[divergence]()), np.empty(num_rows)
     for _ in range(10):
         buffer_PV = logits_PV.copy()
-        call = partial(get_backend("numba").row_losses_and_gradients, buffer_PV, targets, objective, losses_P)
+        call = partial(_numba.position_losses_and_gradients, buffer_PV, targets, objective, losses_P)
         best = min(best, Device("cpu").clock(call))
     return best / logits_PV.size * 1e9
 

@@ -54,7 +54,7 @@ class Variant:
     def __str__(self) -> str:
         constants = ", ".join(f"{name} {value}" for name, value in self.constants)
         types = [kind.removeprefix("*") for name, kind in self.signature if name == "logits"]
-        strides = [i for i, (name, _) in enumerate(self.signature) if name == "row_stride"]
+        strides = [i for i, (name, _) in enumerate(self.signature) if name == "stride"]
         rows = "aligned rows" if set(strides) <= set(self.multiples) else "rows anywhere"
         return f"{self.kernel} | {', '.join([*types, rows])} | {constants}"
 
@@ -114,7 +114,7 @@ def _is_multiple(value: Any) -> bool:
 def noted_launches() -> Iterator[dict[Variant, None]]:
     """While it lasts no kernel runs; the launches are in what it gives."""
     from kdcache.kernels import _triton
-    from kdcache.loss import triton_passes
+    from kdcache.loss.steps import triton_passes
 
     found: dict[Variant, None] = {}
     stand_in = SimpleNamespace(**vars(_triton) | {name: _Noted(kernel, found) for name, kernel in kernels().items()})
@@ -143,7 +143,7 @@ def _step(dtype: torch.dtype, vocab: int, entries: int, temperature: float) -> N
     from kdcache.kernels.base import Objective
     from kdcache.loss.chunks import Head, Product, run_chunks
     from kdcache.loss.prepare import Prepared
-    from kdcache.loss.row_steps import make_step
+    from kdcache.loss.steps.step import make_step
 
     hidden_PH, weight_VH = (torch.empty(n, 64, dtype=dtype, device="cuda") for n in (32, vocab))
     ids_PK, logprobs_PK = torch.empty(32, entries, dtype=torch.int32, device="cuda"), torch.empty(32, entries, device="cuda")

@@ -1,7 +1,4 @@
-"""What the row kernels are given, and what every backend promises.
-
-Shape letters: P positions (rows), K entries per position (padded), V the student's vocabulary.
-"""
+"""What the kernels are given, and what every backend promises."""
 
 from __future__ import annotations
 
@@ -24,13 +21,13 @@ _LARGEST_LOGPROB = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Which function of student and teacher a row's loss is: alpha T^2 L(teacher, student at T) + (1 - alpha) CE(label).
+    """Which function of student and teacher a loss is: alpha T^2 L(teacher, student at T) + (1 - alpha) CE(target id).
 
     Attributes:
         tail: one of TAIL_POLICIES; what the divergence does with the teacher's mass outside the support, see `reference`.
         alpha: in [0, 1].
         divergence: L, and its options.
-        temperature: T, above 0. The student's logits are divided by it; the targets' masses must be those of the teacher at T.
+        temperature: T, above 0. The student's logits are divided by it; the masses must be those of the teacher at T.
 
     Raises:
         LossError: an unknown tail policy or one that is wrong for the divergence; an alpha outside [0, 1]; a temperature that
@@ -47,7 +44,7 @@ class Objective:
         if self.tail not in TAIL_POLICIES:
             raise LossError(f"tail is {self.tail!r}, but must be one of {', '.join(map(repr, TAIL_POLICIES))}")
         if not 0.0 <= self.alpha <= 1.0:
-            raise LossError(f"alpha is {self.alpha!r}, but must be from 0 (labels only) to 1 (teacher only)")
+            raise LossError(f"alpha is {self.alpha!r}, but must be from 0 (target ids only) to 1 (teacher only)")
         # Not math.isfinite, which torch.compile cannot trace where numbers are symbols.
         if not 0 < self.temperature < math.inf:
             raise LossError(f"temperature is {self.temperature!r}, but must be finite and above 0")
@@ -60,19 +57,19 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Targets:
-    """What P rows of student logits are compared with; made by `make_targets`, which checks it once for all backends.
+class KernelInputs:
+    """What P positions of a student are compared with; made by `make_kernel_inputs`, which checks it once for all backends.
 
     All arrays are C-contiguous and writable (numba compiles read-only and strided arrays a second time).
 
     Attributes:
-        token_ids_PK: (P, K) int32, in [0, vocab_size), distinct within a row; PADDING_ID where there is no entry.
+        token_ids_PK: (P, K) int32, in [0, vocab_size), distinct within a position; PADDING_ID for a missing entry.
         logprobs_PK: (P, K) float32, nats, normalised over the whole vocabulary; -inf is probability 0; ignored at padding.
         tail_mass_P: (P,) float32 in [0, 1], the teacher's mass outside the support; outside its exact entries, where there are
             others.
         target_ids_P: (P,) int32, in [0, vocab_size), or NO_TARGET.
-        weights_P: (P,) float64, >= 0: the factor of each row in the sum whose gradient is wanted. A row of weight 0 is not
-            read: its loss and its gradient are 0 whatever its logits are, NaN included.
+        weights_P: (P,) float64, >= 0: the factor of each position in the sum whose gradient is wanted. A position of weight 0
+            is not read: its loss and its gradient are 0 whatever its logits are, NaN included.
         vocab_size: V.
         num_exact_P: (P,) int32 in [0, K]: entries in the columns before it are exact, those from it on unbiased estimates. Read
             by divergences that need a tail sample; for all others every entry is what it is.
@@ -86,10 +83,10 @@ class Targets:
     vocab_size: int
     num_exact_P: NDArray[np.int32]
 
-    def rows(self, start: int, stop: int) -> Targets:
-        """Views of rows start..stop."""
+    def slice(self, start: int, stop: int) -> KernelInputs:
+        """Views of positions start..stop."""
         part = slice(start, stop)
-        return Targets(
+        return KernelInputs(
             self.token_ids_PK[part],
             self.logprobs_PK[part],
             self.tail_mass_P[part],
@@ -100,11 +97,11 @@ class Targets:
         )
 
 
-def exact_counts(targets: Targets, divergence: Divergence) -> NDArray[np.int32]:
+def exact_counts(inputs: KernelInputs, divergence: Divergence) -> NDArray[np.int32]:
     """(P,) `num_exact_P` where the divergence reads it, else K."""
     if divergence.requirements.tail_sample:
-        return targets.num_exact_P
-    return np.full(len(targets.token_ids_PK), targets.token_ids_PK.shape[1], np.int32)
+        return inputs.num_exact_P
+    return np.full(len(inputs.token_ids_PK), inputs.token_ids_PK.shape[1], np.int32)
 
 
 class KernelBackend(Protocol):
@@ -112,35 +109,35 @@ class KernelBackend(Protocol):
 
     `logits_PV` is (P, V), C-contiguous, float32, or uint16 holding the bits of bfloat16 (then every sum is still taken in
     float32 or better, and the gradient is rounded once). `losses_P` is (P,) float64, written, and not multiplied by the
-    weights. The result does not depend on `num_threads`, to the bit. NaN among a row's logits makes its loss NaN, and +inf
-    makes it NaN or infinite, wherever the row has any mass to compare; both put NaN into its gradient. -inf is an id that
+    weights. The result does not depend on `num_threads`, to the bit. NaN among a position's logits makes its loss NaN, and +inf
+    makes it NaN or infinite, wherever the position has any mass to compare; both put NaN into its gradient. -inf is an id that
     the student cannot give.
     """
 
-    def row_losses(
+    def position_losses(
         self,
         logits_PV: NDArray[Any],
-        targets: Targets,
+        inputs: KernelInputs,
         objective: Objective,
         losses_P: NDArray[np.float64],
         num_threads: int = 1,
     ) -> None:
-        """Write each row's loss; the logits stay as they are."""
+        """Write each position's loss; the logits stay as they are."""
         ...
 
-    def row_losses_and_gradients(
+    def position_losses_and_gradients(
         self,
         logits_PV: NDArray[Any],
-        targets: Targets,
+        inputs: KernelInputs,
         objective: Objective,
         losses_P: NDArray[np.float64],
         num_threads: int = 1,
     ) -> None:
-        """Write each row's loss, and overwrite the logits with the gradient of sum(weights_P * losses_P)."""
+        """Write each position's loss, and overwrite the logits with the gradient of sum(weights_P * losses_P)."""
         ...
 
 
-def make_targets(
+def make_kernel_inputs(
     token_ids_PK: ArrayLike,
     logprobs_PK: ArrayLike,
     tail_mass_P: ArrayLike,
@@ -149,38 +146,38 @@ def make_targets(
     target_ids_P: ArrayLike | None = None,
     weights_P: ArrayLike | None = None,
     num_exact_P: ArrayLike | None = None,
-) -> Targets:
-    """Targets with the right dtypes and layout, checked. No labels means NO_TARGET everywhere, no weights 1, no num_exact K.
+) -> KernelInputs:
+    """Arrays with the right dtypes and layout, checked. None stands for NO_TARGET, weights of 1, and K exact entries.
 
     Raises:
-        LossError: shapes that do not fit together; an id or label outside the student's vocabulary; an id twice in a row; a
-            logprob above 0; a tail mass outside [0, 1]; a negative or NaN weight; a number of exact entries outside [0, K]. The
-            message names the row.
+        LossError: shapes that do not fit together; an id or target id outside the student's vocabulary; an id twice in a
+            position; a logprob above 0; a tail mass outside [0, 1]; a negative or NaN weight; a number of exact entries outside
+            [0, K]. The message names the position.
     """
     ids_PK = np.asarray(token_ids_PK)
     if ids_PK.ndim != 2:
         raise LossError(f"token_ids must have the shape (positions, entries), but has {ids_PK.shape}")
-    num_rows, num_entries = ids_PK.shape
-    target_ids_P = np.full(num_rows, NO_TARGET, np.int32) if target_ids_P is None else np.asarray(target_ids_P)
-    weights_P = np.ones(num_rows) if weights_P is None else np.asarray(weights_P)
-    num_exact_P = np.full(num_rows, num_entries, np.int32) if num_exact_P is None else np.asarray(num_exact_P)
+    num_positions, num_entries = ids_PK.shape
+    target_ids_P = np.full(num_positions, NO_TARGET, np.int32) if target_ids_P is None else np.asarray(target_ids_P)
+    weights_P = np.ones(num_positions) if weights_P is None else np.asarray(weights_P)
+    num_exact_P = np.full(num_positions, num_entries, np.int32) if num_exact_P is None else np.asarray(num_exact_P)
     logprobs_PK, tail_mass_P = np.asarray(logprobs_PK), np.asarray(tail_mass_P)
     _check_shape("logprobs", logprobs_PK, ids_PK.shape)
-    given_P = {"tail_mass": tail_mass_P, "labels": target_ids_P, "weights": weights_P, "num_exact": num_exact_P}
+    given_P = {"tail_mass": tail_mass_P, "target_ids": target_ids_P, "weights": weights_P, "num_exact": num_exact_P}
     for name, array_P in given_P.items():
-        _check_shape(name, array_P, (num_rows,))
+        _check_shape(name, array_P, (num_positions,))
     # Ranges before the cast: an int64 id of 2**32 would become 0.
     _check_ids(ids_PK, vocab_size)
     _check_values(ids_PK, logprobs_PK, tail_mass_P, weights_P)
     _refuse(
         (target_ids_P != NO_TARGET) & ((target_ids_P < 0) | (target_ids_P >= vocab_size)),
         target_ids_P,
-        "label",
+        "target id",
         _outside(vocab_size),
     )
     too_many_P = (num_exact_P < 0) | (num_exact_P > num_entries)
     _refuse(too_many_P, num_exact_P, "number of exact entries", f"but there are {num_entries} columns")
-    return Targets(
+    return KernelInputs(
         np.require(ids_PK, np.int32, ["C", "W"]),
         np.require(logprobs_PK, np.float32, ["C", "W"]),
         np.require(tail_mass_P, np.float32, ["C", "W"]),
@@ -193,8 +190,8 @@ def make_targets(
 
 def _outside(vocab_size: int) -> str:
     return (
-        f"which is outside the student's vocabulary of {vocab_size}; was the cache made with another tokenizer? Ids that are "
-        "no token's (padding of the teacher's embeddings) are left out by kdcache.loss.padding.entries_within"
+        f"which is outside the student's vocabulary of {vocab_size}; was the cache made with another tokenizer? Ids that "
+        "no token uses (padding of the teacher's embeddings) are left out by kdcache.loss.padding.entries_within"
     )
 
 
@@ -223,5 +220,5 @@ def _check_values(ids_PK: NDArray[Any], logprobs_PK: NDArray[Any], tail_mass_P: 
 
 def _refuse(bad: NDArray[np.bool_], values: NDArray[Any], noun: str, why: str) -> None:
     if bad.any():
-        place = np.unravel_index(int(np.argmax(bad)), bad.shape)
-        raise LossError(f"row {int(place[0])} has the {noun} {values[place].item()!r}, {why}")
+        index = np.unravel_index(int(np.argmax(bad)), bad.shape)
+        raise LossError(f"position {int(index[0])} has the {noun} {values[index].item()!r}, {why}")

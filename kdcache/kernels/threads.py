@@ -1,4 +1,4 @@
-"""Rows of a matrix worked on by several threads: the one place that knows about the pool.
+"""Lines of a matrix worked on by several threads: the only module that knows about the pool.
 
 A pool of Python threads over serial kernels that release the GIL, not numba's prange: see the decision in README.md.
 """
@@ -12,26 +12,26 @@ from concurrent.futures import ThreadPoolExecutor
 _pool: ThreadPoolExecutor | None = None
 
 
-def for_row_blocks(work: Callable[[int, int], None], num_rows: int, *, num_threads: int, block: int) -> None:
-    """Call work(start, stop) for consecutive blocks of rows that together are 0..num_rows, each once, in any order.
+def for_blocks(work: Callable[[int, int], None], num_positions: int, *, num_threads: int, block: int) -> None:
+    """Call work(start, stop) for consecutive blocks of positions that together are 0..num_positions, each once, in any order.
 
     Args:
-        work: must release the GIL to gain anything; must write to rows start..stop only.
+        work: must release the GIL to gain anything; must write to positions start..stop only.
         num_threads: the caller's own thread is one of them.
-        block: rows per call; blocks are taken as threads come free, since rows of weight 0 cost nothing.
+        block: positions per call; blocks are taken as threads come free, since positions of weight 0 cost nothing.
 
     Raises:
         Whatever work raises.
     """
-    helpers = min(num_threads, -(-num_rows // block)) - 1
+    helpers = min(num_threads, -(-num_positions // block)) - 1
     if helpers < 1:
-        work(0, num_rows)
+        work(0, num_positions)
         return
-    starts = iter(range(0, num_rows, block))
+    starts = iter(range(0, num_positions, block))
 
     def drain(starts: Iterator[int]) -> None:
         for start in starts:
-            work(start, min(start + block, num_rows))
+            work(start, min(start + block, num_positions))
 
     futures = [_get_pool().submit(drain, starts) for _ in range(helpers)]
     try:

@@ -1,9 +1,8 @@
-"""The output projection and the row losses, chunk by chunk: one buffer of logits, three matrix products.
+"""The output projection and the losses, chunk by chunk: one buffer of logits, three matrix products.
 
-Shape letters: P positions (rows), C rows of one chunk, V the student's vocabulary, H hidden.
-
-Per chunk: logits = hidden W^T into one buffer, used again for every chunk; the row kernel turns it into the gradient by the
-logits in place; then d_hidden = G W and dW += G^T hidden. Three matrix products, the floor for a loss with its gradients.
+Per chunk: logits = hidden W^T into one buffer, used again for every chunk; the kernel turns it into the gradient with respect
+to the logits, in place; then d_hidden = G W and dW += G^T hidden. Three matrix products are the floor for a loss with its
+gradients.
 
 Half precision that a CPU only emulates is multiplied in float32, the weight widened a block at a time: see README.md.
 """
@@ -19,17 +18,17 @@ from torch import Tensor
 
 from kdcache.errors import LossError
 from kdcache.half_precision import is_emulated
-from kdcache.loss.row_steps import RowStep
+from kdcache.loss.steps.step import PositionStep
 
 _HALF = (torch.bfloat16, torch.float16)
 # Elements of the weight that are widened to float32 at a time, into one block.
 _WIDENED_ELEMENTS = 1 << 22
 # Elements of dW that are summed at a time where the sum is in another dtype than the product.
 _SUMMED_ELEMENTS = 1 << 21
-# Rows per chunk by default. Reading and writing dW once per chunk costs a share of the products that falls with its rows.
+# Positions per chunk by default. Reading and writing dW once per chunk costs a share of the products that falls with them.
 _CPU_BYTES_PER_ID = 2048
-# On a device, where each chunk also costs about a hundred small launches: more rows of a small vocabulary, in the same memory.
-_DEVICE_ROWS, _DEVICE_LOGITS = 4096, 1 << 29
+# On a device each chunk also costs about a hundred small launches: a small vocabulary gets more positions in the same memory.
+_DEVICE_POSITIONS, _DEVICE_LOGITS = 4096, 1 << 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +41,8 @@ class Head:
         float32_logits: for bfloat16 and float16: make the logits in float32 from the same weights. Near convergence the
             rounding of bfloat16 logits is most of the gradient's error; on a CPU the product then takes several times as long,
             unless half precision is only emulated there, where logits are float32 in any case.
-        vocab_size: ids that exist; rows of the weight from there on are padding, get no probability and no gradient. None for
-            all.
+        vocab_size: ids that exist; those of the weight from there on are padding, get no probability and no gradient. None
+            for all.
 
     Raises:
         LossError: a number outside its range.
@@ -74,21 +73,21 @@ class Product:
 
     @property
     def logits_dtype(self) -> torch.dtype:
-        """Of the logits that the row kernel gets: tanh in half precision would undo what the cap is for."""
+        """Of the logits that the kernel gets: tanh in half precision would undo what the cap is for."""
         dtype = product_dtype(self.hidden_PH)
         return torch.float32 if dtype in _HALF and (self.head.float32_logits or self.head.softcap is not None) else dtype
 
 
 def run_chunks(
-    product: Product, step: RowStep, wanted: tuple[bool, ...], chunk_positions: int
+    product: Product, step: PositionStep, wanted: tuple[bool, ...], chunk_positions: int
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The sum of the scaled losses, and its gradients by hidden, weight and bias: None where not wanted.
+    """The sum of the scaled losses, and its gradients with respect to hidden, weight and bias: None where not wanted.
 
     Args:
         product: makes the logits.
-        step: the losses of a chunk's rows, and their gradients.
-        wanted: gradients by hidden, weight and bias.
-        chunk_positions: rows; 0 for `default_chunk_positions`, which a graph that is traced could not ask for.
+        step: the losses of a chunk's positions, and their gradients.
+        wanted: gradients with respect to hidden, weight and bias.
+        chunk_positions: 0 for `default_chunk_positions`, which a graph that is traced could not ask for.
 
     Returns:
         A scalar of `loss_dtype`, and tensors of hidden's dtype.
@@ -112,10 +111,10 @@ def run_chunks(
 
 
 def default_chunk_positions(hidden_PH: Tensor, vocab_size: int) -> int:
-    """On a CPU 512 rows of float32, 1024 in half precision: the same bytes. On a device 4096, more of a small vocabulary."""
+    """512 on a CPU in float32, 1024 in half precision: the same bytes. On a device 4096, more for a small vocabulary."""
     if hidden_PH.device.type == "cpu":
         return max(1, _CPU_BYTES_PER_ID // product_dtype(hidden_PH).itemsize)
-    return max(_DEVICE_ROWS, _DEVICE_LOGITS // max(vocab_size, 1) // 1024 * 1024)
+    return max(_DEVICE_POSITIONS, _DEVICE_LOGITS // max(vocab_size, 1) // 1024 * 1024)
 
 
 def product_dtype(hidden_PH: Tensor) -> torch.dtype:
@@ -149,10 +148,10 @@ class _Gradients:
         )
 
     def add(self, gradient_CV: Tensor, product: Product, start: int) -> None:
-        rows = slice(start, start + len(gradient_CV))
-        hidden_CH = product.hidden_PH[rows].to(gradient_CV.dtype)
+        positions = slice(start, start + len(gradient_CV))
+        hidden_CH = product.hidden_PH[positions].to(gradient_CV.dtype)
         if self.hidden_PH is not None:
-            _multiply_gradient(gradient_CV, product.weight_VH, self.hidden_PH[rows])
+            _multiply_gradient(gradient_CV, product.weight_VH, self.hidden_PH[positions])
         if self.weight_VH is not None and self.weight_VH.dtype == gradient_CV.dtype:
             self.weight_VH.addmm_(gradient_CV.T, hidden_CH)
         elif self.weight_VH is not None and has_mixed_product(gradient_CV):
@@ -173,22 +172,22 @@ def has_mixed_product(tensor: Tensor) -> bool:
 
 
 def _add_product(weight_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
-    """weight += gradient^T hidden, the weight in another dtype than both, where there is no mixed product.
+    """weight += gradient^T hidden, the weight in another dtype than both, where torch has no mixed product.
 
-    Some rows of the weight at a time, through one block that stays in the cache: a whole half precision product, written to
+    Some ids of the weight at a time, through one block that stays in the cache: a whole half precision product, written to
     fresh memory and read again, took as long for that as for the product.
     """
-    num_rows = max(1, _SUMMED_ELEMENTS // max(hidden_CH.shape[1], 1))
-    block_BH = hidden_CH.new_empty((min(num_rows, len(weight_VH)), hidden_CH.shape[1]))
-    for start in range(0, len(weight_VH), num_rows):
-        part_CB = gradient_CV[:, start : start + num_rows]
-        product_BH = block_BH[: part_CB.shape[1]]
-        torch.mm(part_CB.T, hidden_CH, out=product_BH)
-        weight_VH[start : start + num_rows] += product_BH
+    num_ids = max(1, _SUMMED_ELEMENTS // max(hidden_CH.shape[1], 1))
+    block_VH = hidden_CH.new_empty((min(num_ids, len(weight_VH)), hidden_CH.shape[1]))
+    for start in range(0, len(weight_VH), num_ids):
+        part_CV = gradient_CV[:, start : start + num_ids]
+        product_VH = block_VH[: part_CV.shape[1]]
+        torch.mm(part_CV.T, hidden_CH, out=product_VH)
+        weight_VH[start : start + num_ids] += product_VH
 
 
 def _chunks_of_logits(product: Product, chunk_positions: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """(first row, logits, their derivative by the product or None) of each chunk.
+    """(first position, logits, their derivative by the product or None) of each chunk.
 
     All are in the same memory each time: done with before the next is asked for.
     """
@@ -228,8 +227,8 @@ def _multiply(part_CH: Tensor, product: Product, logits_CV: Tensor) -> None:
             torch.mm(part_CH, weight_VH.T, out_dtype=torch.float32, out=logits_CV)
         else:
             part_CH = part_CH.float()
-            for rows, block_BH in _widened_blocks(weight_VH):
-                torch.mm(part_CH, block_BH.T, out=logits_CV[:, rows])
+            for ids, block_VH in _widened_blocks(weight_VH):
+                torch.mm(part_CH, block_VH.T, out=logits_CV[:, ids])
         if bias_V is not None:
             logits_CV += bias_V
 
@@ -240,16 +239,16 @@ def _multiply_gradient(gradient_CV: Tensor, weight_VH: Tensor, out_CH: Tensor) -
         torch.mm(gradient_CV, weight_VH, out=out_CH)
         return
     sum_CH = gradient_CV.new_zeros(out_CH.shape)
-    for rows, block_BH in _widened_blocks(weight_VH):
-        sum_CH.addmm_(gradient_CV[:, rows], block_BH)
+    for ids, block_VH in _widened_blocks(weight_VH):
+        sum_CH.addmm_(gradient_CV[:, ids], block_VH)
     out_CH.copy_(sum_CH)
 
 
 def _widened_blocks(weight_VH: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time in float32, in the same memory each time."""
-    num_rows = max(1, _WIDENED_ELEMENTS // max(weight_VH.shape[1], 1))
-    block_BH = weight_VH.new_empty((min(num_rows, len(weight_VH)), weight_VH.shape[1]), dtype=torch.float32)
-    for start in range(0, len(weight_VH), num_rows):
-        rows = slice(start, start + num_rows)
-        part_BH = weight_VH[rows]
-        yield rows, block_BH[: len(part_BH)].copy_(part_BH)
+    """Some ids of the weight at a time in float32, in the same memory each time."""
+    num_ids = max(1, _WIDENED_ELEMENTS // max(weight_VH.shape[1], 1))
+    block_VH = weight_VH.new_empty((min(num_ids, len(weight_VH)), weight_VH.shape[1]), dtype=torch.float32)
+    for start in range(0, len(weight_VH), num_ids):
+        ids = slice(start, start + num_ids)
+        part_VH = weight_VH[ids]
+        yield ids, block_VH[: len(part_VH)].copy_(part_VH)

@@ -18,7 +18,7 @@ from kdcache.loss import operators, prepare
 from kdcache.loss.chunks import Head, Product, run_chunks
 from kdcache.loss.gradients import may_overwrite, refuse_second_derivative, scale_gradient
 from kdcache.loss.prepare import DEFAULT, Asked, LossSettings
-from kdcache.loss.row_steps import RowStep, make_step
+from kdcache.loss.steps.step import PositionStep, make_step
 
 PLAIN_HEAD = Head()
 
@@ -105,12 +105,12 @@ def fused_sparse_kd_loss(
     if torch.compiler.is_compiling():
         return operators.fused(Product(*tensors, head), ready, num_positions, wanted)
     work = _Work(make_step(ready, len(weight_VH)), head, wanted, num_positions)
-    loss = _FusedRows.apply(*tensors, work)
+    loss = _Fused.apply(*tensors, work)
     assert isinstance(loss, Tensor)
     return loss
 
 
-class _FusedRows(torch.autograd.Function):
+class _Fused(torch.autograd.Function):
     """The scaled loss; forward leaves the gradients of hidden, weight and bias, backward multiplies them by the upstream."""
 
     @staticmethod
@@ -124,8 +124,8 @@ class _FusedRows(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("use sparse_kd_loss with LossSettings(backend='torch')")
         # dW is as large as the logits: no copy of it where autograd lets go of this one after the call.
-        in_place = may_overwrite(upstream[0])
-        scaled = [None if g is None else scale_gradient(g, upstream[0], in_place=in_place) for g in ctx.saved_tensors]
+        overwrite = may_overwrite(upstream[0])
+        scaled = [None if g is None else scale_gradient(g, upstream[0], overwrite=overwrite) for g in ctx.saved_tensors]
         return (*scaled, None)
 
 
@@ -133,7 +133,7 @@ class _FusedRows(torch.autograd.Function):
 class _Work:
     """All that is not a tensor autograd should see."""
 
-    step: RowStep
+    step: PositionStep
     head: Head
     wanted: tuple[bool, ...]
     chunk_positions: int

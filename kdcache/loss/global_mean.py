@@ -1,7 +1,4 @@
-"""The mean over all positions of all ranks and accumulated batches, where each rank sees only its own.
-
-Shape letters: P supervised positions.
-"""
+"""The mean over all positions of all ranks and accumulated batches, where each rank sees only its own."""
 
 from __future__ import annotations
 

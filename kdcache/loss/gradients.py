@@ -33,15 +33,15 @@ def may_overwrite(upstream: Tensor) -> bool:
     return not ask() and not is_batchedtensor(upstream)
 
 
-def scale_gradient(gradient: Tensor, upstream: Tensor, *, in_place: bool = False) -> Tensor:
-    """gradient * upstream, a scalar or one number per row; the same tensor where `in_place`, or upstream is 1 on a CPU.
+def scale_gradient(gradient: Tensor, upstream: Tensor, *, overwrite: bool = False) -> Tensor:
+    """gradient * upstream, a scalar or one number per position; the same tensor where `overwrite`, or upstream is 1 on a CPU.
 
-    `in_place` only where `may_overwrite`: the saved gradient is needed again when backward runs twice. For a scalar alone.
+    `overwrite` only where `may_overwrite`: the saved gradient is needed again when backward runs twice. For a scalar alone.
     """
     if upstream.ndim == 0:
         # Asking costs nothing on a CPU; elsewhere it would wait for the device, and while tracing there is no answer.
         if upstream.device.type == "cpu" and type(upstream) is Tensor and upstream.item() == 1.0:
             return gradient
         upstream = upstream.to(gradient.dtype)
-        return gradient.mul_(upstream) if in_place else gradient * upstream
+        return gradient.mul_(upstream) if overwrite else gradient * upstream
     return (gradient * upstream[:, None]).to(gradient.dtype)

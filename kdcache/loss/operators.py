@@ -17,20 +17,20 @@ from kdcache.kernels.divergences import find_kind
 from kdcache.loss.chunks import Head, Product, loss_dtype, run_chunks
 from kdcache.loss.gradients import refuse_second_derivative, scale_gradient
 from kdcache.loss.prepare import Prepared
-from kdcache.loss.row_steps import make_step
+from kdcache.loss.steps.step import make_step
 
 
-def rows(logits_PV: Tensor, ready: Prepared, want_gradient: bool) -> Tensor:
+def over_logits(logits_PV: Tensor, ready: Prepared, want_gradient: bool) -> Tensor:
     """(P,) float32 losses times their scales."""
-    return _rows(logits_PV, *_tensors(ready), *_encode(ready), want_gradient)[0]
+    return _over_logits(logits_PV, *_tensors(ready), *_encode(ready), want_gradient)[0]
 
 
 def fused(product: Product, ready: Prepared, chunk_positions: int, wanted: tuple[bool, ...]) -> Tensor:
     """The scaled sum of the losses."""
-    (words, numbers), head = _encode(ready), product.head
+    (words, values), head = _encode(ready), product.head
     student = (product.hidden_PH, product.weight_VH, product.bias_V)
-    numbers = [head.logit_scale, head.softcap or 0.0, float(head.float32_logits), *numbers]
-    return _fused(*student, *_tensors(ready), words, numbers, chunk_positions, list(wanted))[0]
+    values = [head.logit_scale, head.softcap or 0.0, float(head.float32_logits), *values]
+    return _fused(*student, *_tensors(ready), words, values, chunk_positions, list(wanted))[0]
 
 
 def _tensors(ready: Prepared) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
@@ -42,13 +42,13 @@ def _tensors(ready: Prepared) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Te
 def _encode(ready: Prepared) -> tuple[str, list[float]]:
     """In types that an operator may take: it has no lists of strings."""
     objective = ready.objective
-    numbers = [objective.alpha, objective.temperature, *objective.divergence.parameters]
-    return f"{objective.tail} {objective.divergence.name} {ready.backend} {ready.teacher.entries}", numbers
+    values = [objective.alpha, objective.temperature, *objective.divergence.parameters]
+    return f"{objective.tail} {objective.divergence.name} {ready.backend} {ready.teacher.entries}", values
 
 
-def _decode(tensors: tuple[Tensor | None, ...], words: str, numbers: list[float]) -> Prepared:
+def _decode(tensors: tuple[Tensor | None, ...], words: str, values: list[float]) -> Prepared:
     tail, divergence, backend, entries = words.split()
-    alpha, temperature, *parameters = numbers
+    alpha, temperature, *parameters = values
     objective = Objective(tail, alpha, find_kind(divergence)(*parameters), temperature)
     token_ids_PK, logprobs_PK, tail_mass_P, num_exact_P, target_ids_P, weights_P, scales_P = tensors
     assert token_ids_PK is not None
@@ -59,8 +59,8 @@ def _decode(tensors: tuple[Tensor | None, ...], words: str, numbers: list[float]
     return Prepared(teacher, target_ids_P, weights_P, scales_P, objective, backend)
 
 
-@torch.library.custom_op("kdcache::sparse_kd_rows", mutates_args=())
-def _rows(
+@torch.library.custom_op("kdcache::sparse_kd", mutates_args=())
+def _over_logits(
     logits_PV: Tensor,
     token_ids_PK: Tensor,
     logprobs_PK: Tensor,
@@ -70,17 +70,17 @@ def _rows(
     weights_P: Tensor | None,
     scales_P: Tensor,
     words: str,
-    numbers: list[float],
+    values: list[float],
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """The losses, and the gradient of their sum with respect to the logits: empty where not wanted."""
     tensors = (token_ids_PK, logprobs_PK, tail_mass_P, num_exact_P, target_ids_P, weights_P, scales_P)
-    step = make_step(_decode(tensors, words, numbers), logits_PV.shape[1])
+    step = make_step(_decode(tensors, words, values), logits_PV.shape[1])
     losses_P, gradient_PV = step(logits_PV.detach().clone(memory_format=torch.contiguous_format), 0, want_gradient)
     return losses_P.float(), gradient_PV if want_gradient else logits_PV.new_empty(0)
 
 
-def _fake_rows(logits_PV: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_over_logits(logits_PV: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     shape = logits_PV.shape if rest[-1] else (0,)
     return logits_PV.new_empty(len(logits_PV), dtype=torch.float32), logits_PV.new_empty(shape)
 
@@ -90,13 +90,13 @@ def _keep_outputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(*output[1:])
 
 
-def _scale_rows(ctx: Any, upstream_P: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _scale_over_logits(ctx: Any, upstream_P: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("use LossSettings(backend='torch')")
     return (scale_gradient(ctx.saved_tensors[0], upstream_P), *[None] * (ctx.num_inputs - 1))
 
 
-_rows.register_fake(_fake_rows)
-_rows.register_autograd(_scale_rows, setup_context=_keep_outputs)
+_over_logits.register_fake(_fake_over_logits)
+_over_logits.register_autograd(_scale_over_logits, setup_context=_keep_outputs)
 
 
 @torch.library.custom_op("kdcache::fused_sparse_kd", mutates_args=())
@@ -112,14 +112,14 @@ def _fused(
     weights_P: Tensor | None,
     scales_P: Tensor,
     words: str,
-    numbers: list[float],
+    values: list[float],
     chunk_positions: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and its gradients with respect to hidden, weight and bias: empty where not wanted."""
     tensors = (token_ids_PK, logprobs_PK, tail_mass_P, num_exact_P, target_ids_P, weights_P, scales_P)
-    step = make_step(_decode(tensors, words, numbers[3:]), len(weight_VH))
-    product = Product(hidden_PH, weight_VH, bias_V, Head(numbers[0], numbers[1] or None, bool(numbers[2])))
+    step = make_step(_decode(tensors, words, values[3:]), len(weight_VH))
+    product = Product(hidden_PH, weight_VH, bias_V, Head(values[0], values[1] or None, bool(values[2])))
     loss, gradients = run_chunks(product, step, tuple(wanted), chunk_positions)
     hidden, weight, bias = (hidden_PH.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return loss, hidden, weight, bias

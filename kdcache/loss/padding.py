@@ -1,4 +1,4 @@
-"""A teacher with more ids than its student, where the ids in excess are no token's: the padding of embedding matrices."""
+"""A teacher with more ids than its student, where no token uses the ids in excess: the padding of embedding matrices."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdcache.errors import LossError
 from kdcache.format.soft_targets import SoftTargets
-from kdcache.kernels.base import PADDING_ID, Objective, Targets, make_targets
+from kdcache.kernels.base import PADDING_ID, KernelInputs, Objective, make_kernel_inputs
 from kdcache.kernels.divergences import DIVERGENCES, Divergence, get_divergence
 from kdcache.loss.selection_rules import reading_for
 
@@ -277,19 +277,19 @@ def _can_look_at(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
 
 
-def to_kernel_targets(prepared: Prepared, vocab_size: int) -> Targets:
+def to_kernel_inputs(prepared: Prepared, vocab_size: int) -> KernelInputs:
     """The kernels' form of CPU tensors, with the scales for the weights.
 
     Raises:
-        LossError: as `make_targets`.
+        LossError: as `make_kernel_inputs`.
     """
     scales_P = np.require(_to_numpy(prepared.scales_P), np.float64, ["C", "W"])
     return replace(_to_checked(prepared, vocab_size), weights_P=scales_P)
 
 
-def _to_checked(prepared: Prepared, vocab_size: int) -> Targets:
+def _to_checked(prepared: Prepared, vocab_size: int) -> KernelInputs:
     teacher = prepared.teacher
-    return make_targets(
+    return make_kernel_inputs(
         _to_numpy(teacher.token_ids_PK),
         _to_numpy(teacher.logprobs_PK),
         _to_numpy(teacher.tail_mass_P),

@@ -13,10 +13,11 @@ from torch import Tensor
 from kdcache.errors import LossError
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.divergences import Divergence
-from kdcache.loss import operators, prepare, row_steps, torch_rows
+from kdcache.loss import operators, prepare
 from kdcache.loss.gradients import refuse_second_derivative, scale_gradient
 from kdcache.loss.prepare import DEFAULT, Asked, LossSettings
-from kdcache.loss.row_steps import RowStep
+from kdcache.loss.steps import torch_positions
+from kdcache.loss.steps.step import PositionStep, make_step
 
 
 def sparse_kd_loss(
@@ -67,25 +68,25 @@ def sparse_kd_loss(
     is_summed = settings.reduction != "none"
     if ready.backend == "torch" or (settings.backend == "auto" and prepare.is_transformed()):
         prepare.check_values(ready, vocab_size)
-        losses_P = torch_rows.row_losses(student_logits_PV, ready)
+        losses_P = torch_positions.position_losses(student_logits_PV, ready)
         scaled_P = losses_P * ready.scales_P.to(losses_P.dtype)
         return scaled_P.sum() if is_summed else scaled_P
     prepare.refuse_transform("use LossSettings(backend='torch')")
     want_gradient = torch.is_grad_enabled() and student_logits_PV.requires_grad
     if torch.compiler.is_compiling():
-        scaled_P = operators.rows(student_logits_PV, ready, want_gradient)
+        scaled_P = operators.over_logits(student_logits_PV, ready, want_gradient)
         return scaled_P.sum() if is_summed else scaled_P
-    step = row_steps.make_step(ready, vocab_size)
-    loss = _Rows.apply(student_logits_PV, step, want_gradient, is_summed)
+    step = make_step(ready, vocab_size)
+    loss = _OverLogits.apply(student_logits_PV, step, want_gradient, is_summed)
     assert isinstance(loss, Tensor)
     return loss
 
 
-class _Rows(torch.autograd.Function):
+class _OverLogits(torch.autograd.Function):
     """Scaled losses; the gradient is made in forward, where each position's logits are in the core's cache anyway."""
 
     @staticmethod
-    def forward(ctx: Any, logits_PV: Tensor, step: RowStep, want_gradient: bool, is_summed: bool) -> Tensor:
+    def forward(ctx: Any, logits_PV: Tensor, step: PositionStep, want_gradient: bool, is_summed: bool) -> Tensor:
         logits_PV = logits_PV.detach()
         copy_PV = logits_PV.clone(memory_format=torch.contiguous_format) if want_gradient else logits_PV.contiguous()
         scaled_P, gradient_PV = step(copy_PV, 0, want_gradient)

@@ -18,10 +18,11 @@ from kdcache.errors import LossError
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.base import Objective
 from kdcache.kernels.divergences import Divergence
-from kdcache.loss import prepare, torch_rows
-from kdcache.loss.bucket_rows import bucket_terms
+from kdcache.loss import prepare
 from kdcache.loss.gradients import refuse_second_derivative, scale_gradient
 from kdcache.loss.prepare import DEFAULT, Asked, LossSettings, Prepared
+from kdcache.loss.steps import torch_positions
+from kdcache.loss.steps.step import bucket_terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +77,12 @@ def vocab_parallel_sparse_kd_loss(
     asked = Asked(divergence, alpha, temperature, replace(settings, backend="torch"))
     ready = prepare.prepare(logits_PW, teacher, asked, (target_ids, weights), part.vocab_size)
     prepare.check_values(ready, part.vocab_size)
-    loss = _SplitRows.apply(logits_PW, ready, part)
+    loss = _Split.apply(logits_PW, ready, part)
     assert isinstance(loss, Tensor)
     return loss if settings.reduction == "none" else loss.sum()
 
 
-class _SplitRows(torch.autograd.Function):
+class _Split(torch.autograd.Function):
     """(P,) losses times their scales."""
 
     @staticmethod
@@ -129,20 +130,20 @@ def _teacher_term(part: _Part, teacher: SoftTargets[Tensor], objective: Objectiv
     """(P,) alpha T^2 L and (P, W) its gradient with respect to this rank's logits."""
     t, ids_PK = objective.temperature, part.columns(teacher.token_ids_PK)
     z_PW = part.z_PW / t
-    outside_PW = torch_rows.outside(z_PW, ids_PK, -torch.inf)[:, :-1]
+    outside_PW = torch_positions.outside(z_PW, ids_PK, -torch.inf)[:, :-1]
     tail_lse_P = _logsumexp_over_ranks(outside_PW.logsumexp(dim=1).double(), part.group)
-    z_PB = torch.cat([_from_owner(z_PW, ids_PK, part.group), tail_lse_P[:, None]], dim=1)
-    lse_P = z_PB.logsumexp(dim=1)
-    masses = torch_rows.masses(teacher, objective.tail, vocab_size, z_PB - lse_P[:, None])
-    losses_P, h_PB = bucket_terms(objective, masses)
+    z_PK1 = torch.cat([_from_owner(z_PW, ids_PK, part.group), tail_lse_P[:, None]], dim=1)
+    lse_P = z_PK1.logsumexp(dim=1)
+    masses = torch_positions.masses(teacher, objective.tail, vocab_size, z_PK1 - lse_P[:, None])
+    losses_P, h_PK1 = bucket_terms(objective, masses)
     within_PW = torch.where(torch.isneginf(outside_PW), 0.0, (outside_PW - tail_lse_P[:, None]).exp())
-    gradient_PW = h_PB[:, -1:] * within_PW - h_PB.sum(dim=1, keepdim=True) * (z_PW - lse_P[:, None]).exp()
-    gradient_PW = _add_at(gradient_PW, ids_PK, h_PB[:, :-1])
+    gradient_PW = h_PK1[:, -1:] * within_PW - h_PK1.sum(dim=1, keepdim=True) * (z_PW - lse_P[:, None]).exp()
+    gradient_PW = _add_at(gradient_PW, ids_PK, h_PK1[:, :-1])
     return objective.alpha * t * t * losses_P, objective.alpha * t * gradient_PW
 
 
 def _target_term(part: _Part, target_ids_P: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """(P,) share * CE, 0 where there is no target id, and (P, W) its gradient; at temperature 1."""
+    """(P,) share * CE, 0 without a target id, and (P, W) its gradient; at temperature 1."""
     columns_P1 = part.columns(target_ids_P)[:, None]
     share_P = (target_ids_P >= 0).double() * share
     lse_P = _logsumexp_over_ranks(part.z_PW.logsumexp(dim=1).double(), part.group)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from kdcache.kernels import divergences as d
 from kdcache.kernels import reference
-from kdcache.kernels.base import NO_TARGET, TAIL_POLICIES, Objective, Targets, make_targets
+from kdcache.kernels.base import NO_TARGET, TAIL_POLICIES, KernelInputs, Objective, make_kernel_inputs
 
 Floats = NDArray[np.floating[Any]]
-Compute = Callable[[Floats, Targets, Objective], tuple[Floats, Floats]]
+Compute = Callable[[Floats, KernelInputs, Objective], tuple[Floats, Floats]]
 """float32 logits to (P,) losses and (P, V) gradients of sum(weights * losses)."""
 
 # V of 1, odd, one more than a vector, a vector exactly, more than one block of the kernel's sums; K of 0, 1, some and V.
@@ -65,28 +65,28 @@ class Problem:
     """Logits (P, V) float32 and what they are compared with."""
 
     logits_PV: NDArray[np.float32]
-    targets: Targets
+    targets: KernelInputs
 
 
-def make_problem(num_rows: int, vocab_size: int, num_entries: int, *, seed: int = 0, noise: float = 3.0) -> Problem:
+def make_problem(num_positions: int, vocab_size: int, num_entries: int, *, seed: int = 0, noise: float = 3.0) -> Problem:
     """A random teacher's top entries in shuffled order, weights and labels; the student is the teacher plus noise.
 
     Some of each row's entries count as estimates for divergences that distinguish them.
     """
-    rng = np.random.default_rng((seed, num_rows, vocab_size, num_entries))
-    teacher_PV = log_softmax(rng.standard_normal((num_rows, vocab_size)) * 3)
+    rng = np.random.default_rng((seed, num_positions, vocab_size, num_entries))
+    teacher_PV = log_softmax(rng.standard_normal((num_positions, vocab_size)) * 3)
     ids_PK = rng.permuted(np.argsort(-teacher_PV, axis=1)[:, :num_entries], axis=1)
     logprobs_PK = np.take_along_axis(teacher_PV, ids_PK, axis=1)
-    targets = make_targets(
+    targets = make_kernel_inputs(
         ids_PK,
         logprobs_PK,
         np.clip(1 - np.exp(logprobs_PK).sum(axis=1), 0, 1),
         vocab_size=vocab_size,
-        target_ids_P=np.where(rng.random(num_rows) < 0.3, NO_TARGET, rng.integers(0, vocab_size, num_rows)),
-        weights_P=rng.random(num_rows) + 0.1,
-        num_exact_P=np.arange(num_rows) % (num_entries + 1),
+        target_ids_P=np.where(rng.random(num_positions) < 0.3, NO_TARGET, rng.integers(0, vocab_size, num_positions)),
+        weights_P=rng.random(num_positions) + 0.1,
+        num_exact_P=np.arange(num_positions) % (num_entries + 1),
     )
-    student_PV = teacher_PV + noise * rng.standard_normal((num_rows, vocab_size)) + 5
+    student_PV = teacher_PV + noise * rng.standard_normal((num_positions, vocab_size)) + 5
     return Problem(student_PV.astype(np.float32), targets)
 
 
@@ -126,7 +126,7 @@ def check_padding_may_be_anywhere(compute: Compute) -> None:
     logprobs_PK = np.full((4, 6), np.nan, np.float32)
     ids_PK[:3, [1, 2, 5]], logprobs_PK[:3, [1, 2, 5]] = full.targets.token_ids_PK[:3], full.targets.logprobs_PK[:3]
     num_exact_P = np.array([[0, 2, 3, 6][count] for count in full.targets.num_exact_P])
-    wide = make_targets(ids_PK, logprobs_PK, full.targets.tail_mass_P, vocab_size=50, num_exact_P=num_exact_P)
+    wide = make_kernel_inputs(ids_PK, logprobs_PK, full.targets.tail_mass_P, vocab_size=50, num_exact_P=num_exact_P)
     narrow = replace(full.targets, target_ids_P=wide.target_ids_P, weights_P=wide.weights_P)
     for objective in OBJECTIVES:
         wide_P, wide_PV = compute(full.logits_PV, wide, objective)

@@ -17,7 +17,7 @@ from kdcache.loss.prepare import LossSettings
 
 def in_numba(logits_PV, targets, objective):
     losses_P, gradients_PV = np.full(len(logits_PV), np.nan), logits_PV.copy()
-    _numba.row_losses_and_gradients(gradients_PV, targets, objective, losses_P, 1)
+    _numba.position_losses_and_gradients(gradients_PV, targets, objective, losses_P, 1)
     return losses_P, gradients_PV
 
 

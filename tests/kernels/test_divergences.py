@@ -10,8 +10,8 @@ import pytest
 import kdcache.kernels
 from kdcache.errors import LossError
 from kdcache.kernels import divergences as d
-from kdcache.kernels import reference_divergences
 from kdcache.kernels.base import Objective
+from kdcache.kernels.divergences import reference as reference_divergences
 
 
 @pytest.mark.parametrize(

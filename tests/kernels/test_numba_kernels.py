@@ -15,17 +15,17 @@ from contracts import kernels as contract
 from contracts.kernels import make_problem
 
 from kdcache.compiled import OPTIONS, compiled
-from kdcache.kernels import _numba, _numba_rows, reference
-from kdcache.kernels.base import Objective, make_targets
-from kdcache.kernels.threads import for_row_blocks
+from kdcache.kernels import _numba, _numba_positions, reference
+from kdcache.kernels.base import Objective, make_kernel_inputs
+from kdcache.kernels.threads import for_blocks
 
 
 def compute(logits_PV, targets, objective, num_threads=1):
     losses_P, gradients_PV = np.full(len(logits_PV), np.nan), logits_PV.copy()
-    _numba.row_losses_and_gradients(gradients_PV, targets, objective, losses_P, num_threads)
+    _numba.position_losses_and_gradients(gradients_PV, targets, objective, losses_P, num_threads)
     only_P = np.full(len(logits_PV), np.nan)
     before = logits_PV.copy()
-    _numba.row_losses(logits_PV, targets, objective, only_P, num_threads)
+    _numba.position_losses(logits_PV, targets, objective, only_P, num_threads)
     np.testing.assert_array_equal(logits_PV, before)
     np.testing.assert_array_equal(only_P, losses_P)
     return losses_P, gradients_PV
@@ -85,24 +85,24 @@ def test_rounding_to_bfloat16_equals_torch_and_no_nan_becomes_a_number():
     ties = (rng.integers(0, 2**16, 256, dtype=np.uint32) << 16) | 0x8000
     bits = np.concatenate([random_bits, ties, np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F7FFFFF], np.uint32)])
     rounded = np.empty(len(bits), np.uint16)
-    _numba_rows._narrow(bits, rounded)
+    _numba_positions._narrow(bits, rounded)
     np.testing.assert_array_equal(from_bfloat16_bits(rounded), from_bfloat16_bits(to_bfloat16_bits(bits.view(np.float32))))
 
 
 def test_exponential_is_right_over_its_whole_range():
     x = np.concatenate([np.linspace(-87.3, 88, 100_001), [-0.0, -1e-30]]).astype(np.float32)
     y = x.copy()
-    _numba_rows._exp_in_place(y, np.float32(0))
+    _numba_positions._to_exp(y, np.float32(0))
     np.testing.assert_allclose(y, np.exp(x.astype(np.float64)), rtol=2e-7)
     special = np.array([-np.inf, -1000, -87.4, np.nan], np.float32)
-    assert np.isnan(_numba_rows._exp_in_place(special, np.float32(0)))
+    assert np.isnan(_numba_positions._to_exp(special, np.float32(0)))
     np.testing.assert_array_equal(special, [0, 0, 0, np.nan])
 
 
 def test_sum_over_a_large_row_keeps_float32_accuracy():
-    row_V = np.full(2_000_000, -0.1, np.float32)
+    z_V = np.full(2_000_000, -0.1, np.float32)
     expected = 2_000_000 * np.exp(np.float64(np.float32(-0.1)))
-    assert _numba_rows._exp_in_place(row_V, np.float32(0)) == pytest.approx(expected, rel=6e-7)
+    assert _numba_positions._to_exp(z_V, np.float32(0)) == pytest.approx(expected, rel=6e-7)
 
 
 ROW_V, BITS_V, OUT_V = np.zeros(64, np.float32), np.zeros(64, np.uint32), np.zeros(64, np.uint16)
@@ -111,12 +111,12 @@ ROW_V, BITS_V, OUT_V = np.zeros(64, np.float32), np.zeros(64, np.uint32), np.zer
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
-        (_numba_rows._exp_in_place, (ROW_V, np.float32(0))),
-        (_numba_rows._maximum_of, (ROW_V,)),
-        (_numba_rows._sum_of, (ROW_V,)),
-        (_numba_rows._scale, (ROW_V, np.float32(1), np.float32(0))),
-        (_numba_rows._add_scaled, (ROW_V, np.float32(1), ROW_V.copy())),
-        (_numba_rows._narrow, (BITS_V, OUT_V)),
+        (_numba_positions._to_exp, (ROW_V, np.float32(0))),
+        (_numba_positions._maximum_of, (ROW_V,)),
+        (_numba_positions._sum_of, (ROW_V,)),
+        (_numba_positions._scale, (ROW_V, np.float32(1), np.float32(0))),
+        (_numba_positions._add_scaled, (ROW_V, np.float32(1), ROW_V.copy())),
+        (_numba_positions._narrow, (BITS_V, OUT_V)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -140,7 +140,7 @@ def test_arrays_the_kernel_could_not_take_are_refused_before_it_runs(spoil):
         "columns": np.ascontiguousarray(problem.logits_PV[:, :9]),
     }.get(spoil, problem.logits_PV)
     with pytest.raises(ValueError, match="C-contiguous"):
-        _numba.row_losses_and_gradients(
+        _numba.position_losses_and_gradients(
             logits_PV, problem.targets, Objective(), losses_P[:3] if spoil == "losses" else losses_P
         )
 
@@ -157,10 +157,10 @@ def test_each_kernel_is_compiled_once_for_all_calls():
     problem = make_problem(3, 10, 2)
     for objective in contract.OBJECTIVES:
         compute(problem.logits_PV, problem.targets, objective)
-        compute(problem.logits_PV[:1], problem.targets.rows(0, 1), objective)
-    targets = make_targets(np.zeros((3, 0)), np.zeros((3, 0)), np.ones(3), vocab_size=10)
+        compute(problem.logits_PV[:1], problem.targets.slice(0, 1), objective)
+    targets = make_kernel_inputs(np.zeros((3, 0)), np.zeros((3, 0)), np.ones(3), vocab_size=10)
     compute(problem.logits_PV, targets, Objective())
-    assert len(_numba._compiled_rows(np.dtype(np.float32)).signatures) == 1  # type: ignore[attr-defined]
+    assert len(_numba._compiled_kernel(np.dtype(np.float32)).signatures) == 1  # type: ignore[attr-defined]
 
 
 def test_row_blocks_cover_every_row_once_and_errors_come_through():
@@ -170,28 +170,28 @@ def test_row_blocks_cover_every_row_once_and_errors_come_through():
         seen[start:stop] += 1
 
     for num_threads in (1, 3, 200):
-        for_row_blocks(work, 103, num_threads=num_threads, block=10)
-    for_row_blocks(work, 0, num_threads=2, block=10)
+        for_blocks(work, 103, num_threads=num_threads, block=10)
+    for_blocks(work, 0, num_threads=2, block=10)
     np.testing.assert_array_equal(seen, 3)
 
     def fail(start: int, stop: int) -> None:
         raise KeyError(start)
 
     with pytest.raises(KeyError):
-        for_row_blocks(fail, 103, num_threads=3, block=10)
+        for_blocks(fail, 103, num_threads=3, block=10)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_can_use_the_pool_again():
     program = """
 import os, sys, numpy as np
-from kdcache.kernels.threads import for_row_blocks
+from kdcache.kernels.threads import for_blocks
 seen = np.zeros(40, int)
 def work(start, stop): seen[start:stop] += 1
-for_row_blocks(work, 40, num_threads=3, block=4)
+for_blocks(work, 40, num_threads=3, block=4)
 child = os.fork()
 if child == 0:
-    for_row_blocks(work, 40, num_threads=3, block=4)
+    for_blocks(work, 40, num_threads=3, block=4)
     os._exit(0 if (seen == 2).all() else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -205,7 +205,7 @@ def test_reference_and_kernel_share_the_interface():
         results = []
         for module in (reference, _numba):
             buffer_PV, losses_P = logits_PV.copy(), np.full(4, np.nan)
-            module.row_losses_and_gradients(buffer_PV, problem.targets, Objective(alpha=0.5), losses_P)
+            module.position_losses_and_gradients(buffer_PV, problem.targets, Objective(alpha=0.5), losses_P)
             results.append((losses_P, from_bfloat16_bits(buffer_PV) if buffer_PV.dtype == np.uint16 else buffer_PV))
         np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-6)
         np.testing.assert_allclose(results[0][1], results[1][1], rtol=2**-7, atol=1e-6)

@@ -12,17 +12,16 @@ import torch
 from contracts import kernels as contract
 from contracts.kernels import make_problem
 
-from kdcache.errors import LossError
 from kdcache.kernels import divergences as d
-from kdcache.kernels import get_backend, reference_divergences
-from kdcache.kernels.base import NO_TARGET, TAIL_POLICIES, Objective, make_targets
-from kdcache.kernels.reference import loss_and_gradient, row_losses, row_losses_and_gradients
-from kdcache.loss import torch_divergences
+from kdcache.kernels.base import NO_TARGET, TAIL_POLICIES, Objective, make_kernel_inputs
+from kdcache.kernels.divergences import _torch_support
+from kdcache.kernels.divergences import reference as reference_divergences
+from kdcache.kernels.reference import loss_and_gradient, position_losses, position_losses_and_gradients
 
 
 def compute(logits_PV, targets, objective):
     losses_P, gradients_PV = np.full(len(logits_PV), np.nan), logits_PV.astype(np.float64)
-    row_losses_and_gradients(gradients_PV, targets, objective, losses_P)
+    position_losses_and_gradients(gradients_PV, targets, objective, losses_P)
     return losses_P, gradients_PV
 
 
@@ -33,7 +32,7 @@ def test_reference_keeps_the_contract(check):
 
 def test_a_row_by_hand():
     """Student uniform over four ids; teacher 1/2 and 1/4 on two of them, 1/4 in the tail, whose two ids hold 1/2."""
-    targets = make_targets([[2, 0]], np.log([[0.5, 0.25]]), [0.25], vocab_size=4)
+    targets = make_kernel_inputs([[2, 0]], np.log([[0.5, 0.25]]), [0.25], vocab_size=4)
     losses = {tail: loss_and_gradient(np.zeros((1, 4)), targets, Objective(tail)) for tail in TAIL_POLICIES}
     assert losses["drop"][0][0] == pytest.approx(0.5 * math.log(2), abs=1e-7)
     np.testing.assert_allclose(losses["drop"][1], [[0.75 / 4 - 0.25, 0.75 / 4, 0.75 / 4 - 0.5, 0.75 / 4]], atol=1e-7)
@@ -100,7 +99,7 @@ def textbook(
             return (1 + (-gaps).exp()).log().mean()
         case d.SoftSpearman():
             inside = torch.ones(1, len(entry_p), dtype=torch.bool)
-            ranks = torch.cat([torch_divergences.soft_ranks(x.log()[None], inside)[0] for x in (entry_p, entry_q)])
+            ranks = torch.cat([_torch_support._soft_ranks(x.log()[None], inside)[0] for x in (entry_p, entry_q)])
             return 1 - torch.corrcoef(ranks)[0, 1]
     raise AssertionError(divergence)
 
@@ -226,7 +225,7 @@ def test_gradient_equals_finite_differences(objective):
 
 def test_bucket_gradient_vanishes_exactly_where_student_equals_teacher():
     teacher = np.log([[0.5, 0.3, 0.15, 0.05]])
-    targets = make_targets([[0, 1]], teacher[:, :2], [0.2], vocab_size=4)
+    targets = make_kernel_inputs([[0, 1]], teacher[:, :2], [0.2], vocab_size=4)
     losses_P, gradients_PV = loss_and_gradient(teacher, targets, Objective("bucket"))
     assert losses_P[0] == pytest.approx(0, abs=1e-7)
     np.testing.assert_allclose(gradients_PV, 0, atol=1e-7)
@@ -235,11 +234,6 @@ def test_bucket_gradient_vanishes_exactly_where_student_equals_teacher():
 def test_row_losses_leave_the_logits_alone():
     problem, losses_P = make_problem(3, 10, 2), np.full(3, np.nan)
     before = problem.logits_PV.copy()
-    row_losses(problem.logits_PV, problem.targets, Objective(), losses_P)
+    position_losses(problem.logits_PV, problem.targets, Objective(), losses_P)
     np.testing.assert_array_equal(problem.logits_PV, before)
     np.testing.assert_array_equal(losses_P, loss_and_gradient(before, problem.targets, Objective())[0])
-
-
-def test_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(LossError, match=r"'cuda'.*'reference', 'numba'"):
-        get_backend("cuda")

@@ -122,9 +122,9 @@ def test_batches_of_every_size_share_a_graph(backend, dynamic):
     torch.compiler.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     function = torch.compile(step, fullgraph=True, backend=graphs, dynamic=dynamic)
-    for num_rows in (P, 20, 9):
-        part = {name: tensor[:num_rows].clone() for name, tensor in targets.items()}
-        hidden_PH = leaves[0][:num_rows].detach().clone().requires_grad_()
+    for num_positions in (P, 20, 9):
+        part = {name: tensor[:num_positions].clone() for name, tensor in targets.items()}
+        hidden_PH = leaves[0][:num_positions].detach().clone().requires_grad_()
         losses = [f(hidden_PH, part) for f in (function, step)]
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*[torch.autograd.grad(loss, hidden_PH)[0] for loss in losses])
@@ -139,7 +139,7 @@ def test_the_operators_keep_their_promises_to_torch():
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     logits_PV = (hidden_PH @ weight_VH.T).detach().requires_grad_()
     words, numbers = "bucket forward_kl numba exact", [0.5, 1.0]
-    torch.library.opcheck(operators._rows, (logits_PV, *tensors, words, numbers, True), test_utils=tests)
+    torch.library.opcheck(operators._over_logits, (logits_PV, *tensors, words, numbers, True), test_utils=tests)
     arguments = (
         hidden_PH,
         weight_VH,

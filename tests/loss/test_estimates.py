@@ -55,8 +55,8 @@ def drawn_outcomes(num_exact: int) -> list[Outcome]:
 
 def as_targets(outcomes: list[Outcome], row_weight: float = 1.0) -> dict[str, Tensor]:
     """Outcomes of one position as rows, in the columns of a loader's batch."""
-    num_rows, width = len(outcomes), max(len(ids) for _, ids, _, _ in outcomes)
-    ids_PK, logprobs_PK = torch.full((num_rows, width), -1), torch.full((num_rows, width), float("nan"))
+    num_positions, width = len(outcomes), max(len(ids) for _, ids, _, _ in outcomes)
+    ids_PK, logprobs_PK = torch.full((num_positions, width), -1), torch.full((num_positions, width), float("nan"))
     for row, (_, ids, values, _) in enumerate(outcomes):
         ids_PK[row, : len(ids)] = torch.tensor(ids)
         logprobs_PK[row, : len(ids)] = torch.tensor(values).log()
@@ -67,7 +67,7 @@ def as_targets(outcomes: list[Outcome], row_weight: float = 1.0) -> dict[str, Te
         "tail_mass_P": torch.tensor([1 - teacher()[:exact].sum().item() for *_, exact in outcomes]).float(),
         "num_exact_P": num_exact_P,
         "weights_P": torch.tensor([probability for probability, *_ in outcomes], dtype=torch.float64) * row_weight,
-        "target_ids_P": torch.full((num_rows,), LABEL),
+        "target_ids_P": torch.full((num_positions,), LABEL),
         "reduction": "sum",
     }
 
@@ -156,5 +156,5 @@ def test_an_id_that_was_drawn_twice_must_come_as_one_entry():
     targets = as_targets(drawn_outcomes(HEAD)[:1])
     targets["token_ids_PK"] = torch.tensor([[0, 1, 2, 3, 3]])
     targets["logprobs_PK"] = torch.tensor([[0.3, 0.22, 0.18, 0.15, 0.15]]).log()
-    with pytest.raises(LossError, match="row 0 has the token id 3, twice; entries of one position must be distinct"):
+    with pytest.raises(LossError, match="position 0 has the token id 3, twice; entries of one position must be distinct"):
         sparse_kd_loss(student().float()[None], **targets, **options_of("forward_kl", 1.0))

@@ -15,7 +15,7 @@ from torch import Tensor
 import kdcache
 from kdcache.cli.main import main
 from kdcache.errors import LossError
-from kdcache.kernels.base import Objective, Targets, make_targets
+from kdcache.kernels.base import KernelInputs, Objective, make_kernel_inputs
 from kdcache.kernels.divergences import DIVERGENCES, get_divergence
 from kdcache.kernels.reference import loss_and_gradient
 from kdcache.loader._torch import TorchBatch
@@ -60,7 +60,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def definition(batch: TorchBatch, divergence: Any, temperature: float) -> tuple[Targets, Objective] | None:
+def definition(batch: TorchBatch, divergence: Any, temperature: float) -> tuple[KernelInputs, Objective] | None:
     """What the loss is of: written down for each selection, apart from the library's rules; None where it has no meaning."""
     kind, teacher = batch.teacher.selection, batch.teacher.map(np.asarray)
     ids_PK, logprobs_PK, tail_mass_P = teacher.token_ids_PK, teacher.logprobs_PK.astype(np.float64), teacher.tail_mass_P
@@ -80,7 +80,7 @@ def definition(batch: TorchBatch, divergence: Any, temperature: float) -> tuple[
         tail_mass_P = 1 - np.where(ids_PK >= 0, np.exp(logprobs_PK), 0).sum(axis=1)
     weights_P = batch.weights_P.numpy() / batch.weights_P.numpy().sum()
     more = {"target_ids_P": batch.target_ids_P.numpy(), "weights_P": weights_P, "num_exact_P": num_exact_P}
-    targets = make_targets(ids_PK, np.minimum(logprobs_PK, 0), np.clip(tail_mass_P, 0, 1), vocab_size=V, **more)
+    targets = make_kernel_inputs(ids_PK, np.minimum(logprobs_PK, 0), np.clip(tail_mass_P, 0, 1), vocab_size=V, **more)
     return targets, Objective(tail, 0.6, divergence, temperature)
 
 

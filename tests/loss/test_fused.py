@@ -22,10 +22,10 @@ from kdcache.loss import chunks
 class Case:
     """A projection whose logits are near the teacher's, and targets as keywords of both losses."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, num_rows: int = 37, num_entries: int = 9) -> None:
-        problem = make_problem(num_rows, 101, num_entries)
+    def __init__(self, dtype: torch.dtype = torch.float32, num_positions: int = 37, num_entries: int = 9) -> None:
+        problem = make_problem(num_positions, 101, num_entries)
         generator = torch.Generator().manual_seed(0)
-        self.hidden_PH = torch.randn((num_rows, 16), generator=generator).to(dtype).requires_grad_()
+        self.hidden_PH = torch.randn((num_positions, 16), generator=generator).to(dtype).requires_grad_()
         self.weight_VH = torch.randn((101, 16), generator=generator).to(dtype).requires_grad_()
         self.bias_V = torch.randn(101, generator=generator).to(dtype).requires_grad_()
         self.targets = {
@@ -149,7 +149,7 @@ def test_memory_that_nobody_has_written_shows_nowhere(backend, nan_in_new_memory
 
 def test_many_bfloat16_chunks_are_summed_in_float32():
     """Against float32 on the same numbers: 512 chunks must not be worse than one."""
-    case = Case(torch.bfloat16, num_rows=1024)
+    case = Case(torch.bfloat16, num_positions=1024)
     exact = [leaf.detach().float().requires_grad_() for leaf in case.leaves]
     loss = fused_sparse_kd_loss(exact[0], exact[1], bias=exact[2], **case.targets)
     exact_weight_VH = torch.autograd.grad(loss, exact)[1]
@@ -224,7 +224,7 @@ def test_labels_without_a_teacher_are_a_chunked_cross_entropy(backend):
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 def test_no_rows_give_zero(backend):
-    case = Case(num_rows=0)
+    case = Case(num_positions=0)
     loss = case.fused(backend=backend)
     loss.backward()
     assert loss.item() == 0

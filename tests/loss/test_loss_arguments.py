@@ -49,7 +49,7 @@ REFUSED = [
     ({"num_exact_P": torch.tensor([1.0, 2.0])}, "num_exact_P has the dtype torch.float32"),
     (
         {"divergence": "tail_aware_kl", "entries": "unbiased", "num_exact_P": torch.tensor([1, 3])},
-        "row 1 has the number of exact entries 3, but there are 2 columns",
+        "position 1 has the number of exact entries 3, but there are 2 columns",
     ),
     (
         {"divergence": "tail_aware_kl", "entries": "unbiased", "num_exact_P": torch.tensor([1, 1]), "temperature": 2.0},
@@ -70,18 +70,18 @@ REFUSED = [
     ({"backend": "triton"}, "the triton backend takes float32, bfloat16 or float16 on a GPU, not torch.float.. on cpu"),
     (
         {"token_ids_PK": torch.tensor([[1, 5], [0, -1]])},
-        "row 0 has the token id 5, which is outside the student's vocabulary of 5",
+        "position 0 has the token id 5, which is outside the student's vocabulary of 5",
     ),
-    ({"token_ids_PK": torch.tensor([[1, 1], [0, -1]])}, "row 0 has the token id 1, twice"),
+    ({"token_ids_PK": torch.tensor([[1, 1], [0, -1]])}, "position 0 has the token id 1, twice"),
     ({"token_ids_PK": torch.tensor([[1, 2]])}, r"token_ids_PK has the shape \(1, 2\), but 2 positions of the student"),
     ({"token_ids_PK": torch.ones(2, 2)}, "token_ids_PK has the dtype torch.float32"),
     ({"logprobs_PK": torch.zeros(2, 3)}, r"logprobs_PK has the shape \(2, 3\), but must have \(2, 2\)"),
-    ({"logprobs_PK": torch.full((2, 2), 0.5)}, "row 0 has the logprob 0.5, above 0"),
+    ({"logprobs_PK": torch.full((2, 2), 0.5)}, "position 0 has the logprob 0.5, above 0"),
     ({"tail_mass_P": torch.tensor([0.5])}, "tail_mass_P has the shape"),
-    ({"tail_mass_P": torch.tensor([0.5, 2.0])}, "row 1 has the tail mass 2.0"),
-    ({"target_ids_P": torch.tensor([5, 0])}, "row 0 has the label 5"),
+    ({"tail_mass_P": torch.tensor([0.5, 2.0])}, "position 1 has the tail mass 2.0"),
+    ({"target_ids_P": torch.tensor([5, 0])}, "position 0 has the target id 5"),
     ({"target_ids_P": torch.tensor([[5, 0]])}, "target_ids has the shape"),
-    ({"weights_P": torch.tensor([1.0, -1.0])}, "row 1 has the weight -1.0"),
+    ({"weights_P": torch.tensor([1.0, -1.0])}, "position 1 has the weight -1.0"),
     ({"weights_P": torch.tensor([1.0])}, "weights has the shape"),
     ({"tail_mass_P": torch.tensor([0.5, 0.6], device="meta")}, "tail_mass_P is on meta, but the student is on cpu"),
 ]

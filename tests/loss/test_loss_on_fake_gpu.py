@@ -20,7 +20,7 @@ from kdcache.kernels.base import Objective
 from kdcache.kernels.divergences import DIVERGENCES
 from kdcache.loss.chunks import Head, Product, default_chunk_positions, run_chunks
 from kdcache.loss.prepare import Prepared
-from kdcache.loss.row_steps import make_step
+from kdcache.loss.steps.step import make_step
 
 MIB = 2**20
 H, K = 2048, 64

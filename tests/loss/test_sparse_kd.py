@@ -15,8 +15,10 @@ import kdcache
 from kdcache.errors import LossError
 from kdcache.kernels.base import TAIL_POLICIES, Objective
 from kdcache.kernels.reference import loss_and_gradient
-from kdcache.loss import row_steps, sparse_kd, torch_rows
-from kdcache.loss.sparse_kd import _Rows
+from kdcache.loss import sparse_kd
+from kdcache.loss.sparse_kd import _OverLogits
+from kdcache.loss.steps import torch_positions
+from kdcache.loss.steps.step import make_step
 
 
 def tensors(problem: Problem) -> dict[str, torch.Tensor]:
@@ -48,10 +50,10 @@ def at_another(z_PV, keywords, *, objective, backend, reduction):
     """Below the public function, which makes the teacher's masses at T itself: here they are given as they are."""
     ready, is_summed = prepared(objective, backend, reduction, **keywords), reduction != "none"
     if backend == "torch":
-        losses_P = torch_rows.row_losses(z_PV, ready)
+        losses_P = torch_positions.position_losses(z_PV, ready)
         losses_P = losses_P * ready.scales_P.to(losses_P.dtype)
         return losses_P.sum() if is_summed else losses_P
-    return _Rows.apply(z_PV, row_steps.make_step(ready, z_PV.shape[1]), True, is_summed)
+    return _OverLogits.apply(z_PV, make_step(ready, z_PV.shape[1]), True, is_summed)
 
 
 def computed_by(backend: str):
@@ -108,11 +110,11 @@ def test_mean_divides_by_the_sum_of_the_weights(backend):
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
-@pytest.mark.parametrize("num_rows", [0, 3])
-def test_nothing_that_counts_gives_zero_and_not_nan(num_rows, backend):
-    problem = make_problem(num_rows, 10, 2)
+@pytest.mark.parametrize("num_positions", [0, 3])
+def test_nothing_that_counts_gives_zero_and_not_nan(num_positions, backend):
+    problem = make_problem(num_positions, 10, 2)
     z_PV = torch.tensor(problem.logits_PV, requires_grad=True)
-    loss = sparse_kd_loss(z_PV, **{**tensors(problem), "weights_P": torch.zeros(num_rows)}, backend=backend)
+    loss = sparse_kd_loss(z_PV, **{**tensors(problem), "weights_P": torch.zeros(num_positions)}, backend=backend)
     loss.backward()
     assert loss.item() == 0
     assert z_PV.grad is not None
@@ -235,7 +237,7 @@ def test_losses_and_gradients_do_not_depend_on_the_number_of_threads():
 
 def test_auto_takes_numba_where_it_can_and_torch_elsewhere():
     problem = make_problem(3, 7, 3)
-    for dtype, name in ((torch.float32, "_Rows"), (torch.bfloat16, "_Rows"), (torch.float64, "Sum")):
+    for dtype, name in ((torch.float32, "_OverLogits"), (torch.bfloat16, "_OverLogits"), (torch.float64, "Sum")):
         z_PV = torch.tensor(problem.logits_PV, dtype=dtype, requires_grad=True)
         assert name in type(sparse_kd_loss(z_PV, **tensors(problem)).grad_fn).__name__
 

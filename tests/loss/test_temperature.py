@@ -39,8 +39,8 @@ class Teacher:
             mass_PV = (logits_PV / temperature).softmax(dim=1)
             head_PK = mass_PV.gather(1, self.record["token_ids_PK"])
             buckets.append(torch.cat([head_PK, 1 - head_PK.sum(dim=1, keepdim=True)], dim=1))
-        p_PB, q_PB = buckets
-        kl_P = (p_PB * (p_PB / q_PB).log()).sum(dim=1)
+        p_PK1, q_PK1 = buckets
+        kl_P = (p_PK1 * (p_PK1 / q_PK1).log()).sum(dim=1)
         ce_P = torch.nn.functional.cross_entropy(z_PV, self.target_ids_P.long(), reduction="none")
         loss = (alpha * temperature**2 * kl_P + (1 - alpha) * ce_P).mean()
         return loss.detach(), torch.autograd.grad(loss, z_PV)[0]

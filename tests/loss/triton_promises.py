@@ -10,18 +10,18 @@ import torch
 from contracts import kernels as contract
 from contracts.kernels import make_problem
 from loose_calls import fused_sparse_kd_loss, sparse_kd_loss
-from test_bucket_rows import check_ids_beyond_the_vocabulary, compute_by_step, run_step
 from test_compile import assert_fused_compiles_whole, assert_rows_compile_whole
 from test_half_logprobs import OPTIONS, check_fused, check_rows
 from test_head import make
 from test_sparse_kd import with_estimates
+from test_steps import check_ids_beyond_the_vocabulary, compute_by_step, run_step
 from unwritten_memory import unwritten_memory_is_nan
 
 from kdcache.kernels import divergences as d
 from kdcache.kernels.base import Objective
 from kdcache.kernels.reference import loss_and_gradient
 from kdcache.loss.chunks import Head
-from kdcache.loss.triton_passes import TritonPasses
+from kdcache.loss.steps.triton_passes import TritonPasses
 
 run, compute = partial(run_step, "triton"), partial(compute_by_step, "triton")
 
@@ -29,7 +29,7 @@ run, compute = partial(run_step, "triton"), partial(compute_by_step, "triton")
 def keep_the_contract() -> None:
     """The interpreter takes milliseconds per launch: shapes and objectives are fewer here, promises are not.
 
-    The O(K) part is torch's, and is held to the whole contract in test_bucket_rows.py.
+    The O(K) part is torch's, and is held to the whole contract in test_steps.py.
     """
     shapes = [(0, 5, 2), (1, 1, 0), (3, 1, 1), (4, 2, 1), (5, 17, 0), (3, 16, 16), (3, 71, 5)]
     temperatures = [Objective(tail, 0.4, temperature=2.0) for tail in ("bucket", "uniform")]

@@ -10,11 +10,11 @@ import numpy as np
 from kdcache.kernels.divergences import Divergence
 
 
-def _compiled(x_6B, options):  # log P, P, log Q, Q, h, is an estimate
+def _compiled(x_6K1, options):  # log P, P, log Q, Q, h, is an estimate
     loss = 0.0
-    for b in range(x_6B.shape[1]):
-        gap = x_6B[3, b] - x_6B[1, b]
-        x_6B[4, b] = options[0] * x_6B[3, b] * gap
+    for b in range(x_6K1.shape[1]):
+        gap = x_6K1[3, b] - x_6K1[1, b]
+        x_6K1[4, b] = options[0] * x_6K1[3, b] * gap
         loss += options[0] * gap * gap / 2
     return loss
 
@@ -34,13 +34,13 @@ class SquaredDistance(Divergence):
     def __post_init__(self) -> None:
         self._check("scale", 0, 1e6, ends="(]")
 
-    def in_numpy(self, log_p_PB: Any, log_q_PB: Any) -> tuple[Any, Any]:
-        p_PB, q_PB = np.exp(log_p_PB), np.exp(log_q_PB)
-        return self.scale * ((q_PB - p_PB) ** 2).sum(axis=1) / 2, self.scale * q_PB * (q_PB - p_PB)
+    def in_numpy(self, log_p_PK1: Any, log_q_PK1: Any) -> tuple[Any, Any]:
+        p_PK1, q_PK1 = np.exp(log_p_PK1), np.exp(log_q_PK1)
+        return self.scale * ((q_PK1 - p_PK1) ** 2).sum(axis=1) / 2, self.scale * q_PK1 * (q_PK1 - p_PK1)
 
     def in_torch(self, masses: Any) -> tuple[Any, Any]:
-        gap_PB = masses.q_PB - masses.p_PB
-        return self.scale * gap_PB.square().sum(dim=1) / 2, self.scale * masses.q_PB * gap_PB
+        gap_PK1 = masses.q_PK1 - masses.p_PK1
+        return self.scale * gap_PK1.square().sum(dim=1) / 2, self.scale * masses.q_PK1 * gap_PK1
 
 
 @dataclass(frozen=True, slots=True)

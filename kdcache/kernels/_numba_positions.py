@@ -1,18 +1,16 @@
-"""The compiled row kernels: in place, no [P, V] temporary, about 0.4 ns per logit and core. Defined by `reference`.
+"""The compiled kernels: in place, no [P, V] temporary, about 0.4 ns per logit and core. Defined by `reference`.
 
-Shape letters: P positions (rows), K entries per position (padded), V the student's vocabulary.
-
-How a row is done, all but the O(K) part vectorised:
-1. its support's logits are lifted out into a K-buffer, -inf is left in their place: what remains is the tail;
+How the logits of a position become its gradient, all but the O(K) part vectorised:
+1. its support's logits are lifted out into a K-buffer, -inf is left there: what remains is the tail;
 2. the tail's maximum, then exp(z - maximum) in place and its sum: log Q_tail without the cancellation of 1 - sum(Q), and
-   no underflow however small the tail is beside the support;
-3. the divergence on K+1 buckets, in float64: loss and h (see `reference` for the general form, `_numba_divergences` for the
+   no underflow however small the tail is next to the support;
+3. the divergence on K+1 buckets, in float64: loss and h (see `reference` for the general form, `divergences._numba` for the
    functions, one of which is an argument here);
-4. the row times one scalar, and K entries written over it.
-Labels at another temperature than the teacher's cost a second exp per logit, and a uniform tail one more sum.
+4. the logits times one scalar, and K entries written over them.
+Target ids at another temperature than the teacher's cost a second exp per logit, and a uniform tail one more sum.
 
-Serial functions that release the GIL; `_numba` splits the rows between threads. Every function that is called by name is in
-this file: numba's on-disk cache notices a change of this file only.
+Serial functions that release the GIL; `_numba` splits the positions between threads. Every function that is called by name is
+in this file: numba's on-disk cache notices a change of this file only.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ _SUM_BLOCK = 4096
 _LOG2_E = 1.4426950408889634
 _MAGIC = 1.5 * 2**23 + 127
 # ln 2 in two parts; the first has few enough bits that its product with an exponent is exact.
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+_COARSE_LN2, _FINE_LN2 = 0.693359375, -2.12194440e-4
 # Minimax on |r| <= ln(2)/2, from the Cephes library's expf.
 _EXP_COEFFICIENTS = (
     1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0,
@@ -50,9 +48,9 @@ _STRIP = 8 * _LANES
 
 
 def _constant(like: Any, value: float) -> ir.Constant:
-    """Of a number's type, or one for each lane of a vector."""
-    number = value if like.type in (_INT, ir.VectorType(_INT, _LANES)) else float(np.float32(value))
-    return ir.Constant(like.type, [number] * _LANES if isinstance(like.type, ir.VectorType) else number)
+    """Of a scalar's type, or one for each lane of a vector."""
+    constant = value if like.type in (_INT, ir.VectorType(_INT, _LANES)) else float(np.float32(value))
+    return ir.Constant(like.type, [constant] * _LANES if isinstance(like.type, ir.VectorType) else constant)
 
 
 def _call_llvm(builder: ir.IRBuilder, name: str, *arguments: Any) -> Any:
@@ -70,8 +68,8 @@ def _emit_exp(builder: ir.IRBuilder, x: Any) -> Any:
     # A float32 this large has no bits after the point, and the exponent of 2^n as its last ones.
     t = _multiply_add(builder, x, _constant(x, _LOG2_E), _constant(x, _MAGIC))
     n = builder.fsub(t, _constant(x, _MAGIC))
-    r = _multiply_add(builder, n, _constant(x, -_LN2_HIGH), x)
-    r = _multiply_add(builder, n, _constant(x, -_LN2_LOW), r)
+    r = _multiply_add(builder, n, _constant(x, -_COARSE_LN2), x)
+    r = _multiply_add(builder, n, _constant(x, -_FINE_LN2), r)
     value = _constant(x, _EXP_COEFFICIENTS[0])
     for coefficient in _EXP_COEFFICIENTS[1:]:
         value = _multiply_add(builder, value, r, _constant(x, coefficient))
@@ -102,7 +100,7 @@ def _declare_exp(typing_context: Any, x: Any) -> Any:
 
 
 def _over_strips(first: float, combine: Callable[..., Any], join: Callable[..., Any], *kinds: Any) -> Any:
-    """What an intrinsic over whole strips of a row returns: a float32, which four vectors in registers come to.
+    """What an intrinsic over whole strips of a vector returns: a float32, which four vectors in registers come to.
 
     Always these lanes, joined in one order: numba's own loops have as many as a processor likes, and other sums on each.
 
@@ -110,19 +108,19 @@ def _over_strips(first: float, combine: Callable[..., Any], join: Callable[..., 
         first: of every lane.
         combine: (builder, lanes so far, 16 numbers, further arguments) -> the lanes, and what is written back, or None.
         join: (builder, one, other) -> two of them joined.
-        kinds: numba's types of the row and of the further arguments.
+        kinds: numba's types of the vector and of the further arguments.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        row, vector = context.make_array(signature.args[0])(context, builder, arguments[0]), ir.VectorType(_FLOAT, _LANES)
+        values, vector = context.make_array(signature.args[0])(context, builder, arguments[0]), ir.VectorType(_FLOAT, _LANES)
         lanes = [cgutils.alloca_once_value(builder, ir.Constant(vector, [first] * _LANES)) for _ in range(_STRIP // _LANES)]
         for lane in lanes:
             builder.store(ir.Constant(vector, [first] * _LANES), lane)
-        size = builder.extract_value(row.shape, 0)
+        size = builder.extract_value(values.shape, 0)
         with cgutils.for_range(builder, builder.udiv(size, ir.Constant(_LONG, _STRIP))) as loop:
             for i, lane in enumerate(lanes):
                 start = builder.add(builder.mul(loop.index, ir.Constant(_LONG, _STRIP)), ir.Constant(_LONG, i * _LANES))
-                pointer = builder.bitcast(builder.gep(row.data, [start]), vector.as_pointer())
+                pointer = builder.bitcast(builder.gep(values.data, [start]), vector.as_pointer())
                 joined, written = combine(builder, builder.load(lane), builder.load(pointer, align=4), *arguments[1:])
                 builder.store(joined, lane)
                 if written is not None:
@@ -147,19 +145,19 @@ def _larger(builder: ir.IRBuilder, x: Any, y: Any) -> Any:
     return _call_llvm(builder, "llvm.maximum", x, y)
 
 
-def _declare_maximum(typing_context: Any, row: Any) -> Any:
+def _declare_maximum(typing_context: Any, values: Any) -> Any:
     """Maximum of whole strips; NaN if any is: llvm.maximum, unlike llvm.maxnum and Python's max, lets NaN through."""
     del typing_context
-    return _over_strips(-math.inf, lambda builder, lanes, x: (_larger(builder, lanes, x), None), _larger, row)
+    return _over_strips(-math.inf, lambda builder, lanes, x: (_larger(builder, lanes, x), None), _larger, values)
 
 
-def _declare_sum(typing_context: Any, row: Any) -> Any:
+def _declare_sum(typing_context: Any, values: Any) -> Any:
     """Sum of whole strips."""
     del typing_context
-    return _over_strips(0.0, lambda builder, lanes, x: (builder.fadd(lanes, x), None), _add, row)
+    return _over_strips(0.0, lambda builder, lanes, x: (builder.fadd(lanes, x), None), _add, values)
 
 
-def _declare_exp_strips(typing_context: Any, row: Any, top: Any) -> Any:
+def _declare_exp_strips(typing_context: Any, values: Any, top: Any) -> Any:
     """exp(x - top) in place, of whole strips; their sum."""
     del typing_context, top
 
@@ -169,7 +167,7 @@ def _declare_exp_strips(typing_context: Any, row: Any, top: Any) -> Any:
         e = _emit_exp(builder, builder.fsub(x, tops))
         return builder.fadd(lanes, e), e
 
-    return _over_strips(0.0, combine, _add, row, types.float32)
+    return _over_strips(0.0, combine, _add, values, types.float32)
 
 
 _exp: Callable[..., Any] = intrinsic(_declare_exp)
@@ -179,82 +177,82 @@ _exp_strips: Callable[..., Any] = intrinsic(_declare_exp_strips)
 
 
 @inlined
-def _maximum_of(row_V):
-    whole = len(row_V) // _STRIP * _STRIP
-    top = _maximum_of_strips(row_V[:whole])
-    for j in range(whole, len(row_V)):
+def _maximum_of(z_V):
+    whole = len(z_V) // _STRIP * _STRIP
+    top = _maximum_of_strips(z_V[:whole])
+    for j in range(whole, len(z_V)):
         # A NaN in either stays.
-        if not row_V[j] <= top:
-            top = row_V[j] if top == top else top
+        if not z_V[j] <= top:
+            top = z_V[j] if top == top else top
     return top
 
 
 @inlined
-def _exp_in_place(row_V, top):
-    """row = exp(row - top), and its sum."""
-    total, whole = 0.0, len(row_V) // _STRIP * _STRIP
+def _to_exp(z_V, top):
+    """z = exp(z - top), and its sum."""
+    total, whole = 0.0, len(z_V) // _STRIP * _STRIP
     for start in range(0, whole, _SUM_BLOCK):
-        total += np.float64(_exp_strips(row_V[start : min(start + _SUM_BLOCK, whole)], top))
-    for j in range(whole, len(row_V)):
-        row_V[j] = _exp(row_V[j] - top)
-        total += np.float64(row_V[j])
+        total += np.float64(_exp_strips(z_V[start : min(start + _SUM_BLOCK, whole)], top))
+    for j in range(whole, len(z_V)):
+        z_V[j] = _exp(z_V[j] - top)
+        total += np.float64(z_V[j])
     return total
 
 
 @inlined
-def _sum_of(row_V):
-    total, whole = 0.0, len(row_V) // _STRIP * _STRIP
+def _sum_of(z_V):
+    total, whole = 0.0, len(z_V) // _STRIP * _STRIP
     for start in range(0, whole, _SUM_BLOCK):
-        total += np.float64(_sum_of_strips(row_V[start : min(start + _SUM_BLOCK, whole)]))
-    for j in range(whole, len(row_V)):
-        total += np.float64(row_V[j])
+        total += np.float64(_sum_of_strips(z_V[start : min(start + _SUM_BLOCK, whole)]))
+    for j in range(whole, len(z_V)):
+        total += np.float64(z_V[j])
     return total
 
 
 @inlined
-def _scale(row_V, factor, offset):
-    for j in range(len(row_V)):
-        row_V[j] = row_V[j] * factor + offset
+def _scale(z_V, factor, offset):
+    for j in range(len(z_V)):
+        z_V[j] = z_V[j] * factor + offset
 
 
 @inlined
-def _add_scaled(row_V, factor, other_V):
-    for j in range(len(row_V)):
-        row_V[j] += factor * other_V[j]
+def _add_scaled(z_V, factor, other_V):
+    for j in range(len(z_V)):
+        z_V[j] += factor * other_V[j]
 
 
 @inlined
-def _lift_support(row_V, ids_K, z_K, left):
-    """Move the support's logits into z_K (-inf at padding), leaving `left` behind; the number of entries."""
+def _lift_support(z_V, ids_K, z_K, left):
+    """Move the support's logits into z_K (-inf at padding), leaving `left` there; the number of entries."""
     num_entries = 0
     for k in range(len(ids_K)):
         z_K[k] = -np.inf
         if ids_K[k] >= 0:
-            z_K[k] = row_V[ids_K[k]]
-            row_V[ids_K[k]] = left
+            z_K[k] = z_V[ids_K[k]]
+            z_V[ids_K[k]] = left
             num_entries += 1
     return num_entries
 
 
 @inlined
-def _write_support(row_V, ids_K, value):
+def _write_support(z_V, ids_K, value):
     for k in range(len(ids_K)):
         if ids_K[k] >= 0:
-            row_V[ids_K[k]] = value
+            z_V[ids_K[k]] = value
 
 
 @inlined
-def _total(x_B):
+def _total(x_K1):
     """Sum of float64, in an order that no vector's width changes."""
     one, two, three, four = 0.0, 0.0, 0.0, 0.0
-    whole = len(x_B) // 4 * 4
+    whole = len(x_K1) // 4 * 4
     for b in range(0, whole, 4):
-        one += x_B[b]
-        two += x_B[b + 1]
-        three += x_B[b + 2]
-        four += x_B[b + 3]
-    for b in range(whole, len(x_B)):
-        one += x_B[b]
+        one += x_K1[b]
+        two += x_K1[b + 1]
+        three += x_K1[b + 2]
+        four += x_K1[b + 3]
+    for b in range(whole, len(x_K1)):
+        one += x_K1[b]
     return (one + two) + (three + four)
 
 
@@ -271,12 +269,12 @@ def _with_support(z_K, tail_lse, room_K):
 
 
 @inlined
-def _fill_student(z_K, tail_lse, lse, x_6B):
+def _fill_student(z_K, tail_lse, lse, x_6K1):
     for k in range(len(z_K)):
-        x_6B[_LOG_Q, k] = z_K[k] - lse
-        x_6B[_Q, k] = math.exp(z_K[k] - lse)
-    x_6B[_LOG_Q, len(z_K)] = tail_lse - lse
-    x_6B[_Q, len(z_K)] = math.exp(tail_lse - lse)
+        x_6K1[_LOG_Q, k] = z_K[k] - lse
+        x_6K1[_Q, k] = math.exp(z_K[k] - lse)
+    x_6K1[_LOG_Q, len(z_K)] = tail_lse - lse
+    x_6K1[_Q, len(z_K)] = math.exp(tail_lse - lse)
 
 
 @inlined
@@ -288,132 +286,133 @@ def _count_exact(ids_K, num_exact):
 
 
 @inlined
-def _fill_teacher(ids_K, logprobs_K, num_exact, tail, tail_mass, x_6B):
+def _fill_teacher(ids_K, logprobs_K, num_exact, tail, tail_mass, x_6K1):
     """The teacher's masses and their logs; `tail_mass` is that of the bucket."""
     num_entries = len(ids_K)
-    x_6B[_ESTIMATE] = 0.0
+    x_6K1[_ESTIMATE] = 0.0
     for k in range(num_entries):
-        x_6B[_LOG_P, k], x_6B[_P, k] = -np.inf, 0.0
+        x_6K1[_LOG_P, k], x_6K1[_P, k] = -np.inf, 0.0
         if k >= num_exact and ids_K[k] >= 0:
-            x_6B[_ESTIMATE, k] = 1.0
+            x_6K1[_ESTIMATE, k] = 1.0
         if ids_K[k] >= 0:
-            x_6B[_LOG_P, k], x_6B[_P, k] = logprobs_K[k], _exp(logprobs_K[k])
-    total = _total(x_6B[_P, :num_entries])
-    x_6B[_LOG_P, num_entries], x_6B[_P, num_entries] = math.log(tail_mass), tail_mass
+            x_6K1[_LOG_P, k], x_6K1[_P, k] = logprobs_K[k], _exp(logprobs_K[k])
+    total = _total(x_6K1[_P, :num_entries])
+    x_6K1[_LOG_P, num_entries], x_6K1[_P, num_entries] = math.log(tail_mass), tail_mass
     if tail == _RENORMALIZE and total > 0:
         log_total = math.log(total)
         for k in range(num_entries):
-            x_6B[_LOG_P, k] -= log_total
-            x_6B[_P, k] /= total
+            x_6K1[_LOG_P, k] -= log_total
+            x_6K1[_P, k] /= total
 
 
 @inlined
-def _tail_in_place(row_V):
-    """row = exp(row - its maximum), 0 where that is -inf; log(sum(exp(row))), and the sum of what is now in the row."""
-    top = _maximum_of(row_V)
+def _to_tail(z_V):
+    """z = exp(z - its maximum), 0 where that is -inf; log(sum(exp(z))), and the sum of what is now in z."""
+    top = _maximum_of(z_V)
     if top == -np.inf:
         # No tail, or one that the student cannot give.
-        row_V[:] = np.float32(0.0)
+        z_V[:] = np.float32(0.0)
         return top, 1.0
-    total = _exp_in_place(row_V, top)
+    total = _to_exp(z_V, top)
     return top + math.log(total), total
 
 
 @inlined
-def _do_row(
-    row_V, ids_K, logprobs_K, num_exact, tail_mass, label, weight,
-    tail, alpha, temperature, divergence, options, z_K, x_6B, label_V, want_gradient,
+def _do_position(
+    z_V, ids_K, logprobs_K, num_exact, tail_mass, target_id, weight,
+    tail, alpha, temperature, divergence, options, z_K, x_6K1, target_V, want_gradient,
 ):  # fmt: skip
-    """One row's loss; the row becomes weight * gradient, or is left in disorder where no gradient is wanted."""
-    label_share = 1.0 - alpha if label >= 0 else 0.0
-    # At temperature 1 labels need no exp of their own.
-    share_here = label_share if temperature == 1 else 0.0
-    label_z = np.float64(row_V[label]) if label_share > 0 else 0.0
+    """One position's loss; its logits become weight * gradient, or are left in disorder where no gradient is wanted."""
+    target_share = 1.0 - alpha if target_id >= 0 else 0.0
+    # At temperature 1 target ids need no exp of their own.
+    share_here = target_share if temperature == 1 else 0.0
+    target_z = np.float64(z_V[target_id]) if target_share > 0 else 0.0
     if temperature != 1:
-        if label_share > 0:
-            label_V[:] = row_V
-        _scale(row_V, np.float32(1 / temperature), np.float32(0.0))
+        if target_share > 0:
+            target_V[:] = z_V
+        _scale(z_V, np.float32(1 / temperature), np.float32(0.0))
 
     # 0 is left where the tail's logits are to be added up.
-    num_outside = len(row_V) - _lift_support(row_V, ids_K, z_K, np.float32(0.0 if tail == _UNIFORM else -np.inf))
+    num_outside = len(z_V) - _lift_support(z_V, ids_K, z_K, np.float32(0.0 if tail == _UNIFORM else -np.inf))
     # The tail is what is no exact entry: estimates, where there are any, are within it.
-    has_tail = len(row_V) > _count_exact(ids_K, num_exact)
+    has_tail = len(z_V) > _count_exact(ids_K, num_exact)
     bucket = tail_mass if tail == _BUCKET and has_tail else 0.0
     spread = tail_mass if tail == _UNIFORM and num_outside > 0 else 0.0
     outside_z = 0.0
     if tail == _UNIFORM:
-        outside_z = _sum_of(row_V) / max(num_outside, 1)
-        _write_support(row_V, ids_K, np.float32(-np.inf))
-    tail_lse, tail_sum = _tail_in_place(row_V)
-    lse = _with_support(z_K, tail_lse, x_6B[_Q, : len(z_K)])
-    _fill_student(z_K, tail_lse, lse, x_6B)
+        outside_z = _sum_of(z_V) / max(num_outside, 1)
+        _write_support(z_V, ids_K, np.float32(-np.inf))
+    tail_lse, tail_sum = _to_tail(z_V)
+    lse = _with_support(z_K, tail_lse, x_6K1[_Q, : len(z_K)])
+    _fill_student(z_K, tail_lse, lse, x_6K1)
 
     loss, total = 0.0, share_here
-    x_6B[_H] = 0.0
+    x_6K1[_H] = 0.0
     if alpha > 0:
-        _fill_teacher(ids_K, logprobs_K, num_exact, tail, bucket, x_6B)
-        loss = divergence(x_6B, options)
-        for b in range(x_6B.shape[1]):
-            x_6B[_H, b] *= alpha * temperature
-            total -= x_6B[_H, b]
+        _fill_teacher(ids_K, logprobs_K, num_exact, tail, bucket, x_6K1)
+        loss = divergence(x_6K1, options)
+        for b in range(x_6K1.shape[1]):
+            x_6K1[_H, b] *= alpha * temperature
+            total -= x_6K1[_H, b]
         if spread > 0:
             loss += spread * (math.log(spread) - math.log(num_outside) - outside_z + lse)
             total += alpha * temperature * spread
         loss *= alpha * temperature * temperature
     if share_here > 0:
-        loss += label_share * (lse - label_z)
+        loss += target_share * (lse - target_z)
     if not want_gradient:
-        return loss if share_here == label_share else loss + label_share * (_tail_in_place(label_V)[0] - label_z)
+        return loss if share_here == target_share else loss + target_share * (_to_tail(target_V)[0] - target_z)
 
-    dense = (total * x_6B[_Q, len(ids_K)] + x_6B[_H, len(ids_K)]) / tail_sum
-    _scale(row_V, np.float32(weight * dense), np.float32(-weight * alpha * temperature * spread / max(num_outside, 1)))
+    dense = (total * x_6K1[_Q, len(ids_K)] + x_6K1[_H, len(ids_K)]) / tail_sum
+    _scale(z_V, np.float32(weight * dense), np.float32(-weight * alpha * temperature * spread / max(num_outside, 1)))
     for k in range(len(ids_K)):
         if ids_K[k] >= 0:
             # Added in float64 and rounded once: near convergence q - p is a small difference of large numbers.
-            row_V[ids_K[k]] = weight * (total * x_6B[_Q, k] + x_6B[_H, k])
-    if share_here != label_share:
-        label_lse, label_sum = _tail_in_place(label_V)
-        loss += label_share * (label_lse - label_z)
-        _add_scaled(row_V, np.float32(weight * label_share / label_sum), label_V)
-    if label_share > 0:
-        row_V[label] = row_V[label] - weight * label_share
+            z_V[ids_K[k]] = weight * (total * x_6K1[_Q, k] + x_6K1[_H, k])
+    if share_here != target_share:
+        target_lse, target_sum = _to_tail(target_V)
+        loss += target_share * (target_lse - target_z)
+        _add_scaled(z_V, np.float32(weight * target_share / target_sum), target_V)
+    if target_share > 0:
+        z_V[target_id] = z_V[target_id] - weight * target_share
     return loss
 
 
-def float32_rows(
+def float32_positions(
     logits_PV, ids_PK, logprobs_PK, num_exact_P, tail_mass_P, target_ids_P, weights_P,
     tail, alpha, temperature, divergence, options, want_gradient, start, stop, losses_P,
 ):  # fmt: skip
     num_entries, vocab_size = ids_PK.shape[1], logits_PV.shape[1]
-    z_K, x_6B = np.empty(num_entries, np.float32), np.empty((6, num_entries + 1))
+    z_K, x_6K1 = np.empty(num_entries, np.float32), np.empty((6, num_entries + 1))
     copy_V = np.empty(0 if want_gradient else vocab_size, np.float32)
-    label_V = np.empty(vocab_size if alpha < 1 and temperature != 1 else 0, np.float32)
+    target_V = np.empty(vocab_size if alpha < 1 and temperature != 1 else 0, np.float32)
     for i in range(start, stop):
         if weights_P[i] == 0.0:
             losses_P[i] = 0.0
             if want_gradient:
                 logits_PV[i] = np.float32(0.0)
             continue
-        row_V = logits_PV[i]
+        z_V = logits_PV[i]
         if not want_gradient:
-            copy_V[:] = row_V
-            row_V = copy_V
-        losses_P[i] = _do_row(
-            row_V, ids_PK[i], logprobs_PK[i], num_exact_P[i], tail_mass_P[i], target_ids_P[i], weights_P[i],
-            tail, alpha, temperature, divergence, options, z_K, x_6B, label_V, want_gradient,
+            copy_V[:] = z_V
+            z_V = copy_V
+        losses_P[i] = _do_position(
+            z_V, ids_PK[i], logprobs_PK[i], num_exact_P[i], tail_mass_P[i], target_ids_P[i], weights_P[i],
+            tail, alpha, temperature, divergence, options, z_K, x_6K1, target_V, want_gradient,
         )  # fmt: skip
 
 
-def bfloat16_rows(
+def bfloat16_positions(
     logits_PV, ids_PK, logprobs_PK, num_exact_P, tail_mass_P, target_ids_P, weights_P,
     tail, alpha, temperature, divergence, options, want_gradient, start, stop, losses_P,
 ):  # fmt: skip
-    """As float32_rows, for the bits of bfloat16: through one float32 row, which stays in the core's cache."""
+    """As float32_positions, for the bits of bfloat16: through one float32 copy of a position's logits, which stays in the
+    core's cache."""
     num_entries, vocab_size = ids_PK.shape[1], logits_PV.shape[1]
-    z_K, x_6B = np.empty(num_entries, np.float32), np.empty((6, num_entries + 1))
+    z_K, x_6K1 = np.empty(num_entries, np.float32), np.empty((6, num_entries + 1))
     bits_V = np.empty(vocab_size, np.uint32)
-    row_V = bits_V.view(np.float32)
-    label_V = np.empty(vocab_size if alpha < 1 and temperature != 1 else 0, np.float32)
+    z_V = bits_V.view(np.float32)
+    target_V = np.empty(vocab_size if alpha < 1 and temperature != 1 else 0, np.float32)
     for i in range(start, stop):
         if weights_P[i] == 0.0:
             losses_P[i] = 0.0
@@ -422,9 +421,9 @@ def bfloat16_rows(
             continue
         for j in range(len(bits_V)):
             bits_V[j] = np.uint32(logits_PV[i, j]) << np.uint32(16)
-        losses_P[i] = _do_row(
-            row_V, ids_PK[i], logprobs_PK[i], num_exact_P[i], tail_mass_P[i], target_ids_P[i], weights_P[i],
-            tail, alpha, temperature, divergence, options, z_K, x_6B, label_V, want_gradient,
+        losses_P[i] = _do_position(
+            z_V, ids_PK[i], logprobs_PK[i], num_exact_P[i], tail_mass_P[i], target_ids_P[i], weights_P[i],
+            tail, alpha, temperature, divergence, options, z_K, x_6K1, target_V, want_gradient,
         )  # fmt: skip
         if want_gradient:
             _narrow(bits_V, logits_PV[i])

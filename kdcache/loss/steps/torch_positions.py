@@ -1,8 +1,4 @@
-"""The row losses in plain torch: any device, float64, double backward, torch.compile. Makes [P, V] temporaries.
-
-Shape letters: P positions (rows), K entries per position (padded), V the student's vocabulary. The formulas are those of
-`kdcache.kernels.reference`. Nothing here depends on values in Python, so that a compiled graph has no breaks.
-"""
+"""The losses in plain torch: any device, float64, double backward, torch.compile. Makes [P, V] temporaries."""
 
 from __future__ import annotations
 
@@ -13,22 +9,22 @@ from torch import Tensor
 
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.base import NO_TARGET, PADDING_ID, Objective
-from kdcache.loss import torch_divergences
+from kdcache.kernels.divergences import _torch as divergences
+from kdcache.kernels.divergences._torch import Masses
 from kdcache.loss.prepare import Prepared
-from kdcache.loss.torch_divergences import Masses
 
 
-def row_losses(logits_PV: Tensor, ready: Prepared) -> Tensor:
-    """(P,) losses, not multiplied by the weights; 0 for rows of weight 0. float64 for float64 logits, else float32.
+def position_losses(logits_PV: Tensor, ready: Prepared) -> Tensor:
+    """(P,) losses, not multiplied by the weights; 0 for positions of weight 0. float64 for float64 logits, else float32.
 
-    NaN, with its gradient, for a row with an id of V or more, which is looked for beforehand on a CPU only.
+    NaN, with its gradient, for a position with an id of V or more, which is looked for beforehand on a CPU only.
     """
     ready, is_foreign_P = _without_foreign_ids(ready, logits_PV.shape[1])
     objective = ready.objective
     z_PV = logits_PV if logits_PV.dtype == torch.float64 else logits_PV.float()
     read_P = None if ready.weights_P is None else ready.weights_P > 0
     if read_P is not None:
-        # Before anything else: a NaN in a row that does not count would come back as 0 * NaN.
+        # Before anything else: a NaN in a position that does not count would come back as 0 * NaN.
         z_PV = z_PV.masked_fill(~read_P[:, None], 0.0)
     losses_P = z_PV.new_zeros(len(z_PV))
     if objective.alpha > 0:
@@ -40,7 +36,8 @@ def row_losses(logits_PV: Tensor, ready: Prepared) -> Tensor:
 
 
 def _without_foreign_ids(ready: Prepared, vocab_size: int) -> tuple[Prepared, Tensor]:
-    """Ids and labels beyond the vocabulary become padding, and (P,) whether a row had one; gather would read past its row."""
+    """Ids and target ids beyond the vocabulary become padding, and (P,) whether a position had one; gather would read past
+    its logits."""
     ids_PK, target_ids_P = ready.teacher.token_ids_PK, ready.target_ids_P
     is_foreign_P = (ids_PK >= vocab_size).any(dim=1)
     ids_PK = ids_PK.masked_fill(ids_PK >= vocab_size, PADDING_ID)
@@ -54,22 +51,22 @@ def _teacher_term(z_PV: Tensor, teacher: SoftTargets[Tensor], objective: Objecti
     if objective.temperature != 1:
         z_PV = z_PV / objective.temperature
     lse_P = torch.logsumexp(z_PV, dim=1)
-    # Without a tail bucket nothing looks at the student's mass there, and a pass over the row is spared.
-    log_q_PB = log_student(z_PV, lse_P, teacher.token_ids_PK, with_tail=objective.tail == "bucket")
-    both = masses(teacher, objective.tail, z_PV.shape[1], log_q_PB)
-    # In float64, all of it a few numbers per row: near convergence these are small differences of large numbers.
-    losses_P = torch_divergences.compute(objective.divergence, both).to(z_PV.dtype)
+    # Without a tail bucket nothing looks at the student's mass there, and a pass over the logits is spared.
+    log_q_PK1 = log_student(z_PV, lse_P, teacher.token_ids_PK, with_tail=objective.tail == "bucket")
+    both = masses(teacher, objective.tail, z_PV.shape[1], log_q_PK1)
+    # In float64, all of it a few numbers per position: near convergence these are small differences of large numbers.
+    losses_P = divergences.compute(objective.divergence, both).to(z_PV.dtype)
     if objective.tail == "uniform":
         losses_P = losses_P + _uniform_tail(z_PV, lse_P, teacher)
     return losses_P * objective.temperature**2
 
 
-def masses(teacher: SoftTargets[Tensor], tail: str, vocab_size: int, log_q_PB: Tensor) -> Masses:
-    """The teacher's buckets under a tail policy beside the student's."""
-    is_exact_PK, is_estimate_PB = exact_entries(teacher), None
+def masses(teacher: SoftTargets[Tensor], tail: str, vocab_size: int, log_q_PK1: Tensor) -> Masses:
+    """The teacher's buckets under a tail policy, with the student's."""
+    is_exact_PK, is_estimate_PK1 = exact_entries(teacher), None
     if teacher.num_exact_P is not None:
-        is_estimate_PB = torch.nn.functional.pad((teacher.token_ids_PK >= 0) & ~is_exact_PK, (0, 1))
-    return Masses.of(log_teacher(teacher, tail, vocab_size), log_q_PB, is_estimate_PB)
+        is_estimate_PK1 = torch.nn.functional.pad((teacher.token_ids_PK >= 0) & ~is_exact_PK, (0, 1))
+    return Masses.of(log_teacher(teacher, tail, vocab_size), log_q_PK1, is_estimate_PK1)
 
 
 def exact_entries(teacher: SoftTargets[Tensor]) -> Tensor:
@@ -82,7 +79,7 @@ def exact_entries(teacher: SoftTargets[Tensor]) -> Tensor:
 
 
 def log_teacher(teacher: SoftTargets[Tensor], tail: str, vocab_size: int) -> Tensor:
-    """(P, B) log masses under a tail policy, -inf for 0, the tail last; constants."""
+    """(P, K+1) log masses under a tail policy, -inf for 0, the tail last; constants."""
     stored_PK = teacher.token_ids_PK >= 0
     log_p_PK = widened(teacher.logprobs_PK.detach()).masked_fill(~stored_PK, -torch.inf)
     log_tail_P = log_p_PK.new_full((len(log_p_PK),), -torch.inf)
@@ -96,7 +93,7 @@ def log_teacher(teacher: SoftTargets[Tensor], tail: str, vocab_size: int) -> Ten
 
 
 def log_student(z_PV: Tensor, lse_P: Tensor, token_ids_PK: Tensor, *, with_tail: bool) -> Tensor:
-    """(P, B) log masses, -inf for 0, the tail last."""
+    """(P, K+1) log masses, -inf for 0, the tail last."""
     z_PK = z_PV.gather(1, token_ids_PK.long().clamp_min(0)).masked_fill(token_ids_PK < 0, -torch.inf)
     tail_lse_P = _tail_logsumexp(z_PV, token_ids_PK) if with_tail else torch.full_like(lse_P, -torch.inf)
     return widened(torch.cat([z_PK, tail_lse_P[:, None]], dim=1)) - widened(lse_P)[:, None]
@@ -133,6 +130,6 @@ def outside(z_PV: Tensor, token_ids_PK: Tensor, value: float) -> Tensor:
 
 
 def _cross_entropy(z_PV: Tensor, target_ids_P: Tensor) -> Tensor:
-    has_label_P = target_ids_P >= 0
-    label_z_P = z_PV.gather(1, target_ids_P.long().clamp_min(0)[:, None])[:, 0]
-    return torch.where(has_label_P, torch.logsumexp(z_PV, dim=1) - label_z_P, 0.0)
+    has_target_P = target_ids_P >= 0
+    target_z_P = z_PV.gather(1, target_ids_P.long().clamp_min(0)[:, None])[:, 0]
+    return torch.where(has_target_P, torch.logsumexp(z_PV, dim=1) - target_z_P, 0.0)

@@ -15,11 +15,11 @@ from test_sparse_kd import with_estimates
 
 from kdcache.kernels import divergences as d
 from kdcache.kernels.base import Objective
+from kdcache.kernels.divergences import _torch as torch_divergences
 from kdcache.kernels.reference import loss_and_gradient
-from kdcache.loss import torch_divergences, torch_rows, torch_slopes
-from kdcache.loss.bucket_rows import BucketStep, Passes
-from kdcache.loss.row_steps import make_step
-from kdcache.loss.torch_passes import TorchPasses
+from kdcache.loss.steps import torch_positions
+from kdcache.loss.steps.step import BucketStep, Passes, make_step
+from kdcache.loss.steps.torch_passes import TorchPasses
 
 
 def run_step(backend: str, logits_PV: torch.Tensor, problem: Problem, objective: Objective, *, want_gradient: bool = True):
@@ -80,11 +80,11 @@ def test_slopes_are_what_autograd_makes_of_the_values(divergence):
     problem, objective = make_problem(6, 40, 7), Objective("bucket", divergence=divergence)
     teacher = prepared(objective, "torch", **with_estimates(problem, objective)).teacher
     generator = torch.Generator().manual_seed(0)
-    log_q_PB = torch.randn(6, 8, generator=generator, dtype=torch.float64).log_softmax(dim=1).requires_grad_()
-    masses = torch_rows.masses(teacher, "bucket", 40, log_q_PB)
-    (wanted_PB,) = torch.autograd.grad(torch_divergences.compute(divergence, masses).sum(), log_q_PB)
-    h_PB = torch_slopes.compute(divergence, masses)
-    by_logits = [h - h.sum(dim=1, keepdim=True) * log_q_PB.exp() for h in (h_PB, wanted_PB)]
+    log_q_PK1 = torch.randn(6, 8, generator=generator, dtype=torch.float64).log_softmax(dim=1).requires_grad_()
+    masses = torch_positions.masses(teacher, "bucket", 40, log_q_PK1)
+    (wanted_PK1,) = torch.autograd.grad(torch_divergences.compute(divergence, masses).sum(), log_q_PK1)
+    h_PK1 = torch_divergences.slopes(divergence, masses)
+    by_logits = [h - h.sum(dim=1, keepdim=True) * log_q_PK1.exp() for h in (h_PK1, wanted_PK1)]
     torch.testing.assert_close(*by_logits, rtol=1e-12, atol=1e-13)
 
 

@@ -1,4 +1,4 @@
-"""Which divergences there are, what each may be asked for, and what it needs of the record. Formulas: `reference_divergences`.
+"""Which divergences there are, what each may be asked for, and what it needs of the record. Formulas: `reference`.
 
 Standard library only: configs, docs and tests read the same table.
 """
@@ -25,7 +25,7 @@ class Requirements:
 
     Attributes:
         tails: the tail policies under which it means what its name says.
-        unbiased: may be given unbiased targets (sampled and threshold records), because it is linear in the teacher's masses;
+        unbiased: may be given unbiased entries (sampled and threshold records), because it is linear in the teacher's masses;
             the others would be biased, and take exact entries with the exact mass of the tail.
         temperature: another temperature than 1 is possible, with the record's logsumexp(logprobs / T).
         tail_sample: needs exact entries and unbiased estimates of others, and is told which are which.
@@ -59,7 +59,7 @@ class Divergence:
     its name as an entry point of the group `kdcache.divergences`. Within torch.compile it is given made, not by name.
 
     Attributes:
-        for_numba: what `kdcache.kernels._numba_divergences` says, as a plain function that numba can compile; None leaves a
+        for_numba: what `kdcache.kernels.divergences._numba` says, as a plain function that numba can compile; None leaves a
             loss on a CPU to torch.
 
     Raises:
@@ -70,12 +70,12 @@ class Divergence:
     requirements: ClassVar[Requirements] = _BUCKET_ONLY
     for_numba: ClassVar[Callable[[Any, Any], float] | None] = None
 
-    def in_numpy(self, log_p_PB: Any, log_q_PB: Any) -> tuple[Any, Any]:
-        """(P,) losses and (P, B) h of arrays: the definition, as a function of `kdcache.kernels.reference_divergences`."""
+    def in_numpy(self, log_p_PK1: Any, log_q_PK1: Any) -> tuple[Any, Any]:
+        """(P,) losses and (P, K+1) h of arrays: the definition, as a function of `kdcache.kernels.divergences.reference`."""
         raise NotImplementedError(f"{type(self).__name__} has no in_numpy, which defines it")
 
     def in_torch(self, masses: Any) -> tuple[Any, Any]:
-        """(P,) losses and (P, B) h of `kdcache.loss.torch_divergences.Masses`; autograd can pass through the losses."""
+        """(P,) losses and (P, K+1) h of `kdcache.kernels.divergences._torch.Masses`; autograd can pass through the losses."""
         raise NotImplementedError(f"{type(self).__name__} has no in_torch, by which it is trained")
 
     @property
@@ -94,7 +94,7 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class ForwardKL(Divergence):
-    """KL(teacher || student): the classic, and the only one that unbiased targets are enough for."""
+    """KL(teacher || student): the classic, and the only one that unbiased entries are enough for."""
 
     name = "forward_kl"
     requirements = Requirements(
@@ -102,7 +102,7 @@ class ForwardKL(Divergence):
         unbiased=True,
         temperature=True,
         tail_sample=False,
-        because="with unbiased targets the tail is in the entries, and they were sampled at temperature 1",
+        because="with unbiased entries the tail is in the entries, and they were sampled at temperature 1",
     )
 
 
@@ -256,7 +256,7 @@ class DecoupledTopK(Divergence):
 class TailAwareKL(Divergence):
     """Forward KL with a tail bucket, plus the mass of the tail times the KL within it, from a sample of the tail.
 
-    For exact entries beside unbiased estimates of others (threshold and top_k_sampled records; `num_exact_P`). The gradient is
+    For exact entries with unbiased estimates of others (threshold and top_k_sampled records; `num_exact_P`). The gradient is
     unbiased: it is linear in the tail's masses, as the head and the tail's mass are exact. The value is not: the estimates'
     own entropy is not linear, and adds a number on which the student has no influence; to compare values use `forward_kl`.
 
@@ -272,8 +272,8 @@ class TailAwareKL(Divergence):
         unbiased=False,
         temperature=False,
         tail_sample=True,
-        because="the shape of the tail is not in a record of top entries and a tail mass, and a sample of it is one at "
-        "temperature 1 beside an exact head",
+        because="the shape of the tail is not in a record of top entries and a tail mass, and a sample of it stands for "
+        "temperature 1 next to an exact head",
     )
 
     def __post_init__(self) -> None:
@@ -342,7 +342,7 @@ def get_divergence(name: str | Divergence, **options: Any) -> Divergence:
     """The divergence of this name with these options; one that is already made comes back as it is.
 
     Raises:
-        LossError: there is no such divergence, no such option, or an option is outside its range.
+        LossError: an unknown divergence, an unknown option, or an option is outside its range.
     """
     if isinstance(name, Divergence):
         return name
@@ -357,7 +357,7 @@ def find_kind(name: str) -> type[Divergence]:
     """The class of this name, ours or another package's.
 
     Raises:
-        LossError: there is no such divergence.
+        LossError: it is unknown.
     """
     if name in DIVERGENCES:
         return DIVERGENCES[name]
@@ -366,17 +366,17 @@ def find_kind(name: str) -> type[Divergence]:
         raise LossError(f"divergence is {name!r}, but must be one of {', '.join(map(repr, known))}")
     kind = extensions.find("divergences", name)
     if not (isinstance(kind, type) and issubclass(kind, Divergence) and kind.name == name):
-        raise LossError(f"divergence {name!r} is no Divergence of this name, but {kind!r}; mend the package that brings it")
+        raise LossError(f"divergence {name!r} is not a Divergence of this name, but {kind!r}; mend the package that brings it")
     return kind
 
 
 def requirements_table() -> str:
     """Markdown: one line per divergence. README.md of this folder holds it, and a test compares them."""
-    lines = ["| divergence | options | tail | unbiased targets | temperature |", "|---|---|---|---|---|"]
+    lines = ["| divergence | options | tail | unbiased entries | temperature |", "|---|---|---|---|---|"]
     for name, kind in DIVERGENCES.items():
         needs, made = kind.requirements, kind()
         options = ", ".join(f"{field.name} = {getattr(made, field.name):.3g}" for field in fields(kind))
-        unbiased = "beside an exact head" if needs.tail_sample else "yes" if needs.unbiased else "no"
+        unbiased = "with an exact head" if needs.tail_sample else "yes" if needs.unbiased else "no"
         tails, answers = ", ".join(needs.tails), (unbiased, "yes" if needs.temperature else "no")
         lines.append(f"| `{name}` | {options} | {tails} | {' | '.join(answers)} |")
     return "\n".join(lines) + "\n"
