@@ -6,6 +6,7 @@ followed on the site; its path is shown instead. A link to a file that does not 
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from collections.abc import Mapping
@@ -40,8 +41,8 @@ ORDER = {
         "foreign",
     ],
     "tutorials": [
-        *("capture-one-node", "capture-slurm", "object-stores", "selection", "temperature", "extending", "your-own-trainer"),
-        *("huggingface-trainer", "trl", "unsloth", "ms-swift", "axolotl", "repair", "format"),
+        *("your_text", "capture-one-node", "capture-slurm", "object-stores", "selection", "temperature", "your-own-trainer"),
+        *("huggingface-trainer", "trl", "unsloth", "ms-swift", "axolotl", "repair", "format", "extending"),
     ],
     "reference": ["api", "cli", "config", "format", "glossary"],
     "project": ["changelog", "contributing", "security", "benchmarks"],
@@ -65,7 +66,8 @@ class LinkError(Exception):
 def repository_pages(root: Path) -> dict[str, str]:
     """Repository path of each Markdown file that is on the site -> its page, without suffix."""
     found = {name: page for name, page in FIXED.items() if (root / name).exists()}
-    for path in sorted((root / "kdcache").rglob("*.md")):
+    kinds = (".md", ".ipynb")
+    for path in sorted(path for path in (root / "kdcache").rglob("*.*") if path.suffix in kinds):
         name = path.relative_to(root).as_posix()
         folder, file = posixpath.split(name)
         if folder == "kdcache/docs":
@@ -119,6 +121,14 @@ def _toctree(entries: list[str], *, hidden: bool) -> str:
     return "```{toctree}\n:maxdepth: 1\n" + options + "\n" + "\n".join(entries) + "\n```\n"
 
 
+def markdown_of(path: Path) -> str:
+    """The text of a Markdown file, or a notebook's cells one after the other."""
+    if path.suffix != ".ipynb":
+        return path.read_text("utf-8")
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text("utf-8"))["cells"]]
+    return "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells) + "\n"
+
+
 def links(text: str) -> list[str]:
     """Targets of the links and images outside of code, in order."""
     return [match[3] for part, is_code in _parts(text) if not is_code for match in _LINK.finditer(part)]
@@ -152,15 +162,14 @@ def _with_links(root: Path, name: str, pages: Mapping[str, str]) -> tuple[str, l
             return f"![{words}]({up}files/{file})"
         return words if f"`{file}`" == words or words.strip("`") == posixpath.basename(file) else f"{words} (`{file}`)"
 
-    text = (root / name).read_text("utf-8")
-    return "".join(part if is_code else _LINK.sub(led, part) for part, is_code in _parts(text)), wrong
+    parts = _parts(markdown_of(root / name))
+    return "".join(part if is_code else _LINK.sub(led, part) for part, is_code in parts), wrong
 
 
 def _images(root: Path, pages: Mapping[str, str]) -> set[str]:
     found = set()
     for name in pages:
-        text = (root / name).read_text("utf-8")
-        for part, is_code in _parts(text):
+        for part, is_code in _parts(markdown_of(root / name)):
             found |= {
                 posixpath.normpath(posixpath.join(posixpath.dirname(name), match[3]))
                 for match in _LINK.finditer(part)
