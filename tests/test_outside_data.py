@@ -44,7 +44,7 @@ GUARDS = {
     "inputs/formats/table_files.py:table_columns read_schema": "",
     "inputs/formats/table_files.py:table_columns open_file": "",
     "inputs/formats/table_files.py:table_columns open_stream": "",
-    "inputs/formats/table_files.py:_runs from_buffers": "inputs/formats/table_files.py:_rows check_rows",
+    "inputs/formats/table_files.py:_runs from_buffers": "inputs/formats/table_files.py:_rows check_num_values",
     "inputs/formats/arrow_files.py:open_arrow open_file": "check_inflation",
     "inputs/formats/arrow_files.py:open_arrow open_stream": "check_inflation",
     "inputs/formats/arrow_files.py:open_arrow get_batch": "_validated",

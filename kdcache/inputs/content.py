@@ -1,4 +1,4 @@
-"""What an item is: the value of a field, checked, in the one shape that the rest of the capture knows."""
+"""An item: the checked value of a field, in the one form that everything after reading knows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kdcache.errors import InputError
 from kdcache.inputs.chat import Chat
-from kdcache.inputs.chat_rows import chat_of, content_names, parse_messages, read_names, shapes, shown
+from kdcache.inputs.chat_items import chat_of, content_names, parse_messages, read_names, shapes, shown
 
 DEFAULT_FIELDS = {"text": "text", "messages": "messages", "ids": "input_ids"}
 
@@ -21,14 +21,14 @@ Content = str | Chat | NDArray[np.int64]
 
 
 class Fields(NamedTuple):
-    """What is read of a row or a line.
+    """Which columns or keys of an item are read.
 
     Attributes:
         content: the column or key that holds it.
         kind: `text`, `messages` or `ids`.
-        domain: the column or key of the item's domain; None where none is read.
-        variables: of chats: names that the chat template reads.
-        is_named: the user has named the content's column or key.
+        domain: the column or key of the item's domain; None for none.
+        variables: names that the chat template reads, for chats.
+        is_named: whether the user named the column or key of the content.
     """
 
     content: str
@@ -39,29 +39,29 @@ class Fields(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """The columns or keys that must be there; for a chat whose column is looked for, see `content_names`."""
+        """List the columns or keys that must exist; for a chat whose column is looked for, see `content_names`."""
         return [self.content, *([] if self.domain is None else [self.domain])]
 
     def content_names(self, there: Sequence[str]) -> list[str]:
-        """Of what is there, what the content is made of; the one name that it should have where it has none."""
+        """List the names there that the content is made of; if there are none, the one that should be there."""
         found = content_names(there, self.content if self.is_named else None) if self.kind == "messages" else []
         return found or [self.content]
 
     def read_names(self, there: Sequence[str]) -> list[str]:
-        """Of what is there, all that is to be read; what must be there in any case."""
+        """List the names there that are read, and those that must be there."""
         chat = read_names(there, self.content if self.is_named else None, self.variables) if self.kind == "messages" else []
         domain = [] if self.domain is None else [self.domain]
         return list(dict.fromkeys([*self.content_names(there), *chat, *domain]))
 
     def advice(self, name: str, there: Sequence[str]) -> str:
-        """What to do where one of the names is missing: the option that asked for it, and the shapes of a chat."""
+        """Say what to do about a missing name: the config key that asked for it, and the shapes of a chat."""
         option = f"see {self.option(name)}"
         if self.kind != "messages" or name != self.content or self.is_named:
             return option
         return f"{option}; {shapes(there)}"
 
     def option(self, name: str) -> str:
-        """The option that asked for one of the names."""
+        """Name the config key that asked for one of the names."""
         return "input.field" if name == self.content else "input.domain_field"
 
 
@@ -70,7 +70,7 @@ class Start(NamedTuple):
 
     Attributes:
         file_index: of the sorted files; 0 for a dataset.
-        offset: bytes into a text file; rows into a table or dataset.
+        offset: bytes into a text file; items into a table or dataset.
         item_index: of the item in its file (txt and tables: the offset; line files: the lines before it).
     """
 
@@ -84,13 +84,13 @@ BEGINNING = Start(0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One text, chat or list of ids, as it came.
+    """One text, chat or list of ids.
 
     Attributes:
-        content: see Content; empty where the item holds nothing.
-        source: for people: "corpus/a.jsonl:17" (line 17), "b.parquet#12" (row 12, from 0), "x.txt".
+        content: see Content; empty if the item holds nothing.
+        source: for people: "corpus/a.jsonl:17" (line 17), "b.parquet#12" (item 12, from 0), "x.txt".
         start: where it starts.
-        domain: what kind of text it is, as the input says; "" where it does not.
+        domain: what kind of text it is, if the input says so; else "".
     """
 
     content: Content
@@ -100,16 +100,16 @@ class Item:
 
     @property
     def num_chars(self) -> int:
-        """Characters of its text, or tokens of its ids: the measure by which units are cut."""
+        """Count the characters of its text, or the tokens of its ids: units are cut by this measure."""
         return self.content.num_chars if isinstance(self.content, Chat) else len(self.content)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing for a teacher to read: no text, no message, no id, or null."""
+        """Whether a teacher has nothing to read: no text, message or id, or null."""
         return self.num_chars == 0
 
     def content_bytes(self) -> bytes:
-        """The content's meaning as bytes, the same from whatever format it was read."""
+        """Encode the content's meaning as bytes; they do not depend on the format it was read from."""
         if isinstance(self.content, str):
             return self.content.encode()
         if isinstance(self.content, Chat):
@@ -123,10 +123,10 @@ def parse_content(value: Any, kind: str, where: str) -> Content:
     Args:
         value: from JSON or a table's cell. Null is an empty item.
         kind: `text`, `messages` or `ids`.
-        where: file and line or row, and the field, for messages.
+        where: file and line or item, and the field, for messages.
 
     Raises:
-        InputError: the value is of another type, or a message of a chat is.
+        InputError: the value, or a message of a chat, has another type.
     """
     if kind == "text":
         return _parse_text(value, where)
@@ -135,30 +135,30 @@ def parse_content(value: Any, kind: str, where: str) -> Content:
     return _parse_ids(value, where)
 
 
-def parse_row(row: Mapping[str, Any], fields: Fields, where: str, what: str, *, is_table: bool) -> Content:
-    """The content of a row.
+def parse_item(item: Mapping[str, Any], fields: Fields, where: str, what: str, *, is_table: bool) -> Content:
+    """Parse the content of an item.
 
     Args:
-        row: what `fields.read_names` names of it.
+        item: what `fields.read_names` names of it.
         fields: what is read.
-        where: file and line or row.
-        what: a row's values are called: `field` or `column`.
-        is_table: nulls in structs are keys that other rows have.
+        where: file and line or item.
+        what: an item's values are called: `field` or `column`.
+        is_table: whether nulls in structs are keys that other items have.
 
     Raises:
         InputError: as `parse_content`.
     """
     if fields.kind == "messages":
         named = fields.content if fields.is_named else None
-        return chat_of(row, named, f"{where}: {what}", is_table=is_table, variables=fields.variables)
-    return parse_content(row[fields.content], fields.kind, f"{where}: {what} {fields.content!r}")
+        return chat_of(item, named, f"{where}: {what}", is_table=is_table, variables=fields.variables)
+    return parse_content(item[fields.content], fields.kind, f"{where}: {what} {fields.content!r}")
 
 
 def parse_domain(value: Any, where: str) -> str:
-    """Check a value as a domain's name; null is none.
+    """Check the name of a domain; null means none.
 
     Raises:
-        InputError: it is no text.
+        InputError: it is not text.
     """
     if value is not None and not isinstance(value, str):
         raise InputError(f"{where} is {shown(value)}, but a domain is text (see input.domain_field)")

@@ -1,4 +1,4 @@
-"""Which files an input names, in an order that depends on their names alone, and what it leaves out."""
+"""Which files an input names, in an order that depends only on their names, and which it leaves out."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from kdcache.inputs.left_out import LeftOut
 
 
 class FoundFiles(NamedTuple):
-    """Files: paths as a user would write them, each file once, sorted by their text. And what is not read."""
+    """Files that are read, and what is not. Paths are as a user would write them, each file once, sorted by their text."""
 
     files: list[str]
     left_out: LeftOut
 
 
 def find_files(paths: Iterable[str], input_format: str, endings: tuple[str, ...]) -> FoundFiles:
-    """The files behind paths, folders and glob patterns. Links to files are followed, links to folders inside a folder are not.
+    """Find the files that paths, folders and glob patterns name.
+
+    Links to files are followed, links to folders inside a folder are not.
 
     Args:
         paths: each a file, a folder (searched whole for the format's endings; hidden files and folders are left out), or a
@@ -37,12 +39,12 @@ def find_files(paths: Iterable[str], input_format: str, endings: tuple[str, ...]
     found: set[str] = set()
     for path in paths:
         if not path.strip():
-            raise InputError("input.paths holds an empty text; '.' is the working directory")
+            raise InputError("input.paths holds an empty text; write '.' for the working directory")
         here = LeftOut()
         try:
             matches = _matches(path, endings, here)
-        except OSError as error:  # a name that is too long, a folder on the way that may not be looked into
-            raise InputError(f"{path:.200}: cannot be looked for: {error.strerror}") from error
+        except OSError as error:  # a name that is too long, a folder on the way that may not be read
+            raise InputError(f"{path:.200}: cannot be searched: {error.strerror}") from error
         if not matches:
             raise InputError(_nothing(path, input_format, endings, here))
         found.update(matches)
@@ -50,7 +52,7 @@ def find_files(paths: Iterable[str], input_format: str, endings: tuple[str, ...]
     files: dict[str, str] = {}
     for path in sorted(found):
         if path.encode(errors="replace").decode() != path:
-            raise InputError(f"{path}: the file's name is not UTF-8, and the cache would hold it; rename it")
+            raise InputError(f"{path}: the file's name is not UTF-8, and would be stored in the cache; rename the file")
         if files.setdefault(_real(path), path) != path:
             left_out.add("other names of files that are read", [path])
     return FoundFiles(list(files.values()), left_out)
@@ -111,7 +113,7 @@ def _match_pattern(pattern: str, left_out: LeftOut) -> Iterator[str]:
 
 
 def _kind(path: Path) -> str:
-    return "links that lead nowhere" if path.is_symlink() and not path.exists() else "names that are no plain files"
+    return "links that lead nowhere" if path.is_symlink() and not path.exists() else "names that are not plain files"
 
 
 def _take(here: LeftOut, all_of_them: LeftOut) -> None:
@@ -135,11 +137,11 @@ def _nothing(path: str, input_format: str, endings: tuple[str, ...], left_out: L
     there = f"; not read, {left_out}" if left_out else ""
     if Path(path).is_dir():
         wanted = " or ".join(ending for ending in endings if not ending.endswith(COMPRESSED))
-        return f"{path}: no file in this folder ends in {wanted}, as input.format {input_format!r} asks{there}"
+        return f"{path}: no file in this folder ends in {wanted}, as input.format {input_format!r} requires{there}"
     if os.path.islink(path):
         return f"{path}: this link leads nowhere (to {os.readlink(path)!r})"
     if os.path.exists(path):
-        return f"{path}: not a plain file; an input is read more than once: save it as a file first"
+        return f"{path}: not a plain file; an input is read more than once, so save it as a file first"
     if glob.has_magic(path):
         return f"{path}: no file matches this pattern (working directory {Path.cwd()}){there}"
     return f"{path}: no such file or folder (working directory {Path.cwd()})"

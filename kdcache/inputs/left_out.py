@@ -1,4 +1,4 @@
-"""What an input names and nobody reads: counted by reason, with the first names."""
+"""What an input names but does not read: counted by reason, with the first names."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from kdcache.shown import shown
 
 MOST_NAMES = 5
-"""Of one reason that are kept; the others are counted."""
+"""Names kept for each reason; the others are counted."""
 MOST_CHARACTERS = 200
-"""Of a name."""
+"""Length of a kept name."""
 
 
 @dataclass
@@ -19,14 +19,14 @@ class LeftOut:
 
     Attributes:
         counts: reason -> how many.
-        names: reason -> the first of them.
+        names: reason -> the first names.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, names: Iterable[str]) -> None:
-        """Count names under a reason, which is a noun in the plural: `hidden files`."""
+        """Count names under a reason, a noun in the plural such as `hidden files`."""
         for name in names:
             self.counts[reason] = self.counts.get(reason, 0) + 1
             kept = self.names.setdefault(reason, [])
@@ -37,7 +37,7 @@ class LeftOut:
         return bool(self.counts)
 
     def __str__(self) -> str:
-        """One part for each reason: `hidden files: 2 (a, b); links that lead nowhere: 9 (c, d, e, f, g, ...)`."""
+        """Show one part for each reason: `hidden files: 2 (a, b); links that lead nowhere: 9 (c, d, e, f, g, ...)`."""
         return "; ".join(f"{reason}: {count:,} ({self._shown(reason)})" for reason, count in self.counts.items())
 
     def _shown(self, reason: str) -> str:

@@ -1,7 +1,7 @@
-"""The items of an input, in an order that depends on the input alone, from any item on.
+"""The items of an input, from any item on, in an order that depends only on the input.
 
 Policy for items without content (an empty file, a blank line of `lines`, an empty or null cell, a chat without text): they
-are counted, reported and skipped; they give no sequence. Anything that cannot be read is an InputError naming file and line.
+are counted, reported and skipped. Anything that cannot be read raises an InputError that names file and line.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from kdcache.inputs.left_out import LeftOut
 
 
 class ItemReader:
-    """The items behind an InputConfig. Close it when done.
+    """Reads the items that an InputConfig names. Close it when done.
 
     Attributes:
         files: in the order in which they are read; none for a dataset.
-        left_out: what the input names and is not read.
-        num_files_opened: up to now; all files before that one are read.
+        left_out: what the input names but does not read.
+        num_files_opened: so far; every file before the last of them has been read.
     """
 
     def __init__(self, config: InputConfig, variables: frozenset[str] = frozenset()) -> None:
@@ -30,7 +30,7 @@ class ItemReader:
 
         Args:
             config: what is read.
-            variables: names that the chat template reads; a row's values of these names are not passed over in silence.
+            variables: names that the chat template reads; an item's values with these names are reported if they are not used.
 
         Raises:
             ConfigError: the format does not hold what the config asks for.
@@ -62,10 +62,10 @@ class ItemReader:
                 self.left_out.add("files without any item", [self.files[index]])
 
     def close(self) -> None:
-        """Let go of the file that is open."""
+        """Close the file that is open."""
         self._opener.close()
 
     @property
     def name(self) -> str:
-        """The input, for messages."""
+        """The name of the input, for messages."""
         return f"dataset {self.config.dataset}" if self.config.dataset else ", ".join(self.config.paths)

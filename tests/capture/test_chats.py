@@ -112,8 +112,8 @@ def test_weights_count_whatever_is_supervised_and_unused_columns_are_named(make_
         config = make_config(CHATML, rows, supervise=supervise)
         config = convert_config(json.loads(json.dumps(_plain(config, supervise))), CaptureConfig)
         notes = {
-            "'label' of the row is not used": 1,
-            "'tools' of the row: the chat template does not read it": 1,
+            "'label' of the item is not used": 1,
+            "'tools' of the item: the chat template does not read it": 1,
         }
         assert estimate_capture(config).notes == notes
         assert run_capture(config).counts.notes == notes

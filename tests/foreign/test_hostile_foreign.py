@@ -103,9 +103,9 @@ def test_rows_larger_than_anything_real_are_not_allocated(tmp_path: Path, monkey
 def test_a_parquet_file_whose_run_lengths_stand_for_too_many_values_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("kdcache.inputs.formats.parquet_bounds.MAX_VALUES_PER_ROW", 10_000)
+    monkeypatch.setattr("kdcache.inputs.formats.parquet_bounds.MAX_VALUES_PER_ITEM", 10_000)
     bomb = GOOD | {"topk_ids": [[7] * 20_001]}
-    assert "holds 20,001 values in 1 rows" in told(write_rows(tmp_path / "a.parquet", [bomb]))
+    assert "claims to hold 20,001 values in 1 rows" in told(write_rows(tmp_path / "a.parquet", [bomb]))
 
 
 ROWS_OF_NOTHING = {
@@ -121,7 +121,7 @@ ROWS_OF_NOTHING = {
     ("n", "sentence"),
     [
         (2**24 + 1, "16,777,217 positions of one sequence; at most 16,777,216 are read"),
-        (2**31 - 2, "4,294,967,298 values are to come out of a file of"),
+        (2**31 - 2, "claims to hold 4,294,967,298 values"),
     ],
 )
 def test_rows_of_nothing_are_not_counted_into_memory(tmp_path: Path, name: str, n: int, sentence: str):
@@ -148,7 +148,7 @@ def test_compressed_buffers_are_read_within_a_factor_and_refused_beyond(tmp_path
     assert examine(write("small.arrow", 2**20), ExamineConfig()).counts.num_positions == 2
     bomb = write("bomb.arrow", 2**27)
     assert bomb.stat().st_size < 2**16
-    assert "as of no real data" in told(bomb)
+    assert "more than real data needs" in told(bomb)
 
 
 class Runs:

@@ -158,8 +158,8 @@ def test_a_damaged_table_and_a_wrong_column_are_named(tmp_path, name):
     table = pa.table({"text": ["a" * 100] * 50, "n": range(50)})
     pq.write_table(table, path) if name == "parquet" else write_arrow(path, table)
     assert f"x.{name}: no column 'body'; the columns are 'text', 'n'" in refusal(path, name, field="body")
-    assert f"x.{name}: column 'n' is of type int64, but content 'text' needs text" in refusal(path, name, field="n")
-    assert f"x.{name}: column 'text' is of type string, but content 'ids' needs a list" in refusal(
+    assert f"x.{name}: column 'n' has the type int64, but content 'text' needs text" in refusal(path, name, field="n")
+    assert f"x.{name}: column 'text' has the type string, but content 'ids' needs a list" in refusal(
         path, name, field="text", content="ids"
     )
     path.write_bytes(path.read_bytes()[:-20])

@@ -56,7 +56,7 @@ def test_all_that_a_folder_holds_is_read_or_named(folder):
         "files of other endings": ["d.md"],
         "links that lead nowhere": ["g.jsonl", "h.jsonl"],
         "other names of files that are read": ["i.jsonl"],
-        "names that are no plain files": ["k.jsonl"],
+        "names that are not plain files": ["k.jsonl"],
         "files without any item": ["l.jsonl"],
     }
 
@@ -68,7 +68,7 @@ def test_what_a_pattern_matches_and_nobody_reads_is_named(folder):
         "hidden files": 1,
         "links that lead nowhere": 2,
         "folders that a pattern matches, which are read if named themselves": 2,
-        "names that are no plain files": 1,
+        "names that are not plain files": 1,
         "other names of files that are read": 1,
     }
     # A link to the folder itself: every name below it comes again, as many times as the system follows.
@@ -93,10 +93,10 @@ def test_odd_names_are_sentences_and_no_tracebacks(tmp_path):
     with open(os.fsencode(tmp_path) + b"/\xff.md", "w"):
         (tmp_path / "a.jsonl").write_text(line("a"))
     assert str(find_files([str(tmp_path)], "jsonl", JSONL.endings).left_out).endswith(r"/\udcff.md)")
-    with pytest.raises(InputError, match=r"\\udcff\.md: the file's name is not UTF-8.*rename it"):
+    with pytest.raises(InputError, match=r"\\udcff\.md: the file's name is not UTF-8.*rename the file"):
         find_files([f"{tmp_path}/*"], "jsonl", JSONL.endings)
     for path, sentence in (
-        ("x" * 5000, "cannot be looked for: File name too long"),
+        ("x" * 5000, "cannot be searched: File name too long"),
         ("a\0b", "no such file or folder"),
         ("", "empty text"),
     ):

@@ -124,7 +124,7 @@ def test_tool_calls_are_learnt_whole_and_tool_results_are_the_tools(folders):
     # A template that does not write the calls is named, and so is a row's tools.
     notes = load(folders["bytes"], CHATML).encode_chat(Chat(chat, tools=[{"name": "find"}])).notes
     assert notes[:2] == (
-        "'tools' of the row: the chat template does not read it",
+        "'tools' of the item: the chat template does not read it",
         "'tool_calls' of a message of role 'assistant': the chat template does not write it",
     )
 

@@ -58,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and print what was written and what was not."""
     from kdcache.foreign.convert import convert
 
-    options = _config(args)
+    config = _config(args)
     with loaded(teacher_config(args) if asks_teacher(args) else None) as teacher, progress_bar("examining") as progress:
-        conversion = convert(args.source, args.out, options, teacher=teacher, progress=progress)
+        conversion = convert(args.source, args.out, config, teacher=teacher, progress=progress)
     say(_as_text(args, conversion))
     return 0
 

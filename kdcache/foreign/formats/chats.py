@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kdcache.errors import InputError
 from kdcache.foreign.formats.tables import Table, plain
-from kdcache.inputs.chat_rows import parse_messages, without_nulls
+from kdcache.inputs.chat_items import parse_messages, without_nulls
 from kdcache.teacher.tokenizer import Tokenizer
 
 NAMES = ("messages", "messages_combined", "conversations", "conversation", "chat")

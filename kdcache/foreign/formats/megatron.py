@@ -203,7 +203,9 @@ def _decompressed(data: bytes, where: str) -> bytes:
             while piece := stream.read(READ_BYTES):
                 blob += piece
                 if len(blob) > limit:
-                    raise InputError(f"{where}: more than {limit:,} bytes come out of {len(data):,}, as of no real payload")
+                    raise InputError(
+                        f"{where}: more than {limit:,} bytes come out of {len(data):,}, more than a real payload needs"
+                    )
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{where}: not zstd: {error}") from error
     return bytes(blob)

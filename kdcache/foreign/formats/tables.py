@@ -22,7 +22,7 @@ from kdcache.errors import InputError
 from kdcache.inputs.content import BEGINNING
 from kdcache.inputs.formats.arrow_files import open_arrow
 from kdcache.inputs.formats.open_file import TextFiles
-from kdcache.inputs.formats.parquet_bounds import check_parquet, rows_at_once
+from kdcache.inputs.formats.parquet_bounds import check_parquet, items_at_once
 from kdcache.inputs.formats.text_files import read_objects
 from kdcache.store.files.regular import leads_inside
 
@@ -81,8 +81,8 @@ class Table:
 
     def first_items(self, columns: Sequence[str]) -> Iterator[Cells]:
         """The first few items, to tell a layout by; columns that are not there are left out."""
-        rows = (row for path in self.files for _, row in _READERS[self.kind](path, list(columns)))
-        return islice(rows, ITEMS_TO_LOOK_AT)
+        items = (item for path in self.files for _, item in _READERS[self.kind](path, list(columns)))
+        return islice(items, ITEMS_TO_LOOK_AT)
 
     def _check_alike(self, needed: set[str]) -> None:
         """A file that lacks a column would be left out item by item, without a word."""
@@ -144,10 +144,10 @@ def nested(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64]] | No
         return _nested_arrow(cell, where) if cell.is_valid else None
     if cell is None:
         return None
-    if not isinstance(cell, list) or not all(row is None or isinstance(row, list) for row in cell):
+    if not isinstance(cell, list) or not all(item is None or isinstance(item, list) for item in cell):
         raise InputError(f"{where}: expected a list of lists of numbers, found {_kind(cell)}")
-    rows = [_numbers(row or [], where) for row in cell]
-    return _joined(rows), np.array([len(row) for row in rows], np.int64)
+    items = [_numbers(item or [], where) for item in cell]
+    return _joined(items), np.array([len(item) for item in items], np.int64)
 
 
 def plain(cell: Any, where: str = "") -> Any:
@@ -166,30 +166,30 @@ def plain(cell: Any, where: str = "") -> Any:
 
 
 def _nested_arrow(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    rows: Any = getattr(cell, "values", None)
-    if isinstance(rows, pa.Array) and pa.types.is_null(rows.type):
-        check_num_positions(rows, where)
-        return np.zeros(0), np.zeros(len(rows), np.int64)
-    if not isinstance(rows, pa.Array) or not _is_list(rows.type):
+    items: Any = getattr(cell, "values", None)
+    if isinstance(items, pa.Array) and pa.types.is_null(items.type):
+        check_num_positions(items, where)
+        return np.zeros(0), np.zeros(len(items), np.int64)
+    if not isinstance(items, pa.Array) or not _is_list(items.type):
         raise InputError(f"{where}: expected a list of lists of numbers, found {cell.type}")
-    check_num_positions(rows, where)
-    values = rows.flatten()
+    check_num_positions(items, where)
+    values = items.flatten()
     if not _is_number(values.type) or values.null_count:
         raise InputError(
             f"{where}: expected a list of lists of numbers, found {cell.type}{' with nulls' * bool(values.null_count)}"
         )
-    return values.to_numpy(zero_copy_only=False), list_lengths(rows)
+    return values.to_numpy(zero_copy_only=False), list_lengths(items)
 
 
-def check_num_positions(rows: pa.Array, where: str) -> None:
+def check_num_positions(items: pa.Array, where: str) -> None:
     """Raise InputError for more positions than a real sequence has: empty ones take no bytes in a file, and eight here."""
-    if len(rows) > MAX_POSITIONS_PER_SEQUENCE:
-        raise InputError(f"{where}: {len(rows):,} positions of one sequence; at most {MAX_POSITIONS_PER_SEQUENCE:,} are read")
+    if len(items) > MAX_POSITIONS_PER_SEQUENCE:
+        raise InputError(f"{where}: {len(items):,} positions of one sequence; at most {MAX_POSITIONS_PER_SEQUENCE:,} are read")
 
 
-def list_lengths(rows: pa.Array) -> NDArray[np.int64]:
+def list_lengths(items: pa.Array) -> NDArray[np.int64]:
     """Return (P,) the elements of each list; 0 for a null one."""
-    counts = pc.call_function("coalesce", [pc.call_function("list_value_length", [rows]), pa.scalar(0, pa.int64())])
+    counts = pc.call_function("coalesce", [pc.call_function("list_value_length", [items]), pa.scalar(0, pa.int64())])
     return counts.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
@@ -204,8 +204,8 @@ def _numbers(cell: Any, where: str) -> NDArray[Any]:
         raise InputError(f"{where}: a number is too large: {error}") from error
 
 
-def _joined(rows: list[NDArray[Any]]) -> NDArray[Any]:
-    kept = [row for row in rows if len(row)]
+def _joined(items: list[NDArray[Any]]) -> NDArray[Any]:
+    kept = [item for item in items if len(item)]
     return np.concatenate(kept) if kept else np.zeros(0)
 
 
@@ -249,7 +249,7 @@ def _kind_of(path: Path) -> str | None:
 
 def _columns(kind: str, path: Path) -> tuple[str, ...]:
     if kind == "jsonl":
-        return tuple(next((row for _, row in _jsonl_items(path, None)), {}))
+        return tuple(next((item for _, item in _jsonl_items(path, None)), {}))
     with _translated(path):
         if kind == "parquet":
             names = pq.read_schema(path).names
@@ -267,8 +267,8 @@ def _parquet_items(path: Path, columns: list[str] | None) -> Iterator[tuple[str,
         names = [name for name in table.schema_arrow.names if columns is None or name in columns]
         check_parquet(table.metadata, str(path))
         index = 0
-        num_rows = rows_at_once(table.metadata, names, path.stat().st_size, ITEMS_PER_READ)
-        for batch in table.iter_batches(batch_size=num_rows, columns=names):
+        num_items = items_at_once(table.metadata, names, path.stat().st_size, ITEMS_PER_READ)
+        for batch in table.iter_batches(batch_size=num_items, columns=names):
             batch.validate(full=True)  # Parquet's text may be no UTF-8
             yield from _batch_items(batch, path, index)
             index += batch.num_rows
@@ -286,8 +286,8 @@ def _arrow_items(path: Path, columns: list[str] | None) -> Iterator[tuple[str, C
 
 def _jsonl_items(path: Path, _columns: list[str] | None) -> Iterator[tuple[str, Cells]]:
     with _translated(path):
-        for row, where, _ in read_objects(str(path), BEGINNING, opener=TextFiles()):
-            yield where, row
+        for item, where, _ in read_objects(str(path), BEGINNING, opener=TextFiles()):
+            yield where, item
 
 
 _READERS: dict[str, Callable[[Path, list[str] | None], Iterator[tuple[str, Cells]]]] = {

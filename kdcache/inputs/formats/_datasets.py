@@ -14,25 +14,25 @@ from kdcache.errors import InputError
 from kdcache.extras import needed_for
 from kdcache.inputs.content import Fields, Item, Start
 from kdcache.inputs.formats.base import SourceFormat
-from kdcache.inputs.formats.table_files import check_names, item_of, row_values
+from kdcache.inputs.formats.table_files import check_names, item_of, item_values
 
-_ROWS_PER_READ = 1024
+_ITEMS_PER_READ = 1024
 _SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
 
 def read_dataset(config: InputConfig, start: Start, fields: Fields) -> Iterator[Item]:
-    """Yield an item for each row, from `start.offset` on.
+    """Yield an item for each item, from `start.offset` on.
 
     Raises:
         MissingDependencyError: `datasets` is not installed.
-        InputError: the dataset cannot be opened or read, has no such column, or a cell is of the wrong type.
+        InputError: the dataset cannot be opened or read, lacks the column, or a cell has the wrong type.
     """
     name = f"{config.dataset}[{config.split}]"
     dataset = _open(config, name)
     if dataset.column_names is not None:
         check_names(dataset.column_names, f"dataset {name}", fields)
-    for row, values in enumerate(_values(dataset, start.offset, fields, config, name), start.offset):
-        yield item_of(values, fields, f"{name}#{row}", Start(0, row, row))
+    for item, values in enumerate(_values(dataset, start.offset, fields, config, name), start.offset):
+        yield item_of(values, fields, f"{name}#{item}", Start(0, item, item))
 
 
 def _open(config: InputConfig, name: str) -> Any:
@@ -63,19 +63,19 @@ def _split_of(dataset: Any, config: InputConfig, name: str) -> Any:
 
 
 def _values(dataset: Any, start: int, fields: Fields, config: InputConfig, name: str) -> Iterator[dict[str, Any]]:
-    """What is read of each row, by name."""
+    """Yield what is read of each item, by name."""
     try:
         if config.streaming:
-            for row in dataset.skip(start):
-                check_names(list(row), f"dataset {name}", fields)
-                yield {column: row[column] for column in fields.read_names(list(row))}
+            for item in dataset.skip(start):
+                check_names(list(item), f"dataset {name}", fields)
+                yield {column: item[column] for column in fields.read_names(list(item))}
         else:
             columns = fields.read_names(dataset.column_names)
-            rows = dataset.select(range(min(start, len(dataset)), len(dataset))).select_columns(columns)
-            for table in rows.with_format("arrow").iter(batch_size=_ROWS_PER_READ):
+            items = dataset.select(range(min(start, len(dataset)), len(dataset))).select_columns(columns)
+            for table in items.with_format("arrow").iter(batch_size=_ITEMS_PER_READ):
                 for batch in table.to_batches():
-                    batch.validate(full=True)  # offsets that lead out of a buffer would be followed, and end the process
-                    yield from row_values(batch, fields)
+                    batch.validate(full=True)  # Arrow would follow offsets out of a buffer, which ends the process
+                    yield from item_values(batch, fields)
     except InputError:
         raise
     except Exception as error:  # as above; a stream meets the network here

@@ -1,4 +1,4 @@
-"""A file of text or ids, whatever its format, as held-out data is read. (A capture names its format.)"""
+"""Files of text or ids in any known format, as held-out data is read. (A capture names its format.)"""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from kdcache.inputs.formats.text_files import read_objects
 
 
 def read_text_or_ids(path: str) -> Iterator[Item]:
-    """The items of a Parquet or Arrow file, or of JSON lines, arrays or objects, also compressed: each row's `text`, or its
-    `input_ids` where it has no text.
+    """Yield the items of a Parquet or Arrow file, or of JSON, also compressed: each item's `text`, or else its `input_ids`.
 
     Raises:
-        InputError: a file that cannot be read, or a row with neither, or with one of the wrong type; names the row.
+        InputError: a file that cannot be read, or an item with neither field or with one of the wrong type; names the item.
     """
     if os.path.isdir(path):
-        raise InputError(f"{path}: is a folder; name one of its files")
+        raise InputError(f"{path} is a folder; name one of its files")
     found, columns = table_columns(path)
     if found is None:
         with closing(TextFiles()) as opener:
@@ -39,5 +38,5 @@ def _json_items(path: str, opener: TextFiles) -> Iterator[Item]:
         name = DEFAULT_FIELDS[kind]
         if name not in value:
             there = ", ".join(map(repr, value)) or "none"
-            raise InputError(f"{where}: neither 'text' nor 'input_ids'; the row has {there}")
+            raise InputError(f"{where}: neither 'text' nor 'input_ids'; the item has {there}")
         yield Item(parse_content(value[name], kind, f"{where}: field {name!r}"), where, start)

@@ -1,4 +1,4 @@
-"""Arrow IPC files and streams of others, opened within bounds: no more is decompressed than any real data comes to."""
+"""Arrow IPC files and streams of strangers, opened within bounds: nothing is decompressed beyond what real data needs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from kdcache.format.arrow_messages import JoinedStreamsError, message_sizes
 from kdcache.inputs.formats.open_file import MAX_INFLATION
 
 FREE_BYTES = 2**26
-"""That a record batch may claim, whatever the factor: those of real files are smaller."""
+"""A record batch may claim this much, whatever the factor: those of real files are smaller."""
 
 _FILE_MAGIC = b"ARROW1"
 
 
 def open_arrow(source: Any, where: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """The schema and the record batches, validated in full, of an open IPC file (Feather too) or stream.
+    """Read the schema and the record batches, validated in full, of an open IPC file (Feather too) or stream.
 
     Args:
-        source: a `pyarrow.NativeFile`, best a memory map.
+        source: a `pyarrow.NativeFile`, preferably a memory map.
         where: for messages.
 
     Raises:
-        InputError: buffers that claim more than any real data, or messages that overlap. What Arrow raises is the caller's to
-            translate; offsets are checked before a batch is handed out, since Arrow follows them out of their buffer.
+        InputError: buffers that claim more than any real data, or messages that overlap. The caller translates what Arrow
+            raises. Offsets are checked before a batch is handed out, since Arrow follows them out of their buffer.
     """
     data = source.read_buffer()
     check_inflation(memoryview(data), where)
@@ -40,15 +40,15 @@ def open_arrow(source: Any, where: str) -> tuple[pa.Schema, Iterator[pa.RecordBa
 
 
 def check_inflation(data: memoryview, where: str) -> None:
-    """Raise InputError where the data's compressed buffers claim to be more than any real ones, or are no Arrow messages."""
+    """Raise InputError if compressed buffers claim more than any real ones, or are not Arrow messages."""
     total = 0
     try:
         for packed, claimed in message_sizes(data):
             total += claimed
             if claimed > FREE_BYTES and claimed > MAX_INFLATION * packed:
                 raise InputError(
-                    f"{where}: {claimed:,} bytes are to come out of {packed:,} compressed ones, more than {MAX_INFLATION} "
-                    "times as many, as of no real data; where it is sound, write it without compression"
+                    f"{where}: {packed:,} compressed bytes claim to hold {claimed:,}, more than {MAX_INFLATION} times as many "
+                    "and more than real data needs; if the file is sound, write it without compression"
                 )
     except JoinedStreamsError as error:
         raise InputError(
@@ -57,41 +57,46 @@ def check_inflation(data: memoryview, where: str) -> None:
     except struct.error as error:
         raise InputError(f"{where}: not a readable Arrow IPC file or stream: a message leaves the file, or is none") from error
     if total > FREE_BYTES and total > MAX_INFLATION * len(data):
-        raise InputError(f"{where}: {total:,} bytes are to come out of a file of {len(data):,}, as of no real data")
+        raise InputError(f"{where}: a file of {len(data):,} bytes claims to hold {total:,}, more than real data needs")
 
 
 def _validated(batch: pa.RecordBatch, num_bytes: int, where: str) -> pa.RecordBatch:
     check_views(batch.columns, num_bytes, where)
     batch.validate(full=True)
-    check_rows(batch.columns, num_bytes, where)
+    check_num_values(batch.columns, num_bytes, where)
     return batch
 
 
-def check_rows(columns: Iterable[Any], num_bytes: int, where: str) -> None:
-    """Raise InputError where validated columns would become more values than any real ones of their file: rows and values of
-    nothing, runs, and views of the same bytes again and again take no room in a file.
+def check_num_values(columns: Iterable[Any], num_bytes: int, where: str) -> None:
+    """Raise InputError if validated columns would become more values than real ones of their file do.
+
+    Items and values of nothing, runs, and views of the same bytes take no room in a file.
 
     Args:
         columns: arrays of `pyarrow`.
-        num_bytes: of its file.
+        num_bytes: size of their file.
         where: for messages.
     """
     num_values = sum(_num_values(column, is_whole=True) for column in columns)
     if num_values > FREE_BYTES and num_values > MAX_INFLATION * num_bytes:
-        raise InputError(f"{where}: {num_values:,} values are to come out of a file of {num_bytes:,} bytes, as of no real data")
+        raise InputError(
+            f"{where}: a file of {num_bytes:,} bytes claims to hold {num_values:,} values, more than real data needs"
+        )
 
 
 def check_views(columns: Iterable[Any], num_bytes: int, where: str) -> None:
-    """Raise as `check_rows` for views of texts that are not validated in full yet: that reads every byte of every view."""
+    """Raise as `check_num_values`, before full validation reads every byte of every view."""
     views = [column for column in columns if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type)]
     for column in views:
         column.validate()
-    check_rows(views, num_bytes, where)
+    check_num_values(views, num_bytes, where)
 
 
 def _num_values(column: Any, *, is_whole: bool = False) -> int:
-    """Of an array, at every level; the bytes of texts. Of a whole column's dictionary each text is made once, however many rows
-    have it; of one inside of lists it is made for each of them."""
+    """Count the values of an array at every level, and the bytes of its texts.
+
+    A whole column's dictionary makes each text once, however many items have it; one inside of lists makes it for each of them.
+    """
     types, kind = pa.types, column.type
     if isinstance(kind, pa.BaseExtensionType):
         return _num_values(column.storage, is_whole=is_whole)
@@ -117,7 +122,7 @@ def _num_values(column: Any, *, is_whole: bool = False) -> int:
 
 
 def _picked_bytes(column: Any) -> int:
-    """Bytes of the texts that the indices of a dictionary name, each as often as it is named."""
+    """Count the bytes of the texts that a dictionary's indices name, each as often as it is named."""
     kind = column.dictionary.type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         return 0

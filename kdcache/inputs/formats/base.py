@@ -20,7 +20,7 @@ class InputFile:
 
     Attributes:
         path: as the user would write it.
-        fields: what is read of a row.
+        fields: what is read of an item.
         start: the item to begin with; its `file_index` is this file's own.
         opener: opens text files, decompressed; keeps the compressed one that was read last.
     """
@@ -38,7 +38,7 @@ class FileFormat:
     Attributes:
         read: yields the items of one file from its `start` on; raises InputError with file and line for what cannot be read.
         endings: lower case, as `.jsonl`; folders are searched for them. A file that is named itself may end as it likes.
-        has_fields: whether an item is a field of a row, which the config names; else it is text.
+        has_fields: whether an item is a field of an item, which the config names; else it is text.
     """
 
     read: Callable[[InputFile], Iterator[Item]]
@@ -61,7 +61,7 @@ def find_format(config: InputConfig) -> FileFormat | SourceFormat:
     """Find the format that a config names, and check that it has what the config asks of it.
 
     Raises:
-        ConfigError: there is no such format, or it has no fields and the config names some.
+        ConfigError: the format does not exist, or has no fields although the config names some.
     """
     found = extensions.find("inputs", config.format)
     if not isinstance(found, (FileFormat, SourceFormat)):

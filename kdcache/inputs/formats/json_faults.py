@@ -1,4 +1,4 @@
-"""What is wrong with a JSON value that does not decode, in words: a number that JSON has no word for, half a character."""
+"""Says what is wrong with a JSON value that does not decode: a number that JSON cannot hold, half a character."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _SURROGATES = range(0xD800, 0xE000)
 
 
 def json_fault(data: bytes, error: Exception) -> str:
-    """The fault, with the field that it stands in where that is known.
+    """Describe the fault, with its field if that is known.
 
     Args:
         data: of one value.
         error: of the decoder.
     """
     try:
-        value = json.loads(data.decode(), parse_constant=_Constant, parse_float=_Number)
+        value = json.loads(data.decode(), parse_constant=_Constant, parse_float=_Numeral)
         fault = next(_faults(value, ""), None)
     except UnicodeDecodeError as bad:
         return f"not UTF-8 text (byte 0x{data[bad.start]:02x}); convert the file to UTF-8"
@@ -32,22 +32,22 @@ class _Constant(str):
     """NaN, Infinity or -Infinity."""
 
 
-class _Number(str):
-    """A number with a point or an exponent, as it stands."""
+class _Numeral(str):
+    """A number with a point or an exponent, as written."""
 
 
 def _faults(value: Any, at: str) -> Iterator[str]:
     if isinstance(value, _Constant):
-        yield f"{_named(at)} is {value}, which is no JSON (write null or a number)"
-    elif isinstance(value, _Number):
+        yield f"{_named(at)} is {value}, which JSON does not allow (write null or a number)"
+    elif isinstance(value, _Numeral):
         if math.isinf(float(value)):
             yield f"{_named(at)} is {value[:40]}, a number out of range"
     elif isinstance(value, str):
         half = next((character for character in value if ord(character) in _SURROGATES), None)
         if half is not None:
             yield (
-                f"{_named(at)} holds \\u{ord(half):04x}, a lone surrogate, which is half a character and no text; "
-                "write the file anew without it"
+                f"{_named(at)} holds \\u{ord(half):04x}, a lone surrogate, which is half a character; "
+                "write the file again without it"
             )
     elif isinstance(value, dict):
         for key, entry in value.items():

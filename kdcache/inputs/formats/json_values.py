@@ -1,4 +1,4 @@
-"""JSON values of a file one after another, in bounded memory: on lines, in an array, or printed over several lines."""
+"""The JSON values of a file in bounded memory: on lines, in an array, or printed over several lines."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read_lines(stream: TextStream, path: str, start: Start) -> Iterator[tuple[by
 
 
 def _layout(stream: TextStream, path: str) -> str:
-    """`lines`, `array`, or `printed`: objects over several lines. What does not fit any of them is read as lines."""
+    """Tell the layout: `lines`, `array`, or `printed` (objects over several lines). Anything else is read as lines."""
     lines = (line for line, _ in read_lines(stream, path, BEGINNING) if line.strip())
     stream.seek(0)
     head = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip(_SPACE)
@@ -70,7 +70,7 @@ def _layout(stream: TextStream, path: str) -> str:
     if not first.lstrip().startswith(b"{") or _is_object(first):
         return "lines"
     end = _end_of_object(first, first.index(b"{")).end
-    if end:  # more stands behind it: another object, or a line that is no JSON
+    if end:  # more follows it: another object, or a line that is not JSON
         return "printed" if _is_object(first[:end]) and first[end:].lstrip().startswith(b"{") else "lines"
     second = next(lines, b"")
     return "lines" if not second or _is_object(second) else "printed"
@@ -84,7 +84,7 @@ def _is_object(line: bytes) -> bool:
 
 
 class _Scan(NamedTuple):
-    """How far an object has been looked at: its end, where it is known, and where to look on with how many brackets open."""
+    """How far an object has been scanned: its end, if known, and where to resume with how many brackets open."""
 
     end: int
     at: int
@@ -92,7 +92,7 @@ class _Scan(NamedTuple):
 
 
 def _end_of_object(data: bytes, at: int, depth: int = 0) -> _Scan:
-    """Where the object ends that starts, or has been scanned up to, `at`; an end of 0 where it is not in the data."""
+    """Find where the object ends that starts at `at`, or was scanned up to there; 0 if its end is not in the data."""
     while (found := _STRUCTURE.search(data, at)) is not None:
         byte = found.group()
         if byte == b'"':
@@ -130,12 +130,12 @@ class _Objects:
             yield Value(self._data[at:end], where, Start(start.file_index, self._base + at, index))
             at, index = end, index + 1
         if self._is_array:
-            raise InputError(f"{self._path}: ends within its array, after {index:,} values: the file is cut off")
+            raise InputError(f"{self._path}: the file is cut off within its array, after {index:,} values")
 
     def _object(self, at: int, where: str) -> tuple[int, int]:
         if self._data[at : at + 1] != b"{":
             shown = self._data[at : at + 40].decode("utf-8", "replace").split("\n")[0]
-            raise InputError(f"{where}: expected a JSON object, which starts with '{{', and found {shown!r}")
+            raise InputError(f"{where}: expected a JSON object, which starts with '{{', but found {shown!r}")
         scan = _end_of_object(self._data, at)
         while not scan.end:
             if len(self._data) - at > self._stream.max_item_bytes:
@@ -167,8 +167,10 @@ class _Objects:
             at = 0
 
     def _more(self, keep_from: int = 0) -> bytes:
-        """Read on; what stands before `keep_from` is dropped where there is more. As much again as is kept: an object that is
-        looked at in pieces is copied a few times, not once for each chunk."""
+        """Read more, and then drop what precedes `keep_from`.
+
+        Reads as much as is kept, so that an object that is scanned in pieces is copied a few times, not once per chunk.
+        """
         kept = len(self._data) - keep_from
         more = self._stream.read(max(_CHUNK_BYTES, kept))
         if more:

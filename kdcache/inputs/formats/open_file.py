@@ -1,4 +1,4 @@
-"""Text files as streams of bytes, decompressed where their content is compressed: gzip or zstd, whatever their names end in."""
+"""Text files as streams of bytes; gzip and zstd are recognised by content, whatever the name ends in."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pyarrow as pa
 from kdcache.errors import InputError
 
 MAX_ITEM_BYTES, MAX_INFLATED_ITEM_BYTES = 2**30, 2**28
-"""Of a line or a JSON value, in a plain and in a compressed file, and of a compressed file that is one text: more is refused,
-not held in memory."""
+"""Most bytes of a line or a JSON value, in a plain and in a compressed file; the latter also of a compressed file that is one
+text. More is refused, not held in memory."""
 MAX_INFLATION = 250
 """Most bytes that a compressed byte may become, beyond the first FREE_BYTES: text comes to 3 to 50, a bomb to 1,000."""
 FREE_BYTES = 2**30
 
 GIT_LFS = b"version https://git-lfs.github.com/spec/"
-"""How the file begins that stands for another one in a repository."""
+"""How a file begins that only points to its content in a Git repository."""
 
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 _FOREIGN = {
@@ -34,45 +34,45 @@ _FOREIGN = {
     b"\xff\xfe": "UTF-16 text: convert it to UTF-8",
     b"\xfe\xff": "UTF-16 text: convert it to UTF-8",
     b"\0\0\xfe\xff": "UTF-32 text: convert it to UTF-8",
-    GIT_LFS: "a pointer of Git LFS in place of the data: fetch them (git lfs pull)",
+    GIT_LFS: "a Git LFS pointer instead of the data: fetch it (git lfs pull)",
     _GZIP: "compressed twice: decompress it once",
     _ZSTD: "compressed twice: decompress it once",
 }
-"""How files begin that are no text, and what to do with them."""
+"""How files begin that are not text, and what to do with them."""
 
 
 class TextStream(io.BufferedReader):
-    """A file's bytes; `seek` and `tell` count decompressed ones.
+    """The bytes of a file; `seek` and `tell` count decompressed ones.
 
     Attributes:
-        layout: how JSON values stand in it, once somebody has looked.
+        layout: how its JSON values are laid out, once that has been found.
     """
 
     layout: str | None = None
 
     @property
     def is_compressed(self) -> bool:
-        """Whether the bytes are made while they are read."""
+        """Whether the bytes are decompressed while they are read."""
         return isinstance(self.raw, _Inflated)
 
     @property
     def max_item_bytes(self) -> int:
-        """See MAX_ITEM_BYTES."""
+        """Most bytes of one item, see MAX_ITEM_BYTES."""
         return MAX_INFLATED_ITEM_BYTES if self.is_compressed else MAX_ITEM_BYTES
 
 
 class TextFiles:
-    """Opens text files. The compressed one that was read last stays open: it only goes forward, and units come in order."""
+    """Opens text files. The compressed one read last stays open, as it only goes forward and units come in order."""
 
     def __init__(self) -> None:
         self._kept: tuple[str, TextStream] | None = None
 
     @contextmanager
     def open(self, path: str) -> Iterator[TextStream]:
-        """The file, at any offset: `seek` first.
+        """Open the file; call `seek` before reading.
 
         Raises:
-            InputError: it cannot be opened or decompressed, or is no text.
+            InputError: it cannot be opened or decompressed, or is not text.
         """
         kept, self._kept = self._kept, None
         if kept is not None and kept[0] != path:
@@ -96,7 +96,7 @@ class TextFiles:
                 stream.close()
 
     def close(self) -> None:
-        """Let go of the file that is open."""
+        """Close the file that is open."""
         if self._kept is not None:
             self._kept[1].close()
         self._kept = None
@@ -134,7 +134,7 @@ def _codec(head: bytes) -> str | None:
 
 
 class _Inflated(io.RawIOBase):
-    """What a compressed file holds. Memory: the codec's window (zstd: at most 128 MiB) and what a read asks for."""
+    """The content of a compressed file. Memory: the codec's window (zstd: at most 128 MiB) and what a read asks for."""
 
     def __init__(self, path: str, codec: str) -> None:
         super().__init__()
@@ -158,8 +158,8 @@ class _Inflated(io.RawIOBase):
         self._offset += num_bytes
         if self._offset > FREE_BYTES and self._offset > MAX_INFLATION * self._packed.tell():
             raise InputError(
-                f"{self._path}: more than {MAX_INFLATION} bytes come out of each byte of this {self._codec} file, as of no "
-                "text; where it is sound, decompress it and read what comes out"
+                f"{self._path}: more than {MAX_INFLATION} bytes come out of each byte of this {self._codec} file, "
+                "more than text needs; if the file is sound, decompress it first"
             )
         return num_bytes
 

@@ -1,4 +1,4 @@
-"""Items of Parquet and Arrow files: one per row, from one column."""
+"""Items of Parquet and Arrow files: one per line of the table."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdcache.errors import InputError
-from kdcache.inputs.content import Fields, Item, Start, parse_domain, parse_row
-from kdcache.inputs.formats.arrow_files import check_inflation, check_rows, check_views
+from kdcache.inputs.content import Fields, Item, Start, parse_domain, parse_item
+from kdcache.inputs.formats.arrow_files import check_inflation, check_num_values, check_views
 from kdcache.inputs.formats.base import FileFormat, InputFile
 from kdcache.inputs.formats.open_file import GIT_LFS
-from kdcache.inputs.formats.parquet_bounds import check_parquet, rows_at_once
+from kdcache.inputs.formats.parquet_bounds import check_parquet, items_at_once
 
-_ROWS_PER_READ = 1024
+_ITEMS_PER_READ = 1024
 _ARROW_FILE_MAGIC = b"ARROW1"
 _ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
 
 
 def read_parquet(file: InputFile) -> Iterator[Item]:
-    """Yield an item for each row; row groups before the start are not read.
+    """Yield the items of a Parquet file; its groups of rows before the start are not read.
 
     Raises:
-        InputError: not a whole Parquet file, no such column, or a column or cell of the wrong type.
+        InputError: the file is damaged, lacks the column, or a column or cell has the wrong type.
     """
     path, start, fields = file.path, file.start, file.fields
     try:
@@ -34,19 +34,19 @@ def read_parquet(file: InputFile) -> Iterator[Item]:
         with pq.ParquetFile(path) as table:
             _check_columns(table.schema_arrow, path, fields)
             check_parquet(table.metadata, path)
-            groups, first_row = _groups_from(table.metadata, start.offset)
+            groups, first_item = _groups_from(table.metadata, start.offset)
             columns = fields.read_names(table.schema_arrow.names)
-            num_rows = rows_at_once(table.metadata, columns, os.path.getsize(path), _ROWS_PER_READ)
-            batches = table.iter_batches(batch_size=num_rows, row_groups=groups, columns=columns)
-            yield from _rows(batches, path, start, first_row, fields)
+            num_items = items_at_once(table.metadata, columns, os.path.getsize(path), _ITEMS_PER_READ)
+            batches = table.iter_batches(batch_size=num_items, row_groups=groups, columns=columns)
+            yield from _items(batches, path, start, first_item, fields)
     except InputError:
         raise
-    except Exception as error:  # of a damaged file Arrow raises what Python has: KeyError, TypeError, OverflowError, ...
+    except Exception as error:  # for a damaged file Arrow raises anything: KeyError, TypeError, OverflowError, ...
         raise InputError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
 
 
 def read_arrow(file: InputFile) -> Iterator[Item]:
-    """Yield an item for each row of an Arrow IPC file (as Feather, or a cache of ours) or stream (as `datasets` writes).
+    """Yield the items of an Arrow IPC file (as Feather, or a cache of ours) or stream (as `datasets` writes).
 
     Raises:
         InputError: as `read_parquet`.
@@ -62,7 +62,7 @@ def read_arrow(file: InputFile) -> Iterator[Item]:
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
             _check_columns(reader.schema, path, fields)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
-            yield from _rows(_while_whole(batches, path, source.size()), path, start, 0, fields)
+            yield from _items(_while_whole(batches, path, source.size()), path, start, 0, fields)
     except InputError:
         raise
     except Exception as error:  # as above
@@ -70,7 +70,7 @@ def read_arrow(file: InputFile) -> Iterator[Item]:
 
 
 def table_columns(path: str) -> tuple[str | None, list[str]]:
-    """What a file is by its first bytes, `parquet`, `arrow` or None for no table, and its columns.
+    """Tell what a file is by its first bytes (`parquet`, `arrow`, or None for no table), and its columns.
 
     Raises:
         InputError: a table that is damaged, or a file that cannot be opened.
@@ -90,7 +90,7 @@ def table_columns(path: str) -> tuple[str | None, list[str]]:
 
 
 def column_values(column: pa.Array, kind: str) -> list[Any]:
-    """One Python value per row; ids as arrays, which costs no Python object per token."""
+    """Convert a column to one Python value per item; ids become arrays, without a Python object per token."""
     if isinstance(column.type, pa.BaseExtensionType):
         return column_values(column.storage, kind)
     if pa.types.is_dictionary(column.type):
@@ -109,15 +109,15 @@ def column_values(column: pa.Array, kind: str) -> list[Any]:
     return [None if cell is None else cell.to_numpy() if not cell.null_count else cell.to_pylist() for cell in cells]
 
 
-def item_of(row: Mapping[str, Any], fields: Fields, source: str, start: Start) -> Item:
-    """The item of a row's cells; raises InputError where they are not what they are to be."""
-    content = parse_row(row, fields, source, "column", is_table=True)
-    domain = None if fields.domain is None else row[fields.domain]
+def item_of(item: Mapping[str, Any], fields: Fields, source: str, start: Start) -> Item:
+    """Make an item of its cells; raises InputError where they have the wrong type."""
+    content = parse_item(item, fields, source, "column", is_table=True)
+    domain = None if fields.domain is None else item[fields.domain]
     return Item(content, source, start, parse_domain(domain, f"{source}: column {fields.domain!r}"))
 
 
-def row_values(table: Any, fields: Fields) -> Iterator[dict[str, Any]]:
-    """What is read of each row of a record batch or of a table's chunk, by name."""
+def item_values(table: Any, fields: Fields) -> Iterator[dict[str, Any]]:
+    """Yield what is read of each item of a record batch, by name."""
     names = fields.read_names(table.schema.names)
     kinds = [fields.kind if name != fields.domain or name == fields.content else "text" for name in names]
     columns = [column_values(table.column(name), kind) for name, kind in zip(names, kinds, strict=True)]
@@ -128,25 +128,25 @@ def row_values(table: Any, fields: Fields) -> Iterator[dict[str, Any]]:
 def _refuse_pointer(path: str) -> None:
     with open(path, "rb") as file:
         if file.read(len(GIT_LFS)) == GIT_LFS:
-            raise InputError(f"{path}: holds a pointer of Git LFS in place of the data: fetch them (git lfs pull)")
+            raise InputError(f"{path}: holds a Git LFS pointer instead of the data: fetch it (git lfs pull)")
 
 
-def _rows(batches: Iterator[Any], path: str, start: Start, first_row: int, fields: Fields) -> Iterator[Item]:
-    row = first_row
+def _items(batches: Iterator[Any], path: str, start: Start, first_item: int, fields: Fields) -> Iterator[Item]:
+    item = first_item
     for batch in batches:
-        skipped = min(max(start.offset - row, 0), batch.num_rows)
+        skipped = min(max(start.offset - item, 0), batch.num_rows)
         if skipped < batch.num_rows:
             used = batch.select(fields.read_names(batch.schema.names)).slice(skipped)
-            # Offsets that lead out of a buffer would be followed, and end the process.
-            _validate(used, path, row + skipped)
-            check_rows(used.columns, os.path.getsize(path), path)
-            for index, values in enumerate(row_values(used, fields), row + skipped):
+            # Arrow would follow offsets out of a buffer, which ends the process.
+            _validate(used, path, item + skipped)
+            check_num_values(used.columns, os.path.getsize(path), path)
+            for index, values in enumerate(item_values(used, fields), item + skipped):
                 yield item_of(values, fields, f"{path}#{index}", Start(start.file_index, index, index))
-        row += batch.num_rows
+        item += batch.num_rows
 
 
-def _validate(batch: Any, path: str, first_row: int) -> None:
-    """Raise pa.ArrowInvalid for offsets that lead nowhere, and InputError, with the row, for text that is not UTF-8."""
+def _validate(batch: Any, path: str, first_item: int) -> None:
+    """Raise pa.ArrowInvalid for offsets that lead nowhere, and InputError, with the item, for text that is not UTF-8."""
     types = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
     check_views(batch.columns, os.path.getsize(path), path)
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
@@ -154,12 +154,12 @@ def _validate(batch: Any, path: str, first_row: int) -> None:
             continue
         data = column.cast(types.get(column.type, column.type))
         data.validate(full=True)
-        check_rows([data], os.path.getsize(path), path)
+        check_num_values([data], os.path.getsize(path), path)
         try:
             data.cast(pa.large_string())
         except pa.ArrowInvalid:
-            for row, cell in enumerate(data.to_pylist(), first_row):
-                _check_text(cell, f"{path}#{row}: column {name!r}")
+            for item, cell in enumerate(data.to_pylist(), first_item):
+                _check_text(cell, f"{path}#{item}: column {name!r}")
     batch.validate(full=True)
 
 
@@ -171,10 +171,10 @@ def _check_text(cell: bytes | None, where: str) -> None:
 
 
 def _while_whole(batches: Iterator[Any], path: str, num_bytes: int) -> Iterator[Any]:
-    """The batches, as long as the file keeps its size: a mapped file that was cut would end the process."""
+    """Yield the batches while the file keeps its size: a mapped file that was cut would end the process."""
     while True:
         if os.stat(path).st_size < num_bytes:
-            raise InputError(f"{path}: has been cut while it was read")
+            raise InputError(f"{path}: was cut while it was being read; write it again")
         batch = next(batches, None)
         if batch is None:
             return
@@ -182,13 +182,13 @@ def _while_whole(batches: Iterator[Any], path: str, num_bytes: int) -> Iterator[
 
 
 def _groups_from(metadata: Any, start: int) -> tuple[list[int], int]:
-    row = 0
+    item = 0
     for group in range(metadata.num_row_groups):
-        num_rows = metadata.row_group(group).num_rows
-        if start < row + num_rows:
-            return list(range(group, metadata.num_row_groups)), row
-        row += num_rows
-    return [], row
+        num_items = metadata.row_group(group).num_rows
+        if start < item + num_items:
+            return list(range(group, metadata.num_row_groups)), item
+        item += num_items
+    return [], item
 
 
 def _check_columns(schema: pa.Schema, path: str, fields: Fields) -> None:
@@ -197,14 +197,14 @@ def _check_columns(schema: pa.Schema, path: str, fields: Fields) -> None:
         column_type = schema.field(name).type
         if not _fits(column_type, fields.kind):
             wanted = {"text": "text", "messages": "a list of {role, content}", "ids": "a list of integers"}[fields.kind]
-            raise InputError(f"{path}: column {name!r} is of type {column_type}, but content {fields.kind!r} needs {wanted}")
+            raise InputError(f"{path}: column {name!r} has the type {column_type}, but content {fields.kind!r} needs {wanted}")
 
 
 def check_names(names: Sequence[str], where: str, fields: Fields) -> None:
-    """Raise InputError where a column that is to be read is not there, or is there twice."""
+    """Raise InputError if a column that is read is missing, or is there twice."""
     for name in fields.read_names(names):
         if name not in names:
-            columns = f"the columns are {', '.join(map(repr, names))}" if names else "there are no columns at all"
+            columns = f"the columns are {', '.join(map(repr, names))}" if names else "it has no columns"
             raise InputError(f"{where}: no column {name!r}; {columns} ({fields.advice(name, names)})")
         if names.count(name) > 1:
             raise InputError(f"{where}: {names.count(name)} columns are named {name!r}; rename all but one of them")
@@ -234,13 +234,13 @@ def _is_list(column_type: pa.DataType) -> bool:
 
 
 def _is_binary(column_type: pa.DataType) -> bool:
-    """Bytes, as which some writers store text: it is text where they are UTF-8."""
+    """Whether these are bytes, as which some writers store text: it is text if they are UTF-8."""
     types = pa.types
     return types.is_binary(column_type) or types.is_large_binary(column_type) or types.is_binary_view(column_type)
 
 
 def _plain_type(column_type: pa.DataType) -> pa.DataType:
-    """The type of the values: a dictionary's, a run's, an extension's storage."""
+    """Give the type of the values: a dictionary's, a run's, an extension's storage."""
     types = pa.types
     while True:
         if types.is_dictionary(column_type) or types.is_run_end_encoded(column_type):
@@ -257,10 +257,10 @@ def _picked(values: list[Any], indices: pa.Array) -> list[Any]:
 
 
 def _runs(column: Any) -> pa.Array:
-    """For each row the index of its run."""
-    numbers = pa.array(range(len(column.values)), pa.int64())
+    """Give the index of each item's run."""
+    run_indices = pa.array(range(len(column.values)), pa.int64())
     run_type = pa.run_end_encoded(column.run_ends.type, pa.int64())
-    runs = pa.RunEndEncodedArray.from_buffers(run_type, len(column), [None], 0, column.offset, [column.run_ends, numbers])
+    runs = pa.RunEndEncodedArray.from_buffers(run_type, len(column), [None], 0, column.offset, [column.run_ends, run_indices])
     return pc.call_function("run_end_decode", [runs])
 
 

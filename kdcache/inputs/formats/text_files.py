@@ -1,6 +1,6 @@
-"""Items of text files: a whole file, its lines, or JSON values; gzip and zstd are read as what they hold.
+"""Items of text files: a whole file, its lines, or JSON values; gzip and zstd are decompressed.
 
-Lines end at \\n alone and are counted from 1, so that numbers agree with an editor's and a byte offset is enough to start at.
+Lines end at \\n only and are counted from 1, as in an editor; so a byte offset is enough to start from.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from kdcache.errors import InputError
-from kdcache.inputs.content import Fields, Item, Start, parse_domain, parse_row
+from kdcache.inputs.content import Fields, Item, Start, parse_domain, parse_item
 from kdcache.inputs.formats.base import FileFormat, InputFile, also_compressed
 from kdcache.inputs.formats.json_faults import json_fault
 from kdcache.inputs.formats.json_values import read_lines as _lines
@@ -28,7 +28,9 @@ def read_txt(file: InputFile) -> Iterator[Item]:
     with file.opener.open(path) as stream:
         data = stream.read(stream.max_item_bytes) if stream.is_compressed else stream.read()
         if stream.is_compressed and stream.read(1):
-            raise InputError(f"{path}: more than {stream.max_item_bytes:,} bytes come out of this file: decompress it")
+            raise InputError(
+                f"{path}: the compressed file holds more than {stream.max_item_bytes:,} bytes; decompress it first"
+            )
     yield Item(_decode(data.removeprefix(codecs.BOM_UTF8), path, first_line=1), path, file.start)
 
 
@@ -36,23 +38,23 @@ def read_lines(file: InputFile) -> Iterator[Item]:
     """Yield an item for each line, without its line end; a blank line is an empty item."""
     path = file.path
     with file.opener.open(path) as stream:
-        for line, line_start in _lines(stream, path, file.start):
-            line_number = line_start.item_index + 1
-            yield Item(_decode(line, path, first_line=line_number).removesuffix("\r"), f"{path}:{line_number}", line_start)
+        for content, line_start in _lines(stream, path, file.start):
+            line = line_start.item_index + 1
+            yield Item(_decode(content, path, first_line=line).removesuffix("\r"), f"{path}:{line}", line_start)
 
 
 def read_jsonl(file: InputFile) -> Iterator[Item]:
-    """Yield an item for each JSON object: on lines of their own, in an array, or one after another; blank lines are no items.
+    """Yield an item for each JSON object: on lines of their own, in an array, or one after another; blank lines are skipped.
 
     Raises:
-        InputError: a line that is no JSON object, that lacks a field, or whose field is of the wrong type.
+        InputError: a line that is not a JSON object, lacks a field, or has a field of the wrong type.
     """
     fields = file.fields
     for value, where, start in read_objects(file.path, file.start, opener=file.opener):
         for name in [*fields.content_names(list(value)), *([fields.domain] if fields.domain else [])]:
             if name not in value:
                 raise InputError(f"{where}: {_missing(name, value, file.path, fields)}")
-        content = parse_row(value, fields, where, "field", is_table=False)
+        content = parse_item(value, fields, where, "field", is_table=False)
         domain = parse_domain(value[fields.domain], f"{where}: field {fields.domain!r}") if fields.domain else ""
         yield Item(content, where, start, domain)
 
@@ -61,7 +63,7 @@ def read_objects(path: str, start: Start, *, opener: TextFiles) -> Iterator[tupl
     """Yield each JSON object of a file, its file and line in words, and where it starts.
 
     Raises:
-        InputError: a value that is no JSON object.
+        InputError: a value that is not a JSON object.
     """
     decoder = msgspec.json.Decoder()
     with opener.open(path) as stream:
@@ -77,7 +79,7 @@ def read_objects(path: str, start: Start, *, opener: TextFiles) -> Iterator[tupl
 
 def _missing(name: str, value: dict[str, Any], path: str, fields: Fields) -> str:
     there = ", ".join(map(repr, value)) or "none"
-    # What stands in a folder beside JSON lines is often no data.
+    # Other .json files in a folder of JSON lines are often not data.
     other = "; to leave this file out, name the others in input.paths" if path.lower().endswith(".json") else ""
     return f"no field {name!r}; the line has {there} ({fields.advice(name, list(value))}){other}"
 

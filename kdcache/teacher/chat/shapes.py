@@ -156,9 +156,9 @@ def notes_of(
         lost: (message, key) of what the text does not show.
         parts: (message, key, words) of what it shows in part.
     """
-    notes = [f"{name!r} of the row: the chat template does not read it" for name in chat.arguments
+    notes = [f"{name!r} of the item: the chat template does not read it" for name in chat.arguments
              if name not in template.variables]  # fmt: skip
-    notes += [f"{name!r} of the row: the chat template does not read it" for name in ("tools", "documents")
+    notes += [f"{name!r} of the item: the chat template does not read it" for name in ("tools", "documents")
               if getattr(chat, name) and name not in template.variables]  # fmt: skip
     unread = {
         (message["role"], name)

@@ -11,7 +11,7 @@ import pytest
 from kdcache.config.capture import InputConfig
 from kdcache.errors import ConfigError, InputError
 from kdcache.inputs.chat import Chat
-from kdcache.inputs.chat_rows import chat_of
+from kdcache.inputs.chat_items import chat_of
 from kdcache.inputs.reader import ItemReader
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
@@ -76,7 +76,7 @@ def test_what_stands_beside_the_messages_goes_to_the_template():
     assert chat({"messages": [USER], "functions": [TOOL]}).tools == [{"type": "function", "function": TOOL}]
     assert chat({"messages": [USER], "tools": "[]"}).tools is None
     packed = chat({"chat": json.dumps({"messages": [USER], "tools": [TOOL], "label": 1})})
-    assert (packed.messages, packed.tools, packed.unused) == ([USER], [TOOL], ("'label' of the row is not used",))
+    assert (packed.messages, packed.tools, packed.unused) == ([USER], [TOOL], ("'label' of the item is not used",))
 
 
 def test_tools_as_json_text_within_a_list_or_as_null():
@@ -86,11 +86,11 @@ def test_tools_as_json_text_within_a_list_or_as_null():
 
 def test_what_bears_on_prompt_or_mask_and_is_not_used_is_named():
     row = {"messages": [USER], "id": 3, "label": False, "weight": 0.5, "images": [b"x"], "rejected": [], "style": "dry"}
-    assert chat(row).unused == tuple(f"{name!r} of the row is not used" for name in ("label", "weight", "images"))
-    assert "'style' of the row is not used" in chat(row, variables=frozenset({"style"})).unused
+    assert chat(row).unused == tuple(f"{name!r} of the item is not used" for name in ("label", "weight", "images"))
+    assert "'style' of the item is not used" in chat(row, variables=frozenset({"style"})).unused
     dpo = {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}
-    assert chat(dpo).unused == ("'chosen' of the row is not used", "'rejected' of the row is not used")
-    assert chat(dpo, "chosen").unused == ("'prompt' of the row is not used", "'rejected' of the row is not used")
+    assert chat(dpo).unused == ("'chosen' of the item is not used", "'rejected' of the item is not used")
+    assert chat(dpo, "chosen").unused == ("'prompt' of the item is not used", "'rejected' of the item is not used")
     assert "system message of its own" in chat({"messages": [{"role": "system", "content": "a"}], "system": "b"}).unused[0]
 
 
@@ -101,20 +101,20 @@ def test_what_bears_on_prompt_or_mask_and_is_not_used_is_named():
         ({"messages": [{"role": "oracle", "content": ""}]}, "'messages'[0].role is 'oracle' (str), but must be one of system"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "[0] is of type 'image_url', but only text is read",
+            "[0] has the type 'image_url', but only text is read",
         ),
         ({"messages": [ANSWER | {"weight": 0.5}]}, "'messages'[0].weight is 0.5, but must be 0 or 1"),
         ({"messages": [ANSWER | {"weight": 1, "train": False}]}, "weight and train disagree"),
         ({"messages": [USER | {"train": True}]}, "asks to learn a message of the user"),
         ({"messages": [USER], "tools": ["find"]}, "'tools' is ['find'] (list), but must be a list of objects"),
         ({"messages": [USER], "tools": "find"}, "'tools' is 'find' (str), and that is not JSON"),
-        ({"messages": [USER], "chat_template_kwargs": {"tokenize": True}}, "sets 'tokenize', which is not the row's to set"),
+        ({"messages": [USER], "chat_template_kwargs": {"tokenize": True}}, "sets 'tokenize', which items may not set"),
         ({"prompt": "hi", "completion": [ANSWER]}, "'prompt' and 'completion' are str and list"),
         ({"conversations": [{"from": "function_call", "value": "find it"}]}, "and that is not JSON"),
-        ({"prompt": "hi", "chosen": [ANSWER]}, "with no 'completion' beside it, it must be a list of messages"),
+        ({"prompt": "hi", "chosen": [ANSWER]}, "without a 'completion', it must be a list of messages"),
         (
             {"messages": {"role": ["user", "assistant"], "content": ["hi"]}},
-            "of different lengths: 'role' has 2, 'content' has 1",
+            "their lengths differ: 'role' has 2, 'content' has 1",
         ),
     ],
 )
@@ -165,7 +165,7 @@ def test_pairs_of_texts_and_chats_as_text_are_read_from_tables(tmp_path):
 
 def test_a_row_of_another_shape_is_told_how_it_becomes_a_chat(tmp_path):
     rows = {
-        "make 'instruction' with 'input' behind it the prompt and 'output' the completion": ("instruction", "input", "output"),
+        "make 'instruction' followed by 'input' the prompt and 'output' the completion": ("instruction", "input", "output"),
         "make 'question' the prompt and 'answer' the completion": ("id", "question", "answer"),
     }
     for advice, names in rows.items():
@@ -185,8 +185,8 @@ def test_arguments_of_the_template_are_checked():
 
     for wrong, sentence in (
         ({"template_arguments": {"tools": []}}, "template_arguments holds 'tools'"),
-        ({"template_time": "today"}, "template_time is 'today', but must be as in 2026-01-31"),
-        ({"content": "text", "one_item_per": "answer"}, "for content 'messages' alone"),
+        ({"template_time": "today"}, "template_time is 'today', expected a date or time as in 2026-01-31"),
+        ({"content": "text", "one_item_per": "answer"}, "for content 'messages' only"),
     ):
         given = {"format": "jsonl", "paths": ["x"], "content": "messages"} | wrong
         with pytest.raises(ConfigError, match=sentence):
