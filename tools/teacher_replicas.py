@@ -73,7 +73,7 @@ class Replicas:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             hidden_BTH = model.model(input_ids=ids[:, :-1]).last_hidden_state
         hidden_PH, weight_VH = hidden_BTH.flatten(0, 1).to(self._dtype), model.lm_head.weight.to(self._dtype)
-        loss = share * fused_sparse_kd_loss(hidden_PH, weight_VH, target_ids_P=ids[:, 1:].flatten(), alpha=0.0)
+        loss = share * fused_sparse_kd_loss(hidden_PH, weight_VH, None, target_ids=ids[:, 1:].flatten(), alpha=0.0)
         loss.backward()
         return loss.item()
 
