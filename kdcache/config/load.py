@@ -52,7 +52,7 @@ def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
         check_yaml_size(data, where=str(path))
         text = data.decode("utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
+        raise ConfigError(f"{path}: no such file; expected a YAML config") from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path}: this is a directory; expected a YAML file") from error
     except UnicodeDecodeError as error:

@@ -104,7 +104,7 @@ def test_users_mistakes_are_one_sentence_each(folder, capsys):
     Path("bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     Path("empty.txt").write_text("")
     jsonl = ["--set", "input.format=jsonl", "--set", "input.paths=[bad.jsonl]"]
-    assert fails(capsys, "capture", "nowhere.yaml") == "nowhere.yaml: no such file"
+    assert fails(capsys, "capture", "nowhere.yaml") == "nowhere.yaml: no such file; expected a YAML config"
     assert "selection.kk: no such field; did you mean selection.k?" in fails(
         capsys, "capture", "c.yaml", "--set", "selection.kk=3"
     )
