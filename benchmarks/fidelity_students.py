@@ -33,8 +33,8 @@ from kdcache.config.capture import (
 )
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.train import LossConfig, OptimizerConfig, StudentConfig, TrainConfig
-from kdcache.loader._torch import TorchBatch, to_torch
 from kdcache.loader.loader import Loader
+from kdcache.loader.torch_batches import TorchBatch, to_torch
 from kdcache.store.reader import open_reader
 from kdcache.store.summary import summarize_cache
 from kdcache.teacher import load_tokenizer

@@ -19,22 +19,23 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from loader_scale import make_identity, make_record
+from numpy.typing import NDArray
 
 from kdcache.codec.base import EntryArrays
 from kdcache.config.loader import LoaderConfig
 from kdcache.format.manifest import Manifest, PlanInfo
-from kdcache.format.record import SequenceRecord
+from kdcache.loader.base import Reader
 from kdcache.loader.batches.assemble import BatchLayout, assemble
 from kdcache.loader.batches.buffers import BufferPool
 from kdcache.loader.batches.mask import choose
-from kdcache.loader.cache import Cache, open_cache
+from kdcache.loader.cache import Cache, cache_of, open_cache
 from kdcache.loader.caches import CacheSet
-from kdcache.loader.direct import read_direct
 from kdcache.loader.loader import Loader
+from kdcache.loader.read import read_mapped
 from kdcache.store.records.batch import digest_of
 from kdcache.store.records.column_view import ColumnView
 from kdcache.store.records.numba_xxh3 import row_digests
@@ -52,21 +53,19 @@ def write(folder: Path, num_sequences: int, k: int) -> None:
 
 
 class RecordByRecord:
-    """A cache whose rows are not to be had by address, so that batches are assembled from records."""
+    """A reader whose sequences are not to be mapped, so that batches are assembled from records."""
 
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
 
     def __len__(self) -> int:
-        return len(self._cache)
+        return len(self._reader)
 
-    def __getitem__(self, number: int) -> SequenceRecord:
-        return self._cache[number]
+    def mapped(self, _: NDArray[np.int64]) -> None:
+        return None
 
     def __getattr__(self, name: str) -> Any:
-        if name == "mapped_rows":
-            raise AttributeError(name)
-        return getattr(self._cache, name)
+        return getattr(self._reader, name)
 
 
 def epoch_seconds(
@@ -117,20 +116,20 @@ def steps(cache: Cache, rounds: int) -> Iterator[tuple[str, float, int]]:
     """Name, CPU seconds and tokens of each step."""
     number = int(np.argsort(cache.num_tokens_S)[len(cache) // 2])
     caches, pool = CacheSet(cache), BufferPool(8)
-    unit, batch, row = cache.reader.place(number)
+    unit, batch, row = cache.reader.locate(number)
     reader = cache.reader.record_batch(unit, batch)
     record = reader.encoded(row)
     layout = BatchLayout((1,), SEQ_LEN, caches.columns)
     out = assemble([record], layout, pool)
     arrays = EntryArrays(out.teacher.token_ids_PK, out.teacher.logprobs_PK, out.teacher.tail_mass_P)
     views = list(reader.views.values())
-    parts_1C2 = np.array([place_of(view, row) for view in views], np.int64)[None]
+    parts_1C2 = np.array([value_of(view, row) for view in views], np.int64)[None]
     rows = [np.array([number])]
     found: dict[str, Callable[[], object]] = {
-        "batch of this row by its addresses": lambda: read_direct(caches, rows, layout, pool),
+        "batch of this row by its addresses": lambda: read_mapped(caches, rows, layout, pool),
         "- of which its digest, compiled": lambda: row_digests(parts_1C2),
         "record found and checked": lambda: caches.record(number),
-        "- of which its digest": lambda: digest_of([view.row_bytes(row) for view in views]),
+        "- of which its digest": lambda: digest_of([view.value_bytes(row) for view in views]),
         "batch of this record": lambda: assemble([record], layout, pool),
         "- of which entries decoded": lambda: record.codec.decode_many_into([record.decode_task(arrays)]),
         "- of which the mask": lambda: choose(record.sequence, layout.mask),
@@ -139,9 +138,9 @@ def steps(cache: Cache, rounds: int) -> Iterator[tuple[str, float, int]]:
         yield name, step_seconds(function, rounds), record.sequence.num_tokens
 
 
-def place_of(view: ColumnView, row: int) -> tuple[int, int]:
+def value_of(view: ColumnView, row: int) -> tuple[int, int]:
     """Address and bytes of a row's value."""
-    addresses_S, num_bytes_S = view.places()
+    addresses_S, num_bytes_S = view.addresses()
     return int(addresses_S[row]), int(num_bytes_S[row])
 
 
@@ -150,7 +149,7 @@ def epochs(cache: Cache, folder: Path, rounds: int) -> Iterator[tuple[str, float
     clock = time.process_time
     yield "epoch of packed batches, verified", epoch_seconds(cache, 0, clock, rounds)
     yield "- with logprobs in float16", epoch_seconds(cache, 0, clock, rounds, "float16")
-    yield "- record by record", epoch_seconds(RecordByRecord(cache), 0, clock, rounds)
+    yield "- record by record", epoch_seconds(cache_of(cast("Reader", RecordByRecord(cache.reader))), 0, clock, rounds)
     with open_cache(folder / "cache", verify=False) as unchecked:
         yield "- without digests", epoch_seconds(unchecked, 0, clock, rounds)
         yield "- without digests, in float16", epoch_seconds(unchecked, 0, clock, rounds, "float16")

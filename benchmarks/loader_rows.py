@@ -93,9 +93,9 @@ def write_packed_floor(folder: Path, cache_folder: Path) -> None:
     lengths = [0]
     with open_cache(cache_folder) as cache, (folder / "packed.bin").open("wb") as file:
         for number in range(len(cache)):
-            unit, batch, row = cache.reader.place(number)
+            unit, batch, row = cache.reader.locate(number)
             views = cache.reader.record_batch(unit, batch).views.values()
-            lengths.append(sum(file.write(part) for view in views if (part := view.row_bytes(row)) is not None))
+            lengths.append(sum(file.write(part) for view in views if (part := view.value_bytes(row)) is not None))
     np.save(folder / "packed_starts.npy", np.cumsum(lengths))
 
 

@@ -32,8 +32,8 @@ from loss_variants import make_inputs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdcache.config.train import LossConfig, StudentConfig, TrainConfig
-from kdcache.loader._torch import TorchBatch
 from kdcache.loader.batches.batch import NO_TARGET
+from kdcache.loader.torch_batches import TorchBatch
 from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.step import make_optimizer, optimize
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from kdcache.format.record import SequenceRecord as SequenceRecord
     from kdcache.format.record import TokenSequence as TokenSequence
     from kdcache.format.soft_targets import SoftTargets as SoftTargets
-    from kdcache.loader._torch import TorchLoader as TorchLoader
     from kdcache.loader.cache import Cache as Cache
     from kdcache.loader.cache import open_cache as open  # noqa: F401
     from kdcache.loader.loader import Loader as Loader
+    from kdcache.loader.torch_batches import TorchLoader as TorchLoader
     from kdcache.loader.view import PackedView as PackedView
     from kdcache.loss.chunks import Head as Head
     from kdcache.loss.fused import Projection as Projection
@@ -32,14 +32,12 @@ if TYPE_CHECKING:
     from kdcache.loss.sparse_kd import sparse_kd_loss as sparse_kd_loss
     from kdcache.loss.vocab_parallel import VocabPart as VocabPart
     from kdcache.loss.vocab_parallel import vocab_parallel_sparse_kd_loss as vocab_parallel_sparse_kd_loss
-    from kdcache.store.reader import CacheReader as CacheReader
     from kdcache.store.writing.writer import CacheWriter as CacheWriter
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "Cache": "kdcache.loader.cache:Cache",
-    "CacheReader": "kdcache.store.reader:CacheReader",
     "CacheWriter": "kdcache.store.writing.writer:CacheWriter",
     "Distributions": "kdcache.format.record:Distributions",
     "FusedSparseKD": "kdcache.loss.modules:FusedSparseKD",
@@ -57,7 +55,7 @@ _EXPORTS = {
     "SoftTargets": "kdcache.format.soft_targets:SoftTargets",
     "SparseKD": "kdcache.loss.modules:SparseKD",
     "TokenSequence": "kdcache.format.record:TokenSequence",
-    "TorchLoader": "kdcache.loader._torch:TorchLoader",
+    "TorchLoader": "kdcache.loader.torch_batches:TorchLoader",
     "VocabPart": "kdcache.loss.vocab_parallel:VocabPart",
     "fused_sparse_kd_loss": "kdcache.loss.fused:fused_sparse_kd_loss",
     "open": "kdcache.loader.cache:open_cache",

@@ -89,7 +89,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(python("", CORE, str(folder)).rpartition("FOUND")[2])
 
 
-NEED_NOTHING = {"Cache", "CacheReader", "CacheWriter", "Distributions", "KdcacheError", "Loader", "LoaderConfig", "Manifest"}
+NEED_NOTHING = {"Cache", "CacheWriter", "Distributions", "KdcacheError", "Loader", "LoaderConfig", "Manifest"}
 NEED_NOTHING |= {"MaskConfig", "MixConfig", "PackedView", "SequenceRecord", "TokenSequence", "open", "__version__"}
 
 

@@ -57,7 +57,7 @@ def test_looking_loads_nothing_heavy(code):
 @pytest.mark.parametrize(
     "code",
     [
-        "import kdcache; kdcache.open, kdcache.CacheReader, kdcache.CacheWriter",
+        "import kdcache; kdcache.open, kdcache.Cache, kdcache.CacheWriter",
         "import kdcache; kdcache.SequenceRecord, kdcache.Distributions, kdcache.TokenSequence",
         "import kdcache; kdcache.Loader",
         "import kdcache.capture.executors.run, kdcache.capture.estimate",

@@ -42,7 +42,7 @@ from kdcache.format.record_checks import ids_fit
 from kdcache.format.selection import has_estimates
 
 if TYPE_CHECKING:
-    from kdcache.codec._numba_into import Unpacking
+    from kdcache.codec.numba_unpack import Unpacking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class PackedCodec(Codec):
 
     def decode_many_into(self, tasks: Sequence[DecodeTask]) -> None:
         """Decode all sequences in one compiled call, where all entries are exact."""
-        from kdcache.codec._numba_into import unpack_many
+        from kdcache.codec.numba_unpack import unpack_many
 
         if has_estimates(self.selection):
             for_each(tasks, lambda task: copy_into(self.decode(task.columns, task.offsets_P1), task.out, task.keep_P))
@@ -169,18 +169,18 @@ class PackedCodec(Codec):
 
     def _unpacking(self, task: DecodeTask) -> Unpacking:
         """What the compiled loop is to do, once the columns have been found to be as long as it relies on."""
-        from kdcache.codec._numba_into import Unpacking
+        from kdcache.codec.numba_unpack import Unpacking
 
         num_entries = int(task.offsets_P1[-1])
         size = packed_size(num_entries, self.id_bits)
         stream = checked_column(task.columns, "token_ids_packed", np.uint8, size)
         halves_E = checked_column(task.columns, "logprobs", np.float16, num_entries)
-        kept_Q = None if task.keep_P is None else np.flatnonzero(task.keep_P)
-        return Unpacking.of(stream, halves_E, (task.offsets_P1, kept_Q), (task.out.token_ids_PK, task.out.logprobs_PK))
+        kept = None if task.keep_P is None else np.flatnonzero(task.keep_P)
+        return Unpacking.of(stream, halves_E, (task.offsets_P1, kept), (task.out.token_ids_PK, task.out.logprobs_PK))
 
     def _check_unpacked(self, task: DecodeTask, largest: int) -> None:
         """Look at what came of a sequence."""
-        from kdcache.codec._numba_into import TOO_WIDE
+        from kdcache.codec.numba_unpack import TOO_WIDE
 
         if largest == TOO_WIDE:
             check_width(task.offsets_P1, task.out)

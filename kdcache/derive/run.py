@@ -115,7 +115,8 @@ def _write(job: Job, writer: CacheWriter, progress: Progress | None) -> Manifest
 def _records(job: Job, unit: int) -> Iterator[SequenceRecord]:
     places = list(job.places(job.unit(unit)))
     for source, reader in enumerate(job.readers):
-        reader.prefetch([number for made_of in places for of, number in made_of if of == source])
+        if reader.ahead is not None:
+            reader.ahead.prefetch([number for made_of in places for of, number in made_of if of == source])
     for made_of in places:
         record = derived_record(job, [job.readers[source][number] for source, number in made_of])
         if record is not None:

@@ -1,7 +1,4 @@
-"""What the loader asks of a reader: the part of `kdcache.store.reader.CacheReader` that it uses.
-
-Shape letters: S sequences of the cache.
-"""
+"""What the loader asks of a reader: the part of `kdcache.store.reader.CacheReader` that it uses."""
 
 from __future__ import annotations
 
@@ -12,10 +9,16 @@ from numpy.typing import NDArray
 
 from kdcache.format.manifest import Manifest
 from kdcache.format.record import SequenceRecord
+from kdcache.store.records.batch import EncodedRecord
+from kdcache.store.records.mapped import MappedSequences
+from kdcache.store.remote.look_ahead import LookAhead
 
 
 class Reader(Protocol):
-    """Random access to the records of one snapshot of a cache; `reader[i]` may be called from several threads at once."""
+    """Random access to the records of one snapshot of a cache. Safe to use from several threads.
+
+    Every reader has all members; what it cannot do is None there, and the loader takes the slower way.
+    """
 
     @property
     def manifest(self) -> Manifest:
@@ -37,6 +40,23 @@ class Reader(Protocol):
         """(S,) supervised positions of each sequence."""
         ...
 
+    @property
+    def ahead(self) -> LookAhead | None:
+        """Fetches what is read next from an object store; None for a cache on a disk."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> SequenceRecord: ...
+
+    def encoded(self, index: int, /) -> SequenceRecord | EncodedRecord:
+        """Read a sequence, without decoding its entries where that is possible."""
+        ...
+
+    def mapped(self, indices: NDArray[np.int64], /) -> MappedSequences | None:
+        """Sequences for a compiled loop to read; None where they have to be read one by one."""
+        ...
+
+    def close(self) -> None:
+        """Release open files; the reader can still be used, and opens them again."""
+        ...

@@ -1,7 +1,4 @@
-"""The caches that a loader reads, as one: their sequences are numbered together, those of each behind those of the one before.
-
-Shape letters: S sequences of a cache, C shards.
-"""
+"""The caches that a loader reads, as one: their sequences are indexed together, one cache after another."""
 
 from __future__ import annotations
 
@@ -15,34 +12,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
-from kdcache.errors import ConfigError, MismatchError
+from kdcache.errors import ConfigError, CorruptCacheError, MismatchError
 from kdcache.format.manifest import Manifest
 from kdcache.loader.base import Reader
 from kdcache.loader.batches.assemble import EntryColumns, Record
 from kdcache.loader.batches.features import find_features
-from kdcache.loader.cache import Cache, open_cache
+from kdcache.loader.cache import Cache, cache_of, open_cache
 from kdcache.loader.order.mix import CacheTable
+from kdcache.store.records.batch import EncodedRecord
 
-CacheLike = str | PathLike[str] | Reader
-"""A cache's address, or one that is open: `kdcache.open(...)`, a selection of it, a CacheReader."""
+CacheLike = str | PathLike[str] | Cache
+"""A cache's address, or an open cache: `kdcache.open(...)` or a selection of it."""
 
 
 class CacheSet:
     """One cache or several. Can be pickled if the readers can.
 
     Args:
-        caches: addresses are opened here, and closed by `close`; open ones stay the caller's.
-        features: names of those that batches hold.
+        caches: addresses are opened here, and closed by `close`; open caches stay the caller's. A Reader of another kind does
+            as well.
+        features: names of the features that batches hold.
         logprob_dtype, with_roles: of the batches; see LoaderConfig.
 
     Raises:
-        ConfigError: none, or one without such a feature or with logprobs that are no float16. MismatchError: several that do
-            not fit together. Whatever opening raises.
+        ConfigError: no cache is given, or one lacks such a feature or has logprobs that are not float16. MismatchError: several
+            that do not fit together. Whatever opening raises.
     """
 
     def __init__(
         self,
-        caches: CacheLike | Sequence[CacheLike],
+        caches: CacheLike | Reader | Sequence[CacheLike | Reader],
         features: Sequence[str] = (),
         logprob_dtype: str = "float32",
         *,
@@ -54,16 +53,17 @@ class CacheSet:
         if not several:
             raise ConfigError("no cache was given; give an address, an open cache, or a list of them")
         try:
-            self.readers = [self._opened(cache) for cache in several]
-            check_together([reader.manifest for reader in self.readers])
-            self.features = find_features([reader.manifest for reader in self.readers], features)
+            self.caches = [self._opened(cache) for cache in several]
+            manifests = [cache.manifest for cache in self.caches]
+            check_together(manifests)
+            self.features = find_features(manifests, features) if features else ()
             self.logprob_dtype = np.dtype(logprob_dtype)
-            check_logprobs([reader.manifest for reader in self.readers], self.logprob_dtype)
+            check_logprobs(manifests, self.logprob_dtype)
         except BaseException:
             self.close()
             raise
-        self._bases = [0, *accumulate(len(reader) for reader in self.readers)]
-        identities = [reader.manifest.identity for reader in self.readers]
+        self._bases = [0, *accumulate(map(len, self.caches))]
+        identities = [manifest.identity for manifest in manifests]
         vocab_size = max(identity.teacher.vocab_size for identity in identities)
         self.columns = EntryColumns.of([identity.selection for identity in identities], vocab_size)
 
@@ -72,44 +72,48 @@ class CacheSet:
 
     @property
     def snapshots(self) -> list[str]:
-        """What each of them holds, by name."""
-        return [reader.snapshot for reader in self.readers]
+        """The snapshot of each."""
+        return [cache.snapshot for cache in self.caches]
 
     def tables(self) -> list[CacheTable]:
         """What order and packing know of each."""
-        return [CacheTable(reader.num_tokens_S, _shard_sizes(reader)) for reader in self.readers]
+        return [CacheTable(cache.num_tokens_S, _shard_sizes(cache)) for cache in self.caches]
 
-    def locate(self, number: int) -> tuple[Reader, int]:
-        """The cache of a sequence, and its number there."""
-        cache = bisect_right(self._bases, number) - 1
-        return self.readers[cache], number - self._bases[cache]
-
-    def by_cache(self, numbers_R: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64] | slice, Reader, NDArray[np.int64]]]:
-        """Of each cache that has some of these sequences: which of them, the cache, and their numbers there."""
-        if len(self.readers) == 1:
-            yield slice(None), self.readers[0], numbers_R
+    def by_reader(self, indices: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64] | slice, Reader, NDArray[np.int64]]]:
+        """For each cache that has some of these sequences: which of them, its reader, and their indices for that."""
+        if len(self.caches) == 1:
+            yield slice(None), self.caches[0].reader, self.caches[0].snapshot_indices(indices)
             return
-        cache_R = np.searchsorted(self._bases, numbers_R, "right") - 1
-        for cache in np.unique(cache_R).tolist():
-            where = np.flatnonzero(cache_R == cache)
-            yield where, self.readers[cache], numbers_R[where] - self._bases[cache]
+        which_cache = np.searchsorted(self._bases, indices, "right") - 1
+        for index in np.unique(which_cache).tolist():
+            which, cache = np.flatnonzero(which_cache == index), self.caches[index]
+            yield which, cache.reader, cache.snapshot_indices(indices[which] - self._bases[index])
 
-    def record(self, number: int) -> Record:
-        """A sequence's record, its entries not decoded yet where the cache can give it so."""
-        reader, place = self.locate(number)
-        encoded = getattr(reader, "encoded", None)
-        return reader[place] if encoded is None else encoded(place)
+    def record(self, index: int) -> Record:
+        """Read a sequence, without decoding its entries where its reader can do that.
+
+        Raises:
+            CorruptCacheError: its record is damaged, or not as long as the index says.
+        """
+        which = bisect_right(self._bases, index) - 1
+        cache, own = self.caches[which], index - self._bases[which]
+        record = cache.reader.encoded(int(cache.snapshot_indices(own)))
+        if not isinstance(record, EncodedRecord):  # a CacheReader has compared it with its index
+            found, expected = record.sequence.num_tokens, cache.num_tokens_S[own]
+            if found != expected:
+                raise CorruptCacheError(f"sequence {own}: its record holds {found} tokens, the index says {expected}")
+        return record
 
     def close(self) -> None:
         """Close what was opened here."""
         for cache in self._own:
             cache.close()
 
-    def _opened(self, cache: CacheLike) -> Reader:
+    def _opened(self, cache: CacheLike | Reader) -> Cache:
         if isinstance(cache, (str, PathLike)):
             self._own.append(open_cache(fspath(cache)))
             return self._own[-1]
-        return cache
+        return cache if isinstance(cache, Cache) else cache_of(cache)
 
 
 def check_together(manifests: Sequence[Manifest]) -> None:
@@ -137,14 +141,12 @@ def check_logprobs(manifests: Sequence[Manifest], dtype: np.dtype[Any]) -> None:
         if dtype == np.float16 and not get_codec(codec.codec_id, codec.params, selection).stores_half_logprobs:
             raise ConfigError(
                 f"logprob_dtype is 'float16', but cache {number} (codec {codec.codec_id!r} {codec.params}, selection "
-                f"{selection.kind!r}) has logprobs that are no float16; use 'float32', or a cache of exact entries with codec "
+                f"{selection.kind!r}) has logprobs that are not float16; use 'float32', or a cache of exact entries with codec "
                 "'packed', or 'archive' of 16 bits"
             )
 
 
-def _shard_sizes(reader: Reader) -> NDArray[np.int64]:
-    """(C,) as `Cache.shard_sizes_C`; a reader whose manifest names no shards is one."""
-    if isinstance(reader, Cache):
-        return reader.shard_sizes_C
-    sizes_C = np.array([shard.num_sequences for shard in reader.manifest.shards], np.int64)
-    return sizes_C if int(sizes_C.sum()) == len(reader) else np.array([len(reader)], np.int64)
+def _shard_sizes(cache: Cache) -> NDArray[np.int64]:
+    """As `Cache.shard_sizes`; a cache whose manifest names no shards is one."""
+    sizes = cache.shard_sizes
+    return sizes if int(sizes.sum()) == len(cache) else np.array([len(cache)], np.int64)

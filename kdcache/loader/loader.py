@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import StateError
-from kdcache.loader.base import Reader
 from kdcache.loader.batches.batch import Batch
 from kdcache.loader.batches.buffers import Allocate, BufferPool, plain_memory
+from kdcache.loader.cache import Cache
 from kdcache.loader.caches import CacheLike, CacheSet
 from kdcache.loader.checks import check_config, check_epoch, check_ranks
-from kdcache.loader.fetch import Fetcher
-from kdcache.loader.prefetch import prefetch
+from kdcache.loader.prefetch import Fetcher, prefetch
 from kdcache.loader.read import read_rows
 from kdcache.loader.report import EpochCheck, EpochReport
 from kdcache.loader.rows.layout import BatchRows, EpochCounts, EpochLayout
@@ -84,9 +83,9 @@ class Loader:
         self.use_buffers()
 
     @property
-    def readers(self) -> Sequence[Reader]:
+    def caches(self) -> Sequence[Cache]:
         """The caches, in their order."""
-        return self._caches.readers
+        return self._caches.caches
 
     @property
     def epoch(self) -> int:
@@ -133,7 +132,7 @@ class Loader:
             self._report = EpochReport(self._epoch, self._next_batch)
         self._ahead = prefetch(
             lambda number: self._read(layout, number),
-            Fetcher(self.readers, self.config, step).telling(
+            Fetcher(self._caches, self.config, step).telling(
                 takewhile(layout.has_batch, count(start, step)), lambda number: self._sequences(layout, number)
             ),
             num_threads=self.config.num_threads,

@@ -1,4 +1,4 @@
-"""Reading a cache: any sequence by number, memory-mapped or by byte ranges, its digest checked on every read."""
+"""Reading a cache: any sequence by its index, memory-mapped or by byte ranges, its digest checked on every read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kdcache.store.files.location import Location, locate
 from kdcache.store.index import open_index
 from kdcache.store.records.arrow_file import open_arrow_file
 from kdcache.store.records.batch import BatchReader, EncodedRecord
-from kdcache.store.records.mapped import MappedRows, RowFormat
+from kdcache.store.records.mapped import MAPPED_SEQUENCE, MappedSequences, SequenceFormat
 from kdcache.store.remote.look_ahead import LookAhead
 from kdcache.store.remote.remote_read import RemoteFile
 from kdcache.store.shard_checks import check_shard, open_shard
@@ -67,18 +67,20 @@ class CacheReader:
         manifest: what the snapshot holds.
         num_tokens_S: (S,) uint32, tokens of each sequence, from the index.
         num_positions_S: (S,) uint32, supervised positions of each sequence, from the index.
+        ahead: fetches what is read next from an object store; None for a cache on a disk, where nothing is gained by it.
     """
 
     def __init__(self, root: Location, manifest: Manifest, *, verify: bool = True) -> None:
         self.root, self.manifest, self._verify = root, manifest, verify
         self._codec = _codec_of(manifest, root)
+        self._entry_format = self._codec.entry_format()
         table = open_index(root, manifest.index)
         self.num_tokens_S: NDArray[np.uint32] = table.column("num_tokens").to_numpy()
         self.num_positions_S: NDArray[np.uint32] = table.column("num_positions").to_numpy()
-        self._unit_S, self._batch_S, self._row_S = (table.column(n).to_numpy() for n in ("unit", "record_batch", "row"))
+        self._unit_S, self._batch_S, self._in_batch_S = (table.column(n).to_numpy() for n in ("unit", "record_batch", "row"))
         self._keys_S = _keys(table.column("key"))
         self._keys_address: int = self._keys_S.__array_interface__["data"][0]
-        self._row_format: RowFormat | None = None
+        self._format: SequenceFormat | None = None
         if len(table) != manifest.total("num_sequences"):
             raise CorruptCacheError(
                 f"{root}: the index has {len(table)} sequences, the manifest {manifest.total('num_sequences')}"
@@ -86,7 +88,7 @@ class CacheReader:
         self._shards = {shard.unit: shard for shard in manifest.shards}
         self._files: dict[int, tuple[pa.RecordBatchFileReader | RemoteFile, ShardMetadata]] = {}
         self._batches: OrderedDict[tuple[int, int], BatchReader] = OrderedDict()
-        self._ahead = None if isinstance(root, Path) else LookAhead(root, self._shards, table)
+        self.ahead = None if isinstance(root, Path) else LookAhead(root, self._shards, table)
         self._lock = threading.Lock()
         _readers.add(self)
 
@@ -103,163 +105,139 @@ class CacheReader:
     def __len__(self) -> int:
         return len(self.num_tokens_S)
 
-    def __getitem__(self, number: int) -> SequenceRecord:
-        """Sequence `number` in the cache's order.
+    def __getitem__(self, index: int) -> SequenceRecord:
+        """Read a sequence by its index in the cache's order.
 
         Raises:
-            IndexError: out of range. CorruptCacheError: the shard is missing or damaged; names the file, batch and row.
+            IndexError: out of range. CorruptCacheError: the shard is missing or damaged; names file, record batch and sequence.
         """
-        return self.encoded(number).decode()
+        return self.encoded(index).decode()
 
-    def encoded(self, number: int) -> EncodedRecord:
-        """The same with its entries not decoded yet; raises as `reader[number]` does."""
+    def encoded(self, index: int) -> EncodedRecord:
+        """Read a sequence without decoding its entries; raises as `reader[index]` does."""
         num_sequences = len(self.num_tokens_S)
-        if not -num_sequences <= number < num_sequences:
-            raise IndexError(f"sequence {number} of a cache of {num_sequences}")
+        if not -num_sequences <= index < num_sequences:
+            raise IndexError(f"sequence {index} of a cache of {num_sequences}")
         try:
-            return self._encoded(number)
+            return self._encoded(index)
         except CorruptCacheError as error:
-            if self._ahead is None:
-                raise self._placed(error, number) from error
+            if self.ahead is None:
+                raise self._located(error, index) from error
         try:
             # The bytes may have been changed on their way here: the store itself is asked once more.
-            self._forget(number)
-            return self._encoded(number)
+            self._forget(index)
+            return self._encoded(index)
         except CorruptCacheError as error:
-            raise self._placed(error, number) from error
+            raise self._located(error, index) from error
 
-    def _placed(self, error: CorruptCacheError, number: int) -> CorruptCacheError:
-        """The same, with its place and with what to do."""
-        number %= len(self.num_tokens_S)
-        unit, batch, _ = self.place(number)
-        placed = CorruptCacheError(f"{error}; `kdcache repair {self.root}` sets what is damaged aside")
+    def _located(self, error: CorruptCacheError, index: int) -> CorruptCacheError:
+        """The error with where the damage is, and with what to do."""
+        index %= len(self.num_tokens_S)
+        unit, batch, _ = self.locate(index)
+        located = CorruptCacheError(f"{error}; `kdcache repair {self.root}` sets what is damaged aside")
         shard = self._shards.get(unit)
-        placed.path, placed.record_batch = None if shard is None else str(self.root / shard.name), batch
-        placed.sequence = number
-        return placed
+        located.path, located.record_batch = None if shard is None else str(self.root / shard.name), batch
+        located.sequence = index
+        return located
 
-    def _encoded(self, number: int) -> EncodedRecord:
-        unit, batch, row = self.place(number)
+    def _encoded(self, index: int) -> EncodedRecord:
+        unit, batch, which = self.locate(index)
         reader = self.record_batch(unit, batch)
-        if row >= reader.num_rows:
+        if which >= reader.num_sequences:
             where = f"{self.root / self._shards[unit].name}: record batch {batch}"
-            raise CorruptCacheError(f"{where} has {reader.num_rows} rows, the index names row {row}")
-        record = reader.encoded(row, verify=self._verify)
-        self.check_sequence(number, record, record.where)
+            raise CorruptCacheError(f"{where} has {reader.num_sequences} sequences, the index names sequence {which} of it")
+        record = reader.encoded(which, verify=self._verify)
+        self.check_sequence(index, record, record.where)
         return record
 
-    def place(self, number: int) -> tuple[int, int, int]:
-        """Unit, record batch and row of sequence `number`, from the index."""
-        return int(self._unit_S[number]), int(self._batch_S[number]), int(self._row_S[number])
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """The unit of a sequence, its record batch in the unit's shard, and its index in the record batch."""
+        return int(self._unit_S[index]), int(self._batch_S[index]), int(self._in_batch_S[index])
 
-    def check_sequence(self, number: int, record: SequenceRecord | EncodedRecord, where: str) -> None:
-        """Raise CorruptCacheError unless a record from the place of sequence `number` is the one that the index means.
+    def check_sequence(self, index: int, record: SequenceRecord | EncodedRecord, where: str) -> None:
+        """Raise CorruptCacheError unless a record is the one that the index names.
 
-        A row's digest says that its bytes are whole, not that they are this sequence's: damage in Arrow's own framing can put
-        another sound row in its place.
+        A digest says that a sequence's bytes are whole, not that they are this sequence's: damage in Arrow's own framing can
+        put another sound sequence there.
+
+        Args:
+            index: of the sequence.
+            record: what was read for it.
+            where: shard, record batch and sequence, for the message.
         """
         if isinstance(record, EncodedRecord):
             found = record.key, record.num_tokens, record.num_positions
         else:
             found = record.sequence.key, record.sequence.num_tokens, record.distributions.num_positions
-        expected = self._keys_S[number].tobytes(), int(self.num_tokens_S[number]), int(self.num_positions_S[number])
+        expected = self._keys_S[index].tobytes(), int(self.num_tokens_S[index]), int(self.num_positions_S[index])
         if found != expected:
             raise CorruptCacheError(f"{where}: holds {_show(found)}, the index says {_show(expected)}")
 
-    def record_batch(self, unit: int, number: int) -> BatchReader:
-        """Record batch `number` of a unit's shard, from the ones kept open or newly mapped and validated."""
+    def record_batch(self, unit: int, index: int) -> BatchReader:
+        """A record batch of a unit's shard, from the ones kept open or newly mapped and validated."""
         self._check_size(unit)
         with self._lock:
-            if (unit, number) in self._batches:
-                self._batches.move_to_end((unit, number))
-                return self._batches[unit, number]
-        reader = self._open_batch(unit, number)
+            if (unit, index) in self._batches:
+                self._batches.move_to_end((unit, index))
+                return self._batches[unit, index]
+        reader = self._open_batch(unit, index)
         with self._lock:
-            self._batches[unit, number] = reader
-            most = OPEN_BATCHES if self._ahead is None else self._ahead.most_open
+            self._batches[unit, index] = reader
+            most = OPEN_BATCHES if self.ahead is None else self.ahead.most_open
             while len(self._batches) > most:
                 self._batches.popitem(last=False)
         return reader
 
-    def mapped_rows(self, numbers: NDArray[np.int64]) -> MappedRows | None:
-        """The rows of sequences of this snapshot, for a compiled loop to read: see `MappedRows`. None where that cannot be, in
-        an object store or where something is wrong: `encoded` then reads them, or says what is wrong."""
-        if self._ahead is not None:
+    def mapped(self, indices: NDArray[np.int64]) -> MappedSequences | None:
+        """Sequences of this snapshot, for a compiled loop to read.
+
+        None where that cannot be: in an object store, for a codec that no compiled loop reads, and where something is wrong.
+        `encoded` then reads them, or says what is wrong.
+        """
+        if self.ahead is not None or self._entry_format is None:
             return None
-        rows = self._row_S[numbers].tolist()
+        which = self._in_batch_S[indices].tolist()
         try:
-            found = self._record_batches(zip(self._unit_S[numbers].tolist(), self._batch_S[numbers].tolist(), strict=True))
+            found = self._record_batches(zip(self._unit_S[indices].tolist(), self._batch_S[indices].tolist(), strict=True))
         except KdcacheError:
             return None
-        lines = [reader.line(row) for reader, row in zip(found, rows, strict=True)]
-        num_positions_R = self.num_positions_S[numbers]
-        # Of the rows themselves: memory is taken for so many, so no index may claim more than there are.
-        if not all(lines) or [r.num_positions[row] for r, row in zip(found, rows, strict=True)] != num_positions_R.tolist():
+        lines = [reader.line(index) for reader, index in zip(found, which, strict=True)]
+        num_positions = self.num_positions_S[indices]
+        # Of the sequences themselves: memory is taken for this many, so no index may claim more than there are.
+        if not all(lines) or [r.num_positions[i] for r, i in zip(found, which, strict=True)] != num_positions.tolist():
             return None
-        places_RJ = np.empty((len(rows), 4), np.int64)
-        places_RJ[:, 0], places_RJ[:, 1] = lines, self._keys_address + numbers * KEY_BYTES
-        places_RJ[:, 2], places_RJ[:, 3] = self.num_tokens_S[numbers], num_positions_R
-        if self._row_format is None and found:
+        table = np.empty(len(which), MAPPED_SEQUENCE)
+        table["line"], table["key"] = lines, self._keys_address + indices * KEY_BYTES
+        table["num_tokens"], table["num_positions"] = self.num_tokens_S[indices], num_positions
+        if self._format is None and found:
             names, selection = tuple(found[0].views), self.manifest.identity.selection
-            self._row_format = RowFormat(names, self._codec, selection, found[0].fixed, self._verify)
-        return None if self._row_format is None else MappedRows(self._row_format, places_RJ, found, rows)
+            self._format = SequenceFormat(names, self._entry_format, selection, found[0].fixed, self._verify)
+        return None if self._format is None else MappedSequences(self._format, table, found, which)
 
-    def _record_batches(self, places: Iterable[tuple[int, int]]) -> list[BatchReader]:
-        """Several, of which most are kept open already."""
-        places = list(places)
-        for unit in {unit for unit, _ in places}:
+    def _record_batches(self, wanted: Iterable[tuple[int, int]]) -> list[BatchReader]:
+        """The record batches of these units and indices, of which most are kept open already."""
+        wanted = list(wanted)
+        for unit in {unit for unit, _ in wanted}:
             self._check_size(unit)
         found: list[tuple[tuple[int, int], BatchReader | None]] = []
         with self._lock:
-            for place in places:
-                found.append((place, self._batches.get(place)))
+            for key in wanted:
+                found.append((key, self._batches.get(key)))
                 if found[-1][1] is not None:
-                    self._batches.move_to_end(place)
-        return [self.record_batch(*place) if reader is None else reader for place, reader in found]
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether it is in an object store, so that it is of use to say what is read next."""
-        return self._ahead is not None
-
-    @property
-    def block_dir(self) -> str | None:
-        """The folder in which what was read is kept, where there is one."""
-        return None if isinstance(self.root, Path) else self.root.config.block_dir
-
-    def prefetch(self, numbers: Iterable[int]) -> None:
-        """Say which sequences are read next, in which order: their record batches are fetched by threads, as far as there is
-        room for them, and kept until they are read. Each call replaces the one before. Returns at once, and does nothing for a
-        cache on a disk."""
-        if self._ahead is not None:
-            self._ahead.prefetch(numbers)
-
-    def window_bytes(self, numbers: Iterable[int]) -> int:
-        """About how many bytes `prefetch(numbers)` has to keep, computed from the index; 0 for a cache on a disk."""
-        return 0 if self._ahead is None else self._ahead.window_bytes(numbers)
-
-    def largest_shards_bytes(self, num_shards: int) -> int:
-        """At most how many bytes the record batches of so many shards have; 0 for a cache on a disk."""
-        return (
-            0 if self._ahead is None else sum(sorted((s.num_bytes for s in self._shards.values()), reverse=True)[:num_shards])
-        )
-
-    def reserve(self, num_bytes: int) -> None:
-        """Raise ConfigError, with the size needed, unless so many bytes of record batches can be kept."""
-        if self._ahead is not None:
-            self._ahead.reserve(num_bytes)
+                    self._batches.move_to_end(key)
+        return [self.record_batch(*key) if reader is None else reader for key, reader in found]
 
     def num_record_batches(self, unit: int) -> int:
-        """How many record batches a unit's shard has."""
+        """The number of record batches in a unit's shard."""
         return self._file(unit)[0].num_record_batches
 
     def close(self) -> None:
-        """Let go of the maps and threads; the reader can still be used and maps again."""
+        """Release the maps and threads; the reader can still be used, and maps again."""
         with self._lock:
             self._batches.clear()
             self._files.clear()
-        if self._ahead is not None:
-            self._ahead.shards.close()
+        if self.ahead is not None:
+            self.ahead.shards.close()
 
     def __enter__(self) -> CacheReader:
         return self
@@ -276,14 +254,14 @@ class CacheReader:
         if manifest.digest != state["snapshot"]:
             raise MismatchError(
                 f"{str(state['root'])!r}: manifest {manifest.number} is {manifest.digest}, the reader that was pickled had "
-                f"{state['snapshot']}; another cache was put in its place"
+                f"{state['snapshot']}; another cache has taken its path"
             )
         self.__init__(state["root"], manifest, verify=state["verify"])
 
     def _check_size(self, unit: int) -> None:
         """Raise CorruptCacheError for a shard on a disk that is not of its size any more: a map that is read beyond its file's
         end ends the process (SIGBUS). About a microsecond. A shard that is deleted can still be read where it is mapped."""
-        if self._ahead is not None or unit not in self._files:
+        if self.ahead is not None or unit not in self._files:
             return
         shard = self._shards[unit]
         try:
@@ -296,25 +274,25 @@ class CacheReader:
                 "changed since it was opened"
             )
 
-    def _open_batch(self, unit: int, number: int) -> BatchReader:
+    def _open_batch(self, unit: int, index: int) -> BatchReader:
         file, metadata = self._file(unit)
-        where = f"{self._shards[unit].name}: record batch {number}"
-        if number >= file.num_record_batches:
+        where = f"{self._shards[unit].name}: record batch {index}"
+        if index >= file.num_record_batches:
             raise CorruptCacheError(f"{self.root / where}: the shard has {file.num_record_batches} of them")
         try:
-            batch = file.get_batch(number)
+            batch = file.get_batch(index)
         except (pa.ArrowException, OSError, IndexError, ValueError) as error:
             raise CorruptCacheError(f"{self.root / where}: {error}") from error
         return BatchReader(batch, metadata, self._codec, str(self.root / where))
 
-    def _forget(self, number: int) -> None:
+    def _forget(self, index: int) -> None:
         """Drop what is kept of a sequence's record batch and shard."""
-        unit, batch, _ = self.place(number)
+        unit, batch, _ = self.locate(index)
         with self._lock:
             self._batches.pop((unit, batch), None)
             self._files.pop(unit, None)
-        if self._ahead is not None and unit in self._shards:
-            self._ahead.shards.forget(unit, batch)
+        if self.ahead is not None and unit in self._shards:
+            self.ahead.shards.forget(unit, batch)
 
     def _file(self, unit: int) -> tuple[pa.RecordBatchFileReader | RemoteFile, ShardMetadata]:
         with self._lock:
@@ -328,19 +306,19 @@ class CacheReader:
         return opened
 
     def _open_shard(self, shard: ShardInfo) -> tuple[pa.RecordBatchFileReader | RemoteFile, ShardMetadata]:
-        if self._ahead is None:
+        if self.ahead is None:
             assert isinstance(self.root, Path)
             return open_shard(self.root, shard, self.manifest)
-        file = self._ahead.shards.open(shard.unit)
+        file = self.ahead.shards.open(shard.unit)
         return file, check_shard(file.schema, shard, self.manifest, str(self.root / shard.name))
 
     def read_from(self, copy: Path | None, shard: ShardInfo) -> None:
-        """From now on read a shard from a local copy of it; None: from where it is again."""
+        """From now on read a shard from a local copy of it; None for the shard itself again."""
         opened = None if copy is None else open_arrow_file(copy)
         with self._lock:
             self._files.pop(shard.unit, None)
-            for place in [place for place in self._batches if place[0] == shard.unit]:
-                del self._batches[place]
+            for key in [key for key in self._batches if key[0] == shard.unit]:
+                del self._batches[key]
             if opened is not None:
                 metadata = check_shard(opened.schema, shard, self.manifest, str(self.root / shard.name))
                 self._files[shard.unit] = opened, metadata
@@ -361,16 +339,16 @@ def _keys(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     return np.frombuffer(keys.buffers()[1] or b"", np.uint8)[first : first + len(keys) * KEY_BYTES].reshape(-1, KEY_BYTES)
 
 
-def _show(row: tuple[bytes, int, int]) -> str:
-    return f"key {row[0].hex()} with {row[1]} tokens and {row[2]} positions"
+def _show(found: tuple[bytes, int, int]) -> str:
+    return f"key {found[0].hex()} with {found[1]} tokens and {found[2]} positions"
 
 
 def _renew_locks() -> None:
     # A fork copies a lock as it is; one that another thread held would stay locked in the child for ever.
     for reader in _readers:
         reader._lock = threading.Lock()
-        if reader._ahead is not None:
-            reader._ahead.shards.renew_after_fork()
+        if reader.ahead is not None:
+            reader.ahead.shards.renew_after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -149,17 +149,26 @@ def _verify_shard(
 def _checked_records(
     reader: CacheReader, shard: ShardInfo, first: int, claims: ShardClaims
 ) -> Iterator[tuple[SequenceRecord, NDArray[np.float32], str]]:
-    """A shard's records, in order, each sound in itself and at the place that the index says, with its targets' logprobs and
-    its place for messages; the first is sequence `first`. The bytes of the columns are added to the claims."""
+    """A shard's records in order, each sound in itself and where the index has it.
+
+    Args:
+        reader: of the cache.
+        shard: of the records.
+        first: index in the cache of the shard's first sequence.
+        claims: the bytes of the columns are added to them.
+
+    Yields:
+        The record, the logprobs of its targets, and where it is, for messages.
+    """
     sequence = first
     for number in range(reader.num_record_batches(shard.unit)):
         batch = reader.record_batch(shard.unit, number)
         claims.add_column_bytes(batch.arrow)
-        for row in range(batch.num_rows):
-            where = f"{reader.root / shard.name}: record batch {number}, row {row}"
-            record = batch.record(row)
+        for index in range(batch.num_sequences):
+            where = f"{reader.root / shard.name}: record batch {number}, sequence {index}"
+            record = batch.record(index)
             target_logprobs_P = _checked(record, reader.manifest.identity, where)
-            if sequence >= len(reader) or reader.place(sequence) != (shard.unit, number, row):
+            if sequence >= len(reader) or reader.locate(sequence) != (shard.unit, number, index):
                 raise CorruptCacheError(f"{where}: sequence {sequence} of the index is not here")
             reader.check_sequence(sequence, record, where)
             sequence += 1

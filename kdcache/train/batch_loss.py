@@ -13,8 +13,8 @@ from kdcache.format.manifest import Manifest
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.half_precision import is_emulated
 from kdcache.kernels.divergences import Divergence, get_divergence
-from kdcache.loader._torch import TorchBatch
 from kdcache.loader.batches.batch import NO_TARGET
+from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.chunks import Head
 from kdcache.loss.fused import PLAIN_HEAD, Projection, fused_sparse_kd_loss
 from kdcache.loss.padding import entries_within

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kdcache.config.train import OptimizerConfig, TrainConfig
-from kdcache.loader._torch import TorchBatch
+from kdcache.loader.torch_batches import TorchBatch
 from kdcache.train.batch_loss import BatchLoss
 from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.packed import logits_head

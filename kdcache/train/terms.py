@@ -13,7 +13,7 @@ from kdcache import extensions
 from kdcache.config.train import TermConfig
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import Manifest
-from kdcache.loader._torch import TorchBatch
+from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.fused import PLAIN_HEAD, Projection
 
 

@@ -20,9 +20,9 @@ from kdcache.bars import bar_options
 from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError, InputError, NotFiniteError
 from kdcache.half_precision import warn_if_emulated
-from kdcache.loader._torch import TorchBatch, to_torch
+from kdcache.loader.cache import Cache, open_cache
 from kdcache.loader.loader import Loader
-from kdcache.store.reader import CacheReader, open_reader
+from kdcache.loader.torch_batches import TorchBatch, to_torch
 from kdcache.teacher import load_tokenizer
 from kdcache.train.batch_loss import BatchLoss, check_loss
 from kdcache.train.body import vocab_size
@@ -78,11 +78,11 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    with open_reader(config.cache, remote=config.remote) as reader:
-        _check_cache(config, reader)
+    with open_cache(config.cache, remote=config.remote) as cache:
+        _check_cache(config, cache)
         heldout = _heldout(config)
-        model = _student(config, reader)
-        with Loader(reader, config.loader) as loader, RunFolder(config, reader.snapshot) as folder:
+        model = _student(config, cache)
+        with Loader(cache, config.loader) as loader, RunFolder(config, cache.snapshot) as folder:
             return Trainer(config, model, loader, folder, heldout).run(show_progress)
 
 
@@ -220,8 +220,8 @@ def num_batches(loader: Loader, num_epochs: int) -> int:
     return sum(loader.layout_of(epoch).num_batches for epoch in range(num_epochs))
 
 
-def _check_cache(config: TrainConfig, reader: CacheReader) -> None:
-    manifest = reader.manifest
+def _check_cache(config: TrainConfig, cache: Cache) -> None:
+    manifest = cache.manifest
     if not (manifest.is_complete or "incomplete" in config.accept):
         raise InputError(
             f"{config.cache}: the capture has published {len(manifest.shards)} of {manifest.plan.num_units} units; "
@@ -229,15 +229,15 @@ def _check_cache(config: TrainConfig, reader: CacheReader) -> None:
         )
     # Before the student is built: what the cache is not enough for.
     check_loss(config.loss, manifest)
-    if not reader.num_positions_S.any():
+    if not cache.num_positions_S.any():
         raise InputError(f"{config.cache}: the cache has no supervised position to train on")
 
 
-def _student(config: TrainConfig, reader: CacheReader) -> PreTrainedModel:
+def _student(config: TrainConfig, cache: Cache) -> PreTrainedModel:
     device = _device(config)
     model = build_student(config.student, seed=config.seed)
-    longest = int(reader.num_tokens_S.max())
-    identity, accept = reader.manifest.identity, config.accept
+    longest = int(cache.num_tokens_S.max())
+    identity, accept = cache.manifest.identity, config.accept
     check_against_cache(model, config.student, identity, longest_sequence=longest, accept=accept)
     check_architecture(model, is_packed=config.loader.packing != "none")
     warn_if_emulated(config.dtype, device.type, "`dtype: float32`")

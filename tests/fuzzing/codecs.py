@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 import kdcache.codec._numba as bits_module
 import kdcache.codec.archive.codec as archive_module
 from kdcache.codec import get_codec
-from kdcache.codec._numba_into import TOO_WIDE, Unpacking, unpack_many
 from kdcache.codec.archive.reference import Decoder, Layout
 from kdcache.codec.base import Codec, EntryArrays
 from kdcache.codec.bit_stream import packed_size
+from kdcache.codec.numba_unpack import TOO_WIDE, Unpacking, unpack_many
 from kdcache.errors import CorruptCacheError
 from kdcache.format.record import Distributions
 from kdcache.format.selection import fixed_exact

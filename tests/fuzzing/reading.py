@@ -70,7 +70,7 @@ def loaded(cache: Path, *, direct: bool = True, verify: bool = True, **options: 
     config = LoaderConfig(seq_len=64, batch_rows=2, shuffle=False, **options)
     with pytest.MonkeyPatch.context() as patch:
         if not direct:
-            patch.setattr(loader_read, "read_direct", lambda *arguments: None)
+            patch.setattr(loader_read, "read_mapped", lambda *arguments: None)
         with kdcache.open(str(cache), verify=verify) as reader, kdcache.Loader(reader, config) as loader:
             for batch in loader:
                 _check_batch(batch, reader.manifest.identity.teacher.vocab_size)

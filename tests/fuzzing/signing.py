@@ -98,7 +98,7 @@ def row_digests(schema: pa.Schema, batch: pa.RecordBatch) -> list[int]:
     batch.validate(full=True)
     names = json.loads(schema.metadata[METADATA_KEY])["digest_columns"]
     views = [column_view(batch.column(name)) for name in names]
-    return [digest_of([view.row_bytes(row) for view in views]) for row in range(batch.num_rows)]
+    return [digest_of([view.value_bytes(row) for view in views]) for row in range(batch.num_rows)]
 
 
 def sign_rows(data: bytes) -> bytes:

@@ -128,12 +128,23 @@ class MemoryReader:
         self.num_positions_S = np.array([r.distributions.num_positions for r in self.records], np.uint32)
         self.reads: list[int] = []
 
+    ahead = None
+
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int, /) -> SequenceRecord:
         self.reads.append(index)
         return self.records[index]
+
+    def encoded(self, index: int, /) -> SequenceRecord:
+        return self[index]
+
+    def mapped(self, indices: Any, /) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
 
 
 def assert_same(left: Batch, right: Batch) -> None:

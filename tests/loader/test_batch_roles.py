@@ -89,7 +89,7 @@ def test_rows_of_a_view_ranks_and_a_resume_without_roles_have_them_too(path: Pat
 
 def test_torch_batches_hand_roles_over(path: Path) -> None:
     pytest.importorskip("torch")
-    from kdcache.loader._torch import TorchLoader
+    from kdcache.loader.torch_batches import TorchLoader
 
     with Loader(path, msgspec.structs.replace(PLAIN, with_roles=True)) as loader:
         batch = next(iter(TorchLoader(loader)))

@@ -73,16 +73,16 @@ def test_a_filter_sees_the_columns_of_the_index(cache: Cache) -> None:
     short = cache.filter(lambda c: c["num_tokens"] <= 4)
     assert [number_of(record) for record in short] == [i for i, n in enumerate(LENGTHS) if n <= 4]
     second = short.filter(lambda c: c["unit"] == 1)
-    assert set(second.columns()["number"].tolist()) <= set(range(9, 20))
+    assert set(second.columns()["index"].tolist()) <= set(range(9, 20))
     assert cache.columns()["unit"].tolist() == [0] * 9 + [1] * 11 + [2] * 20
     positions = [int(record.sequence.supervised_N.sum()) for record in cache]
     assert cache.columns()["num_positions"].tolist() == positions
 
 
 def test_shards_of_a_selection_are_the_stretches_in_one_shard(cache: Cache) -> None:
-    assert cache.shard_sizes_C.tolist() == [9, 11, 20]
-    assert cache.select(range(5, 30)).shard_sizes_C.tolist() == [4, 11, 10]
-    assert cache.select([0, 1, 30, 2]).shard_sizes_C.tolist() == [2, 1, 1]
+    assert cache.shard_sizes.tolist() == [9, 11, 20]
+    assert cache.select(range(5, 30)).shard_sizes.tolist() == [4, 11, 10]
+    assert cache.select([0, 1, 30, 2]).shard_sizes.tolist() == [2, 1, 1]
 
 
 @pytest.mark.parametrize("numbers", [[40], [-41], [0.5], [[1]], [True, False]])
@@ -110,7 +110,7 @@ def test_the_name_of_a_selection_is_computed_once_and_cannot_become_wrong(cache:
     assert half.snapshot is half.snapshot
     assert pickle.loads(pickle.dumps(half)).snapshot == half.snapshot
     with pytest.raises(ValueError, match="read-only"):
-        half.columns()["number"][0] = 7
+        half.columns()["index"][0] = 7
 
 
 def test_a_loader_takes_an_address_and_closes_what_it_opened(path: Path, cache: Cache) -> None:

@@ -25,9 +25,8 @@ from kdcache.loader.batches.assemble import BatchLayout, assemble
 from kdcache.loader.batches.batch import Batch
 from kdcache.loader.cache import open_cache
 from kdcache.loader.caches import CacheLike, CacheSet
-from kdcache.loader.direct import read_direct
 from kdcache.loader.loader import Loader
-from kdcache.loader.read import read_rows
+from kdcache.loader.read import read_mapped, read_rows
 from kdcache.store.records.column_view import column_view
 from kdcache.store.writing.writer import CacheWriter
 
@@ -75,7 +74,7 @@ def layout_of(caches: CacheSet, rows: Sequence[np.ndarray], **options: object) -
 
 def both(caches: CacheSet, rows: Sequence[np.ndarray]) -> tuple[Batch | None, Batch]:
     layout = layout_of(caches, rows)
-    return read_direct(caches, rows, layout, None), assemble([caches.record(int(i)) for row in rows for i in row], layout)
+    return read_mapped(caches, rows, layout, None), assemble([caches.record(int(i)) for row in rows for i in row], layout)
 
 
 def assert_same_bits(found: Batch | None, expected: Batch) -> None:
@@ -140,7 +139,7 @@ def test_without_checks_the_batch_is_the_same_and_damage_is_not_seen(tmp_path: P
         assert_same_bits(found, expected)
         assert (expected.teacher.logprobs_PK != whole.teacher.logprobs_PK).sum() == 1
     with open_cache(path) as cache:
-        assert read_direct(CacheSet(cache), rows, layout_of(CacheSet(cache), rows), None) is None
+        assert read_mapped(CacheSet(cache), rows, layout_of(CacheSet(cache), rows), None) is None
 
 
 def damage(path: Path, after: bytes) -> None:
@@ -156,16 +155,16 @@ def test_what_has_to_be_looked_at_record_by_record_is_not_read_directly(tmp_path
     rows = [np.array([0, 1])]
     for codec_id in ("raw", "archive"):
         caches = CacheSet(make_cache(tmp_path / codec_id, codec_id))
-        assert read_direct(caches, rows, layout_of(caches, rows), None) is None
+        assert read_mapped(caches, rows, layout_of(caches, rows), None) is None
     caches = CacheSet(make_cache(tmp_path / "packed", "packed"))
-    assert read_direct(caches, rows, layout_of(caches, rows), None) is not None
-    assert read_direct(caches, rows, layout_of(caches, rows, mask=MaskConfig(drop_first=1)), None) is None
-    assert read_direct(caches, rows, layout_of(caches, rows, with_roles=True), None) is None
-    assert read_direct(caches, [np.zeros(0, np.int64)], layout_of(caches, [np.zeros(0)]), None) is None
+    assert read_mapped(caches, rows, layout_of(caches, rows), None) is not None
+    assert read_mapped(caches, rows, layout_of(caches, rows, mask=MaskConfig(drop_first=1)), None) is None
+    assert read_mapped(caches, rows, layout_of(caches, rows, with_roles=True), None) is None
+    assert read_mapped(caches, [np.zeros(0, np.int64)], layout_of(caches, [np.zeros(0)]), None) is None
     short = BatchLayout((2,), 8, caches.columns)  # sequences that do not fit a row: to be said with their source
-    assert read_direct(caches, rows, short, None) is None
+    assert read_mapped(caches, rows, short, None) is None
     memory = CacheSet(MemoryReader([3, 4], k=5))
-    assert read_direct(memory, rows, layout_of(memory, rows), None) is None
+    assert read_mapped(memory, rows, layout_of(memory, rows), None) is None
 
 
 @pytest.mark.parametrize("codec", CODECS[:2], ids=lambda codec: codec.codec_id)
@@ -246,10 +245,10 @@ def test_rows_with_right_digests_and_impossible_values_are_refused_as_ever(tmp_p
     path = Path(write(tmp_path / "c", records, CODECS[0], TOP_K, 10**6))
     rewrite(path, {}, None)
     rows, caches = [np.arange(2)], CacheSet(path)
-    assert read_direct(caches, rows, layout_of(caches, rows), None) is not None
+    assert read_mapped(caches, rows, layout_of(caches, rows), None) is not None
     caches.close()
     rewrite(path, columns, order)
     caches = CacheSet(path)
-    assert read_direct(caches, rows, layout_of(caches, rows), None) is None
+    assert read_mapped(caches, rows, layout_of(caches, rows), None) is None
     with pytest.raises(CorruptCacheError, match=sentence):
         read_rows(caches, rows, SEQ_LEN, MaskConfig())

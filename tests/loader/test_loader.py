@@ -242,7 +242,7 @@ class DamagedReader(MemoryReader):
 
     def __getitem__(self, index: int, /) -> SequenceRecord:
         if index == self.bad:
-            raise CorruptCacheError(f"record batch 0, row {index}: the row's digest does not match")
+            raise CorruptCacheError(f"record batch 0, sequence {index}: the digest does not match")
         return super().__getitem__(index)
 
 

@@ -90,7 +90,7 @@ def test_each_row_is_its_positions_and_each_pooled_row_its_sequences(tmp_path: P
 
 def test_features_are_tensors_of_a_torch_batch():
     torch = pytest.importorskip("torch")
-    from kdcache.loader._torch import to_torch
+    from kdcache.loader.torch_batches import to_torch
 
     batch = next(iter(Loader(make_exact(), msgspec.structs.replace(OPTIONS, features=("inner",)))))
     made = to_torch(batch).to("cpu")

@@ -13,9 +13,9 @@ from memory_reader import MemoryReader
 from kdcache.config.loader import LoaderConfig, MaskConfig
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import CodecInfo, SelectionInfo
-from kdcache.loader._torch import TorchLoader, to_torch
 from kdcache.loader.batches.batch import stack_batches
 from kdcache.loader.loader import Loader
+from kdcache.loader.torch_batches import TorchLoader, to_torch
 from kdcache.loader.view import PackedView
 from kdcache.store.writing.writer import CacheWriter
 

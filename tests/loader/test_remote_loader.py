@@ -169,6 +169,6 @@ def test_a_cache_under_another_scheme_gives_the_stream_of_the_local_copy(local, 
     with kdcache.open(local) as on_disk, Loader(on_disk, OPTIONS["local"]) as loader:
         expected = stream(loader)
     with kdcache.open(uri, remote=config) as cache, Loader(cache, OPTIONS["local"]) as loader:
-        assert cache.is_remote
+        assert cache.reader.ahead is not None
         assert stream(loader) == expected
     assert any("/data/" in name for name in Store.store)

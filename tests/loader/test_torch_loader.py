@@ -15,13 +15,13 @@ from kdcache.loader.batches.assemble import BatchLayout
 from kdcache.loader.batches.batch import Batch
 from kdcache.loader.cache import open_cache
 from kdcache.loader.caches import CacheSet
-from kdcache.loader.direct import read_direct
 from kdcache.loader.loader import Loader
+from kdcache.loader.read import read_mapped
 
 torch = pytest.importorskip("torch")
 from torch.utils.data import DataLoader  # noqa: E402
 
-from kdcache.loader._torch import TorchBatch, TorchLoader, to_device, to_torch  # noqa: E402
+from kdcache.loader.torch_batches import TorchBatch, TorchLoader, to_device, to_torch  # noqa: E402
 
 LENGTHS = np.random.default_rng(0).integers(1, 13, 41).tolist()
 OPTIONS = LoaderConfig(seq_len=16, batch_rows=4, packing_buffer=8, num_threads=0)
@@ -84,7 +84,7 @@ def test_two_workers_give_the_stream_of_a_cache_on_disk(tmp_path: Path, start: s
     with open_cache(path) as cache, Loader(cache, options) as inner:
         first = inner.layout.batch(0).rows
         layout = BatchLayout(tuple(map(len, first)), 32, CacheSet(cache).columns, with_roles=not is_direct)
-        assert (read_direct(CacheSet(cache), first, layout, None) is not None) == is_direct
+        assert (read_mapped(CacheSet(cache), first, layout, None) is not None) == is_direct
         loader = TorchLoader(inner)
         data = in_workers(loader, 2, start, persistent_workers=True)
         for epoch in range(2):

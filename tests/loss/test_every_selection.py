@@ -18,7 +18,7 @@ from kdcache.errors import LossError
 from kdcache.kernels.base import KernelInputs, Objective, make_kernel_inputs
 from kdcache.kernels.divergences import DIVERGENCES, get_divergence
 from kdcache.kernels.reference import loss_and_gradient
-from kdcache.loader._torch import TorchBatch
+from kdcache.loader.torch_batches import TorchBatch
 
 V, H = 300, 8
 KINDS = {

@@ -52,8 +52,8 @@ REFUSALS = {
         "bytes, the manifest says",
     ),
     "a missing shard": corrupt(lambda c: hostile.shard_path(c).unlink(), "000000-", "No such file"),
-    "a flipped bit in a row": corrupt(hostile.flip_a_stored_value, "record batch 0, row 0", "digest does not match"),
-    "rows that changed places": corrupt(hostile.swap_rows, "record batch 0, row 0", "holds key", "the index says key"),
+    "a flipped bit in a row": corrupt(hostile.flip_a_stored_value, "batch 0, sequence 0", "digest does not match"),
+    "rows that changed places": corrupt(hostile.swap_rows, "batch 0, sequence 0", "holds key", "the index says key"),
     "another major version": unsupported(edit_manifest(lambda f: f.update(format_version=[2, 0])), "000001.json", "2.0", "1.x"),
     "a shard of another major version": unsupported(
         lambda c: hostile.edit_metadata(c, format_version=[2, 0]), "000000-", "(2, 0)", "1.x"
@@ -69,15 +69,15 @@ REFUSALS = {
         hostile.replaced_codec({"codec_id": "raw", "params": {"vocab_size": 2**31}}), "2147483648", "97"
     ),
     "counts that claim more than there is": corrupt(
-        edit_row("num_entries", [5] * 10 + [4]), "record batch 0, row 0", "55 values", "expected 54"
+        edit_row("num_entries", [5] * 10 + [4]), "batch 0, sequence 0", "55 values", "expected 54"
     ),
-    "huge counts": corrupt(edit_row("num_entries", [65535] * 11), "record batch 0, row 0", "65535 entries", "keeps 5"),
+    "huge counts": corrupt(edit_row("num_entries", [65535] * 11), "batch 0, sequence 0", "65535 entries", "keeps 5"),
     "a huge number of entries by the selection": corrupt(
         hostile.replaced_selection({"kind": "top_k", "params": {"k": 2**62}}), "000001.json", str(2**62), "2^31"
     ),
-    "ids beyond the vocabulary": corrupt(edit_row("token_ids", [97] * 55), "record batch 0, row 0", "vocabulary of 97"),
-    "negative ids": corrupt(edit_row("token_ids", [-1] * 55), "record batch 0, row 0", "vocabulary of 97"),
-    "text ids beyond the vocabulary": corrupt(edit_row("input_ids", [97] * 12), "record batch 0, row 0", "vocabulary of 97"),
+    "ids beyond the vocabulary": corrupt(edit_row("token_ids", [97] * 55), "batch 0, sequence 0", "vocabulary of 97"),
+    "negative ids": corrupt(edit_row("token_ids", [-1] * 55), "batch 0, sequence 0", "vocabulary of 97"),
+    "text ids beyond the vocabulary": corrupt(edit_row("input_ids", [97] * 12), "batch 0, sequence 0", "vocabulary of 97"),
     "a digest that leaves a column out": corrupt(hostile.unsigned_row, "000000-", "the digest covers", "expected"),
     "another kind of digest": unsupported(lambda c: hostile.edit_metadata(c, digest="crc32"), "000000-", "crc32", "xxh3_64"),
     "a shard of another unit": corrupt(lambda c: hostile.edit_metadata(c, unit=7), "000000-", "says it is (7", "says (0"),
@@ -94,7 +94,9 @@ REFUSALS = {
     ),
     "an index whose record batches are named twice": corrupt(hostile.repeat_in_index, "index/", "overlap"),
     "more entries by the selection than there are ids": corrupt(
-        hostile.replaced_selection({"kind": "top_k", "params": {"k": 2**31}}), "record batch 0, row 0", "claims more entries"
+        hostile.replaced_selection({"kind": "top_k", "params": {"k": 2**31}}),
+        "batch 0, sequence 0",
+        "claims more entries",
     ),
     "a path out of the cache": corrupt(
         edit_manifest(lambda f: f["shards"][0].update(name="../../etc/passwd")), "000001.json", "'../../etc/passwd'"
@@ -132,10 +134,10 @@ REFUSALS = {
         lambda c: hostile.edit_index(c, record_batch=[2**32 - 1] * 3), "record batch 4294967295"
     ),
     "an index that names another row": corrupt(
-        lambda c: hostile.edit_index(c, row=[2**32 - 1] * 3), "has 1 rows", "row 4294967295"
+        lambda c: hostile.edit_index(c, row=[2**32 - 1] * 3), "has 1 sequences", "sequence 4294967295"
     ),
     "an index that claims other lengths": corrupt(
-        lambda c: hostile.edit_index(c, num_tokens=[2**32 - 1] * 3), "record batch 0, row 0", "4294967295 tokens"
+        lambda c: hostile.edit_index(c, num_tokens=[2**32 - 1] * 3), "batch 0, sequence 0", "4294967295 tokens"
     ),
     "no cache": Refusal(shutil.rmtree, CacheNotFoundError, ("there is no such directory",)),
     "a directory that is no cache": Refusal(

@@ -98,7 +98,7 @@ def test_a_key_that_is_not_of_its_tokens_is_found_in_step_with_the_index(tmp_pat
     record = make_record(1)
     forged = replace(record, sequence=replace(record.sequence, key=b"forged key 16 by"))
     problems = verify_cache(make_cache(tmp_path, units=[[forged]])).problems
-    assert "row 0: key 666f72676564206b6579203136206279 is not that of the sequence's tokens" in problems[0]
+    assert "sequence 0: key 666f72676564206b6579203136206279 is not that of the sequence's tokens" in problems[0]
 
 
 def test_keys_with_the_template_that_the_identity_names_are_sound_and_others_are_not(tmp_path):

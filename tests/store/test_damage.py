@@ -103,14 +103,14 @@ import numpy as np
 import kdcache
 from kdcache.errors import CorruptCacheError
 cache, shard = kdcache.open(sys.argv[1]), sys.argv[2]
-cache[0], cache.mapped_rows(np.arange(2))
+cache[0], cache.reader.mapped(np.arange(2))
 if sys.argv[3] == "deleted":
     os.unlink(shard)
-    print(cache[1].sequence.num_tokens > 0, cache.mapped_rows(np.arange(2)) is not None)
+    print(cache[1].sequence.num_tokens > 0, cache.reader.mapped(np.arange(2)) is not None)
 else:
     os.truncate(shard, 64)
-    print(cache.mapped_rows(np.arange(2)) is None)
-    for read in (lambda: cache[0], lambda: cache.encoded(1)):
+    print(cache.reader.mapped(np.arange(2)) is None)
+    for read in (lambda: cache[0], lambda: cache.reader.encoded(1)):
         try:
             read()
         except CorruptCacheError as error:
@@ -120,7 +120,7 @@ else:
 
 @pytest.mark.parametrize("harm", ["cut", "deleted"])
 def test_a_shard_that_is_cut_while_it_is_mapped_is_named(tmp_path, harm):
-    make_cache(tmp_path / "cache", record_batch_bytes=10**6)
+    make_cache(tmp_path / "cache", "packed", record_batch_bytes=10**6)
     shard = min((tmp_path / "cache" / "data").iterdir())
     command = [sys.executable, "-c", CUT_WHILE_MAPPED, str(tmp_path / "cache"), str(shard), harm]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

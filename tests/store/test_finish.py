@@ -14,8 +14,9 @@ from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import GenerationInfo
 from kdcache.format.record import FINISHES
 from kdcache.format.schema import FINISH_FIELD, SEQUENCE_FIELDS, row_digest, shard_metadata, shard_schema
-from kdcache.store.records.batch import BatchReader, encode_records
+from kdcache.store.records.batch import BatchReader
 from kdcache.store.records.column_view import column_view
+from kdcache.store.records.encode import encode_records
 from kdcache.store.verify import verify_cache
 from kdcache.store.writing.writer import CacheWriter
 

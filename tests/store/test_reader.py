@@ -136,7 +136,7 @@ def test_a_pickled_reader_refuses_another_cache_in_its_place(tmp_path):
     data = pickle.dumps(open_reader(tmp_path / "c"))
     (tmp_path / "c").rename(tmp_path / "old")
     make_cache(tmp_path / "c", num_units=2)
-    with pytest.raises(MismatchError, match="another cache was put in its place"):
+    with pytest.raises(MismatchError, match="another cache has taken its path"):
         pickle.loads(data)
 
 

@@ -79,8 +79,8 @@ def test_a_cache_in_a_store_reads_as_the_one_on_disk(cache, local):
 
 def test_what_is_read_ahead_is_not_asked_for_again_and_neighbours_come_in_one_request(cache, s3):
     with open_reader(cache, remote=QUICK) as reader:
-        reader.prefetch(range(len(reader)))
-        reader.prefetch(range(len(reader)))
+        reader.ahead.prefetch(range(len(reader)))
+        reader.ahead.prefetch(range(len(reader)))
         assert_stream(reader)
         assert len(ranges(s3)) == NUM_UNITS * 3  # a footer, four record batches, one record batch
         assert_stream(reader)
@@ -118,7 +118,7 @@ def test_blocks_in_a_folder_are_read_by_the_next_reader_without_a_request_for_da
 def test_no_fault_gives_a_wrong_record_or_ends_the_stream(cache, s3, fault):
     s3.choose = now_and_then(fault)
     with open_reader(cache, remote=QUICK) as reader:
-        reader.prefetch(ORDER)
+        reader.ahead.prefetch(ORDER)
         assert_stream(reader)
     assert fault in s3.faults
 
@@ -132,7 +132,7 @@ def test_bytes_that_are_changed_on_their_way_are_noticed_and_read_again(cache, s
 
     s3.choose = choose
     with open_reader(cache, remote=QUICK) as reader:
-        reader.prefetch(ORDER)
+        reader.ahead.prefetch(ORDER)
         assert_stream(reader)
     assert "changed" in s3.faults
 
@@ -150,7 +150,7 @@ def test_all_faults_at_once_change_nothing(cache, s3, tmp_path):
     config = RemoteConfig(deadline_seconds=30.0, timeout_seconds=2.0, block_dir=str(tmp_path / "b"), block_bytes=20_000)
     with open_reader(cache, remote=config) as reader:
         for first in range(0, len(ORDER), 4):
-            reader.prefetch(ORDER[first : first + 8])
+            reader.ahead.prefetch(ORDER[first : first + 8])
             assert_stream(reader, ORDER[first : first + 4])
     assert len(set(s3.faults)) == 5
 
@@ -169,7 +169,7 @@ def test_damage_in_the_store_itself_is_read_twice_and_then_told(cache, s3, local
     with open_reader(cache, remote=QUICK) as reader:
         assert_same_record(reader[0], EXPECTED[0])
         before = len(ranges(s3))
-        with pytest.raises(CorruptCacheError, match=f"{cache}/data/{shard.name}: record batch 1, row 0: the row's digest"):
+        with pytest.raises(CorruptCacheError, match=f"{cache}/data/{shard.name}: record batch 1, sequence 0: the digest"):
             reader[1]
         assert len(ranges(s3)) - before == 3  # the record batch; then the footer and the record batch again
         assert_same_record(reader[2], EXPECTED[2])
@@ -206,9 +206,9 @@ def test_a_pickled_reader_reads_on(cache):
 def test_a_reader_may_be_used_after_a_fork(cache, tmp_path, blocks):
     config = RemoteConfig(block_dir=None if blocks is None else str(tmp_path / blocks), block_bytes=2**20)
     with open_reader(cache, remote=config) as reader:
-        reader.prefetch(ORDER)
+        reader.ahead.prefetch(ORDER)
         assert_stream(reader, ORDER[:3])
-        reader.prefetch(ORDER)
+        reader.ahead.prefetch(ORDER)
         context = multiprocessing.get_context("fork")
         children = [context.Process(target=assert_stream, args=(reader,)) for _ in range(2)]
         for child in children:
@@ -233,7 +233,7 @@ def test_several_threads_may_read_at_once(cache):
         for thread in threads:
             thread.start()
         for first in range(len(ORDER)):
-            reader.prefetch(ORDER[first:])
+            reader.ahead.prefetch(ORDER[first:])
         for thread in threads:
             thread.join()
     assert errors == []
@@ -246,16 +246,16 @@ def test_a_window_that_does_not_fit_is_refused_with_the_size_that_would(cache, t
     ):
         with open_reader(cache, remote=config) as reader:
             sizes = [shard.num_bytes for shard in reader.manifest.shards]
-            needed = reader.largest_shards_bytes(2)
+            needed = reader.ahead.largest_shards_bytes(2)
             assert needed == sum(sorted(sizes)[1:])
-            reader.reserve(reader.largest_shards_bytes(1))
+            reader.ahead.reserve(reader.ahead.largest_shards_bytes(1))
             with pytest.raises(ConfigError, match=rf"takes {needed} bytes: set remote\.\w+ to (\d+) or more") as refusal:
-                reader.reserve(needed)
+                reader.ahead.reserve(needed)
         enough = int(str(refusal.value).partition(" or more")[0].rpartition(" ")[2])
         field = "memory_bytes" if config.block_dir is None else "block_bytes"
         larger = {"block_dir": config.block_dir, field: enough}
         with open_reader(cache, remote=RemoteConfig(**larger)) as reader:
-            reader.reserve(needed)
+            reader.ahead.reserve(needed)
 
 
 def test_the_bytes_of_a_window_are_known_from_the_index_within_some_percent(s3, tmp_path):
@@ -264,15 +264,13 @@ def test_the_bytes_of_a_window_are_known_from_the_index_within_some_percent(s3, 
     uri = copy_to_store(folder, f"s3://{s3.bucket}/large")
     with open_reader(uri) as reader:
         num_bytes = sum(shard.num_bytes for shard in reader.manifest.shards)
-        assert reader.window_bytes(range(len(reader))) == pytest.approx(num_bytes, rel=0.01)
-        assert reader.window_bytes([0, 1, 0]) < num_bytes / 10
+        assert reader.ahead.ahead_bytes(range(len(reader))) == pytest.approx(num_bytes, rel=0.01)
+        assert reader.ahead.ahead_bytes([0, 1, 0]) < num_bytes / 10
 
 
-def test_a_cache_on_disk_takes_the_same_calls_and_needs_no_room(local):
+def test_a_cache_on_disk_fetches_nothing_ahead(local):
     with open_reader(local) as reader:
-        reader.prefetch(ORDER)
-        assert reader.window_bytes(ORDER) == reader.largest_shards_bytes(3) == 0
-        reader.reserve(2**60)
+        assert reader.ahead is None
     with open_reader(local.as_uri()) as reader:
         assert reader.root == local
         assert_stream(reader)

@@ -12,8 +12,10 @@ from kdcache.codec import get_codec
 from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.schema import SEQUENCE_FIELDS, row_digest, shard_metadata, shard_schema
-from kdcache.store.records.batch import BatchReader, encode_records, fixed_entries
+from kdcache.format.selection import fixed_entries
+from kdcache.store.records.batch import BatchReader
 from kdcache.store.records.column_view import column_view
+from kdcache.store.records.encode import encode_records
 
 CODEC = get_codec("raw", {"vocab_size": 97})
 
@@ -45,7 +47,7 @@ def reader_of(batch: pa.RecordBatch, **changes) -> BatchReader:
 @given(records=st.lists(strategies.sequence_records(), max_size=4))
 def test_any_records_come_back_from_a_record_batch(records):
     reader = reader_of(through_a_file(encode(records)))
-    assert reader.num_rows == len(records)
+    assert reader.num_sequences == len(records)
     for row, record in enumerate(records):
         assert_same_record(reader.record(row), record)
 
@@ -121,7 +123,7 @@ HOSTILE = {
 def test_a_row_with_a_right_digest_and_impossible_values_is_refused_with_its_place(name):
     columns, sentence = HOSTILE[name]
     batch = signed(encode([make_record(1, num_tokens=3, k=6)]), **columns)
-    with pytest.raises(CorruptCacheError, match=f"^shard: record batch 0, row 0: .*{sentence}"):
+    with pytest.raises(CorruptCacheError, match=f"^shard: record batch 0, sequence 0: .*{sentence}"):
         reader_of(batch).record(0)
 
 
@@ -135,7 +137,7 @@ def test_an_impossible_row_is_refused_before_its_entries_are_decoded_and_the_oth
     rows = [encode([make_record(seed, num_tokens=4 + seed, k=6)]) for seed in range(2)]
     rows.insert(place, signed(encode([make_record(1, num_tokens=3, k=6)]), **columns))
     reader = reader_of(pa.Table.from_batches(rows).combine_chunks().to_batches()[0])
-    with pytest.raises(CorruptCacheError, match=f"^shard: record batch 0, row {place}: .*{sentence}"):
+    with pytest.raises(CorruptCacheError, match=f"^shard: record batch 0, sequence {place}: .*{sentence}"):
         reader.encoded(place)
     others = [reader.encoded(row).decode() for row in range(3) if row != place]
     assert [record.sequence.num_tokens for record in others] == [4, 5]
@@ -189,6 +191,6 @@ def test_a_wrong_digest_is_refused_unless_the_caller_asked_not_to_look():
     batch = encode([make_record(1)])
     columns = [*batch.columns[:-1], pa.array([7], pa.uint64())]
     reader = reader_of(pa.RecordBatch.from_arrays(columns, schema=batch.schema))
-    with pytest.raises(CorruptCacheError, match=r"^shard: record batch 0, row 0: the row's digest does not match"):
+    with pytest.raises(CorruptCacheError, match=r"^shard: record batch 0, sequence 0: the digest does not match"):
         reader.record(0)
     assert_same_record(reader.record(0, verify=False), make_record(1))

@@ -98,10 +98,10 @@ def test_the_switch_for_processors_is_known_or_refused(tmp_path: Path) -> None:
 def test_under_the_switch_torch_hides_what_newer_processors_have() -> None:
     pytest.importorskip("torch")
     code = (
-        "import torch; from kdcache.codec import _numba_into; from llvmlite import binding as b; "
+        "import torch; from kdcache.codec import numba_unpack; from llvmlite import binding as b; "
         "capabilities = torch.cpu.get_capabilities(); print(torch.cpu._is_avx512_supported(), "
         "any(value for name, value in capabilities.items() if name.startswith('avx512')), "
-        "_numba_into.HAS_SHUFFLES or 'avx2' not in b.get_host_cpu_features())"
+        "numba_unpack.HAS_SHUFFLES or 'avx2' not in b.get_host_cpu_features())"
     )
     command = ["bash", "-c", f'cd ..; source tools/processor/restrict; exec "$0" -c "{code}"', sys.executable]
     done = run(command, TOOLS, os.environ | {"KDCACHE_CPU": "avx2"})

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.train import LossConfig
-from kdcache.loader._torch import TorchBatch, to_torch
 from kdcache.loader.loader import Loader
+from kdcache.loader.torch_batches import TorchBatch, to_torch
 from kdcache.train.adapters import StudentLoss
 
 OPTIONS = LoaderConfig(seq_len=64, batch_rows=2, num_threads=1, seed=3)

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError, StateError
-from kdcache.loader._torch import to_torch
 from kdcache.loader.batches.batch import Batch
 from kdcache.loader.loader import Loader
 from kdcache.loader.rows.layout import EpochLayout
+from kdcache.loader.torch_batches import to_torch
 from kdcache.train.adapters import BatchStream, StudentLoss, TitanDataLoader, iterable_dataset, num_stream_batches
 
 

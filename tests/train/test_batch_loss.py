@@ -19,7 +19,7 @@ from kdcache.errors import ConfigError, LossError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.divergences import TailAwareKL
-from kdcache.loader._torch import TorchBatch
+from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.prepare import LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.train.batch_loss import check_loss

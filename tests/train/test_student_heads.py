@@ -24,8 +24,8 @@ from transformers import (
 
 from kdcache.config.load import convert_config
 from kdcache.config.train import LossConfig, TrainConfig
-from kdcache.loader._torch import TorchBatch
 from kdcache.loader.loader import Loader
+from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.chunks import Head
 from kdcache.loss.prepare import LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kdcache.config.train import TrainConfig
 from kdcache.errors import ConfigError, InputError, MismatchError, StateError
-from kdcache.loader._torch import to_torch
 from kdcache.loader.batches.batch import NO_TARGET, Batch
 from kdcache.loader.loader import Loader
+from kdcache.loader.torch_batches import to_torch
 from kdcache.loss.prepare import LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.store.reader import open_reader

@@ -352,7 +352,7 @@ def _place_exact(codes, bits, logprobs, levels):
         for e in range(logprobs.shape[0]):
             logprobs[e] = levels[codes[e]]
         return
-    for e in range(bits.shape[0]):  # a normal number by moving its bits; see _numba_into.py
+    for e in range(bits.shape[0]):  # a normal number by moving its bits; see numba_unpack.py
         bits[e] = (codes[e] << np.uint32(13)) + np.uint32(0x38000000)
     for e in range(bits.shape[0]):
         value = np.float32(np.int32(codes[e])) * np.float32(2.0**-24) if codes[e] < 0x400 else logprobs[e]

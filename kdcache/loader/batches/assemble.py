@@ -115,7 +115,7 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
         CorruptCacheError: a record that does not fit the row, its own mask or K.
     """
     # Imported on use: numba takes 0.4 s.
-    from kdcache.loader.batches._numba_tokens import fill_tokens
+    from kdcache.loader.batches._numba_tokens import TOKENS, fill_tokens
 
     for record in records:
         _check_positions(record)
@@ -145,7 +145,7 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
                 _copy(record, out, choice.keep_P)
             position, column = end, column + num_tokens
         ends.append(column)
-    fill_tokens(batch, np.array(table, np.int64), np.array(ends, np.int64))
+    fill_tokens(batch, np.array(table, TOKENS), np.array(ends, np.int64))
     for codec, several in tasks.values():  # all of a cache's at once
         codec.decode_many_into(several)
     return batch

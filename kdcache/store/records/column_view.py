@@ -1,7 +1,4 @@
-"""Views of an Arrow column's values, a row at a time: nothing is copied, and little Python runs for each row.
-
-Shape letters: S rows of a record batch.
-"""
+"""Views of an Arrow column's values, one sequence at a time: nothing is copied, and little Python runs for each."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from numpy.typing import NDArray
 from kdcache.errors import CorruptCacheError
 
 NULL_BYTES = -1
-"""The bytes of a null, where lengths are numbers."""
+"""What stands for the length of a null in bytes."""
 
 
 class ColumnView:
@@ -23,40 +20,42 @@ class ColumnView:
 
     def __init__(self, values: NDArray[Any], offsets_S1: NDArray[np.integer], valid_S: NDArray[np.bool_] | None) -> None:
         self.values, self.offsets_S1, self.valid_S = values, offsets_S1, valid_S
-        # Plain numbers and a view of bytes: a row is looked at once per epoch, and NumPy's own indexing would take longer than
-        # decoding a short one.
+        # Plain numbers and a view of bytes: a sequence is looked at once per epoch, and NumPy's own indexing would take longer
+        # than decoding a short one.
         self._offsets = offsets_S1.tolist()
         self._bytes, self._item_bytes = values.view(np.uint8).data, values.dtype.itemsize
         self._address: int = values.__array_interface__["data"][0]
 
-    def __getitem__(self, row: int) -> NDArray[Any] | None:
-        if self.valid_S is not None and not self.valid_S[row]:
+    def __getitem__(self, index: int) -> NDArray[Any] | None:
+        if self.valid_S is not None and not self.valid_S[index]:
             return None
-        return self.values[self._offsets[row] : self._offsets[row + 1]]
+        return self.values[self._offsets[index] : self._offsets[index + 1]]
 
     @property
     def lengths_S(self) -> NDArray[np.integer]:
-        """(S,) values of each row; what lies under a null counts."""
+        """(S,) the number of values of each sequence; what lies under a null counts."""
         return np.diff(self.offsets_S1)
 
-    def address(self, row: int) -> int:
-        """Where a row's values lie in memory; as long as this view is there."""
-        return self._address + self._offsets[row] * self._item_bytes
+    def address(self, index: int) -> int:
+        """Where a sequence's values lie in memory; valid as long as this view exists."""
+        return self._address + self._offsets[index] * self._item_bytes
 
-    def places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(S,) where each row's value lies in memory, as long as this view is there, and its bytes, NULL_BYTES for null; from
-        the offsets as they were when this view was made."""
+    def addresses(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(S,) the address of each sequence's value, valid as long as this view exists, and its bytes, NULL_BYTES for null.
+
+        Both come from the offsets as they were when this view was made.
+        """
         bytes_S1 = np.array(self._offsets, np.int64) * self._item_bytes
         num_bytes_S = np.diff(bytes_S1)
         if self.valid_S is not None:
             num_bytes_S[~self.valid_S] = NULL_BYTES
         return self._address + bytes_S1[:-1], num_bytes_S
 
-    def row_bytes(self, row: int) -> memoryview | None:
-        """The bytes of a row's value; None for null."""
-        if self.valid_S is not None and not self.valid_S[row]:
+    def value_bytes(self, index: int) -> memoryview | None:
+        """The bytes of a sequence's value; None for null."""
+        if self.valid_S is not None and not self.valid_S[index]:
             return None
-        return self._bytes[self._offsets[row] * self._item_bytes : self._offsets[row + 1] * self._item_bytes]
+        return self._bytes[self._offsets[index] * self._item_bytes : self._offsets[index + 1] * self._item_bytes]
 
 
 def column_view(column: pa.Array) -> ColumnView:
@@ -74,7 +73,7 @@ def column_view(column: pa.Array) -> ColumnView:
         if column.values.null_count:
             raise CorruptCacheError("a list holds nulls")
         values = column.values.to_numpy(zero_copy_only=not pa.types.is_boolean(column.type.value_type))
-        values.flags.writeable = False  # bools are unpacked once for all rows: who wrote there would change what others read
+        values.flags.writeable = False  # bools are unpacked once for all sequences: writing there would change what others read
         return ColumnView(values, offsets_S1, valid_S)
     if pa.types.is_fixed_size_binary(column.type):
         width = column.type.byte_width
@@ -88,16 +87,16 @@ def column_view(column: pa.Array) -> ColumnView:
     return ColumnView(np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8), offsets_S1, valid_S)
 
 
-class RowValues(Mapping[str, Any]):
-    """A row's values of some columns, each sliced when it is asked for."""
+class SequenceValues(Mapping[str, Any]):
+    """One sequence's values of some columns, each sliced when it is asked for."""
 
-    __slots__ = ("_names", "_row", "_views")
+    __slots__ = ("_index", "_names", "_views")
 
-    def __init__(self, views: Mapping[str, ColumnView], names: Sequence[str], row: int) -> None:
-        self._views, self._names, self._row = views, names, row
+    def __init__(self, views: Mapping[str, ColumnView], names: Sequence[str], index: int) -> None:
+        self._views, self._names, self._index = views, names, index
 
     def __getitem__(self, name: str) -> Any:
-        return self._views[name][self._row]
+        return self._views[name][self._index]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

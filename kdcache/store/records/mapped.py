@@ -1,7 +1,4 @@
-"""Sequences of a cache on a disk as addresses, for a compiled loop that decodes a whole batch; who reads them checks them.
-
-Shape letters: R rows of any record batches.
-"""
+"""Sequences of a cache on a disk as addresses, for a compiled loop that decodes a whole batch and checks what it reads."""
 
 from __future__ import annotations
 
@@ -11,49 +8,52 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.base import Codec
+from kdcache.codec.base import EntryFormat
 from kdcache.format.manifest import SelectionInfo
 from kdcache.store.records.batch import BatchReader
 
+MAPPED_SEQUENCE = np.dtype([("line", np.int64), ("key", np.int64), ("num_tokens", np.int64), ("num_positions", np.int64)])
+"""The address of the sequence's line of a `sequence_table`, and what the index says of it, its key by address."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RowFormat:
-    """What all rows of a cache have in common; one object per cache that is open.
+class SequenceFormat:
+    """What all sequences of a cache have in common; one object per open cache.
 
     Attributes:
-        names: of the columns, in the table's order.
-        codec: of the entries.
-        selection, fixed: of the cache, and entries of every position by it, or None.
-        verify: whether the rows' digests are to be checked.
+        names: of the columns, in the order of the `sequence_table`.
+        entries: how the codec's columns are read.
+        selection: of the cache.
+        fixed: entries of every position by the selection; None where their number varies.
+        verify: whether the digests are to be checked.
     """
 
     names: tuple[str, ...]
-    codec: Codec
+    entries: EntryFormat
     selection: SelectionInfo
     fixed: int | None
     verify: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MappedRows:
-    """Some rows of a cache on a disk, checked to be there but not to be whole: that is for who reads them.
+class MappedSequences:
+    """Some sequences of a cache on a disk. They are known to exist; checking their digests is left to the reader of them.
 
     Attributes:
         format: of all of them.
-        places_RJ: (R, 4) int64: address of each row's line of a `row_table`, which lasts as long as this object; address of the
-            key that the index has for it; numbers of tokens and of positions that the index has for it.
-        batches, rows: of each, where it is.
+        table: (num sequences,) of MAPPED_SEQUENCE; valid as long as this object exists.
+        batches, indices: the record batch of each, and its index in there.
     """
 
-    format: RowFormat
-    places_RJ: NDArray[np.int64]
+    format: SequenceFormat
+    table: NDArray[np.void]
     batches: Sequence[BatchReader]
-    rows: Sequence[int]
+    indices: Sequence[int]
 
     def most_entries(self) -> int:
-        """Of any position, as the rows say that are not checked yet: not to be believed without a bound."""
-        return max(batch.most_entries(row) for batch, row in zip(self.batches, self.rows, strict=True))
+        """The most entries that any position claims. Nothing has checked the claim: it needs a bound."""
+        return max(batch.most_entries(index) for batch, index in zip(self.batches, self.indices, strict=True))
 
-    def is_whole(self, number: int) -> bool:
-        """Whether the digest of the number-th of them is right, as the definition has it."""
-        return self.batches[number].is_whole(self.rows[number])
+    def is_whole(self, which: int) -> bool:
+        """Whether the digest of one of them is right, by its definition."""
+        return self.batches[which].is_whole(self.indices[which])

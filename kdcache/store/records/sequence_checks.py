@@ -1,9 +1,8 @@
-"""What every row of a record batch is checked for, over all rows at once: reading a row is then slices.
+"""When a sequence of a record batch is sound: by one definition for each, and by another for all at once, which is fast.
 
-It only says whether all rows pass. Where one does not, each is checked when it is read, so that the message is of the row
-concerned and the others can be read.
-
-Shape letters: S sequences of a record batch.
+`decode_sequence` and `entry_offsets` are the definition, and raise an error that names what is wrong. `all_sound` only says
+whether every sequence passes; where one does not, each is checked by the definition when it is read, so that the others can
+still be read.
 """
 
 from __future__ import annotations
@@ -15,24 +14,68 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec.archive.model import MOST_ENTRIES_PER_BYTE
-from kdcache.format.record import FINISHES, ROLES
+from kdcache.errors import CorruptCacheError
+from kdcache.format.record import FINISHES, ROLES, TokenSequence
 from kdcache.format.record_checks import ids_fit
-from kdcache.format.schema import FINISH_FIELD
+from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD
 from kdcache.store.records.column_view import ColumnView
 
 
+def decode_sequence(values: Mapping[str, Any], vocab_size: int) -> TokenSequence:
+    """One sequence of its columns' values; raises CorruptCacheError where they do not fit together."""
+    input_ids_N, supervised_N, turn_starts = values["input_ids"], values["supervised"], values["turn_starts"]
+    num_tokens, roles = len(input_ids_N), values["roles"]
+    roles_N = roles if roles is not None else np.zeros(num_tokens, np.uint8)
+    if num_tokens == 0 or len(supervised_N) != num_tokens or len(roles_N) != num_tokens:
+        raise CorruptCacheError("input_ids, supervised and roles have lengths that do not fit together")
+    if not ids_fit(input_ids_N, vocab_size):
+        raise CorruptCacheError(f"a token id of the text is outside the vocabulary of {vocab_size}")
+    if roles is not None and roles_N.max() >= len(ROLES):
+        raise CorruptCacheError(f"a role has the code {roles_N.max()}, known are 0 to {len(ROLES) - 1}")
+    finish = int(values[FINISH_FIELD.name][0]) if FINISH_FIELD.name in values else 0
+    if finish >= len(FINISHES):
+        raise CorruptCacheError(f"finish has the code {finish}, known are 0 to {len(FINISHES) - 1}")
+    if not ids_fit(turn_starts, num_tokens) or (len(turn_starts) > 1 and (np.diff(turn_starts) < 0).any()):
+        raise CorruptCacheError("turn_starts fall, or leave the sequence")
+    return TokenSequence(
+        input_ids_N=input_ids_N,
+        supervised_N=supervised_N,
+        roles_N=roles_N,
+        turn_starts=turn_starts,
+        source=values["source"].tobytes().decode(),
+        key=values["key"].tobytes(),
+        finish=FINISHES[finish],
+        domain=values[DOMAIN_FIELD.name].tobytes().decode() if DOMAIN_FIELD.name in values else "",
+    )
+
+
+def entry_offsets(num_entries_P: NDArray[np.uint16] | None, num_positions: int, fixed: int | None) -> NDArray[np.int64]:
+    """(P+1,) where each position's entries start; raises CorruptCacheError where the counts cannot be right."""
+    if num_entries_P is None:
+        if fixed is None:
+            raise CorruptCacheError("num_entries is null, but the selection does not fix the number of entries")
+        return np.arange(num_positions + 1, dtype=np.int64) * fixed
+    if len(num_entries_P) != num_positions:
+        raise CorruptCacheError(f"num_entries has {len(num_entries_P)} values for {num_positions} supervised positions")
+    if fixed is not None and num_entries_P.max(initial=0) > fixed:
+        raise CorruptCacheError(f"a position has {num_entries_P.max()} entries, but the selection keeps {fixed}")
+    offsets_P1 = np.zeros(num_positions + 1, np.int64)
+    np.cumsum(num_entries_P, out=offsets_P1[1:])
+    return offsets_P1
+
+
 def num_positions(supervised: ColumnView) -> NDArray[np.int64]:
-    """(S,) how many positions of each row are supervised."""
+    """(S,) how many positions of each sequence are supervised."""
     sums = np.append(0, np.cumsum(supervised.values, dtype=np.int64))
     return sums[supervised.offsets_S1[1:]] - sums[supervised.offsets_S1[:-1]]
 
 
 def all_sound(views: Mapping[str, ColumnView], num_positions_S: NDArray[np.int64], vocab_size: int, fixed: int | None) -> bool:
-    """Whether `rows._sequence` and `rows._entry_offsets` accept every row. May say no of rows that they accept.
+    """Whether `decode_sequence` and `entry_offsets` accept every sequence. May refuse what they accept, never the reverse.
 
     Args:
         views: of the columns.
-        num_positions_S: as above.
+        num_positions_S: see `num_positions`.
         vocab_size: of the shard.
         fixed: entries of every position by the selection, or None.
     """
@@ -58,13 +101,13 @@ def entries_fit(
     num_positions_S: NDArray[np.int64],
     most: tuple[int | None, int],
 ) -> NDArray[np.bool_]:
-    """(S,) whether each row's bytes can hold the entries that it claims: no array is made for more.
+    """(S,) whether each sequence's bytes can hold the entries that it claims: no array is made for more.
 
     Args:
         views: of the columns.
         codec_names: the columns that hold entries.
-        num_positions_S: as above.
-        most: entries of every position by the selection, or None; and the ids that there are.
+        num_positions_S: see `num_positions`.
+        most: entries of every position by the selection, or None; and the size of the vocabulary.
     """
     fixed, vocab_size = most
     view = views["num_entries"]
@@ -87,9 +130,9 @@ def _null_or(view: ColumnView, lengths_S: NDArray[Any]) -> bool:
 
 
 def _turns_rise(view: ColumnView, num_tokens_S: NDArray[Any]) -> bool:
-    starts, row_of = (
+    starts, sequence_of = (
         view.values[view.offsets_S1[0] : view.offsets_S1[-1]],
         np.repeat(np.arange(len(num_tokens_S)), view.lengths_S),
     )
-    falls = (np.diff(starts) < 0) & (np.diff(row_of) == 0)
-    return bool((starts >= 0).all() and (starts < num_tokens_S[row_of]).all() and not falls.any())
+    falls = (np.diff(starts) < 0) & (np.diff(sequence_of) == 0)
+    return bool((starts >= 0).all() and (starts < num_tokens_S[sequence_of]).all() and not falls.any())

@@ -1,41 +1,44 @@
-"""Where the values of a record batch's rows lie in memory, as numbers: what a compiled loop reads rows by.
-
-Shape letters: S rows of a record batch, C columns of the digest.
-"""
+"""Where the values of a record batch's sequences lie in memory: what a compiled loop reads them by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.store.records.column_view import ColumnView
 
-NUM_TOKENS, NUM_POSITIONS, ROW_DIGEST, ROW_BYTES = range(4)
-"""Places of a row's own numbers, behind two of each column."""
-NUM_OF_ROW = 4
+VALUE = np.dtype([("address", np.int64), ("num_bytes", np.int64)])
+"""One column's value of a sequence; NULL_BYTES for null."""
+
+ABOUT_SEQUENCE = np.dtype(
+    [("num_tokens", np.int64), ("num_positions", np.int64), ("digest", np.uint64), ("digested_bytes", np.int64)]
+)
+"""What a line of the table says of its sequence: what the record batch claims, and how many bytes the digest covers."""
+
 _LENGTH_BYTES = 8
 
 
-def row_table(views: Mapping[str, ColumnView], numbers: Mapping[int, Sequence[int]]) -> NDArray[np.int64] | None:
-    """(S, 2 C + 4) int64: of each column in order the address of the row's value and its number of bytes, NULL_BYTES for null;
-    then its numbers of tokens and of positions, its digest (the bits of a uint64), and how many bytes that covers.
+def line_type(num_columns: int) -> np.dtype[Any]:
+    """A line of the table: ABOUT_SEQUENCE, then a VALUE for each column."""
+    return np.dtype([("about", ABOUT_SEQUENCE), ("values", VALUE, (num_columns,))])
 
-    The values stay where the views have them. None where one is not aligned, as no writer of ours leaves it.
 
-    Args:
-        views: of the columns, in the digest's order.
-        numbers: the last four but for the bytes, (S,) each.
+def sequence_table(
+    views: Mapping[str, ColumnView], num_tokens_S: Sequence[int], num_positions_S: Sequence[int], digests_S: Sequence[int]
+) -> NDArray[np.void] | None:
+    """(S,) of `line_type`, one line for each sequence of a record batch; columns in the digest's order.
+
+    The values stay where the views have them. None where one is not aligned, which no writer of ours leaves.
     """
-    num_rows = len(numbers[NUM_TOKENS])
-    table = np.empty((num_rows, 2 * len(views) + NUM_OF_ROW), np.int64)
+    table = np.empty(len(num_tokens_S), line_type(len(views)))
+    about, values = table["about"], table["values"]
     for column, view in enumerate(views.values()):
-        table[:, 2 * column], table[:, 2 * column + 1] = view.places()
-        if (table[:, 2 * column] % view.values.itemsize).any():
+        values["address"][:, column], values["num_bytes"][:, column] = view.addresses()
+        if (values["address"][:, column] % view.values.itemsize).any():
             return None
-    own = table[:, 2 * len(views) :]
-    for place, values in numbers.items():
-        own[:, place] = np.asarray(values, np.uint64).view(np.int64)
-    own[:, ROW_BYTES] = np.maximum(table[:, 1 : 2 * len(views) : 2], 0).sum(axis=1) + _LENGTH_BYTES * len(views)
+    about["num_tokens"], about["num_positions"], about["digest"] = num_tokens_S, num_positions_S, digests_S
+    about["digested_bytes"] = np.maximum(values["num_bytes"], 0).sum(axis=1) + _LENGTH_BYTES * len(views)
     return table

@@ -33,7 +33,7 @@ from kdcache.store.files import fs
 from kdcache.store.files.disk_errors import reason_of
 from kdcache.store.files.location import Location, each, locate, own_files
 from kdcache.store.index import publish_index
-from kdcache.store.records.batch import encode_records
+from kdcache.store.records.encode import encode_records
 from kdcache.store.writing.admission import refuse_foreign_directory, refuse_other_capture
 from kdcache.store.writing.statistics import ShardStatistics
 

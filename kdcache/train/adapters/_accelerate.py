@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 
 from kdcache.config.loader import LoaderConfig
-from kdcache.loader._torch import TorchBatch
 from kdcache.loader.caches import CacheLike
 from kdcache.loader.loader import Loader
+from kdcache.loader.torch_batches import TorchBatch
 from kdcache.train.adapters.stream import BatchStream
 
 

@@ -9,9 +9,9 @@ from lightning import LightningDataModule
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError
-from kdcache.loader._torch import TorchBatch
 from kdcache.loader.caches import CacheLike
 from kdcache.loader.loader import Loader
+from kdcache.loader.torch_batches import TorchBatch
 from kdcache.train.adapters.stream import BatchStream
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import StateError
-from kdcache.loader._torch import TorchBatch
 from kdcache.loader.caches import CacheLike
 from kdcache.loader.loader import Loader
+from kdcache.loader.torch_batches import TorchBatch
 from kdcache.train.adapters.stream import BatchStream
 
 _STATE = "kdcache"

@@ -22,9 +22,9 @@ from kdcache.config.loader import LoaderConfig
 from kdcache.config.train import LossConfig
 from kdcache.errors import ConfigError, StateError
 from kdcache.format.soft_targets import SoftTargets
-from kdcache.loader._torch import TorchBatch
 from kdcache.loader.caches import CacheLike
 from kdcache.loader.loader import Loader
+from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.global_mean import global_weight
 from kdcache.train.adapters.stream import BatchStream, num_stream_batches
 from kdcache.train.adapters.student_loss import StudentLoss

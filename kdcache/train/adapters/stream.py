@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from kdcache.errors import ConfigError, StateError
-from kdcache.loader._torch import TorchBatch, TorchLoader
 from kdcache.loader.loader import Loader
+from kdcache.loader.torch_batches import TorchBatch, TorchLoader
 
 
 class BatchStream:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kdcache.config.train import LossConfig
 from kdcache.errors import ConfigError, NotFiniteError
 from kdcache.half_precision import warn_if_emulated
-from kdcache.loader._torch import TorchBatch
 from kdcache.loader.loader import Loader
+from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.global_mean import global_mean_scale
 from kdcache.shown import get_logger
 from kdcache.teacher.hf.attention import attention_gap, attention_of
@@ -61,10 +61,10 @@ class StudentLoss:
         _warn_of_attention(plain)
         self._plain = plain
         self.head = output_projection(plain)
-        identity = loader.readers[0].manifest.identity
+        identity = loader.caches[0].manifest.identity
         advice = f"call its resize_token_embeddings({identity.teacher.vocab_size}) first"
         check_vocabulary(self.head.out_features, identity, advice)
-        check_loss(config, loader.readers[0].manifest)
+        check_loss(config, loader.caches[0].manifest)
         self.loss = BatchLoss(config, logits_head(plain))
         self._loader, self._check_finite = loader, check_finite
         # The model takes the loss for logits, and scales and caps it: the first is undone, the second does nothing to the tiny.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import Manifest
-from kdcache.loader._torch import TorchBatch
+from kdcache.loader.torch_batches import TorchBatch
 from kdcache.train.terms import StudentStates, Term
 
 

@@ -1,9 +1,9 @@
-"""Packed entries decoded straight into a batch's rows, in compiled loops with the GIL released.
+"""Packed entries decoded straight into a batch's arrays, in compiled loops with the GIL released.
 
 `kdcache.codec.base.copy_into` of what the codec decodes is the definition; tests compare. Nothing else is checked: the
 caller has checked that the stream and the logprobs, or their codes, hold all entries.
 
-Shape letters: P positions, Q positions that are kept, K entries per position (padded), E entries.
+Arrays of `token_ids_PK` and the like have the positions that are kept; `offsets_P1` has all positions.
 """
 
 from __future__ import annotations
@@ -27,9 +27,22 @@ from kdcache.compiled import called_by_address, compiled, copy, inlined, pointer
 from kdcache.format.record import PADDING_ID
 
 TOO_WIDE = -2
-NUM_ADDRESSES = 11
+UNPACK_TASK = np.dtype(
+    [
+        (name, np.int64)
+        for name in ("words", "values", "offsets", "token_ids", "logprobs", "kept", "num_words", "num_offsets", "num_kept")
+    ]
+    + [("num_columns", np.int64), ("num_value_bytes", np.int64)]
+)
+"""One sequence for the compiled loop: addresses of the arrays of `Unpacking` (kept: 0 for all positions), then their sizes.
+`values` are the logprobs, or their codes."""
+
+SETTINGS = np.dtype([(name, np.int64) for name in ("id_bits", "value_bits", "is_half", "id_lanes", "code_lanes", "levels")])
+"""How a codec's entries are read: the width of an id; the bits of a logprob's code, 0 for float16; whether float16 is written;
+addresses of the lanes for ids and for codes, and of the codes' levels."""
+
 _MOST_SHUFFLED_BITS = 25
-"""An id of so many bits, up to 7 bits into a byte, lies in 4 bytes."""
+"""An id of this many bits, up to 7 bits into a byte, lies in 4 bytes."""
 _TOLD = getattr(config, "CPU_FEATURES", None) or ("" if getattr(config, "CPU_NAME", None) else get_host_cpu_features())
 HAS_SHUFFLES = all({"+avx2", "+f16c"} <= set(features.split(",")) for features in (_TOLD, get_host_cpu_features()))
 """Whether the compiled code may have x86's shuffle of bytes and its float16; portable loops do the same elsewhere. Asked for
@@ -38,84 +51,86 @@ where the processor has none, or numba was told to do without, LLVM would end th
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unpacking:
-    """One sequence for `unpack_many`; the arrays are read and written where they are, so they must be what is said here.
+    """One sequence for `unpack_many`; the arrays are read and written in place, so they must be exactly what is said here.
 
     Attributes:
         words: the packed ids as aligned uint32.
-        halves_E: (E,) float16 logprobs, aligned.
-        offsets_P1, kept_Q: (P+1,) offsets of the positions' entries, and (Q,) the positions that are kept, None for all; int64.
-        token_ids_QK, logprobs_QK: int32, and float32 or float16, C-contiguous, to be written.
+        halves_E: float16 logprobs, aligned.
+        offsets_P1: int64, offsets of the positions' entries.
+        kept: int64, the positions that are kept; None for all.
+        token_ids_PK, logprobs_PK: int32, and float32 or float16, C-contiguous, written completely.
     """
 
     words: NDArray[np.uint32]
     halves_E: NDArray[np.float16]
     offsets_P1: NDArray[np.int64]
-    kept_Q: NDArray[np.int64] | None
-    token_ids_QK: NDArray[np.int32]
-    logprobs_QK: NDArray[np.floating]
+    kept: NDArray[np.int64] | None
+    token_ids_PK: NDArray[np.int32]
+    logprobs_PK: NDArray[np.floating]
 
     @classmethod
     def of(
         cls,
         stream: NDArray[np.uint8],
         halves_E: NDArray[np.float16],
-        rows: tuple[NDArray[np.int64], NDArray[np.int64] | None],
+        positions: tuple[NDArray[np.int64], NDArray[np.int64] | None],
         out: tuple[NDArray[np.int32], NDArray[np.floating]],
     ) -> Unpacking:
-        """Of a stream of whole 8-byte words, logprobs, (offsets_P1, kept_Q) and (token_ids_QK, logprobs_QK); the first two are
-        copied where they are not aligned."""
-        return cls(_aligned(stream.view(np.uint32)), _aligned(halves_E), *rows, *out)
+        """From a stream of whole 8-byte words, logprobs, (offsets_P1, kept) and (token_ids_PK, logprobs_PK).
 
-    def addresses(self) -> list[int]:
-        """A row of the table that the compiled loop takes: addresses of the arrays, and their sizes."""
-        arrays = [self.words, self.halves_E, self.offsets_P1, self.token_ids_QK, self.logprobs_QK]
-        if self.kept_Q is not None:
-            arrays.append(self.kept_Q)
-        num_kept = len(self.offsets_P1) - 1 if self.kept_Q is None else len(self.kept_Q)
-        if num_kept != len(self.token_ids_QK) or self.logprobs_QK.shape != self.token_ids_QK.shape:
+        The first two are copied where they are not aligned.
+        """
+        return cls(_aligned(stream.view(np.uint32)), _aligned(halves_E), *positions, *out)
+
+    def task(self) -> tuple[int, ...]:
+        """The fields of UNPACK_TASK, in order."""
+        arrays = [self.words, self.halves_E, self.offsets_P1, self.token_ids_PK, self.logprobs_PK]
+        if self.kept is not None:
+            arrays.append(self.kept)
+        num_kept = len(self.offsets_P1) - 1 if self.kept is None else len(self.kept)
+        if num_kept != len(self.token_ids_PK) or self.logprobs_PK.shape != self.token_ids_PK.shape:
             raise ValueError("arrays that are decoded into must be of one shape")
         interfaces = [array.__array_interface__ for array in arrays]
         if any(interface["strides"] is not None for interface in interfaces):
             raise ValueError("arrays that are decoded from or into must be C-contiguous")
-        places = [interface["data"][0] for interface in interfaces]
-        kept = places.pop() if self.kept_Q is not None else 0
-        sizes = len(self.words), len(self.offsets_P1), *self.token_ids_QK.shape, self.halves_E.nbytes
-        return [*places, kept, *sizes]
+        addresses = [interface["data"][0] for interface in interfaces]
+        kept = addresses.pop() if self.kept is not None else 0
+        return (*addresses, kept, len(self.words), len(self.offsets_P1), *self.token_ids_PK.shape, self.halves_E.nbytes)
 
 
 def _aligned(values: NDArray[Any]) -> NDArray[Any]:
     return values if values.flags.aligned else values.copy()
 
 
-def unpack_many(jobs: Sequence[Unpacking], id_bits: int) -> NDArray[np.int64]:
-    """Write ids and logprobs of the kept positions, padding behind them, of several sequences in one call, so that the GIL is
-    let go of once: threads that take turns for each of them spend their time waiting for each other.
+def unpack_many(sequences: Sequence[Unpacking], id_bits: int) -> NDArray[np.int64]:
+    """Write ids and logprobs of the kept positions, followed by padding, of several sequences.
+
+    One call releases the GIL once: threads that release it for each sequence spend their time waiting for each other.
 
     Args:
-        jobs: R sequences; what they write is of one dtype.
+        sequences: what they write is of one dtype.
         id_bits: width of an id, from 1 to 31.
 
     Returns:
-        (R,) the largest id of each, -1 where there is none, TOO_WIDE where a position has more than K entries.
+        The largest id of each, -1 where there is none, TOO_WIDE where a position has more than K entries.
     """
-    table_RC = np.array([job.addresses() for job in jobs], np.int64).reshape(len(jobs), NUM_ADDRESSES)
-    largest_R = np.empty(len(jobs), np.int64)
-    settings = Settings.of(id_bits, 0, is_half=bool(jobs) and jobs[0].logprobs_QK.dtype == np.float16)
-    _unpack_many(table_RC, settings.numbers, largest_R)
-    return largest_R
+    tasks = np.array([sequence.task() for sequence in sequences], UNPACK_TASK)
+    largest = np.empty(len(sequences), np.int64)
+    settings = Settings.of(id_bits, 0, is_half=bool(sequences) and sequences[0].logprobs_PK.dtype == np.float16)
+    _unpack_many(tasks, settings.record, largest)
+    return largest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Settings:
-    """What the compiled loops need to know of a codec; kept alive while they run.
+    """What the compiled loops need to know of a codec, and the arrays whose addresses that has.
 
     Attributes:
-        numbers: width of an id; bits of a logprob's code, 0 for float16; whether float16 is written; addresses of the lanes for
-            ids and for codes and of the codes' levels.
-        arrays: what the addresses are of.
+        record: (1,) of SETTINGS.
+        arrays: what its addresses are of; kept alive while the loops run.
     """
 
-    numbers: NDArray[np.int64]
+    record: NDArray[np.void]
     arrays: tuple[NDArray[Any], ...]
 
     @staticmethod
@@ -123,10 +138,11 @@ class Settings:
     def of(id_bits: int, value_bits: int, *, is_half: bool) -> Settings:
         """For ids of 1 to 31 bits, and logprobs in float16 (value_bits 0) or codes of 4 to 8 bits, which become float32."""
         if value_bits and is_half:
-            raise ValueError("levels are no float16")
-        arrays = _lanes(min(id_bits, _MOST_SHUFFLED_BITS)), _lanes(value_bits or 1), level_logprobs(value_bits or 4)
+            raise ValueError("levels are not float16")
+        levels = level_logprobs(value_bits) if value_bits else np.zeros(0, np.float32)
+        arrays = _lanes(min(id_bits, _MOST_SHUFFLED_BITS)), _lanes(value_bits or 1), levels
         addresses = [array.__array_interface__["data"][0] for array in arrays]
-        return Settings(np.array([id_bits, value_bits, is_half, *addresses], np.int64), arrays)
+        return Settings(np.array([(id_bits, value_bits, is_half, *addresses)], SETTINGS), arrays)
 
 
 @lru_cache(maxsize=32)
@@ -135,8 +151,8 @@ def _lanes(width: int) -> NDArray[np.uint8]:
     for the first four ids, of those from byte 4 w / 8 on for the others), and by how many bits to shift them (uint32)."""
     bits = np.arange(8) * width
     bits[4:] -= 4 * width // 8 * 8
-    places = (bits // 8)[:, None] + np.arange(4)
-    return np.concatenate([places.astype(np.uint8).reshape(-1), (bits % 8).astype(np.uint32).view(np.uint8)])
+    lanes = (bits // 8)[:, None] + np.arange(4)
+    return np.concatenate([lanes.astype(np.uint8).reshape(-1), (bits % 8).astype(np.uint32).view(np.uint8)])
 
 
 _BYTE, _WORD = ir.IntType(8), ir.IntType(32)
@@ -160,7 +176,7 @@ def _shuffle_groups(typing_context, source, num_groups, width, offset, lanes, ta
             one = builder.insert_element(ir.Constant(words_8, ir.Undefined), value, ones[0])
             return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_WORD, 8), [0] * 8))
 
-        places = builder.load(_vector(builder, lanes, _BYTE, 32), align=1)
+        order = builder.load(_vector(builder, lanes, _BYTE, 32), align=1)
         shifts = builder.load(_vector(builder, builder.add(lanes, lanes.type(32)), _WORD, 8), align=1)
         shifts = builder.add(shifts, splat(builder.trunc(offset, _WORD)))
         mask = splat(builder.trunc(builder.sub(builder.shl(width.type(1), width), width.type(1)), _WORD))
@@ -173,10 +189,10 @@ def _shuffle_groups(typing_context, source, num_groups, width, offset, lanes, ta
         with cgutils.for_range(builder, num_groups) as loop:
             first = builder.add(source, builder.mul(loop.index, width))
             halves = [builder.load(_vector(builder, at, _BYTE, 16), align=1) for at in (first, builder.add(first, second))]
-            found = builder.call(shuffle, [builder.shuffle_vector(*halves, joined), places])
+            found = builder.call(shuffle, [builder.shuffle_vector(*halves, joined), order])
             ids = builder.and_(builder.lshr(builder.bitcast(found, words_8), shifts), mask)
-            place = builder.add(target, builder.mul(loop.index, target.type(32)))
-            builder.store(ids, _vector(builder, place, _WORD, 8), align=4)
+            to = builder.add(target, builder.mul(loop.index, target.type(32)))
+            builder.store(ids, _vector(builder, to, _WORD, 8), align=4)
             before = builder.load(largest)
             builder.store(builder.select(builder.icmp_unsigned(">", ids, before), ids, before), largest)
         found, best = builder.load(largest), ir.Constant(_WORD, 0)
@@ -196,9 +212,9 @@ def _widen_groups(typing_context, source, num_groups, target):  # noqa: ARG001
         singles = ir.VectorType(ir.FloatType(), 16)
         with cgutils.for_range(builder, num_groups) as loop:
             at = builder.add(source, builder.mul(loop.index, source.type(32)))
-            place = builder.add(target, builder.mul(loop.index, target.type(64)))
+            to = builder.add(target, builder.mul(loop.index, target.type(64)))
             values = builder.fpext(builder.load(_vector(builder, at, ir.HalfType(), 16), align=2), singles)
-            builder.store(values, _vector(builder, place, ir.FloatType(), 16), align=4)
+            builder.store(values, _vector(builder, to, ir.FloatType(), 16), align=4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate
@@ -222,7 +238,7 @@ def _unpack_row(words, width, start, ids):
 
 @inlined
 def _unpack_last(words, width, start, ids):
-    # The same where the last id ends in the stream's last word, behind which nothing may be read.
+    # The same where the last id ends in the stream's last word, after which nothing may be read.
     mask = np.uint32((np.uint64(1) << np.uint64(width)) - np.uint64(1))
     largest, last = np.uint32(0), words.shape[0] - 1
     for k in range(ids.shape[0]):
@@ -280,26 +296,26 @@ def _widen_run(halves, start, logprobs):
 
 
 @inlined
-def _read_codes(source, num_bytes, bits, tables, start, logprobs):
-    # Levels of codes of some bits; `tables` are the addresses of the lanes and of the levels.
-    levels = numba.carray(pointer(tables[1]), (1 << bits,), np.float32)
+def _read_codes(source, num_bytes, settings, start, logprobs):
+    bits = settings.value_bits
+    levels = numba.carray(pointer(settings.levels), (1 << bits,), np.float32)
     if bits == 8:
         codes = numba.carray(pointer(source + start), (logprobs.shape[0],), np.uint8)
         for k in range(logprobs.shape[0]):
             logprobs[k] = levels[codes[k]]
         return
     words, found = numba.carray(pointer(source), (num_bytes // 4,), np.uint32), logprobs.view(np.int32)
-    _unpack_run(words, bits, tables[0], start, found)
+    _unpack_run(words, bits, settings.code_lanes, start, found)
     for k in range(logprobs.shape[0]):
         logprobs[k] = levels[np.uint32(found[k])]
 
 
 @inlined
 def _read_logprobs(source, num_bytes, settings, start, count, target):
-    # `count` logprobs from number `start` on, to an address.
-    if settings[1]:
-        _read_codes(source, num_bytes, settings[1], settings[4:6], start, numba.carray(pointer(target), (count,), np.float32))
-    elif settings[2]:
+    # `count` logprobs from the one with index `start` on, to an address.
+    if settings.value_bits:
+        _read_codes(source, num_bytes, settings, start, numba.carray(pointer(target), (count,), np.float32))
+    elif settings.is_half:
         copy(target, source + 2 * start, 2 * count)  # pyright: ignore[reportCallIssue]
     else:
         halves = numba.carray(pointer(source), (num_bytes // 2,), np.uint16)
@@ -316,56 +332,53 @@ def _pad(ids, logprobs, is_half, first, end):
 
 
 @inlined
-def _unpack_rows(words, values, settings, offsets, kept, num_rows, ids, logprobs):
-    # `values` are address and bytes of the logprobs or codes, `logprobs` the address to write to, `kept` empty for all rows.
-    largest, num_columns, is_half = np.int64(-1), ids.shape[1], settings[2]
+def _unpack_positions(words, offsets, kept, ids, task, settings):
+    # `kept` is empty for all positions. Gives the largest id, -1 for none.
+    largest, num_columns, is_half = np.int64(-1), ids.shape[1], settings.is_half
     flat_ids, is_all, item_bytes = ids.reshape(-1), kept.shape[0] == 0, 2 if is_half else 4
-    q = 0
-    while q < num_rows:
-        p = q if is_all else kept[q]
-        start, stop, row = offsets[p], offsets[p + 1], q
+    num_kept, done = task.num_kept, 0
+    while done < num_kept:
+        p = done if is_all else kept[done]
+        start, stop, begun = offsets[p], offsets[p + 1], done
         if stop - start > num_columns:
             return TOO_WIDE
-        q += 1
-        # Full rows, one behind the other here and there, are one long row.
+        done += 1
+        # Full positions, one after another here and there, are one long run.
         while (
-            stop - start == (q - row) * num_columns
-            and q < num_rows
-            and (is_all or kept[q] == p + 1)
+            stop - start == (done - begun) * num_columns
+            and done < num_kept
+            and (is_all or kept[done] == p + 1)
             and offsets[p + 2] - stop == num_columns
         ):
             p += 1
             stop = offsets[p + 1]
-            q += 1
-        first, end = row * num_columns, row * num_columns + stop - start
+            done += 1
+        first, end = begun * num_columns, begun * num_columns + stop - start
         if stop > start:
-            found = _unpack_run(words, settings[0], settings[3], start, flat_ids[first:end])
+            found = _unpack_run(words, settings.id_bits, settings.id_lanes, start, flat_ids[first:end])
             largest = max(largest, np.int64(found))
-            _read_logprobs(values[0], values[1], settings, start, stop - start, logprobs + item_bytes * first)
-        _pad(flat_ids, logprobs, is_half, end, q * num_columns)
+            target = task.logprobs + item_bytes * first
+            _read_logprobs(task.values, task.num_value_bytes, settings, start, stop - start, target)
+        _pad(flat_ids, task.logprobs, is_half, end, done * num_columns)
     return largest
 
 
 @inlined
-def _unpack_one(row, settings):
-    # A row of addresses and sizes, see Unpacking.
-    num_kept, num_columns = row[8], row[9]
-    words = numba.carray(pointer(row[0]), (row[6],), np.uint32)
-    offsets = numba.carray(pointer(row[2]), (row[7],), np.int64)
-    kept = numba.carray(pointer(row[5]), (num_kept if row[5] else 0,), np.int64)
-    ids = numba.carray(pointer(row[3]), (num_kept, num_columns), np.int32)
-    values = row[1], row[10]
-    return _unpack_rows(words, values, settings, offsets, kept, num_kept, ids, row[4])
+def _unpack_one(task, settings):
+    words = numba.carray(pointer(task.words), (task.num_words,), np.uint32)
+    offsets = numba.carray(pointer(task.offsets), (task.num_offsets,), np.int64)
+    kept = numba.carray(pointer(task.kept), (task.num_kept if task.kept else 0,), np.int64)
+    ids = numba.carray(pointer(task.token_ids), (task.num_kept, task.num_columns), np.int32)
+    return _unpack_positions(words, offsets, kept, ids, task, settings)
 
 
-@compiled(numba.void(numba.int64[:, ::1], numba.int64[::1], numba.int64[::1]))
-def _unpack_many(table, settings, largest):
-    for r in range(table.shape[0]):
-        largest[r] = _unpack_one(table[r], settings)
+@compiled(numba.void(numba.from_dtype(UNPACK_TASK)[::1], numba.from_dtype(SETTINGS)[::1], numba.int64[::1]))
+def _unpack_many(tasks, settings, largest):
+    for s in range(tasks.shape[0]):
+        largest[s] = _unpack_one(tasks[s], settings[0])
 
 
 @called_by_address(numba.int64(numba.int64, numba.int64, numba.int64))
-def unpack_at(row, settings, num_settings):
-    """`unpack_many` of one sequence, whose NUM_ADDRESSES numbers lie at an address, with Settings.numbers at another."""
-    numbers = numba.carray(pointer(settings), (num_settings,), np.int64)
-    return _unpack_one(numba.carray(pointer(row), (NUM_ADDRESSES,), np.int64), numbers)
+def unpack_at(task, settings, _):
+    """`unpack_many` of one sequence: addresses of an UNPACK_TASK and of SETTINGS."""
+    return _unpack_one(numba.carray(pointer(task), (1,), UNPACK_TASK)[0], numba.carray(pointer(settings), (1,), SETTINGS)[0])
