@@ -75,6 +75,15 @@ def test_a_page_that_links_to_nothing_ends_the_build_with_the_link(tmp_path: Pat
         docs_pages.write(tmp_path, tmp_path / "out", {})
 
 
+def test_the_workflow_and_the_templates_are_yaml_and_test_every_python_that_the_package_names() -> None:
+    yaml = pytest.importorskip("yaml")
+    files = {path.name: yaml.safe_load(path.read_text("utf-8")) for path in (ROOT / ".github").rglob("*.yml")}
+    assert set(files) == {"test.yml", "bug.yml", "idea.yml", "config.yml"}
+    assert all(field["type"] == "textarea" for name in ("bug.yml", "idea.yml") for field in files[name]["body"])
+    named = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text("utf-8"))
+    assert files["test.yml"]["jobs"]["test"]["strategy"]["matrix"]["python"] == named
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built as `bash tools/docs` does, where every warning is an error."""
