@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache import extensions
 from kdcache.config.describe import choices_of, type_at
+from kdcache.config.renamed import new_name
 from kdcache.config.teacher import TeacherConfig
 from kdcache.errors import ConfigError
 from kdcache.shown import shown
@@ -87,13 +88,24 @@ def setting_differences(config: TeacherConfig, captured: Any) -> list[str]:
     """A line for each setting in which the cache's teacher differs from the one that will be asked."""
     import msgspec
 
-    ours, theirs = msgspec.to_builtins(config), captured_teacher(captured)
+    ours, theirs = _settings(msgspec.to_builtins(config)), _settings(captured_teacher(captured))
     return [
         f"note: according to the cache, its teacher had {shown(name, _MOST)} {shown(repr(value), _MOST)}; "
         f"asked with {shown(repr(ours.get(name)), _MOST)}"
         for name, value in sorted(theirs.items())
         if value != ours.get(name)
     ]
+
+
+def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Setting -> value, those of a backend's section by path; settings that were renamed since under their new names."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in ("vllm", "fake", "server") and isinstance(value, Mapping):
+            found |= {f"{name}.{field}": setting for field, setting in value.items()}
+        else:
+            found[(new_name(f"teacher.{name}") or name).removeprefix("teacher.")] = value
+    return found
 
 
 @contextmanager
