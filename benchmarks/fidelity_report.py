@@ -92,7 +92,7 @@ def verdict(rows: list[dict[str, Any]], metric: str) -> str:
 
 
 FAMILIES = {"threshold": "threshold", "top_k_sampled": "sampled", "sampled": "sampled", "top_k": "top-k", "top_p": "top-k"}
-"""What a setting's name begins with -> the family that it is drawn as."""
+"""What a setting's name begins with -> the family that it is drawn as; all others as top-k."""
 COLOURS = {"threshold": "C0", "sampled": "C2", "top-k": "C1"}
 
 
@@ -124,7 +124,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _point(axis: Any, row: dict[str, Any], share: dict[str, float]) -> None:
     name, _, how = row["setting"].partition(", ")
-    family = next(family for start, family in FAMILIES.items() if name.startswith(start))
+    family = next((family for start, family in FAMILIES.items() if name.startswith(start)), "top-k")
     axis.errorbar(row["bytes"], share["value"], yerr=share["high"] - share["value"], fmt="o", markersize=5,
                   color=COLOURS[family], capsize=2, linewidth=0.8,
                   markerfacecolor="white" if how == "renormalised" else None)  # fmt: skip
