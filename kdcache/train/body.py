@@ -1,7 +1,4 @@
-"""The parts of a student: its text configuration, the body that makes hidden states, the projection that makes logits.
-
-Shape letters: B rows, T tokens per row, H hidden, V vocabulary.
-"""
+"""The parts of a student: its text configuration, the body that makes hidden states, the projection that makes logits."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def check_weights(model: nn.Module, when: str) -> None:
     name = not_finite_weight(model)
     if name is not None:
         raise NotFiniteError(
-            f"{when} the weight {name!r} is not finite: nothing is saved, and what was saved before stays; begin anew with a "
+            f"{when} the weight {name!r} is not finite: nothing is saved, and what was saved before stays; start again with a "
             "lower learning rate or a longer warm-up"
         )
 

@@ -1,7 +1,4 @@
-"""A look at whether a student does what the trainer assumes.
-
-Shape letters: T tokens.
-"""
+"""A look at whether a student does what the trainer assumes."""
 
 from __future__ import annotations
 
@@ -72,7 +69,7 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def ignores_batch_mates(model: PreTrainedModel) -> bool:
-    """Whether hidden states are the same beside another row, and in a packed row beside a document, that is far longer."""
+    """Whether hidden states are the same next to another row, and in a packed row next to a document, that is far longer."""
     ids_1T = _probe_ids(model)
     most = getattr(text_config(model), "max_position_embeddings", None) or 2**15
     near_1T = torch.arange(8, device=ids_1T.device)[None]
@@ -83,7 +80,7 @@ def ignores_batch_mates(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def ignores_what_follows(model: PreTrainedModel) -> bool:
-    """Whether hidden states are the same with padding behind them."""
+    """Whether hidden states are the same with padding after them."""
     ids_1T = _probe_ids(model)
     positions_1T = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 0]], device=ids_1T.device)
     padded = hidden_states(model, ids_1T, positions_1T)[:, :5]

@@ -41,12 +41,12 @@ def optimize(
     loss.backward()
     largest = config.optimizer.grad_clip or float("inf")
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
-    numbers = float(loss.detach()), float(grad_norm)
+    found = float(loss.detach()), float(grad_norm)
     # A NaN in the gradient would be in every weight and both means for good.
-    if all(map(math.isfinite, numbers)):
+    if all(map(math.isfinite, found)):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return numbers
+    return found
 
 
 def student_loss(model: PreTrainedModel, batch: TorchBatch, config: TrainConfig) -> torch.Tensor:

@@ -139,7 +139,7 @@ def _overridden(base: Any, overrides: dict[str, Any]) -> Any:
     inner = {name: value for name, value in overrides.items() if text is not base and name not in fields}
     if inner:
         changed = _overridden(text, inner)
-        base = type(base).from_dict(fields | {_place_of(base, text): changed.to_dict()})
+        base = type(base).from_dict(fields | {_field_of(base, text): changed.to_dict()})
         overrides = {name: value for name, value in overrides.items() if name not in inner}
         fields = base.to_dict()
     for name in overrides:
@@ -155,7 +155,7 @@ def _overridden(base: Any, overrides: dict[str, Any]) -> Any:
         raise ConfigError(f"student.overrides: {type(base).__name__} refuses {overrides!r}: {error}") from error
 
 
-def _place_of(base: Any, text: Any) -> str:
+def _field_of(base: Any, text: Any) -> str:
     return next(name for name, value in vars(base).items() if value is text)
 
 

@@ -73,7 +73,7 @@ def make_terms(configs: Sequence[TermConfig]) -> list[tuple[float, Term]]:
 def _make(config: TermConfig) -> Term:
     kind = extensions.find("losses", config.term)
     if not (isinstance(kind, type) and issubclass(kind, Term)):
-        raise ConfigError(f"loss term {config.term!r} is no Term, but {kind!r}; mend the package that brings it")
+        raise ConfigError(f"loss term {config.term!r} is not a Term, but {kind!r}; mend the package that brings it")
     try:
         return kind(**config.options)
     except (TypeError, ValueError) as error:

@@ -62,7 +62,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
-    """Train a student, or go on with the run in `config.out`.
+    """Train a student, or resume the run in `config.out`.
 
     Args:
         config: the whole run.
@@ -180,7 +180,7 @@ class Trainer:
         kept = newest_checkpoint(self.folder.checkpoints)
         return NotFiniteError(
             f"step {self.step}: {reason}. No model is published; "
-            f"{f'the checkpoint {kept.name} stays' if kept else 'there is no checkpoint yet'}. Train with a lower optimizer.lr "
+            f"{f'the checkpoint {kept.name} stays' if kept else 'no checkpoint was kept yet'}. Train with a lower optimizer.lr "
             f"or a longer optimizer.warmup_fraction in another `out`{advice}"
         )
 

@@ -58,7 +58,7 @@ def train_ranks(folder: Path, cache: Path, last_step: int, accumulated: int = 1)
         parallel = DistributedDataParallel(model)
         dist.barrier()  # all have read the checkpoint before it is written again
         while step < last_step:
-            batches = [stream[stream.position] for _ in range(accumulated)]
+            batches = [stream[stream.next_index] for _ in range(accumulated)]
             scale, total = loss_of.scale(batches), torch.zeros(())
             for number, batch in enumerate(batches):
                 parallel.require_backward_grad_sync = number == accumulated - 1

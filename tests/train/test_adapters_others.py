@@ -44,7 +44,7 @@ def test_a_plain_loop_resumed_from_the_loaders_state_is_the_loop_that_was_not_st
                 optimizer.load_state_dict(saved["optimizer"])
                 stream.load_state_dict(saved["stream"])
             while len(losses) < last_step:
-                loss = loss_of(model, stream[stream.position])
+                loss = loss_of(model, stream[stream.next_index])
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -130,8 +130,8 @@ def test_epochs_are_those_of_the_cache(small_cache: Path, tmp_path: Path) -> Non
         )
         trainer.train()
         num_batches = num_stream_batches(trainer.stream.loader, epochs)
-        assert trainer.stream.position == trainer.state.global_step * accumulated
-        assert 0 <= trainer.stream.position - num_batches < accumulated
+        assert trainer.stream.next_index == trainer.state.global_step * accumulated
+        assert 0 <= trainer.stream.next_index - num_batches < accumulated
         trainer.close()
 
 

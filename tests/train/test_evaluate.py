@@ -6,7 +6,7 @@ from train_caches import train_config
 from transformers import AutoModelForCausalLM
 
 from kdcache.errors import ConfigError
-from kdcache.train.evaluation.evaluate import EvaluateOptions, evaluate
+from kdcache.train.evaluation.evaluate import EvaluateConfig, evaluate
 from kdcache.train.trainer import train
 
 
@@ -18,9 +18,9 @@ def run(small_cache: Path, tiny_model_dir: Path, heldout: Path, tmp_path_factory
     return out
 
 
-def _options(run: Path, teacher: Path, heldout: Path, out: Path, **changes: object) -> EvaluateOptions:
+def _options(run: Path, teacher: Path, heldout: Path, out: Path, **changes: object) -> EvaluateConfig:
     settings = {"students": {"kd": str(run), "copy": str(teacher)}, "window": 32} | changes
-    return EvaluateOptions(teacher=str(teacher), data=str(heldout), out=str(out), **settings)  # pyright: ignore[reportArgumentType]
+    return EvaluateConfig(teacher=str(teacher), data=str(heldout), out=str(out), **settings)  # pyright: ignore[reportArgumentType]
 
 
 def test_runs_and_model_folders_are_measured_on_the_same_tokens(

@@ -70,7 +70,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str, messa
 
 
 def test_a_missing_and_an_empty_file_are_said(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere\.jsonl: .* cannot be read: there is no such file \(.* heldout\.data; null"):
+    with pytest.raises(InputError, match=r"nowhere\.jsonl: .* cannot be read: it does not exist \(.* heldout\.data; null"):
         read_heldout(tmp_path / "nowhere.jsonl", TOKENIZER, window=8)
     with pytest.raises(InputError, match="no row has the two tokens"):
         read_heldout(_file(tmp_path, ""), TOKENIZER, window=8)

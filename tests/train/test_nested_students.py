@@ -23,7 +23,7 @@ from kdcache.teacher import load_teacher
 from kdcache.teacher.hf.load import language_model_class
 from kdcache.train.adapters import KDTrainer, StudentLoss
 from kdcache.train.body import positions
-from kdcache.train.evaluation.evaluate import EvaluateOptions, evaluate
+from kdcache.train.evaluation.evaluate import EvaluateConfig, evaluate
 from kdcache.train.packed import check_architecture
 from kdcache.train.step import student_loss
 from kdcache.train.trainer import train
@@ -80,7 +80,7 @@ def test_they_are_trained_evaluated_and_asked(
     student = {"model": str(folder), "init": "pretrained"}
     measured = {"data": str(heldout), "window": 32, "max_tokens": 60}
     train(run_config(small_cache, folder, tmp_path / "run", student=student, heldout=measured, steps=2), show_progress=False)
-    options = EvaluateOptions(
+    options = EvaluateConfig(
         teacher=str(folder), students={"kd": str(tmp_path / "run")}, data=str(heldout), out=str(tmp_path), max_tokens=60
     )
     assert evaluate(options).results["models"]["kd"]["kl"]["value"] > 0
@@ -128,7 +128,7 @@ def test_a_student_without_sdpa_or_packing_trains_as_the_advice_says(
     with pytest.raises(ConfigError, match=r"set loader.packing to none"):
         run(student)
     run(student, packing="none")
-    options = EvaluateOptions(
+    options = EvaluateConfig(
         teacher=str(tiny_model_dir), students={"kd": str(tmp_path / "run")}, data=str(heldout), out=str(tmp_path), max_tokens=60
     )
     assert evaluate(options).results["models"]["kd"]["kl"]["value"] > 0

@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
     require("torch", "transformers", "matplotlib", purpose="kdcache evaluate", extra="train")
     from kdcache.report.evaluation import curve_lines, evaluation_sentences, evaluation_table
     from kdcache.report.plot import plot_evaluation
-    from kdcache.train.evaluation.evaluate import EvaluateOptions, evaluate
+    from kdcache.train.evaluation.evaluate import EvaluateConfig, evaluate
 
-    options = EvaluateOptions(
+    options = EvaluateConfig(
         teacher=args.teacher,
         students=students,
         data=args.data,

@@ -19,7 +19,7 @@ from kdcache.train.adapters.stream import BatchStream
 
 
 class AcceleratedStream(BatchStream):
-    """A BatchStream of this process's rows, on its device; `accelerator.save_state` keeps its place, `load_state` restores it.
+    """A BatchStream of this process's rows, on its device; `accelerator.save_state` saves its state, `load_state` restores it.
 
     Do not `prepare` it. Make it before `load_state`, as everything that is registered for checkpointing. A checkpoint may be
     loaded by another number of processes.
@@ -44,8 +44,8 @@ class AcceleratedStream(BatchStream):
         super().__init__(loader, round_batches=round_batches, pin_memory=self.device.type == "cuda")
         accelerator.register_for_checkpointing(self)
 
-    def __getitem__(self, number: int) -> TorchBatch:
-        return super().__getitem__(number).to(self.device)
+    def __getitem__(self, index: int) -> TorchBatch:
+        return super().__getitem__(index).to(self.device)
 
     def close(self) -> None:
         """End the threads that read ahead, and close the caches that were opened here."""

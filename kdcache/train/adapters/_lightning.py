@@ -1,4 +1,4 @@
-"""Lightning: a data module whose batches come from a cache and whose place lies in Lightning's checkpoints."""
+"""Lightning: a data module whose batches come from a cache and whose state lies in Lightning's checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class KDDataModule(LightningDataModule):
     """Training batches of a cache, for `lightning.Trainer.fit`.
 
     Give the Trainer `use_distributed_sampler=False`: the loader knows its rank. `max_epochs` counts rounds of `round_batches`
-    batches, see BatchStream; say `max_steps=num_stream_batches(loader, epochs)` for just so many passes over the cache.
+    batches, see BatchStream; say `max_steps=num_stream_batches(loader, epochs)` for exactly this many passes over the cache.
 
     Args:
         cache: as for a Loader. Opened by `setup`, and closed by `teardown` if it was opened here.
@@ -54,7 +54,7 @@ class KDDataModule(LightningDataModule):
             self._stream = BatchStream(loader, round_batches=self._round_batches)
 
     def train_dataloader(self) -> BatchStream:
-        """Lightning saves and restores the place of a loader with `state_dict` and `load_state_dict`, as this one."""
+        """Lightning saves and restores the state of a loader with `state_dict` and `load_state_dict`, as this one."""
         return self.stream
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:

@@ -55,7 +55,7 @@ class TitanDataLoader:
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         while True:
-            yield self._titan_batch(self._stream[self._stream.position])
+            yield self._titan_batch(self._stream[self._stream.next_index])
 
     def state_dict(self) -> dict[str, Any]:
         """One string: a nested dict would be cut into as many entries of the checkpoint."""

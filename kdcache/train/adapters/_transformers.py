@@ -1,6 +1,6 @@
 """transformers' Trainer, trained from a cache.
 
-Trainer finds its place after a resume by counting steps and skipping batches, which it believes to be as many in every epoch.
+Trainer finds where it was after a resume by counting steps and skipping batches; it believes that all epochs have as many.
 It gets a DataLoader over batch NUMBERS: what it skips are numbers, nothing is read; and rounds of constant length, see
 stream.py. The loader's own state lies in the checkpoint's `trainer_state.json`, written by Trainer in one piece with the step.
 """
@@ -73,7 +73,7 @@ class KDMixin(_Base):
         _check_arguments(args, others)
         batches = Loader(cache, loader, rank=args.process_index, world_size=args.world_size)
         args, round_steps = _arguments(args, batches)
-        self._round_steps, self._is_placed = round_steps, False
+        self._round_steps, self._is_set = round_steps, False
         self.stream = BatchStream(
             batches,
             round_batches=round_steps * args.gradient_accumulation_steps,
@@ -89,7 +89,7 @@ class KDMixin(_Base):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
 
     def train(self, *args: Any, **options: Any) -> Any:
-        """As the trainer's; `resume_from_checkpoint` goes on behind the last batch, reading none again."""
+        """As the trainer's; `resume_from_checkpoint` continues after the last batch, reading none again."""
         try:
             return super().train(*args, **options)
         finally:
@@ -101,9 +101,9 @@ class KDMixin(_Base):
         self.stream.loader.close()
 
     def get_train_dataloader(self) -> DataLoader:
-        self._is_placed = False
-        numbers = _Numbers(self._round_start, len(self.stream))
-        return DataLoader(self.stream, batch_sampler=numbers, collate_fn=_inputs)  # pyright: ignore[reportArgumentType]
+        self._is_set = False
+        indices = _Indices(self._round_start, len(self.stream))
+        return DataLoader(self.stream, batch_sampler=indices, collate_fn=_inputs)  # pyright: ignore[reportArgumentType]
 
     def compute_loss(
         self,
@@ -138,10 +138,10 @@ class KDMixin(_Base):
         super()._save_checkpoint(model, trial)
 
     def _round_start(self) -> int:
-        """The number of the first batch of the round in which the trainer stands."""
-        if not self._is_placed and self.state.global_step > 0:
+        """The index of the first batch of the round in which the trainer stands."""
+        if not self._is_set and self.state.global_step > 0:
             self._resume()
-        self._is_placed = True
+        self._is_set = True
         return self.state.global_step // self._round_steps * len(self.stream)
 
     def _resume(self) -> None:
@@ -149,13 +149,13 @@ class KDMixin(_Base):
         if saved is None:
             raise StateError(
                 f"the checkpoint of step {self.state.global_step} holds no state of a kdcache loader: it was made by another "
-                "trainer, so that what it has read is not known; begin anew with its model instead of resuming"
+                "trainer, so that what it has read is not known; start a new run with its model instead of resuming"
             )
         self.stream.load_state_dict(saved["attributes"])
         expected = self.state.global_step * self.args.gradient_accumulation_steps
-        if self.stream.position != expected:
+        if self.stream.next_index != expected:
             raise StateError(
-                f"the checkpoint of step {self.state.global_step} was made behind batch {self.stream.position}, which is not "
+                f"the checkpoint of step {self.state.global_step} was made after batch {self.stream.next_index}, which is not "
                 f"{self.args.gradient_accumulation_steps} in each step: use the gradient_accumulation_steps it was made with"
             )
 
@@ -168,15 +168,15 @@ class KDTrainer(KDMixin, Trainer):
     """transformers' Trainer with the batches of a cache and the fused loss, see KDMixin."""
 
 
-class _Numbers:
-    """A batch sampler: batch numbers of one round."""
+class _Indices:
+    """A batch sampler: indices of the batches of one round."""
 
     def __init__(self, first: Callable[[], int], num_batches: int) -> None:
         self._first, self._num_batches = first, num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self._first()
-        return ([number] for number in range(first, first + self._num_batches))
+        return ([index] for index in range(first, first + self._num_batches))
 
     def __len__(self) -> int:
         return self._num_batches

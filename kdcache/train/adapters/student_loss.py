@@ -98,7 +98,7 @@ class StudentLoss:
         if loss.ndim:
             raise ConfigError(
                 f"{type(model).__name__} made logits of the shape {tuple(loss.shape)} without calling its output projection "
-                "as a module (its forward was exchanged?); the fused loss cannot be put in its place"
+                "as a module (its forward was exchanged?); the fused loss cannot replace it"
             )
         loss = loss / (self._shrink * self.loss.scaled.logit_scale)
         if self._check_finite and not bool(torch.isfinite(loss.detach())):
@@ -110,8 +110,8 @@ class StudentLoss:
         weight = not_finite_weight(model)
         cause = "" if weight is None else f": the weight {weight!r} is not finite"
         raise NotFiniteError(
-            f"the student's loss is {loss.item()}{f', {shown_sources(sources)}' if sources else ''}{cause}; begin anew or from "
-            "the last checkpoint with a lower learning rate or a longer warm-up, or leave the batch out"
+            f"the student's loss is {loss.item()}{f', {shown_sources(sources)}' if sources else ''}{cause}; start again, or "
+            "from the last checkpoint with a lower learning rate or a longer warm-up, or leave the batch out"
         )
 
     def weights(self, batches: Iterable[TorchBatch]) -> list[Tensor]:

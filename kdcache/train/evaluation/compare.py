@@ -1,7 +1,5 @@
 """From sums per sequence to means with confidence intervals: whether one student beats another, measured.
 
-Shape letters: S sequences, G groups that are resampled together, R bootstrap rounds.
-
 The paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 8; to compare systems: Koehn, 2004)
 draws texts with replacement; every model sees the same draws, so what is common to all of them cancels in a difference.
 """
@@ -30,7 +28,7 @@ class _Resamples:
     """Each metric's value for every model: on all the data, and in every bootstrap round."""
 
     value: Mapping[str, Mapping[str, float]]
-    rounds_R: Mapping[str, Mapping[str, NDArray[np.float64]]]
+    rounds_by_round: Mapping[str, Mapping[str, NDArray[np.float64]]]
 
 
 def compare_models(
@@ -87,24 +85,27 @@ def _resample(
 ) -> _Resamples:
     num_groups = int(groups_S.max()) + 1
     generator = np.random.Generator(np.random.Philox(key=seed))
-    draws_RG = generator.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=_ROUNDS).astype(np.float64)
+    draws_by_round = generator.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=_ROUNDS).astype(np.float64)
     if num_groups == 1:
-        draws_RG[:] = np.nan  # one thing drawn again and again says nothing of the spread
-    counts_RG = np.vstack([np.ones(num_groups), draws_RG])  # round 0 is the data as it is
+        draws_by_round[:] = np.nan  # one thing drawn again and again says nothing of the spread
+    counts_by_round = np.vstack([np.ones(num_groups), draws_by_round])  # round 0 is the data as it is
 
     def totals(per_sequence_S: Any) -> NDArray[np.float64]:
-        return counts_RG @ np.bincount(groups_S, weights=np.asarray(per_sequence_S, np.float64), minlength=num_groups)
+        return counts_by_round @ np.bincount(groups_S, weights=np.asarray(per_sequence_S, np.float64), minlength=num_groups)
 
-    tokens_R, bytes_R = totals([s.num_targets for s in sequences]), totals([max(1, s.num_bytes) for s in sequences])
+    tokens_by_round, bytes_by_round = (
+        totals([s.num_targets for s in sequences]),
+        totals([max(1, s.num_bytes) for s in sequences]),
+    )
     table = {}
     for name, score in scores.items():
-        nll_R = totals(score.nll_S)
+        nll_by_round = totals(score.nll_S)
         table[name] = {
-            "nats_per_token": nll_R / tokens_R,
-            "nats_per_byte": nll_R / bytes_R,
-            "kl": totals(score.kl_S) / tokens_R,
-            "top1_agreement": totals(score.agreement_S) / tokens_R,
-            "accuracy": totals(score.correct_S) / tokens_R,
+            "nats_per_token": nll_by_round / tokens_by_round,
+            "nats_per_byte": nll_by_round / bytes_by_round,
+            "kl": totals(score.kl_S) / tokens_by_round,
+            "top1_agreement": totals(score.agreement_S) / tokens_by_round,
+            "accuracy": totals(score.correct_S) / tokens_by_round,
         }
     value = {name: {metric: float(v[0]) for metric, v in metrics.items()} for name, metrics in table.items()}
     return _Resamples(value, {name: {metric: v[1:] for metric, v in metrics.items()} for name, metrics in table.items()})
@@ -112,14 +113,14 @@ def _resample(
 
 def _summary(data: _Resamples, name: str) -> dict[str, Any]:
     return {
-        metric: {"value": data.value[name][metric], "standard_error": _finite(data.rounds_R[name][metric].std(ddof=1))}
+        metric: {"value": data.value[name][metric], "standard_error": _finite(data.rounds_by_round[name][metric].std(ddof=1))}
         for metric in _METRICS
     }
 
 
 def _difference(data: _Resamples, metric: str, name: str, baseline: str) -> dict[str, Any]:
     value = data.value[name][metric] - data.value[baseline][metric]
-    return _interval(value, data.rounds_R[name][metric] - data.rounds_R[baseline][metric])
+    return _interval(value, data.rounds_by_round[name][metric] - data.rounds_by_round[baseline][metric])
 
 
 def _gap_closed(data: _Resamples, metric: str, name: str, baseline: str) -> dict[str, Any]:
@@ -130,14 +131,14 @@ def _gap_closed(data: _Resamples, metric: str, name: str, baseline: str) -> dict
             gap = np.subtract(of[baseline][metric], of[TEACHER][metric])
             return np.subtract(of[baseline][metric], of[name][metric]) / gap
 
-    return _interval(float(share(data.value)), share(data.rounds_R))
+    return _interval(float(share(data.value)), share(data.rounds_by_round))
 
 
-def _interval(value: float, rounds_R: NDArray[np.float64]) -> dict[str, Any]:
+def _interval(value: float, rounds_by_round: NDArray[np.float64]) -> dict[str, Any]:
     with np.errstate(invalid="ignore"):
-        low, high = np.percentile(rounds_R, _INTERVAL)
+        low, high = np.percentile(rounds_by_round, _INTERVAL)
     return {"value": _finite(value), "low": _finite(low), "high": _finite(high)}
 
 
-def _finite(number: float) -> float | None:
-    return float(number) if np.isfinite(number) else None
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

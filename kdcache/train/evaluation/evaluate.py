@@ -26,7 +26,7 @@ RESULTS = "results.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateConfig:
     """What is measured.
 
     Attributes:
@@ -62,7 +62,7 @@ class Evaluation:
 
 
 def evaluate(
-    options: EvaluateOptions, *, on_start: Callable[[int], Callable[[int], object]] = lambda _: lambda _: None
+    options: EvaluateConfig, *, on_start: Callable[[int], Callable[[int], object]] = lambda _: lambda _: None
 ) -> Evaluation:
     """Score the teacher and the students on the same held-out tokens.
 
@@ -111,7 +111,7 @@ def heldout_curve(run: str | Path) -> list[tuple[int, float]]:
             continue
         # Whole numbers in JSON have no end, floats have.
         if not isinstance(num_tokens, int) or not isinstance(nats, (int, float)) or max(num_tokens, abs(nats)) >= 2**63:
-            raise StateError(f"{run}: a held-out loss in its metrics is no number; the file is damaged or was edited")
+            raise StateError(f"{run}: a held-out loss in its metrics is not a number; the file is damaged or was edited")
         curve.append((num_tokens, nats))
     return curve
 

@@ -1,7 +1,4 @@
-"""Held-out text: read by the reader of training texts, tokenised, cut into windows.
-
-Shape letters: N tokens of a sequence.
-"""
+"""Held-out text: read by the reader of training texts, tokenised, cut into windows."""
 
 from __future__ import annotations
 
@@ -53,18 +50,18 @@ def read_heldout(
         InputError: an unreadable file or line (named), or a file without two tokens to predict.
     """
     if not Path(path).is_file():
-        there = "it is a folder; name one of its files" if Path(path).is_dir() else "there is no such file"
+        there = "it is a folder; name one of its files" if Path(path).is_dir() else "it does not exist"
         raise InputError(f"{path}: held-out data cannot be read: {there} (in a training: heldout.data; null measures nothing)")
     size = min(window, max_tokens) if max_tokens is not None else window
     pieces = [
-        (number, ids[start : start + size])
-        for number, ids in enumerate(_texts(Path(path), tokenizer))
+        (index, ids[start : start + size])
+        for index, ids in enumerate(_texts(Path(path), tokenizer))
         for start in range(0, len(ids) - 1, size)
     ]
     if not pieces:
         raise InputError(f"{path}: no row has the two tokens that a prediction needs")
     kept = _spread([len(ids) for _, ids in pieces], max_tokens)
-    return [_sequence(number, ids, tokenizer) for (number, ids), keep in zip(pieces, kept, strict=True) if keep]
+    return [_sequence(index, ids, tokenizer) for (index, ids), keep in zip(pieces, kept, strict=True) if keep]
 
 
 def _spread(lengths: list[int], max_tokens: int | None) -> list[bool]:
@@ -81,9 +78,9 @@ def _spread(lengths: list[int], max_tokens: int | None) -> list[bool]:
     return chosen
 
 
-def _sequence(number: int, ids: list[int], tokenizer: Tokenizer) -> HeldoutSequence:
+def _sequence(index: int, ids: list[int], tokenizer: Tokenizer) -> HeldoutSequence:
     num_bytes = len(tokenizer.decode(ids[1:]).encode())
-    return HeldoutSequence(np.asarray(ids, np.int64), num_bytes, number)
+    return HeldoutSequence(np.asarray(ids, np.int64), num_bytes, index)
 
 
 def _texts(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:

@@ -1,6 +1,4 @@
-"""Models measured on held-out sequences, each beside the live teacher over the FULL vocabulary.
-
-Shape letters: S sequences, T tokens of a sequence, P positions of a chunk, V vocabulary, H hidden.
+"""Models measured on held-out sequences, each next to the live teacher over the FULL vocabulary.
 
 KL(teacher || student) at a position is sum_v p_v (log p_v - log q_v), in nats, at temperature 1 (Hinton et al., arXiv
 1503.02531); a student whose vocabulary is larger keeps its own normalisation, so its mass on ids that the teacher does not know
@@ -139,11 +137,11 @@ def _chunk_sums(teacher_PV: Tensor, own_PV: Tensor, targets_P: Tensor) -> NDArra
 
 
 def _check_finite(sums: Mapping[str, NDArray[np.float64]], sequence: HeldoutSequence) -> None:
-    for name, numbers in sums.items():
-        if not np.isfinite(numbers).all():
+    for name, added in sums.items():
+        if not np.isfinite(added).all():
             raise NotFiniteError(
-                f"{name!r} cannot be scored: on held-out text {sequence.text} (from 0) its loss is {numbers[0]} and its KL to "
-                f"the teacher {numbers[1]} nats; its logits are NaN, or it gives a token no probability at all"
+                f"{name!r} cannot be scored: on held-out text {sequence.text} (from 0) its loss is {added[0]} and its KL to "
+                f"the teacher {added[1]} nats; its logits are NaN, or it gives a token no probability at all"
             )
 
 

@@ -30,7 +30,7 @@ _RNG_PREFIX = "rng."
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint holds beside tensors.
+    """What a checkpoint holds besides tensors.
 
     Attributes:
         step: optimiser steps done.
@@ -114,15 +114,15 @@ def _save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """`<number of the parameter>.<name>` -> tensor, as in `3.exp_avg`."""
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": tensor.contiguous() for number, tensors in state.items() for name, tensor in tensors.items()}
+    return {f"{index}.{name}": tensor.contiguous() for index, tensors in state.items() for name, tensor in tensors.items()}
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if not key.startswith(_RNG_PREFIX):
-            number, _, name = key.partition(".")
-            state.setdefault(int(number), {})[name] = tensor
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -1,7 +1,7 @@
-"""The digest of every file of a folder, in a file beside them: what a checkpoint or a finished model was when it was written.
+"""The digest of every file of a folder, in a file next to them: what a checkpoint or a finished model was when it was written.
 
 `digests.json` holds `{"files": {name: {"num_bytes": ..., "xxh3_128": ...}}, "self": xxh3_128 of the JSON of `files`}`. It finds
-damage; it is no protection against somebody who means harm.
+damage; it does not protect against somebody who means harm.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def find_damage(folder: Path) -> str | None:
         return f"{DIGESTS} is damaged: it does not have its own digest"
     for name, expected in digests.files.items():
         if name in ("", ".", "..") or "/" in name or "\0" in name:
-            return f"{DIGESTS} names {name[:80]!r}, which is no file of the folder"
+            return f"{DIGESTS} names {name[:80]!r}, which is not in the folder"
         damage = _file_damage(folder / name, expected)
         if damage is not None:
             return damage

@@ -26,7 +26,7 @@ _MAY_CHANGE = {
     *("loader.num_threads", "loader.prefetch_batches", "loss.backend"),
 }
 """Settings that do not change what is learned (rounding aside); the cache may move, its snapshot may not change. A run that
-stopped at a number that is not finite may go on with leave to skip some steps."""
+stopped at a number that is not finite may resume with leave to skip some steps."""
 
 
 class RunFolder:
@@ -52,7 +52,7 @@ class RunFolder:
             raise ConfigError(f"out: {config.out!r} cannot be made a directory: {error.strerror}") from error
         if _holds_something_else(self.root):
             raise ConfigError(f"out: {config.out!r} is not empty and holds no training run; name another directory")
-        _refuse_others_places(self.root)
+        _refuse_folders_of_others(self.root)
         if newest_checkpoint(self.checkpoints) is not None:
             _refuse_other_run(self.root / RUN, ours)
         _write_atomically(self.root / RUN, json.dumps(ours, indent=1).encode())
@@ -103,16 +103,16 @@ class RunFolder:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; empty where there is no such file. A torn last line is left out.
+    """The lines of a run's `metrics.jsonl`; empty where the file is missing. A torn last line is left out.
 
     Raises:
-        StateError: another line is no JSON object.
+        StateError: another line is not a JSON object.
     """
     path = Path(run) / METRICS
     if not path.is_file():
         return []
     whole, _, _ = read_regular(path, path.parent).rpartition(b"\n")
-    return [_metrics_of(line, f"{path}, line {number}") for number, line in enumerate(whole.splitlines(), 1)]
+    return [_metrics_of(line, f"{path}, line {at}") for at, line in enumerate(whole.splitlines(), 1)]
 
 
 def _metrics_of(line: bytes, where: str) -> dict[str, Any]:
@@ -127,10 +127,10 @@ def _holds_something_else(root: Path) -> bool:
     return bool(names) and RUN not in names
 
 
-def _refuse_others_places(root: Path) -> None:
+def _refuse_folders_of_others(root: Path) -> None:
     """Raise ConfigError where a run's file or folder is a link or the like: what is written there would be elsewhere."""
-    places = {RUN: False, METRICS: False, CHECKPOINTS: True, MODEL: True}
-    for name, is_folder in places.items():
+    kinds = {RUN: False, METRICS: False, CHECKPOINTS: True, MODEL: True}
+    for name, is_folder in kinds.items():
         there = what_is_not_own(root / name, folder=is_folder)
         if there not in (None, "a plain file", "a folder"):
             expected = "folder" if is_folder else "plain file"
