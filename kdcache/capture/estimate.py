@@ -1,4 +1,4 @@
-"""What a capture will come to, before its teacher is loaded: tokens, bytes, and, where it can be known, time."""
+"""What a capture will cost, before its teacher is loaded: tokens, bytes and, if it can be known, time."""
 
 from __future__ import annotations
 
@@ -43,36 +43,39 @@ SAMPLE_ITEMS_PER_UNIT = 8
 SAMPLE_CHARS_PER_ITEM = 20_000
 PROBE_TOKENS = 4096
 SEQUENCE_BYTES = 120
-"""Key, digest, source, offsets: what a sequence costs beside its tokens and positions."""
+"""Key, digest, source, offsets: what a sequence costs besides its tokens and positions."""
 SHARD_BYTES = 5000
 """Arrow's schema, footer and framing of one shard of one record batch."""
 
 
 class FeatureEstimate(NamedTuple):
-    """What a feature takes: so many bytes for each of `per` (`position` or `sequence`), and in all."""
+    """What a feature costs: the bytes of one vector, of which each `per` (`position` or `sequence`) has one, and of all."""
 
     feature: FeatureInfo
-    bytes_per_row: int
+    bytes_per_vector: int
     per: Literal["position", "sequence"]
     num_bytes: int
 
 
 @dataclass(frozen=True)
 class CaptureEstimate:
-    """A dry run's findings. Tokens, positions, bytes and seconds are estimates for the whole plan; where the teacher answers,
-    of the most that it may come to, with a sequence for each answer.
+    """What a dry run found.
+
+    Tokens, positions, bytes and seconds are estimates for the whole plan. If the teacher writes answers they are upper
+    bounds, with a sequence for each answer.
+
 
     Attributes:
         num_files: 0 for a dataset.
         num_units_before: units already published.
-        num_sampled_items: what the estimates rest on.
-        bytes_per_position: of the codec's columns, and of the number of entries where that varies.
+        num_sampled_items: items that the estimates are based on.
+        bytes_per_position: bytes of the codec's columns, and of the count of entries if that varies.
         bytes_are: `expected`; `most`, where the number of entries follows from the teacher, which has not been asked; or
             `measured`, by the probe.
         num_bytes: of all, the features included.
-        template_time: what time it is for the chat template; None where it does not ask.
-        notes: what the sampled items hold and nobody uses: a sentence for each kind -> items.
-        tokens_per_second: measured, by a probe or by the units already published; None where nothing has been measured.
+        template_time: the time that the chat template is given; None if it does not ask.
+        notes: what the sampled items hold but is not used: sentence -> items.
+        tokens_per_second: measured by a probe or by the units already published; None if neither.
         left_out: files, folders and links of the input that are not read.
     """
 
@@ -94,7 +97,7 @@ class CaptureEstimate:
 
     @property
     def seconds_left(self) -> float | None:
-        """For the units that are not published yet; None where no speed is known."""
+        """Seconds for the units not published yet; None if no speed is known."""
         if self.tokens_per_second is None:
             return None
         share = 1 - self.num_units_before / max(1, len(self.plan.units))
@@ -111,11 +114,11 @@ class _Probed(NamedTuple):
 
 
 def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = None, *, probe: bool = False) -> CaptureEstimate:
-    """Plan a capture, tokenise a sample of its input, and say what it would come to. Writes nothing.
+    """Plan a capture, tokenise a sample of its input, and estimate what it would cost. Writes nothing.
 
     Args:
         config: of the capture.
-        progress: sees the scan of the input.
+        progress: is told of the scan of the input.
         probe: also load the teacher, time it on a few sequences, and measure what its answers take.
 
     Raises:
@@ -134,7 +137,7 @@ def estimate_capture(config: CaptureConfig, progress: CaptureProgress | None = N
 
 
 def _requests_of(items: list[Item], job: Job) -> tuple[list[Request], CutCounts]:
-    """What the teacher would be given; without what cannot be read, where a capture would leave that out too."""
+    """Make the teacher's requests, without unreadable items if a capture would leave them out too."""
     if not job.config.run.skip_failing:
         return make_requests(items, job.tokenizer, job.config, vocab_size=2**31)
     requests, counts = [], CutCounts()
@@ -150,7 +153,7 @@ def _requests_of(items: list[Item], job: Job) -> tuple[list[Request], CutCounts]
 
 
 def _sample(job: Job) -> list[Item]:
-    """The first items of some units, spread evenly over the plan; long texts clipped."""
+    """Read the first items of some units, spread evenly over the plan; long texts are clipped."""
     units = job.plan.units
     chosen = sorted({round(i) for i in np.linspace(0, len(units) - 1, SAMPLE_UNITS)}) if units else []
     if job.plan.is_stream:
@@ -203,8 +206,8 @@ def _scale(job: Job, items: list[Item], requests: list[Request], probed: _Probed
 
 
 def _feature_estimate(feature: FeatureInfo, num_positions: int, num_sequences: int) -> FeatureEstimate:
-    per, num_rows = ("position", num_positions) if feature.pooling == "none" else ("sequence", num_sequences)
-    return FeatureEstimate(feature, bytes_per_row(feature), per, num_rows * bytes_per_row(feature))
+    per, num_vectors = ("position", num_positions) if feature.pooling == "none" else ("sequence", num_sequences)
+    return FeatureEstimate(feature, bytes_per_row(feature), per, num_vectors * bytes_per_row(feature))
 
 
 def _most_positions(requests: list[Request], config: CaptureConfig) -> int:
@@ -222,15 +225,18 @@ def _bytes_are(config: CaptureConfig, probed: _Probed) -> Literal["expected", "m
 
 
 def _expected_bytes(config: CaptureConfig, vocab_size: int) -> float:
-    """What the codec makes of made-up distributions with the most entries that the selection can have."""
+    """Encode made-up distributions with the most entries that the selection can have."""
     selection = selection_info(config)
     k = min(vocab_size, most_entries(selection, vocab_size))
     return _encoded_bytes(config, vocab_size, [_made_up(selection, k, vocab_size)])
 
 
 def _made_up(selection: SelectionInfo, k: int, vocab_size: int) -> Distributions:
-    """64 positions of k entries; every fourth target is no exact entry, of `sampled` every one. Of `threshold` all entries are
-    exact: those take the most bytes. Ids come from all of the vocabulary, and nothing is more frequent than anything else."""
+    """Make 64 positions of k entries.
+
+    Every fourth target is not an exact entry; for `sampled`, none is. For `threshold` all entries are exact, which take
+    the most bytes. Ids come from the whole vocabulary, each as often as any other.
+    """
     num_positions, fixed = 64, fixed_exact(selection)
     num_exact = min(k, k if fixed is None else fixed)
     tail = 1.0 if num_exact == 0 else 0.5
@@ -254,7 +260,7 @@ def _made_up(selection: SelectionInfo, k: int, vocab_size: int) -> Distributions
 
 
 def _encoded_bytes(config: CaptureConfig, vocab_size: int, answers: Sequence[Distributions]) -> float:
-    """Bytes per position of the codec's columns, and of the number of entries where it is stored."""
+    """Return bytes per position: of the codec's columns, and of the count of entries if it is stored."""
     info, selection = codec_info(config, vocab_size), selection_info(config)
     columns = get_codec(info.codec_id, info.params, selection).encode(answers)
     num_positions = max(1, sum(distributions.num_positions for distributions in answers))
@@ -281,7 +287,7 @@ def _features_known_before(config: CaptureConfig) -> tuple[FeatureInfo, ...]:
 
 
 def _probe(job: Job, requests: list[Request]) -> _Probed | None:
-    """The real teacher on a few thousand tokens, after a first sequence that warms it up."""
+    """Run the real teacher on a few thousand tokens, after a first sequence that warms it up."""
     prompts = [asked for asked in requests if isinstance(asked, Prompt)]
     if prompts:
         return _probe_writing(job, prompts)
@@ -301,7 +307,7 @@ def _probe(job: Job, requests: list[Request]) -> _Probed | None:
 
 
 def _probe_writing(job: Job, prompts: list[Prompt]) -> _Probed:
-    """The same of a teacher that writes: tokens of prompts and answers in the time for writing and reading back."""
+    """Run a teacher that writes: counts tokens of prompts and answers, timed with writing and reading back."""
     config, tokenizer = job.config, job.tokenizer
     assert config.generate is not None
     with closing(load_teacher(config.teacher)) as teacher:
@@ -317,8 +323,10 @@ def _probe_writing(job: Job, prompts: list[Prompt]) -> _Probed:
 
 
 def _past_speed(job: Job) -> float | None:
-    """Tokens per second from the times at which an earlier run's shards appeared; None with fewer than two of them, and for an
-    object store, where each time would be a request."""
+    """Compute tokens per second from the times at which an earlier run's shards appeared.
+
+    None with fewer than two shards, and for an object store, where each time would be a request.
+    """
     if not isinstance(job.path, Path) or not chain.manifest_numbers(job.path):
         return None
     shards = chain.newest_manifest(job.path).shards

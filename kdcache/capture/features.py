@@ -1,4 +1,4 @@
-"""Hidden states that a capture keeps: what they are, with the teacher loaded or before, and what they take."""
+"""The hidden states that a capture keeps, with the teacher loaded or before that."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kdcache.teacher.features import FeatureTeacher, no_features, resolve_featur
 
 
 def features_of(config: CaptureConfig, teacher: Teacher) -> tuple[FeatureInfo, ...]:
-    """The features that the config asks this teacher for.
+    """Resolve the features that the config asks this teacher for.
 
     Raises:
-        ConfigError: it has no hidden states to give, or not that layer.
+        ConfigError: the teacher gives no hidden states, or lacks that layer.
     """
     if not config.features:
         return ()
@@ -23,10 +23,10 @@ def features_of(config: CaptureConfig, teacher: Teacher) -> tuple[FeatureInfo, .
 
 
 def stated_features(config: CaptureConfig) -> tuple[FeatureInfo, ...] | None:
-    """The same by the model's config.json; None where that cannot be read before the model is loaded.
+    """Resolve the same from what is known before the model is loaded; None if that is not enough.
 
     Raises:
-        ConfigError: the model does not have such a layer.
+        ConfigError: the model lacks that layer.
     """
     if not config.features:
         return ()

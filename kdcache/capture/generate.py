@@ -1,9 +1,7 @@
-"""Prompts in, sequences whose ends the teacher wrote out. From there on a sequence is captured as any other is.
+"""Prompts in, sequences with the teacher's answers out; these are then captured like any other.
 
-An answered sequence is prompt and answer. Supervised are the positions that predict the answer's tokens: from the prompt's last
-token to the last but one of all, so that every record has a target, the token that ended the answer included.
-
-Shape letters: N tokens of a sequence, A tokens of its answer.
+An answered sequence is a prompt and its answer. Supervised are the positions that predict the answer's tokens, from the
+prompt's last token to the last but one of all; so every position has a target, including the token that ended the answer.
 """
 
 from __future__ import annotations
@@ -28,18 +26,18 @@ NEUTRAL_FILTERS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 def generation_info(config: CaptureConfig) -> GenerationInfo | None:
-    """How the answers are made, as the manifest states it; None where the teacher reads."""
+    """Describe for the manifest how answers are made; None if the teacher only reads."""
     asked = config.generate
     return None if asked is None else GenerationInfo(**{n: getattr(asked, n) for n in GenerationInfo.__struct_fields__})
 
 
 def generation_seeds(config: CaptureConfig) -> dict[str, int]:
-    """For the identity's seeds."""
+    """Give the seeds for the identity."""
     return {} if config.generate is None else {"generate": config.generate.seed}
 
 
 def captured_filters(config: CaptureConfig) -> dict[str, float]:
-    """What is done to a distribution before the selection; empty unless it was asked for."""
+    """List the filters applied to a distribution before the selection; empty unless the config asks for them."""
     asked = config.generate
     if asked is None or not asked.capture_filtered:
         return {}
@@ -47,7 +45,7 @@ def captured_filters(config: CaptureConfig) -> dict[str, float]:
 
 
 def writer_of(teacher: Teacher) -> GeneratingTeacher:
-    """The teacher, as one that writes.
+    """Return the teacher as one that writes.
 
     Raises:
         ConfigError: it only reads.
@@ -63,11 +61,11 @@ def writer_of(teacher: Teacher) -> GeneratingTeacher:
 def make_prompts(
     items: Iterable[Item], *, tokenizer: Tokenizer, config: CaptureConfig, vocab_size: int
 ) -> tuple[list[Prompt], CutCounts]:
-    """What the teacher is asked, in order: `generate.n` times each item.
+    """Make the prompts in order, `generate.n` of each item.
 
     Args:
         items: as an InputReader gives them.
-        tokenizer: for content `ids` it is not asked.
+        tokenizer: not used for content `ids`.
         config: with a section `generate`.
         vocab_size: the teacher's; every id must be below it.
 
@@ -96,7 +94,7 @@ def make_prompts(
 def write_sequences(
     prompts: Sequence[Prompt], teacher: Teacher, config: CaptureConfig, tokenizer: Tokenizer, observe: Observe
 ) -> Iterator[TokenSequence]:
-    """The prompts with the teacher's answers, in order.
+    """Yield the prompts with the teacher's answers, in order.
 
     Raises:
         ConfigError: the teacher only reads. TeacherError: it failed, or answers are missing or beyond what was asked for.
@@ -176,7 +174,7 @@ def _fits(sequence: TokenSequence, asked: GenerateConfig, config: InputConfig) -
         return False
     raise InputError(
         f"{sequence.source}: a prompt of {sequence.num_tokens} tokens, but input.window.size ({config.window.size}) has room "
-        f"for {room} beside generate.max_tokens ({asked.max_tokens}); raise the window, make max_tokens smaller, or set "
+        f"for {room} besides generate.max_tokens ({asked.max_tokens}); raise the window, make max_tokens smaller, or set "
         "generate.long_prompts to skip"
     )
 

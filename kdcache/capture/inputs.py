@@ -13,10 +13,10 @@ from kdcache.inputs.reader import ItemReader
 
 
 class InputReader(ItemReader):
-    """The items behind an InputConfig. Units read one after another are read in one pass; close it when done."""
+    """Reads the items of an InputConfig unit by unit; consecutive units are read in one pass. Close it when done."""
 
     def __init__(self, config: InputConfig, variables: frozenset[str] = frozenset()) -> None:
-        """List the files, as `ItemReader`."""
+        """List the files, as `ItemReader` does."""
         super().__init__(config, variables)
         self._open: Iterator[Item] = iter(())
         self._next_item = -1
@@ -25,7 +25,7 @@ class InputReader(ItemReader):
     def plan(
         self, shards: ShardConfig, *, template_fingerprint: str, observe: Callable[[Iterable[Item]], Iterable[Item]] = iter
     ) -> Plan:
-        """The plan of this input: one scan over all items, or none for a stream.
+        """Make the plan of this input in one scan over all items; a stream is not scanned.
 
         Args:
             shards: how the work is cut into units.
@@ -33,7 +33,7 @@ class InputReader(ItemReader):
             observe: wraps the items as they are scanned, as a progress bar does.
 
         Raises:
-            InputError: an item that cannot be read, or nothing to read at all.
+            InputError: an item cannot be read, or there is nothing to read.
         """
         if self.config.streaming:
             return make_stream_plan(config=self.config, template_fingerprint=template_fingerprint, unit_items=shards.unit_items)
@@ -51,10 +51,10 @@ class InputReader(ItemReader):
         return plan
 
     def read(self, unit: Unit) -> list[Item]:
-        """The items of one unit.
+        """Read the items of one unit.
 
         Raises:
-            InputError: the items are not the ones that were planned: the input has changed since. A stream without any item.
+            InputError: the input has changed since it was planned, or a stream holds no items.
         """
         if self._stream_end is not None and unit.first_item >= self._stream_end:
             return []
@@ -72,7 +72,7 @@ class InputReader(ItemReader):
         return items
 
     def close(self) -> None:
-        """Let go of the file that is open."""
+        """Close the file that is open."""
         self._open, self._next_item = iter(()), -1
         super().close()
 

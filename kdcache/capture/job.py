@@ -46,22 +46,22 @@ class Job:
 
     @property
     def path(self) -> Location:
-        """Where the cache is or will be."""
+        """Path or URI of the cache."""
         return output_location(self.config)
 
     @property
     def template_time(self) -> str | None:
-        """The moment that the chats are rendered at; None where their template reads no clock."""
+        """The time at which chats are rendered; None if their template reads no clock."""
         is_read = self.tokenizer.reads_clock and self.config.input.content == "messages"
         return self.moment.isoformat(timespec="seconds") if is_read else None
 
     def close(self) -> None:
-        """Let go of the input."""
+        """Close the input."""
         self.reader.close()
 
 
 def output_location(config: CaptureConfig) -> Location:
-    """Where a capture's cache is or will be: on a disk or in an object store."""
+    """Locate a capture's cache, on a disk or in an object store."""
     return locate(config.out, config.remote)
 
 
@@ -71,7 +71,7 @@ def prepare(config: CaptureConfig, progress: CaptureProgress) -> Job:
     Raises:
         ConfigError, InputError, TeacherError: the chat template, the input or the tokenizer cannot be read.
     """
-    reader = InputReader(config.input)  # before the tokenizer: a path that leads nowhere needs none
+    reader = InputReader(config.input)  # before the tokenizer, which a wrong path does not need
     tokenizer = load_job_tokenizer(config)
     if config.input.content == "messages":
         reader = InputReader(config.input, tokenizer.template_variables)
@@ -87,8 +87,10 @@ def prepare(config: CaptureConfig, progress: CaptureProgress) -> Job:
 
 
 def first_manifest(job: Job, teacher: TeacherIdentity, features: tuple[FeatureInfo, ...] = ()) -> Manifest:
-    """Manifest 0: what this capture is, with the plan and the resolved config, less `run` and `remote`: they may differ from
-    run to run, and ranks that start together must arrive at the same manifest."""
+    """Make manifest 0: the identity, the plan and the resolved config.
+
+    `run` and `remote` are left out: they may differ from run to run, and ranks that start together must make the same manifest.
+    """
     plan = job.plan
     config = config_to_builtins(job.config)
     del config["run"], config["remote"]
@@ -118,7 +120,7 @@ def first_manifest(job: Job, teacher: TeacherIdentity, features: tuple[FeatureIn
 
 
 def check_fits(config: CaptureConfig, teacher: Teacher) -> None:
-    """Raise ConfigError where a window may be longer than the teacher can read, or it cannot make the selection or features."""
+    """Raise ConfigError if the teacher cannot read a whole window, or cannot make the selection or the features."""
     # Scoring an empty list runs only the checks.
     teacher.score([], selection_info(config), features_of(config, teacher))
     identity = teacher.identity
@@ -146,7 +148,7 @@ def open_cache_writer(job: Job, teacher: Teacher) -> CacheWriter:
 
 
 def selection_info(config: CaptureConfig) -> SelectionInfo:
-    """The selection as the record states it."""
+    """Describe the selection for the manifest."""
     asked = config.selection
     values = {**asked.params, "seed": asked.seed}
     params = {name: values[name] for name in selection_params(asked.kind)}
@@ -160,7 +162,7 @@ def selection_info(config: CaptureConfig) -> SelectionInfo:
 
 
 def codec_info(config: CaptureConfig, vocab_size: int) -> CodecInfo:
-    """The codec and its parameters, for a vocabulary."""
+    """Describe the codec and its parameters for the manifest."""
     bits = {} if config.codec.bits is None else {"bits": config.codec.bits}
     params = {"vocab_size": vocab_size, **bits, **config.codec.params}
     try:
@@ -171,7 +173,7 @@ def codec_info(config: CaptureConfig, vocab_size: int) -> CodecInfo:
 
 
 def template_moment(config: CaptureConfig) -> datetime:
-    """What time it is for the chat template: as the config says, or as the cache that is there was begun with, or now."""
+    """Choose the time for the chat template: the config's, or that of the cache's first run, or now."""
     if config.input.template_time is not None:
         return parse_moment(config.input.template_time)
     path = output_location(config)
@@ -180,10 +182,10 @@ def template_moment(config: CaptureConfig) -> datetime:
 
 
 def recorded_moment(manifest: Manifest) -> datetime | None:
-    """The moment that a cache's chats were rendered at; None where its template reads no clock.
+    """Read the time at which a cache's chats were rendered; None if its template reads no clock.
 
     Raises:
-        CorruptCacheError: what the manifest notes is no moment.
+        CorruptCacheError: the manifest does not note a time.
     """
     noted = manifest.notes.get("template_time")
     try:
@@ -193,19 +195,17 @@ def recorded_moment(manifest: Manifest) -> datetime | None:
 
 
 def load_job_tokenizer(config: CaptureConfig) -> Tokenizer:
-    """The tokenizer that a capture's config names.
+    """Load the tokenizer that a capture's config names.
 
     Raises:
-        ConfigError, TeacherError: it cannot be had, or its chat template does not read an argument that is set.
+        ConfigError, TeacherError: it cannot be loaded, or its chat template does not read an argument that is set.
     """
     tokenizer = _load_tokenizer(config)
     variables = tokenizer.template_variables
     unread = [name for name in config.input.template_arguments if name not in variables]
     if unread:
         there = ", ".join(sorted(variables - {"messages", "add_generation_prompt"})) or "none"
-        raise ConfigError(
-            f"input.template_arguments: the chat template reads no variable {unread[0]!r}; those that it reads are {there}"
-        )
+        raise ConfigError(f"input.template_arguments: the chat template reads no variable {unread[0]!r}; it reads {there}")
     return tokenizer
 
 
@@ -230,7 +230,7 @@ def _read_template(path: str | None) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    """Versions of the packages that are loaded in this process, for people."""
+    """List the versions of the packages loaded in this process."""
     loaded = [name for name in _VERSIONED if name in sys.modules]
     versions = {"kdcache": kdcache.__version__, "python": platform.python_version()}
     for name in loaded:

@@ -1,4 +1,4 @@
-"""Items -> units of work and the fingerprints that say whether a rerun is the same capture. Pure: reads no file.
+"""Items -> units of work, and the fingerprints that tell whether a later run is the same capture. Reads no file.
 
 A plan is a function of the items and of `unit_chars` and `unit_items`. Its input fingerprint is one of meaning: it covers
 each item's content, in order, and the settings that decide which sequences come out of it; it does not cover file names, how
@@ -22,15 +22,15 @@ from kdcache.inputs.content import BEGINNING, Item, Start
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A run of items that makes one shard.
+    """Consecutive items that make one shard.
 
     Attributes:
         index: from 0, without gaps.
         start: where its first item starts.
-        first_item: items before it, in the whole input.
-        num_items: of a stream: at most this many.
-        num_chars: characters (ids: tokens); 0 for a stream, where it is not known.
-        digest: of its items' content, to notice inputs that change while they are captured; "" for a stream.
+        first_item: index of its first item in the whole input.
+        num_items: how many it has; for a stream, at most.
+        num_chars: characters (for ids, tokens); 0 for a stream, where they are not known.
+        digest: digest of its items' content, which shows inputs that change during a capture; "" for a stream.
     """
 
     index: int
@@ -47,12 +47,12 @@ class Plan:
 
     Attributes:
         units: in the order of the input.
-        input_fingerprint: equal for equal items and an equal way of making sequences of them.
-        fingerprint: of the input fingerprint and of how the work is cut.
-        num_items: of a stream: at most.
-        num_empty_items: items in which there is nothing to read; they give no sequence. 0 for a stream, where it is not known.
-        num_chars: characters (ids: tokens) of all items; 0 for a stream.
-        is_stream: made without reading the input.
+        input_fingerprint: equal for equal items that are made into sequences in the same way.
+        fingerprint: covers the input fingerprint and how the work is cut.
+        num_items: items in all; for a stream, at most.
+        num_empty_items: items with nothing to read, which give no sequence; 0 for a stream, where they are not known.
+        num_chars: characters (for ids, tokens) of all items; 0 for a stream.
+        is_stream: whether it was made without reading the input.
     """
 
     units: tuple[Unit, ...]
@@ -67,12 +67,14 @@ class Plan:
 def make_plan(
     items: Iterable[Item], *, config: InputConfig, template_fingerprint: str, unit_chars: int, unit_items: int
 ) -> Plan:
-    """Cut items into units, each as long as it may be without passing `unit_chars` characters or `unit_items` items; an item
-    that is longer than `unit_chars` is a unit of its own. The items are consumed once and not kept.
+    """Cut items into units as long as `unit_chars` and `unit_items` allow.
+
+    An item longer than `unit_chars` is a unit of its own. The items are consumed once and not kept.
+
 
     Args:
         items: in order; already cut to `config.limit`.
-        config: enters the fingerprint, as far as it decides which sequences come out.
+        config: enters the fingerprint as far as it decides which sequences are made.
         template_fingerprint: of the chat template, from the tokenizer's identity.
     """
     units: list[Unit] = []
@@ -94,10 +96,10 @@ def make_plan(
 
 
 def make_stream_plan(*, config: InputConfig, template_fingerprint: str, unit_items: int) -> Plan:
-    """The plan of a streamed dataset, made without reading it: `config.limit` items, `unit_items` to a unit.
+    """Plan a streamed dataset without reading it: `config.limit` items, `unit_items` to a unit.
 
     A stream that ends early leaves the last units short or empty. The fingerprint names the dataset, its revision and the
-    limit in place of the content: pin `revision`, or a changed dataset is not noticed.
+    limit instead of the content: pin `revision`, or a changed dataset is not noticed.
     """
     assert config.limit is not None
     limit = config.limit
@@ -111,7 +113,7 @@ def make_stream_plan(*, config: InputConfig, template_fingerprint: str, unit_ite
 
 
 def unit_digest(items: Iterable[Item]) -> str:
-    """What `Unit.digest` is for these items."""
+    """Compute `Unit.digest` for these items."""
     hasher = xxhash.xxh3_128()
     for item in items:
         hash_item(hasher, item)
@@ -123,8 +125,7 @@ class _Hasher(Protocol):
 
 
 def hash_item(hasher: _Hasher, item: Item) -> None:
-    """Feed one item, with its length, so that no two lists of items look alike; and its domain, if any, with a length that no
-    item has."""
+    """Feed one item with its length, so that no two lists of items look alike, and its domain with a length no item has."""
     data, domain = item.content_bytes(), item.domain.encode()
     hasher.update(len(data).to_bytes(8, "little"))
     hasher.update(data)

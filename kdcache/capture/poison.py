@@ -1,4 +1,4 @@
-"""Which few of many sequences make the teacher fail: found by halving, pure."""
+"""Finds the few of many sequences that make the teacher fail, by halving."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from kdcache.errors import CaptureError
 
 MAX_POISON = 8
 MAX_POISON_SHARE = 1 / 8
-"""More of a unit's sequences than these are no accident of the text: the teacher is at fault, and each try may load it anew."""
+"""If more of a unit's sequences fail, the teacher is at fault and not the text, and each try may load it again."""
 
 
 def find_poison(num_sequences: int, attempt: Callable[[int, int], Exception | None]) -> dict[int, Exception]:
-    """The sequences that fail alone as well, with their errors.
+    """Find the sequences that also fail alone, with their errors.
 
     Costs about 2 log2(n) failing attempts and one pass over the sound ones for each of them.
 
     Args:
-        num_sequences: of the unit that failed.
-        attempt: tries sequences [start, stop) together; gives their error, or None.
+        num_sequences: how many the failed unit has.
+        attempt: tries sequences [start, stop) together; returns their error, or None.
 
     Raises:
-        CaptureError: nearly all fail, or so many that the text cannot be the reason; the last error is chained.
+        CaptureError: nearly all fail, or too many for the text to be the reason; the last error is chained.
     """
     most = min(num_sequences - 1, max(MAX_POISON, int(num_sequences * MAX_POISON_SHARE)))
     poison: dict[int, Exception] = {}
@@ -35,8 +35,8 @@ def find_poison(num_sequences: int, attempt: Callable[[int, int], Exception | No
             poison[start] = error
             if len(poison) > most:
                 raise CaptureError(
-                    f"{len(poison)} of {num_sequences} sequences fail alone as well, the last one with: {error}; "
-                    "that is the teacher and not the text"
+                    f"{len(poison)} of {num_sequences} sequences also fail alone, the last one with: {error}; "
+                    "the teacher is at fault, not the text"
                 ) from error
             continue
         middle = (start + stop) // 2

@@ -1,4 +1,4 @@
-"""Items -> tokens -> the sequences that a teacher reads, with an account of everything that was left out."""
+"""Items -> tokens -> the sequences that a teacher reads, with counts of everything left out."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class CutCounts:
 
     Attributes:
         num_sequences: given to the teacher.
-        num_empty_items: skipped: no content, or no token.
+        num_empty_items: skipped, as they have no content or no token.
         num_unsupervised: sequences skipped because none of their positions is supervised: chats, or windows of chats, in which
             the assistant says nothing.
         num_truncated_items, num_truncated_tokens: under policy `truncate`.
         num_skipped: items and sequences left out because they make their unit fail, under `run.skip_failing`.
         num_long_prompts: prompts skipped because they leave no room for an answer, under `generate.long_prompts`.
         num_dropped_answers: chats whose last words, the assistant's, were left out, under `generate.last_answer`.
-        notes: what the items hold beside that and nobody uses, and the like: a sentence for each kind -> items.
+        notes: what else the items hold but is not used, and the like: sentence -> items.
     """
 
     num_sequences: int = 0
@@ -44,14 +44,14 @@ class CutCounts:
     notes: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: CutCounts) -> None:
-        """Add another account to this one."""
+        """Add other counts to these."""
         for each in fields(self):
             if each.name != "notes":
                 setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
         self.note(other.notes)
 
     def note(self, notes: Mapping[str, int]) -> None:
-        """Add some of `notes`."""
+        """Add to `notes`."""
         for sentence, count in notes.items():
             self.notes[sentence] = self.notes.get(sentence, 0) + count
 
@@ -59,11 +59,11 @@ class CutCounts:
 def make_sequences(
     items: Iterable[Item], *, tokenizer: Tokenizer, config: InputConfig, vocab_size: int
 ) -> tuple[list[TokenSequence], CutCounts]:
-    """The sequences of some items, in order.
+    """Make the sequences of some items, in order.
 
     Args:
         items: as an InputReader gives them.
-        tokenizer: for content `ids` it is not asked.
+        tokenizer: not used for content `ids`.
         config: content, supervision, special tokens and windows.
         vocab_size: the teacher's; every id must be below it.
 
@@ -104,12 +104,12 @@ def _tokenize(item: Item, tokenizer: Tokenizer, config: InputConfig, counts: Cut
 
 
 def with_arguments(chat: Chat, config: InputConfig) -> Chat:
-    """The chat with the config's arguments of the template beside its own."""
+    """Add the config's template arguments to the chat; its own come first."""
     return replace(chat, arguments={**config.template_arguments, **chat.arguments})
 
 
 def tokenize_plain(content: str | NDArray[np.int64], tokenizer: Tokenizer, config: InputConfig) -> NDArray[np.int64]:
-    """(N,) the ids of a text, or the ids themselves; not yet checked."""
+    """Return (N,) the ids of a text, or the ids themselves; unchecked."""
     if isinstance(content, str):
         return np.asarray(tokenizer.encode(content, config.add_special_tokens), np.int64)
     return content
@@ -131,7 +131,7 @@ def _tokenize_chat(item: Item, given: Chat, tokenizer: Tokenizer, config: InputC
 
 
 def check_ids(input_ids_N: NDArray[np.int64], source: str, config: InputConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise InputError (the user's ids) or MismatchError (the tokenizer's) where an id is outside the teacher's vocabulary."""
+    """Raise InputError (user's ids) or MismatchError (tokenizer's) for an id outside the teacher's vocabulary."""
     outside_N = (input_ids_N < 0) | (input_ids_N >= vocab_size)
     if not outside_N.any():
         return
@@ -141,5 +141,5 @@ def check_ids(input_ids_N: NDArray[np.int64], source: str, config: InputConfig, 
         raise InputError(f"{source}: id {index} is {token_id}, outside the teacher's vocabulary of {vocab_size}")
     raise MismatchError(
         f"{source}: tokenizer {tokenizer.identity.name!r} gives the id {token_id}, outside the teacher's vocabulary of "
-        f"{vocab_size}; set teacher.tokenizer to the one that belongs to the model"
+        f"{vocab_size}; set teacher.tokenizer to the tokenizer of the model"
     )

@@ -1,16 +1,17 @@
 """Tokens of one item -> the sequences that the teacher reads.
 
-Which window records which position (N tokens, windows of W tokens, the next one starting W - O tokens later, O the overlap):
+Which window records which position (each window has `size` tokens, and the next one starts `size - overlap` tokens later):
 
 - Every position of the item is recorded exactly once; position t of the item is token t and what the teacher says comes next.
-- A window records all its positions, but for the first O - 1 of a later window, which the window before has recorded.
-- At a seam the last position of a window predicts a token that lies outside it. With O = 0 the position is recorded there and
-  has no target (a student still learns the teacher's distribution from it; it has no label). With O >= 1 that position's token
-  is in the next window too: the position is recorded there instead, with its target and O - 1 tokens before it as context.
+- A window records all its positions, except the first `overlap - 1` of a later window, which the one before has recorded.
+- At a seam the last position of a window predicts a token that lies outside it. Without overlap
+  the position is recorded there without a target (a student still learns the teacher's distribution from it). With an overlap
+  that position's token is in the next window too: the position is recorded there instead, with its target and `overlap - 1`
+  tokens before it as context.
 
-So with an overlap no target is lost, and the O tokens of overlap are all the context that the first recorded position has.
+So with an overlap no target is lost, and the overlapping tokens are all the context that the first recorded position has.
 
-`truncate` keeps the first W tokens: position W - 1 is recorded, without a target. `error` refuses an item of over W tokens.
+`truncate` keeps the first `size` tokens; the last of them is recorded without a target. `error` refuses longer items.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from kdcache.format.record import TokenSequence, sequence_key
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenizedItem:
-    """One item as tokens, of any length >= 1; fields as in TokenSequence, but for ids of int64, which are not checked yet."""
+    """One item as one or more tokens; fields as in TokenSequence, except for ids of int64, which are not checked yet."""
 
     input_ids_N: NDArray[np.int64]
     supervised_N: NDArray[np.bool_]
@@ -39,7 +40,7 @@ class TokenizedItem:
 
 
 def cut_windows(item: TokenizedItem, window: WindowConfig, template_fingerprint: str) -> list[TokenSequence]:
-    """The sequences of one item, in order; see the module's docstring for what each records.
+    """Cut one item into its sequences, in order; the module's docstring says what each records.
 
     A sequence's source is the item's, with "#0", "#1", ... where there are several. A window that starts inside a turn has 0 as
     its first turn start.
@@ -63,7 +64,7 @@ def cut_windows(item: TokenizedItem, window: WindowConfig, template_fingerprint:
 
 
 def window_bounds(num_tokens: int, window: WindowConfig) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each window over N >= 1 tokens, in order; the last one ends with the tokens, unless truncated."""
+    """Yield (start, stop) of each window over one or more tokens; the last one ends with the tokens, unless truncated."""
     if window.policy != "split":
         yield 0, min(num_tokens, window.size)
         return
@@ -75,12 +76,12 @@ def window_bounds(num_tokens: int, window: WindowConfig) -> Iterator[tuple[int, 
 
 
 def num_truncated_tokens(num_tokens: int, window: WindowConfig) -> int:
-    """Tokens of an item that no window holds."""
+    """Count the tokens of an item that no window holds."""
     return max(0, num_tokens - window.size) if window.policy == "truncate" else 0
 
 
 def supervise_assistant(assistant_mask_N: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(N,) bool: position t is supervised when token t+1 is the assistant's; so the last position is not.
+    """Supervise position t if token t+1 is the assistant's, (N,) bool; so never the last position.
 
     Args:
         assistant_mask_N: (N,) bool, whether token t is the assistant's.

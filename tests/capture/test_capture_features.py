@@ -61,14 +61,16 @@ def test_features_of_a_capture_are_the_teachers_within_their_bounds(tmp_path, ca
                 assert (np.abs(found_RH - expected_RH) <= bound(expected_RH, info.dtype) + 1e-6).all()
     assert main(["info", str(tmp_path / "cache")]) == 0
     shown = capsys.readouterr().out
-    assert "feature hidden_last    layer 4, 16 x float16 (off by at most |x| 2^-11), a row per position" in shown
-    assert "layer 0, 16 x int8 (off by at most 1/254 of a row's largest magnitude), the mean of a sequence's positions" in shown
+    assert "feature hidden_last    layer 4, 16 x float16 (off by at most |x| 2^-11), a vector per position" in shown
+    assert (
+        "layer 0, 16 x int8 (off by at most 1/254 of a vector's largest magnitude), the mean of a sequence's positions" in shown
+    )
 
 
 def test_a_dry_run_says_what_each_feature_takes_and_adds_it_up(tmp_path, capsys):
     config = config_with(tmp_path)
     estimate, bare = estimate_capture(config), estimate_capture(config_with(tmp_path, []))
-    assert [(e.feature.name, e.bytes_per_row, e.per) for e in estimate.features] == [
+    assert [(e.feature.name, e.bytes_per_vector, e.per) for e in estimate.features] == [
         ("hidden_last", 32, "position"), ("hidden_2", 20, "position"),
         ("start", 20, "sequence"), ("hidden_2_last", 32, "sequence"),
     ]  # fmt: skip
@@ -105,8 +107,8 @@ def test_going_on_with_other_features_is_refused_with_the_difference(tmp_path, m
     [
         ([{"layer": 5}], {}, r"'hidden_5' is of layer 5, but the teacher has layers 0 .* to 4; -1 is the last one"),
         ([{"layer": -2}], {}, r"features\[0\]\.layer: expected a whole number >= -1, got -2"),
-        ([{"layer": 1}, {"layer": 1, "dtype": "int8"}], {}, "two of them have the name 'hidden_1'"),
-        ([{"layer": 1, "name": "a-b"}], {}, "'a-b', but it is for a column: letters, digits and underscores"),
+        ([{"layer": 1}, {"layer": 1, "dtype": "int8"}], {}, "two have the name 'hidden_1'"),
+        ([{"layer": 1, "name": "a-b"}], {}, "'a-b', but a column's name has letters, digits and underscores only"),
         ([{"layer": 1, "dtype": "int4"}], {}, r"features\[0\]\.dtype: expected one of 'float16', 'int8', got 'int4'"),
         ([{"layer": 1, "pool": "mean"}], {}, r"features\[0\]\.pool: no such field; did you mean features\[0\]\.pooling\?"),
         ([{"layer": 1}], {"backend": "served", "server": {"url": "http://x/v1"}}, "a server gives no hidden states"),

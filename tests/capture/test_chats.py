@@ -138,5 +138,5 @@ def test_arguments_go_to_the_template_or_are_refused(make_config):
     config = make_config(QWEN, rows, template_arguments={"enable_thinking": False})
     run_capture(config)
     assert read(config)[0][2] == "yes<|im_end|>"
-    with pytest.raises(ConfigError, match=r"reads no variable 'enable_thinkin'; those that it reads are .*enable_thinking"):
+    with pytest.raises(ConfigError, match=r"reads no variable 'enable_thinkin'; it reads .*enable_thinking"):
         run_capture(make_config(QWEN, rows, template_arguments={"enable_thinkin": False}))

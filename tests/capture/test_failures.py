@@ -120,7 +120,7 @@ def test_poison_is_left_out_by_name_and_the_rest_of_its_unit_published(tmp_path,
 
 def test_a_teacher_that_fails_at_everything_is_not_taken_for_poison(tmp_path):
     config = make_config(tmp_path, ["poison"] * 12, shards={"unit_items": 12}, run={"skip_failing": True, "retries": 0})
-    with pytest.raises(CaptureError, match=r"9 of 12 sequences fail alone as well.*that is the teacher and not the text"):
+    with pytest.raises(CaptureError, match=r"9 of 12 sequences also fail alone.*the teacher is at fault, not the text"):
         run_capture(config)
 
 

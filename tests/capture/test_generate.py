@@ -92,7 +92,7 @@ def test_each_answer_has_a_seed_of_its_own_by_what_is_asked_and_not_where():
 def test_a_prompt_without_room_for_its_answer_is_refused_or_counted():
     fits, long = "x" * 29, "x" * 30  # and a BOS
     assert prompts([fits])[1].num_sequences == 1
-    with pytest.raises(InputError, match=r"x:1: a prompt of 31 tokens, .* has room for 30 beside generate\.max_tokens \(10\)"):
+    with pytest.raises(InputError, match=r"x:1: a prompt of 31 tokens, .* has room for 30 besides generate\.max_tokens \(10\)"):
         prompts([fits, long])
     some, counts = prompts([fits, long, ""], long_prompts="skip")
     assert (len(some), counts.num_long_prompts, counts.num_empty_items) == (1, 1, 1)
@@ -260,7 +260,7 @@ def test_the_dry_run_says_how_many_answers_and_how_long_they_may_be(tmp_path, ca
     assert found.num_bytes < estimate.num_bytes * 1.1
     assert main(["capture", str(write_config(asked, tmp_path / "c.yaml")), "--dry-run"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "at most 240 to be written, in 20 answers (2 to each prompt)" in out
+    assert "at most 240 in answers, 20 answers (2 per prompt)" in out
 
 
 def test_progress_counts_the_tokens_as_they_are_written_and_ends_with_all(tmp_path):
@@ -310,5 +310,5 @@ def test_a_teacher_that_only_reads_is_refused_in_words():
         writer_of(Reader())
     served = {"model": "m", "backend": "served", "server": {"url": "http://127.0.0.1:9/v1"}}
     fields = {"input": {"format": "lines", "paths": ["x"]}, "teacher": served, "out": "x", "generate": {}}
-    with pytest.raises(ConfigError, match="the served teacher only reads"):  # before any server is asked
+    with pytest.raises(ConfigError, match="a served teacher can only read"):  # before any server is asked
         convert_config(fields, CaptureConfig)

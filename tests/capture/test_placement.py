@@ -55,7 +55,7 @@ def test_gpus_per_replica_is_for_ray_alone(tmp_path):
 def test_who_waits_for_a_place_is_told_what_was_asked_for_what_there_is_and_what_to_do():
     sentence = not_placed(2, Needs(num_cpus=1, num_gpus=4), CLUSTER, {"CPU": 15.0})
     assert sentence.startswith(
-        "2 replicas have had no place in the Ray cluster for 30 seconds: each asks for 1 CPU and 4 GPUs on one machine, and "
+        "2 replicas have not been placed by the Ray cluster for 30 seconds: each asks for 1 CPU and 4 GPUs on one machine, and "
         "the cluster has 16 CPUs and 8 GPUs, of which 15 CPUs and 0 GPUs are free; waiting. Add machines"
     )
     assert "run fewer replicas, or set run.gpus_per_replica" in sentence

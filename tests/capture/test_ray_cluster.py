@@ -16,7 +16,7 @@ from kdcache.store.verify import verify_cache
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")]
 
 ON_RAY = ("--executor", "ray", "--set", "run.ray_address=local")
-ASKED = "had no place in the Ray cluster for 0.1 seconds: each asks for 1 CPU and 1 GPU on one machine, and the cluster has "
+ASKED = "not been placed by the Ray cluster for 0.1 seconds: each asks for 1 CPU and 1 GPU on one machine, and the cluster has "
 
 
 def test_with_room_for_one_a_replica_that_hangs_in_loading_is_ended_and_the_one_that_waited_does_the_work(s3, tmp_path):

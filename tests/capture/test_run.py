@@ -117,7 +117,7 @@ def test_published_units_are_not_captured_again(config):
 def test_a_stopped_capture_goes_on_and_ends_with_the_same_content(tmp_path, config, stops):
     run_capture(make_config(tmp_path, out=str(tmp_path / "undisturbed")))
     for stop in stops:
-        with pytest.raises(KeyboardInterrupt, match=r"of 5 units are published in .*; run the same command again to go on"):
+        with pytest.raises(KeyboardInterrupt, match=r"of 5 units are published in .*; run the same command again to resume"):
             run_capture(config, StopAfter(stop))
     summary = run_capture(config)
     assert summary.manifest.is_complete

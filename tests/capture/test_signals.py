@@ -30,7 +30,7 @@ def test_a_signal_lets_the_unit_in_work_be_finished_and_says_what_is_left(tmp_pa
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     assert "stopped with 3 units left; run the same command again to resume" in out
-    assert f"{sent.name}: stopping after the unit in work; once more stops at once" in err
+    assert f"{sent.name}: stopping after the current unit; send it again to stop at once" in err
     assert sorted(content(tmp_path / "cache")) == [*range(1, 9)]
     assert os.listdir(tmp_path / "cache/tmp") == []
     assert run_capture(make_config(tmp_path, SLOW)).num_units_captured == 3
@@ -96,5 +96,5 @@ def test_a_stalled_command_ends_with_status_2_even_if_nothing_can_wake_it(tmp_pa
     assert "in _faulty" in err, "the stacks are shown"
     (sentence,) = [line for line in err.splitlines() if line.startswith("kdcache: error: ")]
     assert "no progress for 3 seconds (run.stall_seconds) while capturing unit 1" in sentence
-    assert ("the process does not react and is ended" in sentence) == (fault == "deaf")
+    assert ("the process does not respond and is ended" in sentence) == (fault == "deaf")
     assert len(os.listdir(tmp_path / "cache/journal")) == 1

@@ -1,8 +1,8 @@
 """Carry out a plan on the actors of a Ray cluster: each has a teacher of its own, takes a unit at a time and publishes it.
 
-The driver holds the plan and the account; no record passes through it. A unit is done when its journal record is on disk, so an
-actor that dies costs the unit in its hands and nothing else: the unit is given to another, and a new actor takes its place. The
-machines must share the input and `out`.
+The driver holds the plan and the counts; no record passes through it. A unit is done when its journal record is on disk, so an
+actor that dies costs only its current unit: the unit is given to another actor, and a new one is started. The machines must
+share the input and `out`.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ with needed_for("run.executor 'ray'"):
 log = get_logger(__name__)
 
 MAX_DEATHS_PER_UNIT = 3
-"""Workers that may die with the same unit in their hands: a machine that is taken away is no fault of the unit, three are."""
+"""Workers that may die at the same unit: one machine that is taken away is not the unit's fault, three are."""
 
 MAX_FAILED_STARTS = 3
-"""Workers in a row that may die before they are ready."""
+"""Consecutive workers that may die before they are ready."""
 
 WAIT_SECONDS = 1.0
-"""Between two looks at whether a stop is asked for."""
+"""Seconds between two checks for a requested stop."""
 
 LEAVE_SECONDS = 30.0
 CONNECT_SECONDS = 10.0
@@ -60,7 +60,7 @@ CONNECT_SECONDS = 10.0
 
 @dataclass
 class _Replica:
-    """An actor as the driver sees it; `unit` is the one in its hands."""
+    """An actor as the driver sees it; `unit` is its current one."""
 
     name: str
     actor: Any
@@ -71,14 +71,14 @@ class _Replica:
     hired: float = field(default_factory=time.monotonic)
 
     def is_waiting(self) -> bool:
-        """Whether Ray has not found a place for it for so long that something should be said."""
+        """Whether Ray has not placed it for so long that a warning is due."""
         is_late = self.pid is None and time.monotonic() - self.hired > placement.WARN_SECONDS
         return is_late and not ray.wait([self.placed], timeout=0)[0]
 
 
 @dataclass
 class _Crew:
-    """The actors, what each is waited for, and the units that nobody has."""
+    """The actors, their pending calls, and the units that no actor has."""
 
     make: Any
     needs: Needs
@@ -94,16 +94,16 @@ class _Crew:
     leaving: list[Any] = field(default_factory=list)
 
     def hire(self) -> None:
-        """As many actors as there are replicas, but no more than there is work for."""
+        """Start as many actors as there are replicas, but no more than there is work for."""
         while len(self.pending) < min(self.num_replicas, self.num_open):
             actor = self.make()
-            # Answered as soon as its process is there, which tells waiting for a place from loading a model.
+            # Answered as soon as its process runs, which tells waiting for placement from loading a model.
             replica = _Replica(f"worker-{self.num_made}", actor, actor.placed.remote())
             self.num_made += 1
             self.pending[replica.actor.ready.remote()] = replica
 
     def wait(self) -> list[Any]:
-        """The calls that are over, or none after a second; says once that actors have found no place."""
+        """Return the finished calls, or none after a second; warn once about actors that are not placed."""
         if not self.pending:
             return []
         done, _ = ray.wait(list(self.pending), num_returns=1, timeout=WAIT_SECONDS)
@@ -114,7 +114,7 @@ class _Crew:
         return done
 
     def give(self, replica: _Replica) -> None:
-        """The next unit, or leave to go."""
+        """Give an actor the next unit, or dismiss it."""
         replica.unit = self.waiting.popleft() if self.waiting else None
         if replica.unit is None:
             self.dismiss(replica)
@@ -123,53 +123,53 @@ class _Crew:
         self.pending[replica.actor.capture.remote(replica.unit)] = replica
 
     def dismiss(self, replica: _Replica) -> None:
-        """Nothing is left to do for it. Ray ends an actor that nobody holds, after what was asked of it before."""
+        """Close an actor that has nothing left to do. Ray ends it after its earlier calls, once nothing refers to it."""
         self.progress.worker(replica.name, None, None)
         self.leaving.append(replica.actor.close.remote())
 
     def lose(self, replica: _Replica, error: Exception) -> None:
-        """An actor is gone."""
+        """Note that an actor died, and give up if none gets ready."""
         self.progress.worker(replica.name, None, None)
         if replica.pid is None:
             self.num_failed_starts += 1
             if self.num_failed_starts >= MAX_FAILED_STARTS:
                 raise CaptureError(
-                    f"{self.num_failed_starts} workers in a row died before they were ready, the last one with: "
-                    f"{_first_line(error)}; see what they have printed above, and the logs of Ray"
+                    f"{self.num_failed_starts} consecutive workers died before they were ready, the last one with: "
+                    f"{_first_line(error)}; see their output above, and Ray's logs"
                 ) from error
         else:
             self.num_lost += 1
             unit = "no unit" if replica.unit is None else f"unit {replica.unit.index}"
-            log.warning("%s (pid %d) died with %s in its hands: %s", replica.name, replica.pid, unit, _first_line(error))
+            log.warning("%s (pid %d) died while capturing %s: %s", replica.name, replica.pid, unit, _first_line(error))
 
     def verdict(self, unit: Unit) -> FailedUnit | None:
-        """What is to become of the unit of a dead actor: it goes to the front of the queue, or is given up as the cause."""
+        """Decide about the unit of a dead actor: it goes to the front of the queue, or is given up as the cause."""
         self.deaths[unit.index] += 1
         num_deaths = self.deaths[unit.index]
         if num_deaths < MAX_DEATHS_PER_UNIT:
             self.waiting.appendleft(unit)
             return None
-        reason = f"{num_deaths} workers died with it in their hands"
+        reason = f"{num_deaths} workers died while capturing it"
         return FailedUnit(unit=unit.index, error="WorkerDied", reason=reason, attempts=num_deaths)
 
     @property
     def num_open(self) -> int:
-        """Units that nobody has, and those in somebody's hands."""
+        """Units that wait, and those being captured."""
         return len(self.waiting) + sum(replica.unit is not None for replica in self.pending.values())
 
 
 def capture_on_ray(job: Job, progress: CaptureProgress, stop: StopRequest) -> CaptureSummary:
-    """Spread the units over actors.
+    """Spread the units over Ray's actors.
 
     Raises:
-        As `run_capture`. CaptureError: there is no cluster at run.ray_address, or workers do not start.
+        As `run_capture`. CaptureError: run.ray_address leads to no cluster, or workers do not start.
     """
     is_ours = _connect(job.config.run)
     try:
         with translated_interrupts(stop):
             return _drive(job, progress, stop)
     except RayError as error:
-        raise CaptureError(f"Ray failed: {_first_line(error)}; what is published stays") from error
+        raise CaptureError(f"Ray failed: {_first_line(error)}; what is published is kept") from error
     finally:
         if is_ours:
             ray.shutdown()
@@ -181,7 +181,7 @@ def _drive(job: Job, progress: CaptureProgress, stop: StopRequest) -> CaptureSum
     needs = replica_needs(job.config, ray.cluster_resources())
     crew = _Crew(_actor_maker(job, needs), needs, job.config.run.replicas, progress, deque(job.plan.units))
     first = _wait_for_first(crew)
-    writer = CacheWriter.open(job.path, chain.newest_manifest(job.path))  # the first worker has started the cache
+    writer = CacheWriter.open(job.path, chain.newest_manifest(job.path))  # which the first worker has started
     tally = Tally(job, writer, progress, stop)
     crew.waiting = deque(tally.units)
     with folded_on_failure(tally, stop), stop.working():
@@ -192,7 +192,7 @@ def _drive(job: Job, progress: CaptureProgress, stop: StopRequest) -> CaptureSum
 
 
 def _connect(run: RunConfig) -> bool:
-    """Join or start a cluster; False where this process was in one already."""
+    """Join or start a cluster; return False if this process was in one already."""
     if ray.is_initialized():
         return False
     address = run.ray_address or os.environ.get("RAY_ADDRESS") or ""
@@ -205,14 +205,14 @@ def _connect(run: RunConfig) -> bool:
         ray.init(address=run.ray_address, include_dashboard=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise CaptureError(
-            f"run.ray_address: no Ray cluster at {where}: {_first_line(error)}; see that it runs, and that RAY_AUTH_TOKEN "
-            "holds its token where it asks for one"
+            f"run.ray_address: no Ray cluster at {where}: {_first_line(error)}; check that it runs, and that "
+            "RAY_AUTH_TOKEN holds its token if it asks for one"
         ) from error
     return True
 
 
 def _actor_maker(job: Job, needs: Needs) -> Any:
-    """What makes one more actor."""
+    """Return a function that starts one more actor."""
     options = {"num_cpus": needs.num_cpus, "num_gpus": needs.num_gpus}
     kind: Any = ray.remote(CaptureWorker)
     plan = ray.put(job.plan)  # once per machine, however many actors there are
@@ -220,7 +220,7 @@ def _actor_maker(job: Job, needs: Needs) -> Any:
 
 
 def _wait_for_first(crew: _Crew) -> _Replica:
-    """The first actor that has its teacher loaded and the cache open."""
+    """Wait for the first actor that has loaded its teacher and opened the cache."""
     while True:
         crew.hire()
         for future in crew.wait():
@@ -230,7 +230,7 @@ def _wait_for_first(crew: _Crew) -> _Replica:
 
 
 def _answer(crew: _Crew, replica: _Replica, future: Any) -> Any:
-    """What an actor says; None where it is dead."""
+    """Return an actor's answer; None if the actor died."""
     try:
         answer: Any = ray.get(future)
     except RayActorError as error:
@@ -244,7 +244,7 @@ def _answer(crew: _Crew, replica: _Replica, future: Any) -> Any:
 
 
 def _own_error(error: RayTaskError) -> KdcacheError:
-    """The error of ours that ended a task, or one that says which other did."""
+    """Return our own error that ended a task, or wrap another one."""
     cause = error.cause
     return cause if isinstance(cause, KdcacheError) else CaptureError(f"a worker failed: {_first_line(cause)}")
 
@@ -255,7 +255,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _work(crew: _Crew, tally: Tally, stop: StopRequest) -> None:
-    """Until every unit is over, or, when a stop is asked for, those in work are."""
+    """Work until every unit is done; after a stop is requested, until the current ones are."""
     while crew.num_open:
         if stop.is_requested:
             crew.waiting.clear()
@@ -269,7 +269,7 @@ def _work(crew: _Crew, tally: Tally, stop: StopRequest) -> None:
 
 
 def _take(crew: _Crew, replica: _Replica, future: Any, tally: Tally) -> None:
-    """What one actor has to say: it is ready, it is through with its unit, or it is dead."""
+    """Handle one actor's answer: it is ready, has finished its unit, or died."""
     unit = replica.unit
     answer = _answer(crew, replica, future)
     if unit is not None and answer is None:
@@ -283,7 +283,7 @@ def _take(crew: _Crew, replica: _Replica, future: Any, tally: Tally) -> None:
 
 
 def _count(crew: _Crew, replica: _Replica, unit: Unit, answer: UnitAnswer, tally: Tally) -> None:
-    """A unit is over."""
+    """Count a finished unit."""
     replica.gpus = answer.gpus
     if isinstance(answer.outcome, FailedUnit):
         tally.add(UnitFailed(answer.outcome, None))

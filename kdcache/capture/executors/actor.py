@@ -1,4 +1,4 @@
-"""What runs in an actor of a cluster: one teacher that takes a unit at a time. No Ray in here; `_ray.py` drives it."""
+"""What runs in an actor of a cluster: one teacher that captures a unit at a time. `_ray.py` drives it; no Ray in here."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from kdcache.store.writing.set_aside import FailedUnit
 
 @dataclass(frozen=True)
 class UnitAnswer:
-    """What became of a unit, and the actor's GPUs as they were while it was in work."""
+    """What became of a unit, and the state of the actor's GPUs during it."""
 
     outcome: UnitDone | FailedUnit
     gpus: tuple[GpuState, ...]
 
 
 class CaptureWorker:
-    """One teacher, one writer. Calls come one after another, `ready` before the others that do something."""
+    """One teacher and one writer. Calls come one after another, and `ready` comes first."""
 
     def __init__(self, config: CaptureConfig, plan: Plan, directory: str) -> None:
-        """Loads nothing: an error in here would reach the driver as a dead actor, and not as what it is."""
+        """Load nothing: an error here would reach the driver as a dead actor, not as what it is."""
         self._config, self._plan, self._directory = config, plan, directory
-        # The watch has no end: whatever an actor does for too long, it is of no use to the capture.
+        # The watch never ends: an actor that does anything for too long is useless to the capture.
         self._heart = Heartbeat(config.run, end_process)
         self._readings = GpuReadings()
         self._slot: TeacherSlot | None = None
         self._worker: UnitWorker | None = None
 
     def placed(self) -> None:
-        """Nothing: an answer says that the cluster has found a place for this actor."""
+        """Answer: this shows that the cluster has placed this actor."""
 
     def ready(self) -> int:
-        """Load the teacher and open the cache; the process id. Raises as `run_capture` does before it starts."""
-        os.chdir(self._directory)  # paths mean what they mean to the driver
+        """Load the teacher, open the cache and return the process id; raises as `run_capture` does before it starts."""
+        os.chdir(self._directory)  # so that relative paths mean what they mean to the driver
         self._heart.load(f"loading the teacher {self._config.teacher.model!r}")
         with self._heart.watching():
             tokenizer = load_job_tokenizer(self._config)
@@ -60,7 +60,7 @@ class CaptureWorker:
         return os.getpid()
 
     def capture(self, unit: Unit) -> UnitAnswer:
-        """Publish a unit, or say why it could not be."""
+        """Publish a unit, or say why it could not be published."""
         assert self._worker is not None
         self._heart.beat(f"capturing unit {unit.index}")
         with self._heart.watching():
@@ -68,6 +68,6 @@ class CaptureWorker:
         return UnitAnswer(outcome.record if isinstance(outcome, UnitFailed) else outcome, self._readings.last)
 
     def close(self) -> None:
-        """Let the engine go in peace: it may have processes of its own."""
+        """Close the engine, which may have processes of its own."""
         if self._slot is not None:
             self._slot.close()

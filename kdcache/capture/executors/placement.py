@@ -1,4 +1,4 @@
-"""What a replica of a teacher asks of a cluster, and what to say where the cluster does not give it. Pure functions; no Ray."""
+"""What a teacher's replica asks of a cluster, and what to say if the cluster does not have it. Pure functions; no Ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kdcache.config.capture import CaptureConfig
 from kdcache.teacher import find_backend
 
 WARN_SECONDS = 30.0
-"""How long a replica may wait for its place until something is said. A worker process needs some seconds to start."""
+"""A replica that is not placed for this long is reported. A worker process needs some seconds to start."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Needs:
 
 
 def replica_needs(config: CaptureConfig, cluster: Mapping[str, float]) -> Needs:
-    """What each replica asks for.
+    """Compute what each replica asks for.
 
     Args:
         config: of the capture.
@@ -38,11 +38,11 @@ def replica_needs(config: CaptureConfig, cluster: Mapping[str, float]) -> Needs:
 
 
 def not_placed(num_waiting: int, needs: Needs, total: Mapping[str, float], free: Mapping[str, float]) -> str:
-    """The sentences about replicas that wait: what was asked for, what there is, what to do.
+    """Describe replicas that wait: what was asked for, what there is, what to do.
 
     Args:
-        num_waiting: replicas without a place.
-        needs: of each.
+        num_waiting: replicas that are not placed.
+        needs: what each asks for.
         total, free: what the cluster has, by Ray's names.
     """
     whose = "1 replica has" if num_waiting == 1 else f"{num_waiting} replicas have"
@@ -50,9 +50,10 @@ def not_placed(num_waiting: int, needs: Needs, total: Mapping[str, float], free:
     left = _resources(free.get("CPU", 0), free.get("GPU", 0))
     gpus = ", or set run.gpus_per_replica to what one needs" if needs.num_gpus else ""
     return (
-        f"{whose} had no place in the Ray cluster for {WARN_SECONDS:g} seconds: each asks for {needs} on one machine, and the "
-        f"cluster has {has}, of which {left} are free; waiting. Add machines (a cluster that grows by itself may still do so), "
-        f"end what holds them, or run fewer replicas{gpus}. Replicas that have a place do the work meanwhile"
+        f"{whose} not been placed by the Ray cluster for {WARN_SECONDS:g} seconds: each asks for {needs} on "
+        f"one machine, and the cluster has {has}, of which {left} are free; waiting. Add machines (a cluster "
+        f"that grows by itself may still do so), free what is in use, or run fewer replicas{gpus}. The "
+        "replicas that are placed do the work meanwhile"
     )
 
 

@@ -1,4 +1,4 @@
-"""Carry out a capture: plan -> teacher -> cache, from wherever the cache on disk says it stopped."""
+"""Carry out a capture: plan -> teacher -> cache, resuming from what the cache already holds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["CaptureSummary", "check_fits", "run_capture"]
 def run_capture(
     config: CaptureConfig, progress: CaptureProgress | None = None, stop: StopRequest | None = None
 ) -> CaptureSummary:
-    """Capture what is not captured yet. Run again after any stop, it goes on with the first unit that is not published.
+    """Capture what is not captured yet; after any stop, the same call resumes at the first unit that is not published.
 
     When every unit is published and nothing that can be compared without the model differs (input, plan, tokenizer, selection,
     codec, the config's `teacher` section, the weights of a local model), the teacher is not loaded.
@@ -32,13 +32,13 @@ def run_capture(
     Args:
         config: of the capture; its `run` section says where and by how many it is done.
         progress: is told what happens. The state is also kept in a file, see `run.progress_path`.
-        stop: ask it to stop the capture after the unit in work; `stopping_on_signals` does so on SIGINT and SIGTERM.
+        stop: ask it to stop the capture after the current unit; `stopping_on_signals` does so on SIGINT and SIGTERM.
 
     Raises:
-        ConfigError, InputError, TeacherError, MissingDependencyError: before or while it runs; what is published stays.
-        MismatchError: `out` holds another capture, or something that is no cache.
+        ConfigError, InputError, TeacherError, MissingDependencyError: before or during the run; what is published is kept.
+        MismatchError: `out` holds another capture, or something that is not a cache.
         StorageError: the disk or the store refuses. CaptureError: the teacher stalls, or more units fail than `run.max_failed`.
-        KeyboardInterrupt: with a sentence that says how to go on.
+        KeyboardInterrupt: with a sentence on how to resume.
     """
     stop = stop or StopRequest()
     to_file = ProgressFile(progress_path(config), config)
@@ -70,13 +70,13 @@ def _existing_writer(job: Job) -> CacheWriter | None:
 
 
 def _refuse_misfits(writer: CacheWriter) -> None:
-    """Raise CorruptCacheError where a shard is gone or of another size, so that "nothing to do" is not said of damage."""
+    """Raise CorruptCacheError if a shard is missing or has another size, so that damage is never "nothing to do"."""
     misfits = find_misfits(writer.root, writer.manifest)
     if misfits:
         others = f" (and {len(misfits) - 1} others)" if len(misfits) > 1 else ""
         raise CorruptCacheError(
             f"{writer.root / misfits[0].name}: {misfits[0].reason}{others}; `kdcache repair {writer.root}` sets it aside, "
-            "and the same capture then makes it anew"
+            "and the same capture then makes it again"
         )
 
 

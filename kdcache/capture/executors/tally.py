@@ -1,4 +1,4 @@
-"""The account of one run, whoever does its units: which there are, what became of each, when to fold, when to give up."""
+"""The tally of one run: which units there are, what became of each, when to fold, when to give up."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ log = get_logger(__name__)
 
 MIN_UNITS_PER_FOLD = 32
 FOLD_GROWTH = 1 / 4
-"""A fold makes what is published visible to readers, and costs rewriting index and manifest: time and bytes that grow with the
-cache. Folding when it has grown by a quarter keeps the sum of all folds at five times the last one, for any number of units."""
+"""A fold makes what is published visible to readers, and rewrites index and manifest, which costs more as the cache grows.
+Folding when it has grown by a quarter keeps the cost of all folds at five times the last one, for any number of units."""
 
 
 @dataclass
 class CaptureSummary:
-    """What a run has done, and what there is now.
+    """What a run has done, and what the cache holds now.
 
     Attributes:
         path: of the cache.
         manifest: the newest snapshot.
-        num_units, num_units_before: in the plan; of these, published before this run.
-        num_items, num_empty_items: of the plan; 0 empty ones for a stream, where `counts` alone knows.
+        num_units, num_units_before: units in the plan, and those of them published before this run.
+        num_items, num_empty_items: items of the plan; 0 empty ones for a stream, where only `counts` knows.
         num_units_captured: by this run.
-        num_units_left: of this run's own (its rank's, where there are several) that are not published.
+        num_units_left: unpublished units of this run (of its rank, if there are several).
         counts: what became of the items of the units that this run captured.
         num_tokens: tokens that the teacher read in this run.
-        seconds: of this run, from the first unit to the last.
+        seconds: from this run's first unit to its last.
         set_aside: units that failed.
-        skipped: sequences left out of published units because they make them fail.
-        is_stopped: it was asked to stop before it was through.
-        num_workers_lost: workers of a cluster that died; others did their units.
-        left_out: files, folders and links of the input that nothing was read of.
+        skipped: sequences left out of published units because they make the unit fail.
+        is_stopped: whether it was asked to stop before it had finished.
+        num_workers_lost: workers of a cluster that died; others captured their units.
+        left_out: files, folders and links of the input that were not read.
     """
 
     path: str
@@ -70,12 +70,12 @@ class CaptureSummary:
 
 
 def own_units(plan: Plan, run: RunConfig) -> tuple[Unit, ...]:
-    """The units that this process answers for: unit u belongs to rank u % world_size."""
+    """List the units of this process: unit u belongs to rank u % world_size."""
     return plan.units[run.rank :: run.world_size]
 
 
 class Tally:
-    """Takes in what became of each unit; folds now and then; says when there have been too many failures."""
+    """Counts what became of each unit, folds now and then, and gives up after too many failures."""
 
     def __init__(self, job: Job, writer: CacheWriter, progress: CaptureProgress, stop: StopRequest) -> None:
         self._job, self._writer, self._progress, self._stop = job, writer, progress, stop
@@ -87,10 +87,10 @@ class Tally:
         progress.start(self.units)
 
     def add(self, outcome: UnitDone | UnitFailed) -> None:
-        """A unit is over.
+        """Count a finished unit.
 
         Raises:
-            The unit's own error, where no unit may fail. CaptureError: more have failed than may.
+            The unit's own error if no unit may fail. CaptureError: more have failed than may.
         """
         if isinstance(outcome, UnitFailed):
             self._add_failure(outcome)
@@ -106,7 +106,7 @@ class Tally:
             self._num_unfolded, self._num_folded = 0, len(self._writer.fold().shards)
 
     def finish(self) -> CaptureSummary:
-        """The last fold of this process, and the summary."""
+        """Fold for the last time, and return the summary."""
         summary = self.summary
         summary.num_units_left = len(self.units) - summary.num_units_captured
         summary.is_stopped = self._stop.is_requested and summary.num_units_left > len(summary.set_aside)
@@ -116,20 +116,22 @@ class Tally:
         return summary
 
     def give_up(self) -> None:
-        """The run fails: make what is published visible."""
+        """Make what is published visible, as the run has failed."""
         self._progress.ended("failed")
         with suppress(KdcacheError, OSError):
             fold_if_due(self._job, self._writer)
 
     @property
     def how_to_go_on(self) -> str:
-        """What there is, and what to do next."""
+        """How much there is, and how to resume."""
         return how_to_go_on(self._job, self._writer)
 
     def _add_failure(self, outcome: UnitFailed) -> None:
         failed, most = outcome.record, self._job.config.run.max_failed
         if self._stop.is_requested and failed.attempts <= self._job.config.run.retries:
-            log.warning("unit %d failed while the capture was stopping and is left: %s", failed.unit, failed.reason)
+            log.warning(
+                "unit %d failed while the capture was stopping; it is left for the next run: %s", failed.unit, failed.reason
+            )
             return
         if most == 0 and outcome.error is not None:
             raise outcome.error
@@ -141,17 +143,17 @@ class Tally:
             raise CaptureError(
                 f"unit {failed.unit} failed, {failed.attempts} attempts, the last one with: {failed.reason}; "
                 + (f"that is one more than run.max_failed, {most}; " if most else "")
-                + "what is published stays"
+                + "what is published is kept"
             ) from outcome.error
 
 
 def units_before_fold(num_folded: int) -> int:
-    """How many new units make a fold worth while."""
+    """Say how many new units make a fold worthwhile."""
     return max(MIN_UNITS_PER_FOLD, int(num_folded * FOLD_GROWTH))
 
 
 def new_summary(job: Job, manifest: Manifest, *, num_units_before: int) -> CaptureSummary:
-    """Of a run that has not done anything yet."""
+    """Make the summary of a run that has not done anything yet."""
     plan = job.plan
     return CaptureSummary(
         str(job.path),
@@ -165,9 +167,9 @@ def new_summary(job: Job, manifest: Manifest, *, num_units_before: int) -> Captu
 
 
 def fold_if_due(job: Job, writer: CacheWriter) -> Manifest:
-    """Fold where it falls to this process: rank 0 always; another rank only when it is the one that finishes last.
+    """Fold if that is up to this process: rank 0 always; another rank only if it finishes last.
 
-    Each rank journals its last unit before it looks, so whoever looks last sees all of them, and a thousand ranks that end at
+    Each rank journals its last unit before it looks, so the last one to look sees all of them, and a thousand ranks that end at
     about the same time do not all rewrite the manifest.
     """
     if job.config.run.rank == 0 or _is_every_unit_journalled(job, writer):
@@ -176,9 +178,9 @@ def fold_if_due(job: Job, writer: CacheWriter) -> Manifest:
 
 
 def how_to_go_on(job: Job, writer: CacheWriter) -> str:
-    """How much there is, and what to do about the rest."""
+    """Say how much there is, and how to resume."""
     num_units, num_done = len(job.plan.units), len(writer.published_units())
-    return f"{num_done:,} of {num_units:,} units are published in {str(job.path)!r}; run the same command again to go on"
+    return f"{num_done:,} of {num_units:,} units are published in {str(job.path)!r}; run the same command again to resume"
 
 
 def _is_every_unit_journalled(job: Job, writer: CacheWriter) -> bool:

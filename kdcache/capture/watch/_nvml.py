@@ -1,4 +1,4 @@
-"""GPUs as NVIDIA's management library sees them. Without the package nvidia-ml-py, or without a driver: none."""
+"""GPUs as NVIDIA's management library sees them; none without the package nvidia-ml-py or without a driver."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class GpuState:
-    """One GPU at one moment; None where the device does not say.
+    """One GPU at one moment; None for what the device does not tell.
 
     Attributes:
-        utilization_percent: of the last second or less, as nvidia-smi shows it.
+        utilization_percent: over the last second or less, as nvidia-smi shows it.
     """
 
     index: int
@@ -34,7 +34,7 @@ class GpuState:
 
 
 def gpu_states() -> list[GpuState]:
-    """The GPUs that this process may use; empty where none can be read."""
+    """Read the GPUs that this process may use; empty if none can be read."""
     return [_state(index, handle) for index, handle in enumerate(_handles())]
 
 
@@ -49,7 +49,7 @@ def energy_joules(num_gpus: int) -> float | None:
 
 
 def num_gpus() -> int:
-    """How many GPUs can be read."""
+    """Count the GPUs that can be read."""
     return len(_handles())
 
 
@@ -88,7 +88,7 @@ def _state(index: int, handle: Any) -> GpuState:
 
 
 def _ask(question: Callable[[], _T], failed: Any = None) -> _T | Any:
-    """The answer, or `failed`: what a device, a driver or a container does not offer is left out, not an error."""
+    """Return the answer, or `failed`: what a device, a driver or a container does not offer is not an error."""
     try:
         return question()
     except pynvml.NVMLError:

@@ -1,6 +1,6 @@
-"""The watch over a capture: when the teacher has answered nothing for too long, say so, show where, and end it.
+"""The watch over a capture: if the teacher has not answered for too long, report it, show where, and end the run.
 
-A hung collective, a dead driver or a full network disk leave a process that neither fails nor works, and a job that holds its
+A hung collective, a dead driver or a full network disk leave a process that neither fails nor works, and holds its
 machines until its time is up. The watch is a thread of its own, so it sees them.
 """
 
@@ -19,17 +19,17 @@ from kdcache.capture.watch.signals import StopRequest
 from kdcache.config.capture import RunConfig
 
 GRACE_SECONDS = 30.0
-"""From the interrupt of a stalled capture to the end of its process, where the capture owns that and is still there."""
+"""Seconds from the interrupt of a stalled capture until its process is ended, if the capture owns the process."""
 
 _STDERR = 2
 
 
 class Heartbeat:
-    """Watches the time between two beats; each `beat()` says that something has been done. Before the first there is none.
+    """Watches the time between two beats. Each `beat()` says that something was done; the watch starts with the first.
 
     Args:
         run: its `stall_seconds` is the longest time from one beat to the next, its `load_stall_seconds` that from `load()` to
-            the next beat; None waits for ever.
+            the next beat; None waits forever.
         on_stall: called once, from the watch's thread, with the sentence that says what happened and an event that is set when
             the watch is over.
     """
@@ -41,11 +41,11 @@ class Heartbeat:
         self._last = (float("inf"), "stall_seconds", "")
 
     def beat(self, doing: str | None = None) -> None:
-        """Something has been done; `doing` says what is done next, for the message."""
+        """Note that something was done; `doing` says what comes next, for the message."""
         self._last = (time.monotonic(), "stall_seconds", self._last[2] if doing is None else doing)
 
     def load(self, doing: str) -> None:
-        """The teacher is loaded from now until the next beat, which may take longer than anything else."""
+        """Note that the teacher is loading until the next beat, which may take longer than anything else."""
         self._last = (time.monotonic(), "load_stall_seconds", doing)
 
     @contextmanager
@@ -76,10 +76,10 @@ class Heartbeat:
 
 
 def interrupting(stop: StopRequest, thread: int) -> Callable[[str, threading.Event], None]:
-    """What to do about a stall: interrupt a thread, and end the process if that does not help and `stop` owns it.
+    """Make the reaction to a stall: interrupt a thread, then end the process if that does not help and `stop` owns it.
 
     Args:
-        stop: gets the sentence as `stalled`, so that who meets the interrupt knows what it means.
+        stop: gets the sentence as `stalled`, so that whoever handles the interrupt knows what it means.
         thread: the identifier of the thread that captures.
     """
 
@@ -92,13 +92,13 @@ def interrupting(stop: StopRequest, thread: int) -> Callable[[str, threading.Eve
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
         if stop.owns_process and not over.wait(GRACE_SECONDS):
             # Stuck in native code. What is published is safe whenever a process ends.
-            os.write(_STDERR, f"kdcache: error: {sentence}; the process does not react and is ended\n".encode())
+            os.write(_STDERR, f"kdcache: error: {sentence}; the process does not respond and is ended\n".encode())
             os._exit(2)
 
     return interrupt
 
 
 def end_process(sentence: str, _: threading.Event) -> None:
-    """What a worker of a cluster does about a stall: others notice that it is gone and do its unit again."""
+    """End a stalled worker of a cluster: the driver notices, and another worker does its unit again."""
     os.write(_STDERR, f"kdcache: {sentence}; this worker is ended\n".encode())
     os._exit(2)

@@ -1,4 +1,4 @@
-"""What a unit takes: wall and CPU time, and of GPUs, where they can be read, time and energy."""
+"""What a unit costs: wall and CPU time, and GPU time and energy where GPUs can be read."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def gpus_held(teacher: TeacherConfig) -> int:
 
 
 def start_meter(num_gpus: int) -> Callable[[Sequence[SkippedSequence]], UnitAccount]:
-    """Start counting; the function that it gives says what has been used since, with the sequences that were left out.
+    """Start counting; return a function that tells what has been used since, and names the sequences left out.
 
-    CPU time is that of this process: of an engine with processes of its own it counts our side.
+    CPU time is that of this process; for an engine with processes of its own it covers only our side.
     """
     wall, cpu = time.perf_counter(), time.process_time()
     energy = _nvml.energy_joules(num_gpus) if num_gpus else None
@@ -43,7 +43,7 @@ def start_meter(num_gpus: int) -> Callable[[Sequence[SkippedSequence]], UnitAcco
 
 
 class GpuReadings(CaptureProgress):
-    """Keeps the GPUs' state as it was when the teacher answered last: when a unit is over they are idle, which says nothing."""
+    """Keeps the state of the GPUs at the teacher's last answer; after a unit they are idle, which says nothing."""
 
     def __init__(self) -> None:
         self.last: tuple[_nvml.GpuState, ...] = ()

@@ -1,4 +1,4 @@
-"""What a capture tells the person who waits for it."""
+"""What a capture tells the person who waits for it: methods to override, and bars on stderr."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _DELAY_SECONDS = 1.0
 
 
 class CaptureProgress:
-    """Says nothing. Subclasses say it as they like; a capture calls the methods in about the order in which they stand here."""
+    """Shows nothing; subclasses do. A capture calls the methods in about this order."""
 
     def scanning(self, items: Iterable[Item]) -> Iterable[Item]:
-        """Wraps the items while the plan is made."""
+        """Wrap the items while the plan is made."""
         return items
 
     def loading(self, model: str) -> None:
@@ -36,11 +36,13 @@ class CaptureProgress:
         """These units, not published yet, are about to be captured."""
 
     def start_unit(self, unit: Unit, num_tokens: int) -> None:
-        """A unit has been read and is this many tokens long, or, before its answers are written, may become. Called again when
-        it is tried again, and when its answers' lengths are known."""
+        """A unit has been read and has this many tokens, or may have, before its answers are written.
+
+        Called again when the unit is tried again, and when the lengths of its answers are known.
+        """
 
     def advance(self, num_tokens: int) -> None:
-        """The teacher has answered for one more sequence; or, where negative, answers are void because their unit failed."""
+        """The teacher has read or written this many more tokens; negative if answers are void because their unit failed."""
 
     def published(self, shard: ShardInfo) -> None:
         """A unit is done."""
@@ -49,14 +51,16 @@ class CaptureProgress:
         """A unit is given up for this run."""
 
     def worker(self, name: str, pid: int | None, unit: int | None, gpus: Sequence[_nvml.GpuState] = ()) -> None:
-        """A worker of a cluster has taken a unit, or, with None, none; it is gone where pid is None. `gpus` are its own, as
-        they were during its last unit."""
+        """A worker of a cluster has taken a unit (None: it has none; with pid None it is gone).
+
+        `gpus` are its own, as they were during its last unit.
+        """
 
     def ended(self, state: str) -> None:
-        """How it ended: `finished`, `stopped` or `failed`."""
+        """The capture ended: `finished`, `stopped` or `failed`."""
 
     def close(self) -> None:
-        """Nothing follows, after success or failure."""
+        """The last call, after success or failure."""
 
 
 def several(*others: CaptureProgress) -> CaptureProgress:
@@ -82,7 +86,7 @@ class _Several(CaptureProgress):
 
 
 class TokensToCome:
-    """Guesses how many tokens some units hold, from their characters and the tokens per character so far."""
+    """Estimates how many tokens some units hold, from their characters and the tokens per character so far."""
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self._chars_left = sum(unit.num_chars for unit in units)
@@ -90,7 +94,7 @@ class TokensToCome:
         self._seen: dict[int, int] = {}
 
     def read(self, unit: Unit, num_tokens: int) -> None:
-        """A unit turned out to hold so many; what is said last counts, as answers are longer or shorter than they may be."""
+        """Note that a unit holds this many tokens; the last call counts, as answers may be shorter than expected."""
         if unit.index not in self._seen:
             self._chars_left -= unit.num_chars
             self._chars_read += unit.num_chars
@@ -99,14 +103,14 @@ class TokensToCome:
 
     @property
     def total(self) -> int | None:
-        """Tokens of all units; None before the first, and for a stream."""
+        """The tokens of all units; None before the first unit, and for a stream."""
         if not self._chars_read:
             return None
         return self._tokens_read + round(self._chars_left * self._tokens_read / self._chars_read)
 
 
 class BarProgress(CaptureProgress):
-    """Bars on stderr: items while planning; while capturing tokens, with tokens/s, the time left, bytes, and GPUs' state."""
+    """Bars on stderr: items while planning; then tokens, with tokens/s, the time left, bytes, and the state of GPUs."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None

@@ -1,7 +1,7 @@
-"""The state of a run as a JSON file beside the cache, for schedulers, dashboards and scripts.
+"""The state of a run as a JSON file next to the cache, for schedulers, dashboards and scripts.
 
 Written whole or not at all (a private name, then a rename), at most every few seconds. A reader that sees `updated_at` stand
-still while `state` is `capturing` looks at a process that is stuck or gone.
+still while `state` is `capturing` knows that the process is stuck or gone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SPEED_WINDOW_SECONDS = 60.0
 
 
 def progress_path(config: CaptureConfig) -> Path:
-    """Where the file goes: `run.progress_path`, or beside the cache; of one in an object store, into the working directory."""
+    """Locate the file: `run.progress_path`, or next to the cache; for an object store, the working directory."""
     run = config.run
     if run.progress_path is not None:
         return Path(run.progress_path)
@@ -48,7 +48,7 @@ def progress_path(config: CaptureConfig) -> Path:
 
 
 class ProgressFile(CaptureProgress):
-    """Keeps the file up to date. A file that cannot be written is said once and costs nothing more."""
+    """Keeps the file up to date. A file that cannot be written is reported once and then ignored."""
 
     def __init__(self, path: Path, config: CaptureConfig) -> None:
         self._path, self._config = path, config
@@ -116,7 +116,7 @@ class ProgressFile(CaptureProgress):
             os.replace(temp, self._path)
         except OSError as error:
             self._works = False
-            log.warning("%s: cannot be written (%s); the capture goes on without it", self._path, error)
+            log.warning("%s: cannot be written (%s); the capture continues without it", self._path, error)
 
     def _fields(self) -> dict[str, Any]:
         now, run, total = time.time(), self._config.run, self._to_come.total

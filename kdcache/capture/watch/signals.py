@@ -1,4 +1,4 @@
-"""Stopping a capture: gracefully at the end of the unit in work, or at once. Nothing that is published is lost either way."""
+"""Stopping a capture: gracefully after the current unit, or at once. Nothing that is published is lost either way."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ class Interrupted(KeyboardInterrupt):
     """A signal ended the capture at once.
 
     Attributes:
-        signum: which; the exit status of the command is 128 more.
+        signum: the signal; the exit status of the command is 128 more.
     """
 
     signum: int = signal.SIGINT
 
 
 class StopRequest:
-    """What a capture asks between two units, and what ends it in the middle of one.
+    """Asked by a capture between two units; also holds what ends it in the middle of one.
 
     Attributes:
-        is_requested: finish the unit in work, then stop.
-        is_working: a unit is in work: there is something to finish.
+        is_requested: finish the current unit, then stop.
+        is_working: a unit is being captured, so there is something to finish.
         signum: the signal that ended the capture at once.
-        stalled: why the capture must end now, where its watch has decided so.
-        owns_process: the process is there for this capture alone and may be ended where nothing else helps.
-        reinstall: puts the handlers of `stopping_on_signals` in place again, for who starts a library that sets its own.
+        stalled: why the capture must end now, if its watch has decided so.
+        owns_process: the process exists only for this capture and may be ended if nothing else helps.
+        reinstall: installs the handlers of `stopping_on_signals` again, after a library has set its own.
     """
 
     def __init__(self) -> None:
@@ -41,18 +41,18 @@ class StopRequest:
         self.reinstall: Callable[[], None] = lambda: None
 
     def request(self) -> None:
-        """Stop at the next unit. From any thread, or from a signal handler."""
+        """Ask to stop before the next unit; from any thread or signal handler."""
         self.is_requested = True
 
     def interrupted(self, *sentence: str) -> Interrupted:
-        """What to raise for the signal that ended the capture at once. Libraries make plain KeyboardInterrupts of ours."""
+        """Make the exception for the signal that ended the capture at once; libraries turn ours into a plain one."""
         interrupt = Interrupted(*sentence)
         interrupt.signum = self.signum
         return interrupt
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """While units are captured."""
+        """Mark the time during which units are captured."""
         self.is_working = True
         try:
             yield
@@ -62,7 +62,7 @@ class StopRequest:
 
 @contextmanager
 def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the capture to stop; a second one, or one before the first unit, raises Interrupted.
+    """Let SIGINT and SIGTERM ask the capture to stop; a second one, or one before the first unit, raises Interrupted.
 
     Does nothing outside the main thread, where Python runs no handlers.
     """
@@ -73,13 +73,13 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
 
     def handle(signum: int, _: FrameType | None) -> None:
         if not stop.is_working or stop.is_requested or stop.stalled is not None:
-            _restore(before)  # a third one is not ours to hold up
+            _restore(before)  # a third one is not ours to delay
             stop.signum = signal.Signals(signum)
             raise stop.interrupted()
         stop.request()
         name = signal.Signals(signum).name
         # Not print: the signal may have come while something was printed, and Python's streams refuse to be entered twice.
-        os.write(2, f"\nkdcache: {name}: stopping after the unit in work; once more stops at once\n".encode())
+        os.write(2, f"\nkdcache: {name}: stopping after the current unit; send it again to stop at once\n".encode())
 
     stop.reinstall = lambda: _restore(dict.fromkeys(SIGNALS, handle))
     stop.reinstall()
