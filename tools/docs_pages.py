@@ -27,6 +27,7 @@ FIXED = {
 
 ORDER = {
     "guide": [
+        "config",
         "capture",
         "inputs",
         "teacher",
