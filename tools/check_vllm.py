@@ -90,11 +90,11 @@ def faults(root: Path) -> Iterator[tuple[str, list[str]]]:
     yield "every capture: options of the engine", _lacks(found["EngineArgs"], [*options, "long_prefill_token_threshold"])
     yield "public route: SamplingParams", _lacks(found["SamplingParams"], ours.PUBLIC_SAMPLING)
     yield "selection in the worker: SamplingParams", _lacks(found["SamplingParams"], ours.WORKER_SAMPLING)
-    yield "V1 runner: hook", _faults_of_hooks(found["GPUModelRunner"], ours.V1_HOOKS)
-    yield "V1 runner: attributes", _lacks(found["GPUModelRunner"], ours.V1_RUNNER)
-    for runner, (name, wanted) in (("V1", ours.V1_REQUEST), ("V2", ours.V2_BATCH)):
+    yield "V1 runner: hook", _faults_of_hooks(found["GPUModelRunner"], ours.HOOKS_V1)
+    yield "V1 runner: attributes", _lacks(found["GPUModelRunner"], ours.RUNNER_V1)
+    for runner, (name, wanted) in (("V1", ours.REQUEST_V1), ("V2", ours.BATCH_V2)):
         yield f"{runner} runner: {name}", _lacks(found[name], wanted)
-    yield "V2 runner: hooks", _faults_of_hooks(found["PromptLogprobsWorker"], ours.V2_HOOKS)
+    yield "V2 runner: hooks", _faults_of_hooks(found["PromptLogprobsWorker"], ours.HOOKS_V2)
     yield "several GPUs: trial without the gather", _lacks(found["LogitsProcessor"], ["_gather_logits"])
 
 

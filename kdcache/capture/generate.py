@@ -104,16 +104,16 @@ def write_sequences(
     template = tokenizer.identity.chat_template_fingerprint
     for prompt in prompts:
         answer = next(answers, None)
-        if answer is None or not 1 <= len(answer.token_ids_A) <= config.generate.max_tokens:
-            length = "no" if answer is None else len(answer.token_ids_A)
+        if answer is None or not 1 <= len(answer.token_ids_N) <= config.generate.max_tokens:
+            length = "no" if answer is None else len(answer.token_ids_N)
             raise TeacherError(f"{prompt.source}: the teacher {teacher.identity.model!r} gave {length} tokens for an answer")
         yield answered(prompt, answer, template)
 
 
 def answered(prompt: Prompt, answer: Generated, template_fingerprint: str) -> TokenSequence:
     """Prompt and answer as a sequence; see the module's docstring for what is supervised."""
-    given, num_answer = prompt.sequence, len(answer.token_ids_A)
-    input_ids_N = np.concatenate([given.input_ids_N, answer.token_ids_A]).astype(np.int32)
+    given, num_answer = prompt.sequence, len(answer.token_ids_N)
+    input_ids_N = np.concatenate([given.input_ids_N, answer.token_ids_N]).astype(np.int32)
     supervised_N = np.zeros(len(input_ids_N), np.bool_)
     supervised_N[given.num_tokens - 1 : -1] = True
     return TokenSequence(

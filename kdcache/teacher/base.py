@@ -1,16 +1,16 @@
 """The teacher protocol: token sequences in, sparse next-token distributions out.
 
-Contract (tests/contracts/teacher.py runs it for every backend):
+The contract, which tests/contracts/teacher.py runs for every backend:
 
 - `score` yields one `Distributions` per sequence, in the order given, with one position per supervised position of the
   sequence: the record at position t is the distribution after reading tokens 0..t. The last position may be supervised.
 - Logprobs are normalised over the whole vocabulary (`identity.vocab_size` ids) at temperature 1, whatever the selection keeps.
-- The support is what `kdcache.teacher.select.reference` says of the same distribution; of tokens that tie for the last of k
-  places, the engine chooses. The random kinds take their draws from `kdcache.teacher.select.uniforms`: a re-run gives the same.
+- The support is what `kdcache.teacher.select.reference` gives for the same distribution; among tokens that tie for rank k, the
+  engine chooses. The random kinds draw from `kdcache.teacher.select.uniforms`, so a second run gives the same.
 - `check_distributions` holds for every answer.
-- The same sequence gives the same support and logprobs (up to the engine's numerics) alone or beside others.
+- A sequence has the same support and logprobs (up to the engine's numerics) alone and together with others.
 - What can be refused is refused before anything is computed, by `score` itself and not by the first `next`.
-- An iterator that is dropped half-way leaves the teacher usable.
+- The teacher remains usable if an iterator is dropped half-way.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ from kdcache.format.selection import check_selection, has_estimates
 
 
 class Teacher(Protocol):
-    """A model that can be asked for its next-token distributions. Has a lifetime: close it."""
+    """A model that can be asked for its next-token distributions. It has a lifetime: close it."""
 
     @property
     def identity(self) -> TeacherIdentity:
-        """Which model, through which engine."""
+        """Which model this is, run by which engine."""
         ...
 
     def score(
         self, sequences: Sequence[TokenSequence], selection: SelectionInfo, features: Sequence[FeatureInfo] = ()
     ) -> Iterator[Distributions]:
-        """Teacher-force the sequences.
+        """Teacher-force sequences and give their distributions.
 
         Args:
-            sequences: each no longer than identity.context_length; the backend forms its own batches.
+            sequences: each at most identity.context_length long; the backend forms its own batches.
             selection: which entries to keep; see `kdcache.format.manifest.SelectionInfo`.
-            features: hidden states to give beside them, as `Distributions.features`; `kdcache.teacher.features` says what they
-                are, and which teachers have them.
+            features: hidden states to give, too, as `Distributions.features`; `kdcache.teacher.features` says what they are,
+                and which teachers have them.
 
         Raises:
-            ConfigError: a selection this backend cannot make, k larger than the vocabulary, or features it cannot give.
-                `score([], selection, features)` asks.
+            ConfigError: a selection that this backend cannot make, a k larger than the vocabulary, or features that it cannot
+                give. `score([], selection, features)` runs only these checks.
             InputError: a sequence longer than the context, or an id outside the vocabulary.
             TeacherError: the engine failed, or the teacher is closed.
         """
         ...
 
     def close(self) -> None:
-        """Give the model's memory back; calling it twice is fine."""
+        """Release the model's memory; calling it twice is fine."""
         ...
 
 
 def check_selectable(selection: SelectionInfo, *, vocab_size: int) -> None:
-    """Raise ConfigError, with the field's name, unless the selection can be made of distributions over this vocabulary."""
+    """Raise ConfigError, with the field's name, unless the selection can be made over this vocabulary."""
     try:
         check_selection(selection)
     except FormatError as error:
@@ -78,9 +78,9 @@ def top_k_of(
     Args:
         selection: what is asked for.
         vocab_size: of the teacher.
-        backend: its name, for the error.
-        kinds: those that it makes of the k most probable tokens.
-        reason: a clause about why it has no more, for the error.
+        backend: the backend's name, for the error.
+        kinds: the selections that it makes from the k most probable tokens.
+        reason: a clause that says why it gives no more, for the error.
 
     Raises:
         ConfigError: a selection that needs the whole distribution, or a k outside [1, vocab_size].
@@ -91,8 +91,8 @@ def top_k_of(
     needs += ["capturing after a sampler's filters"] * bool(selection.filters)
     if needs:
         raise ConfigError(
-            f"{needs[0]} needs the whole distribution, but the {backend} teacher gives the k most probable tokens "
-            f"only{reason}; "
+            f"{needs[0]} needs the whole distribution, but the {backend} teacher gives only the k most probable "
+            f"tokens{reason}; "
             f"use selection.kind {' or '.join(map(repr, kinds))} without temperatures and entropy, or the transformers "
             "teacher, or vllm on its worker route"
         )
@@ -100,11 +100,11 @@ def top_k_of(
 
 
 def check_sequences(sequences: Sequence[TokenSequence], identity: TeacherIdentity) -> None:
-    """Refuse sequences that the teacher cannot read, before any is computed.
+    """Refuse sequences that the teacher cannot read, before anything is computed.
 
     Raises:
         InputError: a sequence without tokens, one longer than `identity.context_length`, or an id outside
-            `identity.vocab_size`. vLLM's engine does not survive such an id, so it must not come that far.
+            `identity.vocab_size`. vLLM's engine does not survive such an id, so it must not get there.
     """
     for sequence in sequences:
         num_tokens, ids_N = sequence.num_tokens, sequence.input_ids_N
@@ -129,12 +129,13 @@ def answer(
     logprobs_PK: NDArray[np.floating],
     target_logprobs_P: NDArray[np.floating],
 ) -> Distributions:
-    """What a backend found at the sequence's supervised positions, as a record.
+    """The record of what a backend found at a sequence's supervised positions.
 
     Args:
-        sequence: the one that was asked about; P is the number of its supervised positions.
-        token_ids_PK, logprobs_PK: the support in any order; nats, normalised over the whole vocabulary.
-        target_logprobs_P: nats; anything where there is no target.
+        sequence: the one that was asked about, with P supervised positions.
+        token_ids_PK: the support, in any order.
+        logprobs_PK: nats, normalised over the whole vocabulary.
+        target_logprobs_P: nats; anything where nothing follows.
 
     Raises:
         TeacherError: a logprob is NaN: the model overflowed.
@@ -145,7 +146,7 @@ def answer(
 
 
 def nan_error(sequence: TokenSequence, index: int) -> TeacherError:
-    """What to say of a sequence that has NaN at one of its supervised positions, the one with this index among them."""
+    """The error about NaN at one of a sequence's supervised positions, the one with this index among them."""
     position = int(sequence.positions_P[index])
     return TeacherError(
         f"{sequence.source}: the teacher gave NaN at position {position}; "
@@ -154,7 +155,7 @@ def nan_error(sequence: TokenSequence, index: int) -> TeacherError:
 
 
 def no_positions(selection: SelectionInfo | None = None) -> Distributions:
-    """The answer to a sequence in which nothing is supervised; without a selection, one of exact entries and nothing beside."""
+    """The answer to a sequence in which nothing is supervised; without a selection, one with exact entries only."""
     has_random = selection is not None and has_estimates(selection)
     temperatures = selection.temperatures if selection is not None else ()
     return Distributions(
@@ -170,6 +171,6 @@ def no_positions(selection: SelectionInfo | None = None) -> Distributions:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign error's text, without its full stop, for a sentence of ours; its type where it has none."""
+    """The first line of a foreign error's text, without its full stop, to be quoted; the error's type if it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(". ") if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""How a backend cuts what it is given: groups that bound memory, batches that waste little padding. Pure functions."""
+"""Cut sequences into groups that bound memory, and batches that waste little padding. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kdcache.format.record import TokenSequence
 
 
 def groups_of_tokens(sequences: Sequence[TokenSequence], group_tokens: int) -> Iterator[Sequence[TokenSequence]]:
-    """Cut into runs of at most `group_tokens` tokens; a sequence longer than that is a run of its own."""
+    """Cut sequences into groups of at most `group_tokens` tokens; a longer sequence is a group of its own."""
     start, tokens = 0, 0
     for end, sequence in enumerate(sequences):
         if end > start and tokens + sequence.num_tokens > group_tokens:
@@ -23,7 +23,7 @@ def groups_of_tokens(sequences: Sequence[TokenSequence], group_tokens: int) -> I
 def batches_by_length(
     lengths: Sequence[int], tokens_per_forward: int, sharing: Literal["any", "equal", "alone"] = "any"
 ) -> Iterator[list[int]]:
-    """Indices, longest first, in batches whose padded size (B x the longest) is at most `tokens_per_forward`, or of one
+    """Batches of indices, longest first, of at most `tokens_per_forward` tokens with their padding, or of one
     sequence.
 
     Args:

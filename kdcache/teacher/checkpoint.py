@@ -16,30 +16,30 @@ from kdcache.shown import shown
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 TRAINING_FILES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
-"""How the names of files begin that a trainer leaves beside the weights, with the same endings."""
+"""How the names of the files begin that a trainer leaves next to the weights, with the same endings."""
 
 MEANING_FILES = frozenset(
     {"config.json", "params.json", "adapter_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 )
-"""Files that say what the weights are to be taken for: shapes, rope, quantisation, an adapter's scale."""
+"""Files that say what the weights mean: shapes, rope, quantisation, an adapter's scale."""
 
 CONFIG_FILE = "config.json"
 _IMPLEMENTATION = "_implementation"
-"""How the fields end that choose code: attn_implementation, experts_implementation."""
+"""How the names of fields end that choose code: attn_implementation, experts_implementation."""
 _MOST = {
     "max_position_embeddings": 2**31 - 1, "num_hidden_layers": 10_000, "hidden_size": 2**20, "intermediate_size": 2**24,
     "vocab_size": 2**31, "num_attention_heads": 2**16, "num_local_experts": 2**16,
 }  # fmt: skip
-"""Far beyond any real model's."""
+"""Sizes far beyond any real model's."""
 ADAPTER_FILE = "adapter_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
 )  # fmt: skip
-"""Any of them makes a folder one that a tokenizer can be loaded from, with or without a model."""
+"""Any of these makes a folder one that a tokenizer can be loaded from, with or without a model."""
 
 
 def check_model_name(model: str, *, is_tokenizer: bool = False) -> None:
-    """Refuse a path that leads nowhere, in better words than a hub client's: it would ask the hub for it.
+    """Refuse a path that leads nowhere, which a hub client would look up on the hub, and a folder that is not a model's.
 
     Args:
         model: hub id or folder.
@@ -47,8 +47,8 @@ def check_model_name(model: str, *, is_tokenizer: bool = False) -> None:
 
     Raises:
         TeacherError: `model` is written as a path, or has more parts than a hub id, and is not a folder; or it is a folder
-            without a config.json, and without a tokenizer's files where that is enough; or one whose config.json has a kernel
-            of a hub loaded, or sizes that no model has.
+            without a config.json (where a tokenizer is enough, without any of its files); or its config.json asks for a kernel
+            from a hub, or has sizes that no model has.
     """
     path = Path(model)
     if path.is_dir():
@@ -56,7 +56,7 @@ def check_model_name(model: str, *, is_tokenizer: bool = False) -> None:
         if not any((path / name).is_file() for name in needed):
             raise TeacherError(f"{model}: no {needed[0]} in this folder; expected a {what} in the Hugging Face layout")
         odd = next((file for file in path.iterdir() if file.exists() and not file.is_file() and not file.is_dir()), None)
-        if odd is not None:  # whoever opened a named pipe would wait for ever
+        if odd is not None:  # opening a named pipe would wait forever
             raise TeacherError(f"{odd}: is a pipe, a socket or a device; a model's folder holds plain files")
         fields = config_fields(model)
         _refuse_kernels_of_a_hub(model, fields)
@@ -68,20 +68,20 @@ def check_model_name(model: str, *, is_tokenizer: bool = False) -> None:
 
 
 def _refuse_kernels_of_a_hub(model: str, fields: dict[str, Any]) -> None:
-    """A config.json can name a repository whose code transformers then downloads and runs, without being asked."""
+    """Refuse a config.json that names a repository whose code transformers would download and run without asking."""
     for name, value in fields.items():
         chosen = list(value.values()) if isinstance(value, dict) else [value]
         if name.endswith(_IMPLEMENTATION) and (kernel := next((v for v in chosen if isinstance(v, str) and "/" in v), None)):
             raise TeacherError(
-                f"{model}: {CONFIG_FILE} asks for the code of another repository, {name} {ascii(kernel)[:100]}; take the line "
-                "out, and name that kernel in your own config's engine_options if you trust it"
+                f"{model}: {CONFIG_FILE} asks for the code of another repository, {name} {ascii(kernel)[:100]}; remove the "
+                "line, and name that kernel in your own config's engine_options if you trust it"
             )
         if isinstance(value, dict):
             _refuse_kernels_of_a_hub(model, value)
 
 
 def _refuse_impossible_sizes(model: str, fields: dict[str, Any]) -> None:
-    """What no model has would be allocated, or built for hours, before anything could say so."""
+    """Refuse sizes that no model has, before they are allocated, or built for hours."""
     for name, value in fields.items():
         if type(value) is int and value > _MOST.get(name, value):
             raise TeacherError(f"{model}: {CONFIG_FILE} says {name} {shown(value, 40)}; expected at most {_MOST[name]:,}")
@@ -90,13 +90,13 @@ def _refuse_impossible_sizes(model: str, fields: dict[str, Any]) -> None:
 
 
 def short_name(model: str) -> str:
-    """The folder's name of a local model, the hub id of another."""
+    """The folder's name of a local model, else the hub id."""
     path = Path(model)
     return path.resolve().name if path.is_dir() else model
 
 
 def config_fields(model: str, revision: str | None = None) -> dict[str, Any]:
-    """The config.json of a local folder, or of a hub id that has been downloaded; empty where there is none to be read."""
+    """The config.json of a local folder, or of a downloaded hub id; empty if it cannot be read."""
     folder = Path(model) if Path(model).is_dir() else snapshot_folder(model, revision)
     try:
         fields = json.loads((folder / CONFIG_FILE).read_text("utf-8")) if folder is not None else {}
@@ -106,15 +106,15 @@ def config_fields(model: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def resolved_revision(model: str, revision: str | None, loaded: str | None = None) -> str | None:
-    """Which commit of a hub id is meant; None for a local folder.
+    """The commit that a hub id stands for; None for a local folder.
 
     Args:
         model: hub id or folder.
         revision: what the user asked for: branch, tag, commit, or None for the default branch.
-        loaded: the commit that the library which loaded the model names, where it does.
+        loaded: the commit that the library which loaded the model names, if it does.
 
     Returns:
-        The commit where it can be told, else what was asked for.
+        The commit if it is known, else what was asked for.
     """
     if Path(model).is_dir():
         return None
@@ -122,14 +122,14 @@ def resolved_revision(model: str, revision: str | None, loaded: str | None = Non
 
 
 def weights_digest(model: str, adapter: str | None = None) -> str | None:
-    """SHA-256 over the names and SHA-256 of a local folder's files that decide what the model computes; None for a hub id.
+    """SHA-256 over the files of a local folder that decide what the model computes, by name and digest; None for a hub id.
 
-    These are: weights of all formats, shards and adapters, the files that say what they mean, and code of the model's own. Of
-    an adapter also the model that it is based upon. Reads every byte of the weights: seconds per ten gigabytes.
+    These are weights of all formats, shards and adapters, the files that say what they mean, and the model's own code; for an
+    adapter also the model that it is based on. Reads every byte of the weights: seconds per ten gigabytes.
 
     Args:
         model: folder or hub id.
-        adapter: folder of an adapter that is put on the model; its files count too, also beside a hub id.
+        adapter: folder of an adapter that is put on the model; its files count too, also with a hub id.
     """
     if adapter is not None:
         return hashlib.sha256(f"kdcache.adapted.v1\0{weights_digest(model)}\0{folder_digest(adapter)}".encode()).hexdigest()
@@ -144,7 +144,7 @@ def weights_digest(model: str, adapter: str | None = None) -> str | None:
 
 
 def folder_digest(folder: str | Path) -> str:
-    """SHA-256 over the names and SHA-256 of those of a folder's files that decide what a model or an adapter computes."""
+    """SHA-256 over the files of a folder that decide what a model or an adapter computes, by name and digest."""
     hasher = hashlib.sha256(b"kdcache.weights.v2\0")
     for path in sorted(filter(_is_part_of_model, Path(folder).iterdir()), key=lambda path: path.name):
         with path.open("rb") as file:
@@ -159,7 +159,7 @@ def _is_part_of_model(path: Path) -> bool:
 
 
 def _adapted_model(folder: Path) -> str | None:
-    """Hub id or folder of the model that an adapter in the folder belongs to; None where there is no adapter."""
+    """The hub id or folder of the model that an adapter in the folder belongs to; None without an adapter."""
     try:
         named = json.loads((folder / ADAPTER_FILE).read_text("utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -177,7 +177,7 @@ def cache_root() -> Path:
 
 
 def cached_commit(model: str, revision: str | None = None) -> str | None:
-    """The commit that a revision of a hub id stands for in the cache; None where the cache does not have it.
+    """The commit that a revision of a hub id stands for in the hub client's cache; None if it is not there.
 
     Args:
         model: hub id.
@@ -192,7 +192,7 @@ def cached_commit(model: str, revision: str | None = None) -> str | None:
 
 
 def snapshot_folder(model: str, revision: str | None = None) -> Path | None:
-    """The folder with a hub id's files at a revision; None where the cache does not have it."""
+    """The folder with a hub id's files at a revision; None if the hub client's cache does not have it."""
     commit = cached_commit(model, revision)
     folder = cache_root() / f"models--{model.replace('/', '--')}" / "snapshots" / (commit or "")
     return folder if commit is not None and folder.is_dir() else None

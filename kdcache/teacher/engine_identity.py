@@ -1,8 +1,8 @@
-"""What of an engine's settings belongs to a teacher's identity: what can move its numbers. Pure functions; no engine.
+"""Which of an engine's settings belong to a teacher's identity: those that can move its numbers. Pure functions; no engine.
 
-Three kinds of settings: those that change what the model is or how its arithmetic is done are read off the engine as it runs,
-whoever set them; those known to say only how much, how fast or how loud are left out; what else the user sets is kept as it is,
-for an option that is not known here may be of the first kind.
+There are three kinds of settings. Those that change the model or its arithmetic are read from the running engine, whoever set
+them. Those known to affect only amounts, speed or logging are left out. Everything else that the user sets is kept as it is,
+since an unknown option may be of the first kind.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ VLLM_OTHER_OPTIONS = frozenset(
     show_hidden_metrics_for_version profiler_config enable_sleep_mode seed generation_config override_generation_config
     """.split()  # noqa: SIM905
 )
-"""Options of `vllm.LLM` that move no number of a prompt: room, scheduling, loading, logging, sampling. Another size of batch
-rounds otherwise, as it does within one run."""
+"""Options of `vllm.LLM` that move no number of a prompt: memory, scheduling, loading, logging,
+sampling. Another batch size rounds differently, as it does within one run."""
 
 VLLM_READ_OPTIONS = frozenset(
     """
@@ -33,7 +33,7 @@ VLLM_READ_OPTIONS = frozenset(
     enable_expert_parallel speculative_config enable_lora hf_overrides
     """.split()  # noqa: SIM905
 )
-"""Options whose outcome is read off the engine."""
+"""Options whose outcome is read from the engine."""
 
 TRANSFORMERS_OTHER_OPTIONS = frozenset(
     """
@@ -41,18 +41,18 @@ TRANSFORMERS_OTHER_OPTIONS = frozenset(
     force_download local_files_only token proxies trust_remote_code use_safetensors weights_only
     """.split()  # noqa: SIM905
 )
-"""Options of `from_pretrained` that move no number, and the one whose outcome is read off the model."""
+"""Options of `from_pretrained` that move no number, and the one whose outcome is read from the model."""
 
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
-"""Kinds of rotary embedding for which vLLM's choice of factors depends on the longest sequence that it is started for."""
+"""Kinds of rotary embedding whose factors vLLM chooses by the longest sequence that it is started for."""
 
 
 def vllm_options(vllm_config: Any, options: Mapping[str, Any], *, device: str) -> dict[str, Any]:
-    """What moves the numbers of an engine that runs.
+    """The settings that move the numbers of a running engine.
 
     Args:
-        vllm_config: the engine's `VllmConfig`; what an older or newer vLLM does not have in it is left out.
-        options: that the user gave, `teacher.engine_options`.
+        vllm_config: the engine's `VllmConfig`; what another release does not have in it is left out.
+        options: the user's `teacher.engine_options`.
         device: `cpu` or `cuda`.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -79,7 +79,7 @@ def vllm_options(vllm_config: Any, options: Mapping[str, Any], *, device: str) -
 
 
 def transformers_options(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What moves the numbers of a model of `transformers` that is loaded; arguments as for `vllm_options`."""
+    """The settings that move the numbers of a loaded model of `transformers`; arguments as for `vllm_options`."""
     head = model.get_output_embeddings()
     found = {
         "attn_implementation": str(model.config._attn_implementation),
@@ -91,7 +91,7 @@ def transformers_options(model: Any, options: Mapping[str, Any]) -> dict[str, An
 
 
 def rope_of(text_config: Any) -> dict[str, Any] | None:
-    """The rotary embedding's parameters, under the names of new and old versions of transformers; None where it has none."""
+    """The parameters of the rotary embedding, as new and old transformers name them; None if it has none."""
     found = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None)
     theta = getattr(text_config, "rope_theta", None)
     fields = {str(name): _jsonable(value) for name, value in dict(found or {}).items()}
@@ -99,7 +99,7 @@ def rope_of(text_config: Any) -> dict[str, Any] | None:
 
 
 def _rope_kinds(rope: Mapping[str, Any] | None) -> list[Any]:
-    """Of all layers: some models have parameters per kind of layer."""
+    """The kinds in all layers: some models have parameters per kind of layer."""
     groups = [rope or {}, *(value for value in (rope or {}).values() if isinstance(value, Mapping))]
     return [group.get("rope_type", group.get("type")) for group in groups]
 
@@ -123,7 +123,7 @@ def _at(value: Any, path: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Of a dtype, an enum's member or text, its name."""
+    """The name of a dtype, an enum's member or a text."""
     if value is None:
         return None
     return str(getattr(value, "name", value)).removeprefix("torch.")

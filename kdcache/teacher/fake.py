@@ -1,10 +1,8 @@
 """A teacher and a tokenizer that need no model: arithmetic on hashes, NumPy alone.
 
 The distribution at position t is a function of (seed, tokens 0..t): a Zipf law over ranks, p(r) = (r+1)^-s / Z, whose exponent
-s and assignment of ids to ranks, id = (a*r + b) mod V, are drawn from a hash of the prefix. Every number has a closed form,
-so logprobs, tail mass and targets agree exactly, at any vocabulary, and `top_k` needs no [tokens, vocab] array.
-
-Shape letters: N tokens, P supervised positions, K entries per position, V vocabulary.
+s and assignment of ids to ranks, id = (a*r + b) mod V, are drawn from a hash of the prefix. Every index has a closed form,
+so logprobs, tail mass and targets agree exactly for any vocabulary, and `top_k` needs no [tokens, vocab] array.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from kdcache.teacher.select.uniforms import GOLDEN, mix64, position_states
 from kdcache.teacher.tokenizer import ROLE_CODES, ChatTokens, Tokenizer, check_chat
 
 FAKE_VERSION = "1"
-"""Part of the identity: raise it when the distributions or the chat rendering change."""
+"""Part of the identity: raise it when the distributions or the rendering of chats change."""
 
 EXPONENTS = np.linspace(1.05, 2.5, 16)
 NUM_MULTIPLIERS = 64
@@ -41,7 +39,7 @@ NUM_MULTIPLIERS = 64
 FAKE_HIDDEN = HiddenShape(num_layers=4, size=16)
 
 DENSE_ELEMENTS = 2**20
-"""Logprobs of whole rows that exist at once, where the selection is not the plain `top_k`, which needs none."""
+"""How many logprobs of whole distributions exist at once; the plain `top_k` needs none."""
 
 
 class FakeBackend(Backend):
@@ -59,7 +57,7 @@ class FakeBackend(Backend):
 
 
 class FakeTeacher:
-    """Deterministic distributions from hashes of the prefix; see the module's docstring."""
+    """A teacher with deterministic distributions from hashes of the prefix; see the module's docstring."""
 
     def __init__(self, config: TeacherConfig) -> None:
         self._seed = config.fake.seed
@@ -76,7 +74,7 @@ class FakeTeacher:
         )
         vocab_size = config.fake.vocab_size
         ranks_V = np.arange(1, vocab_size + 1, dtype=np.float64)
-        self._log_z_S = np.array([math.log(math.fsum(ranks_V**-s)) for s in EXPONENTS])
+        self._log_z = np.array([math.log(math.fsum(ranks_V**-s)) for s in EXPONENTS])
         self._multipliers = _units_modulo(vocab_size, NUM_MULTIPLIERS)
         self._inverses = np.array([pow(int(a), -1, vocab_size) for a in self._multipliers], np.int64)
 
@@ -105,18 +103,18 @@ class FakeTeacher:
         return (replace(distributions, features=self._features(sequence, features)) for sequence, distributions in answers)
 
     def hidden_states(self, sequence: TokenSequence, layer: int) -> NDArray[np.float32]:
-        """(N, H) in [-8, 8): what the layer gives at every position, from hashes of the prefix and the layer."""
+        """(N, H) in [-8, 8): the layer's vector at every position, from hashes of the prefix and the layer."""
         hashes_N = prefix_hashes(sequence.input_ids_N, self._seed)
-        numbers_H = np.arange(FAKE_HIDDEN.size, dtype=np.uint64) + np.uint64((layer + 1) * FAKE_HIDDEN.size)
+        indices_H = np.arange(FAKE_HIDDEN.size, dtype=np.uint64) + np.uint64((layer + 1) * FAKE_HIDDEN.size)
         # The upper 24 bits: as many as a float32 holds exactly.
-        bits_NH = mix64(hashes_N[:, None] + mix64(numbers_H)) >> np.uint64(40)
+        bits_NH = mix64(hashes_N[:, None] + mix64(indices_H)) >> np.uint64(40)
         return (bits_NH.astype(np.float32) * np.float32(2.0**-20)) - np.float32(8)
 
     def _features(self, sequence: TokenSequence, features: Sequence[FeatureInfo]) -> dict[str, NDArray[np.float32]]:
         return features_from(features, lambda layer: self.hidden_states(sequence, layer)[sequence.supervised_N])
 
     def dense_logprobs(self, sequence: TokenSequence) -> NDArray[np.float64]:
-        """(N, V) the whole distribution at every position: the definition that `score` is compared with."""
+        """(N, V): the whole distribution at every position, the definition that `score` is compared with."""
         hashes_N = prefix_hashes(sequence.input_ids_N, self._seed)
         ids_V = np.broadcast_to(np.arange(self._identity.vocab_size), (len(hashes_N), self._identity.vocab_size))
         return self._logprobs_of_ids(hashes_N, ids_V)
@@ -156,52 +154,52 @@ class FakeTeacher:
         ranks_K = np.arange(selection.params["k"])
         ids_PK = (multipliers_P[:, None] * ranks_K + shifts_P[:, None]) % self._identity.vocab_size
         logprobs_PK = self._logprobs_of_ranks(exponents_P[:, None], ranks_K[None, :])
-        targets_P = sequence.target_ids_P.astype(np.int64)
-        targets_P = np.maximum(targets_P, 0)
-        return answer(sequence, ids_PK, logprobs_PK, self._logprobs_of_ids(hashes_P, targets_P[:, None])[:, 0])
+        target_ids_P = sequence.target_ids_P.astype(np.int64)
+        target_ids_P = np.maximum(target_ids_P, 0)
+        return answer(sequence, ids_PK, logprobs_PK, self._logprobs_of_ids(hashes_P, target_ids_P[:, None])[:, 0])
 
     def _select(self, sequence: TokenSequence, selection: SelectionInfo, hashes_P: NDArray[np.uint64]) -> Distributions:
-        """By the definition, over whole rows, a few positions at a time."""
+        """Select by the definition, from whole distributions, a few positions at a time."""
         states_P = position_states(selection.params.get("seed", 0), sequence.key, sequence.positions_P)
-        targets_P, ids_V = sequence.target_ids_P, np.arange(self._identity.vocab_size)
+        target_ids_P, ids_V = sequence.target_ids_P, np.arange(self._identity.vocab_size)
         size = max(1, DENSE_ELEMENTS // len(ids_V))
         parts = []
         for start in range(0, len(hashes_P), size):
             here = slice(start, start + size)
             dense_PV = self._logprobs_of_ids(hashes_P[here], np.broadcast_to(ids_V, (len(hashes_P[here]), len(ids_V))))
-            parts.append(select_reference(dense_PV, targets_P[here], selection, states_P[here]))
+            parts.append(select_reference(dense_PV, target_ids_P[here], selection, states_P[here]))
         return concatenate(parts)
 
     def _draw(self, hashes_P: NDArray[np.uint64]) -> tuple[NDArray[np.int64], ...]:
-        """(P,) each: the exponent's number, a, b, and a's inverse modulo V. Each takes other bits of the hash."""
+        """(P,) each: the exponent's index, a, b, and a's inverse modulo V. Each takes other bits of the hash."""
         choices_P = ((hashes_P >> np.uint64(4)) % np.uint64(len(self._multipliers))).astype(np.int64)
         exponents_P = (hashes_P % np.uint64(len(EXPONENTS))).astype(np.int64)
         shifts_P = ((hashes_P >> np.uint64(16)) % np.uint64(self._identity.vocab_size)).astype(np.int64)
         return exponents_P, self._multipliers[choices_P], shifts_P, self._inverses[choices_P]
 
     def _logprobs_of_ids(self, hashes_P: NDArray[np.uint64], ids: NDArray[np.integer]) -> NDArray[np.float64]:
-        """Logprobs of (P, any) ids."""
+        """The logprobs of (P, any) ids."""
         exponents_P, _, shifts_P, inverses_P = self._draw(hashes_P)
         ranks = (inverses_P[:, None] * ((ids - shifts_P[:, None]) % self._identity.vocab_size)) % self._identity.vocab_size
         return self._logprobs_of_ranks(exponents_P[:, None], ranks)
 
     def _logprobs_of_ranks(self, exponents: NDArray[np.int64], ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-        return -EXPONENTS[exponents] * np.log1p(ranks) - self._log_z_S[exponents]
+        return -EXPONENTS[exponents] * np.log1p(ranks) - self._log_z[exponents]
 
 
 def prefix_hashes(input_ids_N: NDArray[np.int32], seed: int) -> NDArray[np.uint64]:
     """(N,) uint64: a hash of (seed, tokens 0..t) for each t.
 
-    A sum over the prefix of mixed (token, place) pairs, so that it is one cumulative sum and not a loop; then mixed again.
+    It is a sum over the prefix of mixed (token, position) pairs, mixed again: one cumulative sum instead of a loop.
     """
-    places_N = np.arange(1, len(input_ids_N) + 1, dtype=np.uint64)
-    pairs_N = mix64(input_ids_N.astype(np.uint64) * np.uint64(GOLDEN) + mix64(places_N))
+    lengths_N = np.arange(1, len(input_ids_N) + 1, dtype=np.uint64)
+    pairs_N = mix64(input_ids_N.astype(np.uint64) * np.uint64(GOLDEN) + mix64(lengths_N))
     with np.errstate(over="ignore"):
         return mix64(np.cumsum(pairs_N, dtype=np.uint64) + mix64(np.array([seed & (2**64 - 1)], np.uint64)))
 
 
 def _units_modulo(vocab_size: int, count: int) -> NDArray[np.int64]:
-    """Up to `count` numbers spread over [1, vocab_size] that have an inverse modulo vocab_size."""
+    """Up to `count` integers spread over [1, vocab_size] that have an inverse modulo vocab_size."""
     step = max(1, vocab_size // count)
     units: list[int] = []
     for start in range(1, vocab_size + 1, step):
@@ -219,7 +217,7 @@ SPECIAL_TEXTS = ("<bos>", "<end>", "<system>", "<user>", "<assistant>", "<tool>"
 
 
 class FakeTokenizer:
-    """UTF-8 bytes and six special tokens; its chat rendering is fixed. See SPECIAL_TEXTS."""
+    """A tokenizer of UTF-8 bytes and six special tokens, with a fixed rendering of chats; see SPECIAL_TEXTS."""
 
     def __init__(self, chat_template: str | None = None) -> None:
         if chat_template is not None:
@@ -237,7 +235,7 @@ class FakeTokenizer:
         return self._identity
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """See `Tokenizer`: BOS is the one special token added; a lone surrogate becomes "?"."""
+        """See `Tokenizer`: BOS is the only special token that is added; a lone surrogate becomes "?"."""
         return [BOS_ID] * add_special_tokens + list(text.encode("utf-8", errors="replace"))
 
     @property
@@ -251,16 +249,16 @@ class FakeTokenizer:
         return False
 
     def set_clock(self, moment: datetime) -> None:
-        """See `Tokenizer`: it has no use for it."""
+        """See `Tokenizer`: it ignores it."""
 
     def encode_chat(self, chat: Chat | Sequence[Message]) -> ChatTokens:
-        """See `Tokenizer`: of a message only its content is written."""
+        """See `Tokenizer`: it writes nothing of a message but its content."""
         chat = check_chat(chat)
         ids, roles, starts, mask, excluded = [BOS_ID], [0], [], [False], [False]
-        for number, message in enumerate(chat.messages):
+        for index, message in enumerate(chat.messages):
             role = ROLE_CODES[message["role"]]
             content = self.encode(message.get("content", ""), False)
-            is_assistant, is_left_out = message["role"] == "assistant", not is_learnt(message, f"message {number}")
+            is_assistant, is_left_out = message["role"] == "assistant", not is_learnt(message, f"message {index}")
             starts.append(len(ids))
             ids += [END_ID + role, *content, END_ID]
             roles += [0, *[role] * len(content), role if is_assistant else 0]
@@ -289,11 +287,16 @@ class FakeTokenizer:
         """See `Tokenizer`."""
         return (END_ID,)
 
+    @property
+    def underlying(self) -> None:
+        """See `Tokenizer`."""
+        return None
+
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`.
 
         Raises:
-            TeacherError: an id that is not of this tokenizer.
+            TeacherError: an id that this tokenizer does not have.
         """
         data = bytearray()
         for token_id in ids:

@@ -1,9 +1,7 @@
-"""Hidden states as features: which layers a model has, and what becomes of a layer's rows. NumPy alone.
+"""Hidden states as features: which layers a model has, and what is kept of a layer's vectors. NumPy alone.
 
-Layer 0 is what the embeddings give to the first layer, layer i what layer i gives, counted from 1, and the last one is what the
-output projection takes, which is behind the final norm: the convention of `output_hidden_states` in transformers.
-
-Shape letters: N positions that were supervised, H hidden, R rows of a feature (N, or 1 where it is pooled).
+The convention is that of `output_hidden_states` in transformers. Layer 0 is the output of the embeddings, layer i that of layer
+i, counted from 1. The last one is what the output projection takes, which is after the final norm.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from kdcache.format.record import Distributions
 from kdcache.teacher.checkpoint import config_fields
 
 LAST = -1
-"""In a config: the last layer, however many there are."""
+"""In a config: the last layer, whatever its index."""
 
 _SIZE_FIELDS = ("hidden_size", "n_embd", "d_model")
 _LAYERS_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -30,7 +28,7 @@ _LAYERS_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 @dataclass(frozen=True)
 class HiddenShape:
-    """The hidden states that a model has: layers 0 to num_layers, `size` numbers each."""
+    """The hidden states of a model: layers 0 to num_layers, vectors of `size` numbers."""
 
     num_layers: int
     size: int
@@ -38,16 +36,16 @@ class HiddenShape:
 
 @runtime_checkable
 class FeatureTeacher(Protocol):
-    """A teacher that can say what hidden states it has; `score` then takes features, or refuses them in words."""
+    """A teacher that can say which hidden states it has; its `score` takes features, or refuses them with a reason."""
 
     @property
     def hidden_shape(self) -> HiddenShape:
-        """Of the loaded model."""
+        """The hidden states of the loaded model."""
         ...
 
 
 def resolve_features(asked: Sequence[FeatureConfig], shape: HiddenShape) -> tuple[FeatureInfo, ...]:
-    """What a cache will say of the features that a config asks for.
+    """The features that a config asks for, as a cache will describe them.
 
     Raises:
         ConfigError: a layer that the model does not have.
@@ -55,8 +53,8 @@ def resolve_features(asked: Sequence[FeatureConfig], shape: HiddenShape) -> tupl
     for feature in asked:
         if feature.layer > shape.num_layers:
             raise ConfigError(
-                f"features: {feature.full_name!r} is of layer {feature.layer}, but the teacher has layers 0 (what the "
-                f"embeddings give) to {shape.num_layers}; -1 is the last one"
+                f"features: {feature.full_name!r} is of layer {feature.layer}, but the teacher has layers 0 (the embeddings) "
+                f"to {shape.num_layers}; -1 is the last one"
             )
     return tuple(
         FeatureInfo(
@@ -71,13 +69,13 @@ def resolve_features(asked: Sequence[FeatureConfig], shape: HiddenShape) -> tupl
 
 
 def stated_shape(config: TeacherConfig) -> HiddenShape | None:
-    """What the model's config.json says of its hidden states; None where there is none to be read before it is loaded."""
+    """What the model's config.json says of its hidden states; None if it cannot be read before the model is loaded."""
     fields = config_fields(config.model, config.revision)
     text: Any = fields.get("text_config")
     overrides: Any = config.engine_options.get("hf_overrides")
     fields = {**fields, **(text if isinstance(text, Mapping) else {}), **config.engine_options}
     fields |= overrides if isinstance(overrides, Mapping) else {}
-    size, num_layers = (_first_number(fields, names) for names in (_SIZE_FIELDS, _LAYERS_FIELDS))
+    size, num_layers = (_first_integer(fields, names) for names in (_SIZE_FIELDS, _LAYERS_FIELDS))
     return None if size is None or num_layers is None else HiddenShape(num_layers, size)
 
 
@@ -92,51 +90,53 @@ def check_askable(features: Sequence[FeatureInfo], shape: HiddenShape) -> None:
 
 
 def no_features(who: str) -> ConfigError:
-    """What to say to one who asks a teacher for features that has none to give."""
+    """The error for a teacher that is asked for features and has none."""
     return ConfigError(f"features: {who} gives no hidden states; use teacher.backend transformers, or vllm on its worker route")
 
 
 def layers_of(features: Sequence[FeatureInfo]) -> list[int]:
-    """The layers that are needed, each once, ascending."""
+    """The layers that the features need, each once, ascending."""
     return sorted({feature.layer for feature in features})
 
 
 def bytes_per_position(features: Sequence[FeatureInfo]) -> int:
-    """Of the features that have a row at each position, as the records hold them: float32."""
+    """Bytes of the features with a vector per position, as records hold them: float32."""
     return sum(4 * feature.size for feature in features if feature.pooling == "none")
 
 
-def pooled(rows_NH: NDArray[np.float32], pooling: str) -> NDArray[np.float32]:
-    """(R, H) of a sequence's rows: all of them, their mean (added up in float64), or the last; zeros where there are none."""
+def pooled(vectors_PH: NDArray[np.float32], pooling: str) -> NDArray[np.float32]:
+    """Pool a sequence's vectors: all of them, their mean (summed in float64), or the last one; zeros if there are none."""
     if pooling == "none":
-        return rows_NH
-    if len(rows_NH) == 0:
-        return np.zeros((1, rows_NH.shape[1]), np.float32)
+        return vectors_PH
+    if len(vectors_PH) == 0:
+        return np.zeros((1, vectors_PH.shape[1]), np.float32)
     if pooling == "last":
-        return rows_NH[-1:].copy()
-    return rows_NH.mean(axis=0, dtype=np.float64, keepdims=True).astype(np.float32)
+        return vectors_PH[-1:].copy()
+    return vectors_PH.mean(axis=0, dtype=np.float64, keepdims=True).astype(np.float32)
 
 
 def features_from(
-    features: Sequence[FeatureInfo], rows_of_layer: Callable[[int], NDArray[np.float32]]
+    features: Sequence[FeatureInfo], vectors_of_layer: Callable[[int], NDArray[np.float32]]
 ) -> dict[str, NDArray[np.float32]]:
-    """A sequence's features, as `Distributions.features` holds them, of its layers' rows (N, H) float32."""
-    return {feature.name: pooled(rows_of_layer(feature.layer), feature.pooling) for feature in features}
+    """A sequence's features, as `Distributions.features` holds them, from its layers' vectors (P, H) float32."""
+    return {feature.name: pooled(vectors_of_layer(feature.layer), feature.pooling) for feature in features}
 
 
-def no_rows(features: Sequence[FeatureInfo]) -> dict[str, NDArray[np.float32]]:
+def no_vectors(features: Sequence[FeatureInfo]) -> dict[str, NDArray[np.float32]]:
     """The features of a sequence in which nothing is supervised."""
     return {feature.name: np.zeros((feature.num_rows(0), feature.size), np.float32) for feature in features}
 
 
-def with_no_rows(distributions: Distributions, features: Sequence[FeatureInfo]) -> Distributions:
-    """The answer to a sequence in which nothing is supervised, with its features."""
-    return replace(distributions, features=no_rows(features)) if features else distributions
+def with_no_vectors(distributions: Distributions, features: Sequence[FeatureInfo]) -> Distributions:
+    """Add the features to the answer for a sequence in which nothing is supervised."""
+    return replace(distributions, features=no_vectors(features)) if features else distributions
 
 
 def find_decoder(model: Any, num_layers: int) -> tuple[Any, Any] | None:
-    """The module that holds a model's decoder layers, and the list of them: the list of that length nearest to the root (there
-    are others inside the layers, of experts). None where there is none, or several."""
+    """The module that holds a model's decoder layers, and the list of them; None if there is none, or several.
+
+    It is the list of that length nearest to the root: there may be others inside the layers, of experts.
+    """
     candidates = [
         (name.count("."), name, module)
         for name, module in model.named_modules()
@@ -150,5 +150,5 @@ def find_decoder(model: Any, num_layers: int) -> tuple[Any, Any] | None:
     return model.get_submodule(name.rpartition(".")[0]), layers
 
 
-def _first_number(fields: Mapping[str, Any], names: Sequence[str]) -> int | None:
+def _first_integer(fields: Mapping[str, Any], names: Sequence[str]) -> int | None:
     return next((fields[name] for name in names if isinstance(fields.get(name), int)), None)

@@ -1,17 +1,15 @@
 """Answers that a teacher writes itself: what it is asked, what it gives, where an answer ends. Arrays and text; no model.
 
-Contract of `generate` (tests/contracts/generation.py runs it for every backend that has it):
+The contract of `generate`, which tests/contracts/generation.py runs for every backend that has it:
 
 - One `Generated` per prompt, in the order given; at least one token each, at most `max_tokens`.
-- An answer's tokens are as they were drawn, the one that ended it included: an end token, or the token that completed a stop
-  string. `finish` is `stop` then, and `length` where the answer has `max_tokens` without either.
+- An answer's tokens are as they were drawn, with the one that ended it: an end token, or the token
+  that completed a stop string. `finish` is `stop` then, and `length` if the answer has `max_tokens`
+  without either.
 - Each draw comes from the prompt's own seed, so that an answer does not depend on what else is asked, up to the engine's
-  numerics: in half precision a batch of another shape may round a near tie to the other side, and the answer goes on from
-  there.
+  numerics: in half precision a batch of another shape may round a near tie the other way, and the answer continues from there.
 - At temperature 0 each token is the most probable one.
 - What can be refused is refused before anything is computed, by `generate` itself and not by the first `next`.
-
-Shape letters: N tokens of a prompt, A tokens of an answer, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,16 +31,16 @@ from kdcache.teacher.base import Teacher, check_sequences
 from kdcache.teacher.tokenizer import Tokenizer
 
 Observe = Callable[[int], None]
-"""Told, now and then while a teacher is at work, how many tokens have come since the last time."""
+"""Called now and then while a teacher works, with the number of tokens since the last call."""
 
 EXTRA_TOKENS = 8
-"""Decoded before those that could hold the end of a stop string: a tokenizer may swallow the first one's space, or need several
-tokens for one character."""
+"""How many tokens are decoded before those that could end a stop string: a tokenizer may drop the first one's space, or need
+several tokens for one character."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """What is asked: a sequence in which nothing is supervised, and the seed of its answer, in [0, 2^63)."""
+    """A sequence in which nothing is supervised, to be answered, and the seed of its answer, in [0, 2^63)."""
 
     sequence: TokenSequence
     seed: int
@@ -55,15 +53,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generated:
-    """An answer: (A,) int32 token ids, A >= 1, and `stop` or `length`."""
+    """An answer: (N,) int32 token ids, at least one, and `stop` or `length`."""
 
-    token_ids_A: NDArray[np.int32]
+    token_ids_N: NDArray[np.int32]
     finish: str
 
 
 @runtime_checkable
 class GeneratingTeacher(Teacher, Protocol):
-    """A teacher that can write."""
+    """A teacher that can write answers."""
 
     def generate(
         self, prompts: Sequence[Prompt], config: GenerateConfig, tokenizer: Tokenizer, observe: Observe = ...
@@ -72,9 +70,9 @@ class GeneratingTeacher(Teacher, Protocol):
 
         Args:
             prompts: each at least max_tokens shorter than identity.context_length; the backend forms its own batches.
-            config: sampling and ends; `n` has been seen to, each answer has a prompt of its own.
-            tokenizer: the one that the prompts came from: its end tokens, and the text of answers for stop strings.
-            observe: see Observe. The answers themselves may come all at the end.
+            config: sampling and ends. `n` is not read: each answer has a prompt of its own.
+            tokenizer: the one that the prompts came from, for its end tokens, and for text in which to find stop strings.
+            observe: see Observe. The answers themselves may all come at the end.
 
         Raises:
             ConfigError: an id in stop_token_ids that the teacher does not have.
@@ -84,10 +82,12 @@ class GeneratingTeacher(Teacher, Protocol):
         ...
 
 
-def answer_seed(seed: int, key: bytes, number: int) -> int:
-    """The seed of answer `number` to the prompt with this key, in [0, 2^63): equal prompts have equal answers, wherever they
-    stand in the input."""
-    text = b"kdcache.generate.v1\0" + seed.to_bytes(16, "little") + key + number.to_bytes(8, "little")
+def answer_seed(seed: int, key: bytes, index: int) -> int:
+    """The seed of one of the answers to the prompt with this key, in [0, 2^63).
+
+    Equal prompts have equal answers, wherever they stand in the input.
+    """
+    text = b"kdcache.generate.v1\0" + seed.to_bytes(16, "little") + key + index.to_bytes(8, "little")
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 
@@ -111,7 +111,7 @@ def check_prompts(prompts: Sequence[Prompt], config: GenerateConfig, identity: T
 
 
 def end_tokens(config: GenerateConfig, *ends: int | Sequence[int] | None) -> frozenset[int]:
-    """Ids that end an answer: those that were asked for and, unless they are to be ignored, the ends (an id, several, None)."""
+    """The ids that end an answer: stop_token_ids, and `ends` (an id, several or None) unless the config ignores them."""
     own: set[int] = set()
     for end in ends if not config.ignore_eos else ():
         own |= {end} if isinstance(end, int) else set(end or ())
@@ -119,26 +119,26 @@ def end_tokens(config: GenerateConfig, *ends: int | Sequence[int] | None) -> fro
 
 
 class Ending:
-    """Says where answers end; one for all answers of a call."""
+    """Finds where answers end; one serves all answers of a call."""
 
     def __init__(self, config: GenerateConfig, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
         self.config, self.end_ids = config, end_ids
         self._tokenizer = tokenizer
         self._vocab_size = tokenizer.identity.vocab_size
-        # A token that shows has a character at least, so that a stop string has no more tokens than characters.
+        # A visible token has at least one character, so a stop string has no more tokens than characters.
         self._num_tail = max(map(len, config.stop), default=0) + EXTRA_TOKENS
 
     def finish(self, token_ids: Sequence[int]) -> str:
-        """How an answer has ended with its last token: `stop`, `length`, or "" where it has not."""
+        """How an answer has ended with its last token: `stop`, `length`, or "" if it has not."""
         if token_ids[-1] in self.end_ids or self._completes_stop(token_ids):
             return "stop"
         return "length" if len(token_ids) >= self.config.max_tokens else ""
 
     def cut(self, token_ids: Sequence[int]) -> Generated:
-        """An answer that an engine may have gone on with after its end, up to its end: the first place that `finish` names.
+        """Cut an answer that an engine may have continued past its end: up to the first token at which `finish` names an end.
 
-        Found with one look at the text of an answer without a stop string, and a dozen at one with: `finish` token by token
-        would take longer than a fast engine.
+        An answer without a stop string is decoded once, one with a stop string about a dozen times. Asking `finish` at each
+        token would take longer than a fast engine.
         """
         token_ids = token_ids[: self.config.max_tokens]
         end = next((length for length, token_id in enumerate(token_ids, 1) if token_id in self.end_ids), None)
@@ -162,19 +162,19 @@ class Ending:
         return any(after.count(stop) > before.count(stop) for stop in self.config.stop)
 
     def _text(self, token_ids: Sequence[int]) -> str:
-        # A model may have ids beyond its tokenizer's; they mean no text.
+        # A model may have ids beyond its tokenizer's; they have no text.
         return self._tokenizer.decode([token_id for token_id in token_ids if token_id < self._vocab_size])
 
 
 def draw_from(logprobs_V: NDArray[np.float64], config: GenerateConfig, uniform: float) -> int:
-    """One token: the definition that backends draw by, up to the source of their random numbers.
+    """Draw one token: the definition for every backend, except for the source of random numbers.
 
-    Temperature first, then of what it gives the tokens that pass min_p, then top_k of these, then top_p of these, each on the
-    probabilities of what the one before has left; the order of vLLM's sampler. Ties at a border stay.
+    Temperature comes first, then min_p, then top_k, then top_p, each on the probabilities of what the one before has left; this
+    is the order of vLLM's sampler. Ties at a border stay.
 
     Args:
-        logprobs_V: (V,) nats, or logits.
-        config: sampling.
+        logprobs_V: nats, or logits.
+        config: how to sample.
         uniform: in [0, 1).
     """
     if config.temperature == 0:
@@ -185,7 +185,7 @@ def draw_from(logprobs_V: NDArray[np.float64], config: GenerateConfig, uniform: 
 
 
 def filtered_probabilities(logprobs_V: NDArray[np.float64], config: GenerateConfig) -> NDArray[np.float64]:
-    """(V,) what is drawn from at a temperature above 0; see `draw_from`."""
+    """The probabilities that are drawn from at a temperature above 0; see `draw_from`."""
     logits_V = np.asarray(logprobs_V, np.float64) / config.temperature
     probabilities_V = np.exp(logits_V - logits_V.max())
     probabilities_V[probabilities_V < config.min_p] = 0.0

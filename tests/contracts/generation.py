@@ -54,9 +54,9 @@ def whole(prompt: Prompt, token_ids: Sequence[int] | NDArray[np.integer]) -> Tok
     return make_sequence([*prompt.sequence.input_ids_N.tolist(), *map(int, token_ids)])
 
 
-def dense_of_answer(case: GenerationCase, prompt: Prompt, token_ids_A: NDArray[np.int32]) -> NDArray[np.float64]:
+def dense_of_answer(case: GenerationCase, prompt: Prompt, token_ids_N: NDArray[np.int32]) -> NDArray[np.float64]:
     """(A, V) the distributions that the answer's tokens were drawn from, before temperature and filters."""
-    return case.dense(whole(prompt, token_ids_A))[prompt.sequence.num_tokens - 1 : -1]
+    return case.dense(whole(prompt, token_ids_N))[prompt.sequence.num_tokens - 1 : -1]
 
 
 def answers_come_in_the_order_of_the_prompts(case: GenerationCase) -> None:
@@ -64,9 +64,9 @@ def answers_come_in_the_order_of_the_prompts(case: GenerationCase) -> None:
     answers = write(case, prompts, temperature=0.0)
     assert len(answers) == len(prompts)
     for prompt, answer in zip(prompts, answers, strict=True):
-        assert answer.token_ids_A.dtype == np.int32
-        dense_AV = dense_of_answer(case, prompt, answer.token_ids_A)
-        chosen_A = dense_AV[np.arange(len(dense_AV)), answer.token_ids_A]
+        assert answer.token_ids_N.dtype == np.int32
+        dense_AV = dense_of_answer(case, prompt, answer.token_ids_N)
+        chosen_A = dense_AV[np.arange(len(dense_AV)), answer.token_ids_N]
         # Greedy: no token is more probable than the one that was taken.
         assert (chosen_A >= dense_AV.max(axis=-1) - case.tie_nats).all()
 
@@ -74,30 +74,30 @@ def answers_come_in_the_order_of_the_prompts(case: GenerationCase) -> None:
 def an_answer_is_as_long_as_it_may_be_or_ends_with_an_end_token(case: GenerationCase) -> None:
     prompts = make_prompts(case, [5, 9], answers=12)
     for answer in write(case, prompts, max_tokens=40, stop_token_ids=tuple(range(0, case.vocab_size, 16))):
-        ends_A = (answer.token_ids_A % 16 == 0) & (answer.token_ids_A < case.vocab_size)
-        ends_A |= np.isin(answer.token_ids_A, case.tokenizer.end_ids)
-        assert 1 <= len(answer.token_ids_A) <= 40
+        ends_A = (answer.token_ids_N % 16 == 0) & (answer.token_ids_N < case.vocab_size)
+        ends_A |= np.isin(answer.token_ids_N, case.tokenizer.end_ids)
+        assert 1 <= len(answer.token_ids_N) <= 40
         assert not ends_A[:-1].any()
         assert answer.finish == ("stop" if ends_A[-1] else "length")
-        assert ends_A[-1] or len(answer.token_ids_A) == 40
+        assert ends_A[-1] or len(answer.token_ids_N) == 40
     answers = write(case, prompts, max_tokens=40, ignore_eos=True)
-    assert [(len(answer.token_ids_A), answer.finish) for answer in answers] == [(40, "length")] * len(prompts)
+    assert [(len(answer.token_ids_N), answer.finish) for answer in answers] == [(40, "length")] * len(prompts)
 
 
 def a_stop_string_ends_an_answer_at_the_token_that_completes_it(case: GenerationCase) -> None:
     prompts = make_prompts(case, [6], answers=6)
     free = write(case, prompts, max_tokens=30, ignore_eos=True)
     for prompt, answer in zip(prompts, free, strict=True):
-        text = case.tokenizer.decode([i for i in answer.token_ids_A.tolist() if i < case.tokenizer.identity.vocab_size])
+        text = case.tokenizer.decode([i for i in answer.token_ids_N.tolist() if i < case.tokenizer.identity.vocab_size])
         stop = next(
             text[i : i + 3] for i in range(8, len(text)) if "\ufffd" not in text[i : i + 3] and len(text[i : i + 3]) == 3
         )
         (stopped,) = write(case, [prompt], max_tokens=30, ignore_eos=True, stop=(stop, "never to be seen"))
-        length = len(stopped.token_ids_A)
+        length = len(stopped.token_ids_N)
         assert stopped.finish == "stop"
-        assert stopped.token_ids_A.tolist() == answer.token_ids_A[:length].tolist()
+        assert stopped.token_ids_N.tolist() == answer.token_ids_N[:length].tolist()
 
-        def texts(num_tokens: int, ids: NDArray[np.int32] = answer.token_ids_A) -> str:
+        def texts(num_tokens: int, ids: NDArray[np.int32] = answer.token_ids_N) -> str:
             known = [i for i in ids[:num_tokens].tolist() if i < case.tokenizer.identity.vocab_size]
             return case.tokenizer.decode(known)
 
@@ -107,11 +107,11 @@ def a_stop_string_ends_an_answer_at_the_token_that_completes_it(case: Generation
 
 def the_same_seed_gives_the_same_answer_and_another_another(case: GenerationCase) -> None:
     prompts = make_prompts(case, [4, 11], answers=5)
-    first = [answer.token_ids_A.tolist() for answer in write(case, prompts)]
-    assert [answer.token_ids_A.tolist() for answer in write(case, prompts)] == first
-    assert [answer.token_ids_A.tolist() for answer in write(case, prompts[::-1])] == first[::-1]
+    first = [answer.token_ids_N.tolist() for answer in write(case, prompts)]
+    assert [answer.token_ids_N.tolist() for answer in write(case, prompts)] == first
+    assert [answer.token_ids_N.tolist() for answer in write(case, prompts[::-1])] == first[::-1]
     (alone,) = write(case, prompts[7:8])
-    assert alone.token_ids_A.tolist() == first[7]
+    assert alone.token_ids_N.tolist() == first[7]
     for start in (0, 5):
         assert len({tuple(ids) for ids in first[start : start + 5]}) == 5
 
@@ -122,12 +122,12 @@ def tokens_are_drawn_among_those_that_the_filters_leave(case: GenerationCase) ->
         config = GenerateConfig(**filters)
         drawn, allowed = set(), set()
         for prompt, answer in zip(prompts, write(case, prompts, max_tokens=6, ignore_eos=True, **filters), strict=True):
-            dense_AV = dense_of_answer(case, prompt, answer.token_ids_A)
-            for token_id, dense_V in zip(answer.token_ids_A, dense_AV, strict=True):
+            dense_AV = dense_of_answer(case, prompt, answer.token_ids_N)
+            for token_id, dense_V in zip(answer.token_ids_N, dense_AV, strict=True):
                 kept_V = filtered_probabilities(dense_V, config) > 0
                 # A token at the filter's border may lie on its other side in the engine's numerics.
                 assert kept_V[token_id] or dense_V[token_id] >= dense_V[kept_V].min() - case.tie_nats
-            drawn.add(int(answer.token_ids_A[0]))
+            drawn.add(int(answer.token_ids_N[0]))
             allowed = set(np.flatnonzero(filtered_probabilities(dense_AV[0], config)).tolist())
         assert len(drawn) > 1 or len(allowed) == 1
 
@@ -137,9 +137,9 @@ def tokens_are_drawn_as_often_as_they_are_probable(case: GenerationCase) -> None
     prompts = make_prompts(case, [6], answers=num_draws)
     for temperature in (1.0, 0.5):
         answers = write(case, prompts, max_tokens=1, temperature=temperature)
-        dense_V = dense_of_answer(case, prompts[0], answers[0].token_ids_A)[0]
+        dense_V = dense_of_answer(case, prompts[0], answers[0].token_ids_N)[0]
         expected_V = filtered_probabilities(dense_V, GenerateConfig(temperature=temperature))
-        found_V = np.bincount([answer.token_ids_A[0] for answer in answers], minlength=len(dense_V)) / num_draws
+        found_V = np.bincount([answer.token_ids_N[0] for answer in answers], minlength=len(dense_V)) / num_draws
         likely_V = expected_V > 0.02
         error_V = np.abs(found_V - expected_V)[likely_V]
         # Five standard deviations of a binomial share; the draws are seeded, so this holds always or never.
@@ -149,22 +149,22 @@ def tokens_are_drawn_as_often_as_they_are_probable(case: GenerationCase) -> None
 def the_distribution_at_each_token_is_the_one_that_it_was_drawn_from(case: GenerationCase) -> None:
     (prompt,) = make_prompts(case, [10])
     (answer,) = write(case, [prompt], temperature=0.0, ignore_eos=True)
-    forced = whole(prompt, answer.token_ids_A)
+    forced = whole(prompt, answer.token_ids_N)
     supervised_N = np.zeros(forced.num_tokens, bool)
     supervised_N[prompt.sequence.num_tokens - 1 : -1] = True
     selection = SelectionInfo(kind="top_k", params={"k": 4})
     (scored,) = case.teacher.score([make_sequence(forced.input_ids_N, supervised_N)], selection)
     top_A = scored.token_ids_E.reshape(-1, 4)[:, 0]
     margins_A = -np.diff(scored.logprobs_E.reshape(-1, 4)[:, :2], axis=-1)[:, 0]
-    assert ((top_A == answer.token_ids_A) | (margins_A < case.tie_nats)).all()
-    assert (top_A == answer.token_ids_A).mean() > 0.9
+    assert ((top_A == answer.token_ids_N) | (margins_A < case.tie_nats)).all()
+    assert (top_A == answer.token_ids_N).mean() > 0.9
 
 
 def tokens_are_observed_as_they_come(case: GenerationCase) -> None:
     seen: list[int] = []
     prompts = make_prompts(case, [4, 5, 6])
     answers = list(case.teacher.generate(prompts, GenerateConfig(max_tokens=8), case.tokenizer, seen.append))
-    assert sum(seen) == sum(len(answer.token_ids_A) for answer in answers)
+    assert sum(seen) == sum(len(answer.token_ids_N) for answer in answers)
     assert len(seen) > 1
 
 
@@ -182,7 +182,7 @@ def what_cannot_be_answered_is_refused_at_once(case: GenerationCase) -> None:
     assert list(case.teacher.generate([], GenerateConfig(), case.tokenizer)) == []
     (fits,) = make_prompts(case, [limit - 12])
     (answer,) = write(case, [fits], ignore_eos=True)
-    assert len(answer.token_ids_A) == 12
+    assert len(answer.token_ids_N) == 12
 
 
 PROMISES = (

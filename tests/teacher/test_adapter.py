@@ -110,11 +110,11 @@ def test_backends_that_put_no_adapter_on_refuse_it(tiny_model_dir: Path, adapter
 def test_where_auto_leads_to_transformers_an_adapter_is_refused_too(
     tiny_model_dir: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import kdcache.teacher
+    import kdcache.teacher.auto
 
-    find_spec = kdcache.teacher.find_spec
-    monkeypatch.setattr(kdcache.teacher, "find_spec", lambda name: None if name == "vllm" else find_spec(name))
-    with pytest.raises(ConfigError, match=r"the transformers teacher puts none on; merge it"):
+    find_spec = kdcache.teacher.auto.find_spec
+    monkeypatch.setattr(kdcache.teacher.auto, "find_spec", lambda name: None if name == "vllm" else find_spec(name))
+    with pytest.raises(ConfigError, match=r"the transformers teacher cannot apply one; merge it"):
         load_teacher(TeacherConfig(model=str(tiny_model_dir), adapter=str(adapter)))
 
 

@@ -100,7 +100,7 @@ def test_a_header_that_others_have_too_is_not_the_assistants(folder):
 def test_thoughts_that_the_template_leaves_out_are_named(folder):
     thinking = [*CHAT[:2], {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nyes"}]
     tokens = load(folder, LOSES_THOUGHTS).encode_chat(Chat(thinking))
-    what = "a part of 'content' of a message of role 'assistant', its thoughts, say: the chat template leaves it out"
+    what = "a part of 'content' of a message of role 'assistant', such as its thoughts: the chat template leaves it out"
     assert tokens.notes == (what,)
     # What is only trimmed is not lost.
     trims = CHATML.replace("m.content", "m.content | trim")

@@ -155,11 +155,11 @@ def test_arguments_of_calls_take_the_shape_that_the_template_takes(folders, argu
     # A template without calls would have the end of the turn learnt in their place.
     tokens = load(folders["bytes"], CHATML).encode_chat(chat)
     assert learnt(load(folders["bytes"], CHATML), chat) == ["no and no<|im_end|>"]
-    assert any("or its calls: it is not learnt" in note for note in tokens.notes)
+    assert any("or calls the template leaves out: it is not learnt" in note for note in tokens.notes)
 
 
 def test_a_template_that_opens_a_turn_with_nothing_before_it_is_refused(folders):
-    with pytest.raises(InputError, match="message 4 ends: it writes the same with a generation prompt and without"):
+    with pytest.raises(InputError, match="message 4 ends: the template writes the same with a generation prompt and without"):
         load(folders["bytes"], HEADERS_ALWAYS).encode_chat(CHAT)
     # Its end token is not the tokenizer's.
     with pytest.raises(InputError, match="message 4 ends"):

@@ -97,7 +97,7 @@ def test_an_answer_ends_by_a_token_by_a_text_or_by_its_length():
     assert byte.finish([*b"hel", END_ID]) == byte.finish([*b"hel", 33]) == "stop"
     longer = ending(max_tokens=60, stop=("lo w",))
     assert [n for n in range(1, 12) if longer.finish(hello[:n])] == [7]
-    assert longer.cut([*hello, 1, 2]).token_ids_A.tolist() == hello[:7]
+    assert longer.cut([*hello, 1, 2]).token_ids_N.tolist() == hello[:7]
     assert (longer.cut(hello[:5]).finish, longer.cut(hello).finish) == ("length", "stop")
     assert ending(max_tokens=60, ignore_eos=True).finish([END_ID]) == ""
 
@@ -125,5 +125,5 @@ def test_cutting_a_whole_answer_finds_the_end_that_looking_at_each_token_finds(t
     rule = ending(max_tokens=20, stop=tuple(stop), stop_token_ids=(299,))
     cut = rule.cut(token_ids)
     first = next((length for length in range(1, len(token_ids) + 1) if rule.finish(token_ids[:length])), len(token_ids))
-    assert cut.token_ids_A.tolist() == token_ids[:first]
+    assert cut.token_ids_N.tolist() == token_ids[:first]
     assert cut.finish == (rule.finish(token_ids[:first]) or "length")

@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 import torch
 
 from kdcache.teacher.hf.generate import own_end_ids
-from kdcache.teacher.select.torch_answers import draw_rows
+from kdcache.teacher.select.torch_answers import draw_tokens
 
 
 def load(folder: Path, **changes: object):
@@ -58,7 +58,7 @@ def test_rows_are_drawn_as_the_definition_draws_each(config):
     rng = np.random.default_rng(3)
     logits_BV, uniform_B = rng.normal(0, 2, (200, 50)), rng.random(200)
     asked = GenerateConfig(**config)
-    drawn_B = draw_rows(torch.from_numpy(logits_BV), asked, torch.from_numpy(uniform_B))
+    drawn_B = draw_tokens(torch.from_numpy(logits_BV), asked, torch.from_numpy(uniform_B))
     expected = [draw_from(logits_V, asked, u) for logits_V, u in zip(logits_BV, uniform_B, strict=True)]
     assert drawn_B.tolist() == expected
     assert len(set(expected)) > 3
@@ -67,16 +67,16 @@ def test_rows_are_drawn_as_the_definition_draws_each(config):
 def test_what_cannot_come_is_never_drawn_and_ties_at_a_border_stay():
     logits_BV = torch.tensor([[-torch.inf, 0.0, -200.0, -torch.inf]] * 3)
     uniform_B = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw_rows(logits_BV, GenerateConfig(), uniform_B).tolist() == [1, 1, 1]
+    assert draw_tokens(logits_BV, GenerateConfig(), uniform_B).tolist() == [1, 1, 1]
     tied_BV = torch.tensor([[1.0, 2.0, 1.0, 0.0]] * 2)
     for filters in ({"top_k": 2}, {"top_p": 0.7}):
-        drawn_B = draw_rows(tied_BV, GenerateConfig(**filters), torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
+        drawn_B = draw_tokens(tied_BV, GenerateConfig(**filters), torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
         assert drawn_B.tolist() == [0, 2]
 
 
 def test_a_nan_is_not_drawn_from():
-    with pytest.raises(TeacherError, match="gave NaN while it wrote"):
-        draw_rows(torch.tensor([[0.0, float("nan")]]), GenerateConfig(), torch.zeros(1, dtype=torch.float64))
+    with pytest.raises(TeacherError, match="gave NaN while writing"):
+        draw_tokens(torch.tensor([[0.0, float("nan")]]), GenerateConfig(), torch.zeros(1, dtype=torch.float64))
 
 
 def test_the_end_tokens_are_the_checkpoints_generation_settings_first(tiny_model_dir: Path):
@@ -98,7 +98,7 @@ def test_settings_of_the_checkpoint_do_not_reach_the_draws(case: GenerationCase)
         (after,) = write(case, [prompt], temperature=0.0, max_tokens=30)
     finally:
         model.generation_config.repetition_penalty = None
-    assert after.token_ids_A.tolist() == before.token_ids_A.tolist()
+    assert after.token_ids_N.tolist() == before.token_ids_N.tolist()
 
 
 def test_a_closed_teacher_does_not_write(tiny_model_dir: Path, case: GenerationCase):

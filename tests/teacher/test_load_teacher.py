@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdcache.config.capture import TeacherConfig
-from kdcache.errors import ConfigError, MissingDependencyError, TeacherError
+from kdcache.errors import ConfigError, MissingDependencyError
 from kdcache.teacher import BACKENDS, find_backend, load_teacher, load_tokenizer
 from kdcache.teacher.vllm.options import cpu_cache_bytes, engine_options, kv_bytes_per_token
 
@@ -43,14 +43,11 @@ def test_a_backend_that_is_not_installed_is_named_with_its_extra(monkeypatch: py
 
 def test_a_backend_is_what_the_table_names_and_another_is_refused_with_those_there_are(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match=r"teacher\.backend is 'vlm'; expected one of auto, vllm, transformers, served, fake"):
-        load_teacher(TeacherConfig(model="x", backend="vlm"))
+        find_backend("vlm")
     monkeypatch.setitem(BACKENDS, "toy", "kdcache.teacher.fake:FakeBackend")
     toy = TeacherConfig(model="x", backend="toy")
     assert load_teacher(toy).identity.model == "x"
     assert find_backend("toy").tokenizer_name(toy) == "fake"
-    monkeypatch.setitem(BACKENDS, "toy", "kdcache.teacher.absent:Backend")
-    with pytest.raises(TeacherError, match=r"teacher\.backend 'toy': kdcache\.teacher\.absent does not import: No module"):
-        load_teacher(toy)
 
 
 @pytest.mark.slow

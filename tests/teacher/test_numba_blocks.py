@@ -58,5 +58,5 @@ def test_what_is_kept_on_disk_is_under_the_text_of_its_sources(tmp_path: Path, m
     assert version_of(_numba_blocks, sys.modules.pop("part_of_a_kernel")) != before
     _numba_topk.select_top_k(np.zeros((1, 4), np.uint16), np.zeros(1, np.int64), 1)
     version = version_of(_numba_blocks, _numba_vectors, exact_weights)
-    assert all(version in str(signature) for signature in _numba_topk._select_rows.signatures)
-    assert _numba_draws.draw_rows.py_func.__defaults__ == (version,)
+    assert all(version in str(signature) for signature in _numba_topk._select_positions.signatures)
+    assert _numba_draws.draw_positions.py_func.__defaults__ == (version,)

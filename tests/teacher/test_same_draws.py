@@ -62,7 +62,7 @@ def written_digest() -> str:
     logits_BV = some_logits()[torch.arange(300) % 11 + 1]
     drawn = []
     for filters in ({}, {"temperature": 0.75, "min_p": 1e-4, "top_k": 900, "top_p": 0.95}):
-        drawn += [torch_answers.draw_rows(part, GenerateConfig(**filters), uniforms).numpy().astype("<i4").tobytes()
+        drawn += [torch_answers.draw_tokens(part, GenerateConfig(**filters), uniforms).numpy().astype("<i4").tobytes()
                   for part, uniforms in zip(logits_BV.split(100), uniform_B.split(100), strict=True)]  # fmt: skip
     return hashlib.sha256(b"".join(drawn)).hexdigest()[:16]
 

@@ -191,7 +191,7 @@ def test_on_a_device_no_shape_follows_from_a_value(kind: str):
     found, layout = selector.select(logits, targets, states), selector.layout
     assert found.token_ids_PK.shape == found.logprobs_PK.shape == (7, layout.num_columns)
     assert found.counts_P2.shape == (7, 2 * layout.is_ragged)
-    assert found.scalars_PS.shape == (7, layout.num_scalars)
+    assert found.scalars.shape == (7, layout.num_scalars)
     assert [tensor.dtype for tensor in found] == [torch.int32, torch.float32, torch.float32, torch.int32, torch.float32]
 
 

@@ -11,7 +11,14 @@ import pytest
 from contracts.teacher import make_sequence
 
 from kdcache.errors import TeacherError
-from kdcache.teacher.served.answers import check_normalised, completion_request, read_answer, read_completion, speaks, split_row
+from kdcache.teacher.served.answers import (
+    check_normalised,
+    completion_request,
+    read_answer,
+    read_completion,
+    speaks,
+    split_entries,
+)
 
 PROMPT = [5, 6, 7]
 ROWS = [{6: -10.02, 15: -2.29, 405: -2.59}, {7: -0.3, 411: -1.5}]
@@ -57,25 +64,25 @@ def test_what_servers_write_for_minus_infinity_is_read_as_that():
 
 
 def test_a_whole_vocabulary_has_no_entry_too_many():
-    assert split_row({1: -1.0, 2: -2.0, 3: -3.0}, came=3, k=3) == ({1: -1.0, 2: -2.0, 3: -3.0}, -3.0)
+    assert split_entries({1: -1.0, 2: -2.0, 3: -3.0}, came=3, k=3) == ({1: -1.0, 2: -2.0, 3: -3.0}, -3.0)
 
 
 def test_rows_that_are_not_the_most_probable_and_the_one_that_came_are_refused():
     with pytest.raises(TeacherError, match="token 9 came, and is not among them"):
-        split_row({1: -1.0, 2: -2.0}, came=9, k=2)
+        split_entries({1: -1.0, 2: -2.0}, came=9, k=2)
     with pytest.raises(TeacherError, match=r"gives 3 tokens at a position, .* where selection\.k asks for 4"):
-        split_row({1: -1.0, 2: -2.0, 3: -3.0}, came=3, k=4)
+        split_entries({1: -1.0, 2: -2.0, 3: -3.0}, came=3, k=4)
     with pytest.raises(TeacherError, match="are not the 2 most probable"):
-        split_row({1: -1.0, 2: -2.0, 3: -0.5}, came=3, k=2)
+        split_entries({1: -1.0, 2: -2.0, 3: -0.5}, came=3, k=2)
     with pytest.raises(TeacherError, match="4 tokens at a position, which are not the 2"):
-        split_row({1: -1.0, 2: -2.0, 3: -3.0, 4: -4.0}, came=4, k=2)
+        split_entries({1: -1.0, 2: -2.0, 3: -3.0, 4: -4.0}, came=4, k=2)
     # A tie for the last place is the engine's to decide.
-    assert split_row({1: -1.0, 2: -2.0, 3: -2.0}, came=3, k=2) == ({1: -1.0, 2: -2.0}, -2.0)
+    assert split_entries({1: -1.0, 2: -2.0, 3: -2.0}, came=3, k=2) == ({1: -1.0, 2: -2.0}, -2.0)
 
 
 @pytest.mark.parametrize("api", ["prompt_logprobs", "echo"])
 def test_answers_that_belong_to_another_text_are_refused(api: str):
-    with pytest.raises(TeacherError, match="gave 5 rows of logprobs for the 3 tokens"):
+    with pytest.raises(TeacherError, match="gave logprobs of 5 positions for the 3 tokens"):
         read(answer_of(api, ROWS * 2), api)
     with pytest.raises(TeacherError, match="token 6 came"):
         read(answer_of(api, [{15: -2.29, 405: -2.59}, {7: -0.3, 411: -1.5}]), api)
@@ -138,5 +145,5 @@ def test_no_seed_is_sent_for_it_would_end_a_vllm_on_cpus():
 @pytest.mark.parametrize("token", [-1, -(2**63), 2**31, 2**40])
 def test_an_id_that_no_vocabulary_has_is_refused(token: int):
     rows = [{6: -0.1, token: -3.0}, {7: -0.3, 411: -1.5}]
-    with pytest.raises(TeacherError, match=f"names a token {token}, and no vocabulary has that id"):
+    with pytest.raises(TeacherError, match=f"names token {token}, an id that no vocabulary has"):
         read(answer_of("prompt_logprobs", rows, {253: -0.5, 411: -1.0}), "prompt_logprobs")

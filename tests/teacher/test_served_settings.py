@@ -38,7 +38,7 @@ def test_secrets_in_an_address_are_refused_and_not_repeated(url: str):
 )
 def test_settings_of_an_engine_that_is_not_ours_are_refused(setting: dict[str, object]):
     (name,) = setting
-    with pytest.raises(ConfigError, match=rf"teacher\.{name} is .*, but a server's engine is not ours to set"):
+    with pytest.raises(ConfigError, match=rf"teacher\.{name} is .*, but it cannot be set on a server"):
         refuse_settings(config(**setting))
 
 

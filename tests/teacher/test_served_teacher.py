@@ -145,8 +145,8 @@ def test_a_server_that_stays_broken_is_given_up_in_one_sentence_and_must_be_foun
         ("endless", "an answer of more than 4,"),
         ("endless nothing", "an answer of more than 4,"),
         ("bomb", "an answer of more than 4,"),
-        ("bomb in a bomb", "compresses its answers by 'gzip, gzip'"),
-        ("other compression", "compresses its answers by 'zstd'"),
+        ("bomb in a bomb", "compresses its answers with 'gzip, gzip'"),
+        ("other compression", "compresses its answers with 'zstd'"),
         ("deep", "not a completion with logprobs"),
         ("deep and ignored", "nested too deep"),
         ("drip", "no answer before the deadline"),
@@ -262,7 +262,7 @@ def test_the_servers_own_words_are_shown_whatever_status_it_gives_them(server: C
     with pytest.raises(TeacherError, match=r"status 307 \(it redirects to https://elsewhere\.example/v1/completions: set"):
         score(case, sequences)
     server.manners.faults.extend([f"answers {page}"] * 2)
-    with pytest.raises(TeacherError, match="the last time: an answer that is no JSON: Sign in to go & on"):
+    with pytest.raises(TeacherError, match="the last time: an answer that is not JSON: Sign in to go & on"):
         score(case, sequences)
 
 
@@ -272,7 +272,7 @@ def test_only_top_k_can_be_had(server: CompletionsServer):
     sequences = random_sequences(case, [5])
     sampled = SelectionInfo(kind="sampled", params={"num_draws": 5, "seed": 0})
     for selection in (sampled, replace(top_k(5), temperatures=(2.0,)), replace(top_k(5), entropy=True)):
-        with pytest.raises(ConfigError, match="the served teacher gives the k most probable tokens only"):
+        with pytest.raises(ConfigError, match="the served teacher gives only the k most probable tokens"):
             case.teacher.score(sequences, selection)
     assert len(server.bodies) == asked
 
@@ -318,16 +318,16 @@ def test_numbers_that_are_no_logprobs_are_refused(server: CompletionsServer):
 
 def test_another_tokenizer_is_refused_and_an_unknown_one_warned_of(server: CompletionsServer, caplog: pytest.LogCaptureFixture):
     server.manners.tokenizes = "otherwise"
-    assert "has another tokenizer than 'fake': of the same text token 3 is 7 there and" in refused(server)
+    assert "has another tokenizer than 'fake': token 3 of the same text is 7 there and" in refused(server)
     for manner, sentence in (
-        ("no", "does not say how it tokenizes (/tokenize, as vLLM has it): that it is as 'fake' does is not known"),
-        ("special otherwise", "reads special tokens otherwise than 'fake' (of the same text token 3 is 7 there"),
+        ("no", "does not say how it tokenizes (/tokenize, as in vLLM), so whether it is as 'fake' does is not known"),
+        ("special otherwise", "reads special tokens differently from 'fake' (token 3 of the same text is 7 there"),
     ):
         server.manners.tokenizes = manner
         caplog.clear()
         case_of(server)
         assert sentence in caplog.text
-        assert "teacher.strict forbids going on" in refused(server, strict=True)
+        assert "teacher.strict forbids continuing" in refused(server, strict=True)
 
 
 def test_the_key_comes_from_the_environment_and_is_in_no_message(
@@ -401,5 +401,5 @@ def test_a_teacher_closed_in_the_middle_says_so(server: CompletionsServer):
     answers = case.teacher.score(random_sequences(case, [5] * 9), top_k(4))
     next(answers)
     case.teacher.close()
-    with pytest.raises(TeacherError, match="let go of"):
+    with pytest.raises(TeacherError, match="was closed while it was being asked"):
         list(answers)

@@ -66,13 +66,13 @@ def refusal(template: str) -> str:
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_ended(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("kdcache.teacher.chat.jinja_bounds.MAX_STEPS", 20_000)
-    assert "does not come to an end" in refusal(ENDLESS[name].replace("10**7", "10**6"))
+    assert "does not end within" in refusal(ENDLESS[name].replace("10**7", "10**6"))
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_what_is_larger_than_any_chat_is_refused_before_it_is_made(name: str):
     sentence = refusal(TOO_LARGE[name])
-    assert "it makes a" in sentence or "does not come to an end" in sentence
+    assert "it makes a" in sentence or "does not end within" in sentence
 
 
 def test_the_steps_of_a_rendering_grow_with_the_chat():
@@ -84,5 +84,5 @@ def test_the_steps_of_a_rendering_grow_with_the_chat():
 
 
 def test_a_template_cannot_tell_that_its_texts_are_marked():
-    text = "{{ messages[0].content.origins_C is defined }} {{ messages[0].content['as_json'] is defined }}"
+    text = "{{ messages[0].content.origins is defined }} {{ messages[0].content['as_json'] is defined }}"
     assert str.__str__(ChatTemplate(text).render({"messages": MESSAGES})) == "False False"

@@ -83,9 +83,9 @@ def test_answers_come_from_the_adapter_too(case: TeacherCase, tiny_model_dir: Pa
     prompts = make_prompts(generation, [5, 20])
     answers = write(generation, prompts, temperature=0.0, max_tokens=12, ignore_eos=True)
     for prompt, answer in zip(prompts, answers, strict=True):
-        ids = [*prompt.sequence.input_ids_N.tolist(), *answer.token_ids_A.tolist()]
+        ids = [*prompt.sequence.input_ids_N.tolist(), *answer.token_ids_N.tolist()]
         most_probable_N = case.dense(make_sequence(ids)).argmax(axis=-1)
-        assert most_probable_N[prompt.sequence.num_tokens - 1 : -1].tolist() == answer.token_ids_A.tolist()
+        assert most_probable_N[prompt.sequence.num_tokens - 1 : -1].tolist() == answer.token_ids_N.tolist()
 
 
 def test_the_identity_tells_adapters_apart(case: TeacherCase, tiny_model_dir: Path, adapter: Path):

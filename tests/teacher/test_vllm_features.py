@@ -64,9 +64,7 @@ def test_layers_that_cannot_be_seen_rightly_are_refused_in_words_and_the_last_on
     monkeypatch.setattr(worker.kdcache_capture, "seen", None)
     with monkeypatch.context() as patch:
         patch.setattr(worker.model_config, "enforce_eager", False)
-        with pytest.raises(
-            ConfigError, match=r"'hidden_1', of layer 1, cannot be had .*set teacher.engine_options.enforce_eager"
-        ):
+        with pytest.raises(ConfigError, match=r"'hidden_1', of layer 1: .*set teacher.engine_options.enforce_eager"):
             teacher.score([], top_k(4), [inner])
         teacher.score([], top_k(4), [last])
     with monkeypatch.context() as patch:

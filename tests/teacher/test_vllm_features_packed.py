@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from kdcache.teacher.vllm.worker_features import GroupFeatures, check_normed, take_rows
+from kdcache.teacher.vllm.worker_features import GroupFeatures, check_normed, take_at
 
 H = 6
 FEATURES = [
@@ -37,9 +37,9 @@ def test_rows_come_back_to_their_sequences_exactly(dtype):
     group = GroupFeatures(pack_asked(AskedFeatures(FEATURES, 2), asked))
     # Two steps, not in the rows' order, and a row that is computed twice.
     states = group.states_of(hidden_XH)
-    group.write(np.array([8, 3, 0]), take_rows(states, np.array([1, 1, 1])))
+    group.write(np.array([8, 3, 0]), take_at(states, np.array([1, 1, 1])))
     for rows in (np.array([8, 2, 3, 4]), np.array([0, 1, 5, 6, 7])):
-        group.write(rows, take_rows(states, rows))
+        group.write(rows, take_at(states, rows))
     answers = [(sequence, no_positions()) for sequence in sequences]
     found = [answer.features for answer in with_features(answers, FEATURES, group.pack())]
     for features, rows_NH in zip(found, (hidden_XH[:5], hidden_XH[:0], hidden_XH[5:]), strict=True):
@@ -53,7 +53,7 @@ def test_rows_come_back_to_their_sequences_exactly(dtype):
 def test_a_layer_that_was_not_seen_or_only_in_part_is_an_error():
     inner = FeatureInfo(name="inner", layer=1, size=H)
     group = GroupFeatures(pack_asked(AskedFeatures([inner], 2), [make_sequence(range(3))]))
-    with pytest.raises(RuntimeError, match="layer 1 was not seen on all 3 rows"):
+    with pytest.raises(RuntimeError, match="layer 1 was not seen on all 3 tokens"):
         group.states_of(torch.zeros(3, H))
 
 

@@ -48,8 +48,8 @@ def test_the_captured_logprob_of_each_token_is_the_one_that_the_engine_drew_it_b
     outputs = case.teacher._engine.generate(requests, params, use_tqdm=False)  # pyright: ignore[reportAttributeAccessIssue]
     for prompt, answer, output in zip(prompts, answers, outputs, strict=True):
         said = output.outputs[0]
-        assert answer.token_ids_A.tolist() == list(said.token_ids)
-        forced = whole(prompt, answer.token_ids_A)
+        assert answer.token_ids_N.tolist() == list(said.token_ids)
+        forced = whole(prompt, answer.token_ids_N)
         supervised_N = np.zeros(forced.num_tokens, bool)
         supervised_N[prompt.sequence.num_tokens - 1 : -1] = True
         forced = make_sequence(forced.input_ids_N, supervised_N)
@@ -69,7 +69,7 @@ def test_an_end_token_that_only_the_checkpoint_names_ends_an_answer(case: Genera
     answers = write(replace(case, tokenizer=Endless()), prompts, max_tokens=60, temperature=1.6)
     ended = [answer for answer in answers if answer.finish == "stop"]
     assert ended
-    assert all(answer.token_ids_A[-1] == end for answer in ended)
+    assert all(answer.token_ids_N[-1] == end for answer in ended)
 
 
 def test_stop_strings_cut_the_same_answers_where_the_engine_cannot_look_for_them(case: GenerationCase, caplog):
@@ -80,18 +80,19 @@ def test_stop_strings_cut_the_same_answers_where_the_engine_cannot_look_for_them
 
     class Plain:  # without the tokenizer of transformers that an engine could take
         end_ids, identity, decode = case.tokenizer.end_ids, case.tokenizer.identity, case.tokenizer.decode
+        underlying = None
 
     later = write(replace(case, tokenizer=Plain()), prompts, **asked)
-    assert "answers run to generate.max_tokens and are cut then" in caplog.text
-    assert [(a.token_ids_A.tolist(), a.finish) for a in later] == [(a.token_ids_A.tolist(), a.finish) for a in answers]
+    assert "answers run to generate.max_tokens and are cut afterwards" in caplog.text
+    assert [(a.token_ids_N.tolist(), a.finish) for a in later] == [(a.token_ids_N.tolist(), a.finish) for a in answers]
 
 
 def test_writing_and_scoring_take_turns(case: GenerationCase):
     prompts = make_prompts(case, [6, 3])
     first = write(case, prompts)
-    scored = list(case.teacher.score([whole(prompts[0], first[0].token_ids_A)], top_k(3)))
-    assert scored[0].num_positions == 6 + len(first[0].token_ids_A)
-    assert [a.token_ids_A.tolist() for a in write(case, prompts)] == [a.token_ids_A.tolist() for a in first]
+    scored = list(case.teacher.score([whole(prompts[0], first[0].token_ids_N)], top_k(3)))
+    assert scored[0].num_positions == 6 + len(first[0].token_ids_N)
+    assert [a.token_ids_N.tolist() for a in write(case, prompts)] == [a.token_ids_N.tolist() for a in first]
 
 
 def test_on_a_cpu_prompts_are_read_whole(case: GenerationCase):

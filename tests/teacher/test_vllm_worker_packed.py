@@ -21,7 +21,7 @@ from kdcache.format.record import NO_TARGET  # noqa: E402
 from kdcache.teacher.select.found import Layout  # noqa: E402
 from kdcache.teacher.select.torch_selector import Selector  # noqa: E402
 from kdcache.teacher.vllm import internals  # noqa: E402
-from kdcache.teacher.vllm import worker as _vllm_worker  # noqa: E402
+from kdcache.teacher.vllm import worker as worker  # noqa: E402
 from kdcache.teacher.vllm.options import chunk_positions, engine_options  # noqa: E402
 from kdcache.teacher.vllm.wire import (  # noqa: E402
     NOT_SUPERVISED,
@@ -31,7 +31,7 @@ from kdcache.teacher.vllm.wire import (  # noqa: E402
     unpack_buffer,
     unpack_request,
 )
-from kdcache.teacher.vllm.worker import Capture, wanted_rows  # noqa: E402
+from kdcache.teacher.vllm.worker import Capture, wanted_positions  # noqa: E402
 
 V, H = 50, 4
 WEIGHT_HV = torch.randn(H, V, generator=torch.Generator().manual_seed(0))
@@ -44,10 +44,10 @@ def project(hidden_CH: torch.Tensor) -> torch.Tensor:
 def test_a_request_says_where_its_rows_start_and_what_each_is_about():
     sequences = [make_sequence([5, 6, 7]), make_sequence([8, 9, 1, 2], [False, True, False, True])]
     first, second = map(unpack_request, pack_requests(sequences))
-    assert first.targets_N.tolist() == [6, 7, NO_TARGET]
-    assert first.rows_N.tolist() == [0, 1, 2]
-    assert second.targets_N.tolist() == [NOT_SUPERVISED, 1, NOT_SUPERVISED, NO_TARGET]
-    assert second.rows_N[[1, 3]].tolist() == [3, 4]
+    assert first.target_ids_N.tolist() == [6, 7, NO_TARGET]
+    assert first.group_index_N.tolist() == [0, 1, 2]
+    assert second.target_ids_N.tolist() == [NOT_SUPERVISED, 1, NOT_SUPERVISED, NO_TARGET]
+    assert second.group_index_N[[1, 3]].tolist() == [3, 4]
 
 
 def test_a_buffer_comes_back_as_it_was_sent():
@@ -64,15 +64,15 @@ def test_a_buffer_comes_back_as_it_was_sent():
 def test_of_ragged_rows_the_entries_alone_are_sent():
     buffer = Buffer.empty(3, Layout(3, True, 2))
     entries = (np.array([[1, 2, 9], [3, 9, 9]]), np.array([[-1, -2, 9], [-3, 9, 9]]))
-    counts_C2, scalars_CS = np.array([[1, 2], [0, 1]]), np.array([[0.5, 7], [1, 8]])
-    buffer.write(np.array([2, 0]), (*entries, np.array([-5, -6]), counts_C2, scalars_CS))
+    counts_C2, scalars = np.array([[1, 2], [0, 1]]), np.array([[0.5, 7], [1, 8]])
+    buffer.write(np.array([2, 0]), (*entries, np.array([-5, -6]), counts_C2, scalars))
     found, filled_P = unpack_buffer(buffer.pack())
     assert filled_P.tolist() == [True, False, True]
     assert found.token_ids_E.tolist() == [3, 1, 2]
     assert found.logprobs_E.tolist() == [-3, -1, -2]
     assert found.offsets_P1.tolist() == [0, 1, 1, 3]
     assert found.num_exact_P.tolist() == [0, 0, 1]
-    assert found.scalars_PS[[0, 2]].tolist() == [[1, 8], [0.5, 7]]
+    assert found.scalars[[0, 2]].tolist() == [[1, 8], [0.5, 7]]
 
 
 def spans_of(extra_args: list[dict], cuts: list[tuple[int, int, int, int]]) -> list[internals.Span]:
@@ -84,13 +84,13 @@ def test_the_rows_of_a_step_are_found_in_the_order_of_its_hidden_states():
     extra_args = pack_requests([make_sequence([5, 6, 7]), make_sequence([8, 9, 1, 2], [False, True, False, True])])
     # The second request comes first in the batch, its first token was in an earlier step; one request is not ours.
     spans = [*spans_of(extra_args, [(0, 3, 0, 3), (1, 0, 1, 3)]), internals.Span({"other": 1}, 6, 0, 4)]
-    places_P, rows_P, targets_P, states_P = wanted_rows(spans)
-    assert places_P.tolist() == [0, 2, 3, 4, 5]
-    assert rows_P.tolist() == [3, 4, 0, 1, 2]
-    assert targets_P.tolist() == [1, NO_TARGET, 6, 7, NO_TARGET]
+    step_index_P, group_index_P, target_ids_P, states_P = wanted_positions(spans)
+    assert step_index_P.tolist() == [0, 2, 3, 4, 5]
+    assert group_index_P.tolist() == [3, 4, 0, 1, 2]
+    assert target_ids_P.tolist() == [1, NO_TARGET, 6, 7, NO_TARGET]
     assert not states_P.any()
     # With a seed, where the draws of a position start: as if the whole sequence had come in one step.
-    later, whole = (wanted_rows(cut, seed=3).states_P for cut in (spans, spans_of(extra_args, [(1, 0, 0, 4)])))
+    later, whole = (wanted_positions(cut, seed=3).states_P for cut in (spans, spans_of(extra_args, [(1, 0, 0, 4)])))
     assert later[:2].tolist() == whole.tolist()
     assert len(set(later.tolist())) == 5
 
@@ -101,7 +101,7 @@ def test_a_group_cut_into_any_steps_and_chunks_gives_the_same_records(
     chunk: int, on_device: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if on_device:  # as it goes there: a copy per tensor and step, which is waited for at the end
-        monkeypatch.setattr(_vllm_worker, "_is_on_host", lambda tensor: False)
+        monkeypatch.setattr(worker, "_is_on_host", lambda tensor: False)
         monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     sequences = [make_sequence([5, 6, 7]), make_sequence([8, 9, 1, 2], [False, True, False, True])]
     hidden = [torch.randn(3, H), torch.randn(4, H)]
@@ -118,9 +118,9 @@ def test_a_group_cut_into_any_steps_and_chunks_gives_the_same_records(
         ids_PK, logprobs_PK = answer.padded()
         np.testing.assert_array_equal(ids_PK, dense_PV.topk(3).indices.numpy())
         np.testing.assert_allclose(logprobs_PK, dense_PV.topk(3).values.numpy(), atol=1e-5)
-        targets_P = sequence.target_ids_P
-        expected_P = dense_PV.numpy()[np.arange(len(targets_P)), targets_P]
-        np.testing.assert_allclose(answer.target_logprobs(targets_P)[:-1], expected_P[:-1], atol=1e-5)
+        target_ids_P = sequence.target_ids_P
+        expected_P = dense_PV.numpy()[np.arange(len(target_ids_P)), target_ids_P]
+        np.testing.assert_allclose(answer.target_logprobs(target_ids_P)[:-1], expected_P[:-1], atol=1e-5)
 
 
 def test_a_position_that_no_step_computed_is_an_error_and_named():

@@ -118,7 +118,7 @@ def test_threads_and_strides_change_nothing():
 def test_what_the_loops_would_read_out_of_bounds_is_refused():
     logits_CV, targets_C = draw(2, 10, torch.float32), torch.zeros(2, dtype=torch.int64)
     for k, target in ((11, 0), (0, 0), (3, 10)):
-        with pytest.raises(ValueError, match="outside a row of 10 logits"):
+        with pytest.raises(ValueError, match="outside a vocabulary of 10 tokens"):
             select_top_k(logits_CV, targets_C + target, k)
 
 

@@ -103,7 +103,7 @@ def test_an_attention_that_leaves_something_out_is_refused_by_name_and_named_to_
     tmp_path: Path, small_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = saved(tmp_path / "gemma2", "gemma2", **CAPPED)
-    with pytest.raises(ConfigError, match=r"student.attention is 'sdpa', which leaves out what the config of Gemma2"):
+    with pytest.raises(ConfigError, match=r"student.attention is 'sdpa', which ignores part of what the config of Gemma2"):
         student(folder, attention="sdpa")
     given = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with Loader(small_cache, LoaderConfig(seq_len=64, batch_rows=2)) as loader, caplog.at_level("WARNING", "kdcache"):

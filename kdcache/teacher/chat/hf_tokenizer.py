@@ -25,7 +25,7 @@ from kdcache.teacher.checkpoint import check_model_name, short_name
 from kdcache.teacher.tokenizer import ChatTokens, check_chat
 
 PROBES = ("Hello world", " two  spaces\tand\n\nlines", "naive cafe 12345.678", "x = [1, 2]  # \u00e9\u4e2d\U0001f600")
-"""Texts whose ids stand for the rules of a tokenizer that has no serialised form."""
+"""Texts whose ids represent the rules of a tokenizer that has no serialised form."""
 
 
 class HfTokenizer:
@@ -34,7 +34,7 @@ class HfTokenizer:
     def __init__(
         self, name: str, revision: str | None = None, chat_template: str | None = None, *, trust_remote_code: bool = False
     ) -> None:
-        """Load it; trust_remote_code: run Python code that lies beside it.
+        """Load it; trust_remote_code: run the Python code that comes with it.
 
         Raises:
             TeacherError: it does not load.
@@ -49,7 +49,7 @@ class HfTokenizer:
         self._template = _template_of(self._tokenizer)
         self._templates: dict[str, ChatTemplate] = {}
         self._moment = datetime.now()
-        # Texts longer than the model are cut into windows later; the tokenizer's warning about them would be false alarm.
+        # Texts longer than the model are cut into windows later; the tokenizer's warning would be a false alarm.
         self._tokenizer.model_max_length = 2**62
         vocab = self._tokenizer.get_vocab()
         self._identity = TokenizerIdentity(
@@ -90,8 +90,9 @@ class HfTokenizer:
     def encode_chat(self, chat: Chat | Sequence[Message]) -> ChatTokens:
         """See `Tokenizer`.
 
-        The template's text holds its own special tokens, so none are added: no second BOS. Who wrote what is proven from the
-        text (`chat_turns`), and carried to the tokens by the characters that they cover (`chat_tokens`).
+        The template's text holds its own special tokens, so none are added, not even a
+        second BOS. Who wrote what is proven from the text (`turns`), and carried over to the tokens by the
+        characters that they cover (`tokens`).
         """
         chat = check_chat(chat)
         marked, rendered, notes = self._choose_shape(chat, generation_prompt=False)
@@ -102,7 +103,7 @@ class HfTokenizer:
         if spans.endless:
             notes.append("an assistant's turn has no token that ends it: where it stops is not learnt")
         if spans.lost:
-            notes.append("an assistant's message of which the template leaves out what it says, or its calls: it is not learnt")
+            notes.append("an assistant's message whose words or calls the template leaves out: it is not learnt")
         if spans.empty:
             notes.append("an assistant's turn is empty, and it cannot be proven which token ends it: it is not learnt")
         if any(says_nothing(message) for index, message in enumerate(chat.messages) if index not in spans.empty):
@@ -110,11 +111,11 @@ class HfTokenizer:
         return tokens.chat(chat, spans, notes)
 
     def encode_prompt(self, chat: Chat | Sequence[Message]) -> ChatTokens:
-        """See `Tokenizer`. Where the template does not show whose turn is where, all is one turn."""
+        """See `Tokenizer`. If the template does not show whose turn is where, all is one turn."""
         chat = check_chat(chat)
         marked, rendered, notes = self._choose_shape(chat, generation_prompt=True)
         tokens = self._tokens_of(rendered)
-        # Some templates have no generation prompt; some write what stands before it in another way.
+        # Some templates have no generation prompt; some change what precedes it.
         closed = marked.render(marked.messages, False)
         given = closed if closed is not None and rendered.text.startswith(closed.text) else rendered
         try:
@@ -131,11 +132,11 @@ class HfTokenizer:
 
     @property
     def underlying(self) -> Any:
-        """The tokenizer of `transformers`, for an engine that takes one."""
+        """See `Tokenizer`."""
         return self._tokenizer
 
     def _template_of(self, chat: Chat) -> ChatTemplate:
-        """The template for a chat: some tokenizers have another one for those with tools."""
+        """The template for a chat: some tokenizers have another one for chats with tools."""
         source = _template_of(self._tokenizer, chat.tools)
         if not source:
             raise InputError(
@@ -155,7 +156,7 @@ class HfTokenizer:
         """The chat in the first shape of which the template loses nothing, or the least; and what it loses.
 
         Raises:
-            InputError: it refuses every shape, its text is empty, or transformers writes another one.
+            InputError: the template refuses every shape, its text is empty, or transformers writes another one.
         """
         template = self._template_of(chat)
         variables = self._variables(chat)
@@ -194,13 +195,13 @@ class HfTokenizer:
         except Exception as error:  # as above
             raise InputError(f"the chat template refuses these messages: {first_line(error)}") from error
         if text != rendered.text:
-            raise InputError("the chat template gives another text when it is rendered a second time, by transformers")
+            raise InputError("the chat template gives another text when transformers renders it again")
 
     def _tokens_of(self, rendered: Rendered) -> ChatEncoding:
         if not self._tokenizer.is_fast:
             raise InputError(
                 f"the tokenizer {self._identity.name!r} is not a fast one: it does not say which characters its tokens "
-                "cover, so the assistant's part of a chat cannot be told; tokenize the chats yourself and use content: ids"
+                "cover, so the assistant's part of a chat is unknown; tokenize the chats yourself and use content: ids"
             )
         encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
         offsets_N2 = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
@@ -209,9 +210,9 @@ class HfTokenizer:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of what the tokenizer means: rules, vocabulary, merges and special ids.
+    """SHA-256 of what a tokenizer means: rules, vocabulary, merges and special ids.
 
-    Truncation and padding are how it was last called, and the padding token is no part of any text: both are left out.
+    Truncation, padding and the padding token are left out: they say how it was last called, and are part of no text.
     """
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "unk_token_id")}
     if not tokenizer.is_fast:
@@ -226,7 +227,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _template_of(tokenizer: Any, tools: Sequence[Any] | None = None) -> str:
-    """The template that a chat is rendered with; "" where there is none."""
+    """The template that a chat is rendered with; "" if there is none."""
     if not tokenizer.chat_template:
         return ""
     try:
@@ -236,7 +237,7 @@ def _template_of(tokenizer: Any, tools: Sequence[Any] | None = None) -> str:
 
 
 def _template_fingerprint(tokenizer: Any) -> str:
-    """Of both templates, where there is another one for chats with tools."""
+    """The fingerprint of both templates, if there is another one for chats with tools."""
     plain, with_tools = _template_of(tokenizer), _template_of(tokenizer, [{}])
     both = plain if plain == with_tools else f"{plain}\0{with_tools}"
     return hashlib.sha256(both.encode()).hexdigest() if both else ""

@@ -1,8 +1,9 @@
-"""A sandbox in which a template comes to an end: what it does is counted, and nothing that it makes is larger than any chat.
+"""A sandbox in which every template ends: its work is counted, and nothing that it makes is larger than any chat.
 
-Counted are the blocks that run (of loops, macros, conditions), calls, filters and tests, and the size of what is compared,
-written, joined or made. The count is the same on every machine, as a time limit's would not be. Before an operation that can
-make much of little (`*`, `**`, formats, padding, replacing) what it would make is computed.
+What counts: blocks that run (of loops, macros, conditions), calls, filters and tests, and the size
+of what is compared, written, joined or made. The count is the same on every machine, unlike a time
+limit. Before an operation that can make much out of little (`*`, `**`, formats, padding,
+replacing), the size of its result is computed.
 """
 
 from __future__ import annotations
@@ -22,33 +23,33 @@ from jinja2.utils import Namespace
 
 MAX_SOURCE_CHARACTERS = 2**20
 MAX_SIZE = 2**24
-"""Characters of a text, or values in a list with all that they hold, that a template may make: some million tokens."""
+"""The most characters of a text, or values in a list with all that they hold, that a template may make: millions of tokens."""
 
 MAX_STEPS = 1_000_000
-"""Of one rendering: seconds. Templates of today take some dozens for a message."""
+"""Steps of one rendering, which take seconds. Today's templates take some dozens per message."""
 
 STEPS_PER_CHARACTER = 8
-"""More steps for longer chats: 512 operations on the whole of it."""
+"""More steps for longer chats: 512 operations on the whole chat."""
 
 CHARACTERS_PER_STEP = 64
 MAX_BITS = 2**14
-"""Of a whole number."""
+"""The most bits of a whole factor."""
 
 _PADDING = ("center", "ljust", "rjust", "zfill", "to_bytes", "batch", "slice", "round")
 _UNCERTAIN = {"random", "lipsum"}
-"""What draws: two renderings would differ."""
+"""What draws at random: two renderings would differ."""
 
 _SHALLOW = frozenset(
     {"length", "count", "first", "last", "list", "map", "select", "reject", "selectattr", "rejectattr", "batch", "slice",
      "reverse", "items", "default", "d", "attr"}
 )  # fmt: skip
-"""Filters that look at the items of a list and not into them."""
+"""Filters that look at the items of a list, but not into them."""
 
 _COMPARING = frozenset(
     {"==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", "<", "lt", "lessthan", ">=", "ge", "<=", "le", "in", "lower",
      "upper"}
 )  # fmt: skip
-"""Tests that look at all of a value."""
+"""Tests that look at a whole value."""
 
 _DIGITS, _NESTED = re.compile(r"[0-9]+"), re.compile(r"\{[^{}]*\{|%[^a-zA-Z%]*\*")
 
@@ -59,7 +60,7 @@ class CountingCode(CodeGenerator):
         super().blockvisit(nodes, frame)
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
-        if node.test is not None:  # `for ... if ...` passes over items outside of any block
+        if node.test is not None:  # `for ... if ...` skips items outside of any block
             step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
             node.test = nodes.And(step, node.test)
         super().visit_For(node, frame)
@@ -112,7 +113,7 @@ def _refuse_draws(*_: Any, **__: Any) -> None:
 
 
 def _parts_of(value: Any) -> Any:
-    """What a value holds; None where it holds nothing that can be seen."""
+    """What a value holds; None if it holds nothing visible."""
     if isinstance(value, Namespace):
         return value._Namespace__attrs.values()
     if isinstance(value, Mapping):
@@ -121,7 +122,7 @@ def _parts_of(value: Any) -> Any:
 
 
 class _Count(threading.local):
-    """What is left of a rendering's steps, and how large containers are, which are kept: an id may come back."""
+    """The remaining steps of a rendering, and the sizes of containers, which are kept since an id may be reused."""
 
     steps = MAX_STEPS
 
@@ -130,7 +131,7 @@ class _Count(threading.local):
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, counting."""
+    """Jinja's sandbox, with a count."""
 
     code_generator_class = CountingCode
     intercepted_binops = frozenset(["+", "*", "**", "%"])
@@ -140,7 +141,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._count = _Count()
 
     def bound_functions(self) -> None:
-        """Count filters and tests too; after the last was added."""
+        """Count filters and tests, too; call it after the last one is added."""
         for names in (self.filters, self.globals):
             names.update(dict.fromkeys(_UNCERTAIN & names.keys(), _refuse_draws))
         self.filters = {name: self._counted(name, function) for name, function in self.filters.items()}
@@ -149,19 +150,19 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         }
 
     def start(self, num_characters: int) -> None:
-        """A rendering begins, of messages of this length."""
+        """Begin a rendering of messages of this length."""
         self._count.steps = MAX_STEPS + STEPS_PER_CHARACTER * num_characters
         self._count.sizes.clear()
 
     def step(self, size: int = 0) -> bool:
-        """One more step, or more for something of a size; true. Raises TemplateError at the end of the budget."""
+        """Take a step, or more for something large; gives True. Raises TemplateError when no steps are left."""
         self._count.steps -= 1 + size // CHARACTERS_PER_STEP
         if self._count.steps < 0:
-            raise TemplateError("it does not come to an end within the steps that a rendering may take")
+            raise TemplateError("it does not end within the steps that a rendering may take")
         return True
 
     def weighed(self, value: Any) -> Any:
-        """The value, which is to be written or compared: that takes as long as it is large."""
+        """Count a value that is written or compared, which takes time in proportion to its size; gives the value."""
         if isinstance(value, (str, bytes)):
             self.step(len(value))
         elif not isinstance(value, (bool, int, float, type(None))):
@@ -169,7 +170,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def made(self, value: Any) -> Any:
-        """The value, which the template made; raises TemplateError where it is larger than any chat."""
+        """Count a value that the template made; gives it. Raises TemplateError if it is larger than any chat."""
         if isinstance(value, (str, bytes)):
             self._allow(len(value))
             self.step(len(value))
@@ -178,13 +179,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def size_of(self, value: Any) -> int:
-        """Characters of a text; of anything else the values in it, with all that they hold, as often as they are held."""
+        """The characters of a text, or the values in anything else, with all that they hold, as often as they are held."""
         if isinstance(value, (str, bytes)):
             return len(value)
         parts = _parts_of(value)
         if parts is None:
             return len(value) if isinstance(value, range) else 1
-        # A template cannot change a container; a namespace it can.
+        # A template cannot change a container, except for a namespace.
         if id(value) in self._count.sizes:
             return self._count.sizes[id(value)][1]
         size = 1
@@ -210,12 +211,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * max(right, 1) if operator == "**" else left.bit_length() + right.bit_length()
             if bits > MAX_BITS:
-                raise TemplateError(f"it makes a number of more than {MAX_BITS:,} bits")
+                raise TemplateError(f"it makes a factor of more than {MAX_BITS:,} bits")
             return super().call_binop(context, operator, left, right)
         size = 0
         if operator == "*":
-            number, other = (left, right) if isinstance(left, int) else (right, left)
-            size = self.size_of(other) * max(number, 1) if isinstance(number, int) else 0
+            factor, other = (left, right) if isinstance(left, int) else (right, left)
+            size = self.size_of(other) * max(factor, 1) if isinstance(factor, int) else 0
         elif operator == "+":
             size = self.size_of(left) + self.size_of(right)
         elif operator == "%":
@@ -228,7 +229,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def joined(self, parts: Iterable[str]) -> list[str]:
-        """The pieces of a text that is written, while they may be."""
+        """The pieces of a text that is written, unless it gets too long."""
         pieces, length = [], 0
         for piece in parts:
             length += len(piece)
@@ -253,10 +254,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return counted
 
     def _growth(self, name: str, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-        """At least the size of what a method or filter would make, where it can be much more than what it is given."""
+        """An upper bound for what a method or filter would make, if it can be much more than what it is given."""
         given = [*args, *kwargs.values()]
-        numbers = [int(number) for number in given if isinstance(number, (int, float)) and abs(number) < 1e300]
-        largest = max(map(abs, numbers), default=0)
+        sizes = [int(factor) for factor in given if isinstance(factor, (int, float)) and abs(factor) < 1e300]
+        largest = max(map(abs, sizes), default=0)
         texts = max((len(text) for text in given if isinstance(text, (str, bytes))), default=0)
         if name in _PADDING:
             return largest
@@ -264,9 +265,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return self.size_of(value) * max(largest, texts, 1)
         if name in ("indent", "wordwrap", "expandtabs"):
             breaks = {"indent": "\n", "expandtabs": "\t"}.get(name, "")
-            return self.size_of(value) + self._num_places(value, breaks) * max(largest if breaks else 0, texts)
+            return self.size_of(value) + self._num_matches(value, breaks) * max(largest if breaks else 0, texts)
         if name == "replace":
-            return self.size_of(value) + self._num_places(value, given[0] if given else "") * texts
+            return self.size_of(value) + self._num_matches(value, given[0] if given else "") * texts
         if name == "join":
             return self._joined_size(value, given)
         if name == "translate":
@@ -274,23 +275,23 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return self._format_size(value, given) if name in ("format", "format_map") else 0
 
     @staticmethod
-    def _num_places(value: Any, part: Any) -> int:
-        """Where a text may be replaced or broken, and once more."""
+    def _num_matches(value: Any, part: Any) -> int:
+        """How often a text may be replaced or broken, and once more."""
         if isinstance(value, bytes):
             return len(value) + 1
         return str(value).count(str(part)) + 1
 
     def _joined_size(self, value: Any, given: Sequence[Any]) -> int:
-        """Of `separator.join(parts)`, or of `parts | join(separator)`."""
+        """The size of `separator.join(parts)`, or of `parts | join(separator)`."""
         is_method = isinstance(value, (str, bytes)) and bool(given) and not isinstance(given[0], (str, bytes))
         separator, parts = (value, given[0]) if is_method else (given[0] if given else "", value)
         length = self.size_of(separator)
         if not isinstance(parts, Sized):
-            return length * MAX_SIZE  # not known before it is joined; real separators are short
+            return length * MAX_SIZE  # unknown before it is joined; real separators are short
         return self.size_of(parts) + length * len(parts)
 
     def _format_size(self, text: Any, values: Sequence[Any]) -> int:
-        """Of a text with `%` or `{}` in it: the widths that it names, and every field as long as the longest value."""
+        """The size of a formatted text: the widths that it names, and every field as long as the longest value."""
         if not isinstance(text, (str, bytes)):
             return 0
         text = text if isinstance(text, str) else text.decode("latin-1")

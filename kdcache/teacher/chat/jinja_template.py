@@ -1,7 +1,7 @@
-"""A chat template, run so that its output says where each character comes from. Jinja is imported here alone.
+"""A chat template, run so that its output says where each character comes from.
 
-The environment is that of transformers: the same options, filters and functions. Whoever uses it compares the text with the one
-that transformers gives; what differs is not used.
+The environment is that of transformers: the same options, filters and functions. Its user compares the text with the one that
+transformers gives, and does not use a text that differs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kdcache.teacher.chat.jinja_bounds import MAX_SOURCE_CHARACTERS, BoundedEnvi
 from kdcache.teacher.chat.marked_text import MarkedText, concatenate, dump_json, interleave, mark_generated
 
 OWN_VARIABLES = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "range"})
-"""What every template is given, beside the tokenizer's special tokens."""
+"""The names that every template is given, besides the tokenizer's special tokens."""
 
 
 class ChatTemplate:
@@ -28,7 +28,7 @@ class ChatTemplate:
 
     Attributes:
         source: its text.
-        variables: the names that it reads of what it is given.
+        variables: the names that it reads.
         has_generation_tags: whether it marks what the assistant generates.
     """
 
@@ -36,10 +36,10 @@ class ChatTemplate:
         """Compile it.
 
         Raises:
-            jinja2.exceptions.TemplateError: it is no template.
+            jinja2.exceptions.TemplateError: it is not a template.
         """
         if len(source) > MAX_SOURCE_CHARACTERS:
-            raise TemplateError(f"it is longer than {MAX_SOURCE_CHARACTERS:,} characters, as no template is")
+            raise TemplateError(f"it is longer than {MAX_SOURCE_CHARACTERS:,} characters, which no real template is")
         self.source = source
         environment = self._environment = _Environment()
         tree = environment.parse(source)
@@ -49,11 +49,11 @@ class ChatTemplate:
 
     @property
     def reads_clock(self) -> bool:
-        """Whether its text may hang on when it is rendered."""
+        """Whether its text may depend on the time."""
         return "strftime_now" in self.variables
 
     def render(self, variables: Mapping[str, Any]) -> MarkedText:
-        """Its text; raises whatever a program can raise, and TemplateError where it would come to no end."""
+        """Render it; raises whatever a program can raise, and TemplateError if it would not end."""
         self._environment.start(sum(map(len, texts_of(variables))))
         return concatenate([self._template.render(**variables)])
 
@@ -89,15 +89,15 @@ class _Environment(BoundedEnvironment):
         self.bound_functions()
 
     def concat(self, parts: Iterable[str]) -> MarkedText:
-        """What a template, a macro or a block writes."""
+        """Join what a template, a macro or a block writes."""
         return concatenate(self.joined(parts))
 
     def join_texts(self, parts: tuple[Any, ...]) -> MarkedText:
-        """What `~` gives."""
+        """Implements `~`."""
         return self.concat(str(self.weighed(part)) for part in parts)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """As of a plain text: a template cannot tell that its texts are marked."""
+        """Allow the attributes of a plain text only: a template cannot tell that its texts are marked."""
         return super().is_safe_attribute(obj, attr, value) and (not isinstance(obj, MarkedText) or hasattr(str, attr))
 
 

@@ -1,11 +1,9 @@
-"""Text whose characters know where they come from: how a chat template's output is traced back to the messages.
+"""Text whose characters know where they come from, so that a chat template's output can be traced back to the messages.
 
-A chat template is a program. What it does with a message (trims it, splits it at `</think>`, folds it into another turn) is
-seen from inside when the message's text is a `MarkedText`: each operation that gives a part of it, or joins it with other text,
-carries the characters' origins along. What an operation does not carry is plain text, whose origin is not known: then there is
-less to prove with, and nothing wrong.
-
-Shape letters: C characters.
+A chat template is a program. Whatever it does with a message (trims it, splits it at `</think>`, folds it into another turn), a
+`MarkedText` records from inside: each operation that gives a part of it, or joins it with other text, carries the characters'
+origins along. An operation that does not carry them gives plain text of unknown origin: that leaves less to prove with, but
+proves nothing wrong.
 """
 
 from __future__ import annotations
@@ -22,24 +20,24 @@ from numpy.typing import NDArray
 
 OFFSET_BITS = 32
 GENERATED = np.int64(1) << np.int64(62)
-"""The bit of what stands between a template's generation tags."""
+"""The bit of characters between a template's generation tags."""
 
 
 class MarkedText(str):
     """A text with an origin for each character.
 
     Attributes:
-        origins_C: (C,) int64. 0 is the template's own text; else (source + 1) << 32 | offset into that source. GENERATED may be
-            added to either.
+        origins: int64 for each character. 0 is the template's own text; else (source + 1) << 32 | offset into that source.
+            GENERATED may be added to either.
     """
 
-    origins_C: NDArray[np.int64]
+    origins: NDArray[np.int64]
 
-    def __new__(cls, text: str, origins_C: NDArray[np.int64]) -> MarkedText:
-        """Both as they are; the lengths must agree."""
+    def __new__(cls, text: str, origins: NDArray[np.int64]) -> MarkedText:
+        """A text with its origins, of the same length."""
         made = super().__new__(cls, text)
-        assert len(made) == len(origins_C)
-        made.origins_C = origins_C
+        assert len(made) == len(origins)
+        made.origins = origins
         return made
 
     def __str__(self) -> MarkedText:
@@ -59,7 +57,7 @@ class MarkedText(str):
 
     def __getitem__(self, key: SupportsIndex | slice) -> MarkedText:
         # Templates ask a text for its field `content`, which has to fail as a text's does.
-        origins = self.origins_C[key if isinstance(key, slice) else [operator.index(key)]]
+        origins = self.origins[key if isinstance(key, slice) else [operator.index(key)]]
         return MarkedText(super().__getitem__(key), origins)
 
     def __iter__(self) -> Iterator[MarkedText]:
@@ -117,12 +115,12 @@ class MarkedText(str):
         return self._of_equal_length(super().title())
 
     def as_json(self, *, ensure_ascii: bool) -> MarkedText:
-        """The inside of a JSON string: each escape has the origin of the character that it stands for."""
+        """The inside of a JSON string; each escape has the origin of its character."""
         escaped = [json.dumps(char, ensure_ascii=ensure_ascii)[1:-1] for char in str.__str__(self)]
-        return MarkedText("".join(escaped), np.repeat(self.origins_C, [len(text) for text in escaped]))
+        return MarkedText("".join(escaped), np.repeat(self.origins, [len(text) for text in escaped]))
 
     def _found(self, parts: Iterable[str], sep: str | None) -> list[MarkedText]:
-        """Parts that stand in this text one after another, as slices of it."""
+        """Find parts that follow one another in this text, as slices of it."""
         found, start = [], 0
         for part in parts:
             start = super().find(part, start) if sep is None else start
@@ -131,68 +129,68 @@ class MarkedText(str):
         return found
 
     def _of_equal_length(self, text: str) -> str:
-        return MarkedText(text, self.origins_C) if len(text) == len(self) else text
+        return MarkedText(text, self.origins) if len(text) == len(self) else text
 
 
 def mark(text: str, source: int) -> MarkedText:
-    """A text all of whose characters come from one source, counted from 0."""
+    """Mark a text whose characters all come from one source, counted from 0."""
     return MarkedText(text, (np.int64(source + 1) << np.int64(OFFSET_BITS)) + np.arange(len(text), dtype=np.int64))
 
 
 def mark_generated(text: str) -> MarkedText:
-    """The text, as what stands between generation tags."""
+    """Mark a text as standing between generation tags."""
     return MarkedText(text, origins_of(text) | GENERATED)
 
 
 def origins_of(text: str) -> NDArray[np.int64]:
-    """(C,) of any text; 0 where it is not marked."""
-    return text.origins_C if isinstance(text, MarkedText) else np.zeros(len(text), np.int64)
+    """The origins of any text; 0 where it is not marked."""
+    return text.origins if isinstance(text, MarkedText) else np.zeros(len(text), np.int64)
 
 
-def sources_of(origins_C: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(C,) the source of each character; -1 where it has none."""
-    return ((origins_C & ~GENERATED) >> np.int64(OFFSET_BITS)) - 1
+def sources_of(origins: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The source of each character; -1 if it has none."""
+    return ((origins & ~GENERATED) >> np.int64(OFFSET_BITS)) - 1
 
 
-def offsets_of(origins_C: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(C,) where in its source each character stands."""
-    return origins_C & ((np.int64(1) << np.int64(OFFSET_BITS)) - 1)
+def offsets_of(origins: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The offset of each character in its source."""
+    return origins & ((np.int64(1) << np.int64(OFFSET_BITS)) - 1)
 
 
 def concatenate(parts: Iterable[str]) -> MarkedText:
-    """All parts, one after another."""
+    """Join the parts."""
     parts = list(parts)
     return MarkedText("".join(parts), np.concatenate([np.zeros(0, np.int64), *map(origins_of, parts)]))
 
 
 def interleave(separator: str, parts: Iterable[str]) -> MarkedText:
-    """All parts with the separator between them."""
+    """Join the parts with a separator."""
     between = [piece for part in parts for piece in (separator, part)]
     return concatenate(between[1:])
 
 
 def dump_json(value: Any, **options: Any) -> str:
-    """What `json.dumps` gives, through which the marks of the values' texts go; keys of objects are not marked."""
+    """Like `json.dumps`, but the marks of the values' texts survive; keys of objects are not marked."""
     marked: list[MarkedText] = []
     sign = "@"
     while sign in json.dumps(value, **options):
         sign += "@"
-    pieces: list[str] = re.split(f"{sign}([0-9]+){sign}", json.dumps(_with_places(value, marked, sign), **options))
+    pieces: list[str] = re.split(f"{sign}([0-9]+){sign}", json.dumps(_with_signs(value, marked, sign), **options))
     for index in range(1, len(pieces), 2):  # every other piece is a number
         pieces[index] = marked[int(pieces[index])].as_json(ensure_ascii=options.get("ensure_ascii", True))
     return concatenate(pieces) if marked else pieces[0]
 
 
-def _with_places(value: Any, marked: list[MarkedText], sign: str) -> Any:
+def _with_signs(value: Any, marked: list[MarkedText], sign: str) -> Any:
     if isinstance(value, MarkedText):
         marked.append(value)
         return f"{sign}{len(marked) - 1}{sign}"
     if isinstance(value, dict):
-        return {key: _with_places(child, marked, sign) for key, child in value.items()}
-    return [_with_places(child, marked, sign) for child in value] if isinstance(value, (list, tuple)) else value
+        return {key: _with_signs(child, marked, sign) for key, child in value.items()}
+    return [_with_signs(child, marked, sign) for child in value] if isinstance(value, (list, tuple)) else value
 
 
-def runs(keep_C: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """(start, stop) of each run of true."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], keep_C, [False]]).astype(np.int8)))
+def runs(keep: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """The (start, stop) of each run of true."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
     return [(int(start), int(stop)) for start, stop in list(pairwise(edges))[::2]]

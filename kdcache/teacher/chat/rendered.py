@@ -1,4 +1,4 @@
-"""A rendered chat as data: its text, whose each character is, its special tokens, and what is found in it."""
+"""A rendered chat as data: its text, who wrote each character, its special tokens, and what is found in it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ class Rendered:
     """A chat as its template writes it.
 
     Attributes:
-        text: C characters.
-        message_C: (C,) which message each comes from; -1 for the template's own.
-        origin_C: (C,) a number for each character of each message, the same in every rendering; 0 for the template's own.
-        generated_C: (C,) whether it stands between generation tags.
+        text: what the template writes.
+        message_indices: for each character, which message it comes from; -1 for the template's own.
+        origins: for each character of each message a number that is the same in every rendering; 0 for the template's own.
+        is_generated: for each character, whether it stands between generation tags.
     """
 
     text: str
-    message_C: NDArray[np.int64]
-    origin_C: NDArray[np.int64]
-    generated_C: NDArray[np.bool_]
+    message_indices: NDArray[np.int64]
+    origins: NDArray[np.int64]
+    is_generated: NDArray[np.bool_]
 
     def end_of_words(self) -> int:
-        """Where the last message's last character ends; 0 where nobody wrote any."""
-        own = np.flatnonzero(self.message_C >= 0)
+        """Where the last character of any message ends; 0 if there is none."""
+        own = np.flatnonzero(self.message_indices >= 0)
         return int(own[-1]) + 1 if len(own) else 0
 
 
 Render = Callable[[Sequence[Message], bool], "Rendered | None"]
-"""(messages, add_generation_prompt) -> text; None where the template refuses these messages."""
+"""(messages, add_generation_prompt) -> text; None if the template refuses these messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,11 @@ class Whole:
     """The text that the teacher reads.
 
     Attributes:
-        special: (start, end) of each special token in it that is the template's own.
-        ends: (start, end) of those of them that end a text, by the tokenizer.
+        rendered: the text, and who wrote what.
+        special: (start, end) of each special token that is the template's own.
+        ends: (start, end) of those that end a text, by the tokenizer.
         has_tags: whether the template has generation tags.
-        lost_calls: messages whose calls of tools it does not write.
+        lost_calls: messages whose tool calls the template does not write.
     """
 
     rendered: Rendered
@@ -55,11 +56,11 @@ class Whole:
     lost_calls: Collection[int] = ()
 
     def token(self, span: tuple[int, int]) -> str:
-        """A special token's text."""
+        """The text of a special token."""
         return self.rendered.text[slice(*span)]
 
     def next_special(self, start: int) -> tuple[int, int] | None:
-        """The special token that follows, if only white space is before it."""
+        """The next special token, if only white space precedes it."""
         found = next((span for span in self.special if span[0] >= start), None)
         return found if found is not None and not self.rendered.text[start : found[0]].strip() else None
 
@@ -70,12 +71,12 @@ class ChatSpans:
 
     Attributes:
         turn_starts: where each turn starts, its header included; ascending, the first is 0.
-        contents: (message, start, end) of what somebody wrote; of the assistant, from the end of what prompts it to the end of
+        contents: (message, start, end) of what somebody wrote; for the assistant, from the end of what prompts it to the end of
             its turn.
-        learnt: (message, start, end) of what the assistant is to be learnt of.
+        learnt: (message, start, end) of what is to be learnt of the assistant.
         endless: messages of the assistant after which the template writes no end token.
-        empty: messages of the assistant that say nothing and whose end token cannot be proven: it is not learnt.
-        lost: messages of the assistant of which the template leaves out what they say: they are not learnt.
+        empty: messages of the assistant that say nothing and whose end token cannot be proven, so it is not learnt.
+        lost: messages of the assistant whose words the template leaves out, so they are not learnt.
     """
 
     turn_starts: list[int] = field(default_factory=lambda: [0])

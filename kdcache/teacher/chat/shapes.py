@@ -1,8 +1,8 @@
-"""One chat on its way through a template: marked, in the shape that the template takes, with a word about what is lost.
+"""One chat on its way through a template: marked, in the shape that the template takes, with notes about what is lost.
 
-Templates differ in what they take: a message without content as "" or as null, arguments of a call as an object or as JSON
-text, content as text or as a list of parts, the role `developer` or not. Whether a shape is right shows in the text: all that
-the messages say is there.
+Templates differ in what they take: a message without content as "" or as null, the arguments of a call as an object or as JSON
+text, content as text or as a list of parts, the role `developer` or not. The text shows whether a shape is right: all that the
+messages say is there.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ RenderTemplate = Callable[[Mapping[str, Any]], MarkedText]
 
 
 class MarkedChat:
-    """A chat in one shape. Renderings are kept: the same beginnings are asked for again and again.
+    """A chat in one shape. Renderings are kept, since the same beginnings are needed again and again.
 
     Attributes:
         plain: the messages as the template sees them, without marks.
         messages: the same, marked.
-        failure: what the template raised last; None where it has not.
+        failure: what the template raised last; None if it has not.
     """
 
     def __init__(self, plain: Sequence[Message], variables: Mapping[str, Any], render: RenderTemplate) -> None:
@@ -40,36 +40,38 @@ class MarkedChat:
         self.messages: list[Message] = [self._mark(index, message) for index, message in enumerate(plain)]
 
     def render(self, messages: Sequence[Message], generation_prompt: bool) -> Rendered | None:
-        """The text of a beginning of the chat, with or without one message that is not of it; None where it is refused."""
-        number = len(messages)
-        is_own = number == 0 or (number <= len(self.messages) and messages[-1] is self.messages[number - 1])
-        key = (number, generation_prompt, is_own)
+        """Render a beginning of the chat, with or without one foreign message; None if the template refuses it."""
+        num_messages = len(messages)
+        is_own = num_messages == 0 or (num_messages <= len(self.messages) and messages[-1] is self.messages[num_messages - 1])
+        key = (num_messages, generation_prompt, is_own)
         if key not in self._rendered:
-            given = list(messages) if is_own else [*messages[:-1], self._mark(number - 1, messages[-1])]
+            given = list(messages) if is_own else [*messages[:-1], self._mark(num_messages - 1, messages[-1])]
             self._rendered[key] = self._render(given, generation_prompt)
         return self._rendered[key]
 
     def lost_keys(self, rendered: Rendered) -> list[tuple[int, str]]:
-        """(message, key) of what a message says that the text does not: none of its characters is there."""
-        there = set(np.unique(sources_of(rendered.origin_C)).tolist())
+        """The (message, key) of what a message says and the text does not show: none of its characters is there."""
+        there = set(np.unique(sources_of(rendered.origins)).tolist())
         said: dict[tuple[int, str], bool] = {}
-        for source, place in enumerate(self._sources):
-            said[place] = said.get(place, False) or source in there
-        # White space may be trimmed: nothing is lost then.
-        words = {place for place in said if any(map(str.strip, texts_of(self.plain[place[0]][place[1]])))}
-        return [place for place, is_there in said.items() if not is_there and place in words]
+        for source, part_of in enumerate(self._sources):
+            said[part_of] = said.get(part_of, False) or source in there
+        # Trimmed white space is not a loss.
+        words = {part_of for part_of in said if any(map(str.strip, texts_of(self.plain[part_of[0]][part_of[1]])))}
+        return [part_of for part_of, is_there in said.items() if not is_there and part_of in words]
 
     def lost_parts(self, rendered: Rendered) -> list[tuple[int, str, str]]:
-        """(message, key, words) of what a message says of which the text shows some and not these: thoughts, say. What the
-        template writes itself in their place, as it may write `<think>`, is not lost."""
-        there = np.unique(rendered.origin_C)
+        """The (message, key, words) of parts that the text leaves out of what it otherwise shows, such as thoughts.
+
+        What the template writes itself instead, such as `<think>`, is not lost.
+        """
+        there = np.unique(rendered.origins)
         sources, found = sources_of(there), []
-        for source, (place, text) in enumerate(zip(self._sources, self._texts, strict=True)):
+        for source, (part_of, text) in enumerate(zip(self._sources, self._texts, strict=True)):
             kept = offsets_of(there[sources == source])
             is_lost = np.ones(len(text), np.bool_)
             is_lost[kept] = False
             parts = [text[start:stop].strip() for start, stop in runs(is_lost)] if len(kept) else []
-            found += [(*place, part) for part in parts if any(map(str.isalnum, part)) and part not in rendered.text]
+            found += [(*part_of, part) for part in parts if any(map(str.isalnum, part)) and part not in rendered.text]
         return found
 
     def _render(self, messages: list[Message], generation_prompt: bool) -> Rendered | None:
@@ -78,9 +80,9 @@ class MarkedChat:
         except Exception as error:  # a template is a program: it may raise anything
             self.failure = error
             return None
-        table, all_C = np.array([*(message for message, _ in self._sources), -1]), origins_of(text)
-        origins_C = all_C & ~GENERATED
-        return Rendered(str.__str__(text), table[sources_of(origins_C)], origins_C, (all_C & GENERATED) != 0)
+        table, marked = np.array([*(message for message, _ in self._sources), -1]), origins_of(text)
+        origins = marked & ~GENERATED
+        return Rendered(str.__str__(text), table[sources_of(origins)], origins, (marked & GENERATED) != 0)
 
     def _mark(self, index: int, message: Message) -> Message:
         return {name: value if name == "role" else self._marked(value, index, name) for name, value in message.items()}
@@ -136,7 +138,7 @@ def _call_with_arguments(call: Any, *, as_text: bool) -> Any:
 
 
 def _with_content(message: Message, content: str | None) -> Message:
-    # With calls "" says the same as nothing, and some templates write calls beside null alone.
+    # With calls, "" says the same as nothing, and some templates write calls only next to null.
     is_given = message.get("content") or ("content" in message and not message.get("tool_calls"))
     return message if is_given else {**message, "content": content}
 
@@ -148,13 +150,13 @@ def _parts(content: Any) -> Any:
 def notes_of(
     chat: Chat, template: Any, lost: Sequence[tuple[int, str]], parts: Sequence[tuple[int, str, str]] = ()
 ) -> list[str]:
-    """A sentence for each kind of thing that a chat holds and its template does not write.
+    """A sentence for each kind of thing that a chat holds and its template leaves out.
 
     Args:
         chat: as it came.
         template: a `ChatTemplate`.
-        lost: (message, key) of what the text does not show.
-        parts: (message, key, words) of what it shows in part.
+        lost: the (message, key) of what the text does not show.
+        parts: the (message, key, words) of what it shows only partly.
     """
     notes = [f"{name!r} of the item: the chat template does not read it" for name in chat.arguments
              if name not in template.variables]  # fmt: skip
@@ -173,5 +175,5 @@ def notes_of(
     for role, name in sorted(kind for kind in kinds if kind[1] != "tool_call_id"):  # which call: the order says it
         notes.append(f"{name!r} of a message of role {role!r}: the chat template does not write it")
     for role, name in sorted({(chat.messages[index]["role"], name) for index, name, _ in parts}):
-        notes.append(f"a part of {name!r} of a message of role {role!r}, its thoughts, say: the chat template leaves it out")
+        notes.append(f"a part of {name!r} of a message of role {role!r}, such as its thoughts: the chat template leaves it out")
     return [*notes, *chat.unused]

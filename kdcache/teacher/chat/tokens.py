@@ -1,7 +1,4 @@
-"""From whose characters to whose tokens: by the characters that each token covers, checked by decoding.
-
-Shape letters: N tokens of a chat.
-"""
+"""Carry who wrote which characters over to tokens, by the characters that they cover; checked by decoding."""
 
 from __future__ import annotations
 
@@ -25,10 +22,10 @@ class ChatEncoding:
 
     Attributes:
         input_ids_N: (N,) int32.
-        offsets_N2: (N, 2) int64, characters that each token covers: [start, end).
-        special_ids: of the tokenizer.
-        end_ids: those that end a text.
-        decode: ids to text.
+        offsets_N2: (N, 2) int64: the characters that each token covers, [start, end).
+        special_ids: the special tokens of the tokenizer.
+        end_ids: the tokens that end a text.
+        decode: turns ids into text.
     """
 
     rendered: Rendered
@@ -44,10 +41,10 @@ class ChatEncoding:
         return Whole(self.rendered, special, self._spans_of(np.array(self.end_ids, np.int64)), has_tags)
 
     def chat(self, chat: Chat, spans: ChatSpans, notes: Sequence[str]) -> ChatTokens:
-        """Roles, turns and masks.
+        """Find roles, turns and masks.
 
         Raises:
-            InputError: a token is the assistant's in part and somebody else's in part, or the tokens say something else.
+            InputError: a token is partly the assistant's and partly somebody else's, or the tokens decode to something else.
         """
         num_tokens = len(self.input_ids_N)
         mask_N, excluded_N, roles_N = (
@@ -68,7 +65,7 @@ class ChatEncoding:
         )
 
     def prompt(self, chat: Chat, spans: ChatSpans, end: int, notes: Sequence[str]) -> ChatTokens:
-        """The same of a prompt, whose last turn starts with the first token after `end`, or after all."""
+        """The same for a prompt, whose last turn starts with the first token after `end`, or where the tokens end."""
         chat_tokens = self.chat(chat, ChatSpans(spans.turn_starts, spans.contents), notes)
         after_N = self._covered_N2[:, 1] > end
         header = int(np.argmax(after_N)) if after_N.any() else len(self.input_ids_N)
@@ -79,8 +76,10 @@ class ChatEncoding:
 
     @cached_property
     def _covered_N2(self) -> NDArray[np.int64]:
-        """Offsets, of which none is empty where characters are left for it: some tokenizers say of white space that it covers
-        nothing, and it then lies between its neighbours."""
+        """The offsets, with empty ones widened to the characters between their neighbours.
+
+        Some tokenizers say that a token of white space covers nothing.
+        """
         covered = self.offsets_N2.copy()
         for index in np.flatnonzero(covered[:, 0] >= covered[:, 1]):
             if index > 0:
@@ -95,10 +94,10 @@ class ChatEncoding:
         return _squeezed(self.decode(self.input_ids_N.tolist())) == _squeezed(self.rendered.text)
 
     def _proven(self, index: int, start: int, end: int) -> NDArray[np.bool_]:
-        """(N,) the tokens of a span, which say what it says and nothing else."""
+        """(N,) the tokens of a span, proven to decode to its text and nothing else."""
         inside_N = self._inside(index, start, end, strict=True)
         if len(runs(inside_N)) > 1:
-            raise InputError(_mixed(index, "its tokens do not stand one after another"))
+            raise InputError(_mixed(index, "its tokens are not consecutive"))
         if self._is_lossless:
             said = self.decode(self.input_ids_N[inside_N].tolist())
             if _squeezed(said) != _squeezed(self.rendered.text[start:end]):
@@ -106,8 +105,9 @@ class ChatEncoding:
         return inside_N
 
     def _inside(self, index: int, start: int, end: int, *, strict: bool) -> NDArray[np.bool_]:
-        """(N,) the tokens that cover something of text[start:end]. Of a token that reaches over a border, white space on one
-        side is counted to the other.
+        """(N,) the tokens that cover any of text[start:end].
+
+        If a token crosses a border and has only white space on one side, it belongs to the other side.
 
         Raises:
             InputError: strict, and there is more than white space on both sides.
@@ -122,31 +122,31 @@ class ChatEncoding:
             if not within:
                 inside_N[token] = False
             elif outside and strict:
-                raise InputError(_mixed(index, f"the token {text[first:last]!r} is the template's or somebody else's in part"))
+                raise InputError(_mixed(index, f"the token {text[first:last]!r} is partly the template's or somebody else's"))
         return inside_N
 
     def _turns(self, starts: Sequence[int]) -> NDArray[np.int32]:
-        """(M,) the first token that covers something at or after each character; turns without a token are left out."""
+        """The first token that covers anything at or after each character; turns without a token are left out."""
         ends_N = self._covered_N2[:, 1]
         first = [int(np.argmax(ends_N > start)) for start in starts if (ends_N > start).any()]
         return np.unique(np.append(np.int32(0), np.array(first[1:], np.int32))).astype(np.int32)
 
     def _spans_of(self, ids: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """(start, end) of the template's own tokens with these ids, without the white space that they swallow."""
+        """The (start, end) of the template's own tokens with these ids, without the white space that they include."""
         found = []
         for token in np.flatnonzero(np.isin(self.input_ids_N, ids)):
             start, end = self.offsets_N2[token].tolist()
             text = self.rendered.text[start:end]
             start, end = start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
-            if start < end and (self.rendered.message_C[start:end] < 0).all():
+            if start < end and (self.rendered.message_indices[start:end] < 0).all():
                 found.append((start, end))
         return found
 
 
 def words_of(rendered: Rendered) -> list[tuple[int, int, int]]:
-    """(message, start, end) of all that somebody wrote, where no more is known."""
-    writers = sorted(set(rendered.message_C.tolist()) - {-1})
-    return [(index, start, end) for index in writers for start, end in runs(rendered.message_C == index)]
+    """The (message, start, end) of all that somebody wrote, if nothing more is known."""
+    writers = sorted(set(rendered.message_indices.tolist()) - {-1})
+    return [(index, start, end) for index in writers for start, end in runs(rendered.message_indices == index)]
 
 
 def _squeezed(text: str) -> str:

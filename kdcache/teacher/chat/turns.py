@@ -1,18 +1,18 @@
-"""Which part of a rendered chat is whose, proven per chat. Characters only; no tokenizer, no template engine.
+"""Which part of a rendered chat belongs to whom, proven for each chat. Characters only; no tokenizer, no template engine.
 
-A chat template is a program that gives one text for all messages. Its output says of each character which message it comes from
-(`marked_text`), so what somebody wrote needs no search. Two borders remain, both in the template's own text:
+A chat template is a program that makes one text of all messages. Its output says of each character which message it comes from
+(`marked_text`), so nobody's words have to be searched for. Two borders remain, both in the template's own text:
 
 - *Where the assistant starts:* after what the template writes to prompt it. The chat up to there is rendered with the
-  generation prompt. What then follows the last character of the messages before must follow the same character in the whole
-  text. To a template that has no generation prompt, or always writes one, a made-up answer is shown: what precedes that is the
+  generation prompt. What then follows the last character of the previous messages must follow the same character in the whole
+  text. A template that has no generation prompt, or always writes one, is shown a made-up answer: what precedes it is the
   header.
-- *Where its turn ends:* the chat up to and with its message is rendered. What then follows its last character must follow it in
-  the whole text; the turn ends with the last special token in it. Where the template ends earlier turns in another way than the
-  last one, the special token after the message is taken, if it follows others' messages as well and opens no turn.
+- *Where its turn ends:* the chat up to and including its message is rendered. What then follows its last character must follow
+  it in the whole text; the turn ends with the last special token in it. If the template ends earlier turns differently from the
+  last one, the special token after the message is taken, if it follows others' messages, too, and opens no turn.
 
-Nothing hangs on the beginning of a chat being rendered alike when more follows: some templates leave out earlier thoughts, or
-fold the system prompt into the last user's turn.
+Nothing depends on the beginning of a chat being rendered the same when more follows: some templates leave out earlier thoughts,
+or fold the system prompt into the last user's turn.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from kdcache.teacher.chat.marked_text import runs
 from kdcache.teacher.chat.rendered import ChatSpans, Render, Rendered, Whole
 
 ASKED = "x"
-"""The made-up answer by which the header of a template without a generation prompt is found."""
+"""The made-up answer that shows the header of a template without a generation prompt."""
 
 
 def find_spans(messages: Sequence[Message], whole: Whole, render: Render) -> ChatSpans:
     """Locate every message in the rendered text.
 
-    A message that cannot be rendered without its successor (templates that fold the system prompt into the user's turn, or that
-    refuse a chat without a user) shares its successor's turn.
+    A message that cannot be rendered without the next one (templates that fold the system prompt into the user's turn, or that
+    refuse a chat without a user) shares the next one's turn.
 
     Args:
         messages: the whole chat.
-        whole: of `render(messages, False)`.
+        whole: what `render(messages, False)` gives.
         render: gives the text of a beginning of the chat.
 
     Raises:
-        InputError: the start or the end of an assistant's message cannot be proven; says which.
+        InputError: the start or the end of an assistant's message cannot be proven; names it.
     """
     finder = _Finder(messages, whole, render)
     spans = ChatSpans()
@@ -51,7 +51,7 @@ def find_spans(messages: Sequence[Message], whole: Whole, render: Render) -> Cha
         if message["role"] == "assistant":
             finder.add_assistant(index, spans)
         else:
-            spans.contents += [(index, start, end) for start, end in runs(whole.rendered.message_C == index)]
+            spans.contents += [(index, start, end) for start, end in runs(whole.rendered.message_indices == index)]
             finder.add_turn(index, spans)
     spans.contents.sort(key=lambda content: content[1])
     spans.turn_starts = sorted(set(spans.turn_starts))
@@ -66,24 +66,24 @@ class _Finder:
         self._rendered, self._text = whole.rendered, whole.rendered.text
 
     def add_turn(self, index: int, spans: ChatSpans) -> None:
-        """The turn after a message that is not the assistant's starts where the text of the chat up to it ends."""
+        """Find where the turn after a message of somebody else starts: where the text of the chat up to it ends."""
         if index + 1 == len(self._messages):
             return
         given = self._render(self._messages[: index + 1], False)
         if given is None and self._messages[index + 1]["role"] == "assistant":
-            # The assistant's header is then counted to this turn; it is the template's own text in either.
+            # The assistant's header then counts to this turn; it is the template's own text in either.
             given = self._render(self._messages[: index + 1], True)
-        if given is None or not (given.message_C == index).any():
+        if given is None or not (given.message_indices == index).any():
             return
         end = self._follow(given)
         if end is None:
-            own = np.flatnonzero(self._rendered.message_C == index)
+            own = np.flatnonzero(self._rendered.message_indices == index)
             end = self._after_token(index, int(own[-1]) + 1)[0] if len(own) else None
         if end is not None and end < len(self._text):
             spans.turn_starts.append(end)
 
     def add_assistant(self, index: int, spans: ChatSpans) -> None:
-        """The spans of one message of the assistant: proven, or else what the template's tags mark around its words."""
+        """Find the spans of one message of the assistant: proven, or else what the template's tags mark around its words."""
         try:
             self._add_proven(index, spans)
         except InputError:
@@ -96,15 +96,15 @@ class _Finder:
             spans.learnt += tagged
 
     def _add_proven(self, index: int, spans: ChatSpans) -> None:
-        own = np.flatnonzero(self._rendered.message_C == index)
+        own = np.flatnonzero(self._rendered.message_indices == index)
         start = self._start(index)
         first = int(own[0]) if len(own) else start
         if start is None or first is None or start > first:
             raise InputError(_unproven(index, "starts"))
         last = self._last_written(own) if len(own) else start
         whole_end, end = self._end(index, start, last)
-        if not start <= last <= end or not np.isin(self._rendered.message_C[start:end], (-1, index)).all():
-            raise InputError(_unproven(index, "is: what others wrote is among it"))
+        if not start <= last <= end or not np.isin(self._rendered.message_indices[start:end], (-1, index)).all():
+            raise InputError(_unproven(index, "is: it contains what others wrote"))
         spans.contents.append((index, start, end))
         if self._is_lost(index, start, end, has_words=len(own) > 0):
             spans.lost.append(index)
@@ -115,12 +115,14 @@ class _Finder:
             spans.turn_starts.append(whole_end)
 
     def _last_written(self, own: NDArray[np.intp]) -> int:
-        """Where the last character of a message ends that is there for the first time: some templates write the name of a
-        call again, before its result."""
-        origins_C = self._rendered.origin_C
-        place = int(own[np.unique(origins_C[own], return_index=True)[1].max()])
-        other = np.flatnonzero(origins_C[place:] != origins_C[place])
-        return place + int(other[0]) if len(other) else len(origins_C)
+        """Where the last character of a message that appears for the first time ends.
+
+        Some templates write the name of a call again, before its result.
+        """
+        origins = self._rendered.origins
+        offset = int(own[np.unique(origins[own], return_index=True)[1].max()])
+        other = np.flatnonzero(origins[offset:] != origins[offset])
+        return offset + int(other[0]) if len(other) else len(origins)
 
     def _follow(self, given: Rendered, end: int | None = None) -> int | None:
         """Where given.text[:end] ends in the whole text: found by the last character that somebody wrote, and what follows."""
@@ -128,17 +130,17 @@ class _Finder:
         rest = given.text[words:end]
         starts = [0]
         if words:
-            # Of several characters where it is escaped; in several places where the template repeats it.
-            starts = [stop for _, stop in runs(self._rendered.origin_C == given.origin_C[words - 1])]
+            # One character is several where it is escaped, and appears several times where the template repeats it.
+            starts = [stop for _, stop in runs(self._rendered.origins == given.origins[words - 1])]
         if len(starts) > 1 and not rest.strip():
             return None
         stops = [start + len(rest) for start in starts if self._text.startswith(rest, start)]
-        stops = [stop for stop in stops if (self._rendered.message_C[stop - len(rest) : stop] < 0).all()]
+        stops = [stop for stop in stops if (self._rendered.message_indices[stop - len(rest) : stop] < 0).all()]
         return stops[0] if len(stops) == 1 else None
 
     @staticmethod
     def _end_of_words_before(given: Rendered, end: int) -> int:
-        own = np.flatnonzero(given.message_C[:end] >= 0)
+        own = np.flatnonzero(given.message_indices[:end] >= 0)
         return int(own[-1]) + 1 if len(own) else 0
 
     def _start(self, index: int) -> int | None:
@@ -153,22 +155,24 @@ class _Finder:
         return self._start_by_example(index) if start is None else start
 
     def _start_by_example(self, index: int) -> int | None:
-        """Of a template that opens the assistant's turn whatever it is asked for, or never does."""
+        """Where the assistant starts, if the template always opens its turn, or never does."""
         asked = self._render([*self._messages[:index], {"role": "assistant", "content": ASKED}], False)
-        words = [] if asked is None else np.flatnonzero(asked.message_C == index)
+        words = [] if asked is None else np.flatnonzero(asked.message_indices == index)
         if asked is None or not len(words):
             return None
         end = int(words[0])
         start = self._follow(asked, end)
-        # Of a call there may be no space between.
+        # There may be no space before a call.
         before = self._end_of_words_before(asked, end)
         return start if start is not None else self._follow(asked, max(before, len(asked.text[:end].rstrip())))
 
     def _start_by_shorter_header(self, index: int, opened: Rendered, closed: Rendered) -> int | None:
-        """Of a template whose generation prompt opens a thought that the whole text does not have: its part starts after the
-        beginning of the header that both have, up to a line's or tag's end. It is looked for right before the words, and, of
-        calls, where the text before the turn ends."""
-        own = np.flatnonzero(self._rendered.message_C == index)
+        """Where the assistant starts, if the generation prompt opens a thought that the whole text does not have.
+
+        It is after the beginning of the header that both have, up to the end of a line or tag. It
+        is looked for right before the words, and, for calls, where the text before the turn ends.
+        """
+        own = np.flatnonzero(self._rendered.message_indices == index)
         header = opened.text[len(closed.text) :] if opened.text.startswith(closed.text) else ""
         if not len(own) or not header:
             return None
@@ -184,17 +188,19 @@ class _Finder:
         return stop if stop is not None and self._is_assistants(index, header[: stop - (begin or 0)]) else None
 
     def _is_assistants(self, index: int, header: str) -> bool:
-        """Whether nobody else's turn begins so too."""
+        """Whether nobody else's turn begins with this header."""
         for role in ("user", "tool", "system"):
             other = self._render([*self._messages[:index], {"role": role, "content": ASKED}], False)
-            if other is not None and (other.message_C == index).any():
-                words = int(np.flatnonzero(other.message_C == index)[0])
+            if other is not None and (other.message_indices == index).any():
+                words = int(np.flatnonzero(other.message_indices == index)[0])
                 return header not in other.text[self._end_of_words_before(other, words) : words]
         return False
 
     def _end(self, index: int, start: int, last: int) -> tuple[int, int]:
-        """Where the turn ends, and where the assistant's part of it does: without what the template writes after the token that
-        ends the turn, which at inference the model never produces."""
+        """Where the turn ends, and where the assistant's part of it ends.
+
+        The part excludes what the template writes after the token that ends the turn, which the model never produces.
+        """
         through = self._messages[: index + 1]
         ended, opened = self._render(through, False), self._render(through, True)
         end = None if ended is None else self._follow(ended)
@@ -207,14 +213,16 @@ class _Finder:
         return end, self._end_of_tokens(index, special, end)
 
     def _end_of_tokens(self, index: int, special: Sequence[tuple[int, int]], end: int) -> int:
-        """Where the special tokens that end the text do, up to the first one that ends others' turns or a text: what follows
-        it is the template's. `end` where none do."""
-        for number, (start, _) in enumerate(special):
+        """The end of the special tokens that end the text, up to the first one that ends others' turns or a text.
+
+        What follows that one is the template's. `end` if no special tokens end the text.
+        """
+        for i, (start, _) in enumerate(special):
             rest = self._text[start:end]
-            for span in special[number:]:
+            for span in special[i:]:
                 rest = rest.replace(self._whole.token(span), "", 1)
             if not rest.strip():
-                known = (span for span in special[number:] if self._ends_turns(index, span))
+                known = (span for span in special[i:] if self._ends_turns(index, span))
                 return next(known, special[-1])[1]
         return end
 
@@ -222,7 +230,7 @@ class _Finder:
         return span in self._whole.ends or self._ends_others(index, self._whole.token(span))
 
     def _end_before_header(self, index: int, start: int, end: int, special: Sequence[tuple[int, int]]) -> int:
-        """Of a template that writes the same with a generation prompt and without: it may have opened another turn already."""
+        """The end, if the template writes the same with and without a generation prompt: it may have opened another turn."""
         last = max(start, self._end_of_words_before(self._rendered, end))
         rest = self._text[last:end]
         if not special and not rest.strip():
@@ -234,11 +242,11 @@ class _Finder:
                 return end
         if after is not None and after in self._whole.ends:
             return after[1]
-        why = "it writes the same with a generation prompt and without, so that what follows may open another turn"
+        why = "the template writes the same with a generation prompt and without, so what follows may open another turn"
         raise InputError(_unproven(index, f"ends: {why}"))
 
     def _is_opener(self, span: tuple[int, int], start: int) -> bool:
-        """Whether the same special token is what the assistant's turn was opened with, and all of it."""
+        """Whether the assistant's turn was opened with this special token alone."""
         before = [other for other in self._whole.special if other[1] <= start][-1:]
         same = bool(before) and self._whole.token(before[0]) == self._whole.token(span)
         return same and not self._text[before[0][1] : start].strip()
@@ -250,7 +258,7 @@ class _Finder:
         return whole_end, end
 
     def _after_token(self, index: int, last: int) -> tuple[int, int] | tuple[None, None]:
-        """Where the special token that follows ends, with the line after it and without; None where it may be no end."""
+        """Where the following special token ends, with and without the line break after it; None if it may not be an end."""
         after = self._whole.next_special(last)
         if after is None or not self._ends_turns(index, after):
             return None, None
@@ -258,22 +266,22 @@ class _Finder:
         return after[1] + len(rest) - len(rest.lstrip("\n")), after[1]
 
     def _ends_others(self, index: int, token: str) -> bool:
-        """Whether a special token follows the words of somebody else too, and opens no turn of the assistant."""
+        """Whether a special token also follows the words of somebody else, and opens no turn of the assistant."""
         opened, closed = self._render(self._messages[:index], True), self._render(self._messages[:index], False)
         if opened is None or closed is None or token in _beyond(opened.text, closed.text):
             return False
         for other, message in enumerate(self._messages):
-            own = np.flatnonzero(self._rendered.message_C == other)
+            own = np.flatnonzero(self._rendered.message_indices == other)
             follows = self._whole.next_special(int(own[-1]) + 1) if len(own) and message["role"] != "assistant" else None
             if other != index and follows is not None and self._whole.token(follows) == token:
                 return True
         return False
 
     def _is_lost(self, index: int, start: int, end: int, *, has_words: bool) -> bool:
-        """Whether the template leaves out all that a message says, or its calls: its end would be learnt in their place.
+        """Whether the template leaves out all that a message says, or its calls, so that only its end would be learnt.
 
         Raises:
-            InputError: the text shows no character of it, and has something else there: it may be anywhere in it.
+            InputError: the text shows none of it and has something else instead, which may stand for it.
         """
         message = self._messages[index]
         if index in self._whole.lost_calls:
@@ -284,12 +292,12 @@ class _Finder:
         for span in self._whole.special:
             rest = rest.replace(self._whole.token(span), "")
         if rest.strip():
-            raise InputError(_unproven(index, "is: the template writes something else in its place"))
+            raise InputError(_unproven(index, "is: the template writes something else instead"))
         return True
 
     def _tagged(self, index: int, start: int, end: int) -> list[tuple[int, int, int]]:
-        """What the template's tags mark of this message; with the token that ends the turn, if only white space is between."""
-        marked = [(max(begin, start), min(stop, end)) for begin, stop in runs(self._rendered.generated_C) if begin < end]
+        """What the template's tags mark of this message, with the token that ends the turn if only white space is between."""
+        marked = [(max(begin, start), min(stop, end)) for begin, stop in runs(self._rendered.is_generated) if begin < end]
         marked = [(begin, stop) for begin, stop in marked if begin < stop]
         if not marked:
             return []
@@ -300,10 +308,10 @@ class _Finder:
         return [(index, *span) for span in marked]
 
     def _tagged_words(self, index: int) -> list[tuple[int, int, int]]:
-        """What the tags mark that holds words of this message and of no other; with the token that ends the turn after it."""
+        """What the tags mark that holds words of this message only, with the token that ends the turn after it."""
         found = []
-        for begin, stop in runs(self._rendered.generated_C) if self._whole.has_tags else ():
-            if set(self._rendered.message_C[begin:stop].tolist()) - {-1} == {index}:
+        for begin, stop in runs(self._rendered.is_generated) if self._whole.has_tags else ():
+            if set(self._rendered.message_indices[begin:stop].tolist()) - {-1} == {index}:
                 found.append((index, begin, self._end_of_tagged(index, begin, stop)))
         return found
 

@@ -1,4 +1,11 @@
-"""Teachers run by transformers."""
+"""Teachers run by transformers.
+
+- `teacher` holds the contract: groups, batches, identity.
+- `forward` runs a model in pieces: its body, its output projection and the selection a chunk of positions at a time.
+- `load` loads a model; `attention` checks that its attention does what its config asks.
+- `rotary` gives each text of a batch the rotary factors that it has alone; `proof` finds out which texts may share a forward.
+- `features` takes hidden states by hooks; `generate` writes answers.
+"""
 
 from __future__ import annotations
 

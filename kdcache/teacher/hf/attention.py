@@ -1,8 +1,8 @@
-"""Whether the attention that a model runs with does all that its config asks: shown beside eager attention, on a few tokens.
+"""Check that a model's attention does all that its config asks, by comparison with eager attention on a few tokens.
 
-transformers' default, sdpa, takes what it does not know (a soft cap on the scores, sinks) and leaves it out without a word.
-Each layer's function is given the layer's own queries, keys and values in float32, also magnified, so that what only bites on
-large scores, or is smaller than the rounding of half precision, shows.
+transformers' default, sdpa, accepts options that it does not know (a soft cap on the scores, sinks) and silently ignores them.
+Each layer's function gets the layer's own queries, keys and values in float32, also magnified, so that effects show that only
+large scores have, or that half precision would round away.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _PROOF = "kdcache_proof"
 _MAGNIFIED = (1.0, 32.0)
 _TOKENS = 16
 _TOLERANCE = 1e-3
-"""Of the greatest number in a layer's output, in float32."""
+"""Relative to the largest number in a layer's output, in float32."""
 
 
 @dataclass(frozen=True)
 class AttentionGap:
-    """How far a model's attention is from eager attention; 0.0 where no further than rounding explains.
+    """How far a model's attention is from eager attention; 0.0 if rounding explains the difference.
 
     Attributes:
-        layers: of the same queries, keys, values and options, as a share of a layer's output. What eager attention does with
-            them is what the model's code asks for, so the other one leaves something out. Looked at where the model follows
-            transformers' attention interface.
-        whole: of the whole model, as a share of its last states. Which of the two is right is not known: the eager path of
+        layers: on the same queries, keys, values and options, as a share of a layer's output. Eager attention does what the
+            model's code asks, so the other one ignores something. Checked only where the model uses transformers' attention
+            interface.
+        whole: of the whole model, as a share of its last states. It is not known which of the two is right: the eager path of
             transformers' Falcon adds its position biases twice.
     """
 
@@ -60,34 +60,37 @@ def attention_gap(model: Any) -> AttentionGap:
 
 
 def must_be_eager(model: Any, *, named: bool, field: str | None) -> bool:
-    """Whether the model has to run with eager attention, because the one it was loaded with leaves out what the config asks.
+    """Whether the model must run with eager attention, because the one it was loaded with ignores part of the config.
 
     Args:
         model: as it was loaded.
         named: whether the user named the implementation.
-        field: the config field that does, for messages; None where there is none.
+        field: the config field that names it, for messages; None if there is none.
 
     Raises:
-        ConfigError: the user named one that leaves something out; or nobody named one, and which is right cannot be told.
+        ConfigError: the user named one that ignores part of the config; or nobody named one, and it is not known which is
+            right.
     """
     gap, name, kind = attention_gap(model), attention_of(model), type(model).__name__
     if gap.layers and named:
         raise ConfigError(
-            f"{field} is {name!r}, which leaves out what the config of {kind} asks of its attention, a cap on scores, say: "
-            f"its output is up to {gap.layers:.0%} of the largest number off; set it to 'eager', or leave it out"
+            f"{field} is {name!r}, which ignores part of what the config of {kind} asks of its attention, such as a cap on "
+            f"scores: its output is off by up to {gap.layers:.0%} of the largest number; set it to 'eager', or leave it out"
         )
     if gap.layers:
         log.warning(
-            "%s runs with eager attention: %s leaves out what the config asks (its output is up to %.0f%% of the largest off)",
+            "%s runs with eager attention: %s ignores part of the config (its output is off by up to %.0f%% of the largest)",
             kind, name, 100 * gap.layers,
         )  # fmt: skip
         return True
     if gap.whole and (named or field is None):
-        log.warning("%s: %s and eager attention differ (%.2g of the last states); it runs with %s", kind, name, gap.whole, name)
+        log.warning(
+            "%s: %s and eager attention differ (by %.2g of the last states); it runs with %s", kind, name, gap.whole, name
+        )
     elif gap.whole:
         raise ConfigError(
-            f"{kind} gives other numbers with {name!r} attention than with 'eager' ({gap.whole:.1%} of its last states in the "
-            f"mean), and nothing says which it was trained with; name the right one as {field}"
+            f"{kind} gives other numbers with {name!r} attention than with 'eager' (by {gap.whole:.1%} of its last states on "
+            f"average), and nothing says which it was trained with; name the right one as {field}"
         )
     return False
 
@@ -95,18 +98,18 @@ def must_be_eager(model: Any, *, named: bool, field: str | None) -> bool:
 def _run(look: Callable[[Any], float], model: Any) -> float:
     try:
         return look(model)
-    except Exception as error:  # of foreign code on a path that a capture may never take
+    except Exception as error:  # foreign code, on a path that a capture may never take
         log.debug("%s: eager attention cannot be run: %s", type(model).__name__, error)
         return 0.0
 
 
 def attention_of(model: Any) -> str | None:
-    """The name of the implementation that the language model runs with."""
+    """The name of the attention implementation that the language model runs with."""
     return model.config.get_text_config()._attn_implementation
 
 
 def use_eager(model: Any) -> bool:
-    """Switch to eager attention; False where the model chose it for good when it was built, and must be built again."""
+    """Switch to eager attention; False if the model chose its attention when it was built, and must be built again."""
     if not model._can_set_attn_implementation():
         return False
     model.config._attn_implementation = EAGER
@@ -149,7 +152,7 @@ def _gap(
 
 
 def _whole_gap(model: Any) -> float:
-    """Of the model's last hidden state, in its own precision."""
+    """The gap of the model's last hidden state, in its own precision."""
     ids_1T = _ids(model)
     own = _last(model, ids_1T)
     if model._can_set_attn_implementation():
@@ -162,19 +165,19 @@ def _whole_gap(model: Any) -> float:
     explained = 16 * torch.finfo(own.dtype).eps * math.sqrt(model.config.get_text_config().num_hidden_layers)
     if gap <= max(_TOLERANCE, explained):
         return 0.0
-    # A model that is never the same twice is refused elsewhere, and not for its attention.
+    # A model that never answers the same twice is refused elsewhere, and not for its attention.
     return gap if _mean_share(own, _last(model, ids_1T)) <= gap / 10 else 0.0
 
 
 def _last(model: Any, ids_1T: Tensor) -> Tensor:
-    """The last states, or the logits of a model whose body is not found."""
+    """The last states, or the logits if the model's body is not found."""
     output = model.base_model(input_ids=ids_1T, use_cache=False)
     found = getattr(output, "last_hidden_state", None)
     return output.logits if found is None else found
 
 
 def _twin(model: Any) -> PreTrainedModel:
-    """The same weights, not copied, in a model that was built with eager attention."""
+    """A model built with eager attention that shares the weights."""
     config = copy.deepcopy(model.config)
     config._attn_implementation = EAGER
     with torch.device("meta"):
@@ -202,7 +205,7 @@ def _eager_of(module: Any) -> Callable[..., Any]:
         found = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
         if found is not None:
             return found
-    raise NotImplementedError(f"{type(module).__name__} has no eager attention beside it")
+    raise NotImplementedError(f"{type(module).__name__} has no eager attention")
 
 
 def _mean_share(found: Tensor, expected: Tensor) -> float:
@@ -215,5 +218,5 @@ def _full(value: Any) -> Any:
 
 def _ids(model: Any) -> Tensor:
     config = model.config.get_text_config()
-    number = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
-    return (torch.arange(number, device=model.device) * 37 + 11)[None] % config.vocab_size
+    num_tokens = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+    return (torch.arange(num_tokens, device=model.device) * 37 + 11)[None] % config.vocab_size

@@ -1,7 +1,4 @@
-"""Hidden states of named layers of a `transformers` model, seen by hooks while it runs: no other layer's are held.
-
-Shape letters: B sequences of a batch, T their longest, H hidden, C positions of a chunk, P positions.
-"""
+"""Hidden states of chosen layers of a `transformers` model, taken by hooks while it runs; no other layer's are held."""
 
 from __future__ import annotations
 
@@ -20,22 +17,22 @@ from kdcache.teacher.features import HiddenShape, find_decoder, layers_of
 
 PROBE_TOKENS = 8
 
-LayerRows = dict[int, NDArray[np.float32]]
+LayerVectors = dict[int, NDArray[np.float32]]
 """Layer -> (P, H)."""
 
 
 def hidden_shape(model: Any) -> HiddenShape:
-    """The hidden states that the model says it has."""
+    """The hidden states that a model has by its config."""
     config = model.config.get_text_config()
     return HiddenShape(int(config.num_hidden_layers), int(config.hidden_size))
 
 
 def needed_layers(model: Any, features: Sequence[FeatureInfo]) -> list[int]:
-    """The layers to be seen, ascending.
+    """The layers to watch, ascending.
 
     Raises:
-        ConfigError: a layer before the last, of a model whose layers are not found, or give something else than what
-            `output_hidden_states` gives: the definition, which is asked about a few tokens.
+        ConfigError: a layer before the last, of a model whose layers are not found, or do not give what
+            `output_hidden_states` gives on a few tokens, which is the definition.
     """
     layers = layers_of(features)
     last = hidden_shape(model).num_layers
@@ -46,12 +43,12 @@ def needed_layers(model: Any, features: Sequence[FeatureInfo]) -> list[int]:
 
 @contextmanager
 def seen_layers(model: Any, layers: Sequence[int], *, head: bool) -> Iterator[dict[int, Tensor]]:
-    """While it is open, what these layers gave in the latest forward pass, (B, T, H).
+    """Hold what these layers give in each forward pass, (B, T, H), while the context is open.
 
     Args:
         model: of transformers.
-        layers: 0 for what the embeddings give, and so on.
-        head: whether the last layer is among what is seen: as what the output projection takes.
+        layers: 0 for the embeddings, and so on.
+        head: whether to watch the last layer, too, as what the output projection takes.
     """
     states: dict[int, Tensor] = {}
     last = hidden_shape(model).num_layers
@@ -65,14 +62,14 @@ def seen_layers(model: Any, layers: Sequence[int], *, head: bool) -> Iterator[di
             handle.remove()
 
 
-def rows_of(states: Mapping[int, Tensor], layers: Sequence[int], rows_C: Tensor) -> LayerRows:
-    """The rows of B*T, of each layer, on the host in float32."""
+def vectors_at(states: Mapping[int, Tensor], layers: Sequence[int], index_C: Tensor) -> LayerVectors:
+    """The vectors at some flat positions of a batch, of each layer, on the host in float32."""
     flat = {layer: states[layer].reshape(-1, states[layer].shape[-1]) for layer in layers}
-    return {layer: flat[layer][rows_C.to(flat[layer].device)].float().cpu().numpy() for layer in layers}
+    return {layer: flat[layer][index_C.to(flat[layer].device)].float().cpu().numpy() for layer in layers}
 
 
-def joined(parts: Sequence[LayerRows]) -> LayerRows:
-    """Rows of chunk after chunk."""
+def joined(parts: Sequence[LayerVectors]) -> LayerVectors:
+    """Join the vectors of chunks, in order."""
     return {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]} if parts else {}
 
 
@@ -80,8 +77,7 @@ def _watch(model: Any, layer: int, states: dict[int, Tensor]) -> Any:
     found = find_decoder(model, hidden_shape(model).num_layers)
     if found is None:
         raise ConfigError(
-            f"features: the layers of {type(model).__name__} are not found, so the last one is all that can be had; "
-            "set layer to -1"
+            f"features: the layers of {type(model).__name__} are not found, so only the last one is available; set layer to -1"
         )
     _, modules = found
     if layer == 0:
@@ -110,5 +106,5 @@ def _prove(model: Any, layers: Sequence[int]) -> None:
         if expected is None or layer not in states or not torch.equal(states[layer], expected[layer]):
             raise ConfigError(
                 f"features: what layer {layer} of {type(model).__name__} gives is not what output_hidden_states gives; "
-                "set layer to -1, which can be had"
+                "set layer to -1, which is available"
             )

@@ -20,10 +20,10 @@ FIELD = "teacher.engine_options.attn_implementation"
 
 
 def load_checked(config: TeacherConfig) -> PreTrainedModel:
-    """The model in evaluation mode, with an attention that does what its config asks.
+    """Load the model in evaluation mode, with an attention that does what its config asks.
 
     Raises:
-        ConfigError: a setting that only vLLM has, or an attention that leaves something out and was asked for by name.
+        ConfigError: a setting that only vLLM has, or an attention that was named and ignores part of the config.
         TeacherError: the model does not load.
     """
     refuse_vllm_settings(config)
@@ -38,7 +38,7 @@ def load_checked(config: TeacherConfig) -> PreTrainedModel:
 def _load(config: TeacherConfig, options: dict[str, Any]) -> PreTrainedModel:
     try:
         with _quiet_progress():
-            options = {"trust_remote_code": False} | options  # not told, transformers asks on the terminal
+            options = {"trust_remote_code": False} | options  # otherwise transformers asks on the terminal
             kind = class_of_checkpoint(config.model, config.revision, **options)
             loaded: Any = kind.from_pretrained(
                 config.model, revision=config.revision, dtype=config.dtype, output_loading_info=True, **options
@@ -47,7 +47,7 @@ def _load(config: TeacherConfig, options: dict[str, Any]) -> PreTrainedModel:
     except Exception as error:  # whatever a checkpoint, its remote code or the hub client can raise
         raise TeacherError(f"the model {config.model!r} does not load with transformers: {first_line(error)}") from error
     problems = [*info["missing_keys"], *info["mismatched_keys"]]
-    # transformers fills missing weights with random numbers and goes on: the cache would be noise.
+    # transformers fills missing weights with random numbers and continues: the cache would be noise.
     if problems:
         names = ", ".join(sorted(map(str, problems))[:3])
         raise TeacherError(f"the checkpoint {config.model!r} does not fit its config: missing or of another shape: {names}")
@@ -59,7 +59,7 @@ def _load(config: TeacherConfig, options: dict[str, Any]) -> PreTrainedModel:
 
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
-    """No "Loading weights" bar from transformers: progress is the caller's to show."""
+    """Hide transformers' bar "Loading weights": showing progress is up to the caller."""
     was_enabled = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -78,8 +78,8 @@ def refuse_vllm_settings(config: TeacherConfig) -> None:
         )
     if config.adapter is not None:
         raise ConfigError(
-            f"teacher.adapter is {config.adapter!r}, but the transformers teacher puts none on; merge it into its model and "
-            "name the merged folder as teacher.model, or use teacher.backend vllm"
+            f"teacher.adapter is {config.adapter!r}, but the transformers teacher cannot apply one; merge it into its model "
+            "and name the merged folder as teacher.model, or use teacher.backend vllm"
         )
     if config.quantization is not None:
         raise ConfigError(
@@ -89,18 +89,18 @@ def refuse_vllm_settings(config: TeacherConfig) -> None:
 
 
 def language_model_class(config: Any) -> Any:
-    """AutoModelForCausalLM, or the class for models with eyes where only that one knows the configuration."""
+    """AutoModelForCausalLM, or the class for models that also see, if only that one knows the configuration."""
     for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in kind._model_mapping:
             return kind
-    return AutoModelForCausalLM  # code of the checkpoint's own, or an error that says what is known
+    return AutoModelForCausalLM  # the checkpoint's own code, or an error that lists what is known
 
 
 def class_of_checkpoint(name: str, revision: str | None = None, **options: Any) -> Any:
-    """As `language_model_class`, for a folder or hub id; its errors are left to whatever loads the model."""
+    """The same for a folder or hub id; errors are left to whatever loads the model."""
     trusted = options.get("trust_remote_code", False)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
-    except Exception:  # the loader's own words are better
+    except Exception:  # the loader has better words
         return AutoModelForCausalLM
     return language_model_class(config)

@@ -1,10 +1,9 @@
-"""Rotary factors that follow from the longest text of a forward: found by asking the module, and given to each text as alone.
+"""Give each text of a batch the rotary factors that it has alone, where a model derives them from the batch's longest text.
 
-transformers chooses the factors of a longrope model, and computes those of a dynamic one, from the greatest position of the
-whole batch, and a dynamic one keeps them for the next call. Here each text, or each document of a packed row, gets what it has
-alone.
-
-Shape letters: B rows, T tokens per row, X all tokens of a batch, R runs of rising positions.
+transformers chooses the factors of a longrope model, and computes those of a dynamic one, from the
+largest position of the whole batch, and a dynamic one keeps them for the next call. Such modules
+are found by asking them. Here each text, or each of several packed documents, gets the factors that it
+would have alone.
 """
 
 from __future__ import annotations
@@ -26,30 +25,30 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 PROBE_TOKENS = 8
 LARGEST_SCAN, BEYOND = 2**22, 4
-"""Lengths up to here, and to this many times the context, are scanned for other factors: students are trained beyond it too."""
+"""Lengths up to this, and up to this many times the context, are scanned for other factors: students may exceed the context."""
 
 
 class TextRotary:
-    """The rotary modules of a model that depend on the length; none for most models, where everything here does nothing."""
+    """The rotary modules of a model that depend on the length; most models have none, and then nothing here has an effect."""
 
     def __init__(self, modules: Sequence[PerText], lengths: Sequence[int]) -> None:
         self._modules, self._lengths = modules, lengths
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether the factors of some module do, for texts of any length."""
+        """Whether some module's factors depend on the length, for texts of any length."""
         return bool(self._modules)
 
     @property
     def depends_within_context(self) -> bool:
-        """Whether they do for texts that the model can be asked about."""
+        """Whether they do for texts that fit into the context."""
         return any(module.depends_on_length(self._lengths) for module in self._modules)
 
     @contextmanager
     def texts(self, lengths_B: Sequence[int]) -> Iterator[None]:
-        """While it is open, row b is one text of this many tokens, whatever of it (or of padding) a forward is given.
+        """Declare, while the context is open, that text b has this many tokens, however many of them a forward reads.
 
-        Without it, a text is a run of positions that rise by one.
+        Otherwise a text is a run of positions that rise by one.
         """
         for module in self._modules:
             module.lengths_B = lengths_B
@@ -60,28 +59,28 @@ class TextRotary:
                 module.lengths_B = None
 
     def changes_at(self, length: int) -> bool:
-        """Whether a text that grows to this length gets other factors than it had with one token less."""
+        """Whether a text that grows to this length gets other factors than it had one token earlier."""
         return length > 1 and any(module.changes_at(length) for module in self._modules)
 
 
 class PerText:
-    """Stands in for the forward of one rotary module."""
+    """Replaces the forward of one rotary module."""
 
     def __init__(self, module: nn.Module, calls: Sequence[Call]) -> None:
         self.lengths_B: Sequence[int] | None = None
-        # Of a library that exchanged it, as accelerate's hooks do.
+        # A library may have replaced it, as accelerate's hooks do.
         self._module, self._exchanged = module, module.__dict__.get("forward")
         self._pristine = _state(module)
         self._keys: dict[tuple[str, int], bytes] = {}
         self._calls = {_name(call): _small(call) for call in calls}
 
     def install(self) -> None:
-        """From now on the module's calls come here."""
+        """Route the module's calls here from now on."""
         self._module.forward = self
 
     @property
     def has_table(self) -> bool:
-        """Whether it looks positions up in a table, which ends at the context."""
+        """Whether the module looks positions up in a table, which ends at the context."""
         plain, buffers = self._pristine
         return any(isinstance(value, Tensor) and value.ndim > 1 for value in (*plain.values(), *buffers.values()))
 
@@ -100,9 +99,9 @@ class PerText:
         made, result = None, None
         for lengths in groups.values():
             isin_BT = torch.isin(lengths_BT, torch.tensor(lengths, device=lengths_BT.device))
-            # One more column holds the greatest position of the group, which the module derives its factors from.
+            # An extra column holds the largest position of the group, which the module derives its factors from.
             last_B1 = torch.full_like(positions_BT[:, :1], max(lengths) - 1)
-            # Padding after a text counts on beyond it.
+            # Positions of padding continue after a text.
             positions = torch.cat([positions_BT.where(isin_BT, 0).minimum(last_B1), last_B1], dim=1)
             made = self._fresh(_with_positions((args, kwargs), positions))
             parts = [part[..., :-1, :] for part in _parts(made)]
@@ -112,7 +111,7 @@ class PerText:
         return tuple(result) if isinstance(made, tuple) else result[0]
 
     def key(self, length: int, name: str) -> bytes:
-        """What tells the factors of a text of this length from another's."""
+        """A key that is equal for lengths with the same factors."""
         known = self._keys.get((name, length))
         if known is None:
             known = self._keys[name, length] = self._asked(length, name, fresh=True)
@@ -123,7 +122,7 @@ class PerText:
         return any(self.key(length, name) != self.key(length - 1, name) for name in self._calls)
 
     def depends_on_length(self, lengths: Sequence[int]) -> bool:
-        """Whether texts of these lengths have other factors, or a short one after a long one has."""
+        """Whether factors differ between these lengths, or for a short text that follows a long one."""
         for name in self._calls:
             keys = [self.key(length, name) for length in lengths]
             if len(set(keys)) > 1:
@@ -138,20 +137,20 @@ class PerText:
         call = self._calls[name]
         positions_BT = _positions(*call)
         assert positions_BT is not None
-        row_1T = torch.tensor([[0, 1, length - 1]], dtype=positions_BT.dtype, device=positions_BT.device)
-        made = (self._fresh if fresh else self._stale)(_with_positions(call, row_1T))
-        rows = [part[..., 1, :].to(torch.complex128) for part in _parts(made)]
-        return b"".join(torch.view_as_real(row).cpu().numpy().tobytes() for row in rows)
+        positions_1T = torch.tensor([[0, 1, length - 1]], dtype=positions_BT.dtype, device=positions_BT.device)
+        made = (self._fresh if fresh else self._stale)(_with_positions(call, positions_1T))
+        factors = [part[..., 1, :].to(torch.complex128) for part in _parts(made)]
+        return b"".join(torch.view_as_real(each).cpu().numpy().tobytes() for each in factors)
 
     def _stale(self, call: Call) -> Any:
-        """The module's own forward, with whatever it keeps of earlier texts."""
+        """The module's own forward, with whatever it kept of earlier texts."""
         args, kwargs = call
         if self._exchanged is not None:
             return self._exchanged(*args, **kwargs)
         return type(self._module).forward(self._module, *args, **kwargs)
 
     def _fresh(self, call: Call) -> Any:
-        """The module's own forward, from the state in which it was loaded: nothing of an earlier text stays."""
+        """The module's own forward, from the state in which it was loaded, without anything of earlier texts."""
         args, kwargs = call
         plain, buffers = self._pristine
         for name in set(_plain(self._module)) - set(plain):
@@ -169,19 +168,19 @@ class PerText:
             return lengths_B[:, None].expand(positions_BT.shape)
         starts_BT = torch.ones_like(positions_BT, dtype=torch.bool)
         starts_BT[:, 1:] = positions_BT[:, 1:] != positions_BT[:, :-1] + 1
-        # Cumulated over the flat batch: each run has a number of its own.
-        runs_X = starts_BT.flatten().cumsum(0) - 1
-        longest_R = torch.zeros(int(runs_X[-1]) + 1, dtype=positions_BT.dtype, device=positions_BT.device)
-        longest_R.scatter_reduce_(0, runs_X, positions_BT.flatten() + 1, "amax")
-        return longest_R[runs_X].view(positions_BT.shape)
+        # Cumulated over the flat batch, so that each run has an index of its own.
+        runs_P = starts_BT.flatten().cumsum(0) - 1
+        longest = torch.zeros(int(runs_P[-1]) + 1, dtype=positions_BT.dtype, device=positions_BT.device)
+        longest.scatter_reduce_(0, runs_P, positions_BT.flatten() + 1, "amax")
+        return longest[runs_P].view(positions_BT.shape)
 
 
 @torch.no_grad()
 def mend_rotary(model: Any) -> TextRotary:
-    """Find the rotary modules whose factors depend on a text's length, and give each text of a batch its own.
+    """Find the rotary modules whose factors depend on a text's length, and have each text of a batch get its own.
 
-    A module is one that is given positions and holds frequencies, or is called rotary. It is asked for the factors of texts of
-    many lengths, three positions each; a model without such a dependence is left as it is.
+    A rotary module is one that is given positions and holds frequencies, or has "rotary" or "rope" in its class's name. It is
+    asked for the factors of texts of many lengths, three positions each. A model without such a dependence is left as it is.
     """
     found = getattr(model, "_kdcache_rotary", None)
     if found is None:
@@ -218,7 +217,7 @@ def _rotary_calls(model: Any) -> list[tuple[nn.Module, list[Any]]]:
     try:
         with untouched_generators(model):
             model.base_model(input_ids=ids_1T, use_cache=False)
-    except Exception as error:  # what does not run is refused elsewhere, in words
+    except Exception as error:  # a model that does not run is refused elsewhere, with a reason
         log.debug("the model does not run: %s", error)
     finally:
         for handle in handles:
@@ -233,16 +232,16 @@ def _is_rotary(module: nn.Module) -> bool:
 
 
 def _lengths_to_scan(model: Any, most: int) -> list[int]:
-    """Powers of two and one more, and whatever number in the config could be a length, with its neighbours."""
+    """Powers of two, every integer in the config that could be a length, and one more than each."""
     found = {length for i in range(1, 23) for length in (2**i, 2**i + 1)}
-    found |= {number + more for number in _whole_numbers(model.config.get_text_config().to_dict()) for more in (0, 1)}
+    found |= {length + more for length in _integers(model.config.get_text_config().to_dict()) for more in (0, 1)}
     most = min(most, LARGEST_SCAN)
     return sorted(length for length in found | {most} if 2 <= length <= most)
 
 
-def _whole_numbers(value: Any) -> set[int]:
+def _integers(value: Any) -> set[int]:
     if isinstance(value, dict):
-        return set().union(*map(_whole_numbers, value.values()))
+        return set().union(*map(_integers, value.values()))
     return {value} if isinstance(value, int) and not isinstance(value, bool) else set()
 
 
@@ -251,7 +250,7 @@ def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """Attributes that a forward may have set."""
+    """The attributes that a forward may have set."""
     own = ("forward", "training")
     return {name: value for name, value in module.__dict__.items() if not name.startswith("_") and name not in own}
 
@@ -271,13 +270,13 @@ def _with_positions(call: Call, positions: Tensor) -> Call:
 
 
 def _name(call: Call) -> str:
-    """Tells apart the calls of one forward: some modules are called once per kind of layer."""
+    """A name that tells the calls of one forward apart: some modules are called once per kind of layer."""
     args, kwargs = call
     return repr([pair for pair in (*enumerate(args), *kwargs.items()) if not isinstance(pair[1], Tensor)])
 
 
 def _small(call: Call) -> Call:
-    """To be kept: of hidden states, of which only dtype and device matter, one token."""
+    """The call with one token of its tensors, to be kept: only their dtype and device matter."""
     args, kwargs = call
 
     def small(value: Any) -> Any:

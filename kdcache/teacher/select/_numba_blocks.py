@@ -1,6 +1,6 @@
-"""What is done to a block of logits in vector registers: maxima, sums of exp, searches. Keys are those of `_numba_vectors`.
+"""Maxima, sums of exp and searches of a block of logits in vector registers. Keys are those of `_numba_vectors`.
 
-A block is a C-contiguous array of bfloat16's bits as uint16, or of float32's as int32.
+A block is a C-contiguous array with the bits of bfloat16 as uint16, or of float32 as int32.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from kdcache.teacher.select._numba_vectors import (
 from kdcache.teacher.select.exact_weights import STRIP
 
 BLOCK = 4096
-"""Logits that are read twice or more while they are in the core's first cache."""
+"""Logits that are read several times while they are in the core's first-level cache."""
 
 UNIT, SPAN = STRIP, 256
-"""What is looked at in one step, in tokens; blocks are of whole spans."""
+"""How many tokens one step looks at; a block is a whole number of spans."""
 
 FEWEST_LANES = 128
-"""Of `find_maxima`."""
+"""The fewest lanes that `find_maxima` takes."""
 
 MINUS_INF = np.int32(-0x800000)
-"""float32's bits."""
+"""The bits of a float32."""
 
 
 def _intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
-    """numba's decorator: the function gives a signature, and what writes the code."""
+    """numba's decorator: the function gives a signature and a generator of the code."""
     return intrinsic(function)
 
 
@@ -63,15 +63,15 @@ def _emit_maxima(typing_context, block, maxima):  # noqa: ARG001 - numba's calli
         with cgutils.for_range(builder, builder.udiv(target.size, chunk)) as lanes:
             first = builder.mul(lanes.index, chunk)
             best = [cgutils.alloca_once_value(builder, lowest) for _ in range(FEWEST_LANES // step)]
-            for place in best:
-                builder.store(lowest, place)
+            for register in best:
+                builder.store(lowest, register)
             with cgutils.for_range(builder, builder.udiv(source.size, target.size)) as strip:
                 address = source.at(builder.add(first, builder.mul(strip.index, target.size)))
-                for i, place in enumerate(best):
+                for i, register in enumerate(best):
                     keys = source.keys(address, i * step)
-                    builder.store(call(builder, smax, keys.type, builder.load(place), keys), place)
-            for i, place in enumerate(best):
-                found = builder.load(place)
+                    builder.store(call(builder, smax, keys.type, builder.load(register), keys), register)
+            for i, register in enumerate(best):
+                found = builder.load(register)
                 found = found if source.bits == 32 else builder.sext(found, ir.VectorType(WORD, step))
                 target.store(found, target.at(first), i * step)
         return context.get_dummy_value()
@@ -87,9 +87,9 @@ def _emit_sum(typing_context, block, top, scale):  # noqa: ARG001
         with _units_of(builder, source) as address:
             _prefetch(builder, source, address)
             for i in range(0, len(totals), 2):
-                for x, place in zip(source.floats_in_any_order(address, i * LANES), totals[i : i + 2], strict=True):
-                    builder.store(exp.add(x, builder.load(place)), place)
-        return sum_of(builder, [builder.load(place) for place in totals])
+                for x, total in zip(source.floats_in_any_order(address, i * LANES), totals[i : i + 2], strict=True):
+                    builder.store(exp.add(x, builder.load(total)), total)
+        return sum_of(builder, [builder.load(total) for total in totals])
 
     return types.float32(block, types.float32, types.float32), generate
 
@@ -139,7 +139,7 @@ def _emit_weights(typing_context, unit, top, out):  # noqa: ARG001
 
 @_intrinsic
 def weight_of(typing_context, logit, top):  # noqa: ARG001
-    """`exact_weights` of one logit."""
+    """The weight of one logit, as in `exact_weights`."""
 
     def generate(context, builder, signature, arguments):  # noqa: ARG001
         return Weight(builder, arguments[1]).of(arguments[0])
@@ -158,23 +158,23 @@ def _emit_sum_of_unit(typing_context, weights):  # noqa: ARG001
 
 @contextmanager
 def _units_of(builder: Any, source: Array) -> Iterator[Any]:
-    """A loop over an array's units: their addresses."""
+    """Loop over the addresses of an array's units."""
     with cgutils.for_range(builder, builder.udiv(source.size, ir.Constant(LONG, UNIT))) as loop:
         yield source.at(builder.mul(loop.index, ir.Constant(LONG, UNIT)))
 
 
 def _prefetch(builder: Any, source: Array, address: Any) -> None:
-    """Ask for the unit one block behind this one, line by line of the cache; what is not there does no harm."""
+    """Prefetch the unit one block after this one, by cache lines; an address without memory does no harm."""
     kind, hints = ir.IntType(8).as_pointer(), (ir.Constant(WORD, n) for n in (0, 3, 1))
     ahead, hints = builder.add(address, ir.Constant(LONG, BLOCK * source.bits // 8)), tuple(hints)
     for line in range(0, UNIT * source.bits // 8, 64):
-        place = builder.inttoptr(builder.add(ahead, ir.Constant(LONG, line)), kind)
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), place, *hints)
+        pointer = builder.inttoptr(builder.add(ahead, ir.Constant(LONG, line)), kind)
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *hints)
 
 
 @_intrinsic
 def _emit_any(typing_context, block, start, bound):  # noqa: ARG001
-    # Whether any of SPAN tokens has a key that is at least the bound: the maxima first, one comparison at the end.
+    # Whether the key of any of SPAN tokens reaches the bound: maxima first, one comparison at the end.
     def generate(context, builder, signature, arguments):
         source = Array(context, builder, signature.args[0], arguments[0])
         step, address = 512 // source.bits, source.at(arguments[1])
@@ -190,7 +190,7 @@ def _emit_any(typing_context, block, start, bound):  # noqa: ARG001
 
 @_intrinsic
 def _emit_which(typing_context, block, start, bound):  # noqa: ARG001
-    # Of a unit of 64 tokens: a bit for each whose key is at least the bound.
+    # A mask of a unit's 64 tokens: those whose key reaches the bound.
     def generate(context, builder, signature, arguments):
         source = Array(context, builder, signature.args[0], arguments[0])
         step, address, mask = 512 // source.bits, source.at(arguments[1]), ir.Constant(LONG, 0)
@@ -205,7 +205,7 @@ def _emit_which(typing_context, block, start, bound):  # noqa: ARG001
 
 @_intrinsic
 def logit_of(typing_context, bits):  # noqa: ARG001
-    """The float32 of an element."""
+    """The float32 that an element's bits are."""
 
     def generate(context, builder, signature, arguments):  # noqa: ARG001
         (word,) = arguments
@@ -240,7 +240,7 @@ def _emit_count(typing_context, keys, bound):  # noqa: ARG001
 
 @inlined
 def fill_last(bits_V, last):
-    """Copy what is behind a row's whole blocks into a block, and -inf behind that."""
+    """Copy what follows the last whole block into a block, and pad it with -inf."""
     rest = len(bits_V) // BLOCK * BLOCK
     last[: len(bits_V) - rest] = bits_V[rest:]
     last[len(bits_V) - rest :] = MINUS_INF >> (32 - 8 * bits_V.itemsize)
@@ -248,37 +248,37 @@ def fill_last(bits_V, last):
 
 @inlined
 def block_of(bits_V, start, last):
-    """Of a row and its `fill_last`."""
+    """The block that starts there, of a position's bits and its `fill_last`."""
     return bits_V[start : start + BLOCK] if start + BLOCK <= len(bits_V) else last
 
 
 @inlined
 def find_maxima(block, maxima):
-    """maxima[l] = max over w of the key of token w * L + l, for L = len(maxima): FEWEST_LANES times a power of two."""
+    """maxima[l] = max over w of the key of token w * len(maxima) + l; len(maxima) is FEWEST_LANES times a power of two."""
     _emit_maxima(block, maxima)
 
 
 @inlined
 def sum_exp(block, top, scale):
-    """Sum of exp((x - top) * scale); NaN if any logit is NaN or +inf. Asks the memory for the block behind this one."""
+    """Sum of exp((x - top) * scale); NaN if any logit is NaN or +inf. Prefetches the next block."""
     return _emit_sum(block, top, scale)
 
 
 @inlined
 def sum_falls(block, top):
-    """Sum of exp(x - top) * (x - top), without what is below 2^-126."""
+    """Sum of exp(x - top) * (x - top), without terms whose exp is below 2^-126."""
     return _emit_falls(block, top)
 
 
 @inlined
 def sum_strips(block, top, sums):
-    """sums[g] = sum of weights over the g-th unit. Asks the memory for the block behind this one."""
+    """sums[g] = sum of weights over the g-th unit. Prefetches the next block."""
     _emit_strips(block, top, sums)
 
 
 @inlined
 def weigh(unit, top, out):
-    """out = the weights of one unit, `exact_weights`: exp(x - top), 0 for what is below 2^-100."""
+    """out = the weights of one unit as in `exact_weights`: exp(x - top), 0 below 2^-100."""
     _emit_weights(unit, top, out)
 
 
@@ -290,7 +290,7 @@ def sum_unit(weights):
 
 @inlined
 def collect(block, first_id, num_tokens, bound, logits, ids, count):
-    """Append logit and id of each of the block's first tokens whose key is at least the bound, by rising id; their number."""
+    """Append logit and id of each of the first num_tokens whose key reaches the bound, by rising id. Gives the new count."""
     for span in range(0, num_tokens, SPAN):
         if not _emit_any(block, span, bound):
             continue
@@ -309,9 +309,9 @@ def collect(block, first_id, num_tokens, bound, logits, ids, count):
 
 @inlined
 def find_bound(keys, k, lowest):
-    """A key that at least k of the keys reach, and no more than k and an eighth where bisection finds such a one.
+    """A key that at least k of the keys reach, and at most k + k // 8 where bisection finds such a one.
 
-    `lowest` where fewer than k are above it. len(keys) is a multiple of 16.
+    `lowest` if fewer than k are above it. len(keys) is a multiple of 16.
     """
     low, high = np.int64(lowest), np.int64(lowest)
     for j in range(len(keys)):

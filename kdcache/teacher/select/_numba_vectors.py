@@ -1,11 +1,11 @@
 """LLVM's own vectors for numba's intrinsics: logits and keys of an array, exp, sums.
 
-numba's loops lose much of what a processor has: bits that are seen as floats go through memory, for one. LLVM makes of a vector
-what the processor has, 512 bits or less, so there is no second version for others. A sum has the same lanes everywhere, joined
+numba's loops leave much of a processor unused; for one, bits that are reinterpreted as floats go through memory. LLVM turns a
+vector into whatever the processor has, 512 bits or less, so one version serves all. A sum has the same lanes everywhere, joined
 in one order.
 
-Keys: integers in the order of the logits, as wide as these: their bits, all but the first inverted where they are negative. A
-NaN is above all numbers or below, by its sign.
+Keys are integers in the order of the logits and as wide: the bits, with all but the first inverted if they are negative. A NaN
+is above or below all numbers, depending on its sign.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Array:
         self.bits = kind.dtype.bitwidth
 
     def at(self, index: Any) -> Any:
-        """Address of an element."""
+        """The address of an element."""
         return self._builder.add(self._address, self._builder.mul(index, ir.Constant(LONG, self.bits // 8)))
 
     def load(self, address: Any, kind: Any, offset: int = 0) -> Any:
-        """A vector from `offset` elements behind an address."""
+        """A vector that starts `offset` elements after an address."""
         return self._builder.load(self._pointer(address, kind, offset), align=self.bits // 8)
 
     def store(self, value: Any, address: Any, offset: int = 0) -> None:
@@ -79,7 +79,7 @@ class Array:
         return self._builder.bitcast(words, FLOATS)
 
     def floats_in_any_order(self, address: Any, offset: int) -> tuple[Any, Any]:
-        """32 logits, of bfloat16 the ones of even and of odd places: no half has to be moved to another word."""
+        """32 logits; of bfloat16 those at even and at odd offsets, so that no half has to move to another word."""
         if self.bits == 32:
             return self.load(address, FLOATS, offset), self.load(address, FLOATS, offset + LANES)
         words, builder = self.load(address, WORDS, offset), self._builder
@@ -87,7 +87,7 @@ class Array:
         return builder.bitcast(even, FLOATS), builder.bitcast(odd, FLOATS)
 
     def keys(self, address: Any, offset: int) -> Any:
-        """Of 32 or 16 logits."""
+        """The keys of 32 or 16 logits."""
         kind = ir.VectorType(ir.IntType(self.bits), 512 // self.bits)
         x = self.load(address, kind, offset)
         sign = self._builder.ashr(x, fill(kind, self.bits - 1))
@@ -102,8 +102,9 @@ class Array:
 class Exp:
     """exp((x - top) * scale) for x <= top; 0 below 2^-126; NaN for NaN.
 
-    Within 3e-7 of its value, and 7.5e-8 more for each nat that it lies below 1: x - top and log2(e) are rounded. The same bits
-    on all processors that have fma; others round multiply-adds twice, so their last bits are others.
+    Its relative error is at most 3e-7, and 7.5e-8 more for each nat below 1, since x - top and
+    log2(e) are rounded. All processors with fused multiply-add give the same bits; others round
+    multiply-adds twice, so their last bits differ.
     """
 
     def __init__(self, builder: Any, top: Any, scale: Any) -> None:
@@ -112,7 +113,7 @@ class Exp:
         self._factor = splat(builder, builder.fmul(scale, ir.Constant(FLOAT, float(np.float32(LOG2_E)))))
 
     def terms(self, x: Any) -> tuple[Any, Any, Any, Any]:
-        """Whether it is not 0; 2^f and 2^n, its factors; x - top."""
+        """Whether exp is not 0; its factors 2^f and 2^n; x - top."""
         builder, magic = self._builder, fill(FLOATS, MAGIC)
         difference = builder.fsub(x, self._top)
         t = fma(builder, difference, self._factor, magic)
@@ -125,7 +126,7 @@ class Exp:
         return is_some, power, exponent, difference
 
     def add(self, x: Any, total: Any) -> Any:
-        """total + exp."""
+        """The total plus exp."""
         is_some, power, exponent, _ = self.terms(x)
         return self._builder.select(is_some, fma(self._builder, power, exponent, total), total)
 
@@ -133,7 +134,7 @@ class Exp:
 class Weight:
     """exp(x - top) of a number or a vector; 0 below 2^-100, NaN for NaN. The same bits on every processor: see `exact_weights`.
 
-    Within 4e-7 of its value, and 1.5e-7 more for each nat that it lies below 1. Means nothing for x > top.
+    Its relative error is at most 4e-7, and 1.5e-7 more for each nat below 1. Without meaning for x > top.
     """
 
     def __init__(self, builder: Any, top: Any) -> None:
@@ -159,7 +160,7 @@ class Weight:
 
 
 def sum_of(builder: Any, vectors: list[Any]) -> Any:
-    """Pairs of vectors first, then halves of the last one: `_torch_draws.sum_strips` adds in this order too."""
+    """Add pairs of vectors first, then halves of the last one, in the order of `_torch_draws.sum_strips`."""
     while len(vectors) > 1:
         vectors = [builder.fadd(one, other) for one, other in zip(vectors[::2], vectors[1::2], strict=True)]
     (found,) = vectors

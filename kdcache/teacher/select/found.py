@@ -1,9 +1,7 @@
-"""What a selection finds, on its way from the logits to the record: padded where it is made, ragged once it is on the host.
+"""What a selection finds on its way from the logits to the record: padded where it is made, ragged on the host.
 
-The numbers beside the entries are columns of one float32 array, `scalars`: the tail mass (but of `top_k`, where it is what the
-entries leave), the entropy, the normalisers, in this order, those that the selection asks for.
-
-Shape letters: P positions, K entries per position (padded), E entries of all positions, S scalars, T further temperatures.
+What else is kept of a position stands in the columns of one float32 array, `scalars`: the tail mass (except for `top_k`, where
+it follows from the entries), the entropy and the normalisers, in this order, as far as the selection asks for them.
 """
 
 from __future__ import annotations
@@ -26,9 +24,9 @@ class Layout:
     """What is found at one position.
 
     Attributes:
-        num_columns: most entries.
-        is_ragged: whether the number of entries is another at each position; then it is stored, with that of the exact ones.
-        num_scalars: S.
+        num_columns: the most entries.
+        is_ragged: whether the number of entries varies; then it is stored, with the number of exact ones.
+        num_scalars: columns of `scalars`.
     """
 
     num_columns: int
@@ -37,7 +35,7 @@ class Layout:
 
     @property
     def bytes_per_position(self) -> int:
-        """Padded, with the target's logprob and a mark."""
+        """Bytes of one position, padded, with the target's logprob and a mark."""
         return 8 * self.num_columns + 8 * self.is_ragged + 4 * self.num_scalars + 5
 
 
@@ -60,14 +58,14 @@ class Selected(NamedTuple, Generic[Array]):
         logprobs_PK: float32, nats.
         target_logprobs_P: float32, nats; without meaning where nothing follows.
         counts_P2: int32, how many entries are exact, and how many there are; (P, 0) where all K are exact.
-        scalars_PS: float32; see the module's docstring.
+        scalars: (P, num_scalars) float32; see the module's docstring.
     """
 
     token_ids_PK: Array
     logprobs_PK: Array
     target_logprobs_P: Array
     counts_P2: Array
-    scalars_PS: Array
+    scalars: Array
 
 
 class Found(NamedTuple):
@@ -77,8 +75,8 @@ class Found(NamedTuple):
         token_ids_E, logprobs_E: int32, float32 nats; exact entries of a position before estimates.
         offsets_P1: int64, as in `Distributions`.
         num_exact_P: int64.
-        target_logprobs_P: float32, nats; means nothing where there is no target.
-        scalars_PS: float32; see the module's docstring.
+        target_logprobs_P: float32, nats; without meaning where nothing follows.
+        scalars: (P, num_scalars) float32; see the module's docstring.
     """
 
     token_ids_E: NDArray[np.int32]
@@ -86,21 +84,21 @@ class Found(NamedTuple):
     offsets_P1: NDArray[np.int64]
     num_exact_P: NDArray[np.int64]
     target_logprobs_P: NDArray[np.float32]
-    scalars_PS: NDArray[np.float32]
+    scalars: NDArray[np.float32]
 
     @classmethod
     def from_padded(cls, selected: Selected[NDArray[Any]]) -> Found:
-        """Without the padding."""
-        ids_PK, logprobs_PK, targets_P, counts_P2, scalars_PS = selected
+        """Drop the padding."""
+        ids_PK, logprobs_PK, target_ids_P, counts_P2, scalars = selected
         num_positions, k = ids_PK.shape
         if not counts_P2.shape[1]:
             counts_P2 = np.full((num_positions, 2), k, np.int32)
-            return cls(ids_PK.reshape(-1), logprobs_PK.reshape(-1), *_offsets(counts_P2), targets_P, scalars_PS)
+            return cls(ids_PK.reshape(-1), logprobs_PK.reshape(-1), *_offsets(counts_P2), target_ids_P, scalars)
         filled_PK = np.arange(k) < counts_P2[:, 1:]
-        return cls(ids_PK[filled_PK], logprobs_PK[filled_PK], *_offsets(counts_P2), targets_P, scalars_PS)
+        return cls(ids_PK[filled_PK], logprobs_PK[filled_PK], *_offsets(counts_P2), target_ids_P, scalars)
 
-    def rows(self, start: int, end: int) -> Found:
-        """Positions start..end-1; views."""
+    def positions(self, start: int, end: int) -> Found:
+        """Views of positions start..end-1."""
         first, last = self.offsets_P1[start], self.offsets_P1[end]
         return Found(
             token_ids_E=self.token_ids_E[first:last],
@@ -108,30 +106,30 @@ class Found(NamedTuple):
             offsets_P1=self.offsets_P1[start : end + 1] - first,
             num_exact_P=self.num_exact_P[start:end],
             target_logprobs_P=self.target_logprobs_P[start:end],
-            scalars_PS=self.scalars_PS[start:end],
+            scalars=self.scalars[start:end],
         )
 
 
 def record_of(sequence: TokenSequence, selection: SelectionInfo, found: Found) -> Distributions:
-    """What was found at the sequence's supervised positions, as a record.
+    """The record of a sequence, from what was found at its supervised positions.
 
     Raises:
         TeacherError: a number is NaN: the model overflowed.
     """
-    scalars_PS = found.scalars_PS
-    if np.isnan(scalars_PS).any():
-        raise nan_error(sequence, int(np.isnan(scalars_PS).any(axis=-1).argmax()))
+    scalars = found.scalars
+    if np.isnan(scalars).any():
+        raise nan_error(sequence, int(np.isnan(scalars).any(axis=-1).argmax()))
     if selection.kind == "top_k":
         shape = (len(found.offsets_P1) - 1, -1)
         entries = (found.token_ids_E.reshape(shape), found.logprobs_E.reshape(shape))
         distributions = answer(sequence, *entries, found.target_logprobs_P)
     else:
         distributions = _ragged(sequence, selection, found)
-        scalars_PS = scalars_PS[:, 1:]
+        scalars = scalars[:, 1:]
     if selection.entropy:
-        distributions = replace(distributions, entropy_P=np.maximum(scalars_PS[:, 0], 0.0))
-        scalars_PS = scalars_PS[:, 1:]
-    return replace(distributions, log_z_PT=np.ascontiguousarray(scalars_PS)) if selection.temperatures else distributions
+        distributions = replace(distributions, entropy_P=np.maximum(scalars[:, 0], 0.0))
+        scalars = scalars[:, 1:]
+    return replace(distributions, log_z_PT=np.ascontiguousarray(scalars)) if selection.temperatures else distributions
 
 
 def record_of_most_probable(
@@ -142,7 +140,8 @@ def record_of_most_probable(
     """The record of `top_k` or `top_p_k`, from an engine that gives the k most probable tokens and their logprobs.
 
     Args:
-        sequence, selection: what was asked.
+        sequence: the one that was asked about.
+        selection: what to keep.
         found: token ids (P, K), by falling logprob; logprobs (P, K); target logprobs (P,).
 
     Raises:
@@ -150,17 +149,17 @@ def record_of_most_probable(
     """
     if selection.kind == "top_k":
         return answer(sequence, *found)
-    ids_PK, logprobs_PK, targets_P = found
+    ids_PK, logprobs_PK, target_ids_P = found
     mass_PK = np.cumsum(np.exp(logprobs_PK.astype(np.float64)), axis=-1)
     counts_P = np.minimum(1 + (mass_PK < selection.params["p"]).sum(axis=-1), ids_PK.shape[1])
     tail_P1 = np.clip(1.0 - np.take_along_axis(mass_PK, counts_P[:, None] - 1, axis=-1), 0.0, 1.0)
-    entries = (ids_PK.astype(np.int32), logprobs_PK.astype(np.float32), targets_P.astype(np.float32))
+    entries = (ids_PK.astype(np.int32), logprobs_PK.astype(np.float32), target_ids_P.astype(np.float32))
     counts_P2 = np.stack([counts_P, counts_P], axis=-1)
     return record_of(sequence, selection, Found.from_padded(Selected(*entries, counts_P2, tail_P1.astype(np.float32))))
 
 
 def concatenate(parts: Sequence[Distributions]) -> Distributions:
-    """Distributions of one selection one after another, as one; without features, which no selection makes."""
+    """Join distributions of one selection, in order; without features, which no selection makes."""
     shifts = np.cumsum([0, *(part.num_entries for part in parts)])
     offsets = [part.offsets_P1[1:] + shift for part, shift in zip(parts, shifts[:-1], strict=True)]
 
@@ -179,34 +178,34 @@ def _offsets(counts_P2: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray
 
 
 def _ragged(sequence: TokenSequence, selection: SelectionInfo, found: Found) -> Distributions:
-    rows_E = np.repeat(np.arange(len(found.num_exact_P)), np.diff(found.offsets_P1))
+    positions_E = np.repeat(np.arange(len(found.num_exact_P)), np.diff(found.offsets_P1))
     nan_E = np.isnan(found.logprobs_E)
     if nan_E.any():
-        raise nan_error(sequence, int(rows_E[nan_E.argmax()]))
-    order_E = _order(found, rows_E)
+        raise nan_error(sequence, int(positions_E[nan_E.argmax()]))
+    order_E = _order(found, positions_E)
     distributions = Distributions(
         token_ids_E=found.token_ids_E[order_E],
         logprobs_E=np.minimum(found.logprobs_E[order_E], 0.0),
         offsets_P1=found.offsets_P1,
-        tail_mass_P=np.clip(found.scalars_PS[:, 0], 0.0, 1.0),
+        tail_mass_P=np.clip(found.scalars[:, 0], 0.0, 1.0),
         outside_target_logprobs_M=np.empty(0, np.float32),
         num_exact_P=found.num_exact_P if has_estimates(selection) else None,
     )
-    targets_P = sequence.target_ids_P
-    has_target_P, inside_P, _ = find_targets(distributions, targets_P)
-    outside_M = np.minimum(found.target_logprobs_P[has_target_P & ~inside_P], 0.0)
-    if np.isnan(outside_M).any():
+    target_ids_P = sequence.target_ids_P
+    has_target_P, inside_P, _ = find_targets(distributions, target_ids_P)
+    outside = np.minimum(found.target_logprobs_P[has_target_P & ~inside_P], 0.0)
+    if np.isnan(outside).any():
         raise nan_error(sequence, int((has_target_P & np.isnan(found.target_logprobs_P)).argmax()))
-    return replace(distributions, outside_target_logprobs_M=outside_M)
+    return replace(distributions, outside_target_logprobs_M=outside)
 
 
-def _order(found: Found, rows_E: NDArray[np.int64]) -> NDArray[np.int64] | slice:
-    """The record's order: position, exact before estimates, falling logprob, rising id. Sorts only what is in another."""
-    places_E = np.arange(len(rows_E)) - found.offsets_P1[rows_E]
-    is_estimate_E = places_E >= found.num_exact_P[rows_E]
+def _order(found: Found, positions_E: NDArray[np.int64]) -> NDArray[np.int64] | slice:
+    """The order of a record: position, exact before estimates, falling logprob, rising id. Sorts only where it must."""
+    ranks_E = np.arange(len(positions_E)) - found.offsets_P1[positions_E]
+    is_estimate_E = ranks_E >= found.num_exact_P[positions_E]
     ids_E, logprobs_E = found.token_ids_E, found.logprobs_E
-    same_E = (rows_E[1:] == rows_E[:-1]) & (is_estimate_E[1:] == is_estimate_E[:-1])
+    same_E = (positions_E[1:] == positions_E[:-1]) & (is_estimate_E[1:] == is_estimate_E[:-1])
     falls_E = (logprobs_E[:-1] > logprobs_E[1:]) | ((logprobs_E[:-1] == logprobs_E[1:]) & (ids_E[:-1] < ids_E[1:]))
     if (falls_E | ~same_E).all():
         return slice(None)
-    return np.lexsort((ids_E, -logprobs_E, is_estimate_E, rows_E))
+    return np.lexsort((ids_E, -logprobs_E, is_estimate_E, positions_E))

@@ -1,18 +1,17 @@
-"""What every selection means: whole rows in float64, NumPy, one position at a time. The fast paths are compared with this.
+"""What every selection means: whole distributions in float64, NumPy, one position at a time. The fast paths must agree.
 
-The random kinds are walks along the cumulative sum of probabilities, in the order of the vocabulary. With `rest` the
-probabilities of the tokens that are no exact entry (0 for those that are), R their sum, and u the position's uniforms:
+The random kinds walk along the cumulative sum of probabilities, in the order of the vocabulary. Let `rest` be the probabilities
+of the tokens that are not exact entries (0 for those that are), R their sum, and u the position's uniforms:
 
-- `sampled`, `top_k_sampled`: draw d takes the token in whose stretch of the cumulative sum of `rest` u_d R lies.
+- `sampled`, `top_k_sampled`: draw d takes the token in whose stretch of the cumulative sum of `rest` the point u_d R lies.
 - `threshold`: tokens with p >= tau are exact. Of the others, those are kept in whose stretch one of the points (i + u_0) tau
   lies, i = 0, 1, ...: systematic sampling (Madow 1949) with inclusion probability p / tau, at most one point per token. With
-  its fixed threshold this is the VarOpt estimate of Cohen, Duffield, Kaplan, Lund, Thorup (SODA 2009) but for the stored mass,
-  which is within tau of 1 and not 1, since one tau serves all positions.
+  its fixed threshold this is the VarOpt estimate of Cohen, Duffield, Kaplan, Lund, Thorup (SODA 2009), except for the stored
+  mass, which is within tau of 1 instead of exactly 1, since one tau serves all positions.
 
-The fast paths, whose weights are rounded (`exact_weights`, the same for all of them), may take the neighbour of a token at
-whose edge a point lies, and may call a token exact whose p is tau but for rounding; nothing else may differ.
-
-Shape letters: P positions, V vocabulary, E entries of all positions, T further temperatures.
+The fast paths round their weights, all in the same way (`exact_weights`). They may take the
+neighbour of a token at whose edge a point lies, and may call a token exact whose p is tau up to
+rounding. Nothing else may differ.
 """
 
 from __future__ import annotations
@@ -35,34 +34,34 @@ def select_reference(
     """The record of P positions.
 
     Args:
-        logits_PV: any floats; -inf for what cannot come. Logprobs are logits too.
-        target_ids_P: NO_TARGET where there is none.
+        logits_PV: any floats; -inf for a token that cannot come. Logprobs are logits too.
+        target_ids_P: NO_TARGET where nothing follows.
         selection: see `kdcache.format.selection`.
         states_P: see `uniforms.position_states`.
     """
     logits_PV = np.asarray(logits_PV, np.float64)
     if selection.filters:
-        logits_PV = np.stack([filter_reference(row_V, selection.filters) for row_V in logits_PV])
+        logits_PV = np.stack([filter_reference(logits_V, selection.filters) for logits_V in logits_PV])
     logprobs_PV = logits_PV - _log_sum_exp(logits_PV)[:, None]
-    rows = [_select(row_V, selection, state) for row_V, state in zip(logprobs_PV, states_P, strict=True)]
-    counts_P = [len(row.token_ids) for row in rows]
-    exact_ids = [set(row.token_ids[: row.num_exact].tolist()) for row in rows]
+    found = [_select(logprobs_V, selection, state) for logprobs_V, state in zip(logprobs_PV, states_P, strict=True)]
+    counts_P = [len(each.token_ids) for each in found]
+    exact_ids = [set(each.token_ids[: each.num_exact].tolist()) for each in found]
     outside_P = [t != NO_TARGET and int(t) not in ids for t, ids in zip(target_ids_P, exact_ids, strict=True)]
     return Distributions(
-        token_ids_E=np.concatenate([row.token_ids for row in rows]).astype(np.int32),
-        logprobs_E=np.minimum(np.concatenate([row.logprobs for row in rows]), 0.0).astype(np.float32),
+        token_ids_E=np.concatenate([each.token_ids for each in found]).astype(np.int32),
+        logprobs_E=np.minimum(np.concatenate([each.logprobs for each in found]), 0.0).astype(np.float32),
         offsets_P1=np.concatenate([[0], np.cumsum(counts_P)]).astype(np.int64),
-        tail_mass_P=np.array([row.tail_mass for row in rows], np.float32),
+        tail_mass_P=np.array([each.tail_mass for each in found], np.float32),
         outside_target_logprobs_M=logprobs_PV[outside_P, target_ids_P[outside_P]].astype(np.float32),
-        num_exact_P=np.array([row.num_exact for row in rows], np.int64) if selection.kind in _RANDOM else None,
+        num_exact_P=np.array([each.num_exact for each in found], np.int64) if selection.kind in _RANDOM else None,
         log_z_PT=_log_z(logprobs_PV, selection.temperatures) if selection.temperatures else None,
         entropy_P=_entropy(logprobs_PV) if selection.entropy else None,
     )
 
 
 @dataclass(frozen=True)
-class _Row:
-    """Entries of one position, exact ones first; and the mass of all tokens that are no exact entry."""
+class _Entries:
+    """Entries of one position, exact ones first, and the mass of all tokens that are not exact entries."""
 
     token_ids: NDArray[np.int64]
     logprobs: NDArray[np.float64]
@@ -73,7 +72,7 @@ class _Row:
 _RANDOM = ("sampled", "threshold", "top_k_sampled")
 
 
-def _select(logprobs_V: NDArray[np.float64], selection: SelectionInfo, state: np.uint64) -> _Row:
+def _select(logprobs_V: NDArray[np.float64], selection: SelectionInfo, state: np.uint64) -> _Entries:
     kind, params = selection.kind, selection.params
     by_probability = np.argsort(-logprobs_V, kind="stable")
     exact = by_probability[: _num_exact(logprobs_V[by_probability], selection)]
@@ -86,16 +85,16 @@ def _select(logprobs_V: NDArray[np.float64], selection: SelectionInfo, state: np
         points = (np.arange(math.ceil(tail_mass / params["tau"]) + 1) + u) * params["tau"]
         drawn, log_unit = draw_reference(rest_V, points[points < tail_mass]), math.log(params["tau"])
     elif kind in _RANDOM and tail_mass > 0:
-        u_D = uniforms_of(np.array([state]), params["num_draws"])[0]
-        drawn = draw_reference(rest_V, u_D * tail_mass)
+        uniforms = uniforms_of(np.array([state]), params["num_draws"])[0]
+        drawn = draw_reference(rest_V, uniforms * tail_mass)
         log_unit = (math.log(tail_mass) if len(exact) else 0.0) - math.log(params["num_draws"])
     else:
         drawn, log_unit = np.empty(0, np.int64), 0.0
     ids, counts = np.unique(drawn, return_counts=True)
     if kind == "threshold":
-        counts = np.ones_like(ids)  # two by rounding, where p is nearly tau
+        counts = np.ones_like(ids)  # rounding may give two where p is nearly tau
     by_count = np.argsort(-counts, kind="stable")
-    return _Row(
+    return _Entries(
         token_ids=np.concatenate([exact, ids[by_count]]),
         logprobs=np.concatenate([logprobs_V[exact], log_unit + np.log(counts[by_count])]),
         num_exact=len(exact),
@@ -116,18 +115,19 @@ def _num_exact(falling_V: NDArray[np.float64], selection: SelectionInfo) -> int:
     return k
 
 
-def draw_reference(weights_V: NDArray[np.float64], points_L: NDArray[np.float64]) -> NDArray[np.int64]:
-    """(L,) for each point in [0, sum of weights) the token in whose stretch of the cumulative sum it lies; none of weight 0."""
+def draw_reference(weights_V: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Find for each point in [0, sum of weights) the token in whose stretch of the cumulative sum it
+    lies; never one of weight 0."""
     edges_V = np.cumsum(weights_V)
-    last = int(np.flatnonzero(weights_V)[-1]) if len(points_L) else 0
-    return np.minimum(np.searchsorted(edges_V, points_L, side="right"), last)
+    last = int(np.flatnonzero(weights_V)[-1]) if len(points) else 0
+    return np.minimum(np.searchsorted(edges_V, points, side="right"), last)
 
 
 def filter_reference(logits_V: NDArray[np.float64], filters: dict[str, float]) -> NDArray[np.float64]:
     """What a sampler draws from: logits divided by the temperature, then -inf where a filter rules a token out.
 
-    In vLLM's order (v1/sample/sampler.py, ops/topk_topp_sampler.py, 0.24 to 0.32): temperature, min_p, top_k, top_p, each over
-    what the one before left. 0 for top_k, 1 for top_p and 0 for min_p rule nothing out. Tokens that tie with the k-th stay.
+    The order is vLLM's (v1/sample/sampler.py, ops/topk_topp_sampler.py, 0.24 to 0.32): temperature, min_p, top_k, top_p, each
+    over what the one before left. top_k 0, top_p 1 and min_p 0 rule nothing out. Tokens that tie with the k-th stay.
     """
     logits_V = logits_V / filters.get("temperature", 1.0)
     if filters.get("min_p", 0.0) > 0:

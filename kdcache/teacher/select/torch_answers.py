@@ -1,10 +1,8 @@
-"""A step of writing in torch: one token for each answer, drawn in whole units of `exact_weights`.
+"""One step of writing in torch: a token for each answer of a batch, drawn in whole units of `exact_weights`.
 
-Numbers that differ by rounding decide nothing here: from the same logits and the same uniform numbers every processor draws the
-same tokens. The logits are the model's; libraries round them as they like, and a draw within that of a border may fall to its
-other side elsewhere.
-
-Shape letters: B answers, V vocabulary.
+Rounding decides nothing here: from the same logits and the same uniform numbers every processor draws the same tokens. The
+logits are the model's. Libraries round them differently, so a draw that is this close to an edge may take the other token
+elsewhere.
 """
 
 from __future__ import annotations
@@ -20,11 +18,11 @@ from kdcache.teacher.select._torch_draws import units_of, weights_of
 from kdcache.teacher.select.exact_weights import UNITS
 
 
-def draw_rows(logits_BV: Tensor, config: GenerateConfig, uniform_B: Tensor) -> Tensor:
-    """(B,) int64: `kdcache.teacher.generation.draw_from` for each row, which is the definition, with weights in whole units.
+def draw_tokens(logits_BV: Tensor, config: GenerateConfig, uniform_B: Tensor) -> Tensor:
+    """(B,) int64: a token for each answer. `kdcache.teacher.generation.draw_from` is the definition; weights are whole units.
 
     Args:
-        logits_BV: of any float type.
+        logits_BV: any floating dtype.
         config: sampling.
         uniform_B: (B,) float64 in [0, 1).
 
@@ -34,7 +32,7 @@ def draw_rows(logits_BV: Tensor, config: GenerateConfig, uniform_B: Tensor) -> T
     logits_BV = logits_BV.double()
     if logits_BV.isnan().any():
         raise TeacherError(
-            "the teacher gave NaN while it wrote; float16 overflows in many models: set teacher.dtype to bfloat16"
+            "the teacher gave NaN while writing; float16 overflows in many models: set teacher.dtype to bfloat16"
         )
     if config.temperature == 0:
         return logits_BV.argmax(dim=-1)
@@ -48,7 +46,7 @@ def draw_rows(logits_BV: Tensor, config: GenerateConfig, uniform_B: Tensor) -> T
 
 
 def _filtered(units_BV: Tensor, logits_BV: Tensor, config: GenerateConfig) -> Tensor:
-    """The units, 0 for what the filters take out, in the definition's order. The largest logit is 0, its units are UNITS."""
+    """The units, 0 for what the filters rule out, in the definition's order. The largest logit is 0 and weighs UNITS."""
     units_BV = units_BV.masked_fill(units_BV < math.ceil(config.min_p * UNITS), 0)
     if 0 < config.top_k < units_BV.shape[1]:
         units_BV = units_BV.masked_fill(logits_BV < logits_BV.topk(config.top_k).values[:, -1:], 0)

@@ -1,16 +1,15 @@
-"""The random numbers of a selection: a function of (seed, sequence key, position, number of the draw) and of nothing else.
+"""The random numbers of a selection: a function of seed, sequence key, position and index of the draw, and of nothing else.
 
-So they are the same on every backend and route, whatever the batch, chunk, step or rank, and a re-run stores the same.
+They are therefore the same on every backend and route, whatever the batch, chunk, step or rank, and a second run stores the
+same entries.
 
 Version 1, on 64-bit words that wrap around, with G = 0x9E3779B97F4A7C15 and `mix64`, the finaliser of splitmix64:
 
-- sequence:  s = mix64(mix64(mix64(seed + G) ^ k0) ^ k1), the key's two little-endian words k0, k1
-- position:  p = mix64(s + G * (t + 1)), t the token's place in the sequence: `position_states`
-- draw:      u = (mix64(p + G * (d + 1)) >> 11) / 2^53, in [0, 1), d = 0, 1, ...: `uniforms_of`
+- sequence:  s = mix64(mix64(mix64(seed + G) ^ k0) ^ k1), with the key's two little-endian words k0 and k1
+- position:  p = mix64(s + G * (t + 1)), with the position t: `position_states`
+- draw:      u = (mix64(p + G * (d + 1)) >> 11) / 2^53, in [0, 1), for d = 0, 1, ...: `uniforms_of`
 
-Changing a bit of it changes what a resumed capture would store: then it is a new selection kind, or a new parameter.
-
-Shape letters: P positions, D draws per position.
+Changing one bit of this changes what a resumed capture stores: it would have to be a new selection kind or a new parameter.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MASK = 2**64 - 1
 
 
 def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A bijection of 64 bits in which every bit of x moves about half of the bits of the result."""
+    """Mix 64 bits: a bijection in which every bit of x moves about half of the bits of the result."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(MIX_1)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(MIX_2)
@@ -34,12 +33,12 @@ def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def position_states(seed: int, key: bytes, positions_P: NDArray[np.integer]) -> NDArray[np.uint64]:
-    """(P,) uint64, from which the draws of each position follow.
+    """(P,) uint64: the state from which the draws of each position follow.
 
     Args:
         seed: of the selection, a signed 64-bit integer.
         key: of the sequence, 16 bytes.
-        positions_P: places t in the sequence, >= 0.
+        positions_P: positions t in the sequence, >= 0.
     """
     state = mix64(np.array([(seed + GOLDEN) & MASK], np.uint64))
     for word in np.frombuffer(key, "<u8", count=2):
@@ -49,8 +48,8 @@ def position_states(seed: int, key: bytes, positions_P: NDArray[np.integer]) -> 
 
 
 def uniforms_of(states_P: NDArray[np.uint64], num_draws: int) -> NDArray[np.float64]:
-    """(P, D) float64 in [0, 1): multiples of 2^-53."""
-    draws_D = np.arange(1, num_draws + 1, dtype=np.uint64)
+    """(P, num_draws) float64 in [0, 1): multiples of 2^-53."""
+    draws = np.arange(1, num_draws + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        words_PD = mix64(states_P[:, None] + np.uint64(GOLDEN) * draws_D)
-    return (words_PD >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        words = mix64(states_P[:, None] + np.uint64(GOLDEN) * draws)
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

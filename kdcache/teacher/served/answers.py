@@ -1,15 +1,15 @@
 """What a server is asked, and what its answers mean. Pure functions: no sockets.
 
-Two ways to the logprobs of a prompt that is given as token ids, both with one token generated after it, which is thrown away:
+There are two ways to get the logprobs of a prompt of token ids. Both generate one token after it, which is dropped:
 
-- `prompt_logprobs` (vLLM): a row for every token but the first, its keys token ids; the generated token has its row elsewhere.
-- `echo` (the older completions API, vLLM's too): one list of rows, the generated token's last.
+- `prompt_logprobs` (vLLM): logprobs by token id for every token but the first; those of the generated token are elsewhere.
+- `echo` (the older completions API, vLLM's too): one list over tokens, with the generated token last.
 
-A row holds the k most probable tokens and the token that came, which may be one of them: k entries or k + 1. Row i is about
-token i given the tokens before it, our position i-1; the generated token's row is the last position. The generated token is
-drawn at temperature 1 without filters: then a server whose logprobs are taken after them gives the same as one whose are not.
-
-Shape letters: N tokens of a sequence, P supervised positions, K entries per position.
+At each token stand the k most probable tokens and the token that came, which may be one of them: k
+entries or k + 1. What stands at token i is its distribution given the tokens before it, our
+position i-1; the generated token's is the last position. The generated token is drawn at
+temperature 1 without filters, so that it does not matter whether a server takes its logprobs before
+or after temperature and filters.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from kdcache.teacher.base import answer
 APIS = ("prompt_logprobs", "echo")
 
 TOKEN_ID_PREFIX = "token_id:"
-"""How vLLM writes a token's id where the API has room for its text only (`return_tokens_as_token_ids`). By their texts tokens
-cannot be told apart: in most vocabularies many have the same one."""
+"""How vLLM writes a token's id where the API has a field for its text (`return_tokens_as_token_ids`). Texts do not identify
+tokens: in most vocabularies many tokens have the same one."""
 
 IMPOSSIBLE_NATS = -9999.0
 """What servers write for -inf, which JSON does not have."""
 
 MAX_EXCESS = 1e-3
-"""Most that the probabilities of a support may sum to above 1: float32 rounding, and no more."""
+"""How far the probabilities of a support may sum above 1: float32 rounding, and no more."""
 
 MAX_BYTES_PER_ENTRY = 256
-"""vLLM's take about 90: an id, a logprob, a rank and the token's text, which may be long but is not at every position."""
+"""vLLM's entries take about 90: id, logprob, rank and the token's text, which may be long, but not at every position."""
 
 MAX_BYTES_OF_THE_REST = 2**22
 MAX_TOKEN_ID = 2**31 - 1
 
-Row = dict[int, float]
+Logprobs = dict[int, float]
 """Token id -> logprob in nats."""
 
 
 Name = Annotated[str, msgspec.Meta(max_length=1000)]
-"""It is compared with every answer's, and goes into manifests."""
+"""A name that is compared with every answer's, and goes into manifests."""
 
 
 class Entry(msgspec.Struct, gc=False):
-    """One entry of vLLM's rows; rank and text are not read."""
+    """One entry of vLLM's prompt logprobs; rank and text are not read."""
 
     logprob: float
 
@@ -72,7 +72,7 @@ class Choice(msgspec.Struct):
 
 
 class Completion(msgspec.Struct):
-    """An answer of the completions endpoint, as far as it is read."""
+    """What we read of an answer of the completions endpoint."""
 
     choices: list[Choice]
     model: Name | None = None
@@ -86,11 +86,11 @@ def completion_request(api: str, model: str, prompt: Sequence[int], k: int, temp
         api: one of APIS.
         model: as the server calls it.
         prompt: token ids.
-        k: entries per row.
-        temperature: of the generated token; another than 1 is for finding out what it changes.
+        k: entries per position.
+        temperature: of the generated token; other than 1 only to find out what it changes.
     """
-    # No seed: the draw is thrown away, and a CPU build of vLLM (0.32) does not survive a seeded request whose prompt is read in
-    # two steps: it takes the first step's draw back, which CPU generators cannot.
+    # No seed: the draw is dropped, and a CPU build of vLLM (0.32) does not survive a seeded request whose prompt is read in two
+    # steps: it takes the first step's draw back, which CPU generators cannot do.
     body: dict[str, Any] = {
         "model": model,
         "prompt": list(prompt),
@@ -102,21 +102,21 @@ def completion_request(api: str, model: str, prompt: Sequence[int], k: int, temp
     }
     if api == "echo":
         return body | {"echo": True}
-    # A server takes from the model's own generation config what a request does not set.
+    # A server takes what a request does not set from the model's own generation config.
     filters = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     return body | filters | {"prompt_logprobs": k}
 
 
 def max_answer_bytes(num_tokens: int, k: int) -> int:
-    """Most bytes of an answer about a prompt: the token that comes may be one more entry, and so is each token by itself."""
+    """The most bytes of an answer about a prompt: each token stands there by itself, and may be one more entry."""
     return MAX_BYTES_OF_THE_REST + (num_tokens + 1) * (k + 2) * MAX_BYTES_PER_ENTRY
 
 
 def read_completion(data: bytes) -> Completion:
-    """An answer's bytes.
+    """Parse the bytes of an answer.
 
     Raises:
-        msgspec.DecodeError: not whole JSON: the answer was cut off on its way.
+        msgspec.DecodeError: incomplete JSON: the answer was cut off on its way.
         TeacherError: JSON, but not a completion.
     """
     try:
@@ -126,7 +126,7 @@ def read_completion(data: bytes) -> Completion:
 
 
 def speaks(completion: Completion, api: str) -> bool:
-    """Whether an answer has what this way of asking should bring; a server passes over what it does not know."""
+    """Whether an answer has what this way of asking should bring; servers ignore fields that they do not know."""
     if not completion.choices:
         return False
     choice = completion.choices[0]
@@ -135,81 +135,81 @@ def speaks(completion: Completion, api: str) -> bool:
     return choice.logprobs is not None and choice.logprobs.top_logprobs is not None and len(choice.logprobs.tokens) > 1
 
 
-def read_rows(completion: Completion, api: str, prompt: Sequence[int]) -> tuple[list[Row], list[int]]:
-    """The N rows of a prompt's positions, and for each the token that came there.
+def read_positions(completion: Completion, api: str, prompt: Sequence[int]) -> tuple[list[Logprobs], list[int]]:
+    """The logprobs at each of a prompt's N positions, and the token that came after it.
 
     Raises:
-        TeacherError: rows are missing, name their tokens by text, or are not those of the prompt.
+        TeacherError: positions are missing, name their tokens by text, or are not those of the prompt.
     """
     if not speaks(completion, api):
         raise TeacherError(f"the server's answer has no logprobs of the prompt (teacher.server.api {api!r})")
     choice = completion.choices[0]
     if api == "prompt_logprobs":
-        first, *rows = _plain(choice.prompt_logprobs or [None])
-        last_rows, last_tokens = _token_rows(choice.logprobs)
+        first, *positions = _plain(choice.prompt_logprobs or [None])
+        last, last_tokens = _by_id(choice.logprobs)
         came = [*prompt[1:], *last_tokens]
     else:
-        last_rows, tokens = _token_rows(choice.logprobs)
-        first, rows, came = (last_rows.pop(0) if last_rows else None), [], tokens[1:]
+        last, tokens = _by_id(choice.logprobs)
+        first, positions, came = (last.pop(0) if last else None), [], tokens[1:]
         if [*tokens[: len(prompt)]] != list(prompt):
             raise TeacherError(f"the server read {tokens[: len(prompt)]!r:.60}, and not the prompt {list(prompt)!r:.60}")
-    rows += last_rows
-    if first is not None or len(rows) != len(prompt) or len(came) != len(prompt):
-        raise TeacherError(f"the server gave {len(rows)} rows of logprobs for the {len(prompt)} tokens of a prompt")
-    if not all(rows):
-        without = next(position for position, row in enumerate(rows) if not row)
+    positions += last
+    if first is not None or len(positions) != len(prompt) or len(came) != len(prompt):
+        raise TeacherError(f"the server gave logprobs of {len(positions)} positions for the {len(prompt)} tokens of a prompt")
+    if not all(positions):
+        without = next(position for position, entries in enumerate(positions) if not entries)
         raise TeacherError(f"the server gave no logprobs for position {without} of a prompt of {len(prompt)} tokens")
-    return [row for row in rows if row is not None], came
+    return [entries for entries in positions if entries is not None], came
 
 
 def read_answer(completion: Completion, api: str, sequence: TokenSequence, k: int) -> Distributions:
-    """An answer as a record.
+    """The record of an answer.
 
     Raises:
-        TeacherError: as `read_rows`; or a row that is not the k most probable tokens and the one that came.
+        TeacherError: as `read_positions`; or a position does not hold the k most probable tokens and the one that came.
     """
-    rows, came = read_rows(completion, api, sequence.input_ids_N.tolist())
+    positions, came = read_positions(completion, api, sequence.input_ids_N.tolist())
     ids: list[list[int]] = []
     logprobs: list[list[float]] = []
     target_logprobs: list[float] = []
     for position in sequence.positions_P.tolist():
-        support, of_came = split_row(rows[position], came[position], k)
+        support, of_came = split_entries(positions[position], came[position], k)
         ids.append(list(support))
         logprobs.append(list(support.values()))
         target_logprobs.append(of_came)
     logprobs_PK = _nats(logprobs)
     check_normalised(logprobs_PK)
-    for token in (token for row in ids for token in row):
+    for token in (token for entries in ids for token in entries):
         if not 0 <= token <= MAX_TOKEN_ID:
-            raise TeacherError(f"the server names a token {token}, and no vocabulary has that id")
+            raise TeacherError(f"the server names token {token}, an id that no vocabulary has")
     return answer(sequence, np.array(ids, np.int32), logprobs_PK, _nats(target_logprobs))
 
 
-def split_row(row: Row, came: int, k: int) -> tuple[Row, float]:
-    """The k most probable tokens of a row, and the logprob of the one that came.
+def split_entries(entries: Logprobs, came: int, k: int) -> tuple[Logprobs, float]:
+    """The k most probable tokens of a position, and the logprob of the one that came.
 
     Raises:
-        TeacherError: the row has not k entries, or k + 1 of which the one that came is the least.
+        TeacherError: there are not k entries, or k + 1 of which the one that came is the least.
     """
-    if came not in row:
+    if came not in entries:
         raise TeacherError(f"the server's logprobs are not those of the text: token {came} came, and is not among them")
-    of_came = row[came]
-    if len(row) == k:
-        return row, of_came
-    support = {token: logprob for token, logprob in row.items() if token != came}
+    of_came = entries[came]
+    if len(entries) == k:
+        return entries, of_came
+    support = {token: logprob for token, logprob in entries.items() if token != came}
     if len(support) < k:
         raise TeacherError(
-            f"the server gives {len(row)} tokens at a position, that which came among them, where selection.k asks for {k}"
+            f"the server gives {len(entries)} tokens at a position, including the one that came, where selection.k asks for {k}"
         )
     if len(support) > k or of_came > min(support.values()):
         raise TeacherError(
-            f"the server gives {len(row)} tokens at a position, which are not the {k} most probable and the one that came"
+            f"the server gives {len(entries)} tokens at a position, which are not the {k} most probable and the one that came"
         )
     return support, of_came
 
 
 def check_normalised(logprobs_PK: NDArray[np.float32]) -> None:
-    """Raise TeacherError unless each row can be part of a distribution: its probabilities sum to at most 1."""
+    """Raise TeacherError unless the probabilities at each position sum to at most 1."""
     if not len(logprobs_PK):
         return
     mass = float(np.exp(np.minimum(logprobs_PK.astype(np.float64), 100.0)).sum(axis=-1).max())
@@ -220,15 +220,16 @@ def check_normalised(logprobs_PK: NDArray[np.float32]) -> None:
         )
 
 
-def _plain(rows: Sequence[dict[int, Entry] | None]) -> list[Row | None]:
-    return [None if row is None else {token: entry.logprob for token, entry in row.items()} for row in rows]
+def _plain(positions: Sequence[dict[int, Entry] | None]) -> list[Logprobs | None]:
+    return [None if entries is None else {token: entry.logprob for token, entry in entries.items()} for entries in positions]
 
 
-def _token_rows(logprobs: TokenLogprobs | None) -> tuple[list[Row | None], list[int]]:
+def _by_id(logprobs: TokenLogprobs | None) -> tuple[list[Logprobs | None], list[int]]:
     if logprobs is None or logprobs.top_logprobs is None:
         return [], []
-    rows = [None if row is None else {_id_of(text): nats for text, nats in row.items()} for row in logprobs.top_logprobs]
-    return rows, [_id_of(text) for text in logprobs.tokens]
+    named = logprobs.top_logprobs
+    positions = [None if entries is None else {_id_of(text): nats for text, nats in entries.items()} for entries in named]
+    return positions, [_id_of(text) for text in logprobs.tokens]
 
 
 def _id_of(text: str) -> int:
@@ -236,15 +237,15 @@ def _id_of(text: str) -> int:
     if digits == text or not digits.isdecimal():
         raise TeacherError(
             f"the server names tokens by their text ({text!r:.40}) and not by their id, and many tokens have the same text; "
-            "a server is needed that knows return_tokens_as_token_ids, as vLLM does"
+            "use a server that knows return_tokens_as_token_ids, as vLLM does"
         )
     if len(digits) > len(str(MAX_TOKEN_ID)):
-        raise TeacherError(f"the server names a token {digits:.40}, and no vocabulary has that id")
+        raise TeacherError(f"the server names token {digits:.40}, an id that no vocabulary has")
     return int(digits)
 
 
 def _nats(values: Sequence[Any]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # beyond float32 is impossible as well
+    with np.errstate(over="ignore"):  # out of float32's range is impossible, too
         array = np.array(values, np.float32)
     array[array <= IMPOSSIBLE_NATS] = -np.inf
     return array

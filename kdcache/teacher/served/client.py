@@ -1,6 +1,6 @@
-"""Requests to a server: many in flight, answers in the order of the requests, again after what may pass.
+"""Requests to a server: many in flight, answers in the order of the requests, retried after errors that may pass.
 
-An event loop in a thread of its own does the waiting, so that a request that nobody wants any more can be dropped at once,
+An event loop in a thread of its own does the waiting, so that a request that is no longer wanted can be dropped at once,
 whatever the server is doing.
 """
 
@@ -32,28 +32,28 @@ T = TypeVar("T")
 
 CONNECT_SECONDS = 20.0
 MAX_SMALL_ANSWER_BYTES = 2**22
-"""Of an answer without logprobs: a list of models or of a few tokens, a version."""
+"""The most bytes of an answer without logprobs: a list of models or of a few tokens, a version."""
 
 MAX_REFUSAL_BYTES = 2**20
-"""Of a refusal so much is read; what comes after is not wanted."""
+"""How much of a refusal is read; the rest is ignored."""
 
 ENCODING = "gzip"
-"""The only compression that is asked for: it is taken apart piece by piece here, up to the bound and no further."""
+"""The only compression that we ask for: it is unpacked piece by piece here, up to the bound and no further."""
 
 POLL_SECONDS = 0.5
-"""How often a waiting thread looks up: where it is not the main one, an interrupt cannot wake it."""
+"""How often a waiting thread wakes up: if it is not the main one, an interrupt cannot wake it."""
 
 
 class ServerLostError(TeacherError):
-    """The server did not answer, whatever was tried."""
+    """The server did not answer, whatever we tried."""
 
 
 class ServerRefusedError(TeacherError):
-    """The server answered that it will not; asking again would not help.
+    """The server refused; asking again would not help.
 
     Attributes:
         status: of HTTP.
-        sentence: what it said.
+        sentence: what the server said.
     """
 
     def __init__(self, status: int, sentence: str) -> None:
@@ -63,13 +63,13 @@ class ServerRefusedError(TeacherError):
 
 @dataclass(frozen=True)
 class Request(Generic[T]):
-    """One request, and what its answer is read with.
+    """One request, and how to read its answer.
 
     Attributes:
-        path: below the base URL; an absolute URL leaves that.
-        read: the answer's bytes to what is wanted; a msgspec.DecodeError of it is an answer that was cut off.
+        path: relative to the base URL; an absolute URL replaces it.
+        read: parses the answer's bytes; a msgspec.DecodeError from it means that the answer was cut off.
         body: of a POST; None for a GET.
-        max_bytes: of the answer, decompressed; follows from what is asked.
+        max_bytes: the longest answer, decompressed; it follows from what is asked.
     """
 
     path: str
@@ -79,46 +79,46 @@ class Request(Generic[T]):
 
 
 class ServerClient:
-    """A server that is asked. Has a lifetime: close it."""
+    """A client of one server. It has a lifetime: close it."""
 
     def __init__(self, config: ServerConfig, key: str | None) -> None:
-        """Asks nothing yet.
+        """Start the event loop; nothing is sent yet.
 
         Args:
             config: where the server is, and how patient to be.
-            key: for the server alone; it is in no message.
+            key: for the server only; it appears in no message.
         """
         self._config, self._key = config, key
-        self._numbers = itertools.count()
+        self._indices = itertools.count()
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="kdcache-server-client", daemon=True)
         thread.start()
         self._http, self._slots = self._in_loop(self._open()).result()
-        # Also when nobody closes it, and at the end of the interpreter.
+        # Also if nobody closes it, and when the interpreter ends.
         self._finish = weakref.finalize(self, _shut_down, self._loop, thread, self._http)
 
     def ask(self, request: Request[T]) -> T:
         """The answer to one request.
 
         Raises:
-            ServerLostError: none came, after all retries or at the deadline.
+            ServerLostError: no answer came after all retries, or by the deadline.
             ServerRefusedError: the server refused.
         """
         return next(self.ask_all([request]))
 
     def ask_all(self, requests: Iterable[Request[T]]) -> Iterator[T]:
-        """The answers, in the order of the requests, which are taken as they are needed; raises as `ask`.
+        """The answers, in the order of the requests, which are taken as needed; raises as `ask`.
 
-        When the iterator is dropped, what is in flight is given up.
+        Dropping the iterator cancels what is in flight.
         """
         waiting: deque[Future[T]] = deque()
         remaining = iter(requests)
         try:
             while True:
                 if self._loop.is_closed():
-                    raise TeacherError(f"the server {self._config.url} was let go of while it was being asked")
+                    raise TeacherError(f"the connection to the server {self._config.url} was closed while it was being asked")
                 for request in itertools.islice(remaining, 2 * self._config.concurrency - len(waiting)):
-                    waiting.append(self._in_loop(self._ask(request, str(next(self._numbers)))))
+                    waiting.append(self._in_loop(self._ask(request, str(next(self._indices)))))
                 if not waiting:
                     return
                 answer = _result(waiting[0])
@@ -129,7 +129,7 @@ class ServerClient:
                 future.cancel()
 
     def close(self) -> None:
-        """Give up what is in flight and close the connections; calling it twice is fine."""
+        """Cancel what is in flight and close the connections; calling it twice is fine."""
         self._finish()
 
     def _in_loop(self, coroutine: Any) -> Future[Any]:
@@ -141,7 +141,7 @@ class ServerClient:
             base_url=str(config.url).rstrip("/") + "/",
             headers={"Accept-Encoding": ENCODING} | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
             timeout=httpx2.Timeout(config.timeout_seconds, connect=min(config.timeout_seconds, CONNECT_SECONDS)),
-            # The slots bound the connections. A bound here would make requests wait inside their own time limits.
+            # The slots bound the connections; a bound here would make requests wait within their own time limits.
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
         )
         return http, asyncio.Semaphore(config.concurrency)
@@ -175,7 +175,7 @@ class ServerClient:
             return None, self._clean(first_line(error)), None
         status = response.status_code
         if status == 200:
-            # What is not below the base URL is asked on the chance that it is there.
+            # A path outside the base URL is asked for in case it exists.
             found = error_in(body, status_without_one=404 if "://" in request.path else 503)
             if found is None:
                 return self._read(request, body)
@@ -192,10 +192,10 @@ class ServerClient:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return None, self._clean(unreadable(body, error)), None
         except RecursionError as error:
-            raise TeacherError(f"the server {self._config.url} gave an answer that is nested too deep to be read") from error
+            raise TeacherError(f"the server {self._config.url} gave an answer that is nested too deeply to be read") from error
 
     async def _send(self, request: Request[Any]) -> tuple[httpx2.Response, bytes]:
-        """The response and its body, which is read only as far as it may be long."""
+        """The response and its body, which is read up to its longest allowed length."""
         if request.body is None:
             streamed = self._http.stream("GET", request.path)
         else:
@@ -208,21 +208,21 @@ class ServerClient:
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in (ENCODING, "identity", ""):
             raise TeacherError(
-                f"the server {self._config.url} compresses its answers by {encoding!r:.60}, and was not asked to"
+                f"the server {self._config.url} compresses its answers with {encoding!r:.60}, without being asked to"
             )
         is_answer = response.status_code == 200
         limit, body = request.max_bytes if is_answer else MAX_REFUSAL_BYTES, bytearray()
         unpack = zlib.decompressobj(wbits=31) if encoding == ENCODING else None  # 31: gzip's framing
         async for piece in response.aiter_raw():
             body += unpack.decompress(piece, limit + 1 - len(body)) if unpack else piece
-            # What came is counted too: compressed data without end may be of no bytes at all.
+            # The compressed bytes count too: endless compressed data may unpack to nothing.
             if len(body) <= limit and response.num_bytes_downloaded <= limit:
                 continue
             if not is_answer:
                 return bytes(body[:limit])
             raise TeacherError(
-                f"the server {self._config.url} gave an answer of more than {limit:,} bytes, which is more than what was asked "
-                "for can take"
+                f"the server {self._config.url} gave an answer of more than {limit:,} bytes, the most that an answer to "
+                "this request can have"
             )
         return bytes(body)
 
@@ -237,12 +237,12 @@ class ServerClient:
         return f"the server {server.url} was asked {tries} ({limit}); the last time: {problem}"
 
     def _clean(self, sentence: str) -> str:
-        """Without the key: some servers repeat it."""
+        """Mask the key in a sentence: some servers repeat it."""
         return sentence.replace(self._key, "***") if self._key else sentence
 
 
 def _shut_down(loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: httpx2.AsyncClient) -> None:
-    if thread is threading.current_thread():  # collected while the loop runs: it cannot wait for itself
+    if thread is threading.current_thread():  # collected by the loop's own thread, which cannot wait for itself
         loop.stop()
         return
     with suppress(Exception):

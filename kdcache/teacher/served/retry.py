@@ -1,4 +1,4 @@
-"""When a request to a server is sent again, and what a refusal says. Pure functions; the clock is the caller's."""
+"""When to send a request to a server again, and what a refusal says. Pure functions; the caller has the clock."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
-"""Statuses that may be another the next time: overload, a proxy without its server, a server without its engine."""
+"""Statuses that may pass: overload, a proxy without its server, a server without its engine."""
 
 LIMIT_WORDS = ("max allowed:", "less than or equal to", "at most", "maximum", "<=")
-"""What stands before the number in the sentences with which servers refuse a k."""
+"""What precedes the number in the sentences in which servers refuse a k."""
 
 MOST_DIGITS = 18
-"""Of such a number."""
+"""The most digits of such a number."""
 
 
 _HEAD_BYTES, _MAX_ERROR_BYTES = 4096, 2**20
@@ -33,18 +33,18 @@ _MARKUP = re.compile(r"<[^>]*>?")
 
 
 def is_transient(status: int) -> bool:
-    """Whether a request with this status may be answered when it is sent again."""
+    """Whether a request with this status may succeed when it is sent again."""
     return status in TRANSIENT
 
 
 def seconds_to_wait(attempt: int, key: str, retry_after: str | None = None, now: datetime | None = None) -> float:
-    """How long to wait before a request is sent again.
+    """Seconds to wait before a request is sent again.
 
     Args:
         attempt: tries so far, from 1.
-        key: of the request; spreads the waits of many requests that failed at once, and is the same in every run.
-        retry_after: the header of that name: seconds or a date. Waits are not shorter than it says.
-        now: for a date.
+        key: of the request; it spreads the waits of many requests that failed at once, and is the same in every run.
+        retry_after: the header of that name, in seconds or as a date. Waits are at least this long.
+        now: the time, to compare with a date.
     """
     longest = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** (attempt - 1))
     wait = longest * (0.5 + 0.5 * random.Random(f"kdcache.retry:{key}:{attempt}").random())
@@ -52,7 +52,7 @@ def seconds_to_wait(attempt: int, key: str, retry_after: str | None = None, now:
 
 
 def retry_after_seconds(header: str | None, now: datetime) -> float:
-    """What a Retry-After header asks for (RFC 9110, 10.2.3); 0 where it is absent or cannot be read."""
+    """The seconds that a Retry-After header asks for (RFC 9110, 10.2.3); 0 if it is absent or cannot be read."""
     if header is None:
         return 0.0
     if _SECONDS.fullmatch(header.strip()):
@@ -66,10 +66,12 @@ def retry_after_seconds(header: str | None, now: datetime) -> float:
 
 
 def refusal(status: int, body: bytes, location: str | None = None) -> str:
-    """What a server says of a request that it refused, in one line: its own sentence where there is one.
+    """What a server says of a request that it refused, in one line: its own sentence if there is one.
 
     Args:
-        location: the header of that name: where the server sends the request instead.
+        status: of HTTP.
+        body: of the response.
+        location: the header of that name: where the server redirects the request.
     """
     text = _message(body)
     elsewhere = f" (it redirects to {location}: set teacher.server.url to where that leads)" if location else ""
@@ -77,10 +79,12 @@ def refusal(status: int, body: bytes, location: str | None = None) -> str:
 
 
 def error_in(body: bytes, *, status_without_one: int) -> tuple[int, str] | None:
-    """What a server says that sends an error with status 200: the status that it names, or the one given, and its sentence.
-    None for any other answer."""
+    """The status and sentence of an error that a server sent with status 200; None for any other answer.
+
+    The status is the one that the error names, else `status_without_one`.
+    """
     if len(body) > _HEAD_BYTES and b"error" not in body[:_HEAD_BYTES]:
-        return None  # of a whole answer, which would be decoded twice
+        return None  # a whole answer, which would be decoded twice
     if len(body) > _MAX_ERROR_BYTES:
         return None
     try:
@@ -104,11 +108,11 @@ def _in_short(value: Any) -> str:
 
 
 def unreadable(body: bytes, error: Exception) -> str:
-    """What came in place of a JSON answer, in one line: a page's own words, or where the answer is cut off."""
+    """What came instead of a JSON answer, in one line: a page's own words, or where the answer is cut off."""
     if body.lstrip()[:1] in (b"{", b"["):
-        return f"an answer that is cut off or no JSON ({error})"
+        return f"an answer that is cut off or not JSON ({error})"
     words = _message(body)
-    return f"an answer that is no JSON: {words}" if words else "an empty answer"
+    return f"an answer that is not JSON: {words}" if words else "an empty answer"
 
 
 def limit_in(sentence: str) -> int | None:
@@ -116,9 +120,9 @@ def limit_in(sentence: str) -> int | None:
     lowered = sentence.lower()
     for words in LIMIT_WORDS:
         _, found, rest = lowered.partition(words)
-        number = rest.strip().split(" ")[0].strip(".,;()") if found else ""
-        if number.isdecimal() and len(number) <= MOST_DIGITS:
-            return int(number)
+        digits = rest.strip().split(" ")[0].strip(".,;()") if found else ""
+        if digits.isdecimal() and len(digits) <= MOST_DIGITS:
+            return int(digits)
     return None
 
 
@@ -137,7 +141,7 @@ def _message(body: bytes) -> str:
 
 
 def _words(text: str) -> str:
-    """What a page says, without its markup."""
+    """The words of a page, without its markup."""
     if not _PAGE.match(text):
         return text
     return html.unescape(_MARKUP.sub(" ", _UNSEEN.sub(" ", text)))

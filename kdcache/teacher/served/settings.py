@@ -1,4 +1,4 @@
-"""What the config says of a served teacher, checked; and what has to come from config, model folder or server. No sockets."""
+"""Check the config of a served teacher, and find what config, model folder or server must say. No sockets."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from kdcache.credentials import looks_secret, remember
 from kdcache.errors import ConfigError
 
 ENGINE_SETTINGS = ("engine_options", "num_threads")
-"""Settings of an engine that we start."""
+"""Settings of an engine that we start ourselves."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 MAX_NAME_CHARACTERS, MAX_NAMES = 1000, 20
-"""Of a model, which may be a path; and of a server's models in a message."""
+"""The longest name of a model, which may be a path; and the most names of models in a message."""
 
 
 def refuse_settings(config: TeacherConfig) -> None:
-    """Raise ConfigError for an address that is none or tells a secret, and for settings of an engine that is not ours."""
+    """Raise ConfigError for an address that is invalid or holds a secret, and for settings of an engine that is not ours."""
     address = str(config.server.url)
     try:
         url = urlsplit(address)
@@ -40,7 +40,7 @@ def refuse_settings(config: TeacherConfig) -> None:
     for name in ENGINE_SETTINGS:
         value = getattr(config, name)
         if value != getattr(ours, name):
-            raise ConfigError(f"teacher.{name} is {value!r}, but a server's engine is not ours to set; leave it out")
+            raise ConfigError(f"teacher.{name} is {value!r}, but it cannot be set on a server; leave it out")
 
 
 def api_key(server: ServerConfig) -> str | None:
@@ -48,7 +48,7 @@ def api_key(server: ServerConfig) -> str | None:
     if server.api_key_env is None:
         return None
     if _VARIABLE.fullmatch(server.api_key_env) is None or looks_secret(server.api_key_env):
-        raise ConfigError("teacher.server.api_key_env is no name of an environment variable; the key itself goes into one")
+        raise ConfigError("teacher.server.api_key_env is not the name of an environment variable; the key itself goes into one")
     key = os.environ.get(server.api_key_env, "").strip()
     remember(key, "api_key")
     if not key:
@@ -59,10 +59,10 @@ def api_key(server: ServerConfig) -> str | None:
 
 
 def choose_card(listed: Any, server: ServerConfig) -> dict[str, Any]:
-    """The entry of /v1/models that is the teacher.
+    """The teacher's entry in /v1/models.
 
     Raises:
-        ConfigError: it is not there, or there are several and none is named.
+        ConfigError: it is not there, or there are several and the config names none.
     """
     data = listed.get("data") if isinstance(listed, Mapping) else None
     cards = [card for card in (data if isinstance(data, list) else []) if isinstance(card, dict) and _is_name(card.get("id"))]
@@ -82,12 +82,12 @@ def _is_name(value: Any) -> bool:
 
 
 def name_for_identity(served: str) -> str:
-    """A model's name on its server. Of a path, which is the machine's affair, the last part."""
+    """A model's name on its server; of a path, which belongs to the machine, the last part."""
     return served.rstrip("/").rpartition("/")[2] if served.startswith("/") else served
 
 
 def vocab_size_of(config: TeacherConfig, model_fields: Mapping[str, Any]) -> int:
-    """Ids that the server's distributions range over; raises ConfigError where nobody says.
+    """How many ids the server's distributions range over; raises ConfigError if it is not stated.
 
     Args:
         config: may state it.
@@ -96,18 +96,18 @@ def vocab_size_of(config: TeacherConfig, model_fields: Mapping[str, Any]) -> int
     stated = config.server.vocab_size or (model_fields.get("text_config") or model_fields).get("vocab_size")
     if not isinstance(stated, int) or not 1 <= stated <= 2**31:
         raise ConfigError(
-            f"teacher.server.vocab_size is not given, and no config.json of {config.model!r} is at hand that says it; "
+            f"teacher.server.vocab_size is not given, and no config.json of {config.model!r} is here to say it; "
             "set it to the number of ids that the served model gives logits for"
         )
     return stated
 
 
 def context_length_of(server: ServerConfig, card: Mapping[str, Any]) -> int:
-    """Most tokens of a sequence; raises ConfigError where nobody says.
+    """The most tokens of a sequence; raises ConfigError if it is not stated.
 
     Args:
         server: may state it.
-        card: the server's entry for the model. vLLM gives `max_model_len`, in which a generated token needs a place.
+        card: the server's entry for the model. vLLM gives `max_model_len`, which includes the generated token.
     """
     if server.context_length is not None:
         return server.context_length

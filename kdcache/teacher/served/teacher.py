@@ -1,7 +1,7 @@
 """The `served` teacher: a model that answers over HTTP, in `vllm serve` or another server with logprobs of a prompt.
 
-A server is not ours: what can be found out is proven before anything is captured, and what an answer says of its maker (name,
-`system_fingerprint`) must stay what it was. See answers.py for what is asked and read.
+A server is not ours, so whatever can be checked is proven before anything is captured, and what an answer says of its maker
+(name, `system_fingerprint`) must stay the same. See answers.py for what is asked and read.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from kdcache.teacher.served.answers import (
     max_answer_bytes,
     read_answer,
     read_completion,
-    read_rows,
+    read_positions,
     speaks,
-    split_row,
+    split_entries,
 )
 from kdcache.teacher.served.client import Request, ServerClient, ServerLostError, ServerRefusedError
-from kdcache.teacher.served.proofs import compare_ids, compare_rows, probe_prompts, tokenizer_texts
+from kdcache.teacher.served.proofs import compare_answers, compare_ids, probe_prompts, tokenizer_texts
 from kdcache.teacher.served.retry import limit_in
 from kdcache.teacher.served.settings import (
     api_key,
@@ -49,14 +49,14 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 MAX_NAME_CHARACTERS = 200
-"""Of a version: it goes into manifests."""
+"""The longest version, which goes into manifests."""
 
 PROBE_K = 5
 """The older API gives no more."""
 
 
 class ServedTeacher:
-    """A model behind a URL; see the module's docstring."""
+    """A model on a server; see the module's docstring."""
 
     def __init__(self, config: TeacherConfig) -> None:
         """Find the model, and prove that the server's numbers are what a record needs.
@@ -78,13 +78,13 @@ class ServedTeacher:
 
     @property
     def identity(self) -> TeacherIdentity:
-        """See `Teacher`: what the server says of itself, and of what it does not say, what the config says."""
+        """See `Teacher`: what the server says of itself, and otherwise what the config says."""
         return self._identity
 
     def score(
         self, sequences: Sequence[TokenSequence], selection: SelectionInfo, features: Sequence[FeatureInfo] = ()
     ) -> Iterator[Distributions]:
-        """See `Teacher`. Raises ConfigError also where the server gives fewer entries than k."""
+        """See `Teacher`. Raises ConfigError also if the server gives fewer entries than k."""
         if features:
             raise no_features("a server")
         k = top_k_of(selection, vocab_size=self._identity.vocab_size, backend="served")
@@ -96,7 +96,7 @@ class ServedTeacher:
         return self._score_all(self._client, sequences, k)
 
     def close(self) -> None:
-        """See `Teacher`. The server goes on."""
+        """See `Teacher`. The server keeps running."""
         client, self._client = self._client, None
         if client is not None:
             client.close()
@@ -113,7 +113,7 @@ class ServedTeacher:
                 self._check_maker(completion)
                 yield read_answer(completion, self._api, sequence, k)
             except ServerLostError:
-                # The next use starts with finding the server again: it may be another one by then.
+                # The next use starts by finding the server again, which may be another one by then.
                 self.close()
                 raise
             except ServerRefusedError as error:
@@ -143,7 +143,7 @@ class ServedTeacher:
         self._prove_tokenizer()
 
     def _card(self) -> dict[str, Any]:
-        """The server's entry for the teacher. The first request: what is wrong with address or key shows here."""
+        """The server's entry for the teacher. This is the first request, where a wrong address or key shows."""
         url = self._server.url
         try:
             listed = self._ask(Request("models", msgspec.json.decode))
@@ -157,7 +157,7 @@ class ServedTeacher:
         return choose_card(listed, self._server)
 
     def _find_api(self, prompt: Sequence[int]) -> str:
-        """The first way of asking that brings logprobs of a prompt; sets `_maker`."""
+        """The first way of asking that gives logprobs of a prompt; sets `_maker`."""
         asked = APIS if self._server.api == "auto" else (self._server.api,)
         refusals: list[str] = []
         for api in asked:
@@ -175,9 +175,9 @@ class ServedTeacher:
         )
 
     def _prove_temperature(self, vocab_size: int) -> None:
-        """The generated token's row is like the prompt's, and no temperature is in either."""
+        """Prove that the generated token's logprobs are like the prompt's, and that no temperature is in either."""
         shorter, longer = probe_prompts(vocab_size)
-        problem = compare_rows(
+        problem = compare_answers(
             (self._complete(self._api, shorter), shorter),
             (self._complete(self._api, longer, temperature=0.5), longer),
             self._api,
@@ -186,7 +186,7 @@ class ServedTeacher:
             raise TeacherError(f"the server {self._server.url} cannot be a teacher: {problem}")
 
     def _prove_tokenizer(self) -> None:
-        """The server's tokenizer makes the ids that ours makes of a text, where it can be asked."""
+        """Prove that the server's tokenizer gives the ids that ours gives, if it can be asked."""
         config, url = self._config, self._server.url
         name = config.tokenizer or config.model
         revision = config.revision if config.tokenizer is None else None
@@ -197,7 +197,7 @@ class ServedTeacher:
             about_special = self._compare_tokens(tokenizer, special) if special else None
         except ServerRefusedError:
             self._doubt(
-                f"the server {url} does not say how it tokenizes (/tokenize, as vLLM has it): that it is as {name!r} does"
+                f"the server {url} does not say how it tokenizes (/tokenize, as in vLLM), so whether it is as {name!r} does"
             )
             return
         if problem is not None:
@@ -207,7 +207,8 @@ class ServedTeacher:
             )
         if about_special is not None:
             self._doubt(
-                f"the server {url} reads special tokens otherwise than {name!r} ({about_special}): that they are the same"
+                f"the server {url} reads special tokens differently from {name!r} ({about_special}), so whether they "
+                "are the same"
             )
 
     def _compare_tokens(self, tokenizer: Tokenizer, text: str) -> str | None:
@@ -218,16 +219,16 @@ class ServedTeacher:
     def _doubt(self, sentence: str) -> None:
         """Raise TeacherError under `strict`, else warn."""
         if self._config.strict:
-            raise TeacherError(f"{sentence} is not known, and teacher.strict forbids going on")
+            raise TeacherError(f"{sentence} is not known, and teacher.strict forbids continuing")
         log.warning("%s is not known", sentence)
 
     def _check_k(self, k: int) -> None:
-        """Raise ConfigError where the server does not give so many entries."""
+        """Raise ConfigError if the server does not give this many entries."""
         if k in self._known_ks:
             return
         problem, limits = self._try_k(k)
         if problem is not None:
-            # Proven, not believed: what a server says or gives is about its limit, or about something else.
+            # Tested, not believed: a number in the server's sentence may be its limit or something else.
             limit = next((limit for limit in limits if 0 < limit < k and self._try_k(limit)[0] is None), None)
             allowed = "set a smaller selection.k" if limit is None else f"set selection.k to {limit} or less"
             raise ConfigError(
@@ -237,36 +238,36 @@ class ServedTeacher:
         self._known_ks.add(k)
 
     def _try_k(self, k: int) -> tuple[str | None, list[int]]:
-        """Why the server does not give k entries, or None; and where it does not, how many it may give, likely ones first."""
+        """Why the server does not give k entries, or None; and how many it may give instead, the likely ones first."""
         prompt = list(probe_prompts(self._identity.vocab_size)[0])
         try:
-            rows, came = read_rows(self._complete(self._api, prompt, k=k), self._api, prompt)
-            # A row of one too few looks whole where the token that came is outside of it: it must be inside once.
-            best = max(rows[-1], key=lambda token: rows[-1][token])
-            longer = read_rows(self._complete(self._api, [*prompt, best], k=k), self._api, [*prompt, best])
+            positions, came = read_positions(self._complete(self._api, prompt, k=k), self._api, prompt)
+            # One entry too few looks complete if the token that came is outside the top k: it must be inside once.
+            best = max(positions[-1], key=lambda token: positions[-1][token])
+            longer = read_positions(self._complete(self._api, [*prompt, best], k=k), self._api, [*prompt, best])
         except ServerRefusedError as error:
             limit = limit_in(error.sentence)
             return f"refuses it, {error.sentence}", [] if limit is None else [limit]
-        rows, came = [*rows, *longer[0]], [*came, *longer[1]]
-        try:  # Some give what they can, without a word.
-            for row, token in zip(rows, came, strict=True):
-                split_row(row, token, k)
+        positions, came = [*positions, *longer[0]], [*came, *longer[1]]
+        try:  # Some servers silently give fewer.
+            for entries, token in zip(positions, came, strict=True):
+                split_entries(entries, token, k)
         except TeacherError as error:
-            fewest = min(map(len, rows))  # the token that came is one of the limit's, or one more
+            fewest = min(map(len, positions))  # the token that came is among the limit's, or one more
             return f"gives fewer: {error}", [fewest, fewest - 1]
         return None, []
 
     def _check_maker(self, completion: Completion) -> None:
         maker = (completion.model, completion.system_fingerprint)
         if maker != self._maker:
-            # Closed: it must be found and identified anew before it is asked for more.
+            # Closed: the server must be found and identified again before it is asked for more.
             self.close()
             raise TeacherError(
                 f"the server {self._server.url} answers as {maker!r:.200} now, and was {self._maker!r} at the start"
             )
 
     def _version(self) -> str:
-        """vLLM's; `unknown` of a server that does not say."""
+        """vLLM's version; `unknown` if the server does not say."""
         try:
             return self._ask(Request(f"{self._root}/version", _version_of))
         except ServerRefusedError:
@@ -293,7 +294,7 @@ class ServedTeacher:
 
     @property
     def _root(self) -> str:
-        """Where vLLM's own paths are: beside /v1, not below it."""
+        """The root of vLLM's own paths: next to /v1, not below it."""
         return str(self._server.url).rstrip("/").removesuffix("/v1")
 
 
@@ -306,7 +307,7 @@ def _version_of(data: bytes) -> str:
 
 
 def _field_of(data: bytes, name: str, kind: type[T]) -> T:
-    """A field of a JSON object; another program's answer on the same path counts as a refusal."""
+    """A field of a JSON object; an answer of another program on the same path counts as a refusal."""
     fields = msgspec.json.decode(data)
     value = fields.get(name) if isinstance(fields, dict) else None
     if not value or not isinstance(value, kind) or (isinstance(value, str) and len(value) > MAX_NAME_CHARACTERS):

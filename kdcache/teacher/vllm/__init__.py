@@ -1,4 +1,14 @@
-"""Teachers run by vLLM's offline engine, with the selection made inside its worker."""
+"""Teachers run by vLLM's offline engine, with the selection made inside its worker.
+
+- `teacher` holds the contract, the choice between the two routes and the proof of the worker route.
+- `engine` starts and ends the engine, `options` is what it is started with.
+- `worker` selects inside the engine's worker, `worker_features` takes hidden states there, `wire` is what passes between them
+  and the teacher.
+- `internals` is all that is known of vLLM's internals; `signatures` lists the names of vLLM that we use, checked at the start
+  and by `tools/check_vllm.py`.
+- `requests` makes the requests of both routes and reads the public one's answers; `generate` has the engine write answers.
+- `adapter` says which LoRA adapters are captured.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +32,7 @@ class VllmBackend(Backend):
     packages, extra = ("vllm",), "vllm"
 
     def num_gpus(self, config: TeacherConfig) -> int:
-        """See `Backend`. As in the engine itself, engine_options have the last word; what is no number the engine refuses."""
+        """See `Backend`. engine_options have the last word, as in the engine, which refuses a size that is not a number."""
         options: dict[str, Any] = {"tensor_parallel_size": config.vllm.tensor_parallel_size} | config.engine_options
         sizes = [options.get(name) for name in _PARALLEL]
         return prod(size for size in sizes if isinstance(size, int) and size > 0)

@@ -1,7 +1,7 @@
-"""What lies in an adapter's folder (PEFT's format), and which adapters are captured as they are. Standard library only.
+"""What an adapter's folder holds (PEFT's format), and which adapters can be captured. Standard library only.
 
-vLLM puts the pairs of matrices of decoder layers on; other things an adapter may hold it refuses, drops without a word, or
-applies where our projection does not pass. So what is not a pair of a layer's is refused here, by the names of the weights.
+vLLM applies the pairs of matrices of decoder layers. Other things that an adapter may hold it refuses, drops silently, or
+applies where our projection does not pass. So anything but a layer's pair is refused here, by the names of the weights.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ from kdcache.teacher.checkpoint import ADAPTER_FILE
 WEIGHTS_FILE = "adapter_model.safetensors"
 PAIR_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 EMBEDDINGS = ("lm_head", "embed_tokens", "embed_out", "wte", "word_embeddings", "embed_in", "output_layer")
-"""What models call their output projection and their embeddings. They may be one matrix: then an adapter of either is on both
-or not, as the release of the library would have it."""
+"""What models call their output projection and their embeddings. If they are one matrix, it depends on the library's release
+whether an adapter of one applies to both."""
 
 HIGHEST_RANK = 512
-"""vLLM has room for no more."""
+"""vLLM takes no higher rank."""
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
 
 
 def adapter_rank(adapter: str) -> int:
-    """The highest rank in an adapter's folder, after a look at all that it holds.
+    """Check all that an adapter's folder holds, and give its highest rank.
 
     Raises:
-        ConfigError: no adapter is there, or one of another kind than LoRA on layers, with both matrices of each pair and
-            nothing beside them.
+        ConfigError: the folder holds no adapter, or it is anything but LoRA on layers with both matrices of each pair.
     """
     folder = Path(adapter)
     if not (folder / ADAPTER_FILE).is_file():
@@ -96,7 +95,7 @@ def _weight_names(adapter: str, path: Path) -> list[str]:
 
 
 def _module(name: str) -> str:
-    """Of a weight's name, what stands before `.lora_A.weight`, `.base_layer.weight`, `.weight` and the like."""
+    """The part of a weight's name before `.lora_A.weight`, `.base_layer.weight`, `.weight` and the like."""
     for ending in (*PAIR_SUFFIXES, ".lora_embedding_A", ".lora_embedding_B", ".base_layer.weight", ".weight", ".bias"):
         if name.endswith(ending):
             return name.removesuffix(ending)

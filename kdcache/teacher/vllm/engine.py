@@ -1,4 +1,4 @@
-"""Starting and ending vLLM's offline engine without leaving marks on the process, and what it says of its model."""
+"""Start and end vLLM's offline engine without side effects on the process, and read what it says of its model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from kdcache.teacher.engine_identity import vllm_options
 from kdcache.teacher.features import HiddenShape
 from kdcache.teacher.vllm.signatures import ADAPTER_PARTS, PUBLIC_PARTS, PUBLIC_SAMPLING, fault_of_parameters, faults_of
 
-# vLLM and torch read these when they are imported. At its own default vLLM prints some forty lines per engine, at WARNING still
-# twenty, none of them about the user's input; what ends a capture is raised. Some come before it sets its loggers up.
+# vLLM and torch read these when they are imported. By default vLLM prints about forty lines per engine, and still twenty at
+# WARNING, none of them about the user's input; what ends a capture is raised. Some come before it sets up its loggers.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
@@ -48,7 +48,7 @@ def runs_on_cpu() -> bool:
 
 
 def model_fields(config: TeacherConfig) -> dict[str, Any]:
-    """The model's config.json, also of a hub id; empty where it cannot be read, which the engine will then say."""
+    """The model's config.json, also of a hub id; empty if it cannot be read, which the engine will report."""
     try:
         return get_config(config.model, trust_remote_code=config.trusts_remote_code, revision=config.revision).to_dict()
     except Exception as error:
@@ -57,7 +57,7 @@ def model_fields(config: TeacherConfig) -> dict[str, Any]:
 
 
 def start_engine(model: str, options: dict[str, Any]) -> LLM:
-    """An engine with these keyword arguments of `vllm.LLM`; on a CPU in this process.
+    """Start an engine with these keyword arguments of `vllm.LLM`; on a CPU in this process.
 
     Raises:
         TeacherError: the model does not load.
@@ -74,18 +74,18 @@ def start_engine(model: str, options: dict[str, Any]) -> LLM:
 
 
 def unusable(llm: Any) -> str | None:
-    """Why kdcache cannot use an engine of this release at all, if so."""
+    """Why kdcache cannot use an engine of this release at all; None if it can."""
     lack = fault_of_parameters(vllm.SamplingParams, PUBLIC_SAMPLING)
     faults = [lack] if lack else faults_of(llm, PUBLIC_PARTS)
-    return f"vLLM {vllm.__version__} is not as kdcache uses it: {'; '.join(faults)}" if faults else None
+    return f"kdcache cannot use vLLM {vllm.__version__}: {'; '.join(faults)}" if faults else None
 
 
 @contextmanager
 def _our_process() -> Iterator[None]:
-    """Start an engine without leaving marks: environment (LD_PRELOAD among it) and torch's thread setter are put back.
+    """Restore the environment (LD_PRELOAD for one) and torch's thread setter after an engine has started.
 
-    On a CPU the engine runs in this process, unless the user's environment says otherwise: its worker process would be bound to
-    all cores but one, and it would need a guarded main module.
+    On a CPU the engine runs in this process, unless the user's environment says otherwise: a worker process would be bound to
+    all cores but one, and would need a guarded main module.
     """
     environment, set_num_threads = dict(os.environ), torch.set_num_threads
     if runs_on_cpu():
@@ -104,8 +104,8 @@ def _our_process() -> Iterator[None]:
 def _llvmlite_inspectable() -> Iterator[None]:
     """Let vLLM start in a process that has loaded numba.
 
-    On a CPU (0.32) it looks into `vars()` of everything in every loaded module; llvmlite's handle of its library answers any
-    attribute, `__dict__` too, with a C function, and the engine's start fails with "'_lib_fn_wrapper' object has no attribute".
+    On a CPU, vLLM 0.32 calls `vars()` on everything in every loaded module. llvmlite's handle of its library answers any
+    attribute with a C function, `__dict__` too, and the start fails with "'_lib_fn_wrapper' object has no attribute".
     """
     table = getattr(getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None), "_fntab", None)
     if not isinstance(table, dict):
@@ -119,29 +119,29 @@ def _llvmlite_inspectable() -> Iterator[None]:
 
 
 def load_adapter(llm: LLM, adapter: str) -> LoRARequest:
-    """Have an engine load an adapter, of the folder named, before any request needs it. Gives what requests carry.
+    """Have an engine load the adapter in a folder before any request needs it. Gives what requests carry.
 
     Raises:
-        TeacherError: it is not loaded.
+        TeacherError: it does not load.
     """
     request = LoRARequest("teacher.adapter", 1, str(Path(adapter).resolve()))
     try:
         if faults := faults_of(llm, ADAPTER_PARTS):
             raise ValueError(faults[0])
         if not llm.llm_engine.add_lora(request):
-            raise ValueError("it is not taken")
+            raise ValueError("the engine rejects it")
     except Exception as error:
         raise TeacherError(f"the adapter {adapter!r} does not load with vLLM: {reason_of(error)}") from error
     return request
 
 
 def stop_engine(llm: LLM) -> None:
-    """End it. Drop every reference to it, then call `clean_up`."""
+    """Shut an engine down. Drop every reference to it afterwards, then call `clean_up`."""
     llm.llm_engine.engine_core.shutdown()
 
 
 def clean_up() -> None:
-    """Give memory and process groups back, so that another engine can start in this process."""
+    """Release memory and process groups, so that another engine can start in this process."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,7 +149,7 @@ def clean_up() -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """The telling sentence of an error; pydantic hides it behind a heading and before a dump of the input."""
+    """The telling sentence of an error; pydantic hides it between a heading and a dump of the input."""
     text = str(error)
     if "validation error" in text.partition("\n")[0] and "Value error, " in text:
         text = text.partition("Value error, ")[2].partition(" [type=")[0]
@@ -165,10 +165,10 @@ def hidden_shape_of(llm: LLM) -> HiddenShape:
 
 
 def identity_of(config: TeacherConfig, llm: LLM) -> TeacherIdentity:
-    """Which model, through which engine.
+    """The identity of the engine's model.
 
-    context_length is one less than the engine's: the token that it generates needs a place. The route is no part of it: on both
-    the same logits are normalised in float32.
+    context_length is one less than the engine's, which generates a token after each sequence. The route is not part of it: both
+    normalise the same logits in float32.
     """
     model_config = llm.llm_engine.model_config
     loaded = getattr(model_config.hf_config, "_commit_hash", None)

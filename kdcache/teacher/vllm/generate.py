@@ -2,7 +2,7 @@
 
 On a CPU they come in groups. When a prompt has been read in part, the engine takes back the draw that it made too early, which
 the random generators of a CPU cannot do: vLLM 0.32 ends with "CPU Generator does not use offset". So there prompts are read
-whole: a group's fit into one step, and with their answers into the cache, so that none is dropped from it and read again.
+whole: the prompts of a group fit into one step, and with their answers into the cache, so that none is dropped and read again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Writer:
-    """An engine that is idle, and the adapter that its answers come from; None for the model as it is."""
+    """An idle engine, and the adapter that its answers come from; None for the plain model."""
 
     llm: LLM
     adapter: LoRARequest | None
@@ -41,24 +41,24 @@ class Writer:
 def write_answers(
     writer: Writer, prompts: Sequence[Prompt], ending: Ending, tokenizer: Tokenizer, observe: Observe
 ) -> Iterator[Generated]:
-    """The answers, in order, when the engine has ended the last of them (on a CPU: of a group).
+    """The answers, in order, once the engine has finished the last of them (on a CPU: the last of a group).
 
-    Where the engine cannot be given the tokenizer, stop strings are looked for in answers that have run on to their full
-    length: the same answers, later.
+    If the engine cannot take the tokenizer, answers run to their full length and are searched for stop strings then: the same
+    answers, later.
 
     Args:
         writer: who answers.
-        prompts: checked.
-        ending: where answers end, and how tokens are drawn. The engine knows the checkpoint's own end tokens by itself.
+        prompts: already checked.
+        ending: where answers end, and how tokens are drawn. The engine itself knows the checkpoint's own end tokens.
         tokenizer: of the prompts.
-        observe: told of each step, and of the tokens of each answer that is complete.
+        observe: told of each step, and of the tokens of each complete answer.
 
     Raises:
-        TeacherError: the engine gave an answer up.
+        TeacherError: the engine gave up an answer.
     """
     sees_text = bool(ending.config.stop) and give_tokenizer(writer.llm, tokenizer)
     if ending.config.stop and not sees_text:
-        log.warning("vLLM cannot look for generate.stop itself here; answers run to generate.max_tokens and are cut then")
+        log.warning("vLLM cannot look for generate.stop itself here; answers run to generate.max_tokens and are cut afterwards")
     for group in _groups(writer.llm, prompts, ending.config):
         requests: list[Any] = [{"prompt_token_ids": prompt.sequence.input_ids_N.tolist()} for prompt in group]
         params = [sampling_params(prompt, ending, sees_text=sees_text) for prompt in group]
@@ -69,7 +69,7 @@ def write_answers(
 
 
 def check_read_whole(llm: LLM, prompts: Sequence[Prompt], config: GenerateConfig) -> None:
-    """Raise ConfigError where a prompt would be read in parts and draws cannot be taken back; see the module's docstring."""
+    """Raise ConfigError if a prompt would be read in parts where draws cannot be taken back; see the module's docstring."""
     limit = _tokens_per_step(llm, config)
     longest = max((prompt.sequence.num_tokens for prompt in prompts), default=0)
     if limit is not None and longest > limit:
@@ -81,11 +81,11 @@ def check_read_whole(llm: LLM, prompts: Sequence[Prompt], config: GenerateConfig
 
 
 def groups_read_whole(prompts: Sequence[Prompt], max_tokens: int, tokens_per_step: int) -> Iterator[Sequence[Prompt]]:
-    """Runs of prompts that fit into one step, and with their answers into twice as many tokens of cache."""
+    """Cut prompts into runs that fit into one step, and with their answers into twice as many tokens of cache."""
     start = read = kept = 0
     for index, prompt in enumerate(prompts):
         num_tokens = prompt.sequence.num_tokens
-        # One more per request: those that write take a place in the step too.
+        # One more per request: those that write count in the step too.
         read, kept = read + num_tokens + 1, kept + num_tokens + max_tokens
         if index > start and (read > tokens_per_step or kept > 2 * tokens_per_step or index - start >= CPU_MAX_SEQUENCES):
             yield prompts[start:index]
@@ -100,7 +100,7 @@ def _groups(llm: LLM, prompts: Sequence[Prompt], config: GenerateConfig) -> Iter
 
 
 def _tokens_per_step(llm: LLM, config: GenerateConfig) -> int | None:
-    """Tokens of a prompt that the engine reads at once; None where it does not matter."""
+    """How many tokens of a prompt the engine reads at once; None where that does not matter."""
     if config.temperature == 0 or not engine.runs_on_cpu():
         return None
     scheduler = llm.llm_engine.vllm_config.scheduler_config
@@ -108,7 +108,7 @@ def _tokens_per_step(llm: LLM, config: GenerateConfig) -> int | None:
 
 
 def sampling_params(prompt: Prompt, ending: Ending, *, sees_text: bool) -> SamplingParams:
-    """One request's; `sees_text` is whether the engine turns tokens into text and may so look for stop strings."""
+    """The parameters of one request; `sees_text`: whether the engine has text, and so can look for stop strings."""
     config = ending.config
     return vllm.SamplingParams(
         temperature=config.temperature,
@@ -121,20 +121,19 @@ def sampling_params(prompt: Prompt, ending: Ending, *, sees_text: bool) -> Sampl
         stop_token_ids=sorted(ending.end_ids),
         ignore_eos=config.ignore_eos,
         detokenize=sees_text,
-        # A stop string may hold a special token; and its text belongs to the answer.
+        # A stop string may hold a special token, and its text belongs to the answer.
         skip_special_tokens=False,
         include_stop_str_in_output=True,
     )
 
 
 def give_tokenizer(llm: LLM, tokenizer: Tokenizer) -> bool:
-    """Let an engine that was started without a tokenizer turn its tokens into text. Gives whether that can be."""
-    underlying = getattr(tokenizer, "underlying", None)
-    return underlying is not None and internals.give_tokenizer(llm.llm_engine, underlying)
+    """Let an engine that was started without a tokenizer turn its tokens into text. Gives whether it can."""
+    return tokenizer.underlying is not None and internals.give_tokenizer(llm.llm_engine, tokenizer.underlying)
 
 
 def _run(writer: Writer, requests: list[Any], params: list[SamplingParams], observe: Observe) -> list[RequestOutput]:
-    """Step by step, so that whoever watches sees the work go on: an answer may take minutes, and so may all of them."""
+    """Run step by step, so that a watchdog sees progress: one answer may take minutes, and so may all of them."""
     outputs: list[Any] = []
     llm = writer.llm
     llm.enqueue(requests, params, lora_request=writer.adapter, use_tqdm=False)
@@ -151,7 +150,7 @@ def _read(output: RequestOutput, prompt: Prompt, ending: Ending) -> Generated:
     if finish not in ("stop", "length") or not token_ids:
         raise TeacherError(f"{prompt.sequence.source}: vLLM ended the answer after {len(token_ids)} tokens with {finish!r}")
     cut = ending.cut(token_ids) if ending.config.stop else None
-    # The engine knows end tokens of the checkpoint that we do not: where ours is no shorter, its word counts.
-    if cut is not None and len(cut.token_ids_A) < len(token_ids):
+    # The engine knows end tokens of the checkpoint that we do not: unless our cut is shorter, its finish counts.
+    if cut is not None and len(cut.token_ids_N) < len(token_ids):
         return cut
     return Generated(np.array(token_ids, np.int32), "stop" if cut is not None and cut.finish == "stop" else finish)

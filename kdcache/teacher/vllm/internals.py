@@ -1,16 +1,15 @@
-"""What kdcache knows of vLLM's insides: with `signatures.py`, the one place to look when a new release moves something.
+"""What kdcache knows of vLLM's internals: with `signatures.py`, all there is to look at when a new release moves something.
 
-Each of its two model runners has one method that sees a step's hidden states of the last pipeline stage, right after they are
-computed, in every step and on every tensor-parallel rank: the one that computes prompt logprobs. It is wrapped; what it does
-for other requests stays. Nothing here imports vLLM: it is handed the worker.
+Each of vLLM's two model runners has one method that sees a step's hidden states of the last
+pipeline stage, right after they are computed, in every step and on every tensor-parallel rank: the
+one that computes prompt logprobs. We wrap it; what it does for other requests stays. Nothing here
+imports vLLM at the top: it is handed the worker.
 
 - V1, `v1/worker/gpu_model_runner.py`: `GPUModelRunner._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)`.
 - Decoder layers of the model itself, for hidden states before the last: they give a tensor, or a pair whose sum the next layer
-  normalises; the first one takes what the embeddings give as `hidden_states`. Proven in one step against the final norm.
+  normalises; the first one takes the embeddings as `hidden_states`. One step proves this against the final norm.
 - V2, `v1/worker/gpu/`: `PromptLogprobsWorker.compute_prompt_logprobs(logits_fn, hidden_states, input_batch, ...)`, and
   `add_request`, which is how it learns of a request's sampling parameters.
-
-Shape letters: X rows of a step (all its tokens), C positions of a chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from kdcache.teacher.features import find_decoder
-from kdcache.teacher.vllm.signatures import V1_HOOKS, V1_RUNNER, V2_HOOKS, fault_of_hook
+from kdcache.teacher.vllm.signatures import HOOKS_V1, HOOKS_V2, RUNNER_V1, fault_of_hook
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
-"""What models call the norm behind their last layer."""
+"""What models call the norm after their last layer."""
 
 
 class SeenLayers:
-    """What decoder layers gave in the forward pass at hand.
+    """What decoder layers gave in the current forward pass.
 
     Attributes:
-        wanted: layers whose states are held; none, and the hooks cost nothing.
-        states: layer -> (X or more, H); a layer's own memory is written again by the next one, so these are copies.
-        wants_normed: whether to hold, too, what the final norm makes of the last layer's state.
-        normed: that.
+        wanted: layers whose states are held. With none, the hooks cost nothing.
+        states: layer -> (tokens of the step or more, H). Copies, since the next layer overwrites a layer's own memory.
+        wants_normed: whether to hold the last layer's state after the final norm, too.
+        normed: the state after the final norm.
     """
 
     def __init__(self) -> None:
@@ -49,23 +48,23 @@ class Span(NamedTuple):
 
     Attributes:
         extra_args: of the request's sampling parameters.
-        row: where in the step's hidden states they start.
-        position: the first of them.
-        length: how many; they lie in the prompt.
+        start: index of the first one among the tokens of the step.
+        position: the first position.
+        length: how many positions; all lie in the prompt.
     """
 
     extra_args: Mapping[str, Any]
-    row: int
+    start: int
     position: int
     length: int
 
 
 OnStep = Callable[[Any, Callable[[], Iterator[Span]]], None]
-"""Called once per step with its hidden states (X, H) and a function that gives its spans. Must not raise."""
+"""Called once per step with its hidden states (tokens, H) and a function that gives its spans. Must not raise."""
 
 
 def install(worker: Any, on_step: OnStep) -> str | None:
-    """Call `on_step` in every step from now on; or say what in this vLLM is not as expected, and change nothing."""
+    """Call `on_step` in every step from now on; or change nothing and say what in this vLLM is not as expected."""
     runner = worker.model_runner
     if problem := projection_problem(runner.model):
         return problem
@@ -83,7 +82,7 @@ def is_last_stage(worker: Any) -> bool:
 
 
 def is_first_of_its_stage(worker: Any) -> bool:
-    """Whether this worker is the one of its tensor-parallel group whose logits are sure to be there; its answer counts."""
+    """Whether this worker is the one of its tensor-parallel group that is sure to have the logits; its answer counts."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
     del worker
@@ -91,9 +90,9 @@ def is_first_of_its_stage(worker: Any) -> bool:
 
 
 def projection(worker: Any) -> Callable[[Any], Any]:
-    """Hidden states (C, H) -> logits (C, V), gathered over tensor-parallel ranks, scaled and soft-capped as the model does it.
+    """A function of hidden states (C, H) that gives logits (C, V), gathered over ranks, scaled and soft-capped as in the model.
 
-    Every rank must call it equally often. None on ranks to which the platform does not gather.
+    Every rank must call it equally often. It gives None on ranks to which the platform does not gather.
     """
     model = worker.model_runner.model
     wrappers = _lora_wrappers(model)
@@ -106,7 +105,7 @@ def projection(worker: Any) -> Callable[[Any], Any]:
 
 
 def num_ranks(worker: Any) -> int:
-    """How many workers take part in one projection, and wait for one another in it."""
+    """How many workers take part in one projection and wait for one another in it."""
     from vllm.distributed import get_tensor_model_parallel_world_size
 
     del worker
@@ -114,12 +113,12 @@ def num_ranks(worker: Any) -> int:
 
 
 def hidden_layout(worker: Any) -> tuple[int, Any, Any]:
-    """Of the hidden states that the projection takes: size, dtype and device."""
+    """Size, dtype and device of the hidden states that the projection takes."""
     return worker.model_config.get_hidden_size(), worker.model_config.dtype, worker.device
 
 
 def project_alone(worker: Any, hidden_CH: Any) -> Any:
-    """Logits (C, V) that mean nothing, on this rank alone: the room of a projection is taken, and no rank waits for another.
+    """Project on this rank alone: takes the memory of a projection while no rank waits for another; the logits mean nothing.
 
     Raises whatever the projection would.
     """
@@ -139,7 +138,7 @@ def project_alone(worker: Any, hidden_CH: Any) -> Any:
 
 
 def projection_problem(model: Any) -> str | None:
-    """What `projection` relies upon and the model does not have, if anything."""
+    """What `projection` relies on and the model lacks, if anything."""
     compute = getattr(model, "compute_logits", None)
     parameters = [] if compute is None else list(inspect.signature(compute).parameters.values())
     if not parameters or any(parameter.default is parameter.empty for parameter in parameters[1:]):
@@ -159,8 +158,10 @@ def _lora_wrappers(model: Any) -> list[Any]:
 
 @contextmanager
 def _without_adapters(wrappers: list[Any]) -> Iterator[None]:
-    """The projection of the base model: with LoRA on, vLLM would take the adapters of the rows that it samples from, as many as
-    there are requests, for ours. (Adapters of the body have acted by now; those of the output projection are not captured.)"""
+    """Project with the base model: with LoRA on, vLLM would apply to our positions the adapters of those that it samples from.
+
+    Adapters of the body have acted by now; those of the output projection are refused.
+    """
     for wrapper in wrappers:
         wrapper._get_logits = wrapper.base_layer._get_logits
     try:
@@ -171,10 +172,10 @@ def _without_adapters(wrappers: list[Any]) -> Iterator[None]:
 
 
 def misfits(worker: Any) -> list[str]:
-    """Modules that a loaded adapter has weights for, and that the worker's part of the model has not, or has in another size:
-    vLLM goes on without them, or with their corner.
+    """Modules that a loaded adapter has weights for, and that the worker's part of the model lacks or has in another size.
 
-    Those of experts are not looked at: names and sizes change when they are stacked.
+    vLLM ignores such weights, or uses a corner of them. Modules of experts are not checked: names
+    and sizes change when they are stacked.
     """
     manager = worker.model_runner.lora_manager._adapter_manager
     loaded = {name: weights for adapter in manager.list_adapters().values() for name, weights in adapter.loras.items()}
@@ -190,7 +191,7 @@ def _fits(module: Any, weights: Any) -> bool:
 
     if get_tensor_model_parallel_world_size() > 1:
         return True  # a rank has its share of the rows or columns
-    several = isinstance(weights.lora_a, list)  # in one module, as queries, keys and values are
+    several = isinstance(weights.lora_a, list)  # in one module, like queries, keys and values
     pairs = zip(weights.lora_a, weights.lora_b, strict=True) if several else [(weights.lora_a, weights.lora_b)]
     room = zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)
     return all(
@@ -200,7 +201,7 @@ def _fits(module: Any, weights: Any) -> bool:
 
 
 def watch_layers(worker: Any) -> SeenLayers | str:
-    """See the states of decoder layers from now on; or the reason why that cannot be, and nothing is changed."""
+    """Watch the states of decoder layers from now on; or change nothing and give the reason."""
     from vllm.distributed import get_pp_group
 
     if get_pp_group().world_size > 1:
@@ -240,8 +241,8 @@ def _hooked(layers: Any, norm: Any) -> SeenLayers:
         return lambda _module, _args, output: after(layer, output)
 
     layers[0].register_forward_pre_hook(before, with_kwargs=True)
-    for number, module in enumerate(layers, start=1):
-        module.register_forward_hook(hook_of(number))
+    for layer, module in enumerate(layers, start=1):
+        module.register_forward_hook(hook_of(layer))
     return seen
 
 
@@ -250,8 +251,10 @@ def _only(output: Any) -> Any:
 
 
 def give_tokenizer(llm_engine: Any, tokenizer: Any) -> bool:
-    """Have an `LLMEngine` that was started without a tokenizer turn the tokens of further requests into text with this one of
-    `transformers`, where a request asks for it. Gives whether the engine is as expected; nothing is changed otherwise."""
+    """Give this tokenizer of `transformers` to an `LLMEngine` that was started without one, for requests that ask for text.
+
+    Gives whether the engine is as expected; otherwise nothing is changed.
+    """
     processor: Any = getattr(llm_engine, "output_processor", None)
     if not hasattr(processor, "tokenizer"):
         return False
@@ -260,11 +263,11 @@ def give_tokenizer(llm_engine: Any, tokenizer: Any) -> bool:
 
 
 def _install_v1(runner: Any, on_step: OnStep) -> str | None:
-    problem = next(filter(None, (fault_of_hook(runner, *hook) for hook in V1_HOOKS.items())), None)
-    missing = [name for name in V1_RUNNER if not hasattr(runner, name)]
+    problem = next(filter(None, (fault_of_hook(runner, *hook) for hook in HOOKS_V1.items())), None)
+    missing = [name for name in RUNNER_V1 if not hasattr(runner, name)]
     if problem or missing:
         return problem or f"{type(runner).__name__} has no {', '.join(missing)}"
-    (name,) = V1_HOOKS
+    (name,) = HOOKS_V1
     original = getattr(runner, name)
 
     def spans(num_scheduled_tokens: Mapping[str, int]) -> Iterator[Span]:
@@ -275,8 +278,8 @@ def _install_v1(runner: Any, on_step: OnStep) -> str | None:
             position = int(state.num_computed_tokens)
             length = min(num_tokens, state.num_prompt_tokens - position)
             if extra_args and length > 0:
-                row = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[req_id]])
-                yield Span(extra_args, row, position, length)
+                start = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[req_id]])
+                yield Span(extra_args, start, position, length)
 
     def hook(hidden_states: Any, num_scheduled_tokens: Mapping[str, int]) -> Any:
         on_step(hidden_states, lambda: spans(num_scheduled_tokens))
@@ -288,9 +291,9 @@ def _install_v1(runner: Any, on_step: OnStep) -> str | None:
 
 def _install_v2(runner: Any, on_step: OnStep) -> str | None:
     target = runner.prompt_logprobs_worker
-    if problem := next(filter(None, (fault_of_hook(target, *hook) for hook in V2_HOOKS.items())), None):
+    if problem := next(filter(None, (fault_of_hook(target, *hook) for hook in HOOKS_V2.items())), None):
         return problem
-    originals = {name: getattr(target, name) for name in V2_HOOKS}
+    originals = {name: getattr(target, name) for name in HOOKS_V2}
     arguments: dict[str, Mapping[str, Any]] = {}
 
     def add_request(req_id: str, req_idx: int, sampling_params: Any) -> None:

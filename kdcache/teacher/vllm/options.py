@@ -1,4 +1,4 @@
-"""What vLLM's engine is started with. Pure functions; no vLLM."""
+"""The options that vLLM's engine is started with. Pure functions; no vLLM."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError
 
 POSITIONS_PER_REQUEST_STEP = 1024
-"""Most positions of one sequence in one step: vLLM makes float32 logprobs [positions, vocab] for them, outside of the memory
-that its profiling run has seen. Steps are still full, with parts of more sequences."""
+"""The most positions of one sequence in one step: vLLM makes float32 logprobs [positions, vocab] for them, in memory that its
+profiling run has not seen. Steps stay full, with parts of more sequences."""
 
 CPU_CACHE_FLOOR = 64 * 2**20
 CPU_CACHE_UNKNOWN = 4 * 2**30
@@ -20,12 +20,13 @@ CPU_MAX_SEQUENCES = 256
 
 CPU_CHUNK_BYTES = 16 * 2**20
 CPU_CHUNK_POSITIONS = 64
-"""On a CPU a chunk's logits should stay in the last-level cache, but fewer rows than this cost the projection its speed: at a
-vocabulary of 152k, chunks of 64 positions were 1.3 times as fast as chunks of 512."""
+"""On a CPU the logits of a chunk should stay in the last-level cache, but fewer positions than this
+slow the projection down: at a vocabulary of 152k, chunks of 64 positions were 1.3 times as fast as
+chunks of 512."""
 
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""vLLM has room for adapters of one of these ranks."""
+"""The ranks that vLLM can make room for."""
 
 
 def engine_options(
@@ -36,17 +37,17 @@ def engine_options(
     extension: str | None = None,
     rank: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM`; the user's engine_options have the last word.
+    """The keyword arguments of `vllm.LLM`; the user's engine_options have the last word.
 
     Args:
         config: what the user asks for.
-        model_fields: the model's config.json; empty where it could not be read.
+        model_fields: the model's config.json; empty if it could not be read.
         is_cpu: whether the engine will run on CPUs.
-        extension: the class that selects inside the engine's worker; None where vLLM's own prompt logprobs do it.
+        extension: the class that selects inside the engine's worker; None to use vLLM's own prompt logprobs.
         rank: of the adapter, at most 512; None without one.
 
     Raises:
-        ConfigError: the user's engine_options hold what a capture spreads over machines itself.
+        ConfigError: the user's engine_options ask for data parallelism, which a capture does itself.
     """
     _refuse_data_parallel(config)
     options: dict[str, Any] = {
@@ -57,7 +58,7 @@ def engine_options(
         "gpu_memory_utilization": config.vllm.gpu_memory_utilization,
         "max_num_batched_tokens": config.tokens_per_forward,
         "enable_chunked_prefill": True,
-        # -1: as many as the vocabulary has. The engine is built before k is known.
+        # -1: as many as the vocabulary has. The engine starts before k is known.
         "max_logprobs": -1,
         # Normalised over the whole vocabulary, before temperature and sampling filters.
         "logprobs_mode": "raw_logprobs",
@@ -91,17 +92,17 @@ def _refuse_data_parallel(config: TeacherConfig) -> None:
 
 
 def chunk_positions(config: TeacherConfig, vocab_size: int, *, is_cpu: bool) -> int:
-    """Positions whose logits the worker makes at once."""
+    """How many positions' logits the worker makes at once."""
     if not is_cpu:
         return config.chunk_positions
     return min(config.chunk_positions, max(CPU_CHUNK_POSITIONS, CPU_CHUNK_BYTES // (2 * vocab_size)))
 
 
 def cpu_cache_bytes(model_fields: Mapping[str, Any], tokens_per_forward: int, max_positions: Any) -> int:
-    """Bytes of key-value cache on a CPU, where vLLM would take nine tenths of the memory: room for what is in flight.
+    """Bytes of key-value cache on a CPU, where vLLM would take nine tenths of the memory.
 
-    Two steps of tokens, one sequence of full length and the begun blocks of all sequences, in float32; at most a quarter of the
-    machine's memory, unless one sequence needs more.
+    Enough for what is in flight, in float32: two steps of tokens, one sequence of full length and a started block of each
+    sequence. At most a quarter of the machine's memory, unless one sequence needs more.
     """
     bytes_per_token = kv_bytes_per_token(model_fields)
     quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
@@ -113,7 +114,7 @@ def cpu_cache_bytes(model_fields: Mapping[str, Any], tokens_per_forward: int, ma
 
 
 def kv_bytes_per_token(model_fields: Mapping[str, Any]) -> int | None:
-    """Bytes of a token's float32 keys and values in all layers; an upper bound. None where the config does not say."""
+    """Bytes of a token's float32 keys and values in all layers, an upper bound; None if the config does not say."""
     fields = _text_fields(model_fields)
     try:
         heads = fields.get("num_key_value_heads") or fields["num_attention_heads"]
@@ -124,16 +125,16 @@ def kv_bytes_per_token(model_fields: Mapping[str, Any]) -> int | None:
 
 
 def _dtype(asked: str, model_fields: Mapping[str, Any]) -> str:
-    """vLLM's own `auto` makes bfloat16 of a float32 checkpoint; ours takes the checkpoint's, as with transformers."""
+    """Our `auto` takes the checkpoint's dtype, as with transformers; vLLM's turns a float32 checkpoint into bfloat16."""
     return "float32" if asked == "auto" and stored_dtype(model_fields) == "float32" else asked
 
 
 def stored_dtype(model_fields: Mapping[str, Any]) -> str:
-    """Of a checkpoint's weights, as its config.json says; empty where it does not."""
+    """The dtype of a checkpoint's weights by its config.json; empty if that does not say."""
     found = (fields.get(name) for fields in (model_fields, _text_fields(model_fields)) for name in ("dtype", "torch_dtype"))
     return str(next(filter(None, found), "")).removeprefix("torch.")
 
 
 def _text_fields(model_fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a model that sees or hears too, the part that reads."""
+    """The fields of the part that reads, of a model that also sees or hears."""
     return model_fields.get("text_config") or model_fields

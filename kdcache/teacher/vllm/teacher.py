@@ -1,13 +1,12 @@
-"""The `vllm` teacher. A sequence is a prompt of the offline engine; one token is generated after it, and thrown away.
+"""The `vllm` teacher: each sequence is a prompt of the offline engine, after which one token is generated and dropped.
 
-Two routes from the engine's logits to a record:
+There are two routes from the engine's logits to a record:
 
-- worker: `worker.py` selects where the logits are, a chunk of positions at a time; a group's rows come back as one buffer.
-- public: the engine's own prompt logprobs, through the flattest container that its API has. vLLM's "prompt logprob i" is the
-  distribution for token i given the tokens before it: our position i-1. The last position is the generated token's row. Each
-  row has k+1 columns: the token that came, then the k most probable, among which it may appear again.
-
-Shape letters: N tokens of a sequence, P supervised positions, K entries per position.
+- worker: `worker.py` selects where the logits are, a chunk of positions at a time; what it keeps of a group comes back as one
+  buffer.
+- public: the engine's own prompt logprobs, in the flattest container that its API has. vLLM's "prompt logprob i" is the
+  distribution for token i given the tokens before it: our position i-1. The last position is that of the generated token. Each
+  position has k + 1 columns: the token that came, then the k most probable, among which it may appear again.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from kdcache.shown import get_logger
 from kdcache.teacher.base import check_selectable, check_sequences, no_positions, top_k_of
 from kdcache.teacher.batches import groups_of_tokens
 from kdcache.teacher.checkpoint import check_model_name
-from kdcache.teacher.features import HiddenShape, check_askable, layers_of, no_features, with_no_rows
+from kdcache.teacher.features import HiddenShape, check_askable, layers_of, no_features, with_no_vectors
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
 from kdcache.teacher.select.found import layout_of
 from kdcache.teacher.tokenizer import Tokenizer
@@ -66,24 +65,25 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 PUBLIC_STEPS_PER_GROUP = 4
-"""Sequences are given to the engine in groups of about this many scheduler steps. The flat container holds some 85 bytes per
-entry until it is converted (at k = 64 and 8192 tokens per step: 180 MB per group)."""
+"""The engine gets sequences in groups of about this many scheduler steps. The flat container holds
+about 85 bytes per entry until it is converted (at k = 64 and 8192 tokens per step, 180 MB per
+group)."""
 
 WORKER_STEPS_PER_GROUP = 32
-"""The last step of a group is seldom full, so larger groups waste less. A row of the buffer takes 8 bytes per entry."""
+"""The last step of a group is seldom full, so larger groups waste less. The buffer takes 8 bytes per entry."""
 
 WORKER_GROUP_BYTES = 256 * 2**20
 
 PUBLIC_KINDS = ("top_k", "top_p_k")
-"""What can be made of the k most probable tokens alone."""
+"""The selections that can be made from the k most probable tokens alone."""
 
 EXTENSION = f"{CaptureExtension.__module__}.{CaptureExtension.__qualname__}"
 
 PROBE_K = 8
 PROBE_ERROR_NATS = {"float32": 1e-3}
-"""Most that the routes may differ on the probe, by dtype."""
+"""The most that the routes may differ on the probe, by dtype."""
 PROBE_ERROR_HALF_NATS = 0.25
-"""In half precision: the projection of another number of rows rounds differently, by a unit in the last place of a logit."""
+"""In half precision: projecting another number of positions rounds differently, by a unit in a logit's last digit."""
 
 
 class VllmTeacher:
@@ -93,8 +93,8 @@ class VllmTeacher:
         """Start the engine. On a CPU it runs in this process and uses the process's threads.
 
         Raises:
-            ConfigError: an adapter of a kind that is not captured, or an engine option that is not for a capture.
-            TeacherError: the model does not load; or the worker route was demanded and cannot be had.
+            ConfigError: an adapter of a kind that cannot be captured, or an engine option that a capture refuses.
+            TeacherError: the model does not load, or the worker route was demanded and does not work.
         """
         check_model_name(config.model)
         if config.num_threads is not None:
@@ -110,12 +110,12 @@ class VllmTeacher:
 
     @property
     def identity(self) -> TeacherIdentity:
-        """See `Teacher`. context_length is one less than the engine's: the token that it generates needs a place."""
+        """See `Teacher`. context_length is one less than the engine's, which generates a token after each sequence."""
         return self._identity
 
     @property
     def hidden_shape(self) -> HiddenShape:
-        """See `FeatureTeacher`; on the public route they are not given."""
+        """See `FeatureTeacher`; the public route gives no hidden states."""
         return self._hidden_shape
 
     @property
@@ -150,7 +150,7 @@ class VllmTeacher:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_prompts(prompts, config, self._identity)
         if faults := faults_of(self._llm, WRITING_PARTS):
-            raise TeacherError(f"vLLM {vllm.__version__} cannot be had to write: {faults[0]}; use teacher.backend transformers")
+            raise TeacherError(f"vLLM {vllm.__version__} cannot write answers: {faults[0]}; use teacher.backend transformers")
         check_read_whole(self._llm, prompts, config)
         return self._write(prompts, Ending(config, tokenizer, end_tokens(config, tokenizer.end_ids)), tokenizer, observe)
 
@@ -164,7 +164,7 @@ class VllmTeacher:
     def _start(self, extension: str | None) -> None:
         config, is_cpu, model_fields = self._config, engine.runs_on_cpu(), engine.model_fields(self._config)
         options = engine_options(config, model_fields, is_cpu=is_cpu, extension=extension, rank=self._rank)
-        # Before the engine binds its threads: to measure would unbind them.
+        # Before the engine binds its threads: measuring would unbind them.
         warn_if_emulated(config.dtype if config.dtype != "auto" else stored_dtype(model_fields), "cpu" if is_cpu else "cuda")
         self._eager_python = is_cpu and bool(options["enforce_eager"])
         self._llm = engine.start_engine(config.model, options)
@@ -176,7 +176,7 @@ class VllmTeacher:
         self._chunk = chunk_positions(config, self._identity.vocab_size, is_cpu=is_cpu)
 
     def _put_on(self, adapter: str) -> None:
-        """Load the adapter; raises TeacherError, and leaves no engine behind, where that fails."""
+        """Load the adapter; if that fails, raise TeacherError and leave no engine running."""
         try:
             self._adapter = engine.load_adapter(self._engine, adapter)
         except TeacherError:
@@ -184,15 +184,15 @@ class VllmTeacher:
             raise
 
     def _start_with_worker(self) -> bool:
-        """Start the engine with our part in its worker; where that cannot be, say so and leave no engine behind.
+        """Start the engine with our part in its worker; if that does not work, say so and leave no engine running.
 
         Raises:
-            TeacherError: it cannot be, and the config leaves no other route.
+            TeacherError: it does not work, and the config leaves no other route.
         """
         problem, note = self._try_worker(), version_note(vllm.__version__)
         if problem is None:
             if note is not None:
-                log.warning("%s: signatures and the proof on eight tokens are in order, selection is in its worker", note)
+                log.warning("%s: signatures and the proof on eight tokens are fine; selection happens in its worker", note)
             return True
         self.close()
         problem += f" ({note})" if note is not None else ""
@@ -206,7 +206,7 @@ class VllmTeacher:
         return False
 
     def _try_worker(self) -> str | None:
-        """Start the engine and prove the worker route on a probe, or give the reason why not."""
+        """Start the engine and prove the worker route on a probe; gives what is wrong, or None."""
         if "worker_extension_cls" in self._config.engine_options:
             return "engine_options has a worker_extension_cls of its own"
         wanted = ((vllm.SamplingParams, WORKER_SAMPLING), (vllm.EngineArgs, WORKER_OPTIONS))
@@ -222,7 +222,7 @@ class VllmTeacher:
             return str(error)
 
     def _misfit_of_adapter(self) -> str | None:
-        """Which of the adapter's weights belong to no part of the model on any worker: vLLM leaves them out without a word."""
+        """Which of the adapter's weights fit no part of the model on any worker: vLLM ignores them silently."""
         if self._adapter is None:
             return None
         answers = self._call_workers("kdcache_misfits")
@@ -230,13 +230,13 @@ class VllmTeacher:
         return f"of teacher.adapter, the weights of {', '.join(misfits[:3])} fit no part of the model" if misfits else None
 
     def _compare_routes(self) -> str | None:
-        """A few tokens on both routes: what differs by more than the engine's numerics, if anything."""
+        """Compare both routes on a few tokens; gives what differs by more than the engine's numerics, or None."""
         vocab_size = self._identity.vocab_size
         texts, allowed = self._probe(), self._engine.llm_engine.model_config.max_logprobs
         k = min(PROBE_K, vocab_size, allowed if allowed > 0 else vocab_size)
         selection = SelectionInfo(kind="top_k", params={"k": k})
         ours = list(self._score_in_worker(texts, selection))
-        # One by one: a second way through the batch; and with an adapter, on a CPU, vLLM's own way knows no other.
+        # One by one, which batches differently. With an adapter, on a CPU, vLLM's own prompt logprobs need it.
         theirs = [answer for text in texts for answer in self._score_publicly([text], selection)]
         error = max(map(largest_difference, texts, ours, theirs))
         if error <= PROBE_ERROR_NATS.get(self._identity.dtype, PROBE_ERROR_HALF_NATS):
@@ -247,7 +247,7 @@ class VllmTeacher:
         return probe_texts(self._identity.vocab_size, self._identity.context_length)
 
     def _show_layers(self, features: Sequence[FeatureInfo]) -> None:
-        """Have the worker see layers before the last, where any is asked for, and prove it once.
+        """Have the worker watch layers before the last, if any is asked for, and prove it once.
 
         Raises:
             ConfigError: it cannot.
@@ -264,7 +264,7 @@ class VllmTeacher:
             except TeacherError as error:
                 problems = [str(error)]
         if problems:
-            raise ConfigError(f"features: {inner.name!r}, of layer {inner.layer}, cannot be had from vLLM: {problems[0]}")
+            raise ConfigError(f"features: vLLM cannot give {inner.name!r}, of layer {inner.layer}: {problems[0]}")
         self._shows_layers = True
 
     def _score_all(
@@ -280,7 +280,7 @@ class VllmTeacher:
         if not self._is_in_worker:
             return PUBLIC_STEPS_PER_GROUP
         per_position = layout_of(selection, self._identity.vocab_size).bytes_per_position
-        # In the worker's room for the rows, and once more on the way.
+        # In the worker's buffer, and once more on the way.
         per_position += 4 * self._hidden_shape.size * len(layers_of(asked.features))
         return max(1, min(WORKER_STEPS_PER_GROUP, WORKER_GROUP_BYTES // (per_position * self._config.tokens_per_forward)))
 
@@ -289,10 +289,10 @@ class VllmTeacher:
     ) -> Iterator[Distributions]:
         asked = [sequence for sequence in group if sequence.supervised_N.any()]
         if not asked:
-            return (with_no_rows(no_positions(selection), features.features) for _ in group)
-        num_rows = sum(len(sequence.positions_P) for sequence in asked)
+            return (with_no_vectors(no_positions(selection), features.features) for _ in group)
+        num_positions = sum(len(sequence.positions_P) for sequence in asked)
         plain, wanted = msgspec.to_builtins(selection), pack_asked(features, asked)
-        began = self._call_workers("kdcache_begin", num_rows, self._chunk, plain, self._identity.vocab_size, wanted)
+        began = self._call_workers("kdcache_begin", num_positions, self._chunk, plain, self._identity.vocab_size, wanted)
         self._raise_for(next(filter(None, began), None))
         self._generate(asked, [worker_params(extra_args) for extra_args in pack_requests(asked)])
         buffer = self._fetch_buffer()
@@ -306,12 +306,12 @@ class VllmTeacher:
         packed = [packed for packed in self._call_workers(method) if packed is not None]
         if len(packed) != 1:
             raise TeacherError(
-                f"{len(packed)} of vLLM's workers answered for the teacher {self._identity.model!r}, and not one"
+                f"{len(packed)} of vLLM's workers answered for the teacher {self._identity.model!r}, expected one"
             )
         return packed[0]
 
     def _fetch_buffer(self) -> list[Any]:
-        """The rows of the group; raises TeacherError where the selection failed."""
+        """What was selected of the group; raises TeacherError if the selection failed."""
         problem, *buffer = self._fetch("kdcache_end")
         self._raise_for(problem)
         return buffer
@@ -345,7 +345,7 @@ class VllmTeacher:
         yield from answers
 
     def _python_as_it_is(self) -> AbstractContextManager[Any]:
-        # One helper of vLLM's sampler is compiled on first use, which costs up to twenty seconds and saves microseconds.
+        # vLLM's sampler would compile a helper on first use, which costs up to twenty seconds and saves microseconds.
         return torch.compiler.set_stance("force_eager") if self._eager_python else nullcontext()
 
     def _call_workers(self, method: str, *args: Any) -> list[Any]:
@@ -364,7 +364,7 @@ class VllmTeacher:
             yield
         except TeacherError:
             raise
-        except Exception as error:  # the engine is a program of its own: an out-of-memory error comes in a dozen types
+        except Exception as error:  # an engine runs out of memory in a dozen types of error
             self.close()  # requests of the failed call are still in its queue
             model = self._identity.model
             raise TeacherError(f"vLLM failed on the teacher {model!r}: {engine.reason_of(error)}") from error

@@ -1,10 +1,8 @@
-"""How the vLLM teacher and the extension of the engine's worker talk: plain values and bytes, no object per token.
+"""What the vLLM teacher and its extension of the engine's worker send each other: plain values and bytes, no object per token.
 
-A group of sequences is one buffer of P rows, one per supervised position, sequence after sequence. With each request goes where
-its rows start and, for each of its tokens, what the row is about; back comes the whole buffer, with a mark at each row that was
-written. Hidden states that are wanted follow in a message of their own. Pure functions; neither torch nor vLLM.
-
-Shape letters: N tokens of a sequence, P rows (supervised positions) of a group, K entries per position (padded), S scalars.
+A group of sequences is one buffer over its P supervised positions, sequence after sequence. Each request carries where its
+positions start in the buffer and, for each of its tokens, the target id. Back comes the whole buffer, with a mark at each
+position that was written. Hidden states follow in a message of their own. Pure functions; neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -22,44 +20,44 @@ from kdcache.errors import TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.teacher.base import no_positions
-from kdcache.teacher.features import no_rows, pooled
+from kdcache.teacher.features import no_vectors, pooled
 from kdcache.teacher.select.found import Found, Layout, Selected, record_of
 
 NOT_SUPERVISED = -2
-"""In a request's targets: no row for this position. NO_TARGET: a row, but nothing follows."""
+"""In a request's target ids: the position is not wanted. NO_TARGET: it is, but nothing follows."""
 
-ROW, TARGETS, KEY = "kdcache_row", "kdcache_targets", "kdcache_key"
+START, TARGET_IDS, KEY = "kdcache_start", "kdcache_target_ids", "kdcache_key"
 """Keys of a request's extra arguments."""
 
 
 def pack_requests(sequences: Sequence[TokenSequence]) -> list[dict[str, Any]]:
     """The extra arguments of each sequence's request."""
-    packed, row = [], 0
+    packed, start = [], 0
     for sequence in sequences:
-        targets_N = np.full(sequence.num_tokens, NOT_SUPERVISED, np.int32)
-        targets_N[sequence.supervised_N] = sequence.target_ids_P
-        packed.append({ROW: row, TARGETS: targets_N.tobytes(), KEY: sequence.key})
-        row += len(sequence.positions_P)
+        target_ids_N = np.full(sequence.num_tokens, NOT_SUPERVISED, np.int32)
+        target_ids_N[sequence.supervised_N] = sequence.target_ids_P
+        packed.append({START: start, TARGET_IDS: target_ids_N.tobytes(), KEY: sequence.key})
+        start += len(sequence.positions_P)
     return packed
 
 
 class Wanted(NamedTuple):
-    """Of one request: the buffer's rows of its positions, and their targets; the sequence's key, from which draws follow."""
+    """One request: its positions' indices in the group, their target ids, and the key that its draws follow from."""
 
-    rows_N: NDArray[np.int64]
-    targets_N: NDArray[np.int32]
+    group_index_N: NDArray[np.int64]
+    target_ids_N: NDArray[np.int32]
     key: bytes
 
 
 def unpack_request(extra_args: Mapping[str, Any]) -> Wanted:
-    """Inverse of `pack_requests`, in the worker. rows_N is a row before the first where a position has none."""
-    targets_N = np.frombuffer(extra_args[TARGETS], np.int32)
-    return Wanted(int(extra_args[ROW]) + np.cumsum(targets_N != NOT_SUPERVISED) - 1, targets_N, extra_args[KEY])
+    """Inverse of `pack_requests`, in the worker. group_index_N has a meaning at wanted positions only."""
+    target_ids_N = np.frombuffer(extra_args[TARGET_IDS], np.int32)
+    return Wanted(int(extra_args[START]) + np.cumsum(target_ids_N != NOT_SUPERVISED) - 1, target_ids_N, extra_args[KEY])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Buffer:
-    """The rows of a group, in the worker.
+    """What was selected for a group, in the worker.
 
     Attributes:
         selected: what was found at each position.
@@ -70,41 +68,41 @@ class Buffer:
     filled_P: NDArray[np.bool_]
 
     @classmethod
-    def empty(cls, num_rows: int, layout: Layout) -> Buffer:
-        """With no row written."""
-        shape = (num_rows, layout.num_columns)
+    def empty(cls, num_positions: int, layout: Layout) -> Buffer:
+        """A buffer in which no position is written."""
+        shape = (num_positions, layout.num_columns)
         selected = Selected[NDArray[Any]](
             token_ids_PK=np.empty(shape, np.int32),
             logprobs_PK=np.empty(shape, np.float32),
-            target_logprobs_P=np.empty(num_rows, np.float32),
-            counts_P2=np.zeros((num_rows, 2 * layout.is_ragged), np.int32),
-            scalars_PS=np.empty((num_rows, layout.num_scalars), np.float32),
+            target_logprobs_P=np.empty(num_positions, np.float32),
+            counts_P2=np.zeros((num_positions, 2 * layout.is_ragged), np.int32),
+            scalars=np.empty((num_positions, layout.num_scalars), np.float32),
         )
-        return cls(selected, np.zeros(num_rows, np.bool_))
+        return cls(selected, np.zeros(num_positions, np.bool_))
 
-    def write(self, rows_C: NDArray[np.int64], found: Sequence[NDArray[Any]]) -> None:
-        """What was selected for some rows; a row that is written twice keeps what came last."""
+    def write(self, index_C: NDArray[np.int64], found: Sequence[NDArray[Any]]) -> None:
+        """Write what was selected at some positions; of a position that is written twice the last one stays."""
         for array, values in zip(self.selected, found, strict=True):
-            array[rows_C] = values
-        self.filled_P[rows_C] = True
+            array[index_C] = values
+        self.filled_P[index_C] = True
 
     def pack(self) -> list[Any]:
-        """Sizes and bytes, which cross any process boundary; of ragged rows, the entries alone."""
+        """Sizes and bytes, which cross any process boundary. Ragged entries travel without padding."""
         found = Found.from_padded(self.selected)
-        sizes = [len(self.filled_P), found.scalars_PS.shape[1]]
+        sizes = [len(self.filled_P), found.scalars.shape[1]]
         return [*sizes, *(array.tobytes() for array in (*found, self.filled_P))]
 
 
 def unpack_buffer(packed: Sequence[Any]) -> tuple[Found, NDArray[np.bool_]]:
-    """What `Buffer.pack` sent, and (P,) whether a row was written; read-only views."""
-    num_rows, num_scalars, ids, logprobs, offsets, num_exact, targets, scalars, filled = packed
+    """What `Buffer.pack` sent, as read-only views, and (P,) whether each position was written."""
+    num_positions, num_scalars, ids, logprobs, offsets, num_exact, target_ids, scalars, filled = packed
     found = Found(
         token_ids_E=np.frombuffer(ids, np.int32),
         logprobs_E=np.frombuffer(logprobs, np.float32),
         offsets_P1=np.frombuffer(offsets, np.int64),
         num_exact_P=np.frombuffer(num_exact, np.int64),
-        target_logprobs_P=np.frombuffer(targets, np.float32),
-        scalars_PS=np.frombuffer(scalars, np.float32).reshape(num_rows, num_scalars),
+        target_logprobs_P=np.frombuffer(target_ids, np.float32),
+        scalars=np.frombuffer(scalars, np.float32).reshape(num_positions, num_scalars),
     )
     return found, np.frombuffer(filled, np.bool_)
 
@@ -113,12 +111,12 @@ def read_buffer(sequences: Sequence[TokenSequence], selection: SelectionInfo, pa
     """The answers to the sequences of a group, in order.
 
     Args:
-        sequences: the group's.
+        sequences: those of the group.
         selection: what was asked for.
         packed: see `Buffer.pack`.
 
     Raises:
-        TeacherError: a position without a row, or one with NaN.
+        TeacherError: a position was not written, or has NaN.
     """
     found, filled_P = unpack_buffer(packed)
     end = 0
@@ -130,21 +128,21 @@ def read_buffer(sequences: Sequence[TokenSequence], selection: SelectionInfo, pa
                 f"{sequence.source}: the engine's worker never computed {len(missing)} of {end - start} positions, the first "
                 f"of them {int(missing[0])}; set teacher.vllm.route to public"
             )
-        yield no_positions(selection) if start == end else record_of(sequence, selection, found.rows(start, end))
+        yield no_positions(selection) if start == end else record_of(sequence, selection, found.positions(start, end))
 
 
 Packed = tuple[str, bytes]
-"""A NumPy dtype's name and the bytes of (rows, H); `uint16` for the bits of bfloat16."""
+"""A NumPy dtype's name and the bytes of (vectors, H); `uint16` for the bits of bfloat16."""
 
 
 @dataclass(frozen=True)
 class AskedFeatures:
-    """What is wanted of a group.
+    """The hidden states that are wanted of a group.
 
     Attributes:
-        features: the hidden states.
-        num_layers: of the model: the number of its last layer.
-        proves: whether the worker is to prove, in each step, that it sees the layers rightly.
+        features: which ones.
+        num_layers: of the model, which is the index of its last layer.
+        proves: whether the worker is to prove, in each step, that it sees the layers correctly.
     """
 
     features: Sequence[FeatureInfo] = ()
@@ -156,7 +154,7 @@ NOTHING = AskedFeatures()
 
 
 def pack_asked(asked: AskedFeatures, sequences: Sequence[TokenSequence]) -> dict[str, Any] | None:
-    """What the worker is told: that, and where each sequence's rows start and end in the group's; None for nothing."""
+    """What the worker is told: the features, and where each sequence's positions start and end in the group; None for none."""
     if not asked.features:
         return None
     bounds = np.cumsum([0, *(len(sequence.positions_P) for sequence in sequences)])
@@ -168,16 +166,16 @@ def pack_asked(asked: AskedFeatures, sequences: Sequence[TokenSequence]) -> dict
     }
 
 
-def pack_feature(feature: FeatureInfo, rows_PH: NDArray[Any], bounds: Sequence[int]) -> Packed:
-    """A group's rows; where the feature is pooled, one float32 row per sequence."""
+def pack_feature(feature: FeatureInfo, vectors_PH: NDArray[Any], bounds: Sequence[int]) -> Packed:
+    """The vectors of a group's positions; of a pooled feature one float32 vector per sequence."""
     if feature.pooling == "none":
-        return rows_PH.dtype.name, rows_PH.tobytes()
-    parts = [pooled(as_float32(rows_PH[start:end]), feature.pooling) for start, end in pairwise(bounds)]
+        return vectors_PH.dtype.name, vectors_PH.tobytes()
+    parts = [pooled(as_float32(vectors_PH[start:end]), feature.pooling) for start, end in pairwise(bounds)]
     return "float32", np.concatenate(parts).tobytes()
 
 
 def as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Values that came in the model's dtype; exact."""
+    """Convert values from the model's dtype, exactly."""
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)
@@ -186,19 +184,19 @@ def as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
 def with_features(
     answers: Iterable[tuple[TokenSequence, Distributions]], features: Sequence[FeatureInfo], packed: Sequence[Packed]
 ) -> Iterator[Distributions]:
-    """The answers to a group's sequences with their features.
+    """Add their features to the answers of a group.
 
     Args:
-        answers: sequences in order, those without supervised positions too, of which the worker has not heard.
-        features: that were asked for.
-        packed: of each feature, see `GroupFeatures.pack`.
+        answers: sequences in order, including those without supervised positions, which the worker has never seen.
+        features: those that were asked for.
+        packed: one for each feature, see `GroupFeatures.pack`.
     """
     arrays = [np.frombuffer(data, name).reshape(-1, f.size) for f, (name, data) in zip(features, packed, strict=True)]
     starts = [0] * len(features)
     for sequence, distributions in answers:
         num_positions = len(sequence.positions_P)
-        values = no_rows(features)
-        for number, feature in enumerate(features if num_positions else ()):
-            end = starts[number] + feature.num_rows(num_positions)
-            values[feature.name], starts[number] = as_float32(arrays[number][starts[number] : end]), end
+        values = no_vectors(features)
+        for index, feature in enumerate(features if num_positions else ()):
+            end = starts[index] + feature.num_rows(num_positions)
+            values[feature.name], starts[index] = as_float32(arrays[index][starts[index] : end]), end
         yield replace(distributions, features=values)

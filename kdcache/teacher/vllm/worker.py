@@ -1,11 +1,11 @@
 """Selection inside the engine's worker: vLLM adds `CaptureExtension` to its worker's bases, in whatever process that runs.
 
-In every step, straight after the hidden states: the rows of supervised positions are projected a chunk at a time, and of each
-chunk's logits what the selection wants and the target's logprob are kept. Scheduling, batching and chunked prefill are the
-engine's own. Rows go into a buffer of the whole group by their place, so a position that is computed twice (preemption) is
-written twice, and one that never was leaves its mark unset.
+In every step, right after the hidden states are computed, the supervised positions are projected a chunk at a time, and of each
+chunk's logits the selection and the target's logprob are kept. Scheduling, batching and chunked prefill are the engine's own.
+What is kept goes to its index in a buffer of the whole group, so a position that is computed twice (preemption) is written
+twice, and one that never was leaves its mark unset.
 
-Shape letters: X rows of a step (all its tokens), P those that are wanted, C positions of a chunk, H hidden, V vocabulary.
+`hidden` is what a step computes: (tokens of the step, H).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from kdcache.teacher.select.found import Layout
 from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states
 from kdcache.teacher.vllm import internals
-from kdcache.teacher.vllm.wire import NOT_SUPERVISED, TARGETS, Buffer, unpack_request
-from kdcache.teacher.vllm.worker_features import GroupFeatures, take_rows
+from kdcache.teacher.vllm.wire import NOT_SUPERVISED, TARGET_IDS, Buffer, unpack_request
+from kdcache.teacher.vllm.worker_features import GroupFeatures, take_at
 
 log = get_logger(__name__)
 
@@ -38,12 +38,12 @@ _MOST_FREE = 256 * 2**20
 
 
 class CaptureExtension:
-    """What vLLM's worker can do besides. Public names are prefixed: vLLM refuses those that its worker has."""
+    """What vLLM's worker learns from us. Public names have a prefix: vLLM refuses those that its worker has."""
 
     kdcache_capture: Capture | None = None
 
     def kdcache_install(self) -> str | None:
-        """Take part in every step from now on. Gives the reason where that cannot be; then nothing is changed."""
+        """Take part in every step from now on, or change nothing and give the reason."""
         if self.kdcache_capture is not None:
             return None
         if not internals.is_last_stage(self):
@@ -58,7 +58,7 @@ class CaptureExtension:
         return problem
 
     def kdcache_watch(self) -> str | None:
-        """See decoder layers from now on. Gives the reason where that cannot be; then nothing is changed."""
+        """Watch decoder layers from now on, or change nothing and give the reason."""
         capture = self.kdcache_capture
         if capture is None or capture.seen is not None:
             return None
@@ -69,25 +69,27 @@ class CaptureExtension:
         return None
 
     def kdcache_misfits(self) -> list[str]:
-        """Modules that the adapter has weights for and this worker's part of the model has not, or in another size."""
+        """Modules that the adapter has weights for, and this worker's part of the model lacks or has in another size."""
         return list(internals.misfits(self))
 
     def kdcache_begin(
         self,
-        num_rows: int,
+        num_positions: int,
         chunk: int,
         selection: dict[str, Any] | None,
         vocab_size: int,
         features: dict[str, Any] | None = None,
     ) -> str | None:
-        """Expect the requests of a group; see `Capture.begin`. The selection comes as plain values: it crosses processes; so do
-        the features, see `wire.pack_asked`. Gives the reason where a chunk has no room on this rank."""
+        """Expect the requests of a group; see `Capture.begin`. Gives the reason if a chunk has no room on this rank.
+
+        Selection and features come as plain values, since they cross processes; see `wire.pack_asked`.
+        """
         if self.kdcache_capture is None:
             return None
         selector = None if selection is None else Selector(msgspec.convert(selection, SelectionInfo), vocab_size)
         if problem := self.kdcache_capture.try_chunk(chunk, selector, self._kdcache_trial):
             return problem
-        self.kdcache_capture.begin(num_rows, chunk, selector, None if features is None else GroupFeatures(features))
+        self.kdcache_capture.begin(num_positions, chunk, selector, None if features is None else GroupFeatures(features))
         return None
 
     def _kdcache_trial(self, chunk: int) -> Tensor | None:
@@ -95,11 +97,11 @@ class CaptureExtension:
         return internals.project_alone(self, torch.zeros(chunk, size, dtype=dtype, device=device))
 
     def kdcache_end(self) -> list[Any] | None:
-        """What came of the group: an error's text or None, and `Buffer.pack`. None on workers whose answer does not count."""
+        """The group's result: an error's text or None, then `Buffer.pack`. None on workers whose answer does not count."""
         return None if self.kdcache_capture is None else self.kdcache_capture.end()
 
     def kdcache_features(self) -> list[Any] | None:
-        """After `kdcache_end`: the group's features, see `GroupFeatures.pack`. None on workers whose answer does not count."""
+        """The group's features, after `kdcache_end`; see `GroupFeatures.pack`. None on workers whose answer does not count."""
         return None if self.kdcache_capture is None else self.kdcache_capture.end_features()
 
 
@@ -108,9 +110,9 @@ class _LeftError(RuntimeError):
 
 
 class _Pending(NamedTuple):
-    """Selected rows, on the device or on their way to the host; found is empty of those that are hidden states alone."""
+    """What was kept of some positions, on the device or on its way to the host; `found` is empty for hidden states alone."""
 
-    rows_C: NDArray[np.int64]
+    group_index_C: NDArray[np.int64]
     found: tuple[Tensor, ...]
     states: dict[int, Tensor]
 
@@ -124,7 +126,7 @@ class Capture:
         Args:
             project: hidden states (C, H) to logits (C, V).
             keeps: whether this rank selects. Others only take part in the projection, which may be collective.
-            alone: whether no other rank takes part in it.
+            alone: whether no other rank takes part in the projection.
         """
         self._project = project
         self._keeps = keeps
@@ -140,12 +142,15 @@ class Capture:
         self._error: str | None = None
 
     def try_chunk(self, chunk: int, selector: Selector | None, trial: Callable[[int], Tensor | None]) -> str | None:
-        """Find out, before a rank waits for this one in a projection, whether a chunk has room here. Gives what is wrong.
+        """Find out whether a chunk has room here, before another rank waits for this one in a projection.
 
         Args:
             chunk: positions.
             selector: what will be kept of them.
-            trial: the logits of so many positions, without the other ranks.
+            trial: the logits of that many positions, without the other ranks.
+
+        Returns:
+            What is wrong, or None.
         """
         if self._alone or self._tried == (chunk, selector):
             return None
@@ -160,17 +165,17 @@ class Capture:
         self._tried = (chunk, selector)
         return None
 
-    def begin(self, num_rows: int, chunk: int, selector: Selector | None, features: GroupFeatures | None = None) -> None:
-        """Drop what was begun before, and make room.
+    def begin(self, num_positions: int, chunk: int, selector: Selector | None, features: GroupFeatures | None = None) -> None:
+        """Drop what was begun before, and allocate the buffer.
 
         Args:
-            num_rows: supervised positions of all requests to come.
-            chunk: most positions whose logits exist at once.
-            selector: what to keep. None: project only, which is the limit that `benchmarks/capture.py` measures against.
+            num_positions: supervised positions of all requests to come.
+            chunk: the most positions whose logits exist at once.
+            selector: what to keep. None projects only, which is the limit that `benchmarks/capture.py` measures against.
             features: hidden states to keep, with a selector only.
         """
         layout = Layout(0, False, 0) if selector is None else selector.layout
-        self._buffer, self._selector, self._chunk = Buffer.empty(num_rows, layout), selector, chunk
+        self._buffer, self._selector, self._chunk = Buffer.empty(num_positions, layout), selector, chunk
         self._arrived, self._pending, self._error = [], [], None
         self._features = features
         if features is not None and self._keeps:
@@ -194,29 +199,29 @@ class Capture:
         features, self._features = self._features, None
         return None if features is None or not self._keeps else features.pack()
 
-    def on_step(self, hidden_XH: Tensor, spans: Callable[[], Iterator[Any]]) -> None:
-        """Handle a step. Does not raise, for that would end the engine; where others would wait for this rank, see `_leave`."""
+    def on_step(self, hidden: Tensor, spans: Callable[[], Iterator[Any]]) -> None:
+        """Handle a step. Raises, which ends the engine, only where other ranks would wait for this one: see `_leave`."""
         if self._buffer is None:
             return
         try:
             with torch.inference_mode():
-                self._select(hidden_XH, spans())
+                self._select(hidden, spans())
         except _LeftError:
             raise
         except Exception as error:  # memory above all
             self._error = self._error or f"{type(error).__name__}: {first_line(error)}"
 
-    def _select(self, hidden_XH: Tensor, spans: Iterable[Any]) -> None:
-        wanted = wanted_rows(spans, None if self._selector is None else self._selector.seed)
-        num_rows = len(wanted.places_P)
-        if num_rows == 0:
+    def _select(self, hidden: Tensor, spans: Iterable[Any]) -> None:
+        wanted = wanted_positions(spans, None if self._selector is None else self._selector.seed)
+        num_positions = len(wanted.step_index_P)
+        if num_positions == 0:
             return
-        states = self._states(hidden_XH)
-        # Chunks of equal size: a last one of a few rows would cost the projection as much as a whole one.
-        for here_C in np.array_split(np.arange(num_rows), -(-num_rows // self._chunk)):
-            chunk = WantedRows(*(array_P[here_C[0] : here_C[-1] + 1] for array_P in wanted))
+        states = self._states(hidden)
+        # Chunks of equal size: a small last one would cost the projection as much as a whole one.
+        for here_C in np.array_split(np.arange(num_positions), -(-num_positions // self._chunk)):
+            chunk = WantedPositions(*(array_P[here_C[0] : here_C[-1] + 1] for array_P in wanted))
             try:
-                logits_CV = self._project(_rows_of(hidden_XH, chunk.places_P))
+                logits_CV = self._project(_states_at(hidden, chunk.step_index_P))
             except Exception as error:
                 if self._alone:
                     raise
@@ -227,9 +232,9 @@ class Capture:
         self._send()
 
     def _leave(self, error: Exception) -> NoReturn:
-        """End the engine: the other ranks are in this projection, and would wait for this one until their time is out.
+        """End the engine: the other ranks are in this projection and would wait for this one until they time out.
 
-        vLLM hears an exception of the first rank; that another one fails it notices when its process has ended.
+        vLLM hears an exception of the first rank; the failure of another rank it notices when that process ends.
         """
         log.error(
             "a projection failed on one of several ranks, which ends vLLM: %s: %s", type(error).__name__, first_line(error)
@@ -238,34 +243,34 @@ class Capture:
             raise _LeftError(f"{type(error).__name__}: {first_line(error)}") from error
         raise SystemExit(1) from error
 
-    def _states(self, hidden_XH: Tensor) -> dict[int, Tensor]:
-        """Of the layers that are wanted, in this step."""
+    def _states(self, hidden: Tensor) -> dict[int, Tensor]:
+        """The states of the wanted layers in this step."""
         if self._features is None or not self._keeps:
             return {}
         try:
-            return self._features.states_of(hidden_XH)
+            return self._features.states_of(hidden)
         except Exception as error:  # not raised, as in `_keep`
             self._error = self._error or f"{type(error).__name__}: {first_line(error)}"
             return {}
 
-    def _keep(self, selector: Selector, logits_CV: Tensor, chunk: WantedRows, states: dict[int, Tensor]) -> None:
+    def _keep(self, selector: Selector, logits_CV: Tensor, chunk: WantedPositions, states: dict[int, Tensor]) -> None:
         try:
-            given = (torch.from_numpy(x).to(logits_CV.device, non_blocking=True) for x in (chunk.targets_P, chunk.states_P))
+            given = (torch.from_numpy(x).to(logits_CV.device, non_blocking=True) for x in (chunk.target_ids_P, chunk.states_P))
             found = selector.select(logits_CV, *given)
-            taken = take_rows(states, chunk.places_P)
+            taken = take_at(states, chunk.step_index_P)
         except Exception as error:
-            # Not raised: the other ranks go on to the next chunk's projection, and would wait for this one for ever.
+            # Not raised: the other ranks move on to the next chunk's projection, and would wait for this one forever.
             self._error = f"{type(error).__name__}: {first_line(error)}"
             return
-        self._arrived.append(_Pending(chunk.rows_P, tuple(found), taken))
+        self._arrived.append(_Pending(chunk.group_index_P, tuple(found), taken))
         if _is_on_host(logits_CV):
             self._send()
 
     def _send(self) -> None:
-        """Of what arrived: into the buffer, or on its way there.
+        """Write what arrived to the buffer, or start it on its way there.
 
-        From a device into pinned memory, without waiting for it, so that the next step can be prepared meanwhile. The chunks of
-        a step go as one: each copy takes a piece of pinned memory of its own, which the first group has to ask CUDA for.
+        From a device it goes to pinned memory, without waiting, so that the next step can be prepared meanwhile. The chunks of
+        a step go as one copy: each copy takes a piece of pinned memory, which the first group has to ask CUDA for.
         """
         arrived, self._arrived = self._arrived, []
         if not arrived or self._buffer is None:
@@ -274,43 +279,53 @@ class Capture:
             _write(self._buffer, self._features, arrived)
             return
         found = (torch.cat(parts).to("cpu", non_blocking=True) for parts in zip(*(each.found for each in arrived), strict=True))
-        self._pending.append(_Pending(np.concatenate([each.rows_C for each in arrived]), tuple(found), {}))
-        # Hidden states have a copy each, taken with their chunk: a step's at once would be another step's on the device.
-        self._pending += [_Pending(each.rows_C, (), each.states) for each in arrived if each.states]
+        self._pending.append(_Pending(np.concatenate([each.group_index_C for each in arrived]), tuple(found), {}))
+        # Hidden states are copied with their chunk: those of a whole step would take as much of the device again.
+        self._pending += [_Pending(each.group_index_C, (), each.states) for each in arrived if each.states]
 
 
-class WantedRows(NamedTuple):
-    """(P,) int64 each: places in the step's hidden states, ascending; rows of the group's buffer; targets; the bits of
-    `position_states`, 0 without draws."""
+class WantedPositions(NamedTuple):
+    """The wanted positions of a step, (P,) int64 each.
 
-    places_P: NDArray[np.int64]
-    rows_P: NDArray[np.int64]
-    targets_P: NDArray[np.int64]
+    Attributes:
+        step_index_P: among the step's tokens, ascending.
+        group_index_P: among the group's positions.
+        target_ids_P: NO_TARGET where nothing follows.
+        states_P: the bits of `position_states`; 0 without draws.
+    """
+
+    step_index_P: NDArray[np.int64]
+    group_index_P: NDArray[np.int64]
+    target_ids_P: NDArray[np.int64]
     states_P: NDArray[np.int64]
 
 
-def wanted_rows(spans: Iterable[Any], seed: int | None = None) -> WantedRows:
-    """What a step holds of the group, in the order of its hidden states; with the selection's seed, where it draws."""
-    parts = [_wanted_of(span, seed) for span in sorted(spans, key=lambda span: span.row) if TARGETS in span.extra_args]
-    return WantedRows(*np.concatenate(parts, axis=1, dtype=np.int64)) if parts else WantedRows(*np.empty((4, 0), np.int64))
+def wanted_positions(spans: Iterable[Any], seed: int | None = None) -> WantedPositions:
+    """The positions of the group that a step computes, in the order of its tokens. `seed` is the selection's, if it draws."""
+    parts = [_wanted_of(span, seed) for span in sorted(spans, key=lambda span: span.start) if TARGET_IDS in span.extra_args]
+    return (
+        WantedPositions(*np.concatenate(parts, axis=1, dtype=np.int64))
+        if parts
+        else WantedPositions(*np.empty((4, 0), np.int64))
+    )
 
 
-def _wanted_of(span: Any, seed: int | None) -> WantedRows:
+def _wanted_of(span: Any, seed: int | None) -> WantedPositions:
     wanted = unpack_request(span.extra_args)
     here = slice(span.position, span.position + span.length)
-    supervised = np.flatnonzero(wanted.targets_N[here] != NOT_SUPERVISED)
+    supervised = np.flatnonzero(wanted.target_ids_N[here] != NOT_SUPERVISED)
     states_P = np.zeros(len(supervised), np.int64)
     if seed is not None:
         states_P = position_states(seed, wanted.key, span.position + supervised).view(np.int64)
-    targets_P = wanted.targets_N[here][supervised].astype(np.int64)
-    return WantedRows(span.row + supervised, wanted.rows_N[here][supervised], targets_P, states_P)
+    target_ids_P = wanted.target_ids_N[here][supervised].astype(np.int64)
+    return WantedPositions(span.start + supervised, wanted.group_index_N[here][supervised], target_ids_P, states_P)
 
 
-def _rows_of(hidden_XH: Tensor, places_C: NDArray[np.int64]) -> Tensor:
-    first, last = int(places_C[0]), int(places_C[-1])
-    if last - first + 1 == len(places_C):
-        return hidden_XH[first : last + 1]
-    return hidden_XH[torch.from_numpy(places_C).to(hidden_XH.device, non_blocking=True)]
+def _states_at(hidden: Tensor, step_index_C: NDArray[np.int64]) -> Tensor:
+    first, last = int(step_index_C[0]), int(step_index_C[-1])
+    if last - first + 1 == len(step_index_C):
+        return hidden[first : last + 1]
+    return hidden[torch.from_numpy(step_index_C).to(hidden.device, non_blocking=True)]
 
 
 def _is_on_host(tensor: Tensor) -> bool:
@@ -318,18 +333,18 @@ def _is_on_host(tensor: Tensor) -> bool:
 
 
 def _write(buffer: Buffer, features: GroupFeatures | None, pending: Iterable[_Pending]) -> None:
-    for rows_C, found, states in pending:
+    for group_index_C, found, states in pending:
         if found:
-            buffer.write(rows_C, [tensor.numpy() for tensor in found])
+            buffer.write(group_index_C, [tensor.numpy() for tensor in found])
         if features is not None:
-            features.write(rows_C, states)
+            features.write(group_index_C, states)
 
 
 def keep_freed_memory() -> bool:
-    """For the rest of the process: arrays of up to 32 MiB come from memory that was freed before, of which 256 MiB stay here.
+    """Have the C library keep up to 256 MiB of freed memory for new arrays of up to 32 MiB, for the rest of the process.
 
-    Otherwise glibc maps each chunk's logits anew, and each of their pages costs an interrupt and is set to zero: tens of
-    microseconds for a row of a vocabulary of 152k (benchmarks/LOG.md). Gives whether the C library does so.
+    Otherwise glibc maps the logits of each chunk again, and each of their pages costs an interrupt and is zeroed: tens of
+    microseconds for one position of a vocabulary of 152k (benchmarks/LOG.md). Gives whether the C library complies.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
