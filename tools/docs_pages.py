@@ -43,7 +43,7 @@ ORDER = {
     ],
     "tutorials": [
         *("your_text", "capture-one-node", "capture-slurm", "object-stores", "selection", "temperature", "your-own-trainer"),
-        *("huggingface-trainer", "trl", "unsloth", "ms-swift", "axolotl", "repair", "format", "extending"),
+        *("huggingface-trainer", "trl", "unsloth", "ms-swift", "axolotl", "llamafactory", "repair", "format", "extending"),
     ],
     "reference": ["api", "cli", "config", "format", "glossary"],
     "project": ["changelog", "contributing", "security", "benchmarks"],

@@ -248,3 +248,37 @@ def test_axolotls_plugin(with_cache: Path, instead: dict[str, str], student_dir:
     trainer.train()
     trainer.close()
     assert_it_learns(trainer)
+
+
+class CustomSeq2SeqTrainer(Trainer):
+    """LlamaFactory's, by its signature: arguments of its own first, the trainer's by name."""
+
+    def __init__(
+        self,
+        finetuning_args: Any,
+        processor: Any,
+        model_args: Any = None,
+        gen_kwargs: Any = None,
+        ref_model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs["processing_class"] = kwargs.pop("tokenizer")
+        super().__init__(**kwargs)
+
+
+def test_llamafactorys_trainer_by_its_name(
+    with_cache: Path, instead: dict[str, str], student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = stand_in(monkeypatch, "llamafactory.train.sft.workflow", CustomSeq2SeqTrainer=CustomSeq2SeqTrainer)
+    monkeypatch.setattr(sys.modules["llamafactory.train.sft"], "workflow", workflow, raising=False)
+    stand_in(monkeypatch, "llamafactory.train.tuner", run_exp=None)
+    Tutorial(page("llamafactory"), instead=instead).run()
+    importlib.import_module("train_kd")
+    trainer: Any = workflow.CustomSeq2SeqTrainer(
+        model=AutoModelForCausalLM.from_pretrained(student_dir), args=arguments("out"), finetuning_args=None, processor=None,
+        data_collator=lambda batch: batch, callbacks=[], gen_kwargs={}, ref_model=None, train_dataset=[{}],
+        tokenizer=AutoTokenizer.from_pretrained(student_dir),
+    )  # fmt: skip
+    trainer.train()
+    trainer.close()
+    assert_it_learns(trainer)

@@ -48,6 +48,7 @@ def test_an_input_format_of_another_package(work_folder: Path, monkeypatch: pyte
         assert cache.sources() == ["texts/a.dashes#0", "texts/a.dashes#1"]
 
 
+@pytest.mark.slow
 def test_a_capture_on_one_node(work_folder: Path, models: dict[str, str]) -> None:
     Tutorial(
         page("capture-one-node"), instead=models | {"backend: vllm": "backend: transformers", "size: 2048": "size: 64"}
@@ -63,6 +64,7 @@ def test_a_capture_on_one_node_with_vllm(work_folder: Path, models: dict[str, st
     assert (work_folder / "cache" / "manifests").is_dir()
 
 
+@pytest.mark.slow
 def test_a_capture_on_a_slurm_array(work_folder: Path) -> None:
     instead = {
         "Qwen/Qwen3-8B": "fake",

@@ -80,7 +80,7 @@ class KDMixin(_Base):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
         try:
-            super().__init__(model, args, **others)
+            super().__init__(model=model, args=args, **others)  # by name: some begin with arguments of their own
             self.student_loss = StudentLoss(self.model, batches, loss)  # pyright: ignore[reportArgumentType]
         except BaseException:
             batches.close()
