@@ -24,7 +24,6 @@ from kdcache.loader.cache import Cache, open_cache
 from kdcache.loader.loader import Loader
 from kdcache.loader.torch_batches import TorchBatch, to_torch
 from kdcache.teacher import load_tokenizer
-from kdcache.train.batch_loss import BatchLoss, check_loss
 from kdcache.train.body import vocab_size
 from kdcache.train.evaluation.heldout import HeldoutSequence, read_heldout
 from kdcache.train.evaluation.scores import heldout_nats_per_token
@@ -33,7 +32,7 @@ from kdcache.train.packed import check_architecture
 from kdcache.train.runs.checkpoint import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from kdcache.train.runs.run_folder import RunFolder
 from kdcache.train.schedule import learning_rate
-from kdcache.train.step import make_optimizer, optimize
+from kdcache.train.step import BatchLoss, check_loss, make_optimizer, optimize
 from kdcache.train.student import build_student, check_against_cache, without_progress_bars
 
 

@@ -21,10 +21,10 @@ from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.global_mean import global_mean_scale
 from kdcache.shown import get_logger
 from kdcache.teacher.hf.attention import attention_gap, attention_of
-from kdcache.train.batch_loss import BatchLoss, check_loss
 from kdcache.train.body import output_projection, positions
 from kdcache.train.finite import not_finite_weight, shown_sources
 from kdcache.train.packed import check_architecture, logits_head
+from kdcache.train.step import BatchLoss, check_loss
 from kdcache.train.student import check_vocabulary
 
 log = get_logger(__name__)

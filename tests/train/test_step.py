@@ -22,8 +22,7 @@ from kdcache.kernels.divergences import TailAwareKL
 from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.prepare import LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss
-from kdcache.train.batch_loss import check_loss
-from kdcache.train.step import student_loss
+from kdcache.train.step import check_loss, student_loss
 from kdcache.train.trainer import train
 
 T, K, NUM_EXACT = 12, 6, 4
