@@ -93,6 +93,12 @@ def write(text: str, file: TextIO | None = None) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's text, without its full stop, for a sentence of ours; its type if it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module of ours; what it says is shown, whoever handles it."""
     logger = logging.getLogger(name)

@@ -1,1 +1,1 @@
-"""Caches made from caches, without asking a teacher again: `run.derive` does it, the other modules are its operations."""
+"""Caches made from caches, without asking a teacher: `run.derive` does it; the other modules are its operations."""

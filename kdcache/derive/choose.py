@@ -1,7 +1,4 @@
-"""Which sequences are taken: by number, by key, at random. Pure functions of a cache's index.
-
-Shape letters: S sequences of all sources together.
-"""
+"""Choose sequences by index, by key or at random: pure functions of a cache's index. S counts the sequences of all sources."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.derive.reduction.systematic import derived_seed
+from kdcache.derive.reduction.systematic import operation_seed
 from kdcache.errors import ConfigError, InputError
 from kdcache.format.record import KEY_BYTES
 from kdcache.teacher.select.uniforms import GOLDEN, MASK, mix64
@@ -19,14 +16,14 @@ from kdcache.teacher.select.uniforms import GOLDEN, MASK, mix64
 
 @dataclass(frozen=True, kw_only=True)
 class Select:
-    """Sequences by number or key; what either names is taken, in the order of the sources and each once.
+    """Sequences by index or key; whatever either names is taken once, in the order of the sources.
 
     Attributes:
-        numbers: (first, end) of each range, end not included; numbers count through all sources, from 0.
+        ranges: (first, end) of each range of indexes, end not included; they count through all sources, from 0.
         keys: 16 bytes each. Equal texts have equal keys, and all of them are taken.
     """
 
-    numbers: tuple[tuple[int, int], ...] = ()
+    ranges: tuple[tuple[int, int], ...] = ()
     keys: tuple[bytes, ...] = ()
 
 
@@ -37,10 +34,10 @@ def selected(select: Select, keys_S: NDArray[np.uint8]) -> NDArray[np.bool_]:
         keys_S: (S, 16) uint8.
 
     Raises:
-        ConfigError: a range outside the sequences, a key that is no 16 bytes. InputError: a key that no sequence has.
+        ConfigError: a range outside the sequences, a key that is not 16 bytes. InputError: a key that no sequence has.
     """
     taken_S = np.zeros(len(keys_S), bool)
-    for first, end in select.numbers:
+    for first, end in select.ranges:
         if not 0 <= first < end <= len(keys_S):
             raise ConfigError(
                 f"select: {first}:{end} is not among the {len(keys_S):,} sequences; expected FIRST:END with "
@@ -68,14 +65,15 @@ def _by_key(keys: Sequence[bytes], keys_S: NDArray[np.uint8]) -> NDArray[np.bool
 
 
 def as_keys(keys_S: NDArray[np.uint8]) -> NDArray[np.bytes_]:
-    """(S,) keys as one value each, which compare as the keys do."""
+    """(S,) keys as one value each, comparable as the keys are."""
     return np.ascontiguousarray(keys_S).view(f"S{KEY_BYTES}").reshape(-1)
 
 
 def sampled(fraction: float, seed: int, keys_S: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """(S,) whether a sequence is in a random sample without replacement of round(fraction S) of them.
 
-    Those with the smallest hash of (seed, key): the same texts whatever the order, and a larger fraction holds a smaller one.
+    The sample has the smallest hashes of (seed, key): it does not depend on the order, and a larger fraction contains a
+    smaller one.
 
     Raises:
         ConfigError: a fraction outside (0, 1].
@@ -83,7 +81,7 @@ def sampled(fraction: float, seed: int, keys_S: NDArray[np.uint8]) -> NDArray[np
     if not 0 < fraction <= 1:
         raise ConfigError(f"fraction: {fraction!r} is given, expected one above 0 and at most 1")
     words_S2 = np.ascontiguousarray(keys_S).view("<u8")
-    hashes_S = np.full(len(keys_S), (derived_seed("sample", seed) + GOLDEN) & MASK, np.uint64)
+    hashes_S = np.full(len(keys_S), (operation_seed("sample", seed) + GOLDEN) & MASK, np.uint64)
     for word in range(2):
         hashes_S = mix64(hashes_S ^ words_S2[:, word])
     taken_S = np.zeros(len(keys_S), bool)

@@ -9,10 +9,12 @@
     value      = name | ("mean" | "max" | "min") "(" name ")" | "share" "(" condition ")"
     quantifier = "any" | "all"
 
-Of a sequence, names of positions stand inside mean, max, min, any, all and share only (share: the part of the positions at
-which a condition holds). Of a position, such names stand alone. `~` matches a pattern with `*`, `?` and `[...]`.
+In a condition on sequences, names of positions stand inside mean, max, min, any, all or share (share: the fraction of
+positions at which a condition holds). In a condition on positions, such names stand alone. `~` matches a pattern with `*`, `?`
+and `[...]`.
 
-What is not known (the target where the text ends) is left out by mean, max, min, any, all and share, and compares false.
+An unknown value (the target where the text ends) is left out by mean, max, min, any, all and share, and every comparison
+with it is false.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from kdcache.errors import ConfigError
 
 MAX_WORDS = 500
 MAX_DEPTH = 50
-"""Of parentheses and `not` within each other."""
+"""How deep parentheses and `not` may be nested."""
 
 _COMPARED: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
@@ -52,11 +54,11 @@ Evaluate = Callable[[Mapping[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition that was read.
+    """A parsed condition.
 
     Attributes:
         text: as it was written.
-        names: the scalars that it asks for.
+        names: the scalars that it needs.
         holds: values of these (`scalars.record_values`) -> bool; (P,) bool for a condition on positions.
     """
 
@@ -138,7 +140,7 @@ class _Parser:
     def _negation(self) -> Evaluate:
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            self._fail(f"more than {MAX_DEPTH} parentheses within each other")
+            self._fail(f"more than {MAX_DEPTH} nested parentheses")
         holds = self._one()
         self._depth -= 1
         return holds
@@ -220,7 +222,7 @@ class _Parser:
     def _refuse_inside_positions(self, function: str) -> None:
         if self._of_positions:
             self._next -= 1
-            self._fail(f"{function} is of a whole sequence; a condition on positions compares {', '.join(POSITION_NAMES)}")
+            self._fail(f"{function} is about a whole sequence; a condition on positions compares {', '.join(POSITION_NAMES)}")
 
     def _named(self, known: Mapping[str, str]) -> Evaluate:
         name = self._take("name", *known)
@@ -232,7 +234,8 @@ class _Parser:
     def _advice(self, known: Mapping[str, str]) -> str:
         word = self._words[self._next][1] if self._next < len(self._words) else ""
         if known is SEQUENCE_NAMES and word in POSITION_NAMES:
-            return f"{word} is of a position; of a sequence write mean({word}), max({word}), min({word}) or any({word} < ...)"
+            ways = f"mean({word}), max({word}), min({word}) or any({word} < ...)"
+            return f"{word} belongs to a position; for a sequence write {ways}"
         return f"expected one of {', '.join(known)}"
 
 

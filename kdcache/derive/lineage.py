@@ -1,26 +1,26 @@
-"""What is kept, and said, of where a derived cache comes from."""
+"""Where a derived cache comes from: what its manifest records, and how it is told."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from kdcache.derive.options import DeriveOptions
+from kdcache.derive.config import DeriveConfig
 from kdcache.format.manifest import LineageInfo, Manifest, OperationInfo, ParentInfo, SelectionInfo, fingerprint
 from kdcache.format.selection import has_estimates
 
 MAX_KEYS = 100
-"""Selected keys that are listed in the manifest; of more, their fingerprint and number."""
+"""Selected keys that are listed in the manifest; of more, their fingerprint and count."""
 
 
-def make_lineage(parents: Sequence[tuple[str, Manifest]], options: DeriveOptions) -> LineageInfo:
-    """The lineage of a cache that is made of these with these options.
+def make_lineage(parents: Sequence[tuple[str, Manifest]], config: DeriveConfig) -> LineageInfo:
+    """The lineage of a cache that this config makes of these parents.
 
     Args:
         parents: name and manifest of each.
     """
     return LineageInfo(
-        operations=tuple(_operations([manifest.identity.selection for _, manifest in parents], options)),
+        operations=tuple(_operations([manifest.identity.selection for _, manifest in parents], config)),
         parents=tuple(_parent(name, manifest) for name, manifest in parents),
     )
 
@@ -51,26 +51,26 @@ def _parent(name: str, manifest: Manifest) -> ParentInfo:
     )
 
 
-def _operations(selections: Sequence[SelectionInfo], options: DeriveOptions) -> list[OperationInfo]:
-    seed = {"seed": options.seed} if any(map(has_estimates, selections)) else {}  # nothing is drawn of exact entries
+def _operations(selections: Sequence[SelectionInfo], config: DeriveConfig) -> list[OperationInfo]:
+    seed = {"seed": config.seed} if any(map(has_estimates, selections)) else {}  # nothing is drawn of exact entries
     asked: dict[str, dict[str, Any] | None] = {
-        "mix": None if options.mix is None else {"weights": list(options.mix), "missing": options.missing, **seed},
-        "concatenate": {} if options.mix is None and len(selections) > 1 else None,
-        "select": _selected(options),
-        "sample": None if options.fraction is None else {"fraction": options.fraction, "seed": options.seed},
-        "where": None if options.where is None else {"condition": options.where},
-        "where_position": None if options.where_position is None else {"condition": options.where_position},
-        "reduce": None if options.reduce is None else {**options.reduce.asked(), **seed},
+        "mix": None if config.mix is None else {"weights": list(config.mix), "missing": config.missing, **seed},
+        "concatenate": {} if config.mix is None and len(selections) > 1 else None,
+        "select": _selected(config),
+        "sample": None if config.fraction is None else {"fraction": config.fraction, "seed": config.seed},
+        "where": None if config.where is None else {"condition": config.where},
+        "where_position": None if config.where_position is None else {"condition": config.where_position},
+        "reduce": None if config.reduce is None else {**config.reduce.asked(), **seed},
     }
     done = [OperationInfo(name=name, params=params) for name, params in asked.items() if params is not None]
     return done or [OperationInfo(name="repack")]
 
 
-def _selected(options: DeriveOptions) -> dict[str, Any] | None:
-    if options.select is None:
+def _selected(config: DeriveConfig) -> dict[str, Any] | None:
+    if config.select is None:
         return None
-    numbers, keys = [list(pair) for pair in options.select.numbers], [key.hex() for key in options.select.keys]
-    params: dict[str, Any] = {"numbers": numbers} if numbers else {}
+    ranges, keys = [list(pair) for pair in config.select.ranges], [key.hex() for key in config.select.keys]
+    params: dict[str, Any] = {"numbers": ranges} if ranges else {}
     if len(keys) > MAX_KEYS:
         return params | {"num_keys": len(keys), "keys_fingerprint": fingerprint(keys)}
     return params | ({"keys": keys} if keys else {})

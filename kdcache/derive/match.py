@@ -1,6 +1,6 @@
-"""The same sequences in several caches, found by their keys. Pure functions of the caches' indexes.
+"""Find the same sequences in several caches by their keys: pure functions of the caches' indexes.
 
-Shape letters: S sequences of the first cache, C caches.
+In `indexes_SC`, C counts caches, one column for each; S counts sequences of the first cache.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ ABSENT = -1
 
 
 def match_keys(keys: Sequence[NDArray[np.uint8]]) -> NDArray[np.int64]:
-    """(S, C) the number of each sequence of the first cache in each of the caches, ABSENT where it is not there.
+    """(S, C) the index of each sequence of the first cache in each of the caches, ABSENT where it is missing.
 
-    Of sequences with equal keys the first is the first, the second the second.
+    Sequences with equal keys are matched in order: the first with the first, the second with the second.
 
     Args:
         keys: of each cache, (its sequences, 16) uint8.
@@ -33,10 +33,10 @@ def match_keys(keys: Sequence[NDArray[np.uint8]]) -> NDArray[np.int64]:
     for other in keys[1:]:
         theirs = as_keys(other)
         order = np.argsort(theirs, kind="stable")
-        place_S = np.searchsorted(theirs[order], first_S) + occurrence_S
-        is_there_S = place_S < np.searchsorted(theirs[order], first_S, side="right")
+        rank_S = np.searchsorted(theirs[order], first_S) + occurrence_S
+        is_there_S = rank_S < np.searchsorted(theirs[order], first_S, side="right")
         column_S = np.full(len(first_S), ABSENT, np.int64)
-        column_S[is_there_S] = order[place_S[is_there_S]]
+        column_S[is_there_S] = order[rank_S[is_there_S]]
         columns.append(column_S)
     return np.stack(columns, axis=-1).astype(np.int64)
 
@@ -44,13 +44,13 @@ def match_keys(keys: Sequence[NDArray[np.uint8]]) -> NDArray[np.int64]:
 def shared_sequences(
     keys: Sequence[NDArray[np.uint8]], names: Sequence[str], *, skip_missing: bool
 ) -> tuple[NDArray[np.int64], int]:
-    """(S, C) numbers of the sequences that all caches have, in the first one's order; and how many are not in all.
+    """(S, C) indexes of the sequences that all caches have, in the first one's order; and how many are not in all.
 
     Raises:
         InputError: some are not, and are not to be skipped; or none are.
     """
-    numbers_SC = match_keys(keys)
-    in_all_S = (numbers_SC != ABSENT).all(axis=-1)
+    indexes_SC = match_keys(keys)
+    in_all_S = (indexes_SC != ABSENT).all(axis=-1)
     num_shared = int(in_all_S.sum())
     num_missing = sum(len(cache) - num_shared for cache in keys)
     if not num_shared:
@@ -62,4 +62,4 @@ def shared_sequences(
         raise InputError(
             f"mix: {num_shared:,} sequences are in all of the caches, which hold {sizes}; --missing skip leaves the others out"
         )
-    return numbers_SC[in_all_S], num_missing
+    return indexes_SC[in_all_S], num_missing

@@ -5,14 +5,13 @@
 | all `top_k` or `top_p_k` | `top_k`, k the smallest | the tokens that all caches have as entries, exact |
 | all random (`sampled`, `threshold`, `top_k_sampled`) | `sampled`, 65535 draws | the tokens that any has, as estimates |
 
-What probability a token has in an exact cache that did not keep it cannot be told from there (it is not 0): the token joins the
-tail. Of random caches the weighted sum of estimates is an estimate of the weighted sum, whatever draws they share; each
-sum becomes a count of 1 / 65535, rounded up or down at random.
+An exact cache does not tell the probability of a token that it did not keep (it is not 0): the token joins the tail. The
+weighted sum of random caches' estimates is an estimate of the weighted sum, whatever draws they share; each sum becomes a count
+of 1 / 65535, rounded up or down at random.
 
-The target's logprob is known of every teacher, and so is the mixture's. Entropies, normalisers at further temperatures and
-hidden states of a mixture do not follow from those of its parts, and are left out.
-
-Shape letters: P positions, E entries of all positions, C caches, U distinct (position, token) pairs.
+Every teacher's logprob of the target is known, and so is the mixture's. Entropies, normalisers at further temperatures and
+hidden states of a mixture do not follow from those of its parts; they are left out. The suffix U counts distinct (position,
+token) pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 import kdcache
 from kdcache.derive.reduction.entries import Entries, rebuilt, sum_per_position
-from kdcache.derive.reduction.systematic import derived_seed, position_uniforms, systematic_counts
+from kdcache.derive.reduction.systematic import operation_seed, position_uniforms, systematic_counts
 from kdcache.errors import ConfigError, InputError, MismatchError
 from kdcache.format.manifest import Identity, SelectionInfo, TeacherIdentity, fingerprint
 from kdcache.format.record import Distributions, SequenceRecord
@@ -72,7 +71,7 @@ def mix_records(records: Sequence[SequenceRecord], weights: Sequence[float], sel
         selection: the mixture's.
 
     Raises:
-        InputError: the records are of other texts.
+        InputError: the records are of different texts.
     """
     first = records[0].sequence
     for record in records[1:]:
@@ -89,7 +88,7 @@ def mix_records(records: Sequence[SequenceRecord], weights: Sequence[float], sel
 
 
 class Mixture:
-    """The weighted sum of several records' entries, not rounded yet; made by `mix_distributions`.
+    """The weighted sum of several records' entries before rounding; made by `mix_distributions`.
 
     Attributes:
         entries: one for each (position, token) of any record, with the logarithm of the weighted sum; exact where it is an
@@ -104,18 +103,19 @@ class Mixture:
         self.entries, self.tail_mass_P, self.targets = entries, tail_mass_P, targets
 
     def as_exact(self) -> Distributions:
-        """The exact entries alone."""
+        """The mixture's exact entries alone, as a record."""
         exact = self.entries.taken(self.entries.is_exact_E)
         return rebuilt(_empty(len(self.tail_mass_P)), exact, self.tail_mass_P, self.targets, has_estimates=False)
 
     def as_draws(self, num_draws: int, u_P: NDArray[np.float64]) -> Distributions:
-        """All entries as counts of draws, in the mean what they are."""
+        """All entries as counts of draws, whose means are the mixture's probabilities."""
         entries, num_positions = self.entries, len(self.tail_mass_P)
-        offsets_P1 = np.concatenate([[0], np.cumsum(np.bincount(entries.rows_E, minlength=num_positions))]).astype(np.int64)
+        counts_P = np.bincount(entries.positions_E, minlength=num_positions)
+        offsets_P1 = np.concatenate([[0], np.cumsum(counts_P)]).astype(np.int64)
         weights_E = np.exp(entries.logprobs_E) * num_draws
         counts_E = np.minimum(systematic_counts(weights_E, entries.token_ids_E, offsets_P1, u_P), num_draws)
         made = Entries(
-            entries.rows_E,
+            entries.positions_E,
             entries.token_ids_E,
             np.log(np.maximum(counts_E, 1) / num_draws),
             np.zeros(len(counts_E), bool),
@@ -135,10 +135,10 @@ def mix_distributions(parts: Sequence[Distributions], weights: Sequence[float], 
             )
         )
     mass_E = np.concatenate([w * np.exp(entries.logprobs_E) for w, entries in zip(weights, each, strict=True)])
-    rows_E, ids_E, is_exact_E = (
-        np.concatenate([getattr(entries, name) for entries in each]) for name in ("rows_E", "token_ids_E", "is_exact_E")
+    positions_E, ids_E, is_exact_E = (
+        np.concatenate([getattr(entries, name) for entries in each]) for name in ("positions_E", "token_ids_E", "is_exact_E")
     )
-    pairs_U, pair_E = np.unique(rows_E.astype(np.int64) << 32 | ids_E, return_inverse=True)
+    pairs_U, pair_E = np.unique(positions_E.astype(np.int64) << 32 | ids_E, return_inverse=True)
     mass_U = np.bincount(pair_E, mass_E, minlength=len(pairs_U))
     is_exact_U = np.bincount(pair_E, is_exact_E, minlength=len(pairs_U)) == len(parts)
     with np.errstate(divide="ignore"):
@@ -146,7 +146,7 @@ def mix_distributions(parts: Sequence[Distributions], weights: Sequence[float], 
     entries = Entries(pairs_U >> 32, (pairs_U & 0xFFFFFFFF).astype(np.int32), logprobs_U, is_exact_U)
     tail_P = sum(w * part.tail_mass_P.astype(np.float64) for w, part in zip(weights, parts, strict=True))
     joins_tail_E = is_exact_E & ~is_exact_U[pair_E]
-    tail_P = tail_P + sum_per_position(mass_E[joins_tail_E], rows_E[joins_tail_E], num_positions)
+    tail_P = tail_P + sum_per_position(mass_E[joins_tail_E], positions_E[joins_tail_E], num_positions)
     return Mixture(entries, np.asarray(tail_P), (target_ids_P, target_logprobs_P.astype(np.float32)))
 
 
@@ -168,7 +168,7 @@ def _check_same_tokens(first: str, ours: Identity, name: str, theirs: Identity) 
     differences = [f"{what} {left!r} and {right!r}" for what, (left, right) in pairs.items() if left != right]
     if differences:
         raise MismatchError(
-            f"mix: {first!r} and {name!r} do not speak of the same tokens: {'; '.join(differences)}; "
+            f"mix: {first!r} and {name!r} do not have the same tokens: {'; '.join(differences)}; "
             "only caches of one tokenizer and vocabulary can be mixed"
         )
 
@@ -184,7 +184,7 @@ def _mixed_selection(
             f"({selections[drawn].kind}): a mixture of both would be neither; mix caches of exact, or of random selections"
         )
     if all(kinds):
-        params = {"num_draws": MAX_DRAWS, "seed": derived_seed("mix", seed, list(weights), list(selections))}
+        params = {"num_draws": MAX_DRAWS, "seed": operation_seed("mix", seed, list(weights), list(selections))}
         return SelectionInfo(kind="sampled", params=params, filters=selections[0].filters)
     k = min(selection.params["k"] for selection in selections)
     return SelectionInfo(kind="top_k", params={"k": k}, filters=selections[0].filters)

@@ -1,7 +1,4 @@
-"""Leaving out positions of a record: their rows go, and the sequence is supervised there no more.
-
-Shape letters: N tokens, P positions, E entries, M positions whose target is no exact entry.
-"""
+"""Leave out positions of a record: their distributions go, and the sequence is no longer supervised there."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from kdcache.format.record import Distributions, SequenceRecord, TokenSequence, 
 
 
 def keep_positions(record: SequenceRecord, keep_P: NDArray[np.bool_], template_fingerprint: str) -> SequenceRecord:
-    """The record with these positions alone; its key is another, as the mask is part of it.
+    """The record with only these positions; its key changes, since the mask is part of it.
 
     Args:
         keep_P: (P,) which of the supervised positions stay.
@@ -23,7 +20,7 @@ def keep_positions(record: SequenceRecord, keep_P: NDArray[np.bool_], template_f
     if keep_P.all():
         return record
     sequence = _supervised_there(record.sequence, keep_P, template_fingerprint)
-    return SequenceRecord(sequence, _rows(record.distributions, record.sequence.target_ids_P, keep_P))
+    return SequenceRecord(sequence, _kept(record.distributions, record.sequence.target_ids_P, keep_P))
 
 
 def _supervised_there(sequence: TokenSequence, keep_P: NDArray[np.bool_], template_fingerprint: str) -> TokenSequence:
@@ -33,7 +30,7 @@ def _supervised_there(sequence: TokenSequence, keep_P: NDArray[np.bool_], templa
     return replace(sequence, supervised_N=supervised_N, key=key)
 
 
-def _rows(d: Distributions, target_ids_P: NDArray[np.int32], keep_P: NDArray[np.bool_]) -> Distributions:
+def _kept(d: Distributions, target_ids_P: NDArray[np.int32], keep_P: NDArray[np.bool_]) -> Distributions:
     counts_P = d.num_entries_P
     keep_E = np.repeat(keep_P, counts_P)
     has_target_P, inside_P, _ = find_targets(d, target_ids_P)
@@ -47,5 +44,5 @@ def _rows(d: Distributions, target_ids_P: NDArray[np.int32], keep_P: NDArray[np.
         num_exact_P=None if d.num_exact_P is None else d.num_exact_P[keep_P],
         log_z_PT=None if d.log_z_PT is None else d.log_z_PT[keep_P],
         entropy_P=None if d.entropy_P is None else d.entropy_P[keep_P],
-        features={name: rows_PH[keep_P] for name, rows_PH in d.features.items()},
+        features={name: values_PH[keep_P] for name, values_PH in d.features.items()},
     )

@@ -1,7 +1,7 @@
 """Make a cache of other caches: unit by unit, record by record, through the same writer as a capture.
 
-Bounded memory: a record of each source and a record batch at a time. Killed anywhere, the same call goes on: units that are
-published are not done again. Nothing is visible to readers until all of them are: there is one fold, at the end.
+Memory is bounded: one record of each source and one record batch at a time. Killed anywhere, it is resumed by the same call:
+published units are not done again. Nothing is visible to readers until all of them are: there is one fold, at the end.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from kdcache.derive.job import Job, make_job
+from kdcache.derive.config import DeriveConfig
+from kdcache.derive.derivation import Derivation, make_derivation
+from kdcache.derive.expression import Condition
 from kdcache.derive.lineage import lineage_words
 from kdcache.derive.mix import mix_records
-from kdcache.derive.options import DeriveOptions
 from kdcache.derive.positions import keep_positions
 from kdcache.derive.reduction.reduce import reduce_record
 from kdcache.derive.scalars import record_values
@@ -41,7 +43,7 @@ class Derived:
 
     Attributes:
         manifest: the new cache's newest.
-        num_read: sequences of the sources that were taken; where some did not meet a condition, the cache holds fewer.
+        num_read: sequences that were taken from the sources; the cache holds fewer if some did not meet a condition.
         num_missing: sequences that were not in all sources of a mixture, and were skipped.
     """
 
@@ -51,7 +53,7 @@ class Derived:
 
 
 def derive(
-    sources: Sequence[str | Path], target: str | Path, options: DeriveOptions | None = None, *, progress: Progress | None = None
+    sources: Sequence[str | Path], out: str | Path, config: DeriveConfig | None = None, *, progress: Progress | None = None
 ) -> Derived:
     """Make a cache of one or several others, without asking a teacher.
 
@@ -60,36 +62,38 @@ def derive(
 
     Args:
         sources: addresses of caches; their newest snapshots are read as they are.
-        target: address of the new cache.
-        options: what to do; by default the sources are written again as one.
+        out: address of the new cache.
+        config: what to do; by default the sources are written again as one.
 
     Raises:
-        ConfigError: options that cannot be had of these sources. InputError: nothing to write, sequences that are missing, or
+        ConfigError: a config that these sources cannot satisfy. InputError: nothing to write, sequences that are missing, or
             a source that is not complete.
-        MismatchError: sources that do not fit together; a target that holds something else.
+        MismatchError: sources that do not fit together; `out` holds something else.
         CacheNotFoundError, CorruptCacheError: a source cannot be read. StorageError: the disk or the store refuses.
     """
-    options = options or DeriveOptions()
-    root = locate(target)
+    config = config or DeriveConfig()
+    root = locate(out)
     if not sources:
-        raise ConfigError("no cache was given to make another of; give one or several")
+        raise ConfigError("no source was given; name one cache or several")
     if str(_absolute(root)) in {str(_absolute(locate(source))) for source in sources}:
-        raise ConfigError(f"{target} is a source and the target; choose another directory for the new cache")
+        raise ConfigError(f"{out} is both a source and the destination; choose another directory for the new cache")
     with ExitStack() as stack:
         readers = [stack.enter_context(open_reader(source)) for source in sources]
         for source, reader in zip(sources, readers, strict=True):
-            _refuse_incomplete(source, reader.manifest, options)
-        job = make_job(readers, [str(reader.root).rstrip("/").rsplit("/", 1)[-1] for reader in readers], options)
-        _refuse_other(root, job.manifest.lineage)
+            _refuse_incomplete(source, reader.manifest, config)
+        derivation = make_derivation(readers, [str(reader.root).rstrip("/").rsplit("/", 1)[-1] for reader in readers], config)
+        _refuse_other(root, derivation.manifest.lineage)
         with _nothing_left_behind(root):
-            writer = CacheWriter.open(root, job.manifest, record_batch_bytes=options.record_batch_bytes)
-            return Derived(_write(job, writer, progress), len(job.numbers_SC), job.num_missing)
+            writer = CacheWriter.open(root, derivation.manifest, record_batch_bytes=config.record_batch_bytes)
+            return Derived(_write(derivation, writer, progress), len(derivation.indexes_SC), derivation.num_missing)
 
 
 @contextmanager
 def _nothing_left_behind(root: Location) -> Iterator[None]:
-    """Remove what was begun here where it fails: all of it where it would fail again, and nothing where the disk or the store
-    refused and there are units to go on with. What an earlier call has begun stays."""
+    """On a failure remove what this call began, unless the disk or the store refused and published units can be resumed.
+
+    What an earlier call began stays.
+    """
     is_new, made = not chain.manifest_numbers(root), fs.missing_directories(root)
     try:
         yield
@@ -101,55 +105,59 @@ def _nothing_left_behind(root: Location) -> Iterator[None]:
         raise
 
 
-def _write(job: Job, writer: CacheWriter, progress: Progress | None) -> Manifest:
-    published, num_done, num_all = writer.published_units(), 0, len(job.numbers_SC)
-    for unit in range(job.manifest.plan.num_units):
+def _write(derivation: Derivation, writer: CacheWriter, progress: Progress | None) -> Manifest:
+    published, num_done, num_all = writer.published_units(), 0, len(derivation.indexes_SC)
+    for unit in range(derivation.manifest.plan.num_units):
         if unit not in published:
-            writer.write_unit(unit, _records(job, unit))
-        num_done += len(job.unit(unit))
+            writer.write_unit(unit, _records(derivation, unit))
+        num_done += len(derivation.unit(unit))
         if progress is not None:
             progress(num_done, num_all)
     return writer.fold()
 
 
-def _records(job: Job, unit: int) -> Iterator[SequenceRecord]:
-    places = list(job.places(job.unit(unit)))
-    for source, reader in enumerate(job.readers):
+def _records(derivation: Derivation, unit: int) -> Iterator[SequenceRecord]:
+    parts = list(derivation.parts(derivation.unit(unit)))
+    for source, reader in enumerate(derivation.readers):
         if reader.ahead is not None:
-            reader.ahead.prefetch([number for made_of in places for of, number in made_of if of == source])
-    for made_of in places:
-        record = derived_record(job, [job.readers[source][number] for source, number in made_of])
+            reader.ahead.prefetch([index for made_of in parts for of, index in made_of if of == source])
+    for made_of in parts:
+        record = derived_record(derivation, [derivation.readers[source][index] for source, index in made_of])
         if record is not None:
             yield record
 
 
-def derived_record(job: Job, records: Sequence[SequenceRecord]) -> SequenceRecord | None:
-    """One sequence of the new cache, from its records in the sources; None where a condition leaves it out."""
-    options, before = job.options, job.before
-    record = records[0] if options.mix is None else mix_records(records, options.mix, before)
-    vocab_size = job.manifest.identity.teacher.vocab_size
-    if job.where is not None and not job.where.holds(record_values(record, job.where.names, before, vocab_size)):
+def derived_record(derivation: Derivation, records: Sequence[SequenceRecord]) -> SequenceRecord | None:
+    """Make one sequence of the new cache from its records in the sources; None if a condition leaves it out."""
+    config, before = derivation.config, derivation.before
+    record = records[0] if config.mix is None else mix_records(records, config.mix, before)
+    identity = derivation.manifest.identity
+
+    def holds(condition: Condition) -> Any:
+        return condition.holds(record_values(record, condition.names, before, identity.teacher.vocab_size))
+
+    if derivation.where is not None and not holds(derivation.where):
         return None
-    if job.where_position is not None:
-        keep_P = np.asarray(job.where_position.holds(record_values(record, job.where_position.names, before, vocab_size)))
+    if derivation.where_position is not None:
+        keep_P = np.asarray(holds(derivation.where_position))
         if not keep_P.any():
             return None
-        record = keep_positions(record, keep_P, job.manifest.identity.tokenizer.chat_template_fingerprint)
-    if options.reduce is not None:
-        record = reduce_record(record, before, job.manifest.identity.selection)
+        record = keep_positions(record, keep_P, identity.tokenizer.chat_template_fingerprint)
+    if config.reduce is not None:
+        record = reduce_record(record, before, identity.selection)
     return record
 
 
-def _refuse_incomplete(source: str | Path, manifest: Manifest, options: DeriveOptions) -> None:
-    if not (manifest.is_complete or "incomplete" in options.accept):
+def _refuse_incomplete(source: str | Path, manifest: Manifest, config: DeriveConfig) -> None:
+    if not (manifest.is_complete or "incomplete" in config.accept):
         raise InputError(
-            f"{source}: only {len(manifest.shards)} of {manifest.plan.num_units} units are there, and what is derived would "
-            "look complete; finish it first, or use it as it is with --accept incomplete"
+            f"{source}: only {len(manifest.shards)} of {manifest.plan.num_units} units are there, and a cache derived from it "
+            "would look complete; finish it first, or use it as it is with --accept incomplete"
         )
 
 
 def _refuse_other(root: Location, lineage: LineageInfo | msgspec.UnsetType) -> None:
-    """Raise MismatchError if the target is a cache already, made otherwise: the writer would only name fingerprints."""
+    """Raise MismatchError if `out` is already a cache made in another way: the writer would only name fingerprints."""
     if not chain.manifest_numbers(root):
         return
     there = chain.newest_manifest(root).lineage
@@ -158,7 +166,7 @@ def _refuse_other(root: Location, lineage: LineageInfo | msgspec.UnsetType) -> N
         how = "captured from a teacher" if not isinstance(there, LineageInfo) else f"made by {lineage_words(there)}"
         raise MismatchError(
             f"{str(root)!r} holds another cache, {how}; asked for is {lineage_words(lineage)}; choose another directory, "
-            "or repeat what made it to go on with it"
+            "or repeat what made it to resume it"
         )
 
 

@@ -1,7 +1,4 @@
-"""The numbers that curation asks about: of each position of a record, and of the sequence. Pure functions.
-
-Shape letters: P positions.
-"""
+"""The scalars that conditions ask for, of each position of a record and of the sequence: pure functions."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ POSITION_NAMES = {
     "entropy_ceiling": "nats, the most that the entropy can be; the entropy where it is stored",
     "top1_probability": "of the most probable exact entry; of `threshold` tau where no token reaches it",
     "tail_mass": "probability of all tokens that are no exact entry",
-    "position": "place in the sequence, counted from 0",
+    "position": "index in the sequence, counted from 0",
 }
 """name -> what it is, for each position."""
 
@@ -62,7 +59,7 @@ def check_available(names: Iterable[str], selection: SelectionInfo) -> None:
 
 
 def record_values(record: SequenceRecord, names: Iterable[str], selection: SelectionInfo, vocab_size: int) -> Values:
-    """What the names mean for a record; asks only for what is named."""
+    """Compute the named scalars of a record, and only those that cost something when named."""
     d, sequence, asked, values = record.distributions, record.sequence, set(names), Values()
     if "target_logprob" in asked:
         values["target_logprob"] = d.target_logprobs(sequence.target_ids_P).astype(np.float64)

@@ -157,10 +157,14 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         }
 
     def differences(self, other: Identity) -> list[str]:
-        """`field: mine != theirs` for each leaf that differs, but for those of NOT_COMPARED."""
+        """`field: mine != theirs` for each leaf that differs, except those of NOT_COMPARED."""
+        return [f"{name}: {mine!r} != {theirs!r}" for name, (mine, theirs) in self.differing(other).items()]
+
+    def differing(self, other: Identity) -> dict[str, tuple[Any, Any]]:
+        """The leaves that differ, except those of NOT_COMPARED: name, as in `selection.kind` -> mine and theirs."""
         mine, theirs = _leaves(msgspec.to_builtins(self)), _leaves(msgspec.to_builtins(other))
-        names = [name for name in mine | theirs if name not in NOT_COMPARED]
-        return [f"{n}: {mine.get(n)!r} != {theirs.get(n)!r}" for n in names if mine.get(n) != theirs.get(n)]
+        pairs = {name: (mine.get(name), theirs.get(name)) for name in mine | theirs if name not in NOT_COMPARED}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -168,9 +168,3 @@ def no_positions(selection: SelectionInfo | None = None) -> Distributions:
         tail_mass_P=np.empty(0, np.float32),
         outside_target_logprobs_M=np.empty(0, np.float32),
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a foreign error's text, without its full stop, to be quoted; the error's type if it has no text."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from kdcache.errors import ConfigError, KdcacheError
 from kdcache.loss.chunks import Head
-from kdcache.teacher.base import first_line
+from kdcache.shown import first_line
 from kdcache.teacher.hf.rotary import mend_rotary
 from kdcache.train.body import hidden_states, output_projection, positions, text_config, vocab_size
 from kdcache.train.finite import not_finite_weight

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from kdcache.config.train import StudentConfig
 from kdcache.errors import ConfigError, MismatchError
 from kdcache.format.manifest import Identity
+from kdcache.shown import first_line
 from kdcache.teacher import load_tokenizer
 from kdcache.teacher.checkpoint import check_model_name
 from kdcache.teacher.hf.attention import must_be_eager, use_eager
@@ -250,8 +251,3 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """An error's message without the paragraphs of advice that transformers adds."""
-    return str(error).strip().split("\n", 1)[0]

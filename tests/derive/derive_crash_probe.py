@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from cache_making import content_of
 from derive_cases import selected_cache
 
-from kdcache.derive.options import DeriveOptions
+from kdcache.derive.config import DeriveConfig
 from kdcache.derive.reduction.reduce import Reduction
 from kdcache.derive.run import derive
 from kdcache.store.files import fs
@@ -34,7 +34,7 @@ KILLS = {
 }
 """(fault point, occurrence) -> sequences that readers see then."""
 
-OPTIONS = DeriveOptions(mix=(0.5, 0.5), reduce=Reduction(draws=40), where="num_tokens > 12", unit_sequences=3)
+OPTIONS = DeriveConfig(mix=(0.5, 0.5), reduce=Reduction(draws=40), where="num_tokens > 12", unit_sequences=3)
 
 
 def deadly(kill: tuple[str, int]) -> Callable[[str], None]:

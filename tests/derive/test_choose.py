@@ -8,7 +8,7 @@ from cache_making import make_record
 from derive_cases import SELECTIONS, VOCAB_SIZE, captured, random_logprobs, text
 
 from kdcache.derive.choose import Select, sampled, selected
-from kdcache.derive.concatenate import check_concatenation
+from kdcache.derive.derivation import check_concatenation
 from kdcache.derive.positions import keep_positions
 from kdcache.derive.scalars import check_available, record_values
 from kdcache.errors import ConfigError, InputError, MismatchError
@@ -21,13 +21,13 @@ KEYS = np.random.default_rng(3).integers(0, 256, (1000, 16), np.uint8)
 
 def test_numbers_and_keys_choose_each_sequence_once():
     twice = np.concatenate([KEYS[:10], KEYS[4:5]])
-    select = Select(numbers=((2, 4), (3, 6)), keys=(KEYS[4].tobytes(), KEYS[9].tobytes()))
+    select = Select(ranges=((2, 4), (3, 6)), keys=(KEYS[4].tobytes(), KEYS[9].tobytes()))
     assert np.flatnonzero(selected(select, twice)).tolist() == [2, 3, 4, 5, 9, 10]
 
 
 def test_what_is_not_there_cannot_be_chosen():
     with pytest.raises(ConfigError, match=r"5:1001 is not among the 1,000 sequences"):
-        selected(Select(numbers=((5, 1001),)), KEYS)
+        selected(Select(ranges=((5, 1001),)), KEYS)
     with pytest.raises(InputError, match=f"no sequence has the key {'00' * 16} \\(1 of 2 keys"):
         selected(Select(keys=(bytes(16), KEYS[0].tobytes())), KEYS)
     with pytest.raises(ConfigError, match="has 2 bytes, expected 16"):
@@ -120,7 +120,7 @@ def test_caches_of_other_teachers_or_selections_do_not_follow_one_another():
     seeded = [make_identity(selection=SelectionInfo(kind="threshold", params={"tau": 0.1, "seed": s})) for s in (0, 1)]
     check_concatenation([first, make_identity("packed")], ["a", "b"])
     check_concatenation(seeded, ["a", "b"])
-    with pytest.raises(MismatchError, match=r"'a' and 'b' cannot follow.*teacher.model: 'made-up' != 'other'"):
+    with pytest.raises(MismatchError, match=r"'a' and 'b' cannot be concatenated.*teacher.model: 'made-up' != 'other'"):
         check_concatenation([first, make_identity(model="other")], ["a", "b"])
     with pytest.raises(MismatchError, match=r"selection.params.k: 5 != 7"):
         check_concatenation([first, make_identity(k=7)], ["a", "b"])

@@ -99,7 +99,7 @@ def test_what_cannot_be_mixed_is_refused_in_words():
     with pytest.raises(ConfigError, match=r"'a' keeps exact entries \(top_k\) and 'b' unbiased estimates \(threshold\)"):
         mixed_identity([top_k, threshold], ["a", "b"], WEIGHTS, 0)
     other = msgspec.structs.replace(top_k, tokenizer=msgspec.structs.replace(top_k.tokenizer, fingerprint="e" * 64))
-    with pytest.raises(MismatchError, match="do not speak of the same tokens: tokenizer fingerprint"):
+    with pytest.raises(MismatchError, match="do not have the same tokens: tokenizer fingerprint"):
         mixed_identity([top_k, other], ["a", "b"], WEIGHTS, 0)
     wider = msgspec.structs.replace(top_k, teacher=msgspec.structs.replace(top_k.teacher, vocab_size=64))
     with pytest.raises(MismatchError, match="teacher's vocabulary 41 and 64"):

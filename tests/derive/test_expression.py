@@ -71,9 +71,9 @@ def test_what_is_not_known_compares_false_and_is_in_no_mean():
         ("num_tokens > 3 4", "at '4': expected `and`, `or` or the end"),
         ("num_tokens > mean", "at 'mean': expected a number"),
         ("(num_tokens > 3", r"expected '\)'"),
-        ("tail_mass > 0.5", r"tail_mass is of a position; of a sequence write mean\(tail_mass\)"),
+        ("tail_mass > 0.5", r"tail_mass belongs to a position; for a sequence write mean\(tail_mass\)"),
         ("mean(num_tokens) > 3", "expected one of target_logprob"),
-        ("any(mean(tail_mass) > 1)", "mean is of a whole sequence"),
+        ("any(mean(tail_mass) > 1)", "mean is about a whole sequence"),
         ("any(source ~ 'a')", "expected one of target_logprob"),
         ("source ~ wiki", "expected text in quotes"),
         ("source < 'wiki'", "expected one of == != ~ !~"),
@@ -81,8 +81,8 @@ def test_what_is_not_known_compares_false_and_is_in_no_mean():
         ("__import__('os')", 'not understood at "__import__'),
         (" and ".join(["num_tokens > 3"] * 500), "has 1999 words, at most 500"),
         ("num_tokens > 3; drop", "cannot be read at '; drop'"),
-        ("(" * 60 + "num_tokens > 3" + ")" * 60, "more than 50 parentheses"),
-        ("not " * 60 + "num_tokens > 3", "more than 50 parentheses"),
+        ("(" * 60 + "num_tokens > 3" + ")" * 60, "more than 50 nested parentheses"),
+        ("not " * 60 + "num_tokens > 3", "more than 50 nested parentheses"),
     ],
 )
 def test_what_is_no_condition_is_refused_with_its_place(text, sentence):

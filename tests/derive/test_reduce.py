@@ -152,11 +152,11 @@ def test_systematic_counts_are_floor_or_ceiling_and_the_weight_in_the_mean():
 @pytest.mark.parametrize(
     ("kind", "reduction", "sentence"),
     [
-        ("top_k", Reduction(), "nothing is asked for"),
+        ("top_k", Reduction(), "no reduction is named"),
         ("top_k", Reduction(top_k=8), "top_k is 8, but the cache's is 8 already"),
         ("top_k", Reduction(top_k=0), "expected a whole number of at least 1"),
         ("top_k", Reduction(tau=0.1), "which tokens share the mass of its tail was not kept"),
-        ("top_p_k", Reduction(draws=9), "draws cannot be had from selection 'top_p_k'"),
+        ("top_p_k", Reduction(draws=9), "draws is not possible for selection 'top_p_k'"),
         ("top_p_k", Reduction(top_p=0.9), "expected one below that"),
         ("top_k", Reduction(top_p=1.5), "expected a number above 0 and at most 1"),
         ("top_k", Reduction(top_p=float("nan")), "expected a number above 0 and at most 1"),

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from train_caches import load_teacher_model, train_config, write_cache
 
-from kdcache.derive.options import DeriveOptions
+from kdcache.derive.config import DeriveConfig
 from kdcache.derive.reduction.reduce import Reduction
 from kdcache.derive.run import derive
 from kdcache.format.manifest import SelectionInfo
@@ -27,7 +27,7 @@ def trained(cache: Path, teacher_dir: Path, out: Path, **loss: object) -> torch.
 def test_a_reduced_cache_trains_the_student_that_a_smaller_capture_trains(tiny_model_dir: Path, tmp_path: Path):
     for k in (16, 4):
         write_cache(tmp_path / f"top{k}", tiny_model_dir, k=k, num_sequences=6)
-    derive([tmp_path / "top16"], tmp_path / "derived", DeriveOptions(reduce=Reduction(top_k=4)))
+    derive([tmp_path / "top16"], tmp_path / "derived", DeriveConfig(reduce=Reduction(top_k=4)))
     weights = {
         name: trained(tmp_path / name, tiny_model_dir, tmp_path / f"run-{name}") for name in ("top16", "top4", "derived")
     }
@@ -36,7 +36,7 @@ def test_a_reduced_cache_trains_the_student_that_a_smaller_capture_trains(tiny_m
 
 
 def test_a_teacher_mixed_with_itself_trains_the_same_student(small_cache: Path, tiny_model_dir: Path, tmp_path: Path):
-    derive([small_cache, small_cache], tmp_path / "mixed", DeriveOptions(mix=(0.5, 0.5)))
+    derive([small_cache, small_cache], tmp_path / "mixed", DeriveConfig(mix=(0.5, 0.5)))
     weights = [
         trained(cache, tiny_model_dir, tmp_path / f"run{i}") for i, cache in enumerate([small_cache, tmp_path / "mixed"])
     ]
@@ -46,6 +46,6 @@ def test_a_teacher_mixed_with_itself_trains_the_same_student(small_cache: Path, 
 def test_a_mixture_of_random_caches_trains_with_the_loss_of_its_selection(tiny_model_dir: Path, tmp_path: Path):
     threshold = SelectionInfo(kind="threshold", params={"tau": 0.02, "seed": 0})
     random = [write_cache(tmp_path / name, tiny_model_dir, num_sequences=6, selection=threshold) for name in "ab"]
-    options = DeriveOptions(mix=(0.5, 0.5), codec="packed", where_position="target_logprob < -1", reduce=Reduction(draws=255))
+    options = DeriveConfig(mix=(0.5, 0.5), codec="packed", where_position="target_logprob < -1", reduce=Reduction(draws=255))
     derive(random, tmp_path / "drawn", options)
     assert trained(tmp_path / "drawn", tiny_model_dir, tmp_path / "run", tail="drop").isfinite().all()

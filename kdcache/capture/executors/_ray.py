@@ -30,7 +30,7 @@ from kdcache.capture.watch.signals import StopRequest
 from kdcache.config.capture import RunConfig
 from kdcache.errors import CaptureError, KdcacheError
 from kdcache.extras import needed_for
-from kdcache.shown import get_logger
+from kdcache.shown import first_line, get_logger
 from kdcache.store import chain
 from kdcache.store.writing.set_aside import FailedUnit
 from kdcache.store.writing.writer import CacheWriter
@@ -135,12 +135,12 @@ class _Crew:
             if self.num_failed_starts >= MAX_FAILED_STARTS:
                 raise CaptureError(
                     f"{self.num_failed_starts} consecutive workers died before they were ready, the last one with: "
-                    f"{_first_line(error)}; see their output above, and Ray's logs"
+                    f"{first_line(error)}; see their output above, and Ray's logs"
                 ) from error
         else:
             self.num_lost += 1
             unit = "no unit" if replica.unit is None else f"unit {replica.unit.index}"
-            log.warning("%s (pid %d) died while capturing %s: %s", replica.name, replica.pid, unit, _first_line(error))
+            log.warning("%s (pid %d) died while capturing %s: %s", replica.name, replica.pid, unit, first_line(error))
 
     def verdict(self, unit: Unit) -> FailedUnit | None:
         """Decide about the unit of a dead actor: it goes to the front of the queue, or is given up as the cause."""
@@ -169,7 +169,7 @@ def capture_on_ray(job: Job, progress: CaptureProgress, stop: StopRequest) -> Ca
         with translated_interrupts(stop):
             return _drive(job, progress, stop)
     except RayError as error:
-        raise CaptureError(f"Ray failed: {_first_line(error)}; what is published is kept") from error
+        raise CaptureError(f"Ray failed: {first_line(error)}; what is published is kept") from error
     finally:
         if is_ours:
             ray.shutdown()
@@ -205,7 +205,7 @@ def _connect(run: RunConfig) -> bool:
         ray.init(address=run.ray_address, include_dashboard=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise CaptureError(
-            f"run.ray_address: no Ray cluster at {where}: {_first_line(error)}; check that it runs, and that "
+            f"run.ray_address: no Ray cluster at {where}: {first_line(error)}; check that it runs, and that "
             "RAY_AUTH_TOKEN holds its token if it asks for one"
         ) from error
     return True
@@ -246,12 +246,7 @@ def _answer(crew: _Crew, replica: _Replica, future: Any) -> Any:
 def _own_error(error: RayTaskError) -> KdcacheError:
     """Return our own error that ended a task, or wrap another one."""
     cause = error.cause
-    return cause if isinstance(cause, KdcacheError) else CaptureError(f"a worker failed: {_first_line(cause)}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return cause if isinstance(cause, KdcacheError) else CaptureError(f"a worker failed: {first_line(cause)}")
 
 
 def _work(crew: _Crew, tally: Tally, stop: StopRequest) -> None:

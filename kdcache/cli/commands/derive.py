@@ -13,7 +13,7 @@ from kdcache.shown import say
 
 if TYPE_CHECKING:
     from kdcache.derive.choose import Select
-    from kdcache.derive.options import DeriveOptions
+    from kdcache.derive.config import DeriveConfig
     from kdcache.derive.reduction.reduce import Reduction
     from kdcache.derive.run import Derived
     from kdcache.format.manifest import Manifest
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Derive with a progress bar, and print what was written."""
-    options = _options(args)
+    config = _config(args)
     from tqdm import tqdm
 
     from kdcache.bars import bar_options
@@ -101,16 +101,16 @@ def run(args: argparse.Namespace) -> int:
             bar.total = num_all
             bar.update(num_done - bar.n)
 
-        derived = derive(args.caches, args.out, options, progress=progress)
+        derived = derive(args.caches, args.out, config, progress=progress)
     say(_as_text(args.out, derived))
     return 0
 
 
-def _options(args: argparse.Namespace) -> DeriveOptions:
-    from kdcache.derive.options import DeriveOptions
+def _config(args: argparse.Namespace) -> DeriveConfig:
+    from kdcache.derive.config import DeriveConfig
 
     given = {"record_batch_bytes": args.record_batch_bytes} if args.record_batch_bytes is not None else {}
-    return DeriveOptions(
+    return DeriveConfig(
         mix=None if args.mix is None else _weights(args.mix),
         missing=args.missing,
         select=_select(args.select) if args.select else None,
@@ -162,7 +162,7 @@ def _select(arguments: list[str]) -> Select:
             indexes.append((int(first), int(end) if colon else int(first) + 1))
         except ValueError as error:
             raise ConfigError(f"--select {argument!r}: expected an index, a range as in 0:1000, or @FILE with keys") from error
-    return Select(numbers=tuple(indexes), keys=tuple(keys))
+    return Select(ranges=tuple(indexes), keys=tuple(keys))
 
 
 def _keys(path: str) -> list[bytes]:

@@ -1,7 +1,4 @@
-"""Putting a record's entries together anew: what every operation on distributions ends with.
-
-Shape letters: P positions, E entries of all positions, M positions whose target is no exact entry.
-"""
+"""Rebuild a record from changed entries: the last step of every operation on distributions."""
 
 from __future__ import annotations
 
@@ -18,31 +15,31 @@ class Entries:
     """Entries of all positions, in any order.
 
     Attributes:
-        rows_E: (E,) the position of each.
+        positions_E: (E,) the position of each.
         token_ids_E: (E,) int32, distinct within a position.
         logprobs_E: (E,) float64, nats.
         is_exact_E: (E,) bool.
     """
 
-    rows_E: NDArray[np.int64]
+    positions_E: NDArray[np.int64]
     token_ids_E: NDArray[np.int32]
     logprobs_E: NDArray[np.float64]
     is_exact_E: NDArray[np.bool_]
 
     @classmethod
     def of(cls, d: Distributions) -> Entries:
-        """A record's."""
-        rows_E = np.repeat(np.arange(d.num_positions), d.num_entries_P)
-        return cls(rows_E, d.token_ids_E, d.logprobs_E.astype(np.float64), d.is_exact_E)
+        """The entries of a record."""
+        positions_E = np.repeat(np.arange(d.num_positions), d.num_entries_P)
+        return cls(positions_E, d.token_ids_E, d.logprobs_E.astype(np.float64), d.is_exact_E)
 
     def taken(self, take_E: NDArray[np.bool_]) -> Entries:
-        """Some of them."""
-        return Entries(self.rows_E[take_E], self.token_ids_E[take_E], self.logprobs_E[take_E], self.is_exact_E[take_E])
+        """The entries that a mask takes."""
+        return Entries(self.positions_E[take_E], self.token_ids_E[take_E], self.logprobs_E[take_E], self.is_exact_E[take_E])
 
 
-def sum_per_position(values_E: NDArray[np.float64], rows_E: NDArray[np.int64], num_positions: int) -> NDArray[np.float64]:
-    """(P,) sums in float64."""
-    return np.bincount(rows_E, values_E, minlength=num_positions).astype(np.float64)
+def sum_per_position(values_E: NDArray[np.float64], positions_E: NDArray[np.int64], num_positions: int) -> NDArray[np.float64]:
+    """(P,) the values' sum at each position, in float64."""
+    return np.bincount(positions_E, values_E, minlength=num_positions).astype(np.float64)
 
 
 def rebuilt(
@@ -53,18 +50,18 @@ def rebuilt(
     *,
     has_estimates: bool,
 ) -> Distributions:
-    """A record with other entries and tails; whatever is of the whole distribution (log_z, entropy, features) stays.
+    """The record with other entries and tails; what belongs to the whole distribution (log_z, entropy, features) stays.
 
     Args:
         entries: put into the record's order here.
-        targets: (P,) ids and (P,) logprobs of all targets, from which those that are no exact entry now are kept beside.
-        has_estimates: whether the selection may have estimates, so that numbers of exact entries are said.
+        targets: (P,) ids and (P,) logprobs of all targets, of which those that are not exact entries now are kept apart.
+        has_estimates: whether the selection may have estimates, so that the counts of exact entries are stored.
     """
     num_positions = d.num_positions
-    order_E = np.lexsort((entries.token_ids_E, -entries.logprobs_E, ~entries.is_exact_E, entries.rows_E))
-    sorted_ = Entries(*(getattr(entries, name)[order_E] for name in ("rows_E", "token_ids_E", "logprobs_E", "is_exact_E")))
-    counts_P = np.bincount(sorted_.rows_E, minlength=num_positions)
-    num_exact_P = np.bincount(sorted_.rows_E[sorted_.is_exact_E], minlength=num_positions).astype(np.int64)
+    order_E = np.lexsort((entries.token_ids_E, -entries.logprobs_E, ~entries.is_exact_E, entries.positions_E))
+    sorted_ = Entries(*(getattr(entries, name)[order_E] for name in ("positions_E", "token_ids_E", "logprobs_E", "is_exact_E")))
+    counts_P = np.bincount(sorted_.positions_E, minlength=num_positions)
+    num_exact_P = np.bincount(sorted_.positions_E[sorted_.is_exact_E], minlength=num_positions).astype(np.int64)
     made = replace(
         d,
         token_ids_E=sorted_.token_ids_E.astype(np.int32, copy=False),

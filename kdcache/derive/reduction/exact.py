@@ -1,7 +1,4 @@
-"""Fewer exact entries: the first ones stay, the others join the tail.
-
-Shape letters: P positions, E entries of all positions.
-"""
+"""Fewer exact entries: the first ones stay, the others join the tail."""
 
 from __future__ import annotations
 
@@ -15,19 +12,19 @@ from kdcache.format.record import Distributions
 def reduce_exact(
     d: Distributions, targets: tuple[NDArray[np.int32], NDArray[np.float32]], *, k: int, p: float | None = None
 ) -> Distributions:
-    """The most probable entries until their mass reaches p (None: all), at most k.
+    """Keep the most probable entries until their mass reaches p (None: all), at most k.
 
     Args:
         d: of `top_k` or `top_p_k`: all entries exact.
-        targets: (P,) ids and logprobs of all targets; those that are no entry any more are kept beside.
+        targets: (P,) ids and logprobs of all targets; those that are no longer an entry are kept apart.
     """
     entries = Entries.of(d)
     mass_E = np.exp(entries.logprobs_E)
-    place_E = np.arange(d.num_entries) - np.repeat(d.offsets_P1[:-1], d.num_entries_P)
-    keep_E = place_E < k
+    rank_E = np.arange(d.num_entries) - np.repeat(d.offsets_P1[:-1], d.num_entries_P)
+    keep_E = rank_E < k
     if p is not None:
         sums = np.concatenate([[0.0], np.cumsum(mass_E)])
         before_E = sums[:-1] - np.repeat(sums[d.offsets_P1[:-1]], d.num_entries_P)
         keep_E &= before_E < p
-    dropped_P = sum_per_position(mass_E[~keep_E], entries.rows_E[~keep_E], d.num_positions)
+    dropped_P = sum_per_position(mass_E[~keep_E], entries.positions_E[~keep_E], d.num_positions)
     return rebuilt(d, entries.taken(keep_E), d.tail_mass_P + dropped_P, targets, has_estimates=False)

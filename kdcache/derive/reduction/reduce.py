@@ -1,4 +1,4 @@
-"""Fewer entries from a record, without a teacher and without bias: what may be asked of which selection.
+"""Fewer entries per position, without a teacher and without bias: which reduction each selection allows.
 
 | selection | may become |
 |---|---|
@@ -21,7 +21,7 @@ import numpy as np
 
 from kdcache.derive.reduction.exact import reduce_exact
 from kdcache.derive.reduction.sampled import reduce_draws, reduce_threshold
-from kdcache.derive.reduction.systematic import derived_seed, position_uniforms
+from kdcache.derive.reduction.systematic import operation_seed, position_uniforms
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions, SequenceRecord, TokenSequence
@@ -30,7 +30,7 @@ from kdcache.format.selection import MAX_DRAWS, MIN_TAU, has_estimates
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """What is asked for; None leaves a parameter as it is.
+    """The reduction that is asked for; None leaves a parameter as it is.
 
     Attributes:
         top_k: most exact entries of a position.
@@ -63,7 +63,7 @@ _RANGES = {
 
 
 def reduced_selection(selection: SelectionInfo, reduction: Reduction, seed: int) -> SelectionInfo:
-    """The selection of what comes of it.
+    """The selection of the reduced records.
 
     Args:
         seed: of the draws that are done again; the selection's own becomes a function of it and of what there was.
@@ -73,14 +73,14 @@ def reduced_selection(selection: SelectionInfo, reduction: Reduction, seed: int)
     """
     asked = reduction.asked()
     if not asked:
-        raise ConfigError("reduce: nothing is asked for; expected top_k, top_p, tau or draws")
+        raise ConfigError("reduce: no reduction is named; expected top_k, top_p, tau or draws")
     for name, value in asked.items():
         _check_value(name, value)
         _check_allowed(selection, name, value)
     params = {_STORED[name]: value for name, value in asked.items()}
     kind = "top_p_k" if selection.kind == "top_k" and "top_p" in asked else selection.kind
     if has_estimates(selection):
-        params["seed"] = derived_seed("reduce", seed, asked, selection)
+        params["seed"] = operation_seed("reduce", seed, asked, selection)
     return msgspec.structs.replace(selection, kind=kind, params={**selection.params, **params})
 
 
@@ -117,7 +117,7 @@ def _check_allowed(selection: SelectionInfo, name: str, value: float) -> None:
     kind = selection.kind
     allowed = _ALLOWED[kind]
     if name not in allowed:
-        raise ConfigError(f"reduce: {name} cannot be had from selection {kind!r}: {_why_not(kind, name)}; {_instead(allowed)}")
+        raise ConfigError(f"reduce: {name} is not possible for selection {kind!r}: {_why_not(kind, name)}; {_instead(allowed)}")
     there = selection.params.get(_STORED[name])
     if there is None:  # top_p of top_k
         return
@@ -125,7 +125,7 @@ def _check_allowed(selection: SelectionInfo, name: str, value: float) -> None:
     if not is_less:
         raise ConfigError(
             f"reduce: {name} is {value!r}, but the cache's is {there!r} already; expected one "
-            f"{'above' if name == 'tau' else 'below'} that, as what was not kept cannot be had back"
+            f"{'above' if name == 'tau' else 'below'} that, since what was not kept is gone"
         )
 
 

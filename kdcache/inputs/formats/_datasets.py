@@ -15,6 +15,7 @@ from kdcache.extras import needed_for
 from kdcache.inputs.content import Fields, Item, Start
 from kdcache.inputs.formats.base import SourceFormat
 from kdcache.inputs.formats.table_files import check_names, item_of, item_values
+from kdcache.shown import first_line
 
 _ITEMS_PER_READ = 1024
 _SAVED_TO_DISK = ("state.json", "dataset_dict.json")
@@ -49,7 +50,7 @@ def _open(config: InputConfig, name: str) -> Any:
     except InputError:
         raise
     except Exception as error:  # the library raises what its builders, file systems and HTTP clients raise
-        raise InputError(f"dataset {name}: cannot be opened: {type(error).__name__}: {_one_line(error)}") from error
+        raise InputError(f"dataset {name}: cannot be opened: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _split_of(dataset: Any, config: InputConfig, name: str) -> Any:
@@ -79,11 +80,7 @@ def _values(dataset: Any, start: int, fields: Fields, config: InputConfig, name:
     except InputError:
         raise
     except Exception as error:  # as above; a stream meets the network here
-        raise InputError(f"dataset {name}: cannot be read: {type(error).__name__}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else "no further message"
+        raise InputError(f"dataset {name}: cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
 
 DATASET = SourceFormat(read_dataset)

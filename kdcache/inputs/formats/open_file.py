@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pyarrow as pa
 
 from kdcache.errors import InputError
+from kdcache.shown import first_line
 
 MAX_ITEM_BYTES, MAX_INFLATED_ITEM_BYTES = 2**30, 2**28
 """Most bytes of a line or a JSON value, in a plain and in a compressed file; the latter also of a compressed file that is one
@@ -154,7 +155,7 @@ class _Inflated(io.RawIOBase):
         try:
             num_bytes = self._inflated.readinto(buffer)
         except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{self._path}: not a whole {self._codec} file: {_one_line(error)}") from error
+            raise InputError(f"{self._path}: not a whole {self._codec} file: {first_line(error)}") from error
         self._offset += num_bytes
         if self._offset > FREE_BYTES and self._offset > MAX_INFLATION * self._packed.tell():
             raise InputError(
@@ -188,7 +189,3 @@ class _Inflated(io.RawIOBase):
     def _end(self) -> None:
         self._inflated.close()
         self._packed.close()
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -16,6 +16,7 @@ from kdcache.inputs.formats.arrow_files import check_inflation, check_num_values
 from kdcache.inputs.formats.base import FileFormat, InputFile
 from kdcache.inputs.formats.open_file import GIT_LFS
 from kdcache.inputs.formats.parquet_bounds import check_parquet, items_at_once
+from kdcache.shown import first_line
 
 _ITEMS_PER_READ = 1024
 _ARROW_FILE_MAGIC = b"ARROW1"
@@ -42,7 +43,7 @@ def read_parquet(file: InputFile) -> Iterator[Item]:
     except InputError:
         raise
     except Exception as error:  # for a damaged file Arrow raises anything: KeyError, TypeError, OverflowError, ...
-        raise InputError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
+        raise InputError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
 
 
 def read_arrow(file: InputFile) -> Iterator[Item]:
@@ -66,7 +67,7 @@ def read_arrow(file: InputFile) -> Iterator[Item]:
     except InputError:
         raise
     except Exception as error:  # as above
-        raise InputError(f"{path}: not a readable Arrow IPC file or stream: {_one_line(error)}") from error
+        raise InputError(f"{path}: not a readable Arrow IPC file or stream: {first_line(error)}") from error
 
 
 def table_columns(path: str) -> tuple[str | None, list[str]]:
@@ -85,7 +86,7 @@ def table_columns(path: str) -> tuple[str | None, list[str]]:
             with pa.memory_map(path) as source:
                 return "arrow", list(opened(source).schema.names)
     except Exception as error:  # as above
-        raise InputError(f"{path}: cannot be read: {_one_line(error)}") from error
+        raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
     return None, []
 
 
@@ -262,10 +263,6 @@ def _runs(column: Any) -> pa.Array:
     run_type = pa.run_end_encoded(column.run_ends.type, pa.int64())
     runs = pa.RunEndEncodedArray.from_buffers(run_type, len(column), [None], 0, column.offset, [column.run_ends, run_indices])
     return pc.call_function("run_end_decode", [runs])
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 PARQUET = FileFormat(read_parquet, (".parquet",))

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from kdcache.errors import InputError, TeacherError
 from kdcache.format.manifest import TokenizerIdentity, fingerprint
 from kdcache.inputs.chat import Chat, Message, says_nothing
-from kdcache.teacher.base import first_line
+from kdcache.shown import first_line
 from kdcache.teacher.chat.jinja_template import ChatTemplate
 from kdcache.teacher.chat.rendered import ChatSpans, Rendered
 from kdcache.teacher.chat.shapes import MarkedChat, notes_of, shapes

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from kdcache.errors import TeacherError
 from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import Distributions, TokenSequence
-from kdcache.shown import get_logger
-from kdcache.teacher.base import first_line, no_positions
+from kdcache.shown import first_line, get_logger
+from kdcache.teacher.base import no_positions
 from kdcache.teacher.features import with_no_vectors
 from kdcache.teacher.hf.features import LayerVectors, hidden_shape, joined, seen_layers, vectors_at
 from kdcache.teacher.hf.proof import Texts, asked_again, looked_at, reads_ahead

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.half_precision import warn_if_emulated
-from kdcache.teacher.base import first_line
+from kdcache.shown import first_line
 from kdcache.teacher.hf.attention import EAGER, must_be_eager, use_eager
 
 FIELD = "teacher.engine_options.attn_implementation"

@@ -25,7 +25,7 @@ import msgspec
 
 from kdcache.config.server import ServerConfig
 from kdcache.errors import TeacherError
-from kdcache.teacher.base import first_line
+from kdcache.shown import first_line
 from kdcache.teacher.served.retry import error_in, is_transient, refusal, seconds_to_wait, unreadable
 
 T = TypeVar("T")

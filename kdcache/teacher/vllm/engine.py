@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import TeacherError
 from kdcache.format.manifest import TeacherIdentity
-from kdcache.shown import get_logger
-from kdcache.teacher.base import first_line
+from kdcache.shown import first_line, get_logger
 from kdcache.teacher.checkpoint import folder_digest, resolved_revision, short_name, weights_digest
 from kdcache.teacher.engine_identity import vllm_options
 from kdcache.teacher.features import HiddenShape

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.format.manifest import SelectionInfo
-from kdcache.shown import get_logger
-from kdcache.teacher.base import first_line
+from kdcache.shown import first_line, get_logger
 from kdcache.teacher.select.found import Layout
 from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states

@@ -1,4 +1,4 @@
-"""What to make of some caches. Of what is asked for, the order is always the same: see `DeriveOptions`."""
+"""What a user may ask of a derivation; the order of the operations is always that of the fields of `DeriveConfig`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from kdcache.store.writing.writer import DEFAULT_RECORD_BATCH_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeriveOptions:
-    """The operations, in the order in which they are done; all at their defaults write the sources again, one behind the other.
+class DeriveConfig:
+    """The operations, in the order in which they are done; the defaults write the sources again, one after the other.
 
     Attributes:
         mix: a weight for each source, their sum 1: one cache of the mixture of the sources' teachers, of the sequences that all
-            have. None: the sources follow one another, and have to be of one teacher.
+            have. None: the sources are concatenated, and must be of one teacher.
         missing: what a mixture does with a sequence that is not in all sources: `error` names it and stops, `skip` leaves
             it out.
-        select: sequences by number or key.
+        select: sequences by index or key.
         fraction: share of those, in (0, 1], taken at random.
         where: condition on a sequence, see `kdcache.derive.expression`; others are left out.
-        where_position: condition on a position; others are left out, and are supervised no more.
+        where_position: condition on a position; others are left out, and are no longer supervised.
         reduce: fewer entries per position.
-        seed: of everything random here.
+        seed: seed of every random draw of the derivation.
         codec: id of the new cache's; None: the first source's.
-        bits: of the codecs `quantized` and `archive`; None for their own choice.
+        bits: of the codecs `quantized` and `archive`; None for their default.
         accept: `incomplete`: use a source whose capture has not finished as it is.
         unit_sequences: sequences of the sources per shard; None: about 256 MiB of them.
-        record_batch_bytes: about this many bytes of rows per Arrow record batch.
+        record_batch_bytes: about this many bytes of sequences per Arrow record batch.
     """
 
     mix: tuple[float, ...] | None = None
