@@ -30,7 +30,7 @@ class ForeignSequence:
     """One item of a foreign file.
 
     Attributes:
-        source: its file and line or row, for people.
+        source: its file and line or item, for people.
                 input_ids_N: (N,) int64; None where the file holds no tokens.
         positions_P: (P,) int64, the index t that each stored position claims; rising.
         counts_P: (P,) int64, entries of each position; 0 for one that is missing or null.

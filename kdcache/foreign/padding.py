@@ -23,7 +23,7 @@ def without_padding(sequence: ForeignSequence, mask_N: Any, where: str) -> Forei
 
     Args:
         sequence: with tokens and the positions that its positions claim among ALL tokens, padding included.
-        mask_N: (N,) 0 for padding; None where there is no mask.
+        mask_N: (N,) 0 for padding; None without a mask.
         where: for messages.
 
     Raises:

@@ -25,7 +25,7 @@ INVERSE_TEMPERATURES = 2.0 ** np.linspace(-2.0, 2.0, 17)
 ROUNDING = 4e-3
 """Mass of a bfloat16 position: entries near the top have logprobs of size up to 4, rounded by 2^-8 of that."""
 COMPLETE_SHARE = 0.2
-"""A power law p(r) ~ r^-a leaves about K p(K) / (a - 1) behind rank K; a position that leaves less than a fifth of K p(K) was
+"""A power law p(r) ~ r^-a leaves about K p(K) / (a - 1) after rank K; a position that leaves less than a fifth of K p(K) was
 renormalised, or ends at a cliff."""
 
 TAIL_RISE_NATS = 0.1
@@ -44,7 +44,7 @@ NEGATED_MASS = 0.05
 """Logits are above 0 too; but exp(-logit) of the greatest ones adds up to next to nothing."""
 
 SEAM_STEPS, SEAM_FACTOR = 4, 3.0
-"""The step from the last exact entry to the first fitted one, beside the greatest of this many steps before it."""
+"""The step from the last exact entry to the first fitted one, compared with the greatest of this many steps before it."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class ProbeCounts:
             sum of exp(logprob).
         num_heavy_positions: with a mass above 1 by more than rounding.
         num_unit_positions: with a mass of 1 within rounding.
-        num_complete_testable_positions, num_complete_positions: positions that should leave something behind, and
+        num_complete_testable_positions, num_complete_positions: positions that should leave some mass out, and
             those that leave nothing.
         num_unsorted_positions, num_duplicate_positions, num_negative_ids, max_id: as they say.
         num_padded_ids, padded_mass: entries with an id that the tokenizer does not have, and their probability.
@@ -89,7 +89,7 @@ class ProbeCounts:
         calibration_sum: [shift, inverse temperature] conditional log-likelihood of targets inside the support, of the first
             MAX_CALIBRATION_POSITIONS of them.
         num_lone_unlikely_positions: positions of one entry that is less likely than the vocabulary's mean: no top 1.
-        proof: hits beside masses.
+        proof: hits and masses.
         runs: of one token, at the ends of texts.
     """
 

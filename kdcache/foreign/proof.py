@@ -31,18 +31,18 @@ FLOOR_NATS = 1.0
 """A target outside the support is scored as the support's least entry minus this: no more is known of it."""
 
 BEYOND, WITHIN = 6.0, 3.0
-"""Deviations from which on chance is no explanation, and up to which it is."""
+"""Deviations from which on chance does not explain a miss, and up to which it does."""
 
 FOREIGN_SHARE, SOUND_SHARE, PROVEN_SHARE = 0.7, 0.85, 0.9
 """How much of the way from chance hits to the claimed ones must be found. A chat model that is surer of plain text
-than it should be stays above the second; half of the positions out of place stay below the first. Between
+than it should be stays above the second; half of the positions elsewhere stay below the first. Between
 the last two nothing is proven."""
 
 MIN_COMMON_SHARE = 0.3
 """Of all positions together; below it they are all foreign, and none is to be named."""
 
 GAIN_NATS = 4.0
-"""By how much a sequence's text must be likelier under another shift, which fits, to be called out of place where hits alone
+"""By how much a sequence's text must be likelier under another shift, which fits, to be called shifted where hits alone
 are between WITHIN and BEYOND. In sound sequences of fifty positions other shifts are 20 to 700 nats less likely."""
 
 MIN_POSITIONS = 32
@@ -254,7 +254,7 @@ def _verdict(evidence: Evidence, num_rival_positions: float) -> Verdict:
 
 
 def share(claimed: float, found: float, chance: float) -> float:
-    """Of the way from chance to what the positions claim, how much is found; 1 where there is no way."""
+    """Of the way from chance to what the positions claim, how much is found; 1 if there is nothing between."""
     room = claimed - chance
     return (found - chance) / room if room > MIN_CLAIM else 1.0
 

@@ -37,7 +37,7 @@ class RecordConfig:
         shift: added to each position's position.
         repairs: of REPAIRS.
         widest: entries of the widest positions, for `k+1`.
-        has_extra: whether the widest positions hold the target beside their top k; else a position that starts with
+        has_extra: whether the widest positions hold the target besides their top k; else a position that starts with
             its least entry does.
     """
 
@@ -100,7 +100,7 @@ def to_record(sequence: ForeignSequence, config: RecordConfig, account: Account)
     """The record, or None where no position is left.
 
     Raises:
-        InputError: an id outside the vocabulary, a duplicate with another value, a value that is no logprob.
+        InputError: an id outside the vocabulary, a duplicate with another value, a value that is not a logprob.
     """
     ids_N = sequence.input_ids_N
     if ids_N is None or not len(ids_N):
@@ -207,7 +207,7 @@ def _take_targets_out(
     known_P: NDArray[np.float64],
     config: RecordConfig,
 ) -> None:
-    """Move the target from the support to beside it where the engine added it: there it is the position's least entry."""
+    """Move the target out of the support where the engine added it: there it is the position's least entry."""
     least_P = np.full(len(counts_P), np.inf)
     np.minimum.at(least_P, entries.position_E, entries.logprobs_E)
     is_least_E = (entries.ids_E == targets_P[entries.position_E]) & (entries.logprobs_E <= least_P[entries.position_E])

@@ -1,4 +1,4 @@
-"""The corner that imports matplotlib. Draws without pyplot: no global state, no display."""
+"""Drawing with matplotlib, imported only here; without pyplot, so without global state or a display."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BARS = (
 
 
 def draw_evaluation(results: Mapping[str, Any], curves: Curves, path: Path) -> None:
-    """See `kdcache.report.plot.plot_evaluation`."""
+    """Draw what `kdcache.report.plot.plot_evaluation` describes."""
     students = [name for name in results["models"] if name != TEACHER]
     colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(students)} | {TEACHER: _TEACHER_COLOR}
     curves = {name: points for name, points in curves.items() if len(points) > 1}
@@ -34,11 +34,11 @@ def draw_evaluation(results: Mapping[str, Any], curves: Curves, path: Path) -> N
     panels = list(figure.subplots(1, num_panels, width_ratios=ratios))
     if curves:
         _draw_curves(panels.pop(0), curves, results["models"][TEACHER]["nats_per_token"]["value"], colors)
-    for axes, (metric, title, label, scale) in zip(panels, _BARS, strict=True):
+    for axes, (metric, title, unit, scale) in zip(panels, _BARS, strict=True):
         names = students if metric == "kl" or metric == "top1_agreement" else [*students, TEACHER]
         _draw_bars(axes, {name: results["models"][name][metric] for name in names}, scale, colors)
         axes.set_title(title, fontsize=11)
-        axes.set_ylabel(label)
+        axes.set_ylabel(unit)
     figure.suptitle(_caption(results), fontsize=9, color="#555555")
     figure.savefig(path, dpi=150)
 

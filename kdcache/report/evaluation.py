@@ -1,4 +1,4 @@
-"""What people look at of an evaluation: its table, its sentences and its lines for the terminal.
+"""An evaluation as people read it: its table, its sentences and its lines for the terminal.
 
 Takes the plain data that `results.json` holds (see `kdcache.train.evaluation.compare`), so that a saved evaluation can be shown
 again.
@@ -19,7 +19,7 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def evaluation_table(results: Mapping[str, Any]) -> Table:
-    """A row per model, the teacher first: loss, KL and top-1 agreement with standard errors, and the gap closed."""
+    """Make a line per model, the teacher first: loss, KL and top-1 agreement with standard errors, and the gap closed."""
     headers = [
         "model",
         "loss, nats/token",
@@ -29,7 +29,7 @@ def evaluation_table(results: Mapping[str, Any]) -> Table:
         "accuracy",
         "loss gap closed",
     ]
-    rows = [
+    lines = [
         [
             name,
             _with_error(metrics["nats_per_token"], 4),
@@ -41,11 +41,11 @@ def evaluation_table(results: Mapping[str, Any]) -> Table:
         ]
         for name, metrics in results["models"].items()
     ]
-    return Table(headers, rows)
+    return Table(headers, lines)
 
 
 def evaluation_sentences(results: Mapping[str, Any]) -> list[str]:
-    """For each student but the baseline, in words: is it better, by how much, how sure."""
+    """Say of each student but the baseline whether it is better, by how much, and how sure that is."""
     baseline = results["baseline"]
     return [
         f"{name} against {baseline}: "
@@ -55,7 +55,7 @@ def evaluation_sentences(results: Mapping[str, Any]) -> list[str]:
 
 
 def curve_lines(curves: Curves, *, encoding: str | None = "utf-8") -> list[str]:
-    """A sparkline per student on a common scale, with first and last held-out loss.
+    """Draw a sparkline per student on a common scale, with first and last held-out loss.
 
     The scale leaves out each curve's first point, an untrained student: its fall would flatten all that follows.
     """

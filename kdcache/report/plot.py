@@ -12,7 +12,7 @@ from kdcache.report.evaluation import Curves
 
 
 def plot_evaluation(results: Mapping[str, Any], curves: Curves, path: str | Path) -> None:
-    """A PNG: held-out loss while training (where the runs measured it), and bars of loss, KL and top-1 agreement.
+    """Write a PNG: held-out loss while training (where the runs measured it), and bars of loss, KL and top-1 agreement.
 
     Args:
         results: as `kdcache.train.evaluation.compare.compare_models` gives them.

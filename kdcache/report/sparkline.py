@@ -21,7 +21,7 @@ def sparkline(
     high: float | None = None,
     encoding: str | None = "utf-8",
 ) -> str:
-    """Up to `width` characters, one per value or per mean of neighbouring values; a blank where a value is not finite.
+    """Draw up to `width` characters, one per value or per mean of neighbouring values; a blank where a value is not finite.
 
     Args:
         values: in order.

@@ -265,7 +265,7 @@ def test_a_teacher_that_moves_with_its_neighbours_is_a_finding_and_not_a_toleran
     moving: Any = WithNeighbours(teacher, exponent)
     cache = capture(tmp_path / "c", unequal, moving)
     report = ask(cache, moving, num_sequences=8)
-    assert [("depends on the texts beside it" in p, "is not what this teacher says" in p) for p in report.problems[:2]] == (
+    assert [("depends on the others in its batch" in p, "is not what this teacher says" in p) for p in report.problems[:2]] == (
         [(True, False), (False, True)] if finds else []
     )
     assert report.allowed < 2e-3
@@ -273,7 +273,7 @@ def test_a_teacher_that_moves_with_its_neighbours_is_a_finding_and_not_a_toleran
     # Captured with neighbours, compared with the text alone: the sound teacher finds what the other one hides.
     assert ask(cache, teacher, num_sequences=8).is_sound != finds
     found = {finding.name: finding for finding in examine_own(cache, ExamineConfig(), teacher=moving).findings}
-    assert any("depends on the texts beside it" in finding.sentence for finding in found.values()) == finds
+    assert any("depends on the others in its batch" in finding.sentence for finding in found.values()) == finds
 
 
 def test_one_text_among_many_that_is_a_little_off_is_found(truth: Truth, tmp_path: Path, teacher: Teacher):

@@ -105,7 +105,7 @@ def test_a_parquet_file_whose_run_lengths_stand_for_too_many_values_is_refused_u
 ):
     monkeypatch.setattr("kdcache.inputs.formats.parquet_bounds.MAX_VALUES_PER_ITEM", 10_000)
     bomb = GOOD | {"topk_ids": [[7] * 20_001]}
-    assert "claims to hold 20,001 values in 1 rows" in told(write_rows(tmp_path / "a.parquet", [bomb]))
+    assert "claims to hold 20,001 values in 1 items" in told(write_rows(tmp_path / "a.parquet", [bomb]))
 
 
 ROWS_OF_NOTHING = {

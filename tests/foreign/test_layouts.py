@@ -174,7 +174,7 @@ def test_text_of_tokens_becomes_ids_where_the_tokenizer_tells_them_apart(tmp_pat
     assert found.positions_P.tolist() == list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
     assert found.token_ids_E.tolist() == answer
     content[0]["token"] = "\ufffd"
-    with pytest.raises(InputError, match="is the text of several tokens of this tokenizer, so that its id cannot be told"):
+    with pytest.raises(InputError, match="is the text of several tokens of this tokenizer, so its id cannot be known"):
         read(write_rows(tmp_path / "b.jsonl", rows), tokenizer=tokenizer)
 
 

@@ -41,11 +41,11 @@ CURVES = {"labels": [(0, 8.0), (1000, 4.0), (2000, 3.0)], "kd": [(0, 8.0), (1000
 
 
 def test_the_table_shows_each_model_with_errors_and_the_gap_closed() -> None:
-    rows = {row[0]: row for row in evaluation_table(RESULTS).rows}
-    assert list(rows) == ["teacher", "labels", "kd"]
-    assert rows["kd"][1] == "2.7000 +- 0.0270"
-    assert rows["kd"][4] == "60.0% +- 0.6"
-    assert [rows[name][-1] for name in rows] == ["100%", "0%", "30% [29, 31]"]
+    lines = {line[0]: line for line in evaluation_table(RESULTS).lines}
+    assert list(lines) == ["teacher", "labels", "kd"]
+    assert lines["kd"][1] == "2.7000 +- 0.0270"
+    assert lines["kd"][4] == "60.0% +- 0.6"
+    assert [lines[name][-1] for name in lines] == ["100%", "0%", "30% [29, 31]"]
 
 
 def test_the_verdict_knows_which_direction_is_better() -> None:
@@ -69,7 +69,7 @@ def test_missing_intervals_are_said_not_printed_as_numbers() -> None:
     results["comparisons"]["kd"] = dict.fromkeys(("nats_per_token", "kl", "top1_agreement"), nothing)
     results["gap_closed"]["kd"]["nats_per_token"] = {"value": None, "low": None, "high": None}
     assert "no interval: too little data" in evaluation_sentences(results)[0]
-    assert evaluation_table(results).rows[2][-1] == "n/a"
+    assert evaluation_table(results).lines[2][-1] == "n/a"
 
 
 def test_curves_share_one_scale_and_empty_ones_are_left_out() -> None:

@@ -37,7 +37,7 @@ class Answer:
         positions: an item for each token.
         tokens: of the positions, as the server wrote them (ids or text); None where it did not.
         prompt_ids: token ids of the prompt, where the answer holds them; whatever the server wrote.
-        messages: the chat that was asked, where it is kept beside.
+        messages: the chat that was asked, if the answer keeps it.
         start: of a prompt, the token that item 0 is about (SGLang: logprob_start_len).
     """
 
@@ -51,7 +51,7 @@ class Answer:
 
     @property
     def has_prompt_ids(self) -> bool:
-        """Whether the tokens of the prompt, all of them, are told beside its positions."""
+        """Whether the tokens of the prompt, all of them, come with its positions."""
         return self.is_prompt and self.tokens is not None and not self.start
 
 
@@ -70,9 +70,9 @@ class AnswerTokens:
             self._ids_of_text = _ids_of_text(self._tokenizer)
         found = self._ids_of_text.get(token)
         if found is None:
-            how = "is the text of several tokens" if token in self._ids_of_text else "is no token's text"
+            how = "is the text of several tokens" if token in self._ids_of_text else "is not the text of a token"
             raise InputError(
-                f"{where}: {token!r:.60} {how} of this tokenizer, so that its id cannot be told; ask the server for ids "
+                f"{where}: {token!r:.60} {how} of this tokenizer, so its id cannot be known; ask the server for ids "
                 "(vLLM: return_tokens_as_token_ids)"
             )
         return found
@@ -88,7 +88,7 @@ class AnswerTokens:
 
 
 def answers_of(item: Mapping[str, Any]) -> Iterator[Answer]:
-    """The texts with logprobs in one line; none where it is no answer."""
+    """Yield the texts with logprobs in one line; none if it is not an answer."""
     body = item
     for inner in ("response", "body"):  # a line of OpenAI's batch output
         body = body[inner] if isinstance(body.get(inner), Mapping) else body
@@ -137,7 +137,7 @@ def _echo(logprobs: Mapping[str, Any]) -> Answer | None:
 
 
 def _written_elsewhere(body: Mapping[str, Any], prompt: Any, messages: Any) -> Iterator[Answer]:
-    """What TGI and llama.cpp write beside the text of an answer."""
+    """Yield what TGI and llama.cpp write along with the text of an answer."""
     details, steps = body.get("details"), body.get("completion_probabilities")
     if isinstance(details, Mapping) and isinstance(details.get("top_tokens"), list):
         before = [part.get("id") for part in _dicts(details.get("prefill"))] or prompt

@@ -25,7 +25,7 @@ _TEXTS = ("prompt_token_ids", "messages", "input_ids", "request")
 
 
 def open_answers(path: str, table: Table, reading: ReadConfig) -> ForeignCache | None:
-    """The cache behind a path, or None where its lines are no answers of a server that hold logprobs."""
+    """Open the cache at a path; None unless its lines are a server's answers with logprobs."""
     if not set(_MARKS) & set(table.columns):
         return None
     lines = table.first_items(_columns(table))
@@ -50,9 +50,9 @@ def _columns(table: Table) -> list[str]:
 def _findings(first: Answer, reading: ReadConfig) -> tuple[Finding, ...]:
     if first.prompt_ids is not None or first.has_prompt_ids or (first.messages is not None and reading.tokenizer is not None):
         return ()
-    mended = "name its tokenizer with --tokenizer NAME" if first.messages is not None else "keep `prompt_token_ids` beside it"
+    mended = "name its tokenizer with --tokenizer NAME" if first.messages is not None else "keep `prompt_token_ids` with it"
     if first.start:
-        mended = f"the first {first.start} are missing (logprob_start_len): keep them beside it as `input_ids`"
+        mended = f"the first {first.start} are missing (logprob_start_len): keep them with it as `input_ids`"
     sentence = (
         "the answers do not hold the token ids of the prompt: whether positions belong to their tokens cannot be checked, and "
         f"nothing can be converted; {mended} (vLLM: ask with return_token_ids)"

@@ -25,11 +25,11 @@ from kdcache.foreign.formats.tables import Cells, Table, flat, nested
 from kdcache.foreign.padding import without_padding
 
 IDS, PREPARED = "target_token_ids", "target_logprobs"
-IGNORED_LABEL = -100
+IGNORED_TARGET = -100
 
 
 def open_axolotl(path: str, table: Table, reading: ReadConfig) -> ForeignCache | None:
-    """The cache behind a path, or None where its columns are not Axolotl's."""
+    """Open the cache at a path; None unless its columns are Axolotl's."""
     layout = _layout(table, reading)
     if layout is None:
         return None
@@ -102,14 +102,14 @@ def _sequences(table: Table, layout: _Layout, reading: ReadConfig) -> Iterator[F
     for where, item in table.items([*layout.columns, "labels", "attention_mask"]):
         positions = _entries_of(where, item, layout) or NO_ENTRIES
         ids_N = _text(where, item, layout, reading)
-        labels = flat(item.get("labels"), f"{where}: labels")
+        targets = flat(item.get("labels"), f"{where}: labels")
         if ids_N is not None and len(positions[0][1]) > len(ids_N):
             raise InputError(_too_many(where, len(positions[0][1]), len(ids_N), layout))
         counts_P, token_ids_E, values_E = ragged(where, *positions)
         before = 0 if ids_N is None else len(ids_N) - len(counts_P)
         learnt_N = None
-        if labels is not None and ids_N is not None and len(labels) == len(ids_N):
-            learnt_N = labels != IGNORED_LABEL
+        if targets is not None and ids_N is not None and len(targets) == len(ids_N):
+            learnt_N = targets != IGNORED_TARGET
         sequence = ForeignSequence(
             source=where,
             input_ids_N=ids_N,

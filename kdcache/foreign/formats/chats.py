@@ -1,4 +1,4 @@
-"""Token ids of chats that lie beside a teacher's positions in place of ids, through the chat template of a named tokenizer."""
+"""Token ids of chats that a cache holds instead of ids, made with the chat template of a named tokenizer."""
 
 from __future__ import annotations
 

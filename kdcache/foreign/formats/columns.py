@@ -1,8 +1,8 @@
 """Plain columns: token ids of the text, and for each position lists of ids and of values, under any of the usual names; or one
 column of lists of {token_id, logprob}.
 
-Position r is taken for position r. Positions may be null, as an engine's first one is; the probes then find where the
-others belong.
+The position stored at index r is taken for position r. Positions may be null, as an engine's first one is; the probes then
+find where the others belong.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _ABOUT_TOKENS = ("tokens", "labels", "loss_mask", "attention_mask")
 
 
 def open_columns(path: str, table: Table, reading: ReadConfig) -> ForeignCache | None:
-    """The cache behind a path, or None where no column could be ids or values.
+    """Open the cache at a path; None if no column could be ids or values.
 
     Raises:
         InputError: a column that the user named is not there.
@@ -100,7 +100,7 @@ def find_entries(table: Table, names: dict[str, str]) -> PairColumn | None:
 def no_tokens(name: str, table: Table) -> Finding:
     """What is to be said where the text is missing."""
     sentence = (
-        f"there is no column {name!r} with the token ids of the text ({', '.join(map(repr, table.columns))} "
+        f"a column {name!r} with the token ids of the text is missing ({', '.join(map(repr, table.columns))} "
         "are there): whether positions belong to their tokens cannot be checked, and nothing can be "
         "converted; name it with --column tokens=NAME"
     )
@@ -146,7 +146,7 @@ def _entries_of(where: str, item: Cells, names: dict[str, str], pairs: PairColum
 def _left_padding(mask_N: Any, num_positions: int) -> int:
     """Tokens of padding before position 0: none where the positions are one for each token, padding included.
 
-    Positions of the text alone, beside tokens that were padded on the left, start where the text does.
+    Positions of the text alone start where the text does, if its tokens were padded on the left.
     """
     if mask_N is None or not mask_N.any():
         return 0

@@ -1,8 +1,9 @@
 """DistillKit's Parquet (and Arrow, after packing): compressed logprobs, packed ids, the text's ids.
 
-Position r of an item is position r: the sampler drops the engine's empty first position. It appends a padding token to
-the text, so the last position is about that token unless the text was cut at the longest length. The config is not in
-the data files: `compression_config.yaml` lies beside them, or the user names it.
+The position stored at index r of an item is position r: the sampler drops the engine's empty first position. It
+appends a padding token to the text, so the last position is about that token unless the text was cut at the longest
+length. The config is not in
+the data files: `compression_config.yaml` lies next to them, or the user names it.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ POSITIONS_LOOKED_AT = 512
 
 
 def open_distillkit(path: str, table: Table, reading: ReadConfig) -> ForeignCache | None:
-    """The cache behind a path, or None where its columns are not DistillKit's.
+    """Open the cache at a path; None unless its columns are DistillKit's.
 
     Raises:
-        InputError: there is no config, or it does not fit the columns.
+        InputError: the config is missing, or does not fit the columns.
     """
     is_legacy = set(LEGACY) <= set(table.columns)
     if "input_ids" not in table.columns or not (is_legacy or set(COMPRESSED) <= set(table.columns)):

@@ -36,7 +36,7 @@ nearly the nearest the one that takes the fewest changes."""
 
 MIN_EXACT = 8
 LINE_NATS, LINE_RATIO, LINE_ERRORS = 0.03, 0.75, 6.0
-"""The curve must leave the line by so much more than under the other setting, in nats, as a ratio and in standard errors."""
+"""The curve must leave the line by this much more than under the other setting, in nats, as a ratio and in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _of_values(stated: _Look, best: _Look, hits: float) -> Finding:
 def _of_tails(stated: _Look, best: _Look) -> Finding:
     both = (f"{_off_the_line(look).mean():.2f}" for look in (stated, best))
     sentence = (
-        f"the fitted tails do not go on where the exact entries end: they are {next(both)} nats off in the mean, and "
+        f"the fitted tails do not continue where the exact entries end: they are {next(both)} nats off in the mean, and "
         f"{next(both)} with {_changes(stated.config, best.config)}; the config is probably not the one that wrote them. The "
         "exact entries can be kept; with the right config, named with --config FILE, all of them"
     )

@@ -52,7 +52,7 @@ class Saver:
 
 
 def open_megatron(path: str, reading: ReadConfig) -> ForeignCache | None:
-    """The tars behind a path that is one or a folder of them; None where there are none.
+    """Open the tars at a path, which is one or a folder of them; None if it is neither.
 
     Raises:
         InputError: a tar without metadata, or whose metadata make no sense.
@@ -62,7 +62,7 @@ def open_megatron(path: str, reading: ReadConfig) -> ForeignCache | None:
     if named.is_dir():
         files = sorted(
             (f for f in named.iterdir() if TAR_NAME.fullmatch(f.name) and f.is_file() and leads_inside(f, named)),
-            key=lambda f: [*map(int, _numbers(f))],
+            key=lambda f: [*map(int, _ranks_and_step(f))],
         )
     if not files:
         return None
@@ -76,7 +76,7 @@ def open_megatron(path: str, reading: ReadConfig) -> ForeignCache | None:
         values=reading.values or "logprobs",
         read=partial(_sequences, {file: _saver(found, file) for file, found in metas.items()}),
         facts={
-            "files": f"{len(files)}, of {len({_numbers(f)[:2] for f in files})} context and data ranks",
+            "files": f"{len(files)}, of {len({_ranks_and_step(f)[:2] for f in files})} context and data ranks",
             "entries": f"top {saver.k}{f' within top-p {saver.p}' if saver.p else ''}, {saver.dtype}",
             "data": json.dumps(meta.get("identifiers"))[:500],
         },
@@ -265,7 +265,7 @@ def _refuse_cut(path: Path) -> None:
             raise InputError(f"{path}: not a whole tar: it does not end with the empty blocks that mark the end")
 
 
-def _numbers(path: Path) -> tuple[str, str, str]:
+def _ranks_and_step(path: Path) -> tuple[str, str, str]:
     match = TAR_NAME.fullmatch(path.name)
     assert match is not None
     return match[1], match[2], match[3]

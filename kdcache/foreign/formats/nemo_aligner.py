@@ -23,7 +23,7 @@ _COLUMNS = ["tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", LO
 
 
 def open_nemo_aligner(path: str, table: Table, reading: ReadConfig) -> ForeignCache | None:
-    """The cache behind a path, or None where its columns are not NeMo-Aligner's."""
+    """Open the cache at a path; None unless its columns are NeMo-Aligner's."""
     if not {"tokens", "topk_logits", "topk_token_ids"} <= set(table.columns):
         return None
     return ForeignCache(
@@ -65,23 +65,23 @@ def _sequences(table: Table) -> Iterator[ForeignSequence]:
 
 
 def _text(where: str, item: Cells, tokens_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
-    """The text with the token that the last label adds, cut behind the last token that is learnt; and which are learnt."""
-    labels, mask = flat(item.get("labels"), f"{where}: labels"), flat(item.get("loss_mask"), f"{where}: loss_mask")
-    if labels is None or mask is None or not len(tokens_N):
+    """Return the text with the token that the last label adds, cut after the last learnt token; and which are learnt."""
+    targets, mask = flat(item.get("labels"), f"{where}: labels"), flat(item.get("loss_mask"), f"{where}: loss_mask")
+    if targets is None or mask is None or not len(tokens_N):
         return tokens_N, None
-    labels_N = to_ids(where, labels)
-    if not len(labels_N) == len(mask) == len(tokens_N):
-        raise InputError(f"{where}: {len(tokens_N)} tokens, {len(labels_N)} labels and {len(mask)} values of loss_mask")
+    targets_N = to_ids(where, targets)
+    if not len(targets_N) == len(mask) == len(tokens_N):
+        raise InputError(f"{where}: {len(tokens_N)} tokens, {len(targets_N)} labels and {len(mask)} values of loss_mask")
     is_learnt_N = mask != 0
     if not is_learnt_N.any():
         return tokens_N[:1], np.zeros(1, np.bool_)
     last = int(np.flatnonzero(is_learnt_N)[-1])
-    # Behind the last learnt label there is padding, and the token that it names stands in the labels alone.
-    wrong_N = is_learnt_N[:last] & (labels_N[:last] != tokens_N[1 : last + 1])
+    # After the last learnt label comes padding, and the token that the label names is in no other column.
+    wrong_N = is_learnt_N[:last] & (targets_N[:last] != tokens_N[1 : last + 1])
     if wrong_N.any():
         at = int(np.argmax(wrong_N))
         raise InputError(
-            f"{where}: label {at} is {labels_N[at]}, but the token after token {at} is {tokens_N[at + 1]}; labels must be the "
-            "tokens, one place on"
+            f"{where}: label {at} is {targets_N[at]}, but the token after token {at} is {tokens_N[at + 1]}; labels must be the "
+            "tokens, each one index earlier"
         )
-    return np.append(tokens_N[: last + 1], labels_N[last]), np.append(False, is_learnt_N[: last + 1])
+    return np.append(tokens_N[: last + 1], targets_N[last]), np.append(False, is_learnt_N[: last + 1])

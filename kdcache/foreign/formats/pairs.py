@@ -65,7 +65,7 @@ def read_pairs(
     """Read one cell: (ids, entries of each position), (values, the same). A null position is empty; None for a null cell.
 
     Raises:
-        InputError: the cell is something else, or an id is no whole number.
+        InputError: the cell is something else, or an id is not a whole number.
     """
     if isinstance(cell, pa.Scalar):
         if not cell.is_valid:
@@ -84,7 +84,7 @@ def read_pairs(
     else:
         ids, values, counts_P = _from_lists(cell, pairs, where)
     ids_E = np.array([to_id(token, where) for token in ids], np.int64)
-    return (ids_E, counts_P), (_numbers(values, pairs, where), counts_P)
+    return (ids_E, counts_P), (_values(values, pairs, where), counts_P)
 
 
 def to_id(token: Any, where: str) -> int:
@@ -127,7 +127,7 @@ def _from_lists(cell: Any, pairs: PairColumn, where: str) -> tuple[list[Any], li
     return ids, values, np.array([len(position) for position in positions], np.int64)
 
 
-def _numbers(values: list[Any], pairs: PairColumn, where: str) -> NDArray[np.float64]:
+def _values(values: list[Any], pairs: PairColumn, where: str) -> NDArray[np.float64]:
     odd = next((value for value in values if type(value) not in (int, float)), 0.0)
     if odd != 0.0:
         raise InputError(f"{where}: the entry's {pairs.value_field} is {odd!r:.60}, but a number was expected")

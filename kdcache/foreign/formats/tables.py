@@ -97,7 +97,7 @@ class Table:
 
 
 def open_table(path: str | Path) -> Table | None:
-    """The files behind a path that is one of them or a folder of them; None where there are none.
+    """Open the files at a path, which is one of them or a folder of them; None if it holds none.
 
     Raises:
         InputError: a file cannot be read or names a column twice, or a folder holds several kinds.
@@ -123,7 +123,7 @@ def flat(cell: Any, where: str) -> NDArray[Any] | None:
             return None
         values: Any = getattr(cell, "values", None)
         is_array = isinstance(values, pa.Array)
-        if not is_array or not (_is_number(values.type) or pa.types.is_boolean(values.type)) or values.null_count:
+        if not is_array or not (_is_numeric(values.type) or pa.types.is_boolean(values.type)) or values.null_count:
             nulls = " with nulls" if is_array and values.null_count else ""
             raise InputError(f"{where}: expected a list of numbers, found {cell.type}{nulls}")
         return values.to_numpy(zero_copy_only=False)
@@ -131,7 +131,7 @@ def flat(cell: Any, where: str) -> NDArray[Any] | None:
         return None
     if isinstance(cell, list) and cell and all(type(value) is bool for value in cell):
         return np.array(cell)
-    return _numbers(cell, where)
+    return _numeric(cell, where)
 
 
 def nested(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64]] | None:
@@ -146,7 +146,7 @@ def nested(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64]] | No
         return None
     if not isinstance(cell, list) or not all(item is None or isinstance(item, list) for item in cell):
         raise InputError(f"{where}: expected a list of lists of numbers, found {_kind(cell)}")
-    items = [_numbers(item or [], where) for item in cell]
+    items = [_numeric(item or [], where) for item in cell]
     return _joined(items), np.array([len(item) for item in items], np.int64)
 
 
@@ -174,7 +174,7 @@ def _nested_arrow(cell: Any, where: str) -> tuple[NDArray[Any], NDArray[np.int64
         raise InputError(f"{where}: expected a list of lists of numbers, found {cell.type}")
     check_num_positions(items, where)
     values = items.flatten()
-    if not _is_number(values.type) or values.null_count:
+    if not _is_numeric(values.type) or values.null_count:
         raise InputError(
             f"{where}: expected a list of lists of numbers, found {cell.type}{' with nulls' * bool(values.null_count)}"
         )
@@ -193,7 +193,7 @@ def list_lengths(items: pa.Array) -> NDArray[np.int64]:
     return counts.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _numbers(cell: Any, where: str) -> NDArray[Any]:
+def _numeric(cell: Any, where: str) -> NDArray[Any]:
     if not isinstance(cell, list) or not all(type(value) in (int, float) for value in cell):
         raise InputError(f"{where}: expected a list of numbers, found {_kind(cell)}")
     try:
@@ -216,7 +216,7 @@ def _kind(cell: Any) -> str:
     return f"a {type(cell).__name__}"
 
 
-def _is_number(kind: pa.DataType) -> bool:
+def _is_numeric(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 

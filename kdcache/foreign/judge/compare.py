@@ -70,7 +70,7 @@ def divergence(live: Supports, stored: Supports) -> NDArray[np.float64]:
 
     Cells: each common id; the ids A that only live names, those B that only stored names, and the rest. What stored gives to A
     is not known, but no id of it can have more than stored's least entry; and so for live and B. The divergence is jointly
-    convex in the two unknown masses, and is minimised over them. One distribution cut at two places gives 0.
+    convex in the two unknown masses, and is minimised over them. One distribution cut at two ranks gives 0.
     """
     in_stored, in_live = match(stored, live)
     num_positions = live.num_positions
@@ -91,7 +91,7 @@ def divergence(live: Supports, stored: Supports) -> NDArray[np.float64]:
 
 
 def _lone(mine: Supports, matched: NDArray[np.int64], other: Supports) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mass of my unmatched entries, and the most that the other can give to so many ids that it does not name."""
+    """Mass of my unmatched entries, and the most that the other can give to this many ids that it does not name."""
     lone_E = np.ones(len(mine.position_E), bool)
     lone_E[matched] = False
     position_E = mine.position_E[lone_E]

@@ -36,7 +36,7 @@ CONTROL_FACTOR = 10.0
 as rounding explains that."""
 
 SAME_ENGINE_NATS, OTHER_ENGINE_NATS = 1e-4, 5e-3
-"""What is allowed beside that: kernels chosen by shape, when engine, version and dtype are the capture's own; another engine's
+"""What is allowed besides: kernels chosen by shape, when engine, version and dtype are the capture's own; another engine's
 arithmetic, when they are not."""
 
 
@@ -57,13 +57,13 @@ class DeepConfig:
 
 @dataclass(frozen=True)
 class DeepReport:
-    """The cache beside its teacher, over a sample.
+    """The cache compared with its teacher, over a sample.
 
     Attributes:
-        sequences: their numbers in the cache.
+        sequences: their indices in the cache.
         num_positions: compared: positions with exact entries.
         kl_mean, kl_p99, kl_max: KL(live || cached) in nats per position; NaN where the cache holds no exact entry.
-        control_mean, control_p99, control_max: KL(live || live) of the same sequences, one at a time and beside one another;
+        control_mean, control_p99, control_max: KL(live || live) of the same sequences, one at a time and in a batch;
             more than rounding explains is a problem of its own.
         allowed: mean KL up to which the cache is the teacher's.
         shift_kl: mean KL when the cached positions are moved by each of SHIFTS.
@@ -274,7 +274,7 @@ def _problems(figures: dict[str, Any]) -> list[str]:
         problems.append(
             f"KL(live || cached) is {figures['worst']:.3g} nats per position in the mean of one of the texts, more than the "
             f"{allowed:.3g} that the control, the codec and the engine explain, where the mean of all is {kl:.3g}: it was "
-            "captured beside others that moved it, or is not what this teacher says"
+            "captured in a batch that moved it, or is not what this teacher says"
         )
     # To second order a KL of k goes with differences of logprobs of size sqrt(2 k).
     if abs(cached_nll - live_nll) > max(math.sqrt(2 * allowed), 0.01):

@@ -45,14 +45,15 @@ class ExamineConfig:
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found.
+    """What was found in a cache.
 
     Attributes:
         title, format, path, facts: of the cache.
-        findings: everything that is to be said; empty or notes alone for a sound cache.
+        findings: everything to be said; empty or only notes for a sound cache.
         tally: totals over all positions.
-        alignment: the verdict of the text; None where there are no tokens.
-        evidence: targets in the support beside the positions' masses, under the shift that the text speaks for; None as above.
+        alignment: the verdict of the text; None without tokens.
+        evidence: how many targets are in the support, and the supports' masses, under the shift that the text speaks
+            for; None as above.
         comparison: with the teacher, where one was asked.
     """
 
@@ -68,13 +69,13 @@ class Examination:
 
     @property
     def is_sound(self) -> bool:
-        """Whether there is nothing but notes."""
+        """Whether there are only notes."""
         return all(finding.severity == "note" for finding in self.findings)
 
     def alignment_proof(self) -> dict[str, Any]:
         """What shows that the positions belong to their tokens, once they are moved as the findings say, for a manifest.
 
-        `proven_by` is `teacher`, `text` (see README.md), or None with the reason beside it.
+        `proven_by` is `teacher`, `text` (see README.md), or None with the reason.
         """
         if self.comparison is not None and any(finding.name == "teacher_agrees" for finding in self.findings):
             c = self.comparison
@@ -82,7 +83,7 @@ class Examination:
             return {"proven_by": "teacher", **asked}
         e = self.evidence
         if e is None:
-            return {"proven_by": None, "reason": "there is no text"}
+            return {"proven_by": None, "reason": "the text is missing"}
         totals = {
             "num_rows": e.num_positions, "hits_claimed": e.claimed, "hits_found": e.found, "hits_by_chance": e.chance,
             "deviations": e.deviations, "worst_sequence": e.worst, "other_shift": e.rival,
@@ -103,7 +104,7 @@ class Examination:
         return {"proven_by": None, "reason": reason, **finite}
 
     def to_builtins(self) -> dict[str, Any]:
-        """Everything for JSON, without what is not a number."""
+        """Return everything for JSON; what is not finite becomes null."""
         return {
             "format": self.format, "title": self.title, "path": self.path, "facts": self.facts, "sound": self.is_sound,
             "findings": [vars(finding) for finding in self.findings],
@@ -131,7 +132,7 @@ def examine(
 def examine_opened(
     cache: ForeignCache, config: ExamineConfig, *, teacher: Teacher | None = None, progress: Progress | None = None
 ) -> Examination:
-    """The same for a cache that is open."""
+    """Examine a cache that is open."""
     vocab_size = config.vocab_size or (teacher.identity.vocab_size if teacher else None) or cache.vocab_size
     counts = ProbeCounts(vocab_size=vocab_size, tokenizer_size=config.tokenizer_size, approximate_from=cache.approximate_from)
     sample = fill(counts, cache, config, progress)
@@ -161,7 +162,7 @@ def examine_opened(
 def fill(
     counts: ProbeCounts, cache: ForeignCache, config: ExamineConfig, progress: Progress | None
 ) -> Sequence[ForeignSequence]:
-    """Count every sequence; gives the sample for the teacher."""
+    """Count every sequence; return the sample for the teacher."""
     sample: Sequence[ForeignSequence] = ()
     for sequence, sample in reservoir(cache.read(), config.num_sequences, config.seed):  # noqa: B007 - the last one is the sample
         counts.add_sequence(sequence, cache.values)
@@ -171,7 +172,7 @@ def fill(
 
 
 def totals(counts: ProbeCounts) -> dict[str, Any]:
-    """The totals that JSON can hold."""
+    """Return the totals that JSON can hold."""
     plain = {name: value for name, value in vars(counts).items() if isinstance(value, int | float) or value is None}
     shown = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in plain.items()}
     return shown | {"sizes": {str(size): count for size, count in sorted(counts.sizes.items())}}

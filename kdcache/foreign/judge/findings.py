@@ -44,7 +44,7 @@ def all_findings(cache: ForeignCache, counts: ProbeCounts) -> list[Finding]:
     if not num_positions:
         named = cache.findings or (Finding("no_positions", "fatal", "there is not one position with an entry in it"),)
         return list(named)
-    found = [*cache.findings, *_missing(counts), *_position_counts(counts), *_not_numbers(counts, num_positions)]
+    found = [*cache.findings, *_missing(counts), *_position_counts(counts), *_not_finite(counts, num_positions)]
     kind = list(_kind(cache.values, counts, num_positions))
     found += kind
     # What is no logprob has no mass to be tested, and the text says nothing of a temperature there; nor where the text itself
@@ -95,7 +95,7 @@ def _position_counts(counts: ProbeCounts) -> Iterator[Finding]:
         yield Finding("positions_for_a_part", "note", sentence)
 
 
-def _not_numbers(counts: ProbeCounts, num_positions: int) -> Iterator[Finding]:
+def _not_finite(counts: ProbeCounts, num_positions: int) -> Iterator[Finding]:
     bad = counts.num_nan + counts.num_positive_infinite
     if bad:
         yield Finding(

@@ -33,7 +33,7 @@ SHIFT_FACTOR = 0.5
 
 @dataclass(frozen=True)
 class Comparison:
-    """Stored positions beside the teacher's, over a sample.
+    """Stored positions compared with the teacher's, over a sample.
 
     Attributes:
         num_sequences, num_positions: compared; num_positions under the best shift.
@@ -49,7 +49,7 @@ class Comparison:
         typical_difference: median over positions of the greatest difference in a position, in nats: rounding, and engines.
         num_outlier_positions: positions that differ by far more than that; `outliers` names some, (source, position, nats).
         sequence_kl: (source, mean KL under the best shift) of each sequence.
-        moved: a sentence where the teacher's answer for a text depends on the texts beside it.
+        moved: a sentence where the teacher's answer for a text depends on the others in its batch.
     """
 
     num_sequences: int
@@ -215,7 +215,7 @@ def token_sequence(sequence: ForeignSequence) -> TokenSequence:
 
 
 def stored_supports(sequence: ForeignSequence, values: ValueKind) -> Supports:
-    """The stored positions, as logprobs where their kind gives them; entries that are no number are left out."""
+    """Return the stored supports, as logprobs if their kind gives them; entries that are not finite are left out."""
     log_z_E = None if sequence.log_z_P is None else np.repeat(sequence.log_z_P, sequence.counts_P)
     logprobs_E = as_logprobs(sequence.values_E[:, None], values, log_z_E)[:, 0]
     positions = supports_of(sequence.counts_P, sequence.token_ids_E, logprobs_E)

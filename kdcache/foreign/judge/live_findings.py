@@ -106,7 +106,7 @@ def _kl(c: Comparison) -> float:
 
 
 def _foreign_sequences(c: Comparison) -> Finding | None:
-    """Some sequences are far off the teacher, and the rest are not: positions of another text, or out of place."""
+    """Some sequences are far off the teacher, and the rest are not: positions of another text, or shifted."""
     foreign = [(source, kl) for source, kl in c.sequence_kl if kl > TOLERANCE_NATS]
     others = [kl for _, kl in c.sequence_kl if kl <= TOLERANCE_NATS]
     if not foreign or not others or min(kl for _, kl in foreign) < max(FOREIGN_NATS, FOREIGN_FACTOR * max(others)):

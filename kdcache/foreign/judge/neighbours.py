@@ -23,11 +23,11 @@ class AskedTwice:
     """The answers to the same sequences, in their order: one at a time, and all in one call, which the backend batches."""
 
     alone: Sequence[Distributions]
-    beside: Sequence[Distributions]
+    together: Sequence[Distributions]
 
     def movement(self, positions: Sequence[NDArray[np.integer]] | None = None) -> list[NDArray[np.float64]]:
-        """(P,) nats of KL(alone || beside) for each sequence; at these of its supervised positions, None for all."""
-        pairs = zip(self.alone, self.beside, strict=True)
+        """(P,) nats of KL(alone || together) for each sequence; at these of its supervised positions, None for all."""
+        pairs = zip(self.alone, self.together, strict=True)
         moved = [divergence(*(supports_of(d.num_entries_P, d.token_ids_E, d.logprobs_E) for d in pair)) for pair in pairs]
         return moved if positions is None else [kl_P[at] for kl_P, at in zip(moved, positions, strict=True)]
 
@@ -50,7 +50,7 @@ def what_moved(moved: Sequence[NDArray[np.float64]], identity: TeacherIdentity) 
     if not worst > explained:
         return None
     return (
-        f"the teacher's answer for a text depends on the texts beside it: KL(alone || in a batch) is {worst:.3g} nats per "
+        f"the teacher's answer for a text depends on the others in its batch: KL(alone || in a batch) is {worst:.3g} nats per "
         f"position in the text that moves most, and rounding in {identity.dtype} explains {explained:g}; what it says in "
         "batches is not what it says of the text"
     )

@@ -31,7 +31,7 @@ def examine_own(
     """Verify a cache of ours and put the probes to it.
 
     Raises:
-        CacheNotFoundError, CorruptCacheError: there is no manifest that can be read. TeacherError: the teacher fails.
+        CacheNotFoundError, CorruptCacheError: no manifest can be read. TeacherError: the teacher fails.
     """
     report = verify_cache(path)
     mended = f"`kdcache repair {path}` sets damaged units aside, so that they can be made again"

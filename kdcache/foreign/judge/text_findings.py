@@ -60,7 +60,7 @@ def extra_entries(counts: ProbeCounts, alignment: Alignment) -> Iterator[Finding
 
 
 def evidence_of(counts: ProbeCounts, alignment: Alignment) -> Evidence:
-    """Hits beside masses under the shift that the text speaks for; where it speaks for none, under the claimed one."""
+    """Compare hits with masses under the shift that the text speaks for, or else under the claimed one."""
     return counts.proof.at(alignment.shift if alignment.verdict != "unclear" else 0)
 
 
@@ -94,7 +94,7 @@ def _calibration(evidence: Evidence, *, is_tempered: bool) -> Iterator[Finding]:
     if evidence.verdict in ("proven", "consistent", "untested") and evidence.deviations >= BEYOND:
         sentence = (
             f"{_hits(evidence)}: more than the positions claim. The text was written greedily or after "
-            "filters, or a temperature above 1 was applied to the values, or they are no natural logarithms "
+            "filters, or a temperature above 1 was applied to the values, or they are not natural logarithms "
             "of probabilities; --teacher MODEL tells which"
         )
         yield Finding("many_hits", "note", sentence)
@@ -103,7 +103,7 @@ def _calibration(evidence: Evidence, *, is_tempered: bool) -> Iterator[Finding]:
         sentence = (
             f"{_hits(evidence)}: fewer than the positions claim, though far more than chance. The teacher is "
             "surer of this text than it should be, as chat models are, or a temperature below 1 was applied, "
-            "or a few positions are out of place; --teacher MODEL tells which"
+            "or a few positions belong elsewhere; --teacher MODEL tells which"
         )
         yield Finding("few_hits", "note", sentence)
 
@@ -133,8 +133,8 @@ def _few_hits(evidence: Evidence) -> Finding:
         return Finding("foreign_sequences", "fatal", sentence)
     if evidence.verdict == "unclear":
         sentence = (
-            f"{_hits(evidence)}: some positions are out of place, or of padding, or a temperature below 1 was applied, or the "
-            "teacher is surer of this text than it should be; --teacher MODEL tells which"
+            f"{_hits(evidence)}: some positions belong elsewhere, or are of padding, or a temperature below 1 "
+            "was applied, or the teacher is surer of this text than it should be; --teacher MODEL tells which"
         )
         return Finding("few_hits", "undecided", sentence)
     sentence = (

@@ -30,7 +30,7 @@ def check_parquet(metadata: Any, where: str) -> None:
             name, values, packed = column.path_in_schema, column.num_values, max(column.total_compressed_size, 1)
             if values > MAX_VALUES_PER_ITEM * max(group.num_rows, 1) or (values > FREE_VALUES and values > MAX_RUN * packed):
                 raise InputError(
-                    f"{where}: column {name!r} claims to hold {values:,} values in {group.num_rows:,} rows and "
+                    f"{where}: column {name!r} claims to hold {values:,} values in {group.num_rows:,} items and "
                     f"{packed:,} bytes, more than real data needs"
                 )
             inflated = column.total_uncompressed_size

@@ -24,7 +24,7 @@ _ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
 
 
 def read_parquet(file: InputFile) -> Iterator[Item]:
-    """Yield the items of a Parquet file; its groups of rows before the start are not read.
+    """Yield the items of a Parquet file; its groups before the start are not read.
 
     Raises:
         InputError: the file is damaged, lacks the column, or a column or cell has the wrong type.
