@@ -1,4 +1,4 @@
-"""Progress bars that suit where they are shown: one line that is overwritten on a terminal, a line now and then in a file."""
+"""Progress bars for terminals and files: one line that is overwritten, or a new line from time to time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, TextIO
 from kdcache.shown import shown
 
 SECONDS_BETWEEN_LINES = 60.0
-"""Between two states of a bar that goes to a file or a pipe, where none is overwritten."""
+"""Between two states of a bar that goes to a file or a pipe."""
 
 
 def bar_options(**options: Any) -> dict[str, Any]:
-    """The arguments of a `tqdm` on stderr, with what the place needs; `options` are tqdm's own."""
+    """Arguments for a `tqdm` on stderr that suit a terminal or a file; `options` are tqdm's own."""
     if "desc" in options:
         options["desc"] = shown(options["desc"], 100)
     if sys.stderr.isatty():
@@ -22,7 +22,7 @@ def bar_options(**options: Any) -> dict[str, Any]:
 
 
 class _Lines:
-    """A file for tqdm, in which each state of a bar is a line of its own, and what would wipe one out is left out."""
+    """A file for tqdm that gets one line per state of the bar, without the characters that erase a line."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file

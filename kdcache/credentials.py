@@ -1,7 +1,7 @@
-"""What is a secret, by its name and by its look: the one list. Standard library only.
+"""Recognise secrets by name and by look: the one list. Standard library only.
 
-A config goes into a cache's manifests and a training run's record, and caches are shared: a secret in it is refused before
-anything is written. What is printed, logged or kept as the reason of a failure has secrets masked (`kdcache.shown`).
+A config is written into a cache's manifests and a training run's record, which are shared, so a secret in it is refused before
+anything is written. Secrets are masked in everything printed, logged or recorded as a failure's reason (`kdcache.shown`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 MASK = "***"
 MIN_CHARACTERS = 6
-"""Of a value that is masked wherever it stands; a shorter one would be found in common words."""
+"""Of a value that is masked everywhere; a shorter one would occur in common words."""
 
 _WORDS = {
     "secret", "secrets", "password", "passwd", "passphrase", "pwd", "credential", "credentials", "auth", "authorization",
@@ -80,15 +80,15 @@ def _is_secret_name(name: str) -> bool:
 
 
 def find_secret(value: Any, name: str = "", path: str = "") -> str | None:
-    """Where the first secret in plain values is, as `engine_options.hub_kwargs.token`; None for none.
+    """The path of the first secret in plain values, such as `engine_options.hub_kwargs.token`; None if there is none.
 
-    By name: any text under a secret's name, however deep. By look: a key or token of a known provider, an address with a
-    password or a signature in it.
+    By name: any text under a secret's name, at any depth. By look: a key or token of a known provider, or an address that
+    contains a password or a signature.
     """
     if isinstance(value, Mapping):
         children = ((str(key), child, f"{path}.{key}" if path else str(key)) for key, child in value.items())
     elif isinstance(value, list | tuple | set | frozenset):
-        children = ((name, child, f"{path}[{number}]") for number, child in enumerate(value))
+        children = ((name, child, f"{path}[{index}]") for index, child in enumerate(value))
     else:
         is_secret = isinstance(value, str | bytes) and bool(value) and (is_secret_name(name) or looks_secret(value))
         return (path or name) if is_secret else None
@@ -102,18 +102,18 @@ def find_secret(value: Any, name: str = "", path: str = "") -> str | None:
 
 
 def looks_secret(text: str | bytes) -> bool:
-    """Whether a text holds what is a secret wherever it stands."""
+    """Whether a text contains something that is always a secret."""
     plain = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
     return _masked_by_look(plain) != plain
 
 
 def remember(value: Any, name: str = "") -> None:
-    """Have the secrets in some options masked wherever this process prints or logs them."""
+    """Mask the secrets in these values wherever this process prints or logs them."""
     _known.update(_named_secrets(value, name))
 
 
 def masked(text: str) -> str:
-    """A text without the secrets in it: those by look, those of `remember`, and those in this process's environment."""
+    """A text with its secrets masked: by look, from `remember`, and from this process's environment."""
     for secret in sorted(_known | _in_environment(), key=len, reverse=True):
         if secret in text:
             text = text.replace(secret, MASK)
@@ -141,7 +141,7 @@ def _in_environment() -> set[str]:
 
 
 def _masked_pairs(text: str) -> str:
-    # In what is printed alone: `key=...` in the path of a partition is no secret, and a config with it is not refused.
+    # Only for printing: `key=...` in the path of a partition is not a secret, and a config with it is not refused.
     return _PAIR.sub(lambda found: found[1] + found[2] + (MASK if is_secret_name(found[1]) else found[3]), text)
 
 

@@ -1,4 +1,4 @@
-"""One exception tree. Standard library and `kdcache.shown` alone.
+"""The exception tree. Imports the standard library and `kdcache.shown` only.
 
 ::
 
@@ -15,11 +15,11 @@
     +-- LossError          (ValueError)     a loss that would be wrong for this record
     +-- TeacherError       (RuntimeError)   a model that does not load or answers wrongly
     +-- CaptureError       (RuntimeError)   a capture that could not finish; the cause is chained
-    +-- NotFiniteError     (ArithmeticError) a training or an evaluation came to a number that is not finite
+    +-- NotFiniteError     (ArithmeticError) a number in a training or evaluation is not finite
     +-- StorageError       (RuntimeError)   a disk or an object store that is full, refuses access or does not answer
 
 A message is one sentence or two: what, which value, what was expected, what to do. The command line prints it and exits
-with status 2; anything that is not a KdcacheError is a bug of ours and is shown with its traceback.
+with status 2; any other exception is a bug and is shown with its traceback.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kdcache.shown import Lines, shown, shown_lines
 
 class KdcacheError(Exception):
     """Base of every error kdcache raises on purpose. Its message is one line of bounded length, without control characters,
-    whatever was put into it; `kdcache.shown.Lines` keep their breaks."""
+    whatever it was made of; `kdcache.shown.Lines` keep their breaks."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*(_plain(argument) if isinstance(argument, str) else argument for argument in args))
@@ -46,18 +46,18 @@ class ConfigError(KdcacheError, ValueError):
 
 
 class InputError(KdcacheError, ValueError):
-    """Input that cannot be read or does not fit; the message names the file and the line or row."""
+    """Input that cannot be read or does not fit; the message names the file and the line or item."""
 
 
 class MissingDependencyError(KdcacheError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that installs it."""
 
     def __init__(self, package: str, *, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package!r}, which is not installed: pip install 'kdcache[{extra}]'")
 
 
 class CacheNotFoundError(KdcacheError, FileNotFoundError):
-    """There is no cache at the path."""
+    """No cache exists at this path."""
 
 
 class FormatError(KdcacheError, ValueError):
@@ -69,12 +69,12 @@ class UnsupportedVersionError(FormatError):
 
 
 class CorruptCacheError(FormatError):
-    """A digest, length, offset, width or id in a cache is wrong; the message names the file and the place in it.
+    """A digest, length, offset, width or id in a cache is wrong; the message says where.
 
     Attributes:
-        path: of the shard, where a reader met it in one.
-        record_batch: its number in the shard.
-        sequence: number of the sequence in the cache that was asked for.
+        path: of the shard, if it was found in one.
+        record_batch: index of the record batch in the shard.
+        sequence: index in the cache of the sequence that was read.
     """
 
     path: str | None = None

@@ -1,4 +1,4 @@
-"""Which extra of kdcache brings which package: the one place where an import that finds nothing becomes a sentence."""
+"""Which extra of kdcache installs which package, and the message for a missing one."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ EXTRAS = {
     "trl": "trl",
     "vllm": "vllm",
 }
-"""Name in an import statement -> the extra that brings it."""
+"""Name in an import statement -> the extra that installs it."""
 
 STORES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "memory": "fsspec"}
-"""Scheme of an object store's address -> the package that speaks it, beside fsspec."""
+"""Scheme of an object store's address -> the package that it needs in addition to fsspec."""
 
 
 def require(*packages: str, purpose: str, extra: str | None = None) -> None:
-    """Say so before any work where a package is not installed; imports none.
+    """Check that packages are installed, before any work starts; imports none of them.
 
     Args:
-        packages: names as in an import statement, of EXTRAS.
-        purpose: what needs them: the beginning of a sentence.
-        extra: that brings all of them and what else the purpose needs; None for the package's own.
+        packages: names as in an import statement, from EXTRAS.
+        purpose: what needs them, as the beginning of a sentence.
+        extra: the one that installs everything for the purpose; None for the package's own.
 
     Raises:
-        MissingDependencyError: the first that is missing, with the line that installs it.
+        MissingDependencyError: names the first missing package and the command that installs it.
     """
     for package in packages:
         if find_spec(package) is None:
@@ -51,10 +51,10 @@ def require(*packages: str, purpose: str, extra: str | None = None) -> None:
 
 @contextmanager
 def needed_for(purpose: str, extra: str | None = None) -> Iterator[None]:
-    """Turn an import within, that fails for want of a package of EXTRAS, into a sentence; see `require`.
+    """Turn a failed import of a package in EXTRAS into one sentence; see `require`.
 
     Raises:
-        MissingDependencyError: names the package, the purpose and the line that installs it.
+        MissingDependencyError: names the package, the purpose and the command that installs it.
     """
     try:
         yield

@@ -1,8 +1,7 @@
-"""Text from a file, a server or a library as it can be printed: nothing in it moves a cursor, hides or goes on for ever.
+"""Make text from a file, a server or a library safe to print: nothing moves the cursor, hides, or is endless.
 
-A name in a stranger's cache may hold what a terminal obeys (escape sequences), what turns a line around (bidirectional
-overrides), or what cannot be seen. The one place where such text becomes plain: errors, warnings, progress and results all
-come through here, and leave without the secrets in them (`kdcache.credentials`).
+A name in a stranger's cache may hold escape sequences, bidirectional overrides that reverse a line, or invisible characters.
+All errors, warnings, progress and results pass through this module, which also masks secrets (`kdcache.credentials`).
 """
 
 from __future__ import annotations
@@ -16,29 +15,28 @@ from typing import Any, TextIO
 from kdcache.credentials import masked
 
 MOST_CHARACTERS = 2000
-"""Of one line: room for a sentence with a few long paths in it."""
+"""Of one line: enough for a sentence with a few long paths."""
 MOST_LINES = 1000
 _MOST_READ = 20_000
 
-# Invisible, although Python calls them printable: fillers, joiners and variation selectors. Everything else that is not seen,
-# or moves what is seen, is of the kinds that `str.isprintable` knows: Cc, Cf, Cs, Co, Cn, Zl, Zp, and blanks other than U+0020.
+# Invisible, although Python calls them printable: fillers, joiners and variation selectors. `str.isprintable` knows all other
+# characters that are invisible or move text: Cc, Cf, Cs, Co, Cn, Zl, Zp, and blanks other than U+0020.
 _UNSEEN = "\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef"
 _IS_UNSEEN = re.compile(f"[{_UNSEEN}]")
 
 
 class Lines(str):
-    """Text of several lines whose breaks are ours; what stands in them is shown already."""
+    """Text of several lines that is already safe to print; its line breaks are ours."""
 
     __slots__ = ()
 
 
 def shown(value: Any, most: int = MOST_CHARACTERS) -> str:
-    """One line of a terminal or a log: what is not plain text is written as Python's escapes, `\\x1b`, `\\u202e`, `\\n`, and
-    secrets are masked.
+    """One line that is safe to print: other characters become Python's escapes (`\\x1b`, `\\u202e`, `\\n`), secrets are masked.
 
     Args:
-        value: text, or what is made text by `str`.
-        most: characters; of a longer text the middle is left out, as what to do stands at a sentence's end.
+        value: text, or a value that `str` turns into text.
+        most: characters; a longer text loses its middle, because the end of a sentence says what to do.
     """
     text = str(value)
     if len(text) > _MOST_READ:
@@ -53,7 +51,7 @@ def shown(value: Any, most: int = MOST_CHARACTERS) -> str:
 
 
 def shown_lines(lines: str | Iterable[Any], most: int = MOST_CHARACTERS) -> Lines:
-    """Several lines, each as `shown` has it; text is taken apart at its line feeds."""
+    """Several lines, each as from `shown`; a text is split at its line feeds."""
     parts = lines.split("\n") if isinstance(lines, str) else list(lines)
     left_out = len(parts) - MOST_LINES
     if left_out > 0:
@@ -67,10 +65,9 @@ def is_plain(text: str) -> bool:
 
 
 def as_printed(text: str) -> str:
-    """A text whose line breaks stay, of any length, as JSON is: characters that would not be plain as its `\\u` escapes, and
-    secrets masked.
+    """Make JSON of any length safe to print: unsafe characters become `\\u` escapes, secrets are masked, line breaks stay.
 
-    Right for JSON, where they can stand in strings alone; what is read from it is what was written.
+    This does not change what the JSON means, because such characters occur in strings only.
     """
     text = masked(text)
     if all(map(is_plain, text.split("\n"))):
@@ -79,7 +76,7 @@ def as_printed(text: str) -> str:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print lines: to stdout, or to `file`. All that commands print comes through here.
+    """Print lines to stdout or to `file`. Everything that commands print passes through here.
 
     A stream that cannot write a character, as in a C locale, gets its escape.
     """
@@ -87,7 +84,7 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 def write(text: str, file: TextIO | None = None) -> None:
-    """Print text that is plain already, as `as_printed` gives it, in the characters that the stream has."""
+    """Print text that is already safe, in the characters that the stream supports."""
     stream = sys.stdout if file is None else file
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
@@ -100,7 +97,7 @@ def first_line(error: BaseException) -> str:
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module of ours; what it says is shown, whoever handles it."""
+    """The logger of one of our modules; its messages are made safe to print for every handler."""
     logger = logging.getLogger(name)
     if not any(isinstance(known, _ShownFilter) for known in logger.filters):
         logger.addFilter(_ShownFilter())
