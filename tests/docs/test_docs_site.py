@@ -66,6 +66,15 @@ def test_the_reference_has_every_public_name_every_command_and_every_key() -> No
     assert [key for key in keys if f"| `{key}` |" not in pages["reference/config"]] == []
 
 
+@pytest.mark.parametrize("name", [name for name in MARKDOWN if name.startswith("kdcache/docs/") or name == "README.md"])
+def test_a_key_that_a_page_names_is_a_key_of_a_config(name: str) -> None:
+    keys = {field.path for config in (CaptureConfig, TrainConfig) for field in describe_fields(config)}
+    sections = {key.rpartition(".")[0] for key in keys} | {key.partition(".")[0] for key in keys if "." in key}
+    named = re.findall(r"`([a-z_]+\.[a-z_.]+)(?:: [^`]*)?`", (ROOT / name).read_text("utf-8"))
+    wrong = [key for key in named if key.partition(".")[0] in sections and key not in keys | sections]
+    assert wrong == []
+
+
 def test_a_page_that_links_to_nothing_ends_the_build_with_the_link(tmp_path: Path) -> None:
     (tmp_path / "kdcache").mkdir()
     (tmp_path / "README.md").write_text("# a\n[there](kdcache/README.md), [code](kdcache/code.py), [gone](gone.md)\n")
