@@ -164,12 +164,12 @@ class _Parser:
             return self._text_comparison(text)
         value = self._value()
         sign = self._take("sign", *_COMPARED) or self._fail(f"expected one of {' '.join(_COMPARED)}")
-        number = float(self._take("number") or self._fail("expected a number"))
+        bound = float(self._take("number") or self._fail("expected a number"))
         compare = _COMPARED[sign]
 
         def holds(values: Mapping[str, Any]) -> Any:
             found = np.asarray(value(values), np.float64)
-            return compare(found, number) & ~np.isnan(found)
+            return compare(found, bound) & ~np.isnan(found)
 
         return holds
 

@@ -10,8 +10,7 @@ weighted sum of random caches' estimates is an estimate of the weighted sum, wha
 of 1 / 65535, rounded up or down at random.
 
 Every teacher's logprob of the target is known, and so is the mixture's. Entropies, normalisers at further temperatures and
-hidden states of a mixture do not follow from those of its parts; they are left out. The suffix U counts distinct (position,
-token) pairs.
+hidden states of a mixture do not follow from those of its parts; they are left out.
 """
 
 from __future__ import annotations
@@ -138,14 +137,14 @@ def mix_distributions(parts: Sequence[Distributions], weights: Sequence[float], 
     positions_E, ids_E, is_exact_E = (
         np.concatenate([getattr(entries, name) for entries in each]) for name in ("positions_E", "token_ids_E", "is_exact_E")
     )
-    pairs_U, pair_E = np.unique(positions_E.astype(np.int64) << 32 | ids_E, return_inverse=True)
-    mass_U = np.bincount(pair_E, mass_E, minlength=len(pairs_U))
-    is_exact_U = np.bincount(pair_E, is_exact_E, minlength=len(pairs_U)) == len(parts)
+    distinct, pair_E = np.unique(positions_E.astype(np.int64) << 32 | ids_E, return_inverse=True)
+    distinct_mass = np.bincount(pair_E, mass_E, minlength=len(distinct))
+    distinct_is_exact = np.bincount(pair_E, is_exact_E, minlength=len(distinct)) == len(parts)
     with np.errstate(divide="ignore"):
-        logprobs_U = np.log(mass_U)
-    entries = Entries(pairs_U >> 32, (pairs_U & 0xFFFFFFFF).astype(np.int32), logprobs_U, is_exact_U)
+        distinct_logprobs = np.log(distinct_mass)
+    entries = Entries(distinct >> 32, (distinct & 0xFFFFFFFF).astype(np.int32), distinct_logprobs, distinct_is_exact)
     tail_P = sum(w * part.tail_mass_P.astype(np.float64) for w, part in zip(weights, parts, strict=True))
-    joins_tail_E = is_exact_E & ~is_exact_U[pair_E]
+    joins_tail_E = is_exact_E & ~distinct_is_exact[pair_E]
     tail_P = tail_P + sum_per_position(mass_E[joins_tail_E], positions_E[joins_tail_E], num_positions)
     return Mixture(entries, np.asarray(tail_P), (target_ids_P, target_logprobs_P.astype(np.float32)))
 

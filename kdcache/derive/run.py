@@ -57,7 +57,7 @@ def derive(
 ) -> Derived:
     """Make a cache of one or several others, without asking a teacher.
 
-    An interrupted derivation is resumed by the same call. One that fails leaves nothing behind, unless the disk or the store
+    An interrupted derivation is resumed by the same call. One that fails leaves nothing, unless the disk or the store
     has failed after units were published.
 
     Args:
@@ -83,13 +83,13 @@ def derive(
             _refuse_incomplete(source, reader.manifest, config)
         derivation = make_derivation(readers, [str(reader.root).rstrip("/").rsplit("/", 1)[-1] for reader in readers], config)
         _refuse_other(root, derivation.manifest.lineage)
-        with _nothing_left_behind(root):
+        with _removing_on_failure(root):
             writer = CacheWriter.open(root, derivation.manifest, record_batch_bytes=config.record_batch_bytes)
             return Derived(_write(derivation, writer, progress), len(derivation.indexes_SC), derivation.num_missing)
 
 
 @contextmanager
-def _nothing_left_behind(root: Location) -> Iterator[None]:
+def _removing_on_failure(root: Location) -> Iterator[None]:
     """On a failure remove what this call began, unless the disk or the store refused and published units can be resumed.
 
     What an earlier call began stays.

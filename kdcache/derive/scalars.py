@@ -19,7 +19,7 @@ POSITION_NAMES = {
     "entropy_floor": "nats, the least that the entropy can be; the entropy where it is stored",
     "entropy_ceiling": "nats, the most that the entropy can be; the entropy where it is stored",
     "top1_probability": "of the most probable exact entry; of `threshold` tau where no token reaches it",
-    "tail_mass": "probability of all tokens that are no exact entry",
+    "tail_mass": "probability of all tokens that are not exact entries",
     "position": "index in the sequence, counted from 0",
 }
 """name -> what it is, for each position."""

@@ -108,8 +108,8 @@ def _reduced(d: Distributions, sequence: TokenSequence, before: SelectionInfo, a
 def _check_value(name: str, value: float) -> None:
     least, most, expected = _RANGES[name]
     is_whole = isinstance(least, int)
-    is_number = isinstance(value, int if is_whole else (int, float, np.floating)) and not isinstance(value, bool)
-    if not is_number or not least <= value or (most is not None and not value <= most) or value <= 0:
+    is_numeric = isinstance(value, int if is_whole else (int, float, np.floating)) and not isinstance(value, bool)
+    if not is_numeric or not least <= value or (most is not None and not value <= most) or value <= 0:
         raise ConfigError(f"reduce: {name} is {value!r}, expected {expected}")
 
 

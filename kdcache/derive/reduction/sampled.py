@@ -15,11 +15,13 @@ from kdcache.derive.reduction.entries import Entries, rebuilt, sum_per_position
 from kdcache.derive.reduction.systematic import systematic_counts
 from kdcache.format.record import Distributions
 
-Targets = tuple[NDArray[np.int32], NDArray[np.float32]]
+KnownTargets = tuple[NDArray[np.int32], NDArray[np.float32]]
 """(P,) ids and (P,) logprobs of all targets; those that are not exact entries are kept apart."""
 
 
-def reduce_threshold(d: Distributions, targets: Targets, taus: tuple[float, float], u_P: NDArray[np.float64]) -> Distributions:
+def reduce_threshold(
+    d: Distributions, targets: KnownTargets, taus: tuple[float, float], u_P: NDArray[np.float64]
+) -> Distributions:
     """Reduce `threshold` to a larger tau: exact entries that reach it stay; every other entry of value v (an exact one its
     probability, an estimate the old tau) is kept with probability v / tau, as an estimate of tau.
 
@@ -39,7 +41,7 @@ def reduce_threshold(d: Distributions, targets: Targets, taus: tuple[float, floa
     return rebuilt(d, made, tail_P, targets, has_estimates=True)
 
 
-def reduce_draws(d: Distributions, targets: Targets, *, k: int, num_draws: int, u_P: NDArray[np.float64]) -> Distributions:
+def reduce_draws(d: Distributions, targets: KnownTargets, *, k: int, num_draws: int, u_P: NDArray[np.float64]) -> Distributions:
     """Reduce `sampled` or `top_k_sampled` to fewer draws, and the latter to k exact entries: every other entry of value v
     becomes v num_draws / R draws, rounded up or down at random, R the mass of all that is not exact.
 
