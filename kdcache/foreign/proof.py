@@ -77,7 +77,7 @@ class Suspect:
 
     @property
     def share(self) -> float:
-        """Of the way from chance to what the positions claim, how much is found."""
+        """The found share of the way from chance to what the positions claim."""
         return share(self.claimed, self.found, self.chance)
 
 
@@ -113,14 +113,16 @@ class Evidence:
 
     @property
     def share(self) -> float:
-        """Of the way from chance to what the positions claim, how much is found."""
+        """The found share of the way from chance to what the positions claim."""
         return share(self.claimed, self.found, self.chance)
 
 
 @dataclass
 class _Sums:
-    """Of positions, per shift: how many, their misses, the misses that they claim, and the bound's logarithm per tilt; and the
-    text's logprob over positions that have a target under every shift."""
+    """Sums over positions per shift: how many, their misses, the misses they claim, and the bound's logarithm per tilt.
+
+    score_3 is the text's logprob over positions that have a target under every shift.
+    """
 
     num_3: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
     misses_3: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(SHIFTS)))
@@ -229,7 +231,7 @@ class Proof:
         return [sequence for found, _, sequence in kept if self._among_all(-found) <= -WITHIN]
 
     def _is_beyond(self, suspect: Suspect) -> bool:
-        """By its hits alone, or by fewer hits and a shift under which its text is likelier."""
+        """Whether a sequence is beyond chance by its hits alone, or by a shift under which its text is likelier."""
         deviations = self._among_all(suspect.deviations)
         is_elsewhere = suspect.gain >= GAIN_NATS + math.log(max(self.num_sequences, 1))
         return deviations <= -BEYOND or (deviations <= -WITHIN and is_elsewhere)
@@ -254,7 +256,7 @@ def _verdict(evidence: Evidence, num_rival_positions: float) -> Verdict:
 
 
 def share(claimed: float, found: float, chance: float) -> float:
-    """Of the way from chance to what the positions claim, how much is found; 1 if there is nothing between."""
+    """Compute the found share of the way from chance to what the positions claim; 1 if they are the same."""
     room = claimed - chance
     return (found - chance) / room if room > MIN_CLAIM else 1.0
 

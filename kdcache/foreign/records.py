@@ -75,7 +75,7 @@ class _Entries:
 
 
 def without_fitted(cache: ForeignCache) -> ForeignCache:
-    """The same cache with its exact entries alone: what the repair `tails` makes of it, to be examined as such."""
+    """Keep only the exact entries of a cache, as the repair `tails` does, so that it is examined as such."""
     first = cache.approximate_from
     if first is None:
         return cache

@@ -87,7 +87,7 @@ def test_a_converted_cache_is_found_sound_and_feeds_a_loader(truth: Truth, tmp_p
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_shifted_rows_are_moved_when_asked_for_by_as_much_as_they_are_off(truth: Truth, tmp_path: Path, shift: int):
+def test_shifted_positions_are_moved_when_asked_for_by_as_much_as_they_are_off(truth: Truth, tmp_path: Path, shift: int):
     def move(item: Item) -> None:
         item.ids, item.values = (np.roll(rows, -shift, axis=0).tolist() for rows in (item.ids, item.values))
 
@@ -123,7 +123,7 @@ def test_an_engine_s_rows_are_converted_with_a_shift(truth: Truth, tmp_path: Pat
     assert_is_truth(tmp_path / "cache", truth)
 
 
-def test_the_extra_target_of_k_plus_1_rows_becomes_the_target_s_logprob(truth: Truth, tmp_path: Path):
+def test_the_extra_target_of_k_plus_1_entries_becomes_the_target_s_logprob(truth: Truth, tmp_path: Path):
     path = write_columns(tmp_path / "a.parquet", with_extra_target(truth))
     assert "k_plus_1_entries" in refused(path, tmp_path / "no")
     made = converted(path, tmp_path / "cache", repairs=frozenset({"k+1"}))

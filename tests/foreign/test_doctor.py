@@ -46,7 +46,7 @@ def test_neither_a_narrow_nor_a_rounded_one(truth: Truth, tmp_path: Path, k: int
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_shifted_rows(truth: Truth, tmp_path: Path, shift: int):
+def test_shifted_positions(truth: Truth, tmp_path: Path, shift: int):
     def move(item: Item) -> None:
         # A row that stands one place later than it belongs has to be moved by -1.
         item.ids, item.values = (np.roll(rows, -shift, axis=0).tolist() for rows in (item.ids, item.values))
@@ -135,7 +135,7 @@ def test_logprobs_that_are_called_logits(truth: Truth, tmp_path: Path):
     assert defects(look(path, ReadConfig(values="logprobs"))) == {}
 
 
-def test_k_plus_1_rows(truth: Truth, tmp_path: Path):
+def test_k_plus_1_entries(truth: Truth, tmp_path: Path):
     found = look(write_columns(tmp_path / "a.parquet", with_extra_target(truth)))
     assert defects(found) == {"k_plus_1_entries": "--repair k+1"}
 

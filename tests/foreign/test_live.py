@@ -52,7 +52,7 @@ def test_the_teacher_agrees_with_its_own_rows(truth: Truth, tmp_path: Path, teac
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_shifted_rows_are_found_in_text_that_the_teacher_did_not_write(
+def test_shifted_positions_are_found_in_text_that_the_teacher_did_not_write(
     truth: Truth, tmp_path: Path, teacher: Teacher, shift: int
 ):
     # The text says nothing when it is not likely; the teacher does not need it to be.

@@ -185,7 +185,7 @@ def _input_ids(about: Mapping[str, Any]) -> list[int] | None:
 
 
 def _by_id(cell: Any) -> Entries:
-    """The same of vLLM's own objects, whose keys are ids: JSON makes text of them, and some tokens' text is a number."""
+    """Convert vLLM's own objects, whose keys are ids: JSON makes text of them, and some tokens' text is a number."""
     return [(int(token) if isinstance(token, str) and token.isdecimal() else token, value) for token, value in _entries(cell)]
 
 

@@ -45,7 +45,7 @@ class Bin(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_bytes(self) -> int:
-        """Of the scale and the packed elements."""
+        """Bytes of the scale and the packed elements."""
         return _BYTES[self.scale_dtype] + (self.num_elements * self.element_bits + 7) // 8
 
 

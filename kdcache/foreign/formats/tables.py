@@ -66,7 +66,7 @@ class Table:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Of all files, in the order in which they are met."""
+        """The columns of all files, in the order in which they are found."""
         return tuple(dict.fromkeys(name for columns in self.columns_of for name in columns))
 
     def items(self, columns: list[str]) -> Iterator[tuple[str, Cells]]:
@@ -240,7 +240,7 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _kind_of(path: Path) -> str | None:
-    """By its ending; JSON lines may be compressed."""
+    """Tell the kind of a file by its ending; JSON lines may be compressed."""
     ending = path.suffix.lower()
     if ending not in COMPRESSED:
         return ENDINGS.get(ending)

@@ -104,7 +104,7 @@ class DeepReport:
         return not self.problems
 
     def to_builtins(self) -> dict[str, Any]:
-        """For JSON: what is not a number becomes null."""
+        """Convert to what JSON can hold: what is not finite becomes null."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {"sound": self.is_sound, "shifts": SHIFTS} | {name: _plain(value) for name, value in fields.items()}
 
@@ -175,7 +175,7 @@ def exact_supports(distributions: Distributions) -> Supports:
 
 
 def _everywhere(sequence: TokenSequence) -> TokenSequence:
-    """The same text with every position supervised: shifted positions need neighbours that the cache may not hold."""
+    """Supervise every position of a text: shifted positions need neighbours that the cache may not hold."""
     supervised_N = np.ones(sequence.num_tokens, np.bool_)
     return TokenSequence(
         input_ids_N=sequence.input_ids_N,
