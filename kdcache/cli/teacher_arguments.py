@@ -98,12 +98,15 @@ def setting_differences(config: TeacherConfig, captured: Any) -> list[str]:
 
 
 def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Setting -> value, those of a backend's section by path; settings that were renamed since under their new names."""
+    """Setting -> value, those of a backend's section by path; settings that were renamed since under their new names.
+
+    A server's address and key are left out: they are not settings of the teacher.
+    """
     found: dict[str, Any] = {}
     for name, value in fields.items():
-        if name in ("vllm", "fake", "server") and isinstance(value, Mapping):
+        if name in ("vllm", "fake") and isinstance(value, Mapping):
             found |= {f"{name}.{field}": setting for field, setting in value.items()}
-        else:
+        elif name != "server":
             found[(new_name(f"teacher.{name}") or name).removeprefix("teacher.")] = value
     return found
 
