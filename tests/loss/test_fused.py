@@ -258,11 +258,12 @@ def test_nan_in_the_hidden_states_surfaces_unless_its_row_does_not_count():
 
 MEMORY_PROGRAM = """
 import re, torch
-from kdcache.loss import chunks
+from kdcache import LossSettings, Projection, SoftTargets, fused_sparse_kd_loss, sparse_kd_loss
 
 P, V, H, K = 4096, 8192, 64, 8
 hidden, weight = torch.randn(P, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
-targets = torch.arange(K).repeat(P, 1), torch.full((P, K), -3.0), torch.full((P,), 0.6)
+arrays = torch.arange(K).repeat(P, 1), torch.full((P, K), -3.0), torch.full((P,), 0.6)
+teacher = SoftTargets.of(*arrays, entries="exact")
 
 def peak_mib():
     # Not ru_maxrss: across fork and exec that keeps the peak of the process that started this one.
@@ -274,10 +275,12 @@ def grown(function):
     return peak_mib() - before
 
 def fused(rows):
-    return fused_sparse_kd_loss(hidden[:rows], weight, *(t[:rows] for t in targets), chunk_positions=256, backend=BACKEND)
+    projection = Projection(weight, chunk_positions=256)
+    settings = LossSettings(backend=BACKEND)
+    return fused_sparse_kd_loss(hidden[:rows], projection, teacher.slice(0, rows), settings=settings)
 
 fused(256).backward()
-print(grown(lambda: fused(P)), grown(lambda: sparse_kd_loss(hidden @ weight.T, *targets)))
+print(grown(lambda: fused(P)), grown(lambda: sparse_kd_loss(hidden @ weight.T, teacher)))
 """
 
 
