@@ -2,8 +2,8 @@
 
 Arrow allocates what a compressed buffer says it holds, 33 kB of zstd become 1 GB, and pyarrow does not say beforehand. So these
 fields are read in front of Arrow, with nothing but `struct`. Arrow has two ways to say that buffers are compressed: a field of
-the record batch and, in messages of its metadata version V4, a key beside them. Record batches that overlap, or that are named
-again and again, are refused for the same reason: their rows would be more than the file holds.
+the record batch and, in messages of its metadata version V4, further keys. Record batches that overlap, or that are named
+again and again, are refused for the same reason: their sequences would be more than the file holds.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def record_batch_places(data: memoryview, file_bytes: int) -> list[MessagePlace]
             raise struct.error("record batches that overlap, are named twice, or do not stand in the file's order")
         end = place.stop
     if end > max(file_bytes - TRAILER_BYTES - len(footer), _MAGIC_BYTES):
-        raise struct.error("a record batch that ends behind its file's data")
+        raise struct.error("a record batch that ends after its file's data")
     return places
 
 

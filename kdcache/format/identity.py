@@ -98,16 +98,16 @@ class GenerationInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FeatureInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """Hidden states of one layer, kept beside the distributions.
+    """Hidden states of one layer, kept next to the distributions.
 
     Attributes:
         name: of the feature, unique in the cache: letters, digits and underscores.
         layer: 0 for what the embeddings give, i for what layer i gives, counted from 1; of the last one after the final norm,
             where the output projection takes it.
-        size: H, numbers per row.
-        dtype: `float16`, or `int8` with a scale per row.
-        pooling: `none`, a row for each supervised position; `mean` over them, or `last`, the state at the last of them: one row
-            for the sequence, zeros where none is supervised.
+        size: H, values per vector.
+        dtype: `float16`, or `int8` with a scale per vector.
+        pooling: `none`, a vector for each supervised position; `mean` over them, or `last`, the state at the last of them: one
+            vector for the sequence, zeros where none is supervised.
     """
 
     name: str
@@ -117,7 +117,7 @@ class FeatureInfo(msgspec.Struct, frozen=True, kw_only=True):
     pooling: str = "none"
 
     def num_rows(self, num_positions: int) -> int:
-        """R, rows of a sequence with so many supervised positions."""
+        """How many vectors a sequence with this many supervised positions has."""
         return num_positions if self.pooling == "none" else 1
 
 
@@ -133,7 +133,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         input_fingerprint: hash of the inputs and of how they are cut into sequences.
-        seeds: purpose -> seed of every random draw at capture beside the selection's, which is among its parameters.
+        seeds: purpose -> seed of every random draw at capture except the selection's, which is among its parameters.
         generation: how the teacher wrote the ends of the sequences itself; None where it read what was given.
         domains: whether each sequence says of which domain it is.
     """

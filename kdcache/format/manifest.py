@@ -279,7 +279,7 @@ def shard_from_json(data: bytes, *, where: str) -> ShardInfo:
 
 @contextmanager
 def _refusals(where: str) -> Iterator[None]:
-    """What is out of its range, with the place named."""
+    """What is out of its range, and where."""
     try:
         yield
     except UnsupportedVersionError as error:

@@ -99,7 +99,7 @@ def check_shard_values(shard: ShardInfo) -> None:
 
 def check_content(vocab_size: int, selection: SelectionInfo, features: Sequence[FeatureInfo]) -> None:
     """Raise FormatError where what decides a shard's columns is out of its range. A kind of selection that is unknown here
-    passes: who reads the rows refuses it by its name.
+    passes: who reads the sequences refuses it by its name.
 
     Raises:
         UnsupportedVersionError: a feature's dtype or pooling that is unknown here. FormatError: see above.

@@ -6,7 +6,7 @@
     manifests/000001.json            a fold: the shards published so far; each names its parent's digest
     data/000017-<sha256, 16 hex>.arrow   the shard of unit 17, immutable
     journal/000017-<same 16 hex>.json    unit 17 is done, and this is its shard
-    index/<sha256, 16 hex>.arrow     one row per sequence: where it is, how long it is
+    index/<sha256, 16 hex>.arrow     one entry per sequence: where it is, how long it is
     failed/000017-<hash of the reason, 16 hex>.json   unit 17 failed and was set aside; the directory is made with the first one
     damaged/...                      what a repair took out of the other folders, under its names; for people
     tmp/<host>-<pid>-<token>.<n>     not published yet; swept when its writer is gone
@@ -52,19 +52,19 @@ def manifest_name(number: int) -> str:
 
 
 def parse_manifest_name(base_name: str) -> int | None:
-    """The number in `000012.json`; None for a name that is no manifest's."""
+    """The number in `000012.json`; None for any other name."""
     match = _MANIFEST.fullmatch(base_name)
     return int(match[1]) if match else None
 
 
 def parse_journal_name(base_name: str) -> int | None:
-    """The unit in `000012-0123456789abcdef.json`; None for a name that is no journal record's."""
+    """The unit in `000012-0123456789abcdef.json`; None for any other name."""
     match = _JOURNAL.fullmatch(base_name)
     return int(match[1]) if match else None
 
 
 def parse_failed_name(base_name: str) -> int | None:
-    """The unit in the name of a record of failure; None for a name that is no such record's."""
+    """The unit in the name of a record of failure; None for any other name."""
     match = _FAILED.fullmatch(base_name)
     return int(match[1]) if match else None
 

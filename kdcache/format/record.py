@@ -3,7 +3,7 @@
 Shape letters: N tokens of a sequence, P supervised positions, E entries of all positions (ragged), K entries per position
 (padded), M positions whose target lies outside the support.
 
-Position t is the place where the model has read tokens 0..t; its distribution is for token t+1, as the student's logits[t].
+At position t the model has read tokens 0..t; its distribution is for token t+1, as the student's logits[t].
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ class Distributions:
             ordered by falling logprob and, among equals, by rising id.
         logprobs_E: (E,) float32, nats, <= 0; -inf is allowed (probability 0).
         offsets_P1: (P+1,) int64, offsets_P1[p]:offsets_P1[p+1] are the entries of position p; starts at 0, ends at E.
-        tail_mass_P: (P,) float32 in [0, 1], the probability of all tokens that are no exact entry.
+        tail_mass_P: (P,) float32 in [0, 1], the probability of all tokens that are not exact entries.
         outside_target_logprobs_M: (M,) float32, nats: the target's logprob at each position that has a target and whose
-            target is no exact entry, in position order. With it the teacher's NLL of the text can be recomputed.
+            target is not an exact entry, in position order. With it the teacher's NLL of the text can be recomputed.
         num_exact_P: (P,) int64, how many of a position's entries are exact; None where all of all positions are.
         log_z_PT: (P, T) float32, nats, for each of the T further temperatures of the selection the log of the sum over the
             vocabulary of p^(1/temperature), so that p^(1/temperature) / exp(log_z) is the distribution there; None for no T.
@@ -125,20 +125,20 @@ class Distributions:
         if self.num_exact_P is None:
             return np.ones(self.num_entries, np.bool_)
         counts_P = self.num_entries_P
-        place_E = np.arange(self.num_entries) - np.repeat(self.offsets_P1[:-1], counts_P)
-        return place_E < np.repeat(self.num_exact_P, counts_P)
+        rank_E = np.arange(self.num_entries) - np.repeat(self.offsets_P1[:-1], counts_P)
+        return rank_E < np.repeat(self.num_exact_P, counts_P)
 
     def target_logprobs(self, target_ids_P: NDArray[np.int32]) -> NDArray[np.float32]:
         """(P,) float32, the teacher's logprob of each target; NaN where the target is NO_TARGET.
 
         Raises:
-            FormatError: the number of stored outside targets is not the number of targets that are no exact entry.
+            FormatError: the number of stored outside targets is not the number of targets that are not exact entries.
         """
         has_target, inside_P, logprobs_P = find_targets(self, target_ids_P)
         outside_P = has_target & ~inside_P
         if int(outside_P.sum()) != len(self.outside_target_logprobs_M):
             raise FormatError(
-                f"{len(self.outside_target_logprobs_M)} logprobs are stored for targets that are no exact entry, "
+                f"{len(self.outside_target_logprobs_M)} logprobs are stored for targets that are not exact entries, "
                 f"but {int(outside_P.sum())} targets are none"
             )
         logprobs_P[outside_P] = self.outside_target_logprobs_M
@@ -151,7 +151,7 @@ class Distributions:
             num_columns: K; by default the largest support. Must not be smaller than that.
 
         Returns:
-            (P, K) int32 token ids, PADDING_ID where there is no entry, and (P, K) float32 logprobs, -inf there.
+            (P, K) int32 token ids, PADDING_ID without an entry, and (P, K) float32 logprobs, -inf there.
         """
         counts_P = self.num_entries_P
         widest = int(counts_P.max(initial=0))
@@ -169,7 +169,7 @@ class Distributions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceRecord:
-    """A sequence and what the teacher said of it: one row of a cache."""
+    """A sequence and what the teacher said about it: one record of a cache."""
 
     sequence: TokenSequence
     distributions: Distributions
@@ -194,16 +194,16 @@ def find_targets(
         (P,) whether the position has a target; (P,) whether the target is an exact entry; (P,) float32 its logprob there,
         NaN where it is not.
     """
-    rows_E = np.repeat(np.arange(distributions.num_positions), distributions.num_entries_P)
-    hits_E = distributions.token_ids_E == target_ids_P[rows_E]
+    positions_E = np.repeat(np.arange(distributions.num_positions), distributions.num_entries_P)
+    hits_E = distributions.token_ids_E == target_ids_P[positions_E]
     has_target_P = target_ids_P != NO_TARGET
-    hits_E &= has_target_P[rows_E]
+    hits_E &= has_target_P[positions_E]
     if distributions.num_exact_P is not None:
         hits_E &= distributions.is_exact_E
     inside_P = np.zeros(distributions.num_positions, bool)
-    inside_P[rows_E[hits_E]] = True
+    inside_P[positions_E[hits_E]] = True
     logprobs_P = np.full(distributions.num_positions, np.nan, np.float32)
-    logprobs_P[rows_E[hits_E]] = distributions.logprobs_E[hits_E]
+    logprobs_P[positions_E[hits_E]] = distributions.logprobs_E[hits_E]
     return has_target_P, inside_P, logprobs_P
 
 
@@ -216,10 +216,10 @@ def distributions_from_dense(
     """Distributions with K entries at every position, put into the record's order; what the teachers end with.
 
     Args:
-        token_ids_PK: (P, K) ids, distinct within a row, in any order.
+        token_ids_PK: (P, K) ids, distinct at each position, in any order.
         logprobs_PK: (P, K) nats, normalised over the whole vocabulary.
         target_ids_P: (P,) int32, NO_TARGET where there is none.
-        target_logprobs_P: (P,) nats, the target's logprob; ignored where there is no target.
+        target_logprobs_P: (P,) nats, the target's logprob; ignored without a target.
     """
     num_positions, k = token_ids_PK.shape
     ids_PK, sorted_PK = _in_order(np.asarray(token_ids_PK, np.int32), np.asarray(logprobs_PK, np.float32))
@@ -236,13 +236,13 @@ def distributions_from_dense(
 
 
 def _in_order(ids_PK: NDArray[np.int32], logprobs_PK: NDArray[np.float32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Rows by falling logprob and, among equals, rising id. Sorts only those that are not: it takes 20 us per row of 256."""
+    """Each position by falling logprob and, among equals, rising id. Sorts only those that are not: 20 us for 256 entries."""
     before_PK, after_PK = logprobs_PK[:, :-1], logprobs_PK[:, 1:]
     wrong_PK = ~(before_PK >= after_PK) | ((before_PK == after_PK) & (ids_PK[:, :-1] > ids_PK[:, 1:]))
-    rows = np.flatnonzero(wrong_PK.any(axis=-1))
-    if len(rows):
+    unsorted = np.flatnonzero(wrong_PK.any(axis=-1))
+    if len(unsorted):
         ids_PK, logprobs_PK = ids_PK.copy(), logprobs_PK.copy()
-        order = np.lexsort((ids_PK[rows], -logprobs_PK[rows]), axis=-1)
-        ids_PK[rows] = np.take_along_axis(ids_PK[rows], order, axis=-1)
-        logprobs_PK[rows] = np.take_along_axis(logprobs_PK[rows], order, axis=-1)
+        order = np.lexsort((ids_PK[unsorted], -logprobs_PK[unsorted]), axis=-1)
+        ids_PK[unsorted] = np.take_along_axis(ids_PK[unsorted], order, axis=-1)
+        logprobs_PK[unsorted] = np.take_along_axis(logprobs_PK[unsorted], order, axis=-1)
     return ids_PK, logprobs_PK

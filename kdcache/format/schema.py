@@ -1,4 +1,4 @@
-"""The Arrow schema of a shard and of an index, and the digest of a row. See README.md beside this file: it is the spec.
+"""The Arrow schema of a shard and of an index, and the digest of a sequence. The spec is README.md in this folder.
 
 A shard's columns are the fixed ones below, then the codec's, then `digest`.
 """
@@ -51,7 +51,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("num_positions", pa.uint32(), nullable=False),
     ]
 )
-"""`unit` names the shard; `record_batch` and `row` are places in it. Rows are ordered by these three."""
+"""`unit` names the shard; `record_batch` and `row` say where in it. The index is ordered by these three."""
 
 
 class ShardMetadata(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +93,7 @@ def shard_schema(
     """The schema of a shard written with this codec, its metadata included.
 
     Args:
-        codec_fields: with the features' behind them.
+        codec_fields: followed by the features'.
         unit, vocab_size, selection, codec, features: what the shard says of itself.
         optional: see `optional_fields`.
     """
@@ -127,7 +127,7 @@ def shard_metadata(schema: pa.Schema, *, where: str) -> ShardMetadata:
         )
     if metadata.digest != DIGEST_KIND:
         raise UnsupportedVersionError(
-            f"{where}: rows have digests of kind {metadata.digest!r}, this kdcache knows {DIGEST_KIND!r}"
+            f"{where}: sequences have digests of kind {metadata.digest!r}, this kdcache knows {DIGEST_KIND!r}"
         )
     try:
         check_content(metadata.vocab_size, metadata.selection, metadata.features)
@@ -138,7 +138,7 @@ def shard_metadata(schema: pa.Schema, *, where: str) -> ShardMetadata:
 
 
 def row_digest(values: Mapping[str, Any], names: Sequence[str]) -> int:
-    """xxh3_64 over a row: for each column in order its length in bytes (uint64, little-endian) and its bytes.
+    """xxh3_64 over a sequence: for each column in order its length in bytes (uint64, little-endian) and its bytes.
 
     Args:
         values: column name -> bytes-like, C-contiguous little-endian array (bools as one byte each), or None for null.

@@ -1,4 +1,4 @@
-"""What a selection kind means for a record: which entries are exact, how many there may be, what must be stored beside.
+"""What a selection kind means for a record: which entries are exact, how many there may be, what else must be stored.
 
 | kind | params | entries |
 |---|---|---|
