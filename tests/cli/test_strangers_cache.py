@@ -207,5 +207,5 @@ def test_answers_that_ended_in_no_sequence_are_not_divided(cache: Path):
 )
 def test_a_whole_number_beyond_every_float_in_a_run_s_metrics_is_refused(tmp_path: Path, line: str):
     (tmp_path / "metrics.jsonl").write_text(line % ("0" * 400) + "\n")
-    with pytest.raises(StateError, match="is no number"):
+    with pytest.raises(StateError, match="is not a number"):
         heldout_curve(tmp_path)
