@@ -109,7 +109,7 @@ def write_plan(folder: Path, cache_folder: Path) -> None:
         plan = [
             (batch, row, int(number))
             for batch in range(len(loader))
-            for row, numbers in enumerate(loader.layout.batch(batch).rows)
+            for row, numbers in enumerate(loader._layout.batch(batch).rows)
             for number in numbers
         ]
     np.save(folder / "plan.npy", np.array(plan, np.int64))

@@ -33,7 +33,7 @@ import torch
 from device import Device, add_argument, chosen
 from loss_variants import GROUPS, Inputs, Variant, groups_of, make_inputs, three_matmuls
 
-from kdcache.kernels import _numba
+from kdcache.kernels import numba_kernels
 from kdcache.kernels.base import Objective, make_kernel_inputs
 from kdcache.kernels.divergences import DIVERGENCES
 
@@ -123,7 +123,7 @@ def kernel_ns_per_logit(vocab_size: int, dtype: str, divergence: str, num_rows: 
     best, objective, losses_P = np.inf, Objective(divergence=DIVERGENCES[divergence]()), np.empty(num_rows)
     for _ in range(10):
         buffer_PV = logits_PV.copy()
-        call = partial(_numba.position_losses_and_gradients, buffer_PV, targets, objective, losses_P)
+        call = partial(numba_kernels.position_losses_and_gradients, buffer_PV, targets, objective, losses_P)
         best = min(best, Device("cpu").clock(call))
     return best / logits_PV.size * 1e9
 

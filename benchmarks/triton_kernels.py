@@ -2,9 +2,9 @@
 
 Method: the fused loss runs over fake CUDA tensors (torch's FakeTensorMode: shapes and dtypes, no memory), and each launch is
 noted instead of made. So what is compiled is what a GPU would be asked to run: dtypes, constants, options, and which pointers
-and numbers are multiples of 16, for which Triton makes code of its own. Kernels are found in `kdcache.kernels._triton`; one
-that no launch reaches is an error. Compute capabilities 8.0 (A100), 9.0 (H100, H200), 10.0 (B200) by ptxas and AMD's gfx942
-(MI300) by LLVM, both in Triton's own package; registers are read out of the machine code.
+and numbers are multiples of 16, for which Triton makes code of its own. Kernels are found in
+`kdcache.kernels.triton_kernels`; one that no launch reaches is an error. Compute capabilities 8.0 (A100), 9.0 (H100, H200),
+10.0 (B200) by ptxas and AMD's gfx942 (MI300) by LLVM, both in Triton's own package; registers are read out of the machine code.
 
     python benchmarks/triton_kernels.py [--out benchmarks/results]
 """
@@ -72,9 +72,9 @@ def kernels() -> dict[str, Any]:
     """Every Triton kernel of the house, by name."""
     from triton.runtime.jit import JITFunction
 
-    from kdcache.kernels import _triton
+    from kdcache.kernels import triton_kernels
 
-    return {name: found for name, found in vars(_triton).items() if isinstance(found, JITFunction)}
+    return {name: found for name, found in vars(triton_kernels).items() if isinstance(found, JITFunction)}
 
 
 class _Noted:
@@ -113,11 +113,11 @@ def _is_multiple(value: Any) -> bool:
 @contextmanager
 def noted_launches() -> Iterator[dict[Variant, None]]:
     """While it lasts no kernel runs; the launches are in what it gives."""
-    from kdcache.kernels import _triton
+    from kdcache.kernels import triton_kernels
     from kdcache.loss.steps import triton_passes
 
     found: dict[Variant, None] = {}
-    stand_in = SimpleNamespace(**vars(_triton) | {name: _Noted(kernel, found) for name, kernel in kernels().items()})
+    stand_in = SimpleNamespace(**vars(triton_kernels) | {name: _Noted(kernel, found) for name, kernel in kernels().items()})
     original = triton_passes._kernels
     triton_passes._kernels = lambda: stand_in
     try:

@@ -101,3 +101,26 @@ def top_level_names(tree):
         elif isinstance(node, ast.ImportFrom):
             names.update(alias.asname or alias.name for alias in node.names)
     return names
+
+
+def imports_of(path):
+    """The dotted names of the package's modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_a_module_whose_name_begins_with_an_underscore_is_imported_by_its_own_package_alone():
+    """The package is the part after `kdcache`: kdcache.loader may import kdcache.loader.batches._numba_tokens."""
+    strangers = [
+        (str(path.relative_to(PACKAGE)), name)
+        for path in PACKAGE.rglob("*.py")
+        for name in imports_of(path)
+        if name.startswith("kdcache.")
+        and any(part.startswith("_") and not part.startswith("__") for part in name.split(".")[1:])
+        and name.split(".")[1] != path.relative_to(PACKAGE).parts[0]
+    ]
+    assert strangers == []

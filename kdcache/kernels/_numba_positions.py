@@ -9,8 +9,8 @@ How the logits of a position become its gradient, all but the O(K) part vectoris
 4. the logits times one scalar, and K entries written over them.
 Target ids at another temperature than the teacher's cost a second exp per logit, and a uniform tail one more sum.
 
-Serial functions that release the GIL; `_numba` splits the positions between threads. Every function that is called by name is
-in this file: numba's on-disk cache notices a change of this file only.
+Serial functions that release the GIL; `numba_kernels` splits the positions between threads. Every function that is called by
+name is in this file: numba's on-disk cache notices a change of this file only.
 """
 
 from __future__ import annotations

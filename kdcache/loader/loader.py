@@ -92,14 +92,9 @@ class Loader:
         """The epoch that is being read; behind its loop, the one that comes next."""
         return self._epoch
 
-    @property
-    def layout(self) -> EpochLayout:
-        """Which sequences each batch of `epoch` holds."""
-        return self._layout
-
-    def layout_of(self, epoch: int) -> EpochLayout:
-        """Which sequences each batch of another epoch holds."""
-        return self._layout if epoch == self._epoch else EpochLayout(self._tables, self.config, epoch)
+    def num_batches(self, epoch: int) -> int:
+        """Batches of a whole epoch; packed epochs differ a little in them."""
+        return self._layout_of(epoch).num_batches
 
     def counts(self) -> EpochCounts:
         """What `epoch` holds, all ranks together."""
@@ -151,7 +146,7 @@ class Loader:
             StateError: not a state, or one of another cache, of another config or of another version.
         """
         saved = parse_state(state, here=self._state())
-        layout = self.layout_of(saved.epoch)
+        layout = self._layout_of(saved.epoch)
         if not layout.has_batch(saved.next_batch):
             raise StateError(
                 f"the loader state names batch {saved.next_batch} of epoch {saved.epoch}, which has {layout.num_batches}"
@@ -172,10 +167,10 @@ class Loader:
         epoch, number = saved.epoch, saved.next_batch - 1
         if number < 0:  # the last one of the epoch before
             epoch -= 1
-            number = self.layout_of(epoch).num_batches - 1 if epoch >= 0 else -1
+            number = self._layout_of(epoch).num_batches - 1 if epoch >= 0 else -1
         if number < 0:
             return []
-        return [self._caches.record(int(n)).sequence.source for n in self._sequences(self.layout_of(epoch), number)]
+        return [self._caches.record(int(n)).sequence.source for n in self._sequences(self._layout_of(epoch), number)]
 
     def set_epoch(self, epoch: int) -> None:
         """Stand at the start of an epoch; in the epoch that is being read, stay, so that a resumed loop may call this too."""
@@ -255,6 +250,9 @@ class Loader:
                 self.config.mask,
             )
 
+    def _layout_of(self, epoch: int) -> EpochLayout:
+        return self._layout if epoch == self._epoch else EpochLayout(self._tables, self.config, epoch)
+
     def _sequences(self, layout: EpochLayout, number: int) -> NDArray[np.int64]:
         """What this rank reads for a batch."""
         return np.concatenate(self._share(layout.batch(number)))
@@ -279,7 +277,7 @@ class Loader:
         )
 
     def _enter(self, epoch: int) -> None:
-        self._layout = self.layout_of(epoch)
+        self._layout = self._layout_of(epoch)
         self._epoch, self._next_batch = epoch, 0
 
     def _move(self) -> None:

@@ -23,7 +23,7 @@ class EpochReport:
         num_sequences, num_tokens: real ones.
         num_positions: with a teacher's distribution, the mask's choice.
         num_masked: positions that the mask left out.
-        num_places: rows x row length, empty rows included.
+        num_slots: rows x row length, empty rows included.
     """
 
     epoch: int
@@ -34,12 +34,12 @@ class EpochReport:
     num_tokens: int = 0
     num_positions: int = 0
     num_masked: int = 0
-    num_places: int = 0
+    num_slots: int = 0
 
     @property
     def padding_share(self) -> float:
-        """Share of the places that hold no token, in [0, 1]."""
-        return 1 - self.num_tokens / self.num_places if self.num_places else 0.0
+        """Share of the slots that hold no token, in [0, 1]."""
+        return 1 - self.num_tokens / self.num_slots if self.num_slots else 0.0
 
     def ends_at(self, epoch: int, batch: int) -> bool:
         """Whether the next batch to be counted is this one."""
@@ -56,7 +56,7 @@ class EpochReport:
             num_tokens=self.num_tokens + num_tokens,
             num_positions=self.num_positions + batch.num_positions,
             num_masked=self.num_masked + batch.num_masked,
-            num_places=self.num_places + batch.input_ids_BT.size,
+            num_slots=self.num_slots + batch.input_ids_BT.size,
         )
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class EpochCheck:
             layout: of the epoch.
             given: what was counted in the batches that were read; None where other ranks read a part of them.
         """
-        expected, expected_sum = layout.order.num_places, layout.order.expected_sum()
+        expected, expected_sum = layout.order.num_sequences, layout.order.expected_sum()
         if self._count != expected or expected_sum not in (None, self._sum):
             raise RuntimeError(f"an epoch of {expected} sequences gave {self._count}, or others: a bug of kdcache")
         num_tokens = layout.counts().num_tokens

@@ -216,7 +216,7 @@ class Trainer:
 
 def num_batches(loader: Loader, num_epochs: int) -> int:
     """Batches of the first epochs; packed epochs differ a little."""
-    return sum(loader.layout_of(epoch).num_batches for epoch in range(num_epochs))
+    return sum(loader.num_batches(epoch) for epoch in range(num_epochs))
 
 
 def _check_cache(config: TrainConfig, cache: Cache) -> None:

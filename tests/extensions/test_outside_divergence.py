@@ -9,7 +9,7 @@ from contracts import kernels as contract
 
 from kdcache import SoftTargets, sparse_kd_loss
 from kdcache.errors import LossError
-from kdcache.kernels import _numba
+from kdcache.kernels import numba_kernels
 from kdcache.kernels.base import Objective
 from kdcache.kernels.divergences import get_divergence
 from kdcache.loss.prepare import LossSettings
@@ -17,7 +17,7 @@ from kdcache.loss.prepare import LossSettings
 
 def in_numba(logits_PV, targets, objective):
     losses_P, gradients_PV = np.full(len(logits_PV), np.nan), logits_PV.copy()
-    _numba.position_losses_and_gradients(gradients_PV, targets, objective, losses_P, 1)
+    numba_kernels.position_losses_and_gradients(gradients_PV, targets, objective, losses_P, 1)
     return losses_P, gradients_PV
 
 

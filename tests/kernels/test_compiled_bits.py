@@ -22,7 +22,7 @@ import hashlib, json, sys
 sys.path[:0] = [TESTS]
 import numpy as np
 from contracts.kernels import make_problem
-from kdcache.kernels import _numba
+from kdcache.kernels import numba_kernels
 from kdcache.kernels.divergences import _numba as _numba_divergences
 from kdcache.kernels.base import Objective
 from kdcache.kernels import divergences as d
@@ -34,10 +34,10 @@ for objective in (Objective(alpha=0.5), Objective(divergence=d.JensenShannon()),
         logits_PV, losses_P = problem.logits_PV.copy(), np.empty(7)
         if dtype is np.uint16:
             logits_PV = (logits_PV.view(np.uint32) >> 16).astype(np.uint16)
-        _numba.position_losses_and_gradients(logits_PV, problem.targets, objective, losses_P)
+        numba_kernels.position_losses_and_gradients(logits_PV, problem.targets, objective, losses_P)
         key = f"{objective.divergence.name} {objective.tail} {np.dtype(dtype)}"
         digests[key] = hashlib.sha256(losses_P.tobytes() + logits_PV.tobytes()).hexdigest()
-        hits += sum(_numba._compiled_kernel(np.dtype(dtype)).stats.cache_hits.values())
+        hits += sum(numba_kernels._compiled_kernel(np.dtype(dtype)).stats.cache_hits.values())
 print(json.dumps([digests, hits]))
 """
 

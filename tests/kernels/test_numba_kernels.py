@@ -15,17 +15,17 @@ from contracts import kernels as contract
 from contracts.kernels import make_problem
 
 from kdcache.compiled import OPTIONS, compiled
-from kdcache.kernels import _numba, _numba_positions, reference
+from kdcache.kernels import _numba_positions, numba_kernels, reference
 from kdcache.kernels.base import Objective, make_kernel_inputs
 from kdcache.kernels.threads import for_blocks
 
 
 def compute(logits_PV, targets, objective, num_threads=1):
     losses_P, gradients_PV = np.full(len(logits_PV), np.nan), logits_PV.copy()
-    _numba.position_losses_and_gradients(gradients_PV, targets, objective, losses_P, num_threads)
+    numba_kernels.position_losses_and_gradients(gradients_PV, targets, objective, losses_P, num_threads)
     only_P = np.full(len(logits_PV), np.nan)
     before = logits_PV.copy()
-    _numba.position_losses(logits_PV, targets, objective, only_P, num_threads)
+    numba_kernels.position_losses(logits_PV, targets, objective, only_P, num_threads)
     np.testing.assert_array_equal(logits_PV, before)
     np.testing.assert_array_equal(only_P, losses_P)
     return losses_P, gradients_PV
@@ -37,7 +37,7 @@ def test_numba_keeps_the_contract(check):
 
 
 def test_one_and_three_threads_give_the_same_bits(monkeypatch):
-    monkeypatch.setattr(_numba, "_LOGITS_PER_BLOCK", 5 * 301)
+    monkeypatch.setattr(numba_kernels, "_LOGITS_PER_BLOCK", 5 * 301)
     problem = make_problem(64, 301, 7)
     problem.targets.weights_P[10:30] = 0
     for objective in contract.OBJECTIVES:
@@ -140,7 +140,7 @@ def test_arrays_the_kernel_could_not_take_are_refused_before_it_runs(spoil):
         "columns": np.ascontiguousarray(problem.logits_PV[:, :9]),
     }.get(spoil, problem.logits_PV)
     with pytest.raises(ValueError, match="C-contiguous"):
-        _numba.position_losses_and_gradients(
+        numba_kernels.position_losses_and_gradients(
             logits_PV, problem.targets, Objective(), losses_P[:3] if spoil == "losses" else losses_P
         )
 
@@ -160,7 +160,7 @@ def test_each_kernel_is_compiled_once_for_all_calls():
         compute(problem.logits_PV[:1], problem.targets.slice(0, 1), objective)
     targets = make_kernel_inputs(np.zeros((3, 0)), np.zeros((3, 0)), np.ones(3), vocab_size=10)
     compute(problem.logits_PV, targets, Objective())
-    assert len(_numba._compiled_kernel(np.dtype(np.float32)).signatures) == 1  # type: ignore[attr-defined]
+    assert len(numba_kernels._compiled_kernel(np.dtype(np.float32)).signatures) == 1  # type: ignore[attr-defined]
 
 
 def test_row_blocks_cover_every_row_once_and_errors_come_through():
@@ -203,7 +203,7 @@ def test_reference_and_kernel_share_the_interface():
     bits_PV = to_bfloat16_bits(problem.logits_PV)
     for logits_PV in (problem.logits_PV, bits_PV):
         results = []
-        for module in (reference, _numba):
+        for module in (reference, numba_kernels):
             buffer_PV, losses_P = logits_PV.copy(), np.full(4, np.nan)
             module.position_losses_and_gradients(buffer_PV, problem.targets, Objective(alpha=0.5), losses_P)
             results.append((losses_P, from_bfloat16_bits(buffer_PV) if buffer_PV.dtype == np.uint16 else buffer_PV))

@@ -30,9 +30,9 @@ def test_every_kernel_compiles_without_a_spill_and_within_the_registers_of_two_p
 def test_a_kernel_that_no_launch_reaches_is_named(monkeypatch):
     from triton.runtime.jit import JITFunction
 
-    from kdcache.kernels import _triton
+    from kdcache.kernels import triton_kernels as kernels
 
-    monkeypatch.setattr(_triton, "added_later", JITFunction(_triton.put.fn), raising=False)
+    monkeypatch.setattr(kernels, "added_later", JITFunction(kernels.put.fn), raising=False)
     with pytest.raises(RuntimeError, match="added_later"):
         triton_kernels.variants()
 
@@ -42,7 +42,7 @@ def test_no_other_file_has_triton_kernels():
     with_kernels = [
         path.name for path in (Path(__file__).parents[2] / "kdcache").rglob("*.py") if "@triton.jit" in path.read_text()
     ]
-    assert with_kernels == ["_triton.py"]
+    assert with_kernels == ["triton_kernels.py"]
 
 
 def test_what_spills_is_seen(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def test_roles_are_those_of_the_predicted_tokens_and_nothing_else_changes(path: 
     seen: set[int] = set()
     with kdcache.open(path) as cache, Loader(cache, options) as plain, Loader(cache, with_roles) as loader:
         for number, (batch, other) in enumerate(zip(loader, plain, strict=True)):
-            numbers = [int(i) for row in loader.layout_of(0).batch(number).rows for i in row]
+            numbers = [int(i) for row in loader._layout_of(0).batch(number).rows for i in row]
             assert batch.roles_P is not None
             assert batch.roles_P.dtype == np.uint8
             assert batch.roles_P.tolist() == expected_roles(batch, [cache[i] for i in numbers])

@@ -50,8 +50,8 @@ def test_every_sequence_is_in_one_row_of_one_batch_within_the_bounds(
     counts = plan.counts()
     assert counts.num_empty_rows == sum(len(row) == 0 for row in batches[-1].rows)
     empty_places = counts.num_empty_rows * batches[-1].seq_len
-    assert counts.num_places == sum(len(batch.rows) * batch.seq_len for batch in batches) - empty_places
-    assert counts.fill == pytest.approx(sum(lengths) / counts.num_places)
+    assert counts.num_slots == sum(len(batch.rows) * batch.seq_len for batch in batches) - empty_places
+    assert counts.fill == pytest.approx(sum(lengths) / counts.num_slots)
 
 
 @settings(deadline=None)

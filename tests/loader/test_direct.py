@@ -124,7 +124,7 @@ def test_several_caches_selections_and_threads_give_the_stream_of_the_records(tm
     together = CacheSet(caches)
     with first, second, Loader(caches, options) as loader:
         for epoch in range(2):
-            plan = loader.layout_of(epoch)
+            plan = loader._layout_of(epoch)
             for number, batch in enumerate(loader):
                 assert_same_bits(batch, both(together, plan.batch(number).rows)[1])
 

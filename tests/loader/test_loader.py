@@ -44,7 +44,7 @@ def stream(loader: Loader, num_epochs: int) -> list[Batch]:
 
 def test_an_epoch_gives_every_sequence_once_in_the_order_of_its_plan(reader: MemoryReader) -> None:
     loader = Loader(reader, make_options())
-    expected = [int(s) for b in range(len(loader)) for row in loader.layout.batch(b).rows for s in row]
+    expected = [int(s) for b in range(len(loader)) for row in loader._layout.batch(b).rows for s in row]
     counts = loader.counts()
     batches = list(loader)
     assert [s for batch in batches for s in sequences_of(batch)] == expected
@@ -250,7 +250,7 @@ class DamagedReader(MemoryReader):
 def test_a_damaged_record_surfaces_at_its_batch_and_the_state_still_names_it(num_threads: int) -> None:
     reader, given = DamagedReader(LENGTHS), []
     loader = Loader(reader, make_options(num_threads=num_threads))
-    reader.bad = int(loader.layout.batch(2).rows[3][0])
+    reader.bad = int(loader._layout.batch(2).rows[3][0])
     for _ in range(2):
         with pytest.raises(CorruptCacheError, match="digest does not match"):
             given.extend(loader)  # keeps what came before the error

@@ -129,7 +129,7 @@ def test_an_epoch_gives_each_sequence_as_often_as_its_plan_says(
 ) -> None:
     readers, options = set_up
     loaders = [Loader(readers, options, rank=r, world_size=ranks, epoch=epoch) for r in range(ranks)]
-    counts, planned = loaders[0].counts(), loaders[0].layout.order.counts
+    counts, planned = loaders[0].counts(), loaders[0]._layout.order.counts
     given_sequences = [s for loader in loaders for batch in loader for s in sequences_of(batch)]
     assert len(given_sequences) == counts.num_sequences == sum(planned)
     seen = Counter(given_sequences)

@@ -61,7 +61,7 @@ def test_a_flipped_bit_in_a_shard_is_an_error_at_its_batch_and_not_a_wrong_numbe
     shard.chmod(0o644)
     shard.write_bytes(data)
     with open_reader(tmp_path / "cache") as reader, Loader(reader, OPTIONS) as loader:
-        number = next(b for b in range(len(loader)) if any(7 in row for row in loader.layout.batch(b).rows))
+        number = next(b for b in range(len(loader)) if any(7 in row for row in loader._layout.batch(b).rows))
         with pytest.raises(CorruptCacheError, match="digest"):
             list(loader)
         assert loader.state_dict()["next_batch"] == number

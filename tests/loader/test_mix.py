@@ -19,7 +19,7 @@ def order_of(sizes: list[int], epoch: int = 0, **options: object) -> EpochOrder:
 
 
 def whole(order: EpochOrder) -> list[int]:
-    return order.sequences_at(0, order.num_places).tolist()
+    return order.sequences_at(0, order.num_sequences).tolist()
 
 
 def test_the_mixture_of_version_1_is_pinned() -> None:

@@ -32,8 +32,8 @@ def _behind(rows: list[int], more: list[int]) -> list[int]:
 
 
 def block_of(lengths: np.ndarray, order: Order, block: int, packing: Packing) -> Rows:
-    start = block * packing.block_places
-    sequences = sequences_at(order, start, min(start + packing.block_places, order.num_sequences))
+    start = block * packing.block_sequences
+    sequences = sequences_at(order, start, min(start + packing.block_sequences, order.num_sequences))
     return pack_block(sequences, lengths[sequences].astype(np.int64), packing)
 
 

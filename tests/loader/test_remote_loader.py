@@ -69,7 +69,7 @@ def test_the_stream_is_that_of_the_local_copy_whatever_the_network_does(cache, l
     config = RemoteConfig(deadline_seconds=60.0, timeout_seconds=1.0, block_dir=str(tmp_path / "blocks"), block_bytes=2**20)
     with kdcache.open(cache, remote=config) as reader, Loader(reader, OPTIONS[order]) as loader:
         assert stream(loader) == expected
-        assert len(loader.layout_of(0).batch(0).rows) == 2
+        assert len(loader._layout_of(0).batch(0).rows) == 2
     assert set(s3.faults) == set(faults)
 
 

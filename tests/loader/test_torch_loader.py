@@ -82,7 +82,7 @@ def test_two_workers_give_the_stream_of_a_cache_on_disk(tmp_path: Path, start: s
     path = make_cache(tmp_path / "cache", "packed", num_units=4, num_sequences=8)
     options = LoaderConfig(seq_len=32, batch_rows=2, packing_buffer=8, num_threads=1, with_roles=not is_direct)
     with open_cache(path) as cache, Loader(cache, options) as inner:
-        first = inner.layout.batch(0).rows
+        first = inner._layout.batch(0).rows
         layout = BatchLayout(tuple(map(len, first)), 32, CacheSet(cache).columns, with_roles=not is_direct)
         assert (read_mapped(CacheSet(cache), first, layout, None) is not None) == is_direct
         loader = TorchLoader(inner)

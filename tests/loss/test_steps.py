@@ -15,7 +15,7 @@ from test_sparse_kd import with_estimates
 
 from kdcache.kernels import divergences as d
 from kdcache.kernels.base import Objective
-from kdcache.kernels.divergences import _torch as torch_divergences
+from kdcache.kernels.divergences import torch_formulas as torch_divergences
 from kdcache.kernels.reference import loss_and_gradient
 from kdcache.loss.steps import torch_positions
 from kdcache.loss.steps.step import BucketStep, Passes, make_step

@@ -32,11 +32,11 @@ PROGRAM = """
 import json, sys, traceback
 sys.path[:0] = [TESTS, TESTS + "/loss"]
 import torch
-from kdcache.kernels import _triton
+from kdcache.kernels import triton_kernels
 import triton_promises
 
 torch.set_num_threads(1)
-_triton.BLOCK_SIZE = 64
+triton_kernels.BLOCK_SIZE = 64
 broken = {}
 for name in NAMES:
     try:

@@ -69,7 +69,7 @@ def test_a_stream_gives_the_same_batch_by_number_in_turn_and_in_rounds(small_cac
         whole = [batch.input_ids_BT for batch in stream][:2]
         assert all(map(torch.equal, whole, wanted[8:]))
         stream.pause()
-        assert num_stream_batches(loader, 2) == sum(loader.layout_of(epoch).num_batches for epoch in (0, 1))
+        assert num_stream_batches(loader, 2) == sum(loader._layout_of(epoch).num_batches for epoch in (0, 1))
         with pytest.raises(StateError, match="not a state of a kdcache stream"):
             stream.load_state_dict(loader.state_dict())
         with pytest.raises(ConfigError, match="round_batches is 0"):
@@ -79,9 +79,9 @@ def test_a_stream_gives_the_same_batch_by_number_in_turn_and_in_rounds(small_cac
 class Planning(Loader):
     """Says which epochs were planned."""
 
-    def layout_of(self, epoch: int) -> EpochLayout:
+    def _layout_of(self, epoch: int) -> EpochLayout:
         self.planned.append(epoch)
-        return super().layout_of(epoch)
+        return super()._layout_of(epoch)
 
     def __init__(self, *args: Any, **fields: Any) -> None:
         self.planned: list[int] = []

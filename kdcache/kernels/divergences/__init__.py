@@ -75,7 +75,7 @@ class Divergence:
         raise NotImplementedError(f"{type(self).__name__} has no in_numpy, which defines it")
 
     def in_torch(self, masses: Any) -> tuple[Any, Any]:
-        """(P,) losses and (P, K+1) h of `kdcache.kernels.divergences._torch.Masses`; autograd can pass through the losses."""
+        """(P,) losses and (P, K+1) h of `torch_formulas.Masses`; autograd can pass through the losses."""
         raise NotImplementedError(f"{type(self).__name__} has no in_torch, by which it is trained")
 
     @property

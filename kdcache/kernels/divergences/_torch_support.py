@@ -1,4 +1,4 @@
-"""The divergences that compare logits on the support, in torch: values and slopes, as in `_torch`."""
+"""The divergences that compare logits on the support, in torch: values and slopes, as in `torch_formulas`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from kdcache.kernels import divergences as d
 
 if TYPE_CHECKING:
-    from kdcache.kernels.divergences._torch import Masses
+    from kdcache.kernels.divergences.torch_formulas import Masses
 
 
 def centered_mse(_: d.Divergence, x: Masses) -> Tensor:

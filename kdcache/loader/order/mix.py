@@ -85,17 +85,17 @@ class EpochOrder:
         self.sizes = [len(cache.num_tokens_S) for cache in caches]
         self.bases = np.cumsum([0, *self.sizes])
         self.counts = epoch_counts(self.sizes, config.mix)
-        self.num_places = sum(self.counts)
+        self.num_sequences = sum(self.counts)
         self._passes: dict[tuple[int, int], Order | LocalOrder] = {}
 
     def sequences_at(self, start: int, stop: int) -> NDArray[np.int64]:
         """(stop - start,) int64, the numbers of the sequences at places start..stop-1.
 
         Raises:
-            IndexError: not 0 <= start <= stop <= num_places.
+            IndexError: not 0 <= start <= stop <= num_sequences.
         """
-        if not 0 <= start <= stop <= self.num_places:
-            raise IndexError(f"places {start}:{stop} are not within an order of {self.num_places} sequences")
+        if not 0 <= start <= stop <= self.num_sequences:
+            raise IndexError(f"places {start}:{stop} are not within an order of {self.num_sequences} sequences")
         if len(self._caches) == 1:
             return self._of_cache(0, start, stop)
         spans = interleaved_spans(self.counts, start, stop)
@@ -152,8 +152,8 @@ def interleaved_spans(counts: Sequence[int], start: int, stop: int) -> list[tupl
     """For each cache a range of its share that surely covers places start..stop-1, such that all that comes before the ranges
     comes before `start`.
 
-    Of N caches, those with a key below x have together x * num_places sequences, give or take N / 2; so the one at place p has
-    its key within N / 2 + 1 places of p / num_places, and cache c has given its share of p by then, within N / 2 + 2.
+    Of n caches, the sequences with a key below x are x * num_sequences, give or take n / 2; so the one of rank p has its key
+    within n / 2 + 1 ranks of p / num_sequences, and cache c has given its share of p by then, within n / 2 + 2.
     """
     total, slack = sum(counts), len(counts) + 3
     lows = [max(0, start * count // total - slack) for count in counts]

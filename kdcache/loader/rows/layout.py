@@ -33,8 +33,8 @@ class EpochCounts:
         num_rows: rows with a sequence.
         num_empty_rows: rows of no sequence and no weight that fill the last batch.
         num_batches: global batches.
-        num_places: rows x row length, without the empty rows.
-        fill: share of these places that hold a token, in [0, 1].
+        num_slots: rows x row length, without the empty rows.
+        fill: share of these slots that hold a token, in [0, 1].
     """
 
     num_sequences: int
@@ -42,7 +42,7 @@ class EpochCounts:
     num_rows: int
     num_empty_rows: int
     num_batches: int
-    num_places: int
+    num_slots: int
     fill: float
 
 
@@ -78,7 +78,7 @@ class EpochLayout:
         self._packing = Packing.of(config)
         self._cuts_batches = cuts_batches(config)
         self.order = EpochOrder(caches, config, epoch)
-        # Of rows, batches, tokens and places: how many there are before each block. One entry per block, 16 windows.
+        # Of rows, batches, tokens and slots: how many there are before each block. One entry per block, 16 windows.
         self._before: list[_Totals] = [_Totals()]
         self._blocks: OrderedDict[int, Rows] = OrderedDict()
         self._lock = threading.RLock()
@@ -95,7 +95,7 @@ class EpochLayout:
     def num_batches(self) -> int:
         """Global batches, the padded last one included; computes the whole table of blocks where lengths have a say in it."""
         if self._config.packing == "none" and self._config.max_batch_tokens is None:
-            return -(-self.order.num_places // self._config.batch_rows)
+            return -(-self.order.num_sequences // self._config.batch_rows)
         totals = self._totals()
         return totals.batches if self._cuts_batches else -(-totals.rows // self._config.batch_rows)
 
@@ -138,15 +138,15 @@ class EpochLayout:
     def counts(self) -> EpochCounts:
         """What the whole epoch holds."""
         totals, num_batches, batch_rows = self._totals(), self.num_batches, self._config.batch_rows
-        num_places = totals.places if self._cuts_batches else totals.rows * self._config.seq_len
+        num_slots = totals.slots if self._cuts_batches else totals.rows * self._config.seq_len
         return EpochCounts(
-            num_sequences=self.order.num_places,
+            num_sequences=self.order.num_sequences,
             num_tokens=totals.tokens,
             num_rows=totals.rows,
             num_empty_rows=-totals.rows % batch_rows,
             num_batches=num_batches,
-            num_places=num_places,
-            fill=totals.tokens / max(1, num_places),
+            num_slots=num_slots,
+            fill=totals.tokens / max(1, num_slots),
         )
 
     def _own_batch(self, number: int) -> BatchRows:
@@ -175,17 +175,17 @@ class EpochLayout:
     def _extend(self) -> bool:
         """Add one block to the table; False when it has them all."""
         block, before = len(self._before) - 1, self._before[-1]
-        if block * self._packing.block_places >= self.order.num_places:
+        if block * self._packing.block_sequences >= self.order.num_sequences:
             return False
         rows = self._block(block)
         lengths_M = self.order.num_tokens(rows.sequences_M)
-        num_batches = num_places = 0
+        num_batches = num_slots = 0
         if rows.batches_N1 is not None:
             num_batches = len(rows.batches_N1) - 1
             longest_N = np.maximum.reduceat(lengths_M, rows.batches_N1[:-1])
             sizes_N = np.diff(rows.batches_N1)
-            num_places = sum(int(n) * row_length(int(t), self._config) for n, t in zip(sizes_N, longest_N, strict=True))
-        self._before.append(before.plus(len(rows), num_batches, int(lengths_M.sum()), num_places))
+            num_slots = sum(int(n) * row_length(int(t), self._config) for n, t in zip(sizes_N, longest_N, strict=True))
+        self._before.append(before.plus(len(rows), num_batches, int(lengths_M.sum()), num_slots))
         return True
 
     def _block(self, block: int) -> Rows:
@@ -198,8 +198,8 @@ class EpochLayout:
             return self._blocks[block]
 
     def _make_block(self, block: int) -> Rows:
-        start = block * self._packing.block_places
-        sequences_M = self.order.sequences_at(start, min(start + self._packing.block_places, self.order.num_places))
+        start = block * self._packing.block_sequences
+        sequences_M = self.order.sequences_at(start, min(start + self._packing.block_sequences, self.order.num_sequences))
         lengths_M = self.order.num_tokens(sequences_M)
         if self._cuts_batches:
             rows = batch_block(sequences_M, lengths_M, self._config, epoch=self._epoch, block=block)
@@ -226,7 +226,7 @@ class _Totals:
     rows: int = 0
     batches: int = 0
     tokens: int = 0
-    places: int = 0
+    slots: int = 0
 
-    def plus(self, rows: int, batches: int, tokens: int, places: int) -> _Totals:
-        return _Totals(self.rows + rows, self.batches + batches, self.tokens + tokens, self.places + places)
+    def plus(self, rows: int, batches: int, tokens: int, slots: int) -> _Totals:
+        return _Totals(self.rows + rows, self.batches + batches, self.tokens + tokens, self.slots + slots)

@@ -40,7 +40,7 @@ class Packing:
         return cls(config.packing, config.seq_len, window)
 
     @property
-    def block_places(self) -> int:
+    def block_sequences(self) -> int:
         """Places of the order that one block covers."""
         return BLOCK_WINDOWS * self.window
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kdcache.kernels.base import KernelInputs, Objective
-from kdcache.kernels.divergences import _torch as divergences
-from kdcache.kernels.divergences._torch import Masses
+from kdcache.kernels.divergences import torch_formulas as divergences
+from kdcache.kernels.divergences.torch_formulas import Masses
 from kdcache.loss.prepare import Prepared, check_values, to_kernel_inputs
 from kdcache.loss.steps import torch_positions
 from kdcache.loss.steps.torch_passes import TorchPasses
@@ -53,7 +53,7 @@ class _NumbaStep:
     def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
         part, losses_C = self.inputs.slice(start, start + len(logits_CV)), np.empty(len(logits_CV))
         # Imported on use: numba takes 0.4 s.
-        from kdcache.kernels import _numba as kernels
+        from kdcache.kernels import numba_kernels as kernels
 
         run = kernels.position_losses_and_gradients if want_gradient else kernels.position_losses
         run(kernel_view(logits_CV), part, self.objective, losses_C, torch.get_num_threads())

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.base import NO_TARGET, PADDING_ID, Objective
-from kdcache.kernels.divergences import _torch as divergences
-from kdcache.kernels.divergences._torch import Masses
+from kdcache.kernels.divergences import torch_formulas as divergences
+from kdcache.kernels.divergences.torch_formulas import Masses
 from kdcache.loss.prepare import Prepared
 
 

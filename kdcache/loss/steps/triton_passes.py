@@ -64,6 +64,6 @@ class TritonPasses:
 
 
 def _kernels() -> Any:
-    from kdcache.kernels import _triton
+    from kdcache.kernels import triton_kernels
 
-    return _triton
+    return triton_kernels

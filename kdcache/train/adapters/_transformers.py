@@ -211,6 +211,6 @@ def _arguments(args: TrainingArguments, loader: Loader) -> tuple[TrainingArgumen
     accumulated = args.gradient_accumulation_steps
     args.per_device_train_batch_size = loader.config.batch_rows // loader.world_size  # for what Trainer logs
     if args.max_steps > 0:
-        return args, math.ceil(loader.layout_of(0).num_batches / accumulated)
+        return args, math.ceil(loader.num_batches(0) / accumulated)
     args.max_steps = math.ceil(num_stream_batches(loader, args.num_train_epochs) / accumulated)
     return args, math.ceil(args.max_steps / args.num_train_epochs)

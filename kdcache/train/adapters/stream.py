@@ -36,7 +36,7 @@ class BatchStream:
         if round_batches is not None and round_batches < 1:
             raise ConfigError(f"round_batches is {round_batches}, but must be at least 1")
         self.loader = loader
-        self.round_batches = round_batches or loader.layout_of(0).num_batches
+        self.round_batches = round_batches or loader.num_batches(0)
         self.next_index = 0
         self._starts = {0: 0}
         """Of the epochs that are known, the index of their first batch."""
@@ -108,7 +108,7 @@ class BatchStream:
         epoch = min(self._starts, key=lambda known: abs(self._starts[known] - index))
         while index < self._starts[epoch]:
             if epoch - 1 not in self._starts:
-                self._starts[epoch - 1] = self._starts[epoch] - self.loader.layout_of(epoch - 1).num_batches
+                self._starts[epoch - 1] = self._starts[epoch] - self.loader.num_batches(epoch - 1)
             epoch -= 1
         while index >= self._end(epoch):
             epoch += 1
@@ -116,12 +116,12 @@ class BatchStream:
 
     def _end(self, epoch: int) -> int:
         if epoch + 1 not in self._starts:
-            self._starts[epoch + 1] = self._starts[epoch] + self.loader.layout_of(epoch).num_batches
+            self._starts[epoch + 1] = self._starts[epoch] + self.loader.num_batches(epoch)
         return self._starts[epoch + 1]
 
 
 def num_stream_batches(loader: Loader, num_epochs: float) -> int:
     """Batches of the first epochs, and of the last one's part where the index is not whole."""
     whole = math.floor(num_epochs)
-    num_batches = sum(loader.layout_of(epoch).num_batches for epoch in range(whole))
-    return num_batches + math.ceil((num_epochs - whole) * loader.layout_of(whole).num_batches if num_epochs > whole else 0)
+    num_batches = sum(loader.num_batches(epoch) for epoch in range(whole))
+    return num_batches + math.ceil((num_epochs - whole) * loader.num_batches(whole) if num_epochs > whole else 0)
