@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from types import TracebackType
-from typing import Protocol, cast
+from typing import NoReturn, Protocol, cast
 
 from kdcache import __version__
 from kdcache.errors import KdcacheError
@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = cast("Command", import_module(f"kdcache.cli.commands.{COMMANDS[chosen][0]}"))
         command.add_arguments(subparsers[chosen])
         subparsers[chosen].usage = _usage(subparsers[chosen])
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        _refuse_unknown(parser if chosen is None else subparsers[chosen], unknown)
     if command is None:
         parser.print_help()
         return 2
@@ -117,6 +119,13 @@ def _usage(parser: argparse.ArgumentParser) -> str:
         elif action.required:
             given.append(f"{action.option_strings[0]} {action.metavar}")
     return " ".join([parser.prog, *given, "[options]"])
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, arguments: list[str]) -> NoReturn:
+    """Exit as argparse does, with the command's own usage and a way on."""
+    has_config = "--set" in parser._option_string_actions
+    hint = ", and --set FIELD=VALUE sets a field of the config" if has_config else ""
+    parser.error(f"unrecognized arguments: {' '.join(arguments)}; `{parser.prog} --help` lists the options{hint}")
 
 
 def run_command(command: Command, args: argparse.Namespace) -> int:

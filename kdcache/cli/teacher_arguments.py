@@ -39,7 +39,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser, *, prefix: str = "") -
         "--num-sequences", type=at_least(1), default=16, metavar="N",
         help=f"{prefix}sequences to ask the teacher about, chosen at random (default: 16)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help=f"{prefix}of that choice (default: 0)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help=f"{prefix}seed of that choice (default: 0)")
 
 
 def asks_teacher(args: argparse.Namespace) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 
+from kdcache.config.load import config_to_builtins, convert_config
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError
 from kdcache.loader.order.mix import CacheTable, epoch_counts
@@ -14,11 +14,8 @@ from kdcache.loader.order.mix import CacheTable, epoch_counts
 
 def check_config(config: LoaderConfig, caches: Sequence[CacheTable]) -> None:
     """Raise ConfigError unless the config is in range and fits the caches, and each sequence fits a row."""
-    try:
-        # Structs do not check the ranges of their fields when they are made in Python.
-        msgspec.convert(msgspec.to_builtins(config), LoaderConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"loader: {error}") from error
+    # Structs do not check the ranges of their fields when they are made in Python.
+    convert_config(config_to_builtins(config), LoaderConfig, where="loader")
     for number, cache in enumerate(caches):
         _check_cache(config, cache, "the cache" if len(caches) == 1 else f"cache {number}")
     epoch_counts([len(cache.num_tokens_S) for cache in caches], config.mix)

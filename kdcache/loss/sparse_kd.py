@@ -61,7 +61,7 @@ def sparse_kd_loss(
     if student_logits_PV.ndim != 2 or not student_logits_PV.is_floating_point():
         raise LossError(
             f"student_logits_PV must be floating point of the shape (positions, vocabulary), but is {student_logits_PV.dtype} "
-            f"of the shape {tuple(student_logits_PV.shape)}"
+            f"of the shape {tuple(student_logits_PV.shape)}: take logits.flatten(0, 1)[batch.flat_positions_P]"
         )
     asked, vocab_size = Asked(divergence, alpha, temperature, settings), student_logits_PV.shape[1]
     ready = prepare.prepare(student_logits_PV, teacher, asked, (target_ids, weights), vocab_size)

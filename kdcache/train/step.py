@@ -41,10 +41,10 @@ def check_loss(config: LossConfig, manifest: Manifest) -> None:
         return
     reading_for(selection.kind, divergence, tail=config.tail, temperature=config.temperature)
     if config.temperature != 1 and config.temperature not in selection.temperatures:
-        stored = ", ".join(map(str, selection.temperatures)) or "none"
+        stored = ", ".join(map(str, sorted({1.0, *selection.temperatures})))
         raise ConfigError(
-            f"loss.temperature is {config.temperature}, but besides 1.0 the cache has normalisers for {stored}: they cannot be "
-            "made afterwards; capture with it among selection.temperatures"
+            f"loss.temperature is {config.temperature}, but the cache was captured for {stored}: another temperature cannot be "
+            f"added afterwards; use one of these, or capture again with it in selection.temperatures"
         )
 
 

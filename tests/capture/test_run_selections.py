@@ -87,12 +87,12 @@ def test_a_capture_with_the_fake_teacher_holds_the_definitions_records(tmp_path,
     assert main(["info", str(tmp_path / "cache")]) == 0
     shown = capsys.readouterr().out
     assert ("unbiased estimates" in shown) == has_estimates(selection_of(tmp_path))
-    buys, instead = (shown.split(name)[1].splitlines()[0] for name in ("\nbuys ", "\ninstead "))
-    assert ("forward KL" in buys, "every divergence" in buys) == (
+    good_for, other = (shown.split(name)[1].splitlines()[0] for name in ("\ngood for ", "\nor choose "))
+    assert ("forward KL" in good_for, "every divergence" in good_for) == (
         kind not in ("top_k", "top_p_k"),
         kind in ("top_k", "top_p_k"),
     )
-    assert instead.strip().startswith("top_k:" if kind == "threshold" else "threshold:")
+    assert other.strip().startswith("top_k:" if kind == "threshold" else "threshold:")
     assert f"training   at temperature 1{'; ' if kind == 'sampled' else ''}" in shown
     assert ("0.7" in shown.split("training")[1].splitlines()[0]) == (kind != "sampled")
 

@@ -100,7 +100,7 @@ def test_choosing_a_selection(work_folder: Path, small: dict[str, str], capsys: 
     names = Tutorial(page("selection"), instead=small).run()
     shown = capsys.readouterr().out
     assert float(names["loss"]) > 0
-    assert "buys" in shown
+    assert "good for" in shown
     assert str(names.get("error", "")) == ""
     assert "total_variation" in shown
 

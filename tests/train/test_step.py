@@ -114,7 +114,7 @@ def manifest(kind: str) -> Any:
         ({"divergence": "hellinger"}, "sampled", LossError, "hellinger is not; use 'forward_kl' with tail 'drop'"),
         ({"divergence": "tail_aware_kl"}, "top_k", LossError, "which has no sample of the tail"),
         ({"divergence": "skew_kl", "divergence_options": {"beta": 1.0}}, "top_k", LossError, "skew_kl has no option 'beta'"),
-        ({"temperature": 3.0}, "top_k", ConfigError, r"loss.temperature is 3.0, but besides 1.0 .* for 0.5, 2.0"),
+        ({"temperature": 3.0}, "top_k", ConfigError, r"loss.temperature is 3.0, but the cache was captured for 0.5, 1.0, 2.0"),
     ],
 )
 def test_what_the_cache_is_not_enough_for_is_refused_in_one_sentence(loss, kind, error, sentence) -> None:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window", type=_at_least(2), default=256, metavar="N", help="most tokens in a sequence (default: 256)"
     )
-    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the bootstrap (default: 0)")
+    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="seed of the bootstrap (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     table = evaluation_table(evaluation.results)
     say(table.to_text())
     lines = [*evaluation_sentences(evaluation.results), *curve_lines(evaluation.curves, encoding=sys.stdout.encoding)]
-    say("\n".join(["", *lines]) if lines else "")
+    if lines:
+        say("\n".join(["", *lines]))
     out = Path(args.out)
     (out / TABLE).write_text(table.to_markdown() + "\n")
     plot_evaluation(evaluation.results, evaluation.curves, out / PLOT)

@@ -20,7 +20,7 @@ _MOST = 1000
 
 _FOR_ALL = "every divergence, over the entries that are kept; the tail is one number"
 _PER_BYTE = "forward KL and cross-entropy over the whole vocabulary, without bias, from few bytes"
-_BUYS = {
+_GOOD_FOR = {
     "top_k": (_FOR_ALL, f"threshold: {_PER_BYTE}"),
     "top_p_k": (_FOR_ALL, f"threshold: {_PER_BYTE}"),
     "threshold": (
@@ -36,7 +36,7 @@ _BUYS = {
         "threshold: less noise at the same bytes; top_k: every divergence, at several times the bytes",
     ),
 }
-"""Kind of selection -> what it buys, and what another choice would."""
+"""Kind of selection -> what it is good for, and what another choice would be good for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,8 +120,8 @@ def _selection_lines(summary: CacheSummary) -> dict[str, str]:
         "entries": entries,
         "kept mass": f"{_decimals(summary.kept_mass, 5)} of the probability is in exact entries",
         "training": f"at temperature 1{also if further else ''}; others need what selection.temperatures keeps",
-        "buys": _BUYS[selection.kind][0],
-        "instead": _BUYS[selection.kind][1],
+        "good for": _GOOD_FOR[selection.kind][0],
+        "or choose": _GOOD_FOR[selection.kind][1],
         "losses": "; ".join(_losses(selection.kind, has_both=has_estimates(selection) and fixed_exact(selection) != 0)),
     }
 

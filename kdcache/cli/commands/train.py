@@ -26,13 +26,13 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args, TrainConfig)
     from kdcache.report.evaluation import curve_lines
     from kdcache.train.evaluation.evaluate import heldout_curve
-    from kdcache.train.runs.run_folder import read_metrics
+    from kdcache.train.runs.run_folder import METRICS, read_metrics
     from kdcache.train.trainer import train
 
     result = train(config)
     new_steps = result.num_steps - result.num_resumed
-    resumed = f", {result.num_resumed:,} of them in an earlier run" if result.num_resumed else ""
-    say(f"{result.num_steps:,} steps{resumed}, {result.num_tokens:,} tokens; {new_steps:,} steps in {result.seconds:.1f} s")
+    took = f"; {new_steps:,} of them now," if result.num_resumed else ""
+    say(f"{result.num_steps:,} steps, {result.num_tokens:,} tokens{took} in {result.seconds:.1f} s")
     if result.num_skipped:
         say(f"{result.num_skipped:,} of the steps were skipped because a loss or gradient was not finite; see metrics.jsonl")
     masses = [mass for line in read_metrics(result.out) if isinstance(mass := line.get("padding_mass"), float)]
@@ -40,5 +40,6 @@ def run(args: argparse.Namespace) -> int:
         say(f"teacher's mass on ids that the student lacks: {sum(masses) / len(masses):.3g} on average, left out")
     for line in curve_lines({"held-out nats per token": heldout_curve(result.out)}, encoding=sys.stdout.encoding):
         say(line)
+    say(f"losses: {result.out / METRICS}")
     say(f"model: {result.model}")
     return 0

@@ -51,7 +51,9 @@ def read_heldout(
     """
     if not Path(path).is_file():
         there = "it is a folder; name one of its files" if Path(path).is_dir() else "it does not exist"
-        raise InputError(f"{path}: held-out data cannot be read: {there} (in a training: heldout.data; null measures nothing)")
+        raise InputError(
+            f"{path}: held-out data cannot be read: {there} (in `kdcache train` heldout.data; null measures nothing)"
+        )
     size = min(window, max_tokens) if max_tokens is not None else window
     pieces = [
         (index, ids[start : start + size])
