@@ -57,7 +57,7 @@ def test_max_tokens_below_a_window_gives_one_short_window(tmp_path: Path) -> Non
     [
         ("not json", "not JSON"),
         ("[1, 2]", "holds a list, but a JSON object"),
-        ('{"body": "x"}', "neither 'text' nor 'input_ids'; the row has 'body'"),
+        ('{"body": "x"}', "neither 'text' nor 'input_ids'; the item has 'body'"),
         ('{"text": 5}', r"field 'text' is 5 \(int\)"),
         ('{"input_ids": [1, 99999999]}', "token id 99999999 is not one of the vocabulary's"),
         ('{"input_ids": [1, -1]}', r"\[1\] is -1"),
