@@ -159,9 +159,11 @@ def _report_text(path: str, report: VerifyReport) -> str:
     manifest = report.manifest
     num_done, num_units = len(manifest.shards), manifest.plan.num_units
     command = "derive" if manifest.lineage else "capture"  # UNSET is false
-    state = "complete" if manifest.is_complete else f"{num_done:,} of {count(num_units, 'unit')}; `kdcache {command}` resumes"
+    state = f" ({num_done:,} of {count(num_units, 'unit')}; `kdcache {command}` resumes)"
+    if manifest.is_complete:
+        state = " (complete)" if report.is_sound else ""  # damage is not called complete
     lines = {
-        "cache": f"{path}: {_verdict(report)} ({state})",
+        "cache": f"{path}: {_verdict(report)}{state}",
         "read": f"{count(report.num_sequences, 'sequence')}, {count(report.num_positions, 'position')}, "
         f"{size(report.num_bytes)}",
     }
