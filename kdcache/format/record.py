@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from kdcache.errors import FormatError
 
 KEY_BYTES = 16
-NO_TARGET = -1
+NO_TARGET = -100
+"""What torch's cross entropy leaves out by default."""
 PADDING_ID = -1
 
 ROLES = ("none", "system", "user", "assistant", "tool")

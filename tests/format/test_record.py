@@ -173,3 +173,10 @@ def test_a_key_depends_on_tokens_mask_and_template_and_on_where_one_ends_and_the
     assert (
         sequence_key(ids, mask, "").hex() == "55ea0b711db9838c9643699a4541af57"
     )  # the same in every version, on every machine
+
+
+def test_where_no_token_follows_every_part_says_so_with_the_number_that_torch_leaves_out():
+    from kdcache.kernels import base
+    from kdcache.loader.batches import batch
+
+    assert NO_TARGET == base.NO_TARGET == batch.NO_TARGET == -100

@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.format.record import NO_TARGET as NO_TARGET
 from kdcache.format.record import PADDING_ID
 from kdcache.format.soft_targets import ARRAYS as SOFT_TARGET_ARRAYS
 from kdcache.format.soft_targets import SoftTargets
-
-NO_TARGET = -100
-"""What torch's cross entropy leaves out by default."""
 
 NO_ROLE = 255
 """In `Batch.roles_P`: the position predicts no token of its sequence, which is not the role `none`."""
