@@ -73,7 +73,7 @@ def make_record(number: int, k: int, lengths: tuple[int, int] = LENGTHS) -> Sequ
         logprobs_E=-np.sort(rng.exponential(3, (num_tokens, k)) + 3, axis=1).astype(np.float32).reshape(-1),
         offsets_P1=np.arange(num_tokens + 1, dtype=np.int64) * k,
         tail_mass_P=np.full(num_tokens, 0.1, np.float32),
-        outside_target_logprobs_M=np.full(num_tokens - 1, -9, np.float32),
+        outside_target_logprobs=np.full(num_tokens - 1, -9, np.float32),
     )
     return SequenceRecord(sequence, distributions)
 

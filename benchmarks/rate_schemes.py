@@ -192,7 +192,7 @@ def archive_shares(codec: ArchiveCodec, stream: bytes, record: Distributions) ->
     counts_P = record.num_entries_P[:NUM_SPLIT]
     exact_P = counts_P if record.num_exact_P is None else record.num_exact_P[:NUM_SPLIT]
     bits = counting.split(counts_P.tolist(), exact_P.tolist())
-    bits["scalars"] += 7 * len(record.outside_target_logprobs_M) * len(counts_P) / record.num_positions
+    bits["scalars"] += 7 * len(record.outside_target_logprobs) * len(counts_P) / record.num_positions
     return [bits[part] / sum(bits.values()) for part in PARTS[:3]]
 
 

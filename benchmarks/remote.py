@@ -72,7 +72,7 @@ def make_record(seed: int) -> SequenceRecord:
         logprobs_E=logprobs_PK.ravel(),
         offsets_P1=np.arange(len(targets_P) + 1, dtype=np.int64) * K,
         tail_mass_P=np.clip(1 - np.exp(logprobs_PK).sum(axis=1), 0, 1).astype(np.float32),
-        outside_target_logprobs_M=np.full(int(is_outside_P.sum()), -12.0, np.float32),
+        outside_target_logprobs=np.full(int(is_outside_P.sum()), -12.0, np.float32),
     )
     return SequenceRecord(sequence, distributions)
 

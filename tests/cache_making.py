@@ -72,7 +72,7 @@ def make_distributions(
         logprobs_E=np.concatenate([*logprobs, np.zeros(0, np.float32)], dtype=np.float32),
         offsets_P1=np.concatenate([[0], np.cumsum(num_entries_P, dtype=np.int64)]).astype(np.int64),
         tail_mass_P=tail_mass_P,
-        outside_target_logprobs_M=np.array(outside, np.float32),
+        outside_target_logprobs=np.array(outside, np.float32),
     )
 
 
@@ -212,7 +212,7 @@ def assert_same_record(found: SequenceRecord, expected: SequenceRecord, *, is_ex
     np.testing.assert_array_equal(ours.offsets_P1, theirs.offsets_P1, strict=True)
     np.testing.assert_array_equal(ours.token_ids_E, theirs.token_ids_E, strict=True)
     tolerance = {"rtol": 0, "atol": 0} if is_exact else {"rtol": 2.0**-11, "atol": 2.0**-24}
-    for name in ("logprobs_E", "outside_target_logprobs_M"):
+    for name in ("logprobs_E", "outside_target_logprobs"):
         np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), err_msg=name, **tolerance)
     tail_tolerance = tolerance if is_exact else {"rtol": 0.02, "atol": 1e-6}
     np.testing.assert_allclose(ours.tail_mass_P, theirs.tail_mass_P, **tail_tolerance)

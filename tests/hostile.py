@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.format import paths
-from kdcache.format.arrow_messages import record_batch_places
-from kdcache.format.schema import DIGEST, INDEX_SCHEMA, METADATA_KEY, row_digest
+from kdcache.format.arrow_messages import record_batch_spans
+from kdcache.format.schema import DIGEST, INDEX_SCHEMA, METADATA_KEY, sequence_digest
 from kdcache.store.records.column_view import column_view
 
 Fields = dict[str, Any]
@@ -91,7 +91,7 @@ def edit_rows(cache: Path, change: Callable[[Fields], None], metadata: Fields | 
     columns = {name: batches[0].column(name) for name in names}
     change(columns)
     views = {name: column_view(column) for name, column in columns.items()}
-    digests = [row_digest({n: view[row] for n, view in views.items()}, names) for row in range(batches[0].num_rows)]
+    digests = [sequence_digest({n: view[row] for n, view in views.items()}, names) for row in range(batches[0].num_rows)]
     first = pa.RecordBatch.from_arrays([*columns.values(), pa.array(digests, pa.uint64())], schema=schema)
     rest = [pa.RecordBatch.from_arrays(batch.columns, schema=schema) for batch in batches[1:]]
     replace_shard(cache, file_bytes([first, *rest], schema))
@@ -160,7 +160,7 @@ def with_keys_beside(cache: Path) -> None:
 
 def repeat_a_batch(data: bytes) -> bytes:
     """The footer names the first record batch where it named the second."""
-    places = record_batch_places(memoryview(data), len(data))
+    places = record_batch_spans(memoryview(data), len(data))
     assert places is not None
     first, second = (struct.pack("<qi4xq", *place) for place in places[:2])
     at = data.rindex(second)

@@ -85,7 +85,7 @@ def distributions(draw: st.DrawFn, *, vocab_size: int, target_ids_P: NDArray[np.
         logprobs_E=np.array(all_logprobs, np.float32),
         offsets_P1=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
         tail_mass_P=np.array(draw(st.lists(tail_masses(), min_size=num_positions, max_size=num_positions)), np.float32),
-        outside_target_logprobs_M=np.array(outside, np.float32),
+        outside_target_logprobs=np.array(outside, np.float32),
     )
 
 

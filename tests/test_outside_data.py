@@ -23,7 +23,7 @@ GUARDS = {
     "codec/base.py:binary_array from_buffers": "",  # of what a codec of ours has made
     "store/index.py:_publish to_batches": "",  # the same, of an index
     "store/records/arrow_file.py:open_arrow_buffer open_file": "_has_compression_or_dictionaries",
-    "store/remote/remote_file.py:parse_tail open_file": "record_batch_places",  # of the file its schema alone is read
+    "store/remote/remote_file.py:parse_tail open_file": "record_batch_spans",  # of the file its schema alone is read
     "store/remote/remote_file.py:parse_record_batch read_record_batch": "is_compressed",
     "store/remote/remote_file.py:parse_record_batch read_message": "is_compressed",
     "store/remote/remote_file.py:open_columns open_file": "is_compressed",

@@ -27,9 +27,9 @@ from kdcache.store.reader import open_reader
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {
     "sequence": ("input_ids_N", "supervised_N", "roles_N", "turn_starts"),
-    "distributions": ("token_ids_E", "logprobs_E", "offsets_P1", "tail_mass_P", "outside_target_logprobs_M"),
+    "distributions": ("token_ids_E", "logprobs_E", "offsets_P1", "tail_mass_P", "outside_target_logprobs"),
 }
-OPTIONAL = ("num_exact_P", "log_z_PT", "entropy_P")
+OPTIONAL = ("num_exact_P", "log_z_PL", "entropy_P")
 SELECTIONS = {
     "sampled": SelectionInfo(kind="sampled", params={"num_draws": 20, "seed": 0}),
     "threshold": SelectionInfo(kind="threshold", params={"tau": 0.05, "seed": 0}, temperatures=(2.0,), entropy=True),

@@ -23,7 +23,7 @@ from kdcache.capture.sequences import CutCounts
 from kdcache.capture.unit import blaming_teacher, score_records
 from kdcache.capture.watch.progress import CaptureProgress
 from kdcache.codec import get_codec
-from kdcache.codec.features import bytes_per_row
+from kdcache.codec.features import bytes_per_vector
 from kdcache.config.capture import CaptureConfig
 from kdcache.errors import ConfigError, InputError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
@@ -207,7 +207,7 @@ def _scale(job: Job, items: list[Item], requests: list[Request], probed: _Probed
 
 def _feature_estimate(feature: FeatureInfo, num_positions: int, num_sequences: int) -> FeatureEstimate:
     per, num_vectors = ("position", num_positions) if feature.pooling == "none" else ("sequence", num_sequences)
-    return FeatureEstimate(feature, bytes_per_row(feature), per, num_vectors * bytes_per_row(feature))
+    return FeatureEstimate(feature, bytes_per_vector(feature), per, num_vectors * bytes_per_vector(feature))
 
 
 def _most_positions(requests: list[Request], config: CaptureConfig) -> int:
@@ -252,9 +252,9 @@ def _made_up(selection: SelectionInfo, k: int, vocab_size: int) -> Distributions
         logprobs_E=logprobs_PK.reshape(-1).astype(np.float32),
         offsets_P1=np.arange(num_positions + 1, dtype=np.int64) * k,
         tail_mass_P=np.full(num_positions, tail, np.float32),
-        outside_target_logprobs_M=np.full(num_positions // 4 if num_exact else num_positions, -9.0, np.float32),
+        outside_target_logprobs=np.full(num_positions // 4 if num_exact else num_positions, -9.0, np.float32),
         num_exact_P=np.full(num_positions, num_exact) if has_estimates(selection) else None,
-        log_z_PT=np.ones((num_positions, len(selection.temperatures)), np.float32) if selection.temperatures else None,
+        log_z_PL=np.ones((num_positions, len(selection.temperatures)), np.float32) if selection.temperatures else None,
         entropy_P=np.ones(num_positions, np.float32) if selection.entropy else None,
     )
 

@@ -196,7 +196,7 @@ def copy_into(d: Distributions, out: EntryArrays, keep_P: NDArray[np.bool_] | No
         token_ids_PK, logprobs_PK = d.padded(out.token_ids_PK.shape[1])
         out.token_ids_PK[:], out.logprobs_PK[:] = token_ids_PK[kept], logprobs_PK[kept]
     out.tail_mass_P[:] = d.tail_mass_P[kept]
-    copy_scalars_into(d.num_exact_P, d.log_z_PT, d.entropy_P, out, keep_P)
+    copy_scalars_into(d.num_exact_P, d.log_z_PL, d.entropy_P, out, keep_P)
 
 
 def copy_scalars_into(

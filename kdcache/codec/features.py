@@ -44,7 +44,7 @@ def encode_features(sequences: Sequence[Mapping[str, NDArray[np.float32]]], feat
         if feature.dtype == "float16":
             columns.append(list_array([a.astype(np.float16).reshape(-1) for a in arrays], pa.float16()))
             continue
-        quantized = [quantize_rows(a) for a in arrays]
+        quantized = [quantize_vectors(a) for a in arrays]
         columns.append(list_array([q.reshape(-1) for q, _ in quantized], pa.int8()))
         columns.append(list_array([scale for _, scale in quantized], pa.float32()))
     return columns
@@ -60,7 +60,7 @@ def decode_features(
     """
     found = {}
     for feature in features:
-        num_rows = feature.num_rows(num_positions)
+        num_rows = feature.num_vectors(num_positions)
         is_half = feature.dtype == "float16"
         stored = checked_column(columns, _column(feature), np.float16 if is_half else np.int8, num_rows * feature.size)
         values = stored.reshape(num_rows, feature.size).astype(np.float32)
@@ -72,7 +72,7 @@ def decode_features(
     return found
 
 
-def quantize_rows(values_RH: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantize_vectors(values_RH: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """(R, H) int8 and the rows' (R,) float32 scales: |values - int8 * scale| <= scale / 2, up to the rounding of float32."""
     scale_R = (np.abs(values_RH).max(axis=-1, initial=0.0) / _STEPS).astype(np.float32)
     # A row of zeros, or so small that its scale is 0 in float32, is stored as zeros.
@@ -80,7 +80,7 @@ def quantize_rows(values_RH: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDA
     return np.clip(np.rint(values_RH / divisor_R[:, None]), -_STEPS, _STEPS).astype(np.int8), scale_R
 
 
-def bytes_per_row(feature: FeatureInfo) -> int:
+def bytes_per_vector(feature: FeatureInfo) -> int:
     """What a row of the feature takes on disk."""
     return 2 * feature.size if feature.dtype == "float16" else feature.size + 4
 

@@ -110,7 +110,7 @@ class PackedCodec(Codec):
         values = {
             "logprobs": _half(estimates.exact_logprobs(d, self.selection)),
             "tail_logprobs": _half(tail_logprobs_P),
-            "outside_target_logprobs": _half(d.outside_target_logprobs_M),
+            "outside_target_logprobs": _half(d.outside_target_logprobs),
         }
         if estimates.stores_counts(self.selection):
             dtype = estimates.count_type(self.selection).to_pandas_dtype()
@@ -133,7 +133,7 @@ class PackedCodec(Codec):
             logprobs_E=self._logprobs(columns, offsets_P1, scalars["num_exact_P"], tail_mass_P),
             offsets_P1=offsets_P1,
             tail_mass_P=tail_mass_P,
-            outside_target_logprobs_M=_single(checked_column(columns, "outside_target_logprobs", np.float16, len(outside))),
+            outside_target_logprobs=_single(checked_column(columns, "outside_target_logprobs", np.float16, len(outside))),
             **scalars,
         )
 
@@ -194,7 +194,7 @@ class PackedCodec(Codec):
         out.tail_mass_P[:] = tail_mass_P if keep_P is None else tail_mass_P[keep_P]
         if not (out.num_exact_P is None and out.log_z_PL is None and out.entropy_P is None):
             scalars = decode_scalars(task.columns, self.selection, task.offsets_P1, np.float16)
-            copy_scalars_into(scalars.get("num_exact_P"), scalars.get("log_z_PT"), scalars.get("entropy_P"), out, keep_P)
+            copy_scalars_into(scalars.get("num_exact_P"), scalars.get("log_z_PL"), scalars.get("entropy_P"), out, keep_P)
 
     def _tail_mass(self, columns: ColumnValues, num_positions: int) -> NDArray[np.float32]:
         if not estimates.stores_tail(self.selection):

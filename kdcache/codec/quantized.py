@@ -117,7 +117,7 @@ class QuantizedCodec(Codec):
             "token_ids_packed": d.token_ids_E,
             "logprob_codes": codes_X.astype(np.int32),
             "tail_codes": tail_codes_P,
-            "outside_target_codes": nearest_codes(d.outside_target_logprobs_M, TAIL_BITS),
+            "outside_target_codes": nearest_codes(d.outside_target_logprobs, TAIL_BITS),
         }
         if estimates.stores_counts(self.selection):
             values["estimate_counts"] = estimates.draw_counts(d, self.selection).astype(np.int32)
@@ -140,7 +140,7 @@ class QuantizedCodec(Codec):
             logprobs_E=self._logprobs(columns, offsets_P1, scalars["num_exact_P"], tail_mass_P),
             offsets_P1=offsets_P1,
             tail_mass_P=tail_mass_P,
-            outside_target_logprobs_M=level_logprobs(TAIL_BITS)[outside_codes_M],
+            outside_target_logprobs=level_logprobs(TAIL_BITS)[outside_codes_M],
             **scalars,
         )
 

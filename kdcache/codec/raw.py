@@ -51,7 +51,7 @@ class RawCodec(Codec):
             list_array([d.token_ids_E for d in sequences], pa.int32()),
             list_array([d.logprobs_E for d in sequences], pa.float32()),
             list_array([d.tail_mass_P for d in sequences], pa.float32()),
-            list_array([d.outside_target_logprobs_M for d in sequences], pa.float32()),
+            list_array([d.outside_target_logprobs for d in sequences], pa.float32()),
             *encode_scalars(sequences, self.selection, pa.float32(), lambda values: values),
         ]
 
@@ -66,7 +66,7 @@ class RawCodec(Codec):
             logprobs_E=checked_column(columns, "logprobs", np.float32, num_entries),
             offsets_P1=offsets_P1,
             tail_mass_P=checked_column(columns, "tail_mass", np.float32, len(offsets_P1) - 1),
-            outside_target_logprobs_M=checked_column(columns, "outside_target_logprobs", np.float32, len(outside)),
+            outside_target_logprobs=checked_column(columns, "outside_target_logprobs", np.float32, len(outside)),
             **decode_scalars(columns, self.selection, offsets_P1, np.float32),
         )
 

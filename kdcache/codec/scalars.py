@@ -65,7 +65,7 @@ def encode_scalars(
     names = _names(selection, num_exact=num_exact)
     columns: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
     for d in sequences:
-        kept = {"num_exact": d.num_exact_P, "log_z": d.log_z_PT, "entropy": d.entropy_P}
+        kept = {"num_exact": d.num_exact_P, "log_z": d.log_z_PL, "entropy": d.entropy_P}
         for name in names:
             columns[name].append(np.asarray(kept[name]))
     return [
@@ -98,7 +98,7 @@ def decode_scalars(
 def decode_floats(
     columns: ColumnValues, selection: SelectionInfo, num_positions: int, float_type: Any
 ) -> dict[str, NDArray[np.float32]]:
-    """Those of them that are numbers of the teacher's: log_z_PT and entropy_P, where they are kept.
+    """Those of them that are numbers of the teacher's: log_z_PL and entropy_P, where they are kept.
 
     Raises:
         CorruptCacheError: lengths that do not fit.
@@ -107,7 +107,7 @@ def decode_floats(
     num_temperatures = len(selection.temperatures)
     if num_temperatures:
         log_z = checked_column(columns, "log_z", float_type, num_positions * num_temperatures)
-        found["log_z_PT"] = log_z.astype(np.float32, copy=False).reshape(num_positions, num_temperatures)
+        found["log_z_PL"] = log_z.astype(np.float32, copy=False).reshape(num_positions, num_temperatures)
     if selection.entropy:
         found["entropy_P"] = checked_column(columns, "entropy", float_type, num_positions).astype(np.float32, copy=False)
     return found

@@ -155,7 +155,7 @@ def _empty(num_positions: int) -> Distributions:
         logprobs_E=np.zeros(0, np.float32),
         offsets_P1=np.zeros(num_positions + 1, np.int64),
         tail_mass_P=np.zeros(num_positions, np.float32),
-        outside_target_logprobs_M=np.zeros(0, np.float32),
+        outside_target_logprobs=np.zeros(0, np.float32),
     )
 
 

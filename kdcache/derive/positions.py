@@ -40,9 +40,9 @@ def _kept(d: Distributions, target_ids_P: NDArray[np.int32], keep_P: NDArray[np.
         logprobs_E=d.logprobs_E[keep_E],
         offsets_P1=np.concatenate([[0], np.cumsum(counts_P[keep_P])]).astype(np.int64),
         tail_mass_P=d.tail_mass_P[keep_P],
-        outside_target_logprobs_M=d.outside_target_logprobs_M[keep_P[is_outside_P]],
+        outside_target_logprobs=d.outside_target_logprobs[keep_P[is_outside_P]],
         num_exact_P=None if d.num_exact_P is None else d.num_exact_P[keep_P],
-        log_z_PT=None if d.log_z_PT is None else d.log_z_PT[keep_P],
+        log_z_PL=None if d.log_z_PL is None else d.log_z_PL[keep_P],
         entropy_P=None if d.entropy_P is None else d.entropy_P[keep_P],
         features={name: values_PH[keep_P] for name, values_PH in d.features.items()},
     )

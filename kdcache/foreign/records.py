@@ -258,5 +258,5 @@ def _distributions(
         logprobs_E=logprobs_E,
         offsets_P1=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         tail_mass_P=np.clip(1.0 - mass, 0.0, 1.0).astype(np.float32),
-        outside_target_logprobs_M=np.where(np.isnan(unknown), UNKNOWN_TARGET, np.minimum(unknown, 0.0)).astype(np.float32),
+        outside_target_logprobs=np.where(np.isnan(unknown), UNKNOWN_TARGET, np.minimum(unknown, 0.0)).astype(np.float32),
     )

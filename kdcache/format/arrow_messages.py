@@ -26,14 +26,14 @@ _MAGIC_BYTES = 8
 """In front of the first message: the magic word, padded."""
 _BLOCK_BYTES = 24
 TRAILER_BYTES = 10
-"""Behind the footer: its length and the magic word."""
+"""After the footer: its length and the magic word."""
 
 
 class JoinedStreamsError(struct.error):
     """More data follows the end of a stream: a reader would leave it out without a word."""
 
 
-class MessagePlace(NamedTuple):
+class MessageSpan(NamedTuple):
     """Where a message starts in its file, and the bytes of its metadata and of its buffers."""
 
     offset: int
@@ -54,7 +54,7 @@ def footer_bytes(data: memoryview) -> int:
     return num_bytes
 
 
-def record_batch_places(data: memoryview, file_bytes: int) -> list[MessagePlace] | None:
+def record_batch_spans(data: memoryview, file_bytes: int) -> list[MessageSpan] | None:
     """Where a file's record batches are, from its last bytes, the footer among them; None where there are dictionaries.
 
     Args:
@@ -70,18 +70,18 @@ def record_batch_places(data: memoryview, file_bytes: int) -> list[MessagePlace]
         raise struct.error("a footer of another metadata version than V5")
     if _blocks(footer, _field(footer, root, _FOOTER_DICTIONARIES)):
         return None
-    places = _blocks(footer, _field(footer, root, _FOOTER_RECORD_BATCHES))
+    spans = _blocks(footer, _field(footer, root, _FOOTER_RECORD_BATCHES))
     end = _MAGIC_BYTES
-    for place in places:
-        if place.offset < end:
+    for span in spans:
+        if span.offset < end:
             raise struct.error("record batches that overlap, are named twice, or do not stand in the file's order")
-        end = place.stop
+        end = span.stop
     if end > max(file_bytes - TRAILER_BYTES - len(footer), _MAGIC_BYTES):
         raise struct.error("a record batch that ends after its file's data")
-    return places
+    return spans
 
 
-def _blocks(footer: memoryview, field: int | None) -> list[MessagePlace]:
+def _blocks(footer: memoryview, field: int | None) -> list[MessageSpan]:
     """Where the messages of a vector of blocks are."""
     if field is None:
         return []
@@ -89,10 +89,10 @@ def _blocks(footer: memoryview, field: int | None) -> list[MessagePlace]:
     (count,) = struct.unpack_from("<I", footer, vector)
     if count * _BLOCK_BYTES > len(footer):
         raise struct.error("more record batches than the footer has room for")
-    places = [MessagePlace(*struct.unpack_from("<qi4xq", footer, vector + 4 + i * _BLOCK_BYTES)) for i in range(count)]
-    if any(min(place) < 0 for place in places):
+    spans = [MessageSpan(*struct.unpack_from("<qi4xq", footer, vector + 4 + i * _BLOCK_BYTES)) for i in range(count)]
+    if any(min(span) < 0 for span in spans):
         raise struct.error("a record batch in front of the file, or of less than nothing")
-    return places
+    return spans
 
 
 def is_compressed(message: memoryview) -> bool:
@@ -124,16 +124,16 @@ def _file_messages(data: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
     footer_at = len(data) - TRAILER_BYTES - footer_bytes(data)
     footer = data[footer_at : len(data) - TRAILER_BYTES]
     root, end = _follow(footer, 0), _MAGIC_BYTES
-    places = [
-        place
+    spans = [
+        span
         for field in (_FOOTER_DICTIONARIES, _FOOTER_RECORD_BATCHES)
-        for place in _blocks(footer, _field(footer, root, field))
+        for span in _blocks(footer, _field(footer, root, field))
     ]
-    for place in sorted(places):
-        if place.offset < end or place.stop > footer_at:
+    for span in sorted(spans):
+        if span.offset < end or span.stop > footer_at:
             raise struct.error("messages that overlap, are named twice, or leave the file")
-        end, body_at = place.stop, place.offset + place.metadata_bytes
-        yield data[place.offset : body_at], data[body_at : place.stop]
+        end, body_at = span.stop, span.offset + span.metadata_bytes
+        yield data[span.offset : body_at], data[body_at : span.stop]
 
 
 def _stream_messages(data: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
@@ -192,19 +192,19 @@ def _is_v5(data: memoryview, field: int | None) -> bool:
     return field is not None and struct.unpack_from("<h", data, field) == (_V5,)
 
 
-def _follow(data: memoryview, place: int) -> int:
-    (distance,) = struct.unpack_from("<I", data, place)
-    return place + distance
+def _follow(data: memoryview, offset: int) -> int:
+    (distance,) = struct.unpack_from("<I", data, offset)
+    return offset + distance
 
 
-def _field(data: memoryview, table: int, number: int) -> int | None:
+def _field(data: memoryview, table: int, index: int) -> int | None:
     """Where a table's field is, or None where the table does not have it."""
     (distance,) = struct.unpack_from("<i", data, table)
     vtable = table - distance
     if vtable < 0:
         raise struct.error("a table that starts in front of its data")
     (vtable_bytes,) = struct.unpack_from("<H", data, vtable)
-    entry = 4 + 2 * number
+    entry = 4 + 2 * index
     if entry + 2 > vtable_bytes:
         return None
     (offset,) = struct.unpack_from("<H", data, vtable + entry)

@@ -116,7 +116,7 @@ class FeatureInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "float16"
     pooling: str = "none"
 
-    def num_rows(self, num_positions: int) -> int:
+    def num_vectors(self, num_positions: int) -> int:
         """How many vectors a sequence with this many supervised positions has."""
         return num_positions if self.pooling == "none" else 1
 

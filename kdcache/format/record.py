@@ -85,11 +85,12 @@ class Distributions:
         logprobs_E: (E,) float32, nats, <= 0; -inf is allowed (probability 0).
         offsets_P1: (P+1,) int64, offsets_P1[p]:offsets_P1[p+1] are the entries of position p; starts at 0, ends at E.
         tail_mass_P: (P,) float32 in [0, 1], the probability of all tokens that are not exact entries.
-        outside_target_logprobs_M: (M,) float32, nats: the target's logprob at each position that has a target and whose
+        outside_target_logprobs: 1-D float32, nats: the target's logprob at each position that has a target and whose
             target is not an exact entry, in position order. With it the teacher's NLL of the text can be recomputed.
         num_exact_P: (P,) int64, how many of a position's entries are exact; None where all of all positions are.
-        log_z_PT: (P, T) float32, nats, for each of the T further temperatures of the selection the log of the sum over the
-            vocabulary of p^(1/temperature), so that p^(1/temperature) / exp(log_z) is the distribution there; None for no T.
+        log_z_PL: (P, L) float32, nats: for each of the selection's L further temperatures the log of the sum over the
+            vocabulary of p^(1/temperature), so that p^(1/temperature) / exp(log_z) is the distribution at that temperature.
+            None where the selection has no further temperatures.
         entropy_P: (P,) float32, nats, of the whole distribution; None where it is not kept.
         features: name -> (P, H) float32, the teacher's hidden states at the positions, or (1, H) where they are pooled; see
             `FeatureInfo`. Empty, as a rule.
@@ -99,9 +100,9 @@ class Distributions:
     logprobs_E: NDArray[np.float32]
     offsets_P1: NDArray[np.int64]
     tail_mass_P: NDArray[np.float32]
-    outside_target_logprobs_M: NDArray[np.float32]
+    outside_target_logprobs: NDArray[np.float32]
     num_exact_P: NDArray[np.int64] | None = None
-    log_z_PT: NDArray[np.float32] | None = None
+    log_z_PL: NDArray[np.float32] | None = None
     entropy_P: NDArray[np.float32] | None = None
     features: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
@@ -137,12 +138,12 @@ class Distributions:
         """
         has_target, inside_P, logprobs_P = find_targets(self, target_ids_P)
         outside_P = has_target & ~inside_P
-        if int(outside_P.sum()) != len(self.outside_target_logprobs_M):
+        if int(outside_P.sum()) != len(self.outside_target_logprobs):
             raise FormatError(
-                f"{len(self.outside_target_logprobs_M)} logprobs are stored for targets that are not exact entries, "
+                f"{len(self.outside_target_logprobs)} logprobs are stored for targets that are not exact entries, "
                 f"but {int(outside_P.sum())} targets are none"
             )
-        logprobs_P[outside_P] = self.outside_target_logprobs_M
+        logprobs_P[outside_P] = self.outside_target_logprobs
         return logprobs_P
 
     def padded(self, num_columns: int | None = None) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -232,7 +233,7 @@ def distributions_from_dense(
         logprobs_E=np.minimum(sorted_PK, 0.0).reshape(-1),
         offsets_P1=np.arange(num_positions + 1, dtype=np.int64) * k,
         tail_mass_P=np.clip(1.0 - kept_P, 0.0, 1.0).astype(np.float32),
-        outside_target_logprobs_M=np.asarray(target_logprobs_P, np.float32)[outside_P],
+        outside_target_logprobs=np.asarray(target_logprobs_P, np.float32)[outside_P],
     )
 
 

@@ -81,7 +81,7 @@ def check_distributions(distributions: Distributions, *, vocab_size: int) -> Non
     pairs_E = np.sort(positions_E * vocab_size + d.token_ids_E)  # below 2^61: at most 2^30 positions, ids below 2^31
     _refuse(pairs_E[1:] // vocab_size, pairs_E[1:] == pairs_E[:-1], "a token id appears twice")
     _refuse(np.arange(d.num_positions), ~((d.tail_mass_P >= 0) & (d.tail_mass_P <= 1)), "tail_mass is outside [0, 1] or NaN")
-    if not (d.outside_target_logprobs_M <= 0).all():
+    if not (d.outside_target_logprobs <= 0).all():
         raise FormatError("a target's logprob is above 0 or NaN")
 
 
@@ -113,7 +113,7 @@ def check_features(values: Mapping[str, NDArray[np.float32]], features: Sequence
     if set(values) != {feature.name for feature in features}:
         raise FormatError(f"features {sorted(values)}, but the cache keeps {sorted(feature.name for feature in features)}")
     for feature in features:
-        _check_feature(values[feature.name], feature, feature.num_rows(num_positions))
+        _check_feature(values[feature.name], feature, feature.num_vectors(num_positions))
 
 
 def _check_sequence(s: TokenSequence, identity: Identity) -> None:
@@ -159,10 +159,10 @@ def _check_scalars(d: Distributions) -> None:
         if len(d.num_exact_P) != d.num_positions:
             raise FormatError(f"num_exact has {len(d.num_exact_P)} values for {d.num_positions} positions")
         _refuse(positions_P, (d.num_exact_P < 0) | (d.num_exact_P > d.num_entries_P), "more entries are exact than there are")
-    if d.log_z_PT is not None:
-        if d.log_z_PT.ndim != 2 or len(d.log_z_PT) != d.num_positions:
-            raise FormatError(f"log_z has the shape {d.log_z_PT.shape} at {d.num_positions} positions")
-        _refuse(np.repeat(positions_P, d.log_z_PT.shape[1]), ~np.isfinite(d.log_z_PT).reshape(-1), "log_z is not finite")
+    if d.log_z_PL is not None:
+        if d.log_z_PL.ndim != 2 or len(d.log_z_PL) != d.num_positions:
+            raise FormatError(f"log_z has the shape {d.log_z_PL.shape} at {d.num_positions} positions")
+        _refuse(np.repeat(positions_P, d.log_z_PL.shape[1]), ~np.isfinite(d.log_z_PL).reshape(-1), "log_z is not finite")
     if d.entropy_P is not None:
         if len(d.entropy_P) != d.num_positions:
             raise FormatError(f"entropy has {len(d.entropy_P)} values for {d.num_positions} positions")
@@ -176,7 +176,7 @@ def _check_kept(d: Distributions, selection: SelectionInfo) -> None:
         raise FormatError(f"selection {selection.kind!r}: estimates are marked by num_exact, and only where there may be some")
     if fixed is not None and not np.array_equal(np.minimum(fixed, d.num_entries_P), np.asarray(d.num_exact_P)):
         raise FormatError(f"selection {selection.kind!r} makes {fixed} entries of a position exact; the record says otherwise")
-    num_temperatures = 0 if d.log_z_PT is None else d.log_z_PT.shape[1]
+    num_temperatures = 0 if d.log_z_PL is None else d.log_z_PL.shape[1]
     if num_temperatures != len(selection.temperatures):
         raise FormatError(f"log_z at {num_temperatures} temperatures, but the selection keeps {len(selection.temperatures)}")
     if (d.entropy_P is not None) != selection.entropy:

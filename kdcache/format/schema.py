@@ -137,7 +137,7 @@ def shard_metadata(schema: pa.Schema, *, where: str) -> ShardMetadata:
     return metadata
 
 
-def row_digest(values: Mapping[str, Any], names: Sequence[str]) -> int:
+def sequence_digest(values: Mapping[str, Any], names: Sequence[str]) -> int:
     """xxh3_64 over a sequence: for each column in order its length in bytes (uint64, little-endian) and its bytes.
 
     Args:

@@ -160,11 +160,11 @@ def no_positions(selection: SelectionInfo | None = None) -> Distributions:
     temperatures = selection.temperatures if selection is not None else ()
     return Distributions(
         num_exact_P=np.empty(0, np.int64) if has_random else None,
-        log_z_PT=np.empty((0, len(temperatures)), np.float32) if temperatures else None,
+        log_z_PL=np.empty((0, len(temperatures)), np.float32) if temperatures else None,
         entropy_P=np.empty(0, np.float32) if selection is not None and selection.entropy else None,
         token_ids_E=np.empty(0, np.int32),
         logprobs_E=np.empty(0, np.float32),
         offsets_P1=np.zeros(1, np.int64),
         tail_mass_P=np.empty(0, np.float32),
-        outside_target_logprobs_M=np.empty(0, np.float32),
+        outside_target_logprobs=np.empty(0, np.float32),
     )

@@ -124,7 +124,7 @@ def features_from(
 
 def no_vectors(features: Sequence[FeatureInfo]) -> dict[str, NDArray[np.float32]]:
     """The features of a sequence in which nothing is supervised."""
-    return {feature.name: np.zeros((feature.num_rows(0), feature.size), np.float32) for feature in features}
+    return {feature.name: np.zeros((feature.num_vectors(0), feature.size), np.float32) for feature in features}
 
 
 def with_no_vectors(distributions: Distributions, features: Sequence[FeatureInfo]) -> Distributions:

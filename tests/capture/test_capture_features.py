@@ -12,7 +12,7 @@ import kdcache
 from kdcache.capture.estimate import estimate_capture
 from kdcache.capture.executors.run import run_capture
 from kdcache.cli.main import main
-from kdcache.codec.features import bytes_per_row, feature_fields
+from kdcache.codec.features import bytes_per_vector, feature_fields
 from kdcache.config.capture import CaptureConfig, FeatureConfig, TeacherConfig
 from kdcache.config.load import convert_config
 from kdcache.errors import CaptureError, ConfigError, MismatchError, TeacherError
@@ -87,7 +87,7 @@ def test_a_dry_run_says_what_each_feature_takes_and_adds_it_up(tmp_path, capsys)
     for feature in manifest.identity.features:
         num_rows = manifest.total("num_positions" if feature.pooling == "none" else "num_sequences")
         in_columns = sum(s.column_bytes[field.name] for s in manifest.shards for field in feature_fields([feature]))
-        assert in_columns >= num_rows * bytes_per_row(feature)
+        assert in_columns >= num_rows * bytes_per_vector(feature)
     assert estimate_capture(config, probe=True).num_bytes >= sum(e.num_bytes for e in estimate.features)
 
 
@@ -155,7 +155,7 @@ def test_a_sequence_without_supervised_positions_pools_to_zeros():
     for pooling in ("mean", "last"):
         np.testing.assert_array_equal(pooled(np.empty((0, 3), np.float32), pooling), np.zeros((1, 3), np.float32))
     (feature,) = resolve_features([FeatureConfig(layer=-1)], FAKE_HIDDEN)
-    assert (feature.layer, feature.size, feature.num_rows(7)) == (4, 16, 7)
+    assert (feature.layer, feature.size, feature.num_vectors(7)) == (4, 16, 7)
 
 
 REAL = [{"layer": -1}, {"layer": 1, "dtype": "int8"}, {"layer": 0, "pooling": "mean"}]

@@ -137,7 +137,7 @@ def test_at_temperature_0_every_answer_is_the_most_probable_token_of_its_positio
     run_capture(config(tmp_path, generate={"max_tokens": 12, "temperature": 0}))
     for record in records_of(tmp_path / "cache"):
         assert record.distributions.token_ids_E[::4].tolist() == record.sequence.target_ids_P.tolist()
-        assert len(record.distributions.outside_target_logprobs_M) == 0
+        assert len(record.distributions.outside_target_logprobs) == 0
 
 
 def test_a_chat_is_answered_in_the_assistants_turn(tmp_path):

@@ -55,7 +55,7 @@ def check(records, logits_of, selection, *, error: float) -> None:
         dense_PV = logits_of(sequence)[sequence.supervised_N]
         states_P = position_states(selection.params.get("seed", 0), sequence.key, sequence.positions_P)
         expected = select_reference(dense_PV, sequence.target_ids_P, selection, states_P)
-        for name in ("tail_mass_P", "outside_target_logprobs_M", "log_z_PT", "entropy_P"):
+        for name in ("tail_mass_P", "outside_target_logprobs", "log_z_PL", "entropy_P"):
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=10 * error + 1e-6)
         exact_E, expected_E = found.is_exact_E, expected.is_exact_E
         np.testing.assert_allclose(found.logprobs_E[exact_E], expected.logprobs_E[expected_E], atol=error + 1e-6)

@@ -67,13 +67,13 @@ def meaning(codec: ArchiveCodec, record: Record, offsets_P1) -> Distributions:
         logprobs_E=estimates.all_logprobs(codec._logprobs(codes_E[is_exact_E], codec.bits), counts_D, rows, codec.selection),
         offsets_P1=offsets_P1,
         tail_mass_P=tail_mass_P,
-        outside_target_logprobs_M=codec._logprobs(np.array(record.outside_codes, np.int32), 8),
+        outside_target_logprobs=codec._logprobs(np.array(record.outside_codes, np.int32), 8),
         num_exact_P=kept_P,
     )
 
 
 def assert_same(found: Distributions, expected: Distributions) -> None:
-    for name in ("token_ids_E", "logprobs_E", "tail_mass_P", "outside_target_logprobs_M"):
+    for name in ("token_ids_E", "logprobs_E", "tail_mass_P", "outside_target_logprobs"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), strict=True, err_msg=name)
     assert (found.num_exact_P is None) == (expected.num_exact_P is None)
     if expected.num_exact_P is not None:
@@ -173,7 +173,7 @@ def check_refused_or_sound(codec, columns, distributions):
     codec.decode_into(columns, distributions.offsets_P1, out)
     assert found.num_entries == distributions.num_entries
     assert found.num_positions == distributions.num_positions
-    assert len(found.outside_target_logprobs_M) <= found.num_positions
+    assert len(found.outside_target_logprobs) <= found.num_positions
     assert ((found.token_ids_E >= 0) & (found.token_ids_E < codec.vocab_size)).all()
     assert (found.logprobs_E <= 0).all()
 

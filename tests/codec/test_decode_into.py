@@ -29,8 +29,8 @@ def make_distributions(rng: np.random.Generator, counts: list[int], vocab_size: 
         logprobs_E=np.concatenate([*logprobs, np.zeros(0)]).astype(np.float32),
         offsets_P1=np.append(0, np.cumsum(counts)).astype(np.int64),
         tail_mass_P=rng.random(len(counts)).astype(np.float32),
-        outside_target_logprobs_M=np.zeros(0, np.float32),
-        log_z_PT=rng.random((len(counts), num_temperatures)).astype(np.float32) if num_temperatures else None,
+        outside_target_logprobs=np.zeros(0, np.float32),
+        log_z_PL=rng.random((len(counts), num_temperatures)).astype(np.float32) if num_temperatures else None,
         entropy_P=rng.random(len(counts)).astype(np.float32) if selection.entropy else None,
     )
 

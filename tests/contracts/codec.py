@@ -34,7 +34,7 @@ def make(
         logprobs_E=np.array([pair[1] for pair in pairs], np.float32),
         offsets_P1=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         tail_mass_P=np.array([0.25] * len(supports) if tails is None else tails, np.float32),
-        outside_target_logprobs_M=np.array(outside, np.float32),
+        outside_target_logprobs=np.array(outside, np.float32),
     )
 
 
@@ -80,7 +80,7 @@ def check_equal_within_bound(codec: Codec, found: Distributions, expected: Distr
     if codec.codec_id in REORDERS_EQUALS:
         expected = equals_by_id(expected, found.logprobs_E)
     np.testing.assert_array_equal(found.token_ids_E, expected.token_ids_E, strict=True)
-    for name in ("logprobs_E", "outside_target_logprobs_M"):
+    for name in ("logprobs_E", "outside_target_logprobs"):
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert ours.dtype == np.float32
         assert (_distance(ours, theirs) <= codec.max_error_nats(theirs)).all(), name
@@ -160,12 +160,12 @@ def _of_selection(selection: SelectionInfo, num_exact: list[int] | None) -> Dist
     half, quarter, third = float(np.log(0.5)), float(np.log(0.25)), float(np.log(1 / 3))
     values = {"sampled": (third, third), "top_k_sampled": (half, float(np.log(0.5 / 5)))}.get(selection.kind, (half, quarter))
     plain = make([[(7, values[0]), (3, values[1])], [], [(5, values[0]), (1, values[1]), (2, values[1])]], [0.5, 1.0, 0.5])
-    log_z_PT = np.linspace(0, 9, 3 * len(selection.temperatures), dtype=np.float32).reshape(3, -1)
+    log_z_PL = np.linspace(0, 9, 3 * len(selection.temperatures), dtype=np.float32).reshape(3, -1)
     return dataclasses.replace(
         plain,
         tail_mass_P=np.ones(3, np.float32) if selection.kind == "sampled" else plain.tail_mass_P,
         num_exact_P=None if num_exact is None else np.array(num_exact, np.int64),
-        log_z_PT=log_z_PT if selection.temperatures else None,
+        log_z_PL=log_z_PL if selection.temperatures else None,
         entropy_P=np.array([0.0, 2.5, 11.0], np.float32) if selection.entropy else None,
     )
 
@@ -176,7 +176,7 @@ def check_selections(codec_id: str) -> None:
         codec, expected = get_codec(codec_id, {"vocab_size": 97}, selection), _of_selection(selection, num_exact)
         for found in round_trip(codec, [expected, expected]):
             check_equal_within_bound(codec, found, expected)
-            for name in ("num_exact_P", "log_z_PT", "entropy_P"):
+            for name in ("num_exact_P", "log_z_PL", "entropy_P"):
                 ours, theirs = getattr(found, name), getattr(expected, name)
                 assert (ours is None) == (theirs is None), (selection.kind, name)
                 if theirs is not None:
@@ -203,7 +203,7 @@ def check_determinism(make_codec: MakeCodec) -> None:
             logprobs_E=np.repeat(distributions.logprobs_E, 2)[::2],
             offsets_P1=np.repeat(distributions.offsets_P1, 2)[::2],
             tail_mass_P=np.repeat(distributions.tail_mass_P, 2)[::2],
-            outside_target_logprobs_M=np.repeat(distributions.outside_target_logprobs_M, 2)[::2],
+            outside_target_logprobs=np.repeat(distributions.outside_target_logprobs, 2)[::2],
         )
         assert _bytes(codec, distributions) == _bytes(codec, strided)
 

@@ -122,7 +122,7 @@ def logprobs_are_normalised_over_the_whole_vocabulary(case: TeacherCase) -> None
     mass_P = np.add.reduceat(np.exp(whole.logprobs_E.astype(np.float64)), whole.offsets_P1[:-1])
     np.testing.assert_allclose(mass_P, 1.0, atol=1e-4)
     np.testing.assert_allclose(whole.tail_mass_P, 0.0, atol=1e-4)
-    assert len(whole.outside_target_logprobs_M) == 0
+    assert len(whole.outside_target_logprobs) == 0
     # Keeping less changes no number: nothing is renormalised over the support.
     _, whole_PK = whole.padded()
     _, some_PK = some.padded()
@@ -146,12 +146,12 @@ def target_logprobs_are_kept_inside_and_outside_the_support(case: TeacherCase) -
     expected_P = case.dense(sequence)[np.arange(39), sequence.input_ids_N[1:]]
     np.testing.assert_allclose(logprobs_P[:-1], expected_P, atol=case.max_error_nats)
     assert np.isnan(logprobs_P[-1])
-    assert len(answer.outside_target_logprobs_M) > 0
+    assert len(answer.outside_target_logprobs) > 0
     # And a target inside: the most probable token follows, at a place where it is known.
     best = int(case.dense(sequence)[9].argmax())
     followed = make_sequence([*sequence.input_ids_N[:10].tolist(), best])
     (answer,) = score(case, [followed])
-    assert len(answer.outside_target_logprobs_M) < 10
+    assert len(answer.outside_target_logprobs) < 10
     assert answer.target_logprobs(followed.target_ids_P)[9] == pytest.approx(
         case.dense(followed)[9, best], abs=case.max_error_nats
     )
@@ -254,9 +254,9 @@ def _check_definition(case: TeacherCase, sequence: TokenSequence, selection: Sel
     error, dense_PV = case.max_error_nats, case.dense(sequence)
     states_P = position_states(selection.params.get("seed", 0), sequence.key, sequence.positions_P)
     expected = select_reference(dense_PV, sequence.target_ids_P, selection, states_P)
-    assert answer.log_z_PT is not None
+    assert answer.log_z_PL is not None
     assert answer.entropy_P is not None
-    np.testing.assert_allclose(answer.log_z_PT, expected.log_z_PT, atol=10 * error)
+    np.testing.assert_allclose(answer.log_z_PL, expected.log_z_PL, atol=10 * error)
     np.testing.assert_allclose(answer.entropy_P, expected.entropy_P, atol=10 * error)
     np.testing.assert_allclose(answer.tail_mass_P, expected.tail_mass_P, atol=error + 1e-6)
     np.testing.assert_allclose(

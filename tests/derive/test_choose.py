@@ -71,7 +71,7 @@ def test_positions_left_out_take_their_rows_with_them(kind):
     expected_ids, expected_logprobs = d.padded(40)
     np.testing.assert_array_equal(ids, expected_ids[keep_P])
     np.testing.assert_array_equal(logprobs, expected_logprobs[keep_P])
-    for name in ("tail_mass_P", "log_z_PT", "entropy_P"):
+    for name in ("tail_mass_P", "log_z_PL", "entropy_P"):
         np.testing.assert_array_equal(getattr(found.distributions, name), getattr(d, name)[keep_P])
     if d.num_exact_P is not None:
         np.testing.assert_array_equal(found.distributions.num_exact_P, d.num_exact_P[keep_P])

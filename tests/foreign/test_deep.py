@@ -164,8 +164,8 @@ def test_a_little_noise_is_found_out_unless_it_is_allowed(truth: Truth, tmp_path
 def test_wrong_target_logprobs_are_found_out(truth: Truth, tmp_path: Path, teacher: Teacher):
     def lie(record: SequenceRecord) -> SequenceRecord:
         d = record.distributions
-        outside = (d.outside_target_logprobs_M - 3.0).astype(np.float32)
-        return SequenceRecord(record.sequence, replace(d, outside_target_logprobs_M=outside))
+        outside = (d.outside_target_logprobs - 3.0).astype(np.float32)
+        return SequenceRecord(record.sequence, replace(d, outside_target_logprobs=outside))
 
     report = ask(capture(tmp_path / "c", truth, teacher, change=lie), teacher)
     assert (

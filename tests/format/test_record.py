@@ -15,7 +15,7 @@ from kdcache.format.record_checks import check_distributions, check_mass
 
 
 def replaced(d: Distributions, **fields) -> Distributions:
-    names = ("token_ids_E", "logprobs_E", "offsets_P1", "tail_mass_P", "outside_target_logprobs_M")
+    names = ("token_ids_E", "logprobs_E", "offsets_P1", "tail_mass_P", "outside_target_logprobs")
     return Distributions(**{name: fields.get(name, getattr(d, name)) for name in names})
 
 
@@ -59,7 +59,7 @@ def test_every_target_has_its_logprob_inside_or_outside_the_support(record):
 def test_a_wrong_number_of_outside_targets_is_refused():
     record = make_record(1)
     d = record.distributions
-    more = replaced(d, outside_target_logprobs_M=np.append(d.outside_target_logprobs_M, np.float32(-1)))
+    more = replaced(d, outside_target_logprobs=np.append(d.outside_target_logprobs, np.float32(-1)))
     with pytest.raises(FormatError, match="targets are none"):
         more.target_logprobs(record.sequence.target_ids_P)
 
@@ -127,7 +127,7 @@ def broken() -> dict[str, tuple[dict, str]]:
         "no offsets": ({"offsets_P1": np.zeros(0, np.int64)}, "offsets"),
         "offsets that fall": ({"offsets_P1": np.array([0, 9, 5, d.num_entries])}, "offsets"),
         "offsets that end early": ({"offsets_P1": d.offsets_P1[:-1]}, "offsets"),
-        "a NaN target": ({"outside_target_logprobs_M": np.array([np.nan], np.float32)}, "target's logprob"),
+        "a NaN target": ({"outside_target_logprobs": np.array([np.nan], np.float32)}, "target's logprob"),
     }
 
 
@@ -142,7 +142,7 @@ def test_a_teachers_probabilities_sum_to_one_or_it_is_said():
     logprobs = np.log(np.array([0.5, 0.25, 0.6, 0.3], np.float32))
     d = Distributions(
         token_ids_E=np.arange(4, dtype=np.int32), logprobs_E=logprobs, offsets_P1=np.array([0, 2, 4]),
-        tail_mass_P=np.array([0.25, 0.1], np.float32), outside_target_logprobs_M=np.zeros(0, np.float32),
+        tail_mass_P=np.array([0.25, 0.1], np.float32), outside_target_logprobs=np.zeros(0, np.float32),
     )  # fmt: skip
     check_mass(d)
     for change in (

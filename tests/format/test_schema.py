@@ -11,7 +11,7 @@ from cache_making import make_identity
 
 from kdcache.codec import get_codec
 from kdcache.errors import CorruptCacheError, FormatError, UnsupportedVersionError
-from kdcache.format.schema import METADATA_KEY, row_digest, shard_metadata, shard_schema
+from kdcache.format.schema import METADATA_KEY, sequence_digest, shard_metadata, shard_schema
 
 
 def make_schema() -> pa.Schema:
@@ -62,15 +62,15 @@ def test_an_arrow_file_of_others_is_no_shard():
         shard_metadata(pa.schema([("x", pa.int64())]), where="s")
 
 
-def test_the_row_digest_is_the_one_that_the_spec_describes():
+def test_the_sequence_digest_is_the_one_that_the_spec_describes():
     values = {"a": np.array([1, -2], np.int32), "b": None, "c": np.array([True, False]), "d": np.zeros(0, np.uint8)}
     text = struct.pack("<Qii", 8, 1, -2) + struct.pack("<Q", 2**64 - 1) + struct.pack("<Q??", 2, True, False) + bytes(8)
-    assert row_digest(values, ["a", "b", "c", "d"]) == xxhash.xxh3_64(text).intdigest()
+    assert sequence_digest(values, ["a", "b", "c", "d"]) == xxhash.xxh3_64(text).intdigest()
 
 
-def test_the_row_digest_tells_null_from_empty_and_one_columns_end_from_the_nexts_start():
+def test_the_sequence_digest_tells_null_from_empty_and_one_columns_end_from_the_nexts_start():
     def digest(*columns):
-        return row_digest(dict(enumerate(columns)), range(len(columns)))
+        return sequence_digest(dict(enumerate(columns)), range(len(columns)))
 
     one, two, none = np.array([1], np.uint8), np.array([1, 2], np.uint8), np.zeros(0, np.uint8)
     digests = [digest(None, one), digest(none, one), digest(one, none), digest(two, none), digest(one, np.array([2], np.uint8))]

@@ -83,7 +83,7 @@ class Base:
             logits_PV = rng.normal(0.0, 3.0, (num_positions, VOCAB_SIZE))
             distributions = select_reference(logits_PV, sequence.target_ids_P, self.selection, states)
         if self.everything:
-            made = {f.name: rng.normal(0, 1, (f.num_rows(num_positions), f.size)).astype(np.float32) for f in FEATURES}
+            made = {f.name: rng.normal(0, 1, (f.num_vectors(num_positions), f.size)).astype(np.float32) for f in FEATURES}
             distributions = replace(distributions, features=made)
             sequence = replace(sequence, finish=("stop", "length")[seed % 2], domain=("wiki", "code")[seed % 2])
         return SequenceRecord(sequence, distributions)

@@ -147,7 +147,7 @@ class Maker:
 
     def _num_values(self, name: str, shape: Shape) -> int:
         for feature in self.features:
-            rows = feature.num_rows(shape.num_positions)
+            rows = feature.num_vectors(shape.num_positions)
             if name.startswith(f"feature:{feature.name}"):
                 return rows if name.endswith(":scale") else rows * feature.size
         return {

@@ -65,7 +65,7 @@ def _distributions(sequence: TokenSequence, k: int, ragged: bool, rng: np.random
         offsets_P1=np.append(0, np.cumsum(counts_P)).astype(np.int64),
         tail_mass_P=rng.random(num_positions).astype(np.float32),
         # No id of a support is a target's: those are made of STRIDE, and none of these tests asks for the NLL.
-        outside_target_logprobs_M=np.full(int((sequence.target_ids_P != NO_TARGET).sum()), -9.0, np.float32),
+        outside_target_logprobs=np.full(int((sequence.target_ids_P != NO_TARGET).sum()), -9.0, np.float32),
     )
 
 

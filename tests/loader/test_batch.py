@@ -115,7 +115,7 @@ def with_scalars(record: SequenceRecord) -> SequenceRecord:
     d = replace(
         record.distributions,
         num_exact_P=np.arange(len(ids_P)),
-        log_z_PT=np.arange(2 * len(ids_P), dtype=np.float32).reshape(-1, 2),
+        log_z_PL=np.arange(2 * len(ids_P), dtype=np.float32).reshape(-1, 2),
         entropy_P=ids_P.astype(np.float32),
     )
     return SequenceRecord(record.sequence, d)

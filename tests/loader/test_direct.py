@@ -20,7 +20,7 @@ from kdcache.config.loader import LoaderConfig, MaskConfig
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.format.manifest import CodecInfo, SelectionInfo
 from kdcache.format.record import SequenceRecord
-from kdcache.format.schema import row_digest
+from kdcache.format.schema import sequence_digest
 from kdcache.loader.batches.assemble import BatchLayout, assemble
 from kdcache.loader.batches.batch import Batch
 from kdcache.loader.cache import open_cache
@@ -51,7 +51,7 @@ def with_numbers(record: SequenceRecord, selection: SelectionInfo) -> SequenceRe
         return record
     rng, num_positions = np.random.default_rng(record.sequence.num_tokens), record.distributions.num_positions
     numbers = {
-        "log_z_PT": rng.normal(0, 9, (num_positions, 2)).astype(np.float32),
+        "log_z_PL": rng.normal(0, 9, (num_positions, 2)).astype(np.float32),
         "entropy_P": rng.random(num_positions, np.float32),
     }
     return SequenceRecord(record.sequence, replace(record.distributions, **numbers))
@@ -212,7 +212,7 @@ def rewrite(path: Path, columns: dict[str, pa.Array], order: Sequence[int] | Non
     arrays = [columns.get(name, table.column(name).combine_chunks()) for name in names]
     arrays = [a.chunk(0) if isinstance(a, pa.ChunkedArray) else a for a in arrays]
     views = {name: column_view(array) for name, array in zip(names, arrays, strict=True)}
-    digests = [row_digest({n: v[row] for n, v in views.items()}, names) for row in range(len(table))]
+    digests = [sequence_digest({n: v[row] for n, v in views.items()}, names) for row in range(len(table))]
     batch = pa.RecordBatch.from_arrays([*arrays, pa.array(digests, pa.uint64())], schema=table.schema)
     num_bytes = shard.stat().st_size
     shard.chmod(0o644)

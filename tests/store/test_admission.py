@@ -31,7 +31,7 @@ UNFIT = {
     "a turn behind the end": (lambda s, d: (changed(s, turn_starts=np.array([0, 12], np.int32)), d), "turn"),
     "an unknown role": (lambda s, d: (changed(s, roles_N=s.roles_N + np.uint8(9)), d), "role"),
     "an outside target too many": (
-        lambda s, d: (s, changed(d, outside_target_logprobs_M=np.append(d.outside_target_logprobs_M, np.float32(-1)))),
+        lambda s, d: (s, changed(d, outside_target_logprobs=np.append(d.outside_target_logprobs, np.float32(-1)))),
         "targets are none",
     ),
     "logprobs of another length": (lambda s, d: (s, changed(d, logprobs_E=d.logprobs_E[1:])), "55 ids, 54 logprobs"),
@@ -40,7 +40,7 @@ UNFIT = {
     "tails of another length": (lambda s, d: (s, changed(d, tail_mass_P=d.tail_mass_P[1:])), "10 tails"),
     "a NaN tail": (lambda s, d: (s, changed(d, tail_mass_P=d.tail_mass_P * np.float32(np.nan))), "NaN"),
     "a NaN logprob": (lambda s, d: (s, changed(d, logprobs_E=d.logprobs_E * np.float32(np.nan))), "NaN"),
-    "a NaN target": (lambda s, d: (s, changed(d, outside_target_logprobs_M=d.outside_target_logprobs_M * np.nan)), "NaN"),
+    "a NaN target": (lambda s, d: (s, changed(d, outside_target_logprobs=d.outside_target_logprobs * np.nan)), "NaN"),
 }
 
 
@@ -65,7 +65,7 @@ def wide_record(num_entries: int) -> SequenceRecord:
         logprobs_E=np.broadcast_to(np.float32(-1), num_entries),
         offsets_P1=np.array([0, num_entries]),
         tail_mass_P=np.zeros(1, np.float32),
-        outside_target_logprobs_M=np.zeros(0, np.float32),
+        outside_target_logprobs=np.zeros(0, np.float32),
     )
     return SequenceRecord(sequence, distributions)
 

@@ -156,9 +156,9 @@ def test_an_entropy_above_that_of_the_even_distribution_is_found(tmp_path):
 
 def test_a_target_below_float16_may_be_claimed_as_less_but_not_as_more(tmp_path):
     record = make_record(5, k=2)
-    outside = record.distributions.outside_target_logprobs_M.copy()
+    outside = record.distributions.outside_target_logprobs.copy()
     outside[0] = -1e5
-    record = replace(record, distributions=replace(record.distributions, outside_target_logprobs_M=outside))
+    record = replace(record, distributions=replace(record.distributions, outside_target_logprobs=outside))
     cache = make_cache(tmp_path, "packed", units=[[record]])
     assert newest_manifest(cache).shards[0].num_impossible_targets == 0
     assert verify_cache(cache).problems == []

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from kdcache.codec.features import bytes_per_row, feature_fields, quantize_rows
+from kdcache.codec.features import bytes_per_vector, feature_fields, quantize_vectors
 from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import SequenceRecord
@@ -32,7 +32,7 @@ def with_features(seed: int, features: tuple[FeatureInfo, ...] = FEATURES) -> Se
     record = make_record(seed)
     rng = np.random.default_rng(seed)
     num_positions = record.distributions.num_positions
-    made = {f.name: rng.normal(0, 10, (f.num_rows(num_positions), f.size)).astype(np.float32) for f in features}
+    made = {f.name: rng.normal(0, 10, (f.num_vectors(num_positions), f.size)).astype(np.float32) for f in features}
     return replace(record, distributions=replace(record.distributions, features=made))
 
 
@@ -59,13 +59,13 @@ def test_features_come_back_within_their_bound(tmp_path):
     stored = manifest.shards[0].column_bytes
     for feature in FEATURES:
         num_bytes = sum(stored[field.name] for field in feature_fields([feature]))
-        assert num_bytes >= bytes_per_row(feature) * num_rows[feature.name]
-        assert num_bytes <= bytes_per_row(feature) * num_rows[feature.name] + 64
+        assert num_bytes >= bytes_per_vector(feature) * num_rows[feature.name]
+        assert num_bytes <= bytes_per_vector(feature) * num_rows[feature.name] + 64
 
 
 @given(arrays.arrays(np.float32, (3, 4), elements=st.floats(-(2.0**100), 2.0**100, width=32)))
 def test_eight_bits_are_off_by_half_a_step_at_most(values_RH):
-    quantized_RH, scale_R = quantize_rows(values_RH)
+    quantized_RH, scale_R = quantize_vectors(values_RH)
     error_RH = np.abs(quantized_RH * scale_R.astype(np.float64)[:, None] - values_RH)
     smallest = 127 * 2.0**-149  # a row whose scale vanishes in float32 is stored as zeros
     assert (error_RH <= scale_R[:, None] * 0.5 * (1 + 1e-5) + smallest).all()

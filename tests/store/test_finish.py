@@ -13,7 +13,7 @@ from kdcache.codec import get_codec
 from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import GenerationInfo
 from kdcache.format.record import FINISHES
-from kdcache.format.schema import FINISH_FIELD, SEQUENCE_FIELDS, row_digest, shard_metadata, shard_schema
+from kdcache.format.schema import FINISH_FIELD, SEQUENCE_FIELDS, sequence_digest, shard_metadata, shard_schema
 from kdcache.store.records.batch import BatchReader
 from kdcache.store.records.column_view import column_view
 from kdcache.store.records.encode import encode_records
@@ -83,7 +83,7 @@ def changed(batch, codes, *, is_signed):
     arrays = [pa.array(codes, pa.uint8()) if name == "finish" else batch.column(name) for name in names]
     if is_signed:
         views = {name: column_view(array) for name, array in zip(names[:-1], arrays, strict=False)}
-        digests = [row_digest({n: view[row] for n, view in views.items()}, names[:-1]) for row in range(len(batch))]
+        digests = [sequence_digest({n: view[row] for n, view in views.items()}, names[:-1]) for row in range(len(batch))]
         arrays[-1] = pa.array(digests, pa.uint64())
     return pa.RecordBatch.from_arrays(arrays, schema=batch.schema)
 

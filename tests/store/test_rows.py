@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kdcache.codec import get_codec
 from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import SelectionInfo
-from kdcache.format.schema import SEQUENCE_FIELDS, row_digest, shard_metadata, shard_schema
+from kdcache.format.schema import SEQUENCE_FIELDS, sequence_digest, shard_metadata, shard_schema
 from kdcache.format.selection import fixed_entries
 from kdcache.store.records.batch import BatchReader
 from kdcache.store.records.column_view import column_view
@@ -89,7 +89,7 @@ def signed(batch: pa.RecordBatch, **columns: pa.Array) -> pa.RecordBatch:
     names = batch.schema.names
     arrays = [columns.get(name, batch.column(name)) for name in names[:-1]]
     views = {name: column_view(array) for name, array in zip(names, arrays, strict=False)}
-    digests = [row_digest({n: v[row] for n, v in views.items()}, names[:-1]) for row in range(len(batch))]
+    digests = [sequence_digest({n: v[row] for n, v in views.items()}, names[:-1]) for row in range(len(batch))]
     fields = [field.with_type(array.type) for field, array in zip(batch.schema, arrays, strict=False)]
     schema = pa.schema([*fields, batch.schema.field("digest")], metadata=batch.schema.metadata)
     return pa.RecordBatch.from_arrays([*arrays, pa.array(digests, pa.uint64())], schema=schema)

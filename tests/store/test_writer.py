@@ -309,9 +309,9 @@ def test_a_full_disk_is_told_as_such_and_loses_nothing(tmp_path, monkeypatch, ac
 
 def record_with_target_logprob(value: float) -> SequenceRecord:
     record = make_record(1)
-    outside = record.distributions.outside_target_logprobs_M.copy()
+    outside = record.distributions.outside_target_logprobs.copy()
     outside[0] = value
-    return SequenceRecord(record.sequence, changed(record.distributions, outside_target_logprobs_M=outside))
+    return SequenceRecord(record.sequence, changed(record.distributions, outside_target_logprobs=outside))
 
 
 @pytest.mark.parametrize("codec_id", ["raw", "packed"])

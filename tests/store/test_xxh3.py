@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.format.schema import row_digest
+from kdcache.format.schema import sequence_digest
 from kdcache.store.records.numba_xxh3 import SHORT_BYTES, row_digests
 
 # Around the borders of what is copied together (64), of a block (1024) and of the lengths between them.
@@ -33,7 +33,7 @@ def num_bytes(values: list[np.ndarray | None]) -> int:
 
 def definition(values: list[np.ndarray | None]) -> int:
     names = [str(i) for i in range(len(values))]
-    return row_digest(dict(zip(names, values, strict=True)), names)
+    return sequence_digest(dict(zip(names, values, strict=True)), names)
 
 
 @settings(deadline=None, max_examples=300)

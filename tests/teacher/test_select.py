@@ -33,8 +33,8 @@ def check_against_definition(logits: torch.Tensor, selection, backend: str) -> D
     logprobs_E = expected.logprobs_E[there][expected_exact[there]]
     np.testing.assert_allclose(found.logprobs_E[here][exact[here]], logprobs_E, rtol=3e-6, atol=3e-6)
     np.testing.assert_allclose(found.tail_mass_P, expected.tail_mass_P, atol=2e-6)
-    np.testing.assert_allclose(found.outside_target_logprobs_M, expected.outside_target_logprobs_M, rtol=3e-6, atol=3e-6)
-    for name in ("num_exact_P", "log_z_PT", "entropy_P"):
+    np.testing.assert_allclose(found.outside_target_logprobs, expected.outside_target_logprobs, rtol=3e-6, atol=3e-6)
+    for name in ("num_exact_P", "log_z_PL", "entropy_P"):
         assert (getattr(found, name) is None) == (getattr(expected, name) is None)
         if getattr(expected, name) is not None:
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=5e-6, atol=5e-6)

@@ -54,13 +54,13 @@ def test_the_token_that_came_is_taken_out_where_it_is_one_too_many(api: str):
     answer = read(answer_of(api), api)
     assert answer.token_ids_E.reshape(3, 2).tolist() == [[15, 405], [7, 411], [411, 278]]
     np.testing.assert_allclose(answer.logprobs_E, [-2.29, -2.59, -0.3, -1.5, -0.43, -2.58])
-    np.testing.assert_allclose(answer.outside_target_logprobs_M, [-10.02], rtol=1e-6)
+    np.testing.assert_allclose(answer.outside_target_logprobs, [-10.02], rtol=1e-6)
 
 
 def test_what_servers_write_for_minus_infinity_is_read_as_that():
     answer = read(answer_of("echo", [{6: -9999.0, 15: 0.0, 405: -9999.0}, {7: -0.3, 411: -1.5}]), "echo")
     assert answer.logprobs_E[:2].tolist() == [0.0, -np.inf]
-    assert answer.outside_target_logprobs_M.tolist() == [-np.inf]
+    assert answer.outside_target_logprobs.tolist() == [-np.inf]
 
 
 def test_a_whole_vocabulary_has_no_entry_too_many():

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kdcache.codec import estimates
 from kdcache.codec.archive.model import MOST_ENTRIES_PER_BYTE
-from kdcache.codec.archive.tables import HALF_INFINITY, half_codes, half_logprobs, log_counts, places_of, tail_tables
+from kdcache.codec.archive.tables import HALF_INFINITY, half_codes, half_logprobs, log_counts, spans_of, tail_tables
 from kdcache.codec.base import (
     Codec,
     ColumnValues,
@@ -102,7 +102,7 @@ class ArchiveCodec(Codec):
     def _encode(self, d: Distributions) -> NDArray[np.uint8]:
         from kdcache.codec.archive._numba_encode import encode_stream
 
-        if len(d.outside_target_logprobs_M) > d.num_positions:
+        if len(d.outside_target_logprobs) > d.num_positions:
             raise FormatError("there are more outside targets than positions")
         num_exact_P = d.num_entries_P if d.num_exact_P is None else d.num_exact_P.astype(np.int64)
         codes_E, tail_codes_P, outside_codes_M = self._codes(d, num_exact_P)
@@ -129,10 +129,10 @@ class ArchiveCodec(Codec):
         if self.bits == HALF_BITS:
             with np.errstate(divide="ignore"):
                 codes = (half_codes(exact_X), half_codes(np.log(d.tail_mass_P)))
-            outside_codes_M = half_codes(d.outside_target_logprobs_M)
+            outside_codes_M = half_codes(d.outside_target_logprobs)
         else:
             codes = codes_within_one(exact_X, num_exact_P, d.tail_mass_P, self.bits)
-            outside_codes_M = nearest_codes(d.outside_target_logprobs_M, TAIL_BITS)
+            outside_codes_M = nearest_codes(d.outside_target_logprobs, TAIL_BITS)
         codes_E = np.zeros(d.num_entries, np.int32)
         is_exact_E = d.is_exact_E
         codes_E[is_exact_E] = codes[0]
@@ -172,7 +172,7 @@ class ArchiveCodec(Codec):
             logprobs_E=logprobs_E,
             offsets_P1=offsets_P1,
             tail_mass_P=decoded.tail_mass_P,
-            outside_target_logprobs_M=self._logprobs(decoded.outside_codes_M, TAIL_BITS),
+            outside_target_logprobs=self._logprobs(decoded.outside_codes_M, TAIL_BITS),
             num_exact_P=decoded.num_exact_P,
             **floats,
         )
@@ -191,11 +191,11 @@ class ArchiveCodec(Codec):
         self._check_size(columns, offsets_P1)
         check_width(offsets_P1, out)
         ids_PK, logprobs_PK = out.token_ids_PK, out.logprobs_PK
-        places_P2 = places_of(ids_PK, logprobs_PK, len(offsets_P1) - 1, keep_P)
+        places_P2 = spans_of(ids_PK, logprobs_PK, len(offsets_P1) - 1, keep_P)
         decoded = self._decode_to(columns, offsets_P1, (ids_PK.reshape(-1), logprobs_PK.reshape(-1), places_P2))
         out.tail_mass_P[:] = decoded.tail_mass_P if keep_P is None else decoded.tail_mass_P[keep_P]
         floats = decode_floats(columns, self.selection, len(offsets_P1) - 1, np.float16)
-        copy_scalars_into(decoded.num_exact_P, floats.get("log_z_PT"), floats.get("entropy_P"), out, keep_P)
+        copy_scalars_into(decoded.num_exact_P, floats.get("log_z_PL"), floats.get("entropy_P"), out, keep_P)
 
     @staticmethod
     def _check_size(columns: ColumnValues, offsets_P1: NDArray[np.int64]) -> int:

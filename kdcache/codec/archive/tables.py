@@ -51,7 +51,7 @@ def _fixed(values: NDArray[Any]) -> NDArray[Any]:
     return values
 
 
-def places_of(
+def spans_of(
     ids_QK: NDArray[np.int32], logprobs_PK: NDArray[np.float32], num_positions: int, keep_P: NDArray[np.bool_] | None
 ) -> NDArray[np.int64]:
     """(P, 2) where in the flat arrays each position begins, -1 for nowhere, and where its padding ends.

@@ -75,4 +75,4 @@ def rebuilt(
 
 def _with_targets(d: Distributions, target_ids_P: NDArray[np.int32], logprobs_P: NDArray[np.float32]) -> Distributions:
     has_target_P, inside_P, _ = find_targets(d, target_ids_P)
-    return replace(d, outside_target_logprobs_M=logprobs_P[has_target_P & ~inside_P].astype(np.float32))
+    return replace(d, outside_target_logprobs=logprobs_P[has_target_P & ~inside_P].astype(np.float32))

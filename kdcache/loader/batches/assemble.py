@@ -182,7 +182,7 @@ def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -
                     teacher.tail_mass_P[p] = d.tail_mass_P[record_p]
                     if batch.roles_P is not None:
                         batch.roles_P[p] = sequence.roles_N[t + 1] if t + 1 < sequence.num_tokens else NO_ROLE
-                    for name, values in (("num_exact_P", d.num_exact_P), ("log_z_PL", d.log_z_PT), ("entropy_P", d.entropy_P)):
+                    for name, values in (("num_exact_P", d.num_exact_P), ("log_z_PL", d.log_z_PL), ("entropy_P", d.entropy_P)):
                         if getattr(teacher, name) is not None and values is not None:
                             getattr(teacher, name)[p] = values[record_p]
                     p += 1

@@ -80,7 +80,7 @@ def _features_of(record: SequenceRecord | EncodedRecord, features: Sequence[Feat
             raise CorruptCacheError(f"{record.where}: {error}") from error
     values = dict(record.distributions.features)
     for feature in features:
-        num_rows = feature.num_rows(record.distributions.num_positions)
+        num_rows = feature.num_vectors(record.distributions.num_positions)
         if feature.name not in values or values[feature.name].shape != (num_rows, feature.size):
             raise CorruptCacheError(f"{record.sequence.source}: the record has no {num_rows} rows of feature {feature.name!r}")
     return values

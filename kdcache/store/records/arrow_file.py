@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from kdcache.errors import CorruptCacheError
-from kdcache.format.arrow_messages import is_compressed, record_batch_places
+from kdcache.format.arrow_messages import is_compressed, record_batch_spans
 from kdcache.store.files.disk_errors import read_error
 from kdcache.store.files.regular import regular_file
 
@@ -41,5 +41,5 @@ def open_arrow_buffer(data: pa.Buffer, *, where: str) -> pa.RecordBatchFileReade
 
 
 def _has_compression_or_dictionaries(data: memoryview) -> bool:
-    places = record_batch_places(data, len(data))
+    places = record_batch_spans(data, len(data))
     return places is None or any(is_compressed(data[place.offset :]) for place in places)

@@ -225,7 +225,7 @@ class BatchReader:
 
 
 def digest_of(parts: Sequence[memoryview | None]) -> int:
-    """`kdcache.format.schema.row_digest` of a sequence's values as bytes, with few calls: small values are joined first."""
+    """`kdcache.format.schema.sequence_digest` of a sequence's values as bytes; small values are joined first."""
     hasher = xxhash.xxh3_64()
     waiting: list[bytes | memoryview] = []
     for part in parts:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kdcache.codec.base import Codec, list_array
 from kdcache.codec.features import encode_features
 from kdcache.format.record import FINISHES, SequenceRecord
-from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, SEQUENCE_FIELDS, row_digest, shard_metadata
+from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, SEQUENCE_FIELDS, sequence_digest, shard_metadata
 from kdcache.store.records.column_view import column_view
 
 
@@ -36,7 +36,7 @@ def encode_records(
     columns += encode_features([r.distributions.features for r in records], shard_metadata(schema, where="shard").features)
     names = schema.names[: len(columns)]
     views = {name: column_view(column) for name, column in zip(names, columns, strict=True)}
-    digests = [row_digest({n: view[i] for n, view in views.items()}, names) for i in range(len(sequences))]
+    digests = [sequence_digest({n: view[i] for n, view in views.items()}, names) for i in range(len(sequences))]
     return pa.RecordBatch.from_arrays([*columns, pa.array(digests, pa.uint64())], schema=schema)
 
 

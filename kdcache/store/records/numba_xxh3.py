@@ -1,7 +1,7 @@
 """xxh3_64 of a row, in a compiled loop: the row's digest, without the interpreter and without a copy of the row.
 
-`kdcache.format.schema.row_digest` (the xxhash package) is the definition; tests compare. Only inputs of more than SHORT_BYTES
-bytes are known here: xxh3 has other formulas for shorter ones, and those rows are checked by the package. The formulas:
+`kdcache.format.schema.sequence_digest` (package xxhash) is the definition; tests compare. Only inputs of more than
+SHORT_BYTES bytes are known here: xxh3 has other formulas for shorter ones, and those rows are checked by the package. Formulas:
 xxHash's specification, "XXH3 Algorithm (for larger inputs)", with seed 0 and the default secret.
 
 Eight accumulators of 64 bits take 64 bytes, a stripe, at a time; 16 stripes are a block, behind which they are scrambled. A row

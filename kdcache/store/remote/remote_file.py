@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from kdcache.errors import CorruptCacheError
-from kdcache.format.arrow_messages import TRAILER_BYTES, MessagePlace, footer_bytes, is_compressed, record_batch_places
+from kdcache.format.arrow_messages import TRAILER_BYTES, MessageSpan, footer_bytes, is_compressed, record_batch_spans
 from kdcache.store.files.location import RemotePath
 
 TAIL_BYTES = 64 * 1024
@@ -29,7 +29,7 @@ class Layout:
     """A footer, understood: the schema, and where each record batch is."""
 
     schema: pa.Schema
-    places: Sequence[MessagePlace]
+    places: Sequence[MessageSpan]
 
 
 def read_tail(read: ReadRange, num_bytes: int) -> bytes:
@@ -55,7 +55,7 @@ def parse_tail(tail: memoryview, num_bytes: int) -> Layout:
         CorruptCacheError: no Arrow footer, dictionaries, or a record batch outside the file.
     """
     try:
-        places = record_batch_places(tail, num_bytes)
+        places = record_batch_spans(tail, num_bytes)
         schema = pa.ipc.open_file(pa.PythonFile(_Ranges(_of_tail(tail, num_bytes), num_bytes, 1), mode="r")).schema
     except (pa.ArrowException, OSError, struct.error) as error:
         raise CorruptCacheError(f"no Arrow file: {error}") from error

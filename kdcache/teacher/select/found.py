@@ -129,7 +129,7 @@ def record_of(sequence: TokenSequence, selection: SelectionInfo, found: Found) -
     if selection.entropy:
         distributions = replace(distributions, entropy_P=np.maximum(scalars[:, 0], 0.0))
         scalars = scalars[:, 1:]
-    return replace(distributions, log_z_PT=np.ascontiguousarray(scalars)) if selection.temperatures else distributions
+    return replace(distributions, log_z_PL=np.ascontiguousarray(scalars)) if selection.temperatures else distributions
 
 
 def record_of_most_probable(
@@ -188,7 +188,7 @@ def _ragged(sequence: TokenSequence, selection: SelectionInfo, found: Found) -> 
         logprobs_E=np.minimum(found.logprobs_E[order_E], 0.0),
         offsets_P1=found.offsets_P1,
         tail_mass_P=np.clip(found.scalars[:, 0], 0.0, 1.0),
-        outside_target_logprobs_M=np.empty(0, np.float32),
+        outside_target_logprobs=np.empty(0, np.float32),
         num_exact_P=found.num_exact_P if has_estimates(selection) else None,
     )
     target_ids_P = sequence.target_ids_P
@@ -196,7 +196,7 @@ def _ragged(sequence: TokenSequence, selection: SelectionInfo, found: Found) -> 
     outside = np.minimum(found.target_logprobs_P[has_target_P & ~inside_P], 0.0)
     if np.isnan(outside).any():
         raise nan_error(sequence, int((has_target_P & np.isnan(found.target_logprobs_P)).argmax()))
-    return replace(distributions, outside_target_logprobs_M=outside)
+    return replace(distributions, outside_target_logprobs=outside)
 
 
 def _order(found: Found, positions_E: NDArray[np.int64]) -> NDArray[np.int64] | slice:

@@ -52,9 +52,9 @@ def select_reference(
         logprobs_E=np.minimum(np.concatenate([each.logprobs for each in found]), 0.0).astype(np.float32),
         offsets_P1=np.concatenate([[0], np.cumsum(counts_P)]).astype(np.int64),
         tail_mass_P=np.array([each.tail_mass for each in found], np.float32),
-        outside_target_logprobs_M=logprobs_PV[outside_P, target_ids_P[outside_P]].astype(np.float32),
+        outside_target_logprobs=logprobs_PV[outside_P, target_ids_P[outside_P]].astype(np.float32),
         num_exact_P=np.array([each.num_exact for each in found], np.int64) if selection.kind in _RANDOM else None,
-        log_z_PT=_log_z(logprobs_PV, selection.temperatures) if selection.temperatures else None,
+        log_z_PL=_log_z(logprobs_PV, selection.temperatures) if selection.temperatures else None,
         entropy_P=_entropy(logprobs_PV) if selection.entropy else None,
     )
 

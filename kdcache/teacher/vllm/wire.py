@@ -197,6 +197,6 @@ def with_features(
         num_positions = len(sequence.positions_P)
         values = no_vectors(features)
         for index, feature in enumerate(features if num_positions else ()):
-            end = starts[index] + feature.num_rows(num_positions)
+            end = starts[index] + feature.num_vectors(num_positions)
             values[feature.name], starts[index] = as_float32(arrays[index][starts[index] : end]), end
         yield replace(distributions, features=values)

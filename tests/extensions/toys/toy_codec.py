@@ -16,7 +16,7 @@ from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import Distributions
 
-FLOATS = {"logprobs": "logprobs_E", "tail_mass": "tail_mass_P", "outside_target_logprobs": "outside_target_logprobs_M"}
+FLOATS = {"logprobs": "logprobs_E", "tail_mass": "tail_mass_P", "outside_target_logprobs": "outside_target_logprobs"}
 
 
 @dataclass(frozen=True, kw_only=True)
