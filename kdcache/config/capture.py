@@ -123,7 +123,7 @@ class GenerateConfig(Config, frozen=True, kw_only=True):
     tokens belong to the answer. The distributions are the teacher's own, before temperature and filters.
 
     Attributes:
-        temperature: of the draws; 0 takes the most probable token each time.
+        temperature: that of the draws; 0 takes the most probable token each time.
         top_k: draw among this many most probable tokens; 0 for all.
         top_p: draw among the most probable tokens that together reach this mass.
         min_p: draw among tokens with at least this share of the most probable token's probability.
@@ -132,7 +132,7 @@ class GenerateConfig(Config, frozen=True, kw_only=True):
         stop: texts that end an answer.
         stop_token_ids: tokens that end an answer, in addition to the end tokens of model and tokenizer.
         ignore_eos: do not end at the end tokens of model and tokenizer.
-        seed: of the draws. Each answer's own seed is a function of this one, the prompt's tokens and which answer it is.
+        seed: that of the draws. Each answer's own seed is a function of this one, the prompt's tokens and which answer it is.
         long_prompts: a prompt that leaves less room than max_tokens in input.window.size: `error` names it and stops, `skip`
             leaves it out and counts it.
         last_answer: a chat that ends with a message of the assistant: `error` names it and stops, `skip` leaves that message

@@ -83,13 +83,13 @@ class LoaderConfig(Config, frozen=True, kw_only=True):
             of a few shards at a time, for caches in object stores.
         local_shards: how many shards `local` mixes at a time.
         shuffle: a new order each epoch; otherwise the order of the cache.
-        seed: of the order, in [0, 2**63).
+        seed: that of the order, in [0, 2**63).
         mix: how several caches share an epoch.
         mask: which positions are trained on.
         features: names of the cache's features (hidden states) that a batch holds; empty for none, which costs nothing.
         with_roles: whether a batch holds, for each position, the role of the token that it predicts (`roles_P`), for losses or
             statistics by role.
-        logprob_dtype: of the teacher's logprobs in a batch. `float16` gives the same values in half the bytes where the caches
+        logprob_dtype: dtype of the logprobs in a batch. `float16` gives the same values in half the bytes where the caches
             store float16 (codec `packed`, or `archive` of 16 bits, with exact entries), and is refused elsewhere.
         num_threads: threads that read and decode ahead; 0 reads a batch when it is asked for.
         prefetch_batches: most batches that the threads are ahead; each takes the memory of this rank's share of a batch.

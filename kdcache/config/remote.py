@@ -23,7 +23,7 @@ class RemoteConfig(Config, frozen=True, kw_only=True):
             use.
         num_threads: concurrent requests per reader.
         deadline_seconds: how long a request is retried, with growing waits, before the store counts as unreachable.
-        timeout_seconds: of one attempt, plus the time that its bytes take at 1 MB/s.
+        timeout_seconds: limit of one attempt, plus the time that its bytes take at 1 MB/s.
         spool_dir: local folder where a shard is written before it is uploaded; null for the system's temporary folder.
         options: further arguments of the file system (fsspec's storage options: `endpoint_url`, `anon`, `config_kwargs`, ...).
             They take precedence over fsspec's own files and variables, and those over our timeouts; the rest is merged.

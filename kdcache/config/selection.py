@@ -39,7 +39,7 @@ class SelectionConfig(Config, frozen=True, kw_only=True):
         num_draws: `sampled`, `top_k_sampled`: draws per position. null: 50.
         tau: `threshold`: probability from which a token is always kept, in (0, 1]. null: 0.04, at most 26 entries and about 24
             bytes per position. Half of it takes about 1.5 times the bytes and halves the noise.
-        seed: of the random kinds; each draw is a function of it, the sequence and the position.
+        seed: that of the random kinds; each draw is a function of it, the sequence and the position.
         temperatures: further temperatures at which students may be trained; each costs one number per position.
         entropy: keep the teacher's entropy, one number per position.
     """
@@ -80,7 +80,7 @@ class CodecConfig(Config, frozen=True, kw_only=True):
             `packed` (fixed-width ids, float16 logprobs: read fastest), `quantized` (fixed-width ids, logprobs of a few bits,
             sums kept within 1), `archive` (smallest, read at millions of entries a second) or `raw` (int32, float32: exact);
             or the name of an installed package's codec.
-        bits: of a logprob; `quantized`: 4 to 8; `archive`: 4 to 8 as there, or 16 for float16 as in `packed`; null for 8.
+        bits: bits of a logprob; `quantized`: 4 to 8; `archive`: 4 to 8 as there, or 16 for float16 as in `packed`; null for 8.
         params: parameters of an installed package's codec, by name.
     """
 

@@ -54,8 +54,8 @@ class TeacherConfig(Config, frozen=True, kw_only=True):
         adapter: vLLM, worker route: local folder of a LoRA adapter (PEFT's format) to apply to the model; null for none. One
             that changes embeddings or output projection is refused: merge it into the model.
         tokenizer: hub id or folder; null for the model's own.
-        dtype: of weights and activations; `auto` takes the checkpoint's. Where a CPU only emulates it, one warning says how
-            much faster float32 would be.
+        dtype: that of weights and activations; `auto` takes the checkpoint's. Where a CPU only emulates it, one warning says
+            how much faster float32 would be.
         quantization: vLLM's name of a method, or null for what the checkpoint says. With `served`, what you know of the
             server's.
         tokens_per_forward: most tokens in one forward pass (transformers) or one scheduler step (vLLM).

@@ -69,13 +69,14 @@ class LossConfig(Config, frozen=True, kw_only=True):
 
     Attributes:
         alpha: 1 for distillation only, 0 for the text only.
-        divergence: `forward_kl`, or another name of the table in kdcache/kernels/README.md.
+        divergence: `forward_kl`, or another name of the table in kdcache/kernels/README.md; `kdcache info` lists those that a
+            cache allows.
         divergence_options: the divergence's own parameters, as in {beta: 0.3}; the table has their defaults.
         tail: what happens to the teacher's mass outside the support. `bucket` compares it with the student's as one further
             token, `drop` leaves it out, `renormalize` scales the support to mass 1, `uniform` spreads it evenly over the ids
             outside the support. null takes the best known: `drop` for the forward KL and a cache of a random selection, which
             trains on all entries without bias; otherwise `bucket`, which reads the exact entries only.
-        temperature: of both sides; other than 1, it must be one of the cache's selection.temperatures.
+        temperature: that of teacher and student; other than 1, it must be one of the cache's selection.temperatures.
         backend: `numba`, `torch` or `triton`; `auto` takes the fastest that fits the device and has been tested on one.
         chunk_positions: positions whose logits exist at once; memory is this x vocabulary x 2 or 4 bytes. null: 512 on a
             CPU (1024 in bfloat16); on a GPU 4096, or as many as make 2^29 logits (16,384 for 32,000 ids).
@@ -154,13 +155,13 @@ class TrainConfig(Config, frozen=True, kw_only=True):
             layout. The same command on the same directory resumes where it stopped.
         steps: optimiser steps; give this or `epochs`.
         epochs: passes over the cache; give this or `steps`.
-        seed: of the student's initial weights and of dropout; the order of reading has its own, `loader.seed`.
+        seed: that of the student's initial weights and of dropout; the order of reading has its own, `loader.seed`.
         num_threads: CPU threads; null for the library's default.
         device: `auto` takes CUDA where it is available.
-        dtype: of the matrix products, including the logits; weights and optimiser state are float32 either way.
+        dtype: that of the matrix products, including the logits; weights and optimiser state are float32 either way.
         checkpoint_every_steps: steps between two checkpoints; the last step always writes one.
         max_skipped_steps: how many steps with a non-finite loss or gradient may be skipped (the weights are not updated, and
-            the batch counts as read) before the run stops. 0 stops at the first. May be raised to resume a run that stopped so.
+            the batch counts as read) before the run stops. 0 stops at the first. Raise it to resume a run that it stopped.
         heldout: what is measured during training.
     """
 

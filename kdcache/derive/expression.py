@@ -236,7 +236,8 @@ class _Parser:
         if known is SEQUENCE_NAMES and word in POSITION_NAMES:
             ways = f"mean({word}), max({word}), min({word}) or any({word} < ...)"
             return f"{word} belongs to a position; for a sequence write {ways}"
-        return f"expected one of {', '.join(known)}"
+        more = ", source, domain, finish, or mean(), max(), min(), any(), all(), share() over positions"
+        return f"expected one of {', '.join(known)}{more if known is SEQUENCE_NAMES else ''}"
 
 
 def _both(join: Callable[[Any, Any], Any], left: Evaluate, right: Evaluate) -> Evaluate:
