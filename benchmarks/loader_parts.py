@@ -38,7 +38,7 @@ from kdcache.loader.loader import Loader
 from kdcache.loader.read import read_mapped
 from kdcache.store.records.batch import digest_of
 from kdcache.store.records.column_view import ColumnView
-from kdcache.store.records.numba_xxh3 import row_digests
+from kdcache.store.records.numba_xxh3 import sequence_digests
 from kdcache.store.writing.writer import CacheWriter
 
 SEQ_LEN, BATCH_ROWS, LENGTHS = 1024, 8, (300, 700)
@@ -127,7 +127,7 @@ def steps(cache: Cache, rounds: int) -> Iterator[tuple[str, float, int]]:
     rows = [np.array([number])]
     found: dict[str, Callable[[], object]] = {
         "batch of this row by its addresses": lambda: read_mapped(caches, rows, layout, pool),
-        "- of which its digest, compiled": lambda: row_digests(parts_1C2),
+        "- of which its digest, compiled": lambda: sequence_digests(parts_1C2),
         "record found and checked": lambda: caches.record(number),
         "- of which its digest": lambda: digest_of([view.value_bytes(row) for view in views]),
         "batch of this record": lambda: assemble([record], layout, pool),

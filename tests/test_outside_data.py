@@ -28,7 +28,7 @@ GUARDS = {
     "store/remote/remote_file.py:parse_record_batch read_message": "is_compressed",
     "store/remote/remote_file.py:open_columns open_file": "is_compressed",
     "store/index.py:open_index read_all": "validate",
-    "store/index.py:_file_rows get_batch": "validate",
+    "store/index.py:_file_lines get_batch": "validate",
     "store/reader.py:_open_batch get_batch": "store/records/batch.py:__init__ validate",
     "foreign/formats/tables.py:_columns read_schema": "",  # names and types: no values
     "foreign/formats/tables.py:_parquet_items ParquetFile": "check_parquet",

@@ -13,7 +13,7 @@ from kdcache.store.files.location import Location, children, read_file
 
 
 def manifest_numbers(root: Location) -> list[int]:
-    """Numbers of the manifests there are, ascending; empty where there is no cache."""
+    """Numbers of the manifests there are, ascending; empty where there are none."""
     names = (path.name for path in children(root / paths.MANIFESTS))
     return sorted(n for n in map(paths.parse_manifest_name, names) if n is not None)
 
@@ -40,11 +40,11 @@ def newest_manifest(root: Location) -> Manifest:
     """The manifest with the highest number.
 
     Raises:
-        CacheNotFoundError: there is no cache at the path. CorruptCacheError: the newest manifest is damaged; says what to do.
+        CacheNotFoundError: no cache at the path. CorruptCacheError: the newest manifest is damaged; says what to do.
     """
     numbers = manifest_numbers(root)
     if not numbers:
-        what = "there is no such directory" if not root.is_dir() else "it holds no manifests/"
+        what = "the directory does not exist" if not root.is_dir() else "it holds no manifests/"
         raise CacheNotFoundError(f"no cache at {str(root)!r}: {what}; expected what `kdcache capture` wrote")
     try:
         return read_manifest(root, numbers[-1])
@@ -55,7 +55,7 @@ def newest_manifest(root: Location) -> Manifest:
 
 
 def add_manifest(root: Location, manifest: Manifest) -> bool:
-    """Publish a manifest; False if another writer has published one of that number first."""
+    """Publish a manifest; False if another writer was first to publish one of that number."""
     added = fs.publish_new(root, manifest_to_json(manifest), paths.manifest_name(manifest.number))
     fs.reached("manifest published")
     return added

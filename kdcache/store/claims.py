@@ -2,8 +2,6 @@
 
 Counts, keys and bytes of columns are compared exactly. Sums of logprobs, masses and entropies were taken before the codec
 rounded, so each comes with the most that the rounding can have moved it.
-
-Shape letters: P positions, E entries, X exact ones among them.
 """
 
 from __future__ import annotations
@@ -118,11 +116,11 @@ class ShardClaims:
         most = found.target_logprob_sum + self.nll_bound() - num_more * _HALF_MOST
         least = -math.inf if num_more else found.target_logprob_sum - self.nll_bound()
         if not least <= claimed <= most:
-            number = max(found.num_targets - found.num_impossible_targets, 1)
+            num_possible = max(found.num_targets - found.num_impossible_targets, 1)
             yield (
-                f"the teacher's NLL recomputed from the cache is {-found.target_logprob_sum / number:.6f} nats per target, the "
-                f"teacher's own was {-claimed / number:.6f}, more apart than the codec's bound of "
-                f"{self.nll_bound() / number:.6f}: rows do not belong to their text"
+                f"the teacher's NLL recomputed from the cache is {-found.target_logprob_sum / num_possible:.6f} nats per "
+                f"target, the teacher's own was {-claimed / num_possible:.6f}, more apart than the codec's bound of "
+                f"{self.nll_bound() / num_possible:.6f}: logprobs do not belong to their text"
             )
 
     def _check_key(self, record: SequenceRecord) -> None:
@@ -135,22 +133,22 @@ class ShardClaims:
         d = record.distributions
         possible = target_logprobs_P[np.isfinite(target_logprobs_P)]
         self.bounds["target_logprob_sum"] += float(self.codec.max_error_nats(possible).sum())
-        rows_X = np.repeat(np.arange(d.num_positions), d.num_entries_P if d.num_exact_P is None else d.num_exact_P)
-        logprobs_X = (d.logprobs_E if d.num_exact_P is None else d.logprobs_E[d.is_exact_E]).astype(np.float64)
+        exact_positions = np.repeat(np.arange(d.num_positions), d.num_entries_P if d.num_exact_P is None else d.num_exact_P)
+        exact_logprobs = (d.logprobs_E if d.num_exact_P is None else d.logprobs_E[d.is_exact_E]).astype(np.float64)
         tail_P = d.tail_mass_P.astype(np.float64)
         with np.errstate(divide="ignore"):
             log_tail_P = np.log(tail_P)
-        mass_X, mass_P = _errors(self.lossy, logprobs_X), _errors(self.lossy, log_tail_P)
-        total_P = np.bincount(rows_X, mass_X.probability, d.num_positions) + tail_P
-        self._check_mass(total_P, mass_P.mass + np.bincount(rows_X, mass_X.mass, d.num_positions))
-        self.bounds["tail_mass_sum"] += float(mass_P.mass.sum())
+        exact_errors, tail_errors_P = _errors(self.lossy, exact_logprobs), _errors(self.lossy, log_tail_P)
+        total_P = np.bincount(exact_positions, exact_errors.probability, d.num_positions) + tail_P
+        self._check_mass(total_P, tail_errors_P.mass + np.bincount(exact_positions, exact_errors.mass, d.num_positions))
+        self.bounds["tail_mass_sum"] += float(tail_errors_P.mass.sum())
         if d.entropy_P is not None:
             self._add_entropy_bound(d.entropy_P)
             return
         # A bound of the terms -p log p, the tail's among them, and of the tail's share of the ceiling.
-        terms = float(mass_X.term.sum() + mass_P.term.sum())
+        terms = float(exact_errors.term.sum() + tail_errors_P.term.sum())
         self.bounds["entropy_floor_sum"] += terms
-        self.bounds["entropy_ceiling_sum"] += terms + float(mass_P.mass.sum()) * math.log(self.statistics.vocab_size)
+        self.bounds["entropy_ceiling_sum"] += terms + float(tail_errors_P.mass.sum()) * math.log(self.statistics.vocab_size)
 
     def _check_mass(self, total_P: NDArray[np.float64], off_P: NDArray[np.float64]) -> None:
         wrong_P = ~(np.abs(total_P - 1) <= MASS_TOLERANCE + off_P)

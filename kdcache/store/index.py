@@ -1,5 +1,6 @@
-"""The index of sequences: one row each, in the cache's order (by unit, record batch, row). Built at a fold: the rows of the
-index before it, and those of the shards that are new.
+"""The index of a cache: one line per sequence, in the cache's order (by unit, record batch, and index in the record batch).
+
+A fold builds it from the lines of the index before it and those of the new shards.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from kdcache.store.remote.remote_read import read_content
 _log = get_logger(__name__)
 
 _SOURCES = ("key", "input_ids", "supervised")
-"""The columns of a shard that its rows in the index are made of."""
+"""The columns of a shard from which its lines in the index are made."""
 
 
 def publish_index(root: Location, manifest: Manifest, new: Sequence[ShardInfo]) -> IndexInfo:
-    """Publish the index of a snapshot and some shards that it does not have yet. Equal to one made from all shards anew.
+    """Publish the index of a snapshot and some shards that it does not have yet. Equal to one made from all shards.
 
     Raises:
-        CorruptCacheError: a shard is missing or no Arrow file any more.
+        CorruptCacheError: a shard is missing, or is not an Arrow file any more.
     """
-    return _publish(root, _sorted_by_unit([_known_rows(root, manifest), *each(partial(_shard_rows, root), new, root)]))
+    return _publish(root, _sorted_by_unit([_known_lines(root, manifest), *each(partial(_shard_lines, root), new, root)]))
 
 
 def publish_index_without(root: Location, manifest: Manifest, units: Collection[int]) -> IndexInfo:
@@ -47,10 +48,10 @@ def publish_index_without(root: Location, manifest: Manifest, units: Collection[
     """
     kept = tuple(shard for shard in manifest.shards if shard.unit not in units)
     try:
-        table = open_index(root, manifest.index)
+        table = snapshot_index(root, manifest)
         table = table.filter(pa.array(~np.isin(table.column("unit").to_numpy(), list(units))))
     except CorruptCacheError as error:
-        _log.warning("%s; it is made anew from the shards", error)
+        _log.warning("%s; it is made again from the shards", error)
         table = index_of_shards(root, kept)
     return _publish(root, table.combine_chunks())
 
@@ -72,13 +73,13 @@ def index_of_shards(root: Location, shards: Iterable[ShardInfo]) -> pa.Table:
     """The index of some shards, read from their small columns alone: what `publish_index` must come to.
 
     Raises:
-        CorruptCacheError: a shard is missing or no Arrow file any more.
+        CorruptCacheError: a shard is missing, or is not an Arrow file any more.
     """
-    return _sorted_by_unit(list(each(partial(_shard_rows, root), shards, root)))
+    return _sorted_by_unit(list(each(partial(_shard_lines, root), shards, root)))
 
 
 def open_index(root: Location, info: IndexInfo | None) -> pa.Table:
-    """The index, memory-mapped where it is on a disk or kept in a folder for blocks; an empty table where there is none.
+    """The index, memory-mapped where it is on a disk or kept in a folder for blocks; an empty table for None.
 
     Raises:
         CorruptCacheError: missing, damaged, or not of the schema.
@@ -102,55 +103,64 @@ def open_index(root: Location, info: IndexInfo | None) -> pa.Table:
     return table.replace_schema_metadata(INDEX_SCHEMA.metadata)
 
 
+def snapshot_index(root: Location, manifest: Manifest) -> pa.Table:
+    """The index of a snapshot, with as many sequences as its manifest says; see `open_index`.
+
+    Raises:
+        CorruptCacheError: missing, damaged, not of the schema, or of another number of sequences.
+    """
+    table, expected = open_index(root, manifest.index), manifest.total("num_sequences")
+    if len(table) != expected:
+        raise CorruptCacheError(f"{root}: the index has {len(table)} sequences, the manifest {expected}")
+    return table
+
+
 def _index_file(path: Location, sha256: str) -> pa.RecordBatchFileReader:
     if not isinstance(path, Path):
         return open_arrow_buffer(read_content(path, sha256), where=str(path))
-    # The whole file is hashed at each opening: 36 bytes per sequence, and every place in the data hangs on it.
+    # The whole file is hashed at each opening: 36 bytes per sequence, and every read of the data depends on it.
     if fs.sha256_of(path) != sha256:
         raise CorruptCacheError(f"{path}: its SHA-256 is not the one in the manifest; the index is damaged")
     return open_arrow_file(path)
 
 
-def _known_rows(root: Location, manifest: Manifest) -> pa.Table:
-    """The rows of a snapshot's own index; read from its shards where the index is damaged."""
+def _known_lines(root: Location, manifest: Manifest) -> pa.Table:
+    """The lines of a snapshot's own index; read from its shards where the index is damaged."""
     try:
-        table = open_index(root, manifest.index)
-        if len(table) == manifest.total("num_sequences"):
-            return table
-        _log.warning("%s: the index of snapshot %d has %d rows; it is made anew", root, manifest.number, len(table))
+        return snapshot_index(root, manifest)
     except CorruptCacheError as error:
-        _log.warning("%s; it is made anew from the shards", error)
+        _log.warning("%s; it is made again from the shards", error)
     return index_of_shards(root, manifest.shards)
 
 
 def _sorted_by_unit(tables: list[pa.Table]) -> pa.Table:
     table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
-    # Stable: the rows of a unit are in their order already.
+    # Stable: the sequences of a unit are in order already.
     order = np.argsort(table.column("unit").to_numpy(), kind="stable")
     return table.take(pa.array(order)).combine_chunks()
 
 
-def _shard_rows(root: Location, shard: ShardInfo) -> pa.Table:
+def _shard_lines(root: Location, shard: ShardInfo) -> pa.Table:
     path = root / shard.name
     try:
         file = open_arrow_file(path) if isinstance(path, Path) else open_columns(path, shard.num_bytes, _SOURCES)
-        return pa.Table.from_batches(_file_rows(file, shard.unit), INDEX_SCHEMA)
+        return pa.Table.from_batches(_file_lines(file, shard.unit), INDEX_SCHEMA)
     except (pa.ArrowException, OSError, KeyError, IndexError) as error:
         raise read_error(root / shard.name, error) from error
 
 
-def _file_rows(reader: pa.RecordBatchFileReader, unit: int) -> Iterator[pa.RecordBatch]:
-    for number in range(reader.num_record_batches):
-        batch = reader.get_batch(number)
+def _file_lines(reader: pa.RecordBatchFileReader, unit: int) -> Iterator[pa.RecordBatch]:
+    for index in range(reader.num_record_batches):
+        batch = reader.get_batch(index)
         batch.validate(full=True)
-        rows = batch.num_rows
+        num_sequences = batch.num_rows
         yield pa.RecordBatch.from_arrays(
             [
                 # Copied: the index outlives the mapping of the shard.
                 pa.array(batch.column("key").to_pylist(), INDEX_SCHEMA.field("key").type),
-                pa.array(np.full(rows, unit, np.uint32)),
-                pa.array(np.full(rows, number, np.uint32)),
-                pa.array(np.arange(rows, dtype=np.uint32)),
+                pa.array(np.full(num_sequences, unit, np.uint32)),
+                pa.array(np.full(num_sequences, index, np.uint32)),
+                pa.array(np.arange(num_sequences, dtype=np.uint32)),
                 _lengths(batch.column("input_ids")),
                 _num_true(batch.column("supervised")),
             ],

@@ -25,7 +25,7 @@ from kdcache.format.record import KEY_BYTES, SequenceRecord
 from kdcache.format.schema import ShardMetadata
 from kdcache.store import chain
 from kdcache.store.files.location import Location, locate
-from kdcache.store.index import open_index
+from kdcache.store.index import snapshot_index
 from kdcache.store.records.arrow_file import open_arrow_file
 from kdcache.store.records.batch import BatchReader, EncodedRecord
 from kdcache.store.records.mapped import MAPPED_SEQUENCE, MappedSequences, SequenceFormat
@@ -45,12 +45,12 @@ def open_reader(path: str | Path, *, verify: bool = True, remote: RemoteConfig |
 
     Args:
         path: the cache's directory, or its URI: `file://`, `s3://`, `gs://`, `hf://` or `memory://`.
-        verify: check each row's digest on every read. What that costs is in benchmarks/results/loader.md; turn it off only to
-            measure it.
+        verify: check each sequence's digest on every read. benchmarks/results/loader.md says what that costs; turn it off only
+            to measure it.
         remote: how an object store is reached, and where what is read from it is kept.
 
     Raises:
-        CacheNotFoundError: there is no cache at the path.
+        CacheNotFoundError: no cache at the path.
         CorruptCacheError, UnsupportedVersionError: the manifest or the index cannot be read.
         StorageError: the store is out of reach. ConfigError: an unknown scheme, or a folder for blocks that cannot be used.
     """
@@ -74,17 +74,13 @@ class CacheReader:
         self.root, self.manifest, self._verify = root, manifest, verify
         self._codec = _codec_of(manifest, root)
         self._entry_format = self._codec.entry_format()
-        table = open_index(root, manifest.index)
+        table = _index_of(root, manifest)
         self.num_tokens_S: NDArray[np.uint32] = table.column("num_tokens").to_numpy()
         self.num_positions_S: NDArray[np.uint32] = table.column("num_positions").to_numpy()
         self._unit_S, self._batch_S, self._in_batch_S = (table.column(n).to_numpy() for n in ("unit", "record_batch", "row"))
         self._keys_S = _keys(table.column("key"))
         self._keys_address: int = self._keys_S.__array_interface__["data"][0]
         self._format: SequenceFormat | None = None
-        if len(table) != manifest.total("num_sequences"):
-            raise CorruptCacheError(
-                f"{root}: the index has {len(table)} sequences, the manifest {manifest.total('num_sequences')}"
-            )
         self._shards = {shard.unit: shard for shard in manifest.shards}
         self._files: dict[int, tuple[pa.RecordBatchFileReader | RemoteFile, ShardMetadata]] = {}
         self._batches: OrderedDict[tuple[int, int], BatchReader] = OrderedDict()
@@ -228,7 +224,7 @@ class CacheReader:
         return [self.record_batch(*key) if reader is None else reader for key, reader in found]
 
     def num_record_batches(self, unit: int) -> int:
-        """The number of record batches in a unit's shard."""
+        """How many record batches a unit's shard has."""
         return self._file(unit)[0].num_record_batches
 
     def close(self) -> None:
@@ -322,6 +318,16 @@ class CacheReader:
             if opened is not None:
                 metadata = check_shard(opened.schema, shard, self.manifest, str(self.root / shard.name))
                 self._files[shard.unit] = opened, metadata
+
+
+def _index_of(root: Location, manifest: Manifest) -> pa.Table:
+    """The index of a snapshot; the error of a damaged one ends with what to do."""
+    try:
+        return snapshot_index(root, manifest)
+    except CorruptCacheError as error:
+        damaged = CorruptCacheError(f"{error}; `kdcache repair {root}` makes the index again from the shards")
+        damaged.path = None if manifest.index is None else str(root / manifest.index.name)
+        raise damaged from error
 
 
 def _codec_of(manifest: Manifest, root: Location) -> Codec:

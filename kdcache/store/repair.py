@@ -3,7 +3,7 @@
 The capture (or derivation) that made the cache, run again, then makes exactly the units that are gone. Nothing is deleted: what
 was taken out lies in `damaged/`, under its name, until somebody deletes it. The files go first and the manifest comes after: a
 repair that is killed in between leaves missing shards, which the next one sees. A damaged manifest is set aside too; the one
-before it, with what the journal has since, takes its place.
+before it, with what the journal has since, is used instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kdcache.store import chain
 from kdcache.store.files import fs
 from kdcache.store.files.disk_errors import is_damage, reason_of
 from kdcache.store.files.location import Location, locate
-from kdcache.store.index import open_index, publish_index_without
+from kdcache.store.index import publish_index_without, snapshot_index
 from kdcache.store.writing.writer import CacheWriter
 
 MAX_TRIES = 20
@@ -71,7 +71,7 @@ def repair_cache(path: str | Path, progress: Progress | None = None, *, remote: 
     """Set damaged and missing shards aside, and publish a snapshot of the others. Reads every byte once.
 
     Raises:
-        CacheNotFoundError: there is no cache. CorruptCacheError: no manifest is whole.
+        CacheNotFoundError: no cache at the path. CorruptCacheError: no manifest is whole.
         StorageError: the disk or the store refuses, or one of the cache's folders is a link.
     """
     root = locate(path, remote)
@@ -173,9 +173,10 @@ def _unreadable(path: Location, error: OSError) -> str:
 
 def _is_index_damaged(root: Location, manifest: Manifest) -> bool:
     try:
-        return len(open_index(root, manifest.index)) != manifest.total("num_sequences")
+        snapshot_index(root, manifest)
     except CorruptCacheError:
         return True
+    return False
 
 
 def _set_aside(root: Location, damage: Damage, shard: ShardInfo) -> None:

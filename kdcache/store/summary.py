@@ -27,7 +27,7 @@ class CacheSummary:
         entropy_floor, entropy_ceiling: nats; the teacher's mean entropy lies between them.
         teacher_nll: nats per target, of the text under the teacher, without the impossible targets.
         num_impossible_targets: targets that the teacher gives probability 0.
-        num_exact_entries: of num_entries, how many are exact and no estimates.
+        num_exact_entries: of num_entries, how many are exact and not estimates.
         num_finished: of answers that the teacher wrote, how many ended in which way; empty where it wrote none.
         set_aside: units that failed and are not published.
         skipped: sequences left out of published units because they made them fail.

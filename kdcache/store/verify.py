@@ -34,7 +34,7 @@ class VerifyReport:
         problems: a sentence each; empty for a sound cache.
         num_sequences, num_positions, num_bytes: read and checked.
         teacher_nll: nats per target, the teacher's own, summed at capture before the codec; NaN without targets. Targets that
-            the teacher gives probability 0 are left out; their number is checked.
+            the teacher gives probability 0 are left out; their count is checked.
         cached_nll: the same, recomputed from the decoded cache.
         nll_bound: most that the codec can move the mean, in nats.
     """
@@ -73,14 +73,14 @@ class _Nll:
 def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     """Re-read everything.
 
-    Checked are the chain of manifests and the journal; each shard's SHA-256; each row's digest, its place in the index and its
+    Checked are the chain of manifests and the journal; each shard's SHA-256; each sequence's digest, its index entry and its
     record's promises; and all that the manifest claims of a shard, recomputed from its records (`ShardClaims`): counts, keys,
     bytes of columns, and within the codec's bound the sums of masses and entropies and the teacher's NLL of the text.
 
     Damage ends up in the report, shard by shard; it is not raised.
 
     Raises:
-        CacheNotFoundError: there is no cache. CorruptCacheError: the newest manifest itself cannot be read.
+        CacheNotFoundError: no cache at the path. CorruptCacheError: the newest manifest itself cannot be read.
         UnsupportedVersionError: the cache's version or codec is not known here, so that nobody can say what is damaged.
     """
     root = locate(path)
@@ -161,14 +161,14 @@ def _checked_records(
         The record, the logprobs of its targets, and where it is, for messages.
     """
     sequence = first
-    for number in range(reader.num_record_batches(shard.unit)):
-        batch = reader.record_batch(shard.unit, number)
+    for batch_index in range(reader.num_record_batches(shard.unit)):
+        batch = reader.record_batch(shard.unit, batch_index)
         claims.add_column_bytes(batch.arrow)
         for index in range(batch.num_sequences):
-            where = f"{reader.root / shard.name}: record batch {number}, sequence {index}"
+            where = f"{reader.root / shard.name}: record batch {batch_index}, sequence {index}"
             record = batch.record(index)
             target_logprobs_P = _checked(record, reader.manifest.identity, where)
-            if sequence >= len(reader) or reader.locate(sequence) != (shard.unit, number, index):
+            if sequence >= len(reader) or reader.locate(sequence) != (shard.unit, batch_index, index):
                 raise CorruptCacheError(f"{where}: sequence {sequence} of the index is not here")
             reader.check_sequence(sequence, record, where)
             sequence += 1

@@ -139,7 +139,7 @@ REFUSALS = {
     "an index that claims other lengths": corrupt(
         lambda c: hostile.edit_index(c, num_tokens=[2**32 - 1] * 3), "batch 0, sequence 0", "4294967295 tokens"
     ),
-    "no cache": Refusal(shutil.rmtree, CacheNotFoundError, ("there is no such directory",)),
+    "no cache": Refusal(shutil.rmtree, CacheNotFoundError, ("the directory does not exist",)),
     "a directory that is no cache": Refusal(
         lambda c: shutil.rmtree(c / "manifests"), CacheNotFoundError, ("it holds no manifests",)
     ),

@@ -60,7 +60,7 @@ def test_honest_claims_are_borne_out_whatever_the_codec_and_selection(sound, nam
 @pytest.mark.parametrize("claim", FORGED)
 def test_a_forged_claim_is_named(tmp_path, sound, codec, claim):
     problems = forge(copy_of(sound[codec], tmp_path), lambda shards: shards[0].update({claim: FORGED[claim](shards[0])}))
-    words = {"target_logprob_sum": "rows do not belong to their text", "num_finished": "answers ended by"}
+    words = {"target_logprob_sum": "logprobs do not belong to their text", "num_finished": "answers ended by"}
     words["num_impossible_targets"] = "have probability 0"
     assert words.get(claim, claim) in problems[0]
 
@@ -163,4 +163,4 @@ def test_a_target_below_float16_may_be_claimed_as_less_but_not_as_more(tmp_path)
     assert newest_manifest(cache).shards[0].num_impossible_targets == 0
     assert verify_cache(cache).problems == []
     problems = forge(cache, lambda shards: shards[0].update(target_logprob_sum=-30.0))
-    assert "rows do not belong to their text" in problems[0]
+    assert "logprobs do not belong to their text" in problems[0]

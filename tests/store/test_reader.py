@@ -252,7 +252,7 @@ def test_a_cache_of_a_newer_minor_version_is_read_and_its_unknown_fields_passed_
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("nothing", "no such directory"), ("empty", "no manifests"), ("file", "no such directory")]
+    ("name", "why"), [("nothing", "does not exist"), ("empty", "no manifests"), ("file", "does not exist")]
 )
 def test_a_path_without_a_cache_says_so(tmp_path, name, why):
     (tmp_path / "empty").mkdir()
@@ -302,7 +302,7 @@ def test_verify_finds_rows_that_do_not_belong_to_their_text(tmp_path):
     shard = msgspec.structs.replace(manifest.shards[0], target_logprob_sum=manifest.shards[0].target_logprob_sum - 1)
     path.write_bytes(manifest_to_json(msgspec.structs.replace(manifest, shards=(shard,))))
     (problem,) = verify_cache(tmp_path).problems
-    assert "rows do not belong to their text" in problem
+    assert "logprobs do not belong to their text" in problem
 
 
 def test_verify_finds_a_gap_and_a_break_in_the_chain_of_manifests(tmp_path):

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from cache_making import assert_same_record, make_cache, make_unit
 from fault_proxy import FaultProxy
-from hostile import flip
+from hostile import INDEX_SCHEMA, file_bytes, flip, replace_index
 
 from kdcache.cli.main import main
 from kdcache.errors import CorruptCacheError, StorageError
+from kdcache.store import chain
 from kdcache.store.files.location import RemotePath, locate
 from kdcache.store.reader import open_reader
 from kdcache.store.repair import find_misfits, repair_cache
@@ -81,7 +82,7 @@ def test_a_sound_cache_is_left_as_it_is(cache: Path):
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
 
 
-def test_a_damaged_index_is_made_anew_with_and_without_a_damaged_shard(cache: Path):
+def test_a_damaged_index_is_made_again_with_and_without_a_damaged_shard(cache: Path):
     (index,) = (cache / "index").iterdir()
     flip(index, index.stat().st_size // 2)
     repair = repair_cache(cache)
@@ -113,6 +114,26 @@ def test_an_error_of_a_damaged_row_says_where_and_what_to_do(cache: Path):
     assert str(error).endswith(f"; `kdcache repair {cache}` sets what is damaged aside")
     assert error.path == str(shard_of(cache, 1))
     assert (error.record_batch, error.sequence) == (0, NUM_SEQUENCES)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing", "empty"])
+def test_a_damaged_index_ends_with_the_command_that_makes_it_again(cache: Path, how: str):
+    (index,) = (cache / "index").iterdir()
+    if how == "flipped":
+        flip(index, index.stat().st_size // 2)
+    elif how == "cut":
+        os.truncate(index, 100)
+    elif how == "missing":
+        index.unlink()
+    else:
+        replace_index(cache, file_bytes([], INDEX_SCHEMA))
+        index = cache / chain.newest_manifest(cache).index.name
+    with pytest.raises(CorruptCacheError) as caught:
+        open_reader(cache)
+    assert str(caught.value).endswith(f"; `kdcache repair {cache}` makes the index again from the shards")
+    assert caught.value.path == str(index)
+    assert repair_cache(cache).made_index
+    assert len(open_reader(cache)) == 9
 
 
 def test_the_command_says_what_it_did(cache: Path, capsys: pytest.CaptureFixture[str]):

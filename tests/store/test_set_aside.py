@@ -85,7 +85,7 @@ def test_an_index_made_fold_by_fold_is_the_one_made_from_all_shards(tmp_path, da
         assert found.equals(expected)
         if damage and manifest.index is not None:
             (tmp_path / manifest.index.name).write_bytes(b"not an index")
-    assert ("made anew" in caplog.text) == damage
+    assert ("made again" in caplog.text) == damage
 
 
 def test_a_cache_that_another_writer_starts_while_we_look_is_not_taken_for_foreign_files(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.format.schema import sequence_digest
-from kdcache.store.records.numba_xxh3 import SHORT_BYTES, row_digests
+from kdcache.store.records.numba_xxh3 import SHORT_BYTES, sequence_digests
 
 # Around the borders of what is copied together (64), of a block (1024) and of the lengths between them.
 LENGTHS = st.one_of(
@@ -42,14 +42,14 @@ def test_rows_of_any_lengths_at_any_address_have_the_digest_of_the_definition(le
     rng = np.random.default_rng(seed)
     values = [None if n is None else rng.integers(0, 256, n + shift, np.uint8)[shift:] for n in lengths]
     values += [] if num_bytes(values) > SHORT_BYTES else [rng.integers(0, 256, SHORT_BYTES, np.uint8)]
-    assert int(row_digests(parts_of(values)[None])[0]) == definition(values)
+    assert int(sequence_digests(parts_of(values)[None])[0]) == definition(values)
 
 
 def check_totals() -> None:
     data = np.random.default_rng(0).integers(0, 256, 3400, np.uint8)
     totals = range(SHORT_BYTES + 1 - 16, 3400)
     rows = [[data[:40], data[: n - 40]] for n in totals]
-    found = row_digests(np.stack([parts_of(row) for row in rows]))
+    found = sequence_digests(np.stack([parts_of(row) for row in rows]))
     assert found.tolist() == [definition(row) for row in rows]
 
 
@@ -67,10 +67,10 @@ def test_processors_without_wide_vectors_give_the_same_digests():
 def test_a_bit_that_is_flipped_anywhere_changes_the_digest():
     data = np.random.default_rng(1).integers(0, 256, 700, np.uint8)
     row = parts_of([data[:30], None, data[30:]])[None]
-    whole, found = int(row_digests(row)[0]), set()
+    whole, found = int(sequence_digests(row)[0]), set()
     for bit in range(0, 8 * len(data), 7):
         data[bit // 8] ^= 1 << bit % 8
-        found.add(int(row_digests(row)[0]))
+        found.add(int(sequence_digests(row)[0]))
         data[bit // 8] ^= 1 << bit % 8
     assert whole not in found
-    assert int(row_digests(row)[0]) == whole
+    assert int(sequence_digests(row)[0]) == whole

@@ -58,7 +58,7 @@ class ObjectStore:
         return _entry(self._call("info", uri, seconds))
 
     def list(self, uri: str, seconds: float) -> list[Entry]:
-        """What there is right under a prefix, asked anew; empty where there is nothing."""
+        """What lies right under a prefix, asked of the store each time; empty where nothing does."""
         try:
             found = self._call("ls", uri, seconds, detail=True, **self._if_taken("ls", refresh=True))
         except FileNotFoundError:
@@ -70,7 +70,7 @@ class ObjectStore:
         self._call("pipe_file", uri, seconds, data)
 
     def create(self, uri: str, data: bytes, seconds: float) -> None:
-        """Put an object where there is none. Raises FileExistsError."""
+        """Put an object where none exists. Raises FileExistsError."""
         if self._scheme == "memory":
             with _memory_lock:  # fsspec looks and writes in two steps
                 self._call("pipe_file", uri, seconds, data, mode="create")

@@ -25,7 +25,7 @@ from kdcache.store.files.location import Location, own_files
 from kdcache.store.files.regular import is_own_file, is_own_folder, open_regular, what_is_not_own, write_new
 
 ABANDONED_SECONDS = 24 * 3600
-"""A temp file of a writer elsewhere (another machine or container) is swept when nothing was written to it for so long."""
+"""A temp file of a writer on another machine or in another container is swept when it has not been written to for this long."""
 
 _TEMP = re.compile(r"(.+)-([0-9]+)-([0-9a-f]{8})\.[0-9]+")
 _temp_numbers = itertools.count()
@@ -65,7 +65,7 @@ BLOCK_FAULT_POINTS = ("block written", "block evicted")
 
 
 def reached(point: str) -> None:
-    """Called at each fault point; does nothing. Crash tests put something deadly in its place."""
+    """Called at each fault point; does nothing. Crash tests replace it with something deadly."""
 
 
 def make_directories(root: Location) -> None:
@@ -98,7 +98,7 @@ def temp_path(root: Location) -> Path:
 
 
 def temp_name() -> str:
-    """A name that nobody had before; carries host and pid, so that a dead writer's files can be told."""
+    """A name that nothing had before; it carries host and pid, so that a dead writer's files can be recognized."""
     # The token: in a restarted container host and pid come back, and a name used again could be a dead writer's file that is
     # still hard-linked to a published manifest; writing into that one would write into the manifest.
     return f"{_host()}-{os.getpid()}-{_process_token}.{next(_temp_numbers)}"
@@ -189,7 +189,7 @@ def missing_directories(root: Location) -> list[Path]:
 def remove_cache(root: Location, made: Iterable[Path]) -> None:
     """Remove a cache that was not finished, and the directories that were made for it.
 
-    The manifests go last: what is left by a kill in between is a cache that can still be gone on with.
+    The manifests go last: what is left by a kill in between is a cache that can still be resumed.
 
     Args:
         made: as `missing_directories` gave them before the cache was started.

@@ -34,7 +34,7 @@ READ_BYTES = 16 * 2**20
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 
 
-def locate(place: str | os.PathLike[str] | RemotePath, remote: RemoteConfig | None = None) -> Location:
+def locate(path: str | os.PathLike[str] | RemotePath, remote: RemoteConfig | None = None) -> Location:
     """The location that a plain path, a `file://` URI, or a URI of an object store means. A location is given back as it is.
 
     Args:
@@ -43,22 +43,22 @@ def locate(place: str | os.PathLike[str] | RemotePath, remote: RemoteConfig | No
     Raises:
         ConfigError: an unknown scheme, a `file://` URI of another machine, or a name that a store would read otherwise.
     """
-    if isinstance(place, RemotePath):
-        return place
-    match = _URI.fullmatch(place) if isinstance(place, str) else None
+    if isinstance(path, RemotePath):
+        return path
+    match = _URI.fullmatch(path) if isinstance(path, str) else None
     if match is None:
-        _check_path(os.fspath(place))
-        return Path(place)
+        _check_path(os.fspath(path))
+        return Path(path)
     scheme, rest = match[1].lower(), match[2]
     if scheme == "file":
         if not rest.startswith("/"):
-            raise ConfigError(f"{place!r}: expected file:///absolute/path, of this machine")
+            raise ConfigError(f"{path!r}: expected file:///absolute/path, of this machine")
         return Path(unquote(rest))
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in ("file", *SCHEMES))
-        raise ConfigError(f"{place!r}: unknown scheme {scheme!r}; expected a path or one of {known}")
+        raise ConfigError(f"{path!r}: unknown scheme {scheme!r}; expected a path or one of {known}")
     if not rest.strip("/"):
-        raise ConfigError(f"{place!r}: names no place in the store; expected {scheme}://BUCKET/PREFIX")
+        raise ConfigError(f"{path!r}: names no bucket or prefix in the store; expected {scheme}://BUCKET/PREFIX")
     name = rest.rstrip("/") if scheme != "memory" else rest.strip("/")
     _check_name(scheme, name)
     return RemotePath(f"{scheme}://{name}", remote or RemoteConfig())
@@ -130,7 +130,7 @@ class RemotePath:
 
     @property
     def can_create(self) -> bool:
-        """Whether the store puts an object only where there is none, as one step: a cache is not written without."""
+        """Whether the store puts an object only where none exists, as one step; no cache is written to a store that cannot."""
         return self.uri.startswith(_CREATING)
 
     @property
@@ -148,7 +148,7 @@ class RemotePath:
         return self
 
     def relative_to(self, other: RemotePath) -> str:
-        """The part behind a prefix."""
+        """The part after a prefix."""
         return self.uri.removeprefix(f"{other.uri}/")
 
     def stat(self) -> RemoteStat:
@@ -173,7 +173,7 @@ class RemotePath:
         return (self / entry.name for entry in self._entries())
 
     def read_bytes(self) -> bytes:
-        """The whole object; its size is asked first, as an answer that was cut short could not be told otherwise."""
+        """The whole object; its size is asked first, as an answer that was cut short could not be recognized otherwise."""
         num_bytes = self.stat().st_size
         return b"".join(self.read_range(at, min(at + READ_BYTES, num_bytes)) for at in range(0, num_bytes, READ_BYTES))
 
@@ -197,7 +197,7 @@ class RemotePath:
         self._retried("writing", lambda seconds: self._store.put(self.uri, data, seconds), len(data))
 
     def create(self, data: bytes) -> bool:
-        """Put the object if there is none. True where, in the end, it holds these bytes: an answer may be lost on its way, and
+        """Put the object if none exists. True where, in the end, it holds these bytes: an answer may be lost on its way, and
         the next attempt then finds what the one before it has put."""
         try:
             self._retried("creating", lambda seconds: self._store.create(self.uri, data, seconds), len(data))
@@ -243,12 +243,12 @@ Location: TypeAlias = Path | RemotePath
 
 
 def children(directory: Location) -> list[Location]:
-    """What is right below; nothing where there is no such directory."""
+    """What is right below; nothing where the directory does not exist."""
     return list(directory.iterdir()) if not isinstance(directory, Path) or directory.is_dir() else []
 
 
 def own_files(directory: Location) -> list[Location]:
-    """Of `children` those that may be deleted: plain files of a folder that is no link to another."""
+    """Of `children` those that may be deleted: plain files, in a folder that is not a link."""
     if not isinstance(directory, Path):
         return children(directory)
     return list(filter(is_own_file, directory.iterdir())) if is_own_folder(directory) else []
@@ -258,7 +258,7 @@ def read_file(path: Location) -> bytes:
     """The bytes of a file of a cache; on a disk of a plain file inside the cache's folder alone.
 
     Raises:
-        FileNotFoundError: there is none. CorruptCacheError: see `regular_file`.
+        FileNotFoundError: no such file. CorruptCacheError: see `regular_file`.
     """
     return read_regular(path) if isinstance(path, Path) else path.read_bytes()
 

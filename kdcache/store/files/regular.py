@@ -1,7 +1,7 @@
-"""Which file a name in a folder means, where the folder may be a stranger's: a plain one inside it, or none.
+"""Find the file that a name in a folder means; the folder may be a stranger's, so only a plain file inside it will do.
 
-A link in it could have any file of the reader's read, shown, written to or swept; a named pipe holds whoever opens it for ever,
-and a device does what it likes. So each name is followed to its end first. See the README's decisions.
+A link in the folder could have any file of the reader's read, shown, written to or swept; a named pipe blocks whoever opens it
+for ever, and a device does what it likes. So each name is followed to its end first. See the README's decisions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def regular_file(path: Path, folder: Path | None = None) -> Path:
         folder: whose file it must be; None for that of a cache, in which files lie one folder deep.
 
     Raises:
-        CorruptCacheError: it is something else, or a link that leads out of the folder. FileNotFoundError: there is none.
+        CorruptCacheError: it is something else, or a link that leads out of the folder. FileNotFoundError: no such file.
     """
     real = Path(os.path.realpath(path))
     mode = real.stat().st_mode
@@ -38,14 +38,14 @@ def regular_file(path: Path, folder: Path | None = None) -> Path:
     if not leads_inside(path, folder or path.parent.parent, real):
         raise CorruptCacheError(
             f"{path}: a link leads out of its folder (to {real}), and only what lies in it is read; if you trust it, "
-            "copy the folder with `cp -rL`, which puts files in the place of links"
+            "copy the folder with `cp -rL`, which copies what links point to"
         )
     return real
 
 
 def leads_inside(path: Path, folder: Path, real: Path | None = None) -> bool:
     """Whether a name, its links followed, means something inside a folder, or among the files of the hub's snapshot that the
-    folder is or lies in: `huggingface_hub` keeps those in `blobs/`, beside `snapshots/`, and links to them."""
+    folder is or lies in: `huggingface_hub` keeps those in `blobs/`, next to `snapshots/`, and links to them."""
     real = real or Path(os.path.realpath(path))
     inside = Path(os.path.realpath(folder))
     if real.is_relative_to(inside):
@@ -57,10 +57,10 @@ def leads_inside(path: Path, folder: Path, real: Path | None = None) -> bool:
 def open_regular(path: Path, folder: Path | None = None) -> BufferedReader:
     """Open the file that `regular_file` finds, for reading; raises as it does, never waits, and opens nothing else."""
     descriptor = os.open(regular_file(path, folder), _FLAGS)
-    # Asked again of what is open: somebody may have put a pipe in its place.
+    # Asked again of what is open: somebody may have replaced it with a pipe.
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise CorruptCacheError(f"{path}: is no plain file any more")
+        raise CorruptCacheError(f"{path}: is not a plain file any more")
     return os.fdopen(descriptor, "rb")
 
 

@@ -1,4 +1,4 @@
-"""Try again what a remote store did not answer well, with growing waits, until a deadline."""
+"""Repeat a request that a remote store did not answer well, with growing waits, until a deadline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answer = TypeVar("Answer")
 FIRST_WAIT_SECONDS = 0.1
 MAX_WAIT_SECONDS = 10.0
 PATIENCE_SECONDS = 5.0
-"""After so long a request that is still tried is told of, once."""
+"""A request that has been tried for this long is reported, once."""
 SLOWEST_BYTES_PER_SECOND = 1e6
 """An attempt that is slower than this is given up: its connection has most likely died without saying so."""
 
@@ -33,7 +33,7 @@ class RetryPolicy:
 
     Attributes:
         deadline_seconds: over all attempts and the waits between them.
-        timeout_seconds: of one attempt, beside the time that its bytes take.
+        timeout_seconds: of one attempt, on top of the time that its bytes take.
     """
 
     deadline_seconds: float
@@ -41,7 +41,7 @@ class RetryPolicy:
 
 
 def retried(attempt: Callable[[float], Answer], policy: RetryPolicy, *, what: str, num_bytes: int = 0) -> Answer:
-    """The first good answer of `attempt`, which is told how many seconds it has.
+    """The first good answer of `attempt`, which is given the seconds that it has.
 
     Tried again is every OSError but those that are answers: the object is missing, exists, or may not be touched. Waits double
     from 0.1 to 10 s, each drawn from its upper half, so that clients that failed together do not come back together.

@@ -17,7 +17,7 @@ def open_arrow_file(path: Path) -> pa.RecordBatchFileReader:
     """Map an Arrow IPC file. What is read from it are views of the map, which lives as long as they do; no descriptor is kept.
 
     Raises:
-        CorruptCacheError: cannot be read, no Arrow file, or one with compressed buffers or dictionaries.
+        CorruptCacheError: cannot be read, is not an Arrow file, or has compressed buffers or dictionaries.
     """
     try:
         with pa.memory_map(str(regular_file(path))) as file:
@@ -41,5 +41,5 @@ def open_arrow_buffer(data: pa.Buffer, *, where: str) -> pa.RecordBatchFileReade
 
 
 def _has_compression_or_dictionaries(data: memoryview) -> bool:
-    places = record_batch_spans(data, len(data))
-    return places is None or any(is_compressed(data[place.offset :]) for place in places)
+    messages = record_batch_spans(data, len(data))
+    return messages is None or any(is_compressed(data[message.offset :]) for message in messages)

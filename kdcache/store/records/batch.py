@@ -167,7 +167,7 @@ class BatchReader:
     def line(self, index: int) -> int:
         """The address of a sequence's line of this record batch's `sequence_table`, valid as long as this reader exists.
 
-        0 where there is no such sequence, and for all where one of them is not sound.
+        0 where the record batch has no such sequence, and for all where one of them is not sound.
         """
         start, num_bytes = self._lines or self._make_lines()
         return start + index * num_bytes if index < self.num_sequences else 0

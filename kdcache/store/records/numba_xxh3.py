@@ -1,13 +1,11 @@
-"""xxh3_64 of a row, in a compiled loop: the row's digest, without the interpreter and without a copy of the row.
+"""The digest of a sequence (xxh3_64) in a compiled loop: without the interpreter, and without a copy of the sequence.
 
-`kdcache.format.schema.sequence_digest` (package xxhash) is the definition; tests compare. Only inputs of more than
-SHORT_BYTES bytes are known here: xxh3 has other formulas for shorter ones, and those rows are checked by the package. Formulas:
+`kdcache.format.schema.sequence_digest` (package xxhash) is the definition; tests compare. Only inputs of more than SHORT_BYTES
+bytes are known here: xxh3 has other formulas for shorter ones, and those sequences are checked by the package. The formulas:
 xxHash's specification, "XXH3 Algorithm (for larger inputs)", with seed 0 and the default secret.
 
-Eight accumulators of 64 bits take 64 bytes, a stripe, at a time; 16 stripes are a block, behind which they are scrambled. A row
-is not in one piece: what one part leaves of a stripe is put together with the next part's beginning.
-
-Shape letters: R rows, C columns.
+Eight accumulators of 64 bits take 64 bytes, a stripe, at a time; 16 stripes are a block, after which they are scrambled. A
+sequence is not in one piece: what one part leaves of a stripe is put together with the next part's beginning.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from numpy.typing import NDArray
 from kdcache.compiled import called_by_address, compiled, copy, inlined, pointer
 
 SHORT_BYTES = 240
-"""Rows with so many bytes or fewer, lengths included, are not for these functions."""
+"""Sequences with this many bytes or fewer, lengths included, are not for these functions."""
 SCRATCH_BYTES = 128
 _SECRET = np.frombuffer(
     bytes.fromhex(
@@ -47,8 +45,8 @@ _MERGE_SECRET = np.frombuffer(_SECRET[11:75].tobytes(), np.uint64)
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _STRIPE, _BLOCK_STRIPES = 64, 16
 _AHEAD = 4096
-"""Bytes that are asked for before they are needed: the processor's own prefetching ends at each page. Asking beyond a row, or
-beyond the file, is no access."""
+"""Bytes that are asked for before they are needed: the processor's own prefetching ends at each page. Asking beyond a sequence,
+or beyond the file, reads nothing."""
 
 _WORD = ir.IntType(64)
 _WORDS_8 = ir.VectorType(_WORD, 8)
@@ -116,7 +114,7 @@ def _add_blocks(typing_context, sums, data, secret, num_blocks):  # noqa: ARG001
 
 @inlined
 def _add(sums, data, first, count):
-    # `count` stripes, the first of them number `first` of the row.
+    # `count` stripes, the first of them at index `first` of the sequence.
     secret, target = _SECRET.ctypes.data, sums.ctypes.data
     while count > 0:
         at = first % _BLOCK_STRIPES
@@ -149,32 +147,32 @@ def _folded(a, b):
 
 
 @inlined
-def _last_stripe(row, num_columns, room):
-    # The row's last 64 bytes, gathered from its end.
+def _last_stripe(parts, num_columns, room):
+    # The sequence's last 64 bytes, gathered from its end.
     column, missing = num_columns - 1, np.int64(_STRIPE)
     while missing > 0:
-        length = max(row[2 * column + 1], 0)
+        length = max(parts[2 * column + 1], 0)
         num = min(missing, length)
-        copy(room.ctypes.data + missing - num, row[2 * column] + length - num, num)  # pyright: ignore[reportCallIssue]
+        copy(room.ctypes.data + missing - num, parts[2 * column] + length - num, num)  # pyright: ignore[reportCallIssue]
         missing -= num
         num = min(missing, 8)
-        copy(room.ctypes.data + missing - num, row.ctypes.data + 16 * column + 16 - num, num)  # pyright: ignore[reportCallIssue]
+        copy(room.ctypes.data + missing - num, parts.ctypes.data + 16 * column + 16 - num, num)  # pyright: ignore[reportCallIssue]
         missing -= num
         column -= 1
 
 
 @inlined
-def _digest(row, num_columns, room, sums):
+def _digest(parts, num_columns, room, sums):
     total = np.int64(8 * num_columns)
     for c in range(num_columns):
-        total += max(row[2 * c + 1], 0)
+        total += max(parts[2 * c + 1], 0)
     sums[:] = _START
     # The last stripe, whole or not, is added by itself.
     num_stripes, done, waiting = (total - 1) // _STRIPE, np.int64(0), np.int64(0)
     for part in range(2 * num_columns):
         # A length of -1, of null, is 2^64 - 1 as the digest has it.
-        source = row.ctypes.data + 8 * part + 8 if part % 2 == 0 else row[part - 1]
-        length = np.int64(8) if part % 2 == 0 else max(row[part], 0)
+        source = parts.ctypes.data + 8 * part + 8 if part % 2 == 0 else parts[part - 1]
+        length = np.int64(8) if part % 2 == 0 else max(parts[part], 0)
         num = min(_STRIPE - waiting, length) if waiting or length < _STRIPE else np.int64(0)
         copy(room.ctypes.data + waiting, source, num)  # pyright: ignore[reportCallIssue]
         waiting, source, length = waiting + num, source + num, length - num
@@ -186,7 +184,7 @@ def _digest(row, num_columns, room, sums):
         done, source, length = done + num, source + _STRIPE * num, length - _STRIPE * num
         copy(room.ctypes.data + waiting, source, length)  # pyright: ignore[reportCallIssue]
         waiting += length
-    _last_stripe(row, num_columns, room)
+    _last_stripe(parts, num_columns, room)
     _add_stripes(sums.ctypes.data, room.ctypes.data, _SECRET.ctypes.data + 121, 1)  # pyright: ignore[reportCallIssue]
     digest = np.uint64(total) * _PRIME64_1
     for i in range(4):
@@ -196,28 +194,28 @@ def _digest(row, num_columns, room, sums):
 
 
 @called_by_address(numba.int64(numba.int64, numba.int64, numba.int64))
-def digest_at(row, num_columns, scratch):
-    """The digest of the row whose (C, 2) addresses and lengths lie at an address; SCRATCH_BYTES bytes may be written there."""
-    parts = numba.carray(pointer(row), (2 * num_columns,), np.int64)
+def digest_at(address, num_columns, scratch):
+    """The digest of the sequence whose columns' addresses and lengths lie at `address`; `scratch` takes SCRATCH_BYTES."""
+    parts = numba.carray(pointer(address), (2 * num_columns,), np.int64)
     room = numba.carray(pointer(scratch), (_STRIPE,), np.uint8)
     sums = numba.carray(pointer(scratch + _STRIPE), (8,), np.uint64)
     return np.int64(_digest(parts, num_columns, room, sums))
 
 
-def row_digests(parts_RC2: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """(R,) the digests of rows.
+def sequence_digests(parts: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """(S,) the digests of sequences.
 
     Args:
-        parts_RC2: (R, C, 2) int64, address and number of bytes of each value; -1 bytes for null. Each row must have more than
-            SHORT_BYTES bytes, 8 per column for its length included.
+        parts: (num sequences, num columns, 2) int64, address and number of bytes of each value; -1 bytes for null.
+            Each sequence must have more than SHORT_BYTES bytes, 8 per column for its length included.
     """
-    digests_R = np.empty(len(parts_RC2), np.uint64)
-    _digests(np.ascontiguousarray(parts_RC2).reshape(len(parts_RC2), -1), digests_R)
-    return digests_R
+    digests_S = np.empty(len(parts), np.uint64)
+    _digests(np.ascontiguousarray(parts).reshape(len(parts), -1), digests_S)
+    return digests_S
 
 
 @compiled(numba.void(numba.int64[:, ::1], numba.uint64[::1]))
-def _digests(rows, digests):
+def _digests(parts, digests):
     room, sums = np.empty(_STRIPE, np.uint8), np.empty(8, np.uint64)
-    for r in range(rows.shape[0]):
-        digests[r] = _digest(rows[r], rows.shape[1] // 2, room, sums)
+    for s in range(parts.shape[0]):
+        digests[s] = _digest(parts[s], parts.shape[1] // 2, room, sums)

@@ -1,9 +1,9 @@
 """Record batches of remote shards, kept on this machine: in memory, or in a folder that any number of processes share.
 
-A block's key names where it was read from (the shard's address and SHA-256, and the number of the record batch), so that a
+A block's key names where it was read from (the shard's address and SHA-256, and the index of the record batch), so that a
 block is right whatever snapshot or process put it there, and is never taken for another cache's. A folder holds one file per
 block and nothing else: no index that a crash could leave wrong, no lock that it could leave held. A file appears by a rename,
-carries a checksum that is looked at on each reading, and may vanish at any time, which is a miss.
+carries a digest that is checked on each read, and may vanish at any time, which is a miss.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kdcache.store.files.regular import is_own_file
 _log = get_logger(__name__)
 
 _BLOCK = re.compile(r"[0-9a-f]{64}-(?:[0-9]+|footer|index)\.block")
-_CHECKSUM_BYTES = 16
+_DIGEST_BYTES = 16
 SLACK = 64
 """A process looks through the folder each time that it has added a SLACK-th of the bound."""
 
@@ -102,7 +102,7 @@ class MemoryBlocks:
         self._lock = threading.Lock()
 
     def _oldest_first(self) -> list[str]:
-        return sorted(self._blocks, key=lambda key: key in self._pinned)  # stable: by age, pinned ones behind
+        return sorted(self._blocks, key=lambda key: key in self._pinned)  # stable: by age, pinned ones last
 
     def _remove(self, key: str) -> None:
         if key in self._blocks:
@@ -113,7 +113,7 @@ class DiskBlocks:
     """Blocks in a folder, read as memory maps.
 
     Args:
-        folder: made if missing; files in it that are no blocks are left alone.
+        folder: made if missing; files in it that are not blocks are left alone.
         capacity: most bytes of all blocks in it, whoever put them there.
 
     Raises:
@@ -143,8 +143,8 @@ class DiskBlocks:
             os.utime(path)
         except (OSError, pa.ArrowException):
             return None
-        block = data.slice(0, max(0, data.size - _CHECKSUM_BYTES))
-        if _checksum(key, block) != data.slice(block.size).to_pybytes():
+        block = data.slice(0, max(0, data.size - _DIGEST_BYTES))
+        if _digest(key, block) != data.slice(block.size).to_pybytes():
             _log.warning("%s: damaged; the block is read from its store again", path)
             self.drop(key)
             return None
@@ -158,17 +158,17 @@ class DiskBlocks:
         return True
 
     def put(self, key: str, data: bytes) -> pa.Buffer:
-        if len(data) + _CHECKSUM_BYTES > self.capacity:
+        if len(data) + _DIGEST_BYTES > self.capacity:
             return pa.py_buffer(data)
         try:
             self._write(key, data)
             with self._lock:
-                self._unseen += len(data) + _CHECKSUM_BYTES
+                self._unseen += len(data) + _DIGEST_BYTES
                 if self._unseen > self.capacity // SLACK:
                     self._evict()
         except OSError as error:  # a full disk costs requests, not the run
             level, self._failed = (logging.DEBUG if self._failed else logging.WARNING), True
-            _log.log(level, "%s: cannot keep blocks, which are fetched anew each time: %s", self.folder, error)
+            _log.log(level, "%s: cannot keep blocks, which are fetched again each time: %s", self.folder, error)
         return pa.py_buffer(data)
 
     def drop(self, key: str) -> None:
@@ -187,7 +187,7 @@ class DiskBlocks:
         try:
             with temp.open("xb") as file:
                 file.write(data)
-                file.write(_checksum(key, data))
+                file.write(_digest(key, data))
             fs.reached("block written")
             os.replace(temp, self._path(key))
         except OSError:
@@ -228,8 +228,8 @@ class DiskBlocks:
         return found
 
 
-def _checksum(key: str, data: bytes | pa.Buffer) -> bytes:
+def _digest(key: str, data: bytes | pa.Buffer) -> bytes:
     # The key too: a block under another's name would be whole, and wrong.
-    checksum = xxhash.xxh3_128(key.encode())
-    checksum.update(data)
-    return checksum.digest()
+    hasher = xxhash.xxh3_128(key.encode())
+    hasher.update(data)
+    return hasher.digest()

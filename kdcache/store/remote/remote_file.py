@@ -29,22 +29,22 @@ class Layout:
     """A footer, understood: the schema, and where each record batch is."""
 
     schema: pa.Schema
-    places: Sequence[MessageSpan]
+    messages: Sequence[MessageSpan]
 
 
 def read_tail(read: ReadRange, num_bytes: int) -> bytes:
-    """The end of a file of so many bytes, with its whole footer.
+    """The end of a file of this many bytes, with its whole footer.
 
     Raises:
-        CorruptCacheError: there is none.
+        CorruptCacheError: the file has no footer.
     """
     tail = read(max(0, num_bytes - TAIL_BYTES), num_bytes)
     try:
         needed = footer_bytes(memoryview(tail)) + TRAILER_BYTES
     except struct.error as error:
-        raise CorruptCacheError(f"no Arrow file: {error}") from error
+        raise CorruptCacheError(f"not an Arrow file: {error}") from error
     if needed > num_bytes:
-        raise CorruptCacheError(f"no Arrow file: a footer of {needed} bytes in a file of {num_bytes}")
+        raise CorruptCacheError(f"not an Arrow file: a footer of {needed} bytes in a file of {num_bytes}")
     return tail if needed <= len(tail) else read(num_bytes - needed, num_bytes)
 
 
@@ -55,13 +55,13 @@ def parse_tail(tail: memoryview, num_bytes: int) -> Layout:
         CorruptCacheError: no Arrow footer, dictionaries, or a record batch outside the file.
     """
     try:
-        places = record_batch_spans(tail, num_bytes)
+        messages = record_batch_spans(tail, num_bytes)
         schema = pa.ipc.open_file(pa.PythonFile(_Ranges(_of_tail(tail, num_bytes), num_bytes, 1), mode="r")).schema
     except (pa.ArrowException, OSError, struct.error) as error:
-        raise CorruptCacheError(f"no Arrow file: {error}") from error
-    if places is None:
+        raise CorruptCacheError(f"not an Arrow file: {error}") from error
+    if messages is None:
         raise CorruptCacheError("has dictionaries, which no file of a cache has")
-    return Layout(schema, places)
+    return Layout(schema, messages)
 
 
 def parse_record_batch(block: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
@@ -77,7 +77,7 @@ def parse_record_batch(block: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
     except (pa.ArrowException, OSError, EOFError, struct.error, ValueError) as error:
         if isinstance(error, CorruptCacheError):
             raise
-        raise CorruptCacheError(f"no record batch: {error}") from error
+        raise CorruptCacheError(f"not a record batch: {error}") from error
 
 
 def open_columns(path: RemotePath, num_bytes: int, names: Sequence[str]) -> pa.RecordBatchFileReader:
@@ -89,8 +89,8 @@ def open_columns(path: RemotePath, num_bytes: int, names: Sequence[str]) -> pa.R
     file = _Ranges(path.read_range, num_bytes, READ_AHEAD_BYTES)
     tail = memoryview(read_tail(file.read_range, num_bytes))
     layout = parse_tail(tail, num_bytes)
-    for place in layout.places:
-        if is_compressed(memoryview(file.read_range(place.offset, place.offset + place.metadata_bytes))):
+    for message in layout.messages:
+        if is_compressed(memoryview(file.read_range(message.offset, message.offset + message.metadata_bytes))):
             raise CorruptCacheError(f"{path}: has compressed buffers, which no file of a cache has")
     columns = [layout.schema.get_field_index(name) for name in names]
     return pa.ipc.open_file(

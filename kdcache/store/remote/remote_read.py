@@ -20,17 +20,17 @@ from kdcache.store.remote.block_cache import Blocks, DiskBlocks, MemoryBlocks
 from kdcache.store.remote.remote_file import Layout, parse_record_batch, parse_tail, read_tail
 
 NEIGHBOURS = 4
-"""Record batches in one request, at most: beyond some 16 MiB a request gains nothing, and others could run beside it."""
+"""Record batches in one request, at most: beyond some 16 MiB a request gains nothing, and others could run at once."""
 MAX_REQUEST_BYTES = 32 * 2**20
 
 THREAD_NAME = "kdcache-fetch"
 
-Wanted = tuple[int, int]
-"""Unit and number of a record batch."""
+BatchId = tuple[int, int]
+"""Unit and index of a record batch."""
 
 
 class RemoteShards:
-    """What a reader asks for in place of memory maps. Safe to use from several threads.
+    """What a reader of an object store uses instead of memory maps. Safe to use from several threads.
 
     Args:
         root: of the cache.
@@ -48,32 +48,32 @@ class RemoteShards:
         """A shard, its footer read; the name is in the message where it is damaged."""
         return RemoteFile(self, unit, self._layout(unit))
 
-    def record_batch(self, unit: int, number: int) -> pa.RecordBatch:
+    def record_batch(self, unit: int, index: int) -> pa.RecordBatch:
         """A record batch: from the blocks, from a request that is under way, or from the store.
 
         Raises:
             CorruptCacheError, StorageError, FileNotFoundError: the shard is damaged, out of reach, missing.
         """
-        block = self._awaited((unit, number)) or self.blocks.get(self._key(unit, number)) or self._fetched((unit, number))
+        block = self._awaited((unit, index)) or self.blocks.get(self._key(unit, index)) or self._fetched((unit, index))
         return parse_record_batch(block, self._layout(unit).schema)
 
-    def prefetch(self, wanted: Sequence[Wanted]) -> None:
+    def prefetch(self, wanted: Sequence[BatchId]) -> None:
         """Start to fetch what is not here, in this order, and keep all of it while there is room. Replaces what was wanted
         before: of that, what has not begun is dropped. Errors are left to the reading of their record batch."""
         window = dict.fromkeys(wanted)
-        keys = {place: self._key(*place) for place in window}
+        keys = {batch: self._key(*batch) for batch in window}
         self.blocks.pin(keys.values())
         with self._lock:
-            stale = {fetch for place, fetch in self._under_way.items() if place not in window}
+            stale = {fetch for batch, fetch in self._under_way.items() if batch not in window}
         for fetch in stale:  # without the lock, which the end of each takes
             fetch.cancel()
-        missing = [place for place in window if place not in self._under_way and not self.blocks.touch(keys[place])]
+        missing = [batch for batch in window if batch not in self._under_way and not self.blocks.touch(keys[batch])]
         for group in neighbours(missing):
             self._start(group)
 
-    def forget(self, unit: int, number: int) -> None:
+    def forget(self, unit: int, index: int) -> None:
         """Whatever is kept of this record batch and its shard's footer is not to be trusted: read it from the store again."""
-        self.blocks.drop(self._key(unit, number))
+        self.blocks.drop(self._key(unit, index))
         self.blocks.drop(self._footer_key(unit))
         self._layouts.pop(unit, None)
 
@@ -96,33 +96,33 @@ class RemoteShards:
         self._lock = threading.Lock()
         self._opening: dict[int, threading.Lock] = {}
         self._pool: ThreadPoolExecutor | None = None
-        self._under_way: dict[Wanted, Future[dict[Wanted, pa.Buffer]]] = {}
+        self._under_way: dict[BatchId, Future[dict[BatchId, pa.Buffer]]] = {}
 
-    def _awaited(self, place: Wanted) -> pa.Buffer | None:
-        """From a request that is under way; None where there is none or it fails."""
+    def _awaited(self, batch: BatchId) -> pa.Buffer | None:
+        """From a request that is under way; None where no request is, or where it fails."""
         with self._lock:
-            fetch = self._under_way.get(place)
-        return None if fetch is None else _result(fetch, place)
+            fetch = self._under_way.get(batch)
+        return None if fetch is None else _result(fetch, batch)
 
-    def _fetched(self, place: Wanted) -> pa.Buffer:
+    def _fetched(self, batch: BatchId) -> pa.Buffer:
         """From the store, now; of several threads that want it at once, one asks."""
-        mine: Future[dict[Wanted, pa.Buffer]] = Future()
+        mine: Future[dict[BatchId, pa.Buffer]] = Future()
         mine.set_running_or_notify_cancel()
         with self._lock:
-            fetch = self._under_way.setdefault(place, mine)
+            fetch = self._under_way.setdefault(batch, mine)
         if fetch is not mine:
-            return _result(fetch, place) or self._fetch([place])[place]
+            return _result(fetch, batch) or self._fetch([batch])[batch]
         try:
-            found = self._fetch([place])
+            found = self._fetch([batch])
             mine.set_result(found)
-            return found[place]
+            return found[batch]
         except BaseException as error:
             mine.set_exception(error)
             raise
         finally:
-            self._over([place], mine)
+            self._over([batch], mine)
 
-    def _start(self, group: Sequence[Wanted]) -> None:
+    def _start(self, group: Sequence[BatchId]) -> None:
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self.root.config.num_threads, THREAD_NAME)
@@ -130,25 +130,25 @@ class RemoteShards:
             self._under_way.update(dict.fromkeys(group, fetch))
         fetch.add_done_callback(lambda _: self._over(group, fetch))
 
-    def _over(self, group: Sequence[Wanted], fetch: Future[dict[Wanted, pa.Buffer]]) -> None:
+    def _over(self, group: Sequence[BatchId], fetch: Future[dict[BatchId, pa.Buffer]]) -> None:
         with self._lock:
-            for place in group:
-                if self._under_way.get(place) is fetch:
-                    del self._under_way[place]
+            for batch in group:
+                if self._under_way.get(batch) is fetch:
+                    del self._under_way[batch]
 
-    def _fetch(self, group: Sequence[Wanted]) -> dict[Wanted, pa.Buffer]:
+    def _fetch(self, group: Sequence[BatchId]) -> dict[BatchId, pa.Buffer]:
         """Neighbours of one shard, from the store, in as few requests as their bytes allow."""
         unit = group[0][0]
         layout, path = self._layout(unit), self._path(unit)
-        fetched: dict[Wanted, pa.Buffer] = {}
-        for run in _requests(layout, [number for _, number in group], str(path)):
-            start, stop = layout.places[run[0]].offset, layout.places[run[-1]].stop
+        fetched: dict[BatchId, pa.Buffer] = {}
+        for run in _requests(layout, [index for _, index in group], str(path)):
+            start, stop = layout.messages[run[0]].offset, layout.messages[run[-1]].stop
             data = path.read_range(start, stop)
-            for number in run:
-                place = layout.places[number]
+            for index in run:
+                message = layout.messages[index]
                 # Copied where there are several: a slice would keep the others' bytes in memory.
-                block = data if len(run) == 1 else data[place.offset - start : place.stop - start]
-                fetched[unit, number] = self.blocks.put(self._key(unit, number), block)
+                block = data if len(run) == 1 else data[message.offset - start : message.stop - start]
+                fetched[unit, index] = self.blocks.put(self._key(unit, index), block)
         return fetched
 
     def _layout(self, unit: int) -> Layout:
@@ -172,15 +172,15 @@ class RemoteShards:
     def _path(self, unit: int) -> RemotePath:
         return self.root / self._shards[unit].name
 
-    def _key(self, unit: int, number: int) -> str:
-        return f"{self._origin(unit)}-{number}"
+    def _key(self, unit: int, index: int) -> str:
+        return f"{self._origin(unit)}-{index}"
 
     def _footer_key(self, unit: int) -> str:
         return f"{self._origin(unit)}-footer"
 
     def _origin(self, unit: int) -> str:
         """Names what a block was read from, in 64 hex digits. The address is part of it: a manifest only claims its shards'
-        SHA-256, which nobody can check of a part, so that a cache elsewhere could put blocks in this one's place."""
+        SHA-256, which nobody can check of a part, so that a cache elsewhere could put its blocks where this one's belong."""
         shard = self._shards[unit]
         parts = (self._address, shard.name, shard.sha256, str(shard.num_bytes))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -191,25 +191,25 @@ class RemoteFile:
 
     def __init__(self, shards: RemoteShards, unit: int, layout: Layout) -> None:
         self._shards, self._unit = shards, unit
-        self.schema, self.num_record_batches = layout.schema, len(layout.places)
+        self.schema, self.num_record_batches = layout.schema, len(layout.messages)
 
-    def get_batch(self, number: int) -> pa.RecordBatch:
-        """Record batch `number`; raises as `RemoteShards.record_batch`."""
-        return self._shards.record_batch(self._unit, number)
+    def get_batch(self, index: int) -> pa.RecordBatch:
+        """Record batch `index`; raises as `RemoteShards.record_batch`."""
+        return self._shards.record_batch(self._unit, index)
 
 
-def neighbours(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
+def neighbours(wanted: Sequence[BatchId]) -> list[list[BatchId]]:
     """Groups of record batches that follow each other in their shard, each group where its first one was wanted."""
     left = dict.fromkeys(wanted)
     groups = []
-    for place in wanted:
-        if place not in left:
+    for batch in wanted:
+        if batch not in left:
             continue
         group = []
-        while place in left and len(group) < NEIGHBOURS:
-            del left[place]
-            group.append(place)
-            place = (place[0], place[1] + 1)  # noqa: PLW2901 - walks along the shard
+        while batch in left and len(group) < NEIGHBOURS:
+            del left[batch]
+            group.append(batch)
+            batch = (batch[0], batch[1] + 1)  # noqa: PLW2901 - walks along the shard
         groups.append(group)
     return groups
 
@@ -218,7 +218,7 @@ def read_content(path: RemotePath, sha256: str) -> pa.Buffer:
     """An object by its SHA-256, kept as a block where there is a folder for them.
 
     Raises:
-        CorruptCacheError: it is another, twice. FileNotFoundError, StorageError: it cannot be had.
+        CorruptCacheError: its bytes are others, twice. FileNotFoundError, StorageError: it cannot be had.
     """
     blocks = open_blocks(path.config) if path.config.block_dir is not None else None
     key = f"{sha256}-index"
@@ -231,12 +231,12 @@ def read_content(path: RemotePath, sha256: str) -> pa.Buffer:
             if blocks is None:
                 return pa.py_buffer(data)
             put = blocks.put(key, data)
-            return blocks.get(key) or put  # mapped, so that it is no memory of this process
+            return blocks.get(key) or put  # mapped, so that it takes no memory of this process
     raise CorruptCacheError(f"{path}: its SHA-256 is not the one in the manifest; the index is damaged")
 
 
 def address_of(path: RemotePath) -> str:
-    """The URI, and the server behind it where that is not the usual one."""
+    """The URI, and the server that is asked where it is not the usual one."""
     options = path.config.options
     client = options.get("client_kwargs")
     named = options.get("endpoint_url") or (client.get("endpoint_url") if isinstance(client, dict) else None)
@@ -255,25 +255,25 @@ def _disk_blocks(folder: str, capacity: int, pid: int) -> DiskBlocks:  # noqa: A
     return DiskBlocks(Path(folder), capacity)
 
 
-def _result(fetch: Future[dict[Wanted, pa.Buffer]], place: Wanted) -> pa.Buffer | None:
+def _result(fetch: Future[dict[BatchId, pa.Buffer]], batch: BatchId) -> pa.Buffer | None:
     try:
-        return fetch.result()[place]
+        return fetch.result()[batch]
     except Exception:
-        return None  # tried again where it is needed, and told there
+        return None  # tried again where it is needed, and reported there
 
 
-def _requests(layout: Layout, numbers: Sequence[int], where: str) -> list[list[int]]:
+def _requests(layout: Layout, indices: Sequence[int], where: str) -> list[list[int]]:
     """Runs of adjacent record batches, each of no more bytes than a request should have."""
     runs: list[list[int]] = []
-    for number in numbers:
-        if number >= len(layout.places):
-            raise CorruptCacheError(f"{where}: record batch {number}: the shard has {len(layout.places)} of them")
+    for index in indices:
+        if index >= len(layout.messages):
+            raise CorruptCacheError(f"{where}: record batch {index}: the shard has {len(layout.messages)} of them")
         run = runs[-1] if runs else None
-        is_next = run is not None and layout.places[run[-1]].stop == layout.places[number].offset
-        if run is not None and is_next and layout.places[number].stop - layout.places[run[0]].offset <= MAX_REQUEST_BYTES:
-            run.append(number)
+        is_next = run is not None and layout.messages[run[-1]].stop == layout.messages[index].offset
+        if run is not None and is_next and layout.messages[index].stop - layout.messages[run[0]].offset <= MAX_REQUEST_BYTES:
+            run.append(index)
         else:
-            runs.append([number])
+            runs.append([index])
     return runs
 
 

@@ -27,7 +27,7 @@ def refuse_foreign_directory(root: Location) -> None:
     if not isinstance(root, Path) and not root.can_create:
         raise ConfigError(
             f"{root}: a cache can be read from such a store but not written into it, as it cannot put an object "
-            "only where there is none; write to a disk, s3:// or gs://, and copy the cache there when it is complete"
+            "only where none exists; write to a disk, s3:// or gs://, and copy the cache there when it is complete"
         )
     try:
         _refuse_what_is_there(root)
@@ -56,7 +56,7 @@ def refuse_other_capture(root: Location, theirs: Manifest, ours: Manifest) -> No
     if theirs.format_version > FORMAT_VERSION:
         raise UnsupportedVersionError(
             f"{str(root)!r} has format version {theirs.format_version[0]}.{theirs.format_version[1]}, this kdcache writes "
-            f"{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}: it can read the cache but not go on with it; upgrade kdcache"
+            f"{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}: it can read the cache but not resume it; upgrade kdcache"
         )
     differences = theirs.identity.differences(ours.identity)
     if theirs.plan != ours.plan:

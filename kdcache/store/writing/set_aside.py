@@ -26,7 +26,7 @@ class FailedUnit(msgspec.Struct, frozen=True, kw_only=True):
     """One unit that a capture gave up.
 
     Attributes:
-        unit: its number in the plan.
+        unit: its index in the plan.
         error: the name of the exception's type.
         reason: its message.
         attempts: how often it was tried in that run.

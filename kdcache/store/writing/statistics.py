@@ -40,7 +40,7 @@ class ShardStatistics:
         self.num_positions += distributions.num_positions
         self.num_entries += distributions.num_entries
         self.num_targets += int(has_target_P.sum())
-        # Counted apart: the sum would be -inf for good, which JSON cannot hold and from which nothing else could be read.
+        # Counted apart: they would make the sum -inf, which JSON cannot hold and which would hide all else.
         impossible_P = np.isneginf(target_logprobs_P)
         self.num_impossible_targets += int(impossible_P.sum())
         self.target_logprob_sum += float(target_logprobs_P[has_target_P & ~impossible_P].sum(dtype=np.float64))

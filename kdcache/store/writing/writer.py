@@ -73,16 +73,16 @@ class CacheWriter:
         record_batch_bytes: int = DEFAULT_RECORD_BATCH_BYTES,
         remote: RemoteConfig | None = None,
     ) -> CacheWriter:
-        """Start a cache, or go on with the one that is there.
+        """Start a cache, or resume the one that is there.
 
         Args:
             path: the cache's directory, made if missing; or its URI in an object store.
-            manifest: number 0, without shards: identity, plan, versions, config.
-            record_batch_bytes: about this many bytes of rows per Arrow record batch.
+            manifest: the first (its number is 0), without shards: identity, plan, versions, config.
+            record_batch_bytes: about this many bytes of sequences per Arrow record batch.
             remote: how an object store is reached.
 
         Raises:
-            MismatchError: the directory holds another capture, or files that are no cache.
+            MismatchError: the directory holds another capture, or files that do not belong to a cache.
             UnsupportedVersionError: it holds a cache of a newer format.
             StorageError: the directory cannot be made or written.
         """
@@ -118,7 +118,7 @@ class CacheWriter:
         """Encode, write and publish one unit as one shard.
 
         Args:
-            unit: its number in the plan.
+            unit: its index in the plan.
             records: its sequences, in order; may be empty. Consumed once; about one record batch of them is held at a time.
             account: asked, when the last record is written, what the unit took.
             sums_to_one: the records are a teacher's own answers, whose mass is checked too.
