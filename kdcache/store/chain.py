@@ -13,7 +13,7 @@ from kdcache.store.files.location import Location, children, read_file
 
 
 def manifest_numbers(root: Location) -> list[int]:
-    """Numbers of the manifests there are, ascending; empty where there are none."""
+    """The numbers of a cache's manifests, ascending; empty where it has none."""
     names = (path.name for path in children(root / paths.MANIFESTS))
     return sorted(n for n in map(paths.parse_manifest_name, names) if n is not None)
 
@@ -74,7 +74,7 @@ def read_journal_record(path: Location) -> ShardInfo:
 
 
 def check_journal(root: Location) -> list[str]:
-    """What is wrong with the journal, a sentence for each damaged record. A cache can do without its journal."""
+    """Check the journal: a sentence for each damaged record. A cache can do without its journal."""
     problems: list[str] = []
     for path in sorted(children(root / paths.JOURNAL), key=str):
         try:
@@ -88,7 +88,7 @@ def check_journal(root: Location) -> list[str]:
 
 
 def check_chain(root: Location) -> list[str]:
-    """What is wrong with the chain, a sentence each; empty when every manifest is whole and names its parent."""
+    """Check the chain of manifests: a sentence for each fault; empty when every one is whole and names its parent."""
     problems: list[str] = []
     parent: str | None = None
     expected = 0
@@ -107,7 +107,7 @@ def check_chain(root: Location) -> list[str]:
 
 
 def damaged_documents(root: Location) -> dict[str, str]:
-    """Manifests and journal records that cannot be read: name inside the cache -> what is wrong. Never a newer format's."""
+    """Damaged manifests and journal records: name inside the cache -> what is wrong. Never those of a newer format."""
     found = {}
     for number in manifest_numbers(root):
         try:

@@ -54,7 +54,7 @@ class ShardClaims:
 
     @classmethod
     def of(cls, manifest: Manifest) -> ShardClaims:
-        """Empty, for a shard of this cache; raises UnsupportedVersionError where a parent's codec is unknown."""
+        """Empty totals for a shard of this cache; raises UnsupportedVersionError where a parent's codec is unknown."""
         identity = manifest.identity
         sources = [identity, *_parents(manifest.lineage)]
         codecs = [get_codec(s.codec.codec_id, s.codec.params, s.selection) for s in sources]
@@ -82,7 +82,7 @@ class ShardClaims:
             self.statistics.add_column_bytes(name, column.nbytes)
 
     def problems(self, shard: ShardInfo) -> Iterator[str]:
-        """A sentence for each of the faults, and for each of the shard's claims that its records do not bear out."""
+        """A sentence for each fault, and for each claim of the shard that its records do not bear out."""
         yield from self.faults
         found = self.statistics
         for name in _COUNTS:
@@ -99,7 +99,7 @@ class ShardClaims:
         yield from self._nll_problems(shard)
 
     def nll_bound(self) -> float:
-        """Most that the codec can have moved the sum of the targets' logprobs, in nats."""
+        """The most that the codec can have moved the sum of the targets' logprobs, in nats."""
         num_targets = self.statistics.num_targets
         return self.bounds["target_logprob_sum"] + _SLACK * num_targets + 1e-12 * abs(self.statistics.target_logprob_sum)
 
@@ -172,7 +172,7 @@ class ShardClaims:
 
 @dataclass(frozen=True)
 class _Errors:
-    """Of each logprob x: its probability p, the most that p can be off, and that -p x can be."""
+    """For each logprob x: its probability p, and the most that p and -p x can be off."""
 
     probability: NDArray[np.float64]
     mass: NDArray[np.float64]

@@ -32,7 +32,7 @@ _SOURCES = ("key", "input_ids", "supervised")
 
 
 def publish_index(root: Location, manifest: Manifest, new: Sequence[ShardInfo]) -> IndexInfo:
-    """Publish the index of a snapshot and some shards that it does not have yet. Equal to one made from all shards.
+    """Publish the index of a snapshot together with new shards. It equals one made from all the shards.
 
     Raises:
         CorruptCacheError: a shard is missing, or is not an Arrow file any more.
@@ -41,7 +41,7 @@ def publish_index(root: Location, manifest: Manifest, new: Sequence[ShardInfo]) 
 
 
 def publish_index_without(root: Location, manifest: Manifest, units: Collection[int]) -> IndexInfo:
-    """Publish the index of a snapshot less some units, of which no shard is opened.
+    """Publish the index of a snapshot without some units, whose shards are not opened.
 
     Raises:
         CorruptCacheError: the snapshot's index is damaged, and so is the shard of another unit.
@@ -79,7 +79,7 @@ def index_of_shards(root: Location, shards: Iterable[ShardInfo]) -> pa.Table:
 
 
 def open_index(root: Location, info: IndexInfo | None) -> pa.Table:
-    """The index, memory-mapped where it is on a disk or kept in a folder for blocks; an empty table for None.
+    """Open an index, memory-mapped where it is on a disk or kept in a folder for blocks; an empty table for None.
 
     Raises:
         CorruptCacheError: missing, damaged, or not of the schema.

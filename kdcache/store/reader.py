@@ -95,7 +95,7 @@ class CacheReader:
 
     @property
     def keys_S(self) -> NDArray[np.uint8]:
-        """(S, 16) uint8, the key of each sequence, from the index; not to be written."""
+        """The key of each sequence, (S, 16) uint8, from the index; not to be written."""
         return self._keys_S
 
     def __len__(self) -> int:
@@ -127,7 +127,7 @@ class CacheReader:
             raise self._located(error, index) from error
 
     def _located(self, error: CorruptCacheError, index: int) -> CorruptCacheError:
-        """The error with where the damage is, and with what to do."""
+        """Add to an error where the damage is and what to do."""
         index %= len(self.num_tokens_S)
         unit, batch, _ = self.locate(index)
         located = CorruptCacheError(f"{error}; `kdcache repair {self.root}` sets what is damaged aside")
@@ -282,7 +282,7 @@ class CacheReader:
         return BatchReader(batch, metadata, self._codec, str(self.root / where))
 
     def _forget(self, index: int) -> None:
-        """Drop what is kept of a sequence's record batch and shard."""
+        """Close a sequence's record batch and shard, and drop what is kept of them."""
         unit, batch, _ = self.locate(index)
         with self._lock:
             self._batches.pop((unit, batch), None)
@@ -309,7 +309,7 @@ class CacheReader:
         return file, check_shard(file.schema, shard, self.manifest, str(self.root / shard.name))
 
     def read_from(self, copy: Path | None, shard: ShardInfo) -> None:
-        """From now on read a shard from a local copy of it; None for the shard itself again."""
+        """Read a shard from a local copy from now on; None for the shard itself again."""
         opened = None if copy is None else open_arrow_file(copy)
         with self._lock:
             self._files.pop(shard.unit, None)
@@ -339,7 +339,7 @@ def _codec_of(manifest: Manifest, root: Location) -> Codec:
 
 
 def _keys(column: pa.ChunkedArray) -> NDArray[np.uint8]:
-    """(S, 16) uint8, a view where the index is one record batch."""
+    """The keys of all sequences, (S, 16) uint8; a view where the index is one record batch."""
     keys = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies even a single one
     first = keys.offset * KEY_BYTES
     return np.frombuffer(keys.buffers()[1] or b"", np.uint8)[first : first + len(keys) * KEY_BYTES].reshape(-1, KEY_BYTES)

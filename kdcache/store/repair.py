@@ -165,7 +165,7 @@ def _changed(root: Location, shard: ShardInfo) -> str | None:
 
 
 def _unreadable(path: Location, error: OSError) -> str:
-    """What a disk says of damage; raises StorageError for what says nothing of the file: a sound one is never set aside."""
+    """What an error says of a damaged file; raises StorageError where it says nothing: a sound file is never set aside."""
     if not is_damage(error):
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}; nothing was set aside") from error
     return f"it cannot be read: {error.strerror}"
@@ -180,14 +180,14 @@ def _is_index_damaged(root: Location, manifest: Manifest) -> bool:
 
 
 def _set_aside(root: Location, damage: Damage, shard: ShardInfo) -> None:
-    """The journal's record first: a record whose shard is there is a unit that is done."""
+    """Move a shard out, its journal record first: a record whose shard is there is a unit that is done."""
     fs.make_directory(root, paths.DAMAGED)
     for name in (paths.journal_name(shard.unit, shard.sha256), damage.name):
         fs.move(root, name, f"{paths.DAMAGED}/{name.rpartition('/')[2]}")
 
 
 def _publish(root: Location, names: set[str]) -> Manifest:
-    """The next snapshot, without the shards of these names; of a unit that was made again in the meantime the new one stays."""
+    """Publish a snapshot without these shards; of a unit that was made again in the meantime the new shard stays."""
     for _ in range(MAX_TRIES):
         newest = chain.newest_manifest(root)
         units = {shard.unit for shard in newest.shards if shard.name in names}

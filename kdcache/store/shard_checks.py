@@ -1,4 +1,4 @@
-"""Opening a shard of a disk, and whether a shard is the one that the manifest means."""
+"""Open a shard on a disk, and check that a shard is the one that the manifest means."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def open_shard(root: Path, shard: ShardInfo, manifest: Manifest) -> tuple[pa.Rec
 
 
 def check_shard(schema: pa.Schema, shard: ShardInfo, manifest: Manifest, where: str) -> ShardMetadata:
-    """A shard's metadata; raises CorruptCacheError unless it is of the schema, unit, selection and codec that are meant."""
+    """Check a shard's metadata; raises CorruptCacheError unless its schema, unit, selection and codec are the manifest's."""
     metadata = shard_metadata(schema, where=where)
     _check_schema(schema, metadata, shard, manifest, where)
     return metadata

@@ -1,4 +1,4 @@
-"""Re-read a whole cache and say what is wrong with it: bytes, structure, meaning."""
+"""Read a whole cache again and report what is wrong with it: bytes, structure, meaning."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class _Nll:
 
 
 def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyReport:
-    """Re-read everything.
+    """Read a whole cache again and check it.
 
     Checked are the chain of manifests and the journal; each shard's SHA-256; each sequence's digest, its index entry and its
     record's promises; and all that the manifest claims of a shard, recomputed from its records (`ShardClaims`): counts, keys,
@@ -108,7 +108,7 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
 
 
 def _verify_copy(reader: CacheReader, shard: ShardInfo, first: int, report: VerifyReport, nll: _Nll) -> None:
-    """`_verify_shard`, on a copy where the shard is not on a disk: its bytes are then hashed and read, but fetched once."""
+    """Verify a shard; one in an object store is copied first, so that its bytes are fetched once, then hashed and read."""
     path = reader.root / shard.name
     if isinstance(path, Path):
         _verify_shard(reader, shard, first, report, nll)

@@ -289,7 +289,7 @@ def test_compressed_buffers_in_a_store_are_refused_before_anything_is_allocated_
     path.write_bytes(sink.getvalue().to_pybytes())
     num_bytes = path.stat().st_size
     layout = parse_tail(memoryview(read_tail(path.read_range, num_bytes)), num_bytes)
-    block = path.read_range(layout.places[0].offset, layout.places[0].stop)
+    block = path.read_range(layout.messages[0].offset, layout.messages[0].stop)
     with pytest.raises(CorruptCacheError, match="compressed buffers"):
         parse_record_batch(pa.py_buffer(block), layout.schema)
     with pytest.raises(CorruptCacheError, match="compressed buffers"):

@@ -1,1 +1,1 @@
-"""Paths and URIs in the same words: what is read, what appears whole or not at all, and which errors mean what."""
+"""Files on disks and in object stores through the same calls: reading, publishing, and what errors mean."""

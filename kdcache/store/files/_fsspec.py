@@ -1,4 +1,4 @@
-"""Object stores through fsspec, which nothing else imports: the few requests that a cache needs, in bytes and OSErrors."""
+"""Object stores through fsspec, which only this file imports: the few requests that a cache needs, as bytes and OSErrors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Entry:
 
 
 class ObjectStore:
-    """The requests, one attempt each. Safe to use from several threads and after a fork."""
+    """The requests to one object store, one attempt each. Safe to use from several threads and after a fork."""
 
     def __init__(self, scheme: str, config: RemoteConfig) -> None:
         self._scheme, self._config = scheme, config
@@ -100,7 +100,7 @@ class ObjectStore:
             raise translated(error, uri, is_put=method in _PUTTING) from error
 
     def _path(self, uri: str) -> str:
-        """The name as the file system takes it. Raises ConfigError where it would read another name than stands there."""
+        """The name as the file system takes it; raises ConfigError where it would read a different name."""
         filesystem = self._open()
         path = filesystem._strip_protocol(uri)
         parts = filesystem.split_path(path)[:2] if hasattr(filesystem, "split_path") else (path,)
@@ -123,7 +123,7 @@ class ObjectStore:
             return self._filesystem[1]
 
     def renew_after_fork(self) -> None:
-        """In the child: another thread may have held the lock."""
+        """Make the lock again in a forked child, where another thread may have held it."""
         self._lock = threading.Lock()
 
 
@@ -142,7 +142,7 @@ def _own_options(scheme: str, config: RemoteConfig) -> dict[str, Any]:
 
 
 def _merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, with `high` where they differ; mappings in them are merged in the same way."""
+    """Merge two mappings; `high` wins where they differ, and mappings inside are merged the same way."""
     merged = {**low, **high}
     for name in low.keys() & high.keys():
         if isinstance(low[name], Mapping) and isinstance(high[name], Mapping):

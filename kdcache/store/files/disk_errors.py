@@ -1,4 +1,4 @@
-"""What a disk's error on reading a file means: the file is missing or damaged, or the disk refuses and says nothing of it."""
+"""What an error on reading a file means: the file is missing or damaged, or the disk refuses and the file may be whole."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def read_error(where: object, error: Exception, what: str = "cannot be read") ->
 
 
 def reason_of(error: OSError) -> str:
-    """What the system says, without Arrow's words around it."""
+    """What the operating system says, without Arrow's words around it."""
     return os.strerror(error.errno) if error.errno else str(error)

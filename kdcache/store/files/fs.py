@@ -65,11 +65,11 @@ BLOCK_FAULT_POINTS = ("block written", "block evicted")
 
 
 def reached(point: str) -> None:
-    """Called at each fault point; does nothing. Crash tests replace it with something deadly."""
+    """Mark a fault point; does nothing. Crash tests replace it with something deadly."""
 
 
 def make_directories(root: Location) -> None:
-    """The cache's directories, made where they are missing."""
+    """Make the cache's directories where they are missing."""
     if not isinstance(root, Path):
         return
     missing = missing_directories(root)
@@ -85,7 +85,7 @@ def make_directories(root: Location) -> None:
 
 
 def make_directory(root: Location, name: str) -> None:
-    """One more directory of a cache; object stores need none."""
+    """Make one more directory of a cache; object stores need none."""
     if isinstance(root, Path):
         (root / name).mkdir(exist_ok=True)
         _refuse_other_folder(root / name)
@@ -138,7 +138,7 @@ def move(root: Location, name: str, target: str) -> None:
 
 
 def publish_bytes(root: Location, data: bytes, name: str) -> None:
-    """Write bytes under a final name, whole or not at all; replaces."""
+    """Write bytes under a final name, whole or not at all; an existing file is replaced."""
     if not isinstance(root, Path):
         (root / name).write_bytes(data)
         reached("object put")
@@ -182,7 +182,7 @@ def publish_new(root: Location, data: bytes, name: str) -> bool:
 
 
 def missing_directories(root: Location) -> list[Path]:
-    """Which of a cache's directory and its parents are not there yet; none in an object store, which has no directories."""
+    """The cache's directory and its parents, as far as they do not exist yet; none in an object store, which has none."""
     return [path for path in (root, *root.parents) if not path.exists()] if isinstance(root, Path) else []
 
 
@@ -281,7 +281,7 @@ def _refuse_other_folder(path: Path) -> None:
 
 
 def _host() -> str:
-    """Where pids mean the same: the host and, as containers can share its name, the pid namespace."""
+    """The scope in which pids are unique: the host and, as containers can share its name, the pid namespace."""
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:

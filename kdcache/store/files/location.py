@@ -1,4 +1,4 @@
-"""Where a cache is: a folder on a disk (a `Path`) or a prefix in an object store (a `RemotePath`), asked in the same words."""
+"""Where a cache is: a folder on a disk (a `Path`) or a prefix in an object store (a `RemotePath`), with the same methods."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 
 
 def locate(path: str | os.PathLike[str] | RemotePath, remote: RemoteConfig | None = None) -> Location:
-    """The location that a plain path, a `file://` URI, or a URI of an object store means. A location is given back as it is.
+    """Turn a plain path, a `file://` URI or a URI of an object store into a location. A location is returned as it is.
 
     Args:
         remote: how an object store is reached; the defaults for None.
@@ -97,7 +97,7 @@ def _check_name(scheme: str, name: str) -> None:
 
 @dataclass(frozen=True)
 class RemoteStat:
-    """As far as a store knows what `os.stat` gives: bytes, and seconds since 1970 of the last change."""
+    """What a store knows of what `os.stat` gives: bytes, and seconds from 1970 to the last change."""
 
     st_size: int
     st_mtime: float
@@ -135,16 +135,16 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last part of the name."""
         return self.uri.rpartition("/")[2]
 
     @property
     def parent(self) -> RemotePath:
-        """Without the last part."""
+        """The name without its last part."""
         return RemotePath(self.uri.rpartition("/")[0], self.config)
 
     def absolute(self) -> RemotePath:
-        """Itself: a URI does not depend on where a process stands."""
+        """The same path: a URI does not depend on the working directory."""
         return self
 
     def relative_to(self, other: RemotePath) -> str:
@@ -152,7 +152,7 @@ class RemotePath:
         return self.uri.removeprefix(f"{other.uri}/")
 
     def stat(self) -> RemoteStat:
-        """Size and time. Raises FileNotFoundError."""
+        """Ask for size and time. Raises FileNotFoundError."""
         entry = self._retried("asking for", lambda seconds: self._store.entry(self.uri, seconds))
         return RemoteStat(entry.num_bytes, entry.modified_at)
 
@@ -169,16 +169,16 @@ class RemotePath:
         return bool(self._entries())
 
     def iterdir(self) -> Iterator[RemotePath]:
-        """What is right below; nothing where there is nothing: an object store has no empty folders."""
+        """The names right below this one; an object store has no empty folders."""
         return (self / entry.name for entry in self._entries())
 
     def read_bytes(self) -> bytes:
-        """The whole object; its size is asked first, as an answer that was cut short could not be recognized otherwise."""
+        """Read the whole object; its size is asked first, as an answer that was cut short could not be recognized otherwise."""
         num_bytes = self.stat().st_size
         return b"".join(self.read_range(at, min(at + READ_BYTES, num_bytes)) for at in range(0, num_bytes, READ_BYTES))
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """Bytes start..stop-1, all of them.
+        """Read bytes start..stop-1, all of them.
 
         Raises:
             CorruptCacheError: the object ends before `stop`. Answers that are short for another reason are tried again.
@@ -186,14 +186,14 @@ class RemotePath:
         return self._retried(f"reading bytes {start}:{stop} of", lambda s: self._read_range(start, stop, s), stop - start)
 
     def download(self, local: Path) -> None:
-        """The whole object into a file."""
+        """Download the whole object into a file."""
         num_bytes = self.stat().st_size
         with local.open("xb") as file:
             for at in range(0, num_bytes, READ_BYTES):
                 file.write(self.read_range(at, min(at + READ_BYTES, num_bytes)))
 
     def write_bytes(self, data: bytes) -> None:
-        """Put the object, whole or not at all; replaces."""
+        """Put the object, whole or not at all; an existing one is replaced."""
         self._retried("writing", lambda seconds: self._store.put(self.uri, data, seconds), len(data))
 
     def create(self, data: bytes) -> bool:
@@ -243,19 +243,19 @@ Location: TypeAlias = Path | RemotePath
 
 
 def children(directory: Location) -> list[Location]:
-    """What is right below; nothing where the directory does not exist."""
+    """The names right below a directory; none where it does not exist."""
     return list(directory.iterdir()) if not isinstance(directory, Path) or directory.is_dir() else []
 
 
 def own_files(directory: Location) -> list[Location]:
-    """Of `children` those that may be deleted: plain files, in a folder that is not a link."""
+    """The children that may be deleted: plain files, in a folder that is not a link."""
     if not isinstance(directory, Path):
         return children(directory)
     return list(filter(is_own_file, directory.iterdir())) if is_own_folder(directory) else []
 
 
 def read_file(path: Location) -> bytes:
-    """The bytes of a file of a cache; on a disk of a plain file inside the cache's folder alone.
+    """Read a file of a cache; on a disk only a plain file inside the cache's folder.
 
     Raises:
         FileNotFoundError: no such file. CorruptCacheError: see `regular_file`.
@@ -273,7 +273,7 @@ def each(function: Callable[[Item], Answer], items: Iterable[Item], root: Locati
 
 
 class _ConfigKey:
-    """A config by value: its `options` are a dict, which has no hash."""
+    """A config that can be a key: its `options` are a dict, which has no hash."""
 
     def __init__(self, config: RemoteConfig) -> None:
         self.config = config

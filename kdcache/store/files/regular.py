@@ -71,7 +71,7 @@ def read_regular(path: Path, folder: Path | None = None) -> bytes:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write a file of a private name; whatever has that name, such as a link, is taken away and not written through."""
+    """Write a file under a private name; whatever has that name, such as a link, is removed first and not written through."""
     path.unlink(missing_ok=True)
     with path.open("xb") as file:
         file.write(data)
@@ -88,7 +88,7 @@ def is_own_file(path: Path) -> bool:
 
 
 def what_is_not_own(path: Path, *, folder: bool) -> str | None:
-    """What stands where a folder or a plain file of our own is to be written, in words; None for one, and for nothing."""
+    """What is in the way of a folder or plain file of our own, in words; None for such a one, or nothing, there."""
     mode = _mode(path)
     return _kind(mode) if mode and stat.S_IFMT(mode) != (stat.S_IFDIR if folder else stat.S_IFREG) else None
 

@@ -27,7 +27,7 @@ _BOTOCORE_TRANSPORT |= {"FlexibleChecksumError", "ResponseStreamingError", "Cred
 
 
 def translated(error: Exception, uri: str, *, is_put: bool = False) -> Exception:
-    """The exception that says by its type what to do.
+    """Translate a store's exception into one whose type says what to do.
 
     Returns:
         FileNotFoundError, FileExistsError, PermissionError: the store's answers. ConfigError, StorageError: no other answer
@@ -56,7 +56,7 @@ def translated(error: Exception, uri: str, *, is_put: bool = False) -> Exception
 
 
 def http_status(error: BaseException) -> int:
-    """The status of the answer that an exception, or one of its causes, tells of; 0 where none came."""
+    """The HTTP status that an exception, or one of its causes, carries; 0 where no answer came."""
     return next((status for status in map(_status, _causes(error)) if status), 0)
 
 

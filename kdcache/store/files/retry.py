@@ -29,7 +29,7 @@ _jitter = random.Random()
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long one request is tried.
+    """How long one request is repeated.
 
     Attributes:
         deadline_seconds: over all attempts and the waits between them.

@@ -28,7 +28,7 @@ def open_arrow_file(path: Path) -> pa.RecordBatchFileReader:
 
 
 def open_arrow_buffer(data: pa.Buffer, *, where: str) -> pa.RecordBatchFileReader:
-    """The same for a file that is in memory."""
+    """Open an Arrow IPC file that is in memory; see `open_arrow_file`."""
     try:
         reader = pa.ipc.open_file(data)  # verifies the footer
         if _has_compression_or_dictionaries(memoryview(data)):

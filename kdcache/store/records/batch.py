@@ -165,7 +165,7 @@ class BatchReader:
         return digest_of([view.value_bytes(index) for view in self.views.values()]) == self._digests[index]
 
     def line(self, index: int) -> int:
-        """The address of a sequence's line of this record batch's `sequence_table`, valid as long as this reader exists.
+        """The address of a sequence's line in this record batch's `sequence_table`, valid as long as this reader exists.
 
         0 where the record batch has no such sequence, and for all where one of them is not sound.
         """
@@ -207,7 +207,7 @@ class BatchReader:
         return decode_sequence(SequenceValues(self.views, list(self.views), index), self._vocab_size)
 
     def entry_offsets(self, index: int) -> NDArray[np.int64]:
-        """(P+1,) where the entries of each position of a sequence start; raises CorruptCacheError as `sequence` does."""
+        """Where the entries of each position of a sequence start, (P+1,); raises CorruptCacheError as `sequence` does."""
         count, num_entries_P = self.num_positions[index], self.views["num_entries"][index]
         if num_entries_P is None and self._fixed is not None:
             return self._fixed_offsets[: count + 1]

@@ -33,7 +33,7 @@ class ColumnView:
 
     @property
     def lengths_S(self) -> NDArray[np.integer]:
-        """(S,) the number of values of each sequence; what lies under a null counts."""
+        """How many values each sequence has, (S,); what lies under a null counts."""
         return np.diff(self.offsets_S1)
 
     def address(self, index: int) -> int:
@@ -41,7 +41,7 @@ class ColumnView:
         return self._address + self._offsets[index] * self._item_bytes
 
     def addresses(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(S,) the address of each sequence's value, valid as long as this view exists, and its bytes, NULL_BYTES for null.
+        """Each sequence's value: its address, valid as long as this view exists, and its bytes, NULL_BYTES for null; (S,) each.
 
         Both come from the offsets as they were when this view was made.
         """

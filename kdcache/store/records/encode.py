@@ -1,4 +1,4 @@
-"""Sequence records -> an Arrow record batch: the shared columns, the codec's columns and the digest of each sequence."""
+"""Encode sequences as an Arrow record batch: the shared columns, the codec's columns and the digest of each sequence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kdcache.store.records.column_view import column_view
 def encode_records(
     records: Sequence[SequenceRecord], codec: Codec, schema: pa.Schema, fixed_entries: int | None
 ) -> pa.RecordBatch:
-    """One record batch.
+    """Encode sequences as one record batch.
 
     Args:
         records: S of them.

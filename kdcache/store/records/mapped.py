@@ -55,5 +55,5 @@ class MappedSequences:
         return max(batch.most_entries(index) for batch, index in zip(self.batches, self.indices, strict=True))
 
     def is_whole(self, which: int) -> bool:
-        """Whether the digest of one of them is right, by its definition."""
+        """Whether the digest of one sequence is right, by the definition of digests."""
         return self.batches[which].is_whole(self.indices[which])

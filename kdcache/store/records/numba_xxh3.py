@@ -61,7 +61,7 @@ def _load(builder: Any, address: Any) -> Any:
 
 
 def _with_stripe(builder: Any, sums: Any, data: Any, key: Any) -> Any:
-    """The accumulators with a stripe added; products of 32-bit halves, which LLVM has one instruction for."""
+    """Add a stripe to the accumulators: products of 32-bit halves, for which LLVM has one instruction."""
     swapped = ir.Constant(ir.VectorType(ir.IntType(32), 8), [1, 0, 3, 2, 5, 4, 7, 6])
     mixed = builder.xor(data, key)
     product = builder.mul(builder.and_(mixed, _all(0xFFFFFFFF)), builder.lshr(mixed, _all(32)))
@@ -203,7 +203,7 @@ def digest_at(address, num_columns, scratch):
 
 
 def sequence_digests(parts: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """(S,) the digests of sequences.
+    """The digests of sequences, (S,) uint64.
 
     Args:
         parts: (num sequences, num columns, 2) int64, address and number of bytes of each value; -1 bytes for null.

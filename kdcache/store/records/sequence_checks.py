@@ -1,4 +1,4 @@
-"""When a sequence of a record batch is sound: by one definition for each, and by another for all at once, which is fast.
+"""When a sequence of a record batch is sound: the definition, one at a time, and a fast check of all at once.
 
 `decode_sequence` and `entry_offsets` are the definition, and raise an error that names what is wrong. `all_sound` only says
 whether every sequence passes; where one does not, each is checked by the definition when it is read, so that the others can
@@ -22,7 +22,7 @@ from kdcache.store.records.column_view import ColumnView
 
 
 def decode_sequence(values: Mapping[str, Any], vocab_size: int) -> TokenSequence:
-    """One sequence of its columns' values; raises CorruptCacheError where they do not fit together."""
+    """Make a sequence from its columns' values; raises CorruptCacheError where they do not fit together."""
     input_ids_N, supervised_N, turn_starts = values["input_ids"], values["supervised"], values["turn_starts"]
     num_tokens, roles = len(input_ids_N), values["roles"]
     roles_N = roles if roles is not None else np.zeros(num_tokens, np.uint8)
@@ -50,7 +50,7 @@ def decode_sequence(values: Mapping[str, Any], vocab_size: int) -> TokenSequence
 
 
 def entry_offsets(num_entries_P: NDArray[np.uint16] | None, num_positions: int, fixed: int | None) -> NDArray[np.int64]:
-    """(P+1,) where each position's entries start; raises CorruptCacheError where the counts cannot be right."""
+    """Where each position's entries start, (P+1,); raises CorruptCacheError where the counts cannot be right."""
     if num_entries_P is None:
         if fixed is None:
             raise CorruptCacheError("num_entries is null, but the selection does not fix the number of entries")
@@ -65,7 +65,7 @@ def entry_offsets(num_entries_P: NDArray[np.uint16] | None, num_positions: int, 
 
 
 def num_positions(supervised: ColumnView) -> NDArray[np.int64]:
-    """(S,) how many positions of each sequence are supervised."""
+    """How many positions of each sequence are supervised, (S,)."""
     sums = np.append(0, np.cumsum(supervised.values, dtype=np.int64))
     return sums[supervised.offsets_S1[1:]] - sums[supervised.offsets_S1[:-1]]
 
@@ -101,7 +101,7 @@ def entries_fit(
     num_positions_S: NDArray[np.int64],
     most: tuple[int | None, int],
 ) -> NDArray[np.bool_]:
-    """(S,) whether each sequence's bytes can hold the entries that it claims: no array is made for more.
+    """Whether each sequence's bytes can hold the entries that it claims, (S,): no array is made for more.
 
     Args:
         views: of the columns.

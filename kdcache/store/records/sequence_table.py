@@ -1,4 +1,4 @@
-"""Where the values of a record batch's sequences lie in memory: what a compiled loop reads them by."""
+"""Where the values of a record batch's sequences lie in memory, for a compiled loop that reads them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def line_type(num_columns: int) -> np.dtype[Any]:
 def sequence_table(
     views: Mapping[str, ColumnView], num_tokens_S: Sequence[int], num_positions_S: Sequence[int], digests_S: Sequence[int]
 ) -> NDArray[np.void] | None:
-    """(S,) of `line_type`, one line for each sequence of a record batch; columns in the digest's order.
+    """Make the table of a record batch: (S,) of `line_type`, a line per sequence; columns in the digest's order.
 
     The values stay where the views have them. None where one is not aligned, which no writer of ours leaves.
     """

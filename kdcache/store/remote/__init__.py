@@ -1,1 +1,1 @@
-"""Reading object stores by byte ranges, and the blocks that are kept."""
+"""Read object stores by byte ranges, and keep blocks of what was read."""

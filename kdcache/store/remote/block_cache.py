@@ -34,7 +34,7 @@ SLACK = 64
 
 
 class Blocks(Protocol):
-    """What both kinds have in common. Safe to use from several threads."""
+    """A store of blocks, in memory or in a folder. Safe to use from several threads."""
 
     capacity: int
 
@@ -55,7 +55,7 @@ class Blocks(Protocol):
         ...
 
     def pin(self, keys: Collection[str]) -> None:
-        """These will be wanted soon: this process evicts them last. Replaces the ones before."""
+        """Name the blocks that will be wanted soon: this process evicts them last. Replaces the ones before."""
         ...
 
 
@@ -98,7 +98,7 @@ class MemoryBlocks:
         self._pinned = frozenset(keys)
 
     def renew_after_fork(self) -> None:
-        """In the child: another thread may have held the lock."""
+        """Make the lock again in a forked child, where another thread may have held it."""
         self._lock = threading.Lock()
 
     def _oldest_first(self) -> list[str]:
@@ -178,7 +178,7 @@ class DiskBlocks:
         self._pinned = frozenset(self._path(key).name for key in keys)
 
     def renew_after_fork(self) -> None:
-        """In the child: another thread may have held the lock."""
+        """Make the lock again in a forked child, where another thread may have held it."""
         self._lock = threading.Lock()
 
     def _write(self, key: str, data: bytes) -> None:

@@ -26,14 +26,14 @@ ReadRange = Callable[[int, int], bytes]
 
 @dataclass(frozen=True)
 class Layout:
-    """A footer, understood: the schema, and where each record batch is."""
+    """What a footer says: the schema, and where each record batch is."""
 
     schema: pa.Schema
     messages: Sequence[MessageSpan]
 
 
 def read_tail(read: ReadRange, num_bytes: int) -> bytes:
-    """The end of a file of this many bytes, with its whole footer.
+    """Read the end of a file of this many bytes, with its whole footer.
 
     Raises:
         CorruptCacheError: the file has no footer.
@@ -49,7 +49,7 @@ def read_tail(read: ReadRange, num_bytes: int) -> bytes:
 
 
 def parse_tail(tail: memoryview, num_bytes: int) -> Layout:
-    """What the end of a file says of the rest; everything is checked to be inside the file.
+    """Parse the end of a file: what it says of the rest. Everything is checked to be inside the file.
 
     Raises:
         CorruptCacheError: no Arrow footer, dictionaries, or a record batch outside the file.
@@ -81,7 +81,7 @@ def parse_record_batch(block: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def open_columns(path: RemotePath, num_bytes: int, names: Sequence[str]) -> pa.RecordBatchFileReader:
-    """A file of which only these columns are read, and what lies between them.
+    """Open a file of which only some columns are read, and what lies between them.
 
     Raises:
         CorruptCacheError: no Arrow file, or one with compressed buffers or dictionaries.

@@ -45,7 +45,7 @@ class RemoteShards:
         self._renew()
 
     def open(self, unit: int) -> RemoteFile:
-        """A shard, its footer read; the name is in the message where it is damaged."""
+        """Open a shard: read its footer; an error names the shard."""
         return RemoteFile(self, unit, self._layout(unit))
 
     def record_batch(self, unit: int, index: int) -> pa.RecordBatch:
@@ -72,7 +72,7 @@ class RemoteShards:
             self._start(group)
 
     def forget(self, unit: int, index: int) -> None:
-        """Whatever is kept of this record batch and its shard's footer is not to be trusted: read it from the store again."""
+        """Drop what is kept of a record batch and of its shard's footer, so that both are read from the store again."""
         self.blocks.drop(self._key(unit, index))
         self.blocks.drop(self._footer_key(unit))
         self._layouts.pop(unit, None)
@@ -87,7 +87,7 @@ class RemoteShards:
         self._layouts.clear()
 
     def renew_after_fork(self) -> None:
-        """In the child, which has none of the threads and may have inherited locks that one of them held."""
+        """Start again in a forked child, which has none of the threads and may have inherited locks that one of them held."""
         self._renew()
         if isinstance(self.blocks, MemoryBlocks | DiskBlocks):
             self.blocks.renew_after_fork()
@@ -99,13 +99,13 @@ class RemoteShards:
         self._under_way: dict[BatchId, Future[dict[BatchId, pa.Buffer]]] = {}
 
     def _awaited(self, batch: BatchId) -> pa.Buffer | None:
-        """From a request that is under way; None where no request is, or where it fails."""
+        """The record batch of a request that is under way; None where no request is, or where it fails."""
         with self._lock:
             fetch = self._under_way.get(batch)
         return None if fetch is None else _result(fetch, batch)
 
     def _fetched(self, batch: BatchId) -> pa.Buffer:
-        """From the store, now; of several threads that want it at once, one asks."""
+        """Fetch a record batch now; of several threads that want it at once, one asks."""
         mine: Future[dict[BatchId, pa.Buffer]] = Future()
         mine.set_running_or_notify_cancel()
         with self._lock:
@@ -194,7 +194,7 @@ class RemoteFile:
         self.schema, self.num_record_batches = layout.schema, len(layout.messages)
 
     def get_batch(self, index: int) -> pa.RecordBatch:
-        """Record batch `index`; raises as `RemoteShards.record_batch`."""
+        """Read record batch `index`; raises as `RemoteShards.record_batch`."""
         return self._shards.record_batch(self._unit, index)
 
 
@@ -215,7 +215,7 @@ def neighbours(wanted: Sequence[BatchId]) -> list[list[BatchId]]:
 
 
 def read_content(path: RemotePath, sha256: str) -> pa.Buffer:
-    """An object by its SHA-256, kept as a block where there is a folder for them.
+    """Read an object of a known SHA-256, kept as a block where there is a folder for them.
 
     Raises:
         CorruptCacheError: its bytes are others, twice. FileNotFoundError, StorageError: it cannot be had.

@@ -1,1 +1,1 @@
-"""Publishing: how a unit of records becomes a shard and a line of the manifest."""
+"""Publish units: how records become a shard and a line of the manifest."""

@@ -52,7 +52,7 @@ def _refuse_what_is_there(root: Location) -> None:
 
 
 def refuse_other_capture(root: Location, theirs: Manifest, ours: Manifest) -> None:
-    """Raise MismatchError, naming what differs, unless the cache that is there is the one that is to be written."""
+    """Raise MismatchError, naming what differs, unless the existing cache is the one to be written."""
     if theirs.format_version > FORMAT_VERSION:
         raise UnsupportedVersionError(
             f"{str(root)!r} has format version {theirs.format_version[0]}.{theirs.format_version[1]}, this kdcache writes "
@@ -72,7 +72,7 @@ def refuse_other_capture(root: Location, theirs: Manifest, ours: Manifest) -> No
 
 
 def _foreign_files(root: Location) -> list[str]:
-    """Files where a cache's would be, with no manifest: a fold would sweep them as left over."""
+    """Files where a cache's would be, without a manifest: a fold would sweep them as leftovers."""
     found = [path for name in paths.DIRECTORIES if (root / name).exists() for path in _listing(root / name)]
     foreign = [path for path in found if path.parent.name != paths.TMP or not fs.is_temp_name(path.name)]
     return sorted(str(path).removeprefix(f"{root}/") for path in foreign)

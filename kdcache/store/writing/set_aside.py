@@ -49,7 +49,7 @@ class FailedUnit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def record_failure(root: Location, failed: FailedUnit) -> None:
-    """Write a failure down, unless the same one is there.
+    """Record a failure, unless the same one is recorded already.
 
     Raises:
         StorageError: the disk or the store refuses.

@@ -1,4 +1,4 @@
-"""What is counted of each shard when it is written, so that `kdcache info` need not read the data."""
+"""The counts taken of each shard when it is written, so that `kdcache info` need not read the data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ShardStatistics:
     num_exact_entries: int | msgspec.UnsetType = msgspec.UNSET
 
     def add(self, record: SequenceRecord, target_logprobs_P: NDArray[np.float32]) -> None:
-        """Count one sequence that is sound, with the teacher's logprobs of its targets."""
+        """Count one sound sequence, with the teacher's logprobs of its targets."""
         distributions = record.distributions
         has_target_P = record.sequence.target_ids_P != NO_TARGET
         floor_P, ceiling_P = entropy_bounds(distributions, self.vocab_size)
@@ -61,10 +61,10 @@ class ShardStatistics:
 
 
 def entropy_bounds(distributions: Distributions, vocab_size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Least and greatest entropy, in nats, that a distribution with these exact entries and tail mass r can have.
+    """The least and greatest entropy, in nats, of distributions with these exact entries and tail masses.
 
-    H = -sum_S p log p - r log r + r H(tail), and H(tail) lies between 0 and log(V - K). Both are the teacher's own where it is
-    stored.
+    With tail mass r, H = -sum_S p log p - r log r + r H(tail), and H(tail) lies between 0 and log(V - K). Both bounds are the
+    teacher's own entropy where that is stored.
 
     Returns:
         (P,) and (P,) float64.

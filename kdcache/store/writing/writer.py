@@ -1,4 +1,4 @@
-"""Writing a cache: units in, published shards out; kill it anywhere and run it again.
+"""Write a cache: units in, published shards out; kill it anywhere and run it again.
 
 A unit is done when its journal record exists. Order of publishing: shard (temp, fsync, rename, fsync of the directory), then
 journal record, then, at a fold, index and manifest. A crash between two of these leaves files that no manifest names, which the
@@ -175,7 +175,7 @@ class CacheWriter:
         )
 
     def _try_to_fold(self, newest: Manifest, new: list[ShardInfo]) -> Manifest | None:
-        """The next snapshot, or None where another writer was first: the next try starts from what that one made."""
+        """Publish the next snapshot; None where another writer was first: the next try starts from what that one published."""
         shards = tuple(sorted([*newest.shards, *new], key=lambda shard: shard.unit))
         try:
             index = publish_index(self.root, newest, new)
@@ -197,7 +197,7 @@ class CacheWriter:
         return (shard for shard in each(self._journalled, names, self.root) if shard is not None)
 
     def journal_names(self) -> list[str]:
-        """Base names of what is in the journal."""
+        """The base names of the journal's records."""
         return [path.name for path in (self.root / paths.JOURNAL).iterdir()]
 
     def _journalled(self, name: str) -> ShardInfo | None:
@@ -266,7 +266,7 @@ class CacheWriter:
                     fs.reached("swept one")
 
     def _index_names(self) -> set[str]:
-        """Of all manifests: who reads an older snapshot needs its index."""
+        """The indexes of all manifests: a reader of an older snapshot needs its own."""
         names = set()
         for number in chain.manifest_numbers(self.root):
             with suppress(CorruptCacheError):  # an older snapshot that nobody can read any more
