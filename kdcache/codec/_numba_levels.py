@@ -1,7 +1,4 @@
-"""`levels.fit_reference` in a compiled loop over positions, GIL released.
-
-Shape letters: X exact entries, P positions.
-"""
+"""`levels.fit_reference` in a compiled loop over positions, GIL released."""
 
 from __future__ import annotations
 
@@ -13,22 +10,23 @@ from kdcache.compiled import compiled, inlined
 
 
 def codes_within_one(
-    logprobs_X: NDArray[np.float32], num_exact_P: NDArray[np.int64], tail_mass_P: NDArray[np.float32], bits: int
+    logprobs: NDArray[np.float32], num_exact_P: NDArray[np.int64], tail_mass_P: NDArray[np.float32], bits: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """(X,) codes of exact entries and (P,) codes of tails, whose probabilities sum to no more than 1, or than they did.
+    """Codes of the exact entries and (P,) codes of the tails, whose probabilities sum to no more than 1, or than they did.
 
     Args:
-        num_exact_P: how many of logprobs_X are each position's.
+        logprobs: of the exact entries, position by position.
+        num_exact_P: how many of them are each position's.
         bits: of the entries' codes.
     """
     starts_P1 = np.concatenate([[0], np.cumsum(num_exact_P)]).astype(np.int64)
-    true_X = np.exp(np.ascontiguousarray(logprobs_X, np.float64))
+    true_masses = np.exp(np.ascontiguousarray(logprobs, np.float64))
     true_P = np.ascontiguousarray(tail_mass_P, np.float64)
     with np.errstate(divide="ignore"):
         tail_codes_P = nearest_codes(np.log(true_P), TAIL_BITS)
-    codes_X = nearest_codes(logprobs_X, bits)
-    _fit(codes_X, tail_codes_P, true_X, true_P, starts_P1, level_masses(bits), level_masses(TAIL_BITS))
-    return codes_X, tail_codes_P
+    codes = nearest_codes(logprobs, bits)
+    _fit(codes, tail_codes_P, true_masses, true_P, starts_P1, level_masses(bits), level_masses(TAIL_BITS))
+    return codes, tail_codes_P
 
 
 @inlined

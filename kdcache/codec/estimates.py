@@ -1,7 +1,4 @@
-"""What need not be stored of a random selection's estimates: they are all at tau, or whole counts of draws.
-
-Shape letters: E entries, X exact ones among them, D estimates, P positions.
-"""
+"""What need not be stored of a random selection's estimates: they are all at tau, or whole counts of draws."""
 
 from __future__ import annotations
 
@@ -41,7 +38,7 @@ def count_type(selection: SelectionInfo) -> pa.DataType:
 
 
 def exact_logprobs(d: Distributions, selection: SelectionInfo) -> NDArray[np.float32]:
-    """(X,) the logprobs that have to be stored.
+    """The logprobs that have to be stored: those of exact entries, position by position.
 
     Raises:
         FormatError: estimates that are not at the selection's tau, or a tail other than the selection's.
@@ -54,48 +51,48 @@ def exact_logprobs(d: Distributions, selection: SelectionInfo) -> NDArray[np.flo
         return d.logprobs_E
     is_exact_E = d.is_exact_E
     if selection.kind == "threshold":
-        off_D = np.abs(d.logprobs_E[~is_exact_E] - math.log(selection.params["tau"]))
-        if not (off_D <= MOST_OFF).all():
+        errors = np.abs(d.logprobs_E[~is_exact_E] - math.log(selection.params["tau"]))
+        if not (errors <= MOST_OFF).all():
             raise FormatError(f"an estimate of selection 'threshold' is not at tau = {selection.params['tau']}")
     return d.logprobs_E[is_exact_E]
 
 
 def draw_counts(d: Distributions, selection: SelectionInfo) -> NDArray[np.int64]:
-    """(D,) how many of the draws gave each estimate.
+    """How many of the draws gave each estimate, position by position.
 
     Raises:
-        FormatError: an estimate is no whole number of draws.
+        FormatError: an estimate is not a whole number of draws.
     """
     num_draws, is_estimate_E = selection.params["num_draws"], ~d.is_exact_E
-    rows_D = np.repeat(np.arange(d.num_positions), d.num_entries_P)[is_estimate_E]
-    share_D = np.exp(d.logprobs_E[is_estimate_E].astype(np.float64))
-    draws_D = share_D * num_draws
+    positions = np.repeat(np.arange(d.num_positions), d.num_entries_P)[is_estimate_E]
+    shares = np.exp(d.logprobs_E[is_estimate_E].astype(np.float64))
+    draws = shares * num_draws
     if stores_tail(selection):
-        draws_D /= np.maximum(d.tail_mass_P, 2.0**-149)[rows_D]
+        draws /= np.maximum(d.tail_mass_P, 2.0**-149)[positions]
         # A tail near 0 is mostly rounding; the draws' own sum is not.
-        if not _are_draws(draws_D, num_draws):
-            draws_D = share_D * num_draws / np.bincount(rows_D, share_D, minlength=d.num_positions)[rows_D]
-    if not _are_draws(draws_D, num_draws):
-        raise FormatError(f"an estimate of selection {selection.kind!r} is no whole number of {num_draws} draws")
-    return np.rint(draws_D).astype(np.int64)
+        if not _are_draws(draws, num_draws):
+            draws = shares * num_draws / np.bincount(positions, shares, minlength=d.num_positions)[positions]
+    if not _are_draws(draws, num_draws):
+        raise FormatError(f"an estimate of selection {selection.kind!r} is not a whole number of {num_draws} draws")
+    return np.rint(draws).astype(np.int64)
 
 
-def _are_draws(draws_D: NDArray[np.float64], num_draws: int) -> bool:
-    counts_D = np.rint(draws_D)
-    return bool(((counts_D >= 1) & (counts_D <= num_draws) & (np.abs(draws_D - counts_D) <= MOST_OFF * counts_D)).all())
+def _are_draws(draws: NDArray[np.float64], num_draws: int) -> bool:
+    counts = np.rint(draws)
+    return bool(((counts >= 1) & (counts <= num_draws) & (np.abs(draws - counts) <= MOST_OFF * counts)).all())
 
 
 def all_logprobs(
-    exact_X: NDArray[np.float32],
-    counts_D: NDArray[np.integer] | None,
+    exact: NDArray[np.float32],
+    counts: NDArray[np.integer] | None,
     record: tuple[NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.float32]],
     selection: SelectionInfo,
 ) -> NDArray[np.float32]:
     """(E,) the logprobs of all entries, from those that were stored.
 
     Args:
-        exact_X: see `exact_logprobs`.
-        counts_D: see `draw_counts`; None where the selection has none.
+        exact: see `exact_logprobs`.
+        counts: see `draw_counts`; None where the selection has none.
         record: offsets_P1, num_exact_P and tail_mass_P, as in `Distributions`.
 
     Raises:
@@ -103,20 +100,20 @@ def all_logprobs(
     """
     offsets_P1, num_exact_P, tail_mass_P = record
     if num_exact_P is None:
-        return exact_X
+        return exact
     is_exact_E = is_exact(offsets_P1, num_exact_P)
     logprobs_E = np.empty(len(is_exact_E), np.float32)
-    logprobs_E[is_exact_E] = exact_X
-    if counts_D is None:
+    logprobs_E[is_exact_E] = exact
+    if counts is None:
         logprobs_E[~is_exact_E] = math.log(selection.params["tau"])
         return logprobs_E
     num_draws = selection.params["num_draws"]
-    if len(counts_D) and not (counts_D.min() >= 1 and counts_D.max() <= num_draws):
+    if len(counts) and not (counts.min() >= 1 and counts.max() <= num_draws):
         raise CorruptCacheError(f"an estimate stands for a number of draws that is not from 1 to {num_draws}")
     with np.errstate(divide="ignore"):
         log_tail_P = np.log(tail_mass_P.astype(np.float64))
-    rows_D = np.repeat(np.arange(len(tail_mass_P)), np.diff(offsets_P1) - num_exact_P)
-    logprobs_E[~is_exact_E] = np.log(counts_D / num_draws) + log_tail_P[rows_D]
+    positions = np.repeat(np.arange(len(tail_mass_P)), np.diff(offsets_P1) - num_exact_P)
+    logprobs_E[~is_exact_E] = np.log(counts / num_draws) + log_tail_P[positions]
     return logprobs_E
 
 

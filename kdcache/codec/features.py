@@ -2,8 +2,6 @@
 
 `float16`: rounded, off by at most |x| 2^-11 (2^-25 near 0); `check_record` refuses a value beyond 65504. `int8`: each vector
 has a scale, its largest magnitude / 127; a value is off by at most half of it. A value x is stored as round(x / scale).
-
-Shape letters: P supervised positions, R rows of a feature (P, or 1 where it is pooled), H its size.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ _STEPS = 127
 
 
 def feature_fields(features: Sequence[FeatureInfo]) -> list[pa.Field]:
-    """The columns, in order: of each feature its values, row by row, and with `int8` the rows' scales."""
+    """The columns, in order: of each feature its values, vector by vector, and with `int8` the vectors' scales."""
     fields = []
     for feature in features:
         is_half = feature.dtype == "float16"
@@ -35,7 +33,7 @@ def encode_features(sequences: Sequence[Mapping[str, NDArray[np.float32]]], feat
     """One array per field, one value per sequence.
 
     Args:
-        sequences: of each, feature name -> (R, H) float32, checked by `check_record`.
+        sequences: of each, feature name -> (vectors, H) float32, checked by `check_record`.
         features: what the cache keeps.
     """
     columns = []
@@ -53,35 +51,35 @@ def encode_features(sequences: Sequence[Mapping[str, NDArray[np.float32]]], feat
 def decode_features(
     columns: ColumnValues, features: Sequence[FeatureInfo], num_positions: int
 ) -> dict[str, NDArray[np.float32]]:
-    """One sequence's features back: name -> (R, H) float32.
+    """One sequence's features back: name -> (vectors, H) float32.
 
     Raises:
         CorruptCacheError: a column of another length.
     """
     found = {}
     for feature in features:
-        num_rows = feature.num_vectors(num_positions)
+        num_vectors = feature.num_vectors(num_positions)
         is_half = feature.dtype == "float16"
-        stored = checked_column(columns, _column(feature), np.float16 if is_half else np.int8, num_rows * feature.size)
-        values = stored.reshape(num_rows, feature.size).astype(np.float32)
+        stored = checked_column(columns, _column(feature), np.float16 if is_half else np.int8, num_vectors * feature.size)
+        values = stored.reshape(num_vectors, feature.size).astype(np.float32)
         if not is_half:
-            scale_R = checked_column(columns, _scale_column(feature), np.float32, num_rows)
+            scales = checked_column(columns, _scale_column(feature), np.float32, num_vectors)
             with np.errstate(over="ignore", invalid="ignore"):  # `verify` refuses what is not finite
-                values *= scale_R[:, None]
+                values *= scales[:, None]
         found[feature.name] = values
     return found
 
 
-def quantize_vectors(values_RH: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """(R, H) int8 and the rows' (R,) float32 scales: |values - int8 * scale| <= scale / 2, up to the rounding of float32."""
-    scale_R = (np.abs(values_RH).max(axis=-1, initial=0.0) / _STEPS).astype(np.float32)
-    # A row of zeros, or so small that its scale is 0 in float32, is stored as zeros.
-    divisor_R = np.where(scale_R > 0, scale_R, np.float32(np.inf))
-    return np.clip(np.rint(values_RH / divisor_R[:, None]), -_STEPS, _STEPS).astype(np.int8), scale_R
+def quantize_vectors(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """(vectors, H) int8, and a float32 scale of each: |values - int8 * scale| <= scale / 2, up to the rounding of float32."""
+    scales = (np.abs(vectors).max(axis=-1, initial=0.0) / _STEPS).astype(np.float32)
+    # A vector of zeros, or so small that its scale is 0 in float32, is stored as zeros.
+    divisors = np.where(scales > 0, scales, np.float32(np.inf))
+    return np.clip(np.rint(vectors / divisors[:, None]), -_STEPS, _STEPS).astype(np.int8), scales
 
 
 def bytes_per_vector(feature: FeatureInfo) -> int:
-    """What a row of the feature takes on disk."""
+    """How many bytes a vector of the feature takes on disk."""
     return 2 * feature.size if feature.dtype == "float16" else feature.size + 4
 
 

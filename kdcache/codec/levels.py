@@ -6,8 +6,6 @@ probability 1, steps grow with the square root of the logprob, and order is kept
 Rounding goes to the nearest code, but no position gains mass by it: where the probabilities of its exact entries and its tail
 would sum to more than 1 (or than they did), entries that were rounded up go one level down; and the room that is left below
 1 is filled by entries that were rounded down, so that little mass is lost, see `fit_reference`.
-
-Shape letters: X exact entries, P positions.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 
 LEAST_BITS, MOST_BITS = 4, 8
 TAIL_BITS = 8
-"""Tails and targets beside the support are one byte each whatever the entries are."""
+"""Tails and targets outside the support are one byte each whatever the entries are."""
 
 
 @cache
@@ -56,7 +54,7 @@ def max_level_error(logprobs: NDArray[np.floating], bits: int) -> NDArray[np.flo
 
 
 def max_half_error(logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Elementwise bound on |float16 - logprob|: half a unit in the last place, 11 bits of precision for normal numbers, steps
+    """Elementwise bound on |float16 - logprob|: half a unit of the last digit, 11 bits of precision for normal numbers, steps
     of 2^-24 below 2^-14; beyond 65504 there is none."""
     size = np.abs(np.asarray(logprobs, np.float64))
     return np.where(size > 65504, np.inf, np.maximum(size * 2.0**-11, 2.0**-25))
@@ -69,7 +67,7 @@ def fit_reference(
 
     The obvious way; `_numba_levels` holds the fast one. While the sum is above both 1 and what it was before rounding, one
     entry goes down a level, none to -inf: of those that rounding raised, the last of its code (so that order is kept), the one
-    that takes away least and enough, or, where none is enough, most; among equals the first; the tail is behind all entries.
+    that takes away least and enough, or, where none is enough, most; among equals the first; the tail comes after all entries.
     Then, from the first entry to the last, each that is below its own probability and the first of its code goes up a level
     where there is room.
 

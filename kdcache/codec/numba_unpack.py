@@ -221,7 +221,7 @@ def _widen_groups(typing_context, source, num_groups, target):  # noqa: ARG001
 
 
 @inlined
-def _unpack_row(words, width, start, ids):
+def _unpack_inner(words, width, start, ids):
     # 64-bit arithmetic on 32-bit words is what LLVM turns into gathers: 41 ns for 64 entries of 18 bits, against 71 for the
     # loop over 64-bit words and 45 for one compiled for the width (one core, AVX-512).
     mask = np.uint32((np.uint64(1) << np.uint64(width)) - np.uint64(1))
@@ -251,7 +251,7 @@ def _unpack_last(words, width, start, ids):
 
 
 @inlined
-def _widen_row(halves, start, bits, values):
+def _widen_any(halves, start, bits, values):
     # float16 to float32 exactly. Normal numbers by moving their bits; subnormal ones as integers times 2^-24, since arithmetic
     # on subnormal float32 is slow on some processors and zero where they are flushed.
     first = np.uint64(start)  # unsigned, or numba looks at each index for a negative one: six times slower
@@ -282,7 +282,7 @@ def _unpack_run(words, width, lanes, start, ids):
         done = num_groups * 8
     num_safe = (words.shape[0] - 1) * 32 // width - start  # entries in front of the last word
     middle = max(done, min(count, num_safe))
-    largest = max(largest, _unpack_row(words, width, start + done, ids[done:middle]))
+    largest = max(largest, _unpack_inner(words, width, start + done, ids[done:middle]))
     return max(largest, _unpack_last(words, width, start + middle, ids[middle:]))
 
 
@@ -292,7 +292,7 @@ def _widen_run(halves, start, logprobs):
     if HAS_SHUFFLES:
         done = logprobs.shape[0] // 16 * 16
         _widen_groups(halves.ctypes.data + 2 * start, done // 16, logprobs.ctypes.data)  # pyright: ignore[reportCallIssue]
-    _widen_row(halves, start + done, logprobs.view(np.uint32)[done:], logprobs[done:])
+    _widen_any(halves, start + done, logprobs.view(np.uint32)[done:], logprobs[done:])
 
 
 @inlined

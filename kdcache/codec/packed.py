@@ -79,11 +79,11 @@ class PackedCodec(Codec):
     def fields(self) -> list[pa.Field]:
         return [
             pa.field("token_ids_packed", pa.large_binary(), nullable=False),
-            *[pa.field(name, pa.list_(value_type), nullable=False) for name, value_type in self._number_types().items()],
+            *[pa.field(name, pa.list_(value_type), nullable=False) for name, value_type in self._value_types().items()],
             *scalar_fields(self.selection, pa.float16()),
         ]
 
-    def _number_types(self) -> dict[str, pa.DataType]:
+    def _value_types(self) -> dict[str, pa.DataType]:
         half, selection = pa.float16(), self.selection
         return {
             **({"logprobs": half} if estimates.stores_logprobs(selection) else {}),
@@ -97,14 +97,14 @@ class PackedCodec(Codec):
         from kdcache.codec._numba import pack_bits
 
         scalars = encode_scalars(sequences, self.selection, pa.float16(), _half)
-        numbers = [self._numbers(d) for d in sequences]
+        encoded = [self._values(d) for d in sequences]
         return [
             binary_array([pack_bits(d.token_ids_E, self.id_bits) for d in sequences]),
-            *[list_array([n[name] for n in numbers], value_type) for name, value_type in self._number_types().items()],
+            *[list_array([n[name] for n in encoded], value_type) for name, value_type in self._value_types().items()],
             *scalars,
         ]
 
-    def _numbers(self, d: Distributions) -> dict[str, NDArray[Any]]:
+    def _values(self, d: Distributions) -> dict[str, NDArray[Any]]:
         with np.errstate(divide="ignore"):
             tail_logprobs_P = np.log(d.tail_mass_P)
         values = {
@@ -210,13 +210,13 @@ class PackedCodec(Codec):
     ) -> NDArray[np.float32]:
         num_entries = int(offsets_P1[-1])
         num_exact = num_entries if num_exact_P is None else int(num_exact_P.sum())
-        exact_X, counts_D = np.zeros(0, np.float32), None
+        exact, counts = np.zeros(0, np.float32), None
         if estimates.stores_logprobs(self.selection):
-            exact_X = _single(checked_column(columns, "logprobs", np.float16, num_exact))
+            exact = _single(checked_column(columns, "logprobs", np.float16, num_exact))
         if estimates.stores_counts(self.selection):
             dtype = estimates.count_type(self.selection).to_pandas_dtype()
-            counts_D = checked_column(columns, "estimate_counts", dtype, num_entries - num_exact)
-        return estimates.all_logprobs(exact_X, counts_D, (offsets_P1, num_exact_P, tail_mass_P), self.selection)
+            counts = checked_column(columns, "estimate_counts", dtype, num_entries - num_exact)
+        return estimates.all_logprobs(exact, counts, (offsets_P1, num_exact_P, tail_mass_P), self.selection)
 
     def max_error_nats(self, logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
         size = np.abs(np.asarray(logprobs, np.float64))

@@ -1,6 +1,6 @@
 """Fixed-width ids and logprobs of 4 to 8 bits, on levels that are finer the more probable a token is (see `levels.py`).
 
-Ids as in `packed`. Logprobs of exact entries are a bit stream of the same kind, b bits each; tails and targets beside the
+Ids as in `packed`. Logprobs of exact entries are a bit stream of the same kind, b bits each; tails and targets outside the
 support one byte each, on the levels of 8 bits. Of a random selection only what it does not imply is stored, counts of draws in
 as many bits as the number of draws needs.
 """
@@ -99,23 +99,23 @@ class QuantizedCodec(Codec):
         from kdcache.codec._numba import pack_bits
 
         scalars = encode_scalars(sequences, self.selection, pa.float16(), lambda values: values.astype(np.float16))
-        numbers = [self._numbers(d) for d in sequences]
+        encoded = [self._values(d) for d in sequences]
         streams, lists = self._columns()
         return [
-            *[binary_array([pack_bits(n[name], width) for n in numbers]) for name, width in streams.items()],
-            *[list_array([n[name] for n in numbers], pa.uint8()) for name in lists],
+            *[binary_array([pack_bits(n[name], width) for n in encoded]) for name, width in streams.items()],
+            *[list_array([n[name] for n in encoded], pa.uint8()) for name in lists],
             *scalars,
         ]
 
-    def _numbers(self, d: Distributions) -> dict[str, NDArray[Any]]:
+    def _values(self, d: Distributions) -> dict[str, NDArray[Any]]:
         from kdcache.codec._numba_levels import codes_within_one
 
-        exact_X = estimates.exact_logprobs(d, self.selection)
+        exact = estimates.exact_logprobs(d, self.selection)
         num_exact_P = d.num_entries_P if d.num_exact_P is None else d.num_exact_P
-        codes_X, tail_codes_P = codes_within_one(exact_X, num_exact_P, d.tail_mass_P, self.bits)
+        codes, tail_codes_P = codes_within_one(exact, num_exact_P, d.tail_mass_P, self.bits)
         values: dict[str, NDArray[Any]] = {
             "token_ids_packed": d.token_ids_E,
-            "logprob_codes": codes_X.astype(np.int32),
+            "logprob_codes": codes.astype(np.int32),
             "tail_codes": tail_codes_P,
             "outside_target_codes": nearest_codes(d.outside_target_logprobs, TAIL_BITS),
         }
@@ -134,13 +134,13 @@ class QuantizedCodec(Codec):
             tail_codes_P = checked_column(columns, "tail_codes", np.uint8, num_positions)
             tail_mass_P = level_masses(TAIL_BITS).astype(np.float32)[tail_codes_P]
         outside = columns["outside_target_codes"]
-        outside_codes_M = checked_column(columns, "outside_target_codes", np.uint8, len(outside))
+        outside_codes = checked_column(columns, "outside_target_codes", np.uint8, len(outside))
         return Distributions(
             token_ids_E=token_ids_E,
             logprobs_E=self._logprobs(columns, offsets_P1, scalars["num_exact_P"], tail_mass_P),
             offsets_P1=offsets_P1,
             tail_mass_P=tail_mass_P,
-            outside_target_logprobs=level_logprobs(TAIL_BITS)[outside_codes_M],
+            outside_target_logprobs=level_logprobs(TAIL_BITS)[outside_codes],
             **scalars,
         )
 
@@ -160,12 +160,12 @@ class QuantizedCodec(Codec):
     ) -> NDArray[np.float32]:
         num_entries = int(offsets_P1[-1])
         num_exact = num_entries if num_exact_P is None else int(num_exact_P.sum())
-        exact_X, counts_D = np.zeros(0, np.float32), None
+        exact, counts = np.zeros(0, np.float32), None
         if estimates.stores_logprobs(self.selection):
-            exact_X = level_logprobs(self.bits)[self._stream(columns, "logprob_codes", num_exact)]
+            exact = level_logprobs(self.bits)[self._stream(columns, "logprob_codes", num_exact)]
         if estimates.stores_counts(self.selection):
-            counts_D = self._stream(columns, "estimate_counts", num_entries - num_exact)
-        return estimates.all_logprobs(exact_X, counts_D, (offsets_P1, num_exact_P, tail_mass_P), self.selection)
+            counts = self._stream(columns, "estimate_counts", num_entries - num_exact)
+        return estimates.all_logprobs(exact, counts, (offsets_P1, num_exact_P, tail_mass_P), self.selection)
 
     def _stream(self, columns: ColumnValues, name: str, length: int) -> NDArray[np.int32]:
         from kdcache.codec._numba import unpack_bits

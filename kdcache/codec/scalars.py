@@ -1,7 +1,5 @@
-"""The columns that a selection asks for beside the entries: numbers of exact entries, normalisers at further temperatures,
+"""The columns that a selection asks for next to the entries: counts of exact entries, normalisers at further temperatures,
 entropy. Every codec has them under the same names, in its own float type.
-
-Shape letters: P positions, T further temperatures.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ Narrow = Callable[[NDArray[np.float32]], NDArray[Any]]
 
 
 def num_exact_type(selection: SelectionInfo) -> pa.DataType:
-    """The smallest integers that hold a number of exact entries, where it is stored."""
+    """The smallest integers that hold a count of exact entries, where it is stored."""
     return pa.uint8() if most_entries(selection, 2**31) <= 255 else pa.uint16()
 
 
@@ -46,7 +44,7 @@ def scalar_fields(selection: SelectionInfo, float_type: pa.DataType, *, num_exac
     """The columns, in order; none for exact entries alone.
 
     Args:
-        num_exact: False for a codec that stores the numbers of exact entries itself.
+        num_exact: False for a codec that stores the counts of exact entries itself.
     """
     names = _names(selection, num_exact=num_exact)
     types = {name: num_exact_type(selection) if name == "num_exact" else float_type for name in names}
@@ -98,7 +96,7 @@ def decode_scalars(
 def decode_floats(
     columns: ColumnValues, selection: SelectionInfo, num_positions: int, float_type: Any
 ) -> dict[str, NDArray[np.float32]]:
-    """Those of them that are numbers of the teacher's: log_z_PL and entropy_P, where they are kept.
+    """The teacher's own among them: log_z_PL and entropy_P, where they are kept.
 
     Raises:
         CorruptCacheError: lengths that do not fit.

@@ -51,7 +51,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("num_positions", pa.uint32(), nullable=False),
     ]
 )
-"""`unit` names the shard; `record_batch` and `row` say where in it. The index is ordered by these three."""
+"""`unit` names the shard; `record_batch` and `row` say which of its sequences is meant. The index is ordered by these three."""
 
 
 class ShardMetadata(msgspec.Struct, frozen=True, kw_only=True):

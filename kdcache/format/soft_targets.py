@@ -22,7 +22,7 @@ class SoftTargets(Generic[ArrayT]):
     The loader makes it as `batch.teacher`. For arrays of your own use `SoftTargets.of`.
 
     Attributes:
-        token_ids_PK: (P, K) integers in [0, vocab_size), distinct at each position; -1 where there is no entry.
+        token_ids_PK: (P, K) integers in [0, vocab_size), distinct at each position; -1 without an entry.
         logprobs_PK: (P, K) nats, normalised over the teacher's whole vocabulary; float32 or float16; anything at padding.
         tail_mass_P: (P,) in [0, 1], the teacher's mass outside the exact entries.
         entries: what the entries mean. `exact`: each logprob is the token's own. `unbiased`: exp(logprob) is random, and its

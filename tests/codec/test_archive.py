@@ -135,7 +135,7 @@ def test_arrays_that_do_not_fit_are_not_written_to():
     strided = EntryArrays(wide.token_ids_PK[:, ::2], wide.logprobs_PK[:, ::2], wide.tail_mass_P)
     with pytest.raises(ValueError, match="C-contiguous"):
         codec.decode_into(columns, distributions.offsets_P1, strided)
-    with pytest.raises(ValueError, match="8 rows for 9 positions"):
+    with pytest.raises(ValueError, match="8 positions, but 9 are kept"):
         codec.decode_into(columns, distributions.offsets_P1, blank(8, width))
     assert (wide.token_ids_PK == 123).all()
 

@@ -1,9 +1,9 @@
 """Decoding the stream of `archive` straight to where its entries belong, in compiled loops, GIL released.
 
-`archive_reference.py` holds the definition. Here a coder is a tuple: offset of the code in the range, range, addresses of the
-next bytes and of the stream's end, behind which 4 zeros stand. Memory of the model is known by its address: what a compiled
+`reference.py` holds the definition. Here a coder is a tuple: offset of the code in the range, range, addresses of the
+next bytes and of the stream's end, after which 4 zeros stand. Memory of the model is known by its address: what a compiled
 function is given as an array are seven values, and of those that are called for every id all have to stay in registers. A node
-of the tree of ids is its leading bits behind a 1, so that an id ends as a node of its own.
+of the tree of ids is its leading bits after a 1, so that an id ends as a node of its own.
 
 What no processor can foretell, the way a bit falls, costs as much as some ten instructions where it is asked by a branch. So
 bits are chosen by masks; but where there is a branch on the bit anyway (how long a number is, where a set is split), the range
@@ -33,11 +33,11 @@ from kdcache.codec.archive.model import (
     NUM_CLASSES,
     NUM_CONTEXTS,
     NUM_LENGTHS,
-    NUMBER_STRIDE,
     OUTSIDES,
     RATES,
     SHARES,
     TAILS,
+    VALUE_STRIDE,
 )
 from kdcache.compiled import called, compiled, inlined
 from kdcache.format.record import PADDING_ID
@@ -119,7 +119,7 @@ def _branch(coder, p):
 
 @inlined
 def _learned(state, bit):
-    # A node's state behind a bit.
+    # A node's state after a bit.
     p, asked = state >> 10, state & 1023
     p += (((-bit & 4194303) - p) * RATES[np.uint64(asked)]) >> 16
     return (p << 10) | min(asked + 1, MOST_ASKED)
@@ -134,7 +134,7 @@ def _learned_bit(coder, nodes, at):
 
 
 @inlined
-def _number(coder, nodes):
+def _value(coder, nodes):
     # nodes: address of the context's.
     length = np.int64(0)
     while length < NUM_LENGTHS - 1:
@@ -155,13 +155,13 @@ def _number(coder, nodes):
 
 
 @called
-def _called_number(coder, nodes):
-    return _number(coder, nodes)
+def _called_value(coder, nodes):
+    return _value(coder, nodes)
 
 
 @inlined
-def _context(contexts, number):
-    return contexts + 4 * NUMBER_STRIDE * number
+def _context(contexts, index):
+    return contexts + 4 * VALUE_STRIDE * index
 
 
 @called
@@ -172,7 +172,7 @@ def _codes(coder, contexts, codes, about):
     for e in range(count):
         rank = e if e < 2 else 2 + np.int64(e >= 4) + np.int64(e >= 8) + np.int64(e >= 16) + np.int64(e >= 32)
         last = min(step, 2) + np.int64(step >= 4) + np.int64(step >= 10)
-        step, coder = _number(coder, _context(contexts, DELTAS + (kind * 7 + rank) * 5 + last))
+        step, coder = _value(coder, _context(contexts, DELTAS + (kind * 7 + rank) * 5 + last))
         before += step
         if before > most:
             return False, coder
@@ -321,7 +321,7 @@ def _position(coder, model, scratch, counts, about):
     limits, most_code, num_draws, stores_exact, most_tail = about
     corrupt = np.int64(-1)
     if stores_exact:
-        exact, coder = _called_number(coder, _context(contexts, EXACTS + min(count, 31)))
+        exact, coder = _called_value(coder, _context(contexts, EXACTS + min(count, 31)))
     if not 0 <= exact <= count:
         return corrupt, corrupt, coder
     is_sound, coder = _codes(coder, contexts, codes, (np.int64(0), exact, most_code))
@@ -341,12 +341,12 @@ def _position(coder, model, scratch, counts, about):
             context = min(count - exact, 63)
         elif exact:
             context = _node(codes, 0) * 64 // (most_code + 1)
-        tail, coder = _called_number(coder, _context(contexts, TAILS + context))
+        tail, coder = _called_value(coder, _context(contexts, TAILS + context))
     return exact if tail <= most_tail else corrupt, tail, coder
 
 
 @inlined
-def _place_exact(codes, bits, logprobs, levels):
+def _put_exact(codes, bits, logprobs, levels):
     # The logprobs of levels or (without) of negative float16. bits: the same memory as logprobs.
     if levels.shape[0]:
         for e in range(logprobs.shape[0]):
@@ -360,16 +360,16 @@ def _place_exact(codes, bits, logprobs, levels):
 
 
 @inlined
-def _place(entries, out, place, tables):
-    # One position's ids and logprobs. entries: ids, codes, number of exact ones; place: where it begins and ends.
+def _put(entries, out, span, tables):
+    # One position's ids and logprobs. entries: ids, codes, number of exact ones; span: where it begins and ends.
     ids, codes, exact = entries
     out_ids, out_logprobs = out
-    start, stop = place
+    start, stop = span
     levels, log_counts, log_tail, log_tau = tables
     count, logprobs = ids.shape[0], out_logprobs[start:stop]
     out_ids[start : start + count] = ids
     out_ids[start + count : stop] = np.int32(PADDING_ID)
-    _place_exact(codes[:exact], out_logprobs.view(np.uint32)[start : start + exact], logprobs[:exact], levels)
+    _put_exact(codes[:exact], out_logprobs.view(np.uint32)[start : start + exact], logprobs[:exact], levels)
     for e in range(exact, count):
         logprobs[e] = np.float32(log_counts[codes[e]] + log_tail) if log_counts.shape[0] else log_tau
     logprobs[count:] = -np.float32(np.inf)
@@ -377,14 +377,14 @@ def _place(entries, out, place, tables):
 
 @inlined
 def _ending(coder, contexts, outside, about):
-    # What stands behind the last position. Gives the number of outside targets, -1 for a corrupt stream, and the coder.
+    # What stands after the last position. Gives the number of outside targets, -1 for a corrupt stream, and the coder.
     most_outside, check = about
-    num_outside, coder = _called_number(coder, _context(contexts, OUTSIDES + 1))
+    num_outside, coder = _called_value(coder, _context(contexts, OUTSIDES + 1))
     if num_outside > outside.shape[0]:
         return np.int64(-1), coder
     is_sound = True
     for m in range(num_outside):
-        code, coder = _called_number(coder, _context(contexts, OUTSIDES))
+        code, coder = _called_value(coder, _context(contexts, OUTSIDES))
         is_sound &= code <= most_outside
         outside[m] = code
     for i in range(16):
@@ -393,7 +393,7 @@ def _ending(coder, contexts, outside, about):
     return num_outside if is_sound else np.int64(-1), coder
 
 
-_NUM_OTHER_NODES, _STACK_SIZE = NUM_CONTEXTS * NUMBER_STRIDE + NUM_CLASSES * CLASS_LIMIT, 64
+_NUM_OTHER_NODES, _STACK_SIZE = NUM_CONTEXTS * VALUE_STRIDE + NUM_CLASSES * CLASS_LIMIT, 64
 
 
 def room_for(id_bits: int, most_entries: int) -> int:
@@ -401,22 +401,20 @@ def room_for(id_bits: int, most_entries: int) -> int:
     return (1 << min(id_bits, MOST_TREE_BITS)) + _NUM_OTHER_NODES + _STACK_SIZE + 3 * most_entries + 1
 
 
-_ROWS = "Tuple((int64[::1], int64[::1], int64[:, ::1]))"
+_POSITIONS = "Tuple((int64[::1], int64[::1], int64[:, ::1]))"
 _OUT = "Tuple((int32[::1], float32[::1], float32[::1], int32[::1]))"
 _SINGLE, _DOUBLE = (f"Array({kind}, 1, 'C', readonly=True)" for kind in ("float32", "float64"))
 _TABLES = f"Tuple(({_SINGLE}, {_DOUBLE}, {_SINGLE}, {_DOUBLE}))"
 
 
-@compiled(f"UniTuple(int64, 3)(uint8[::1], uint32[::1], {_ROWS}, {_OUT}, {_TABLES}, UniTuple(int64, 7), float32)")
-def decode_entries(stream, room, rows, out, tables, about, log_tau):
+@compiled(f"UniTuple(int64, 3)(uint8[::1], uint32[::1], {_POSITIONS}, {_OUT}, {_TABLES}, UniTuple(int64, 7), float32)")
+def decode_entries(stream, room, positions, out, tables, about, log_tau):
     """Write what the stream says.
 
-    Shape letters: P positions.
-
     Args:
-        stream: with 4 zeros behind it; at least 8 bytes.
+        stream: with 4 zeros after it; at least 8 bytes.
         room: `room_for` them, of any content. Held by the caller, since addresses in it do not keep it.
-        rows: offsets_P1; (P,) numbers of exact entries, which are filled in where the stream has them; (P, 2) where a
+        positions: offsets_P1; (P,) numbers of exact entries, which are filled in where the stream has them; (P, 2) where a
             position's entries begin in the flat arrays, -1 for nowhere, and where their padding ends.
         out: flat ids and logprobs; (P,) tail masses; (P,) codes of outside targets.
         tables: logprobs of codes, none for float16; logarithms of shares of draws by code, none without; tail masses by code,
@@ -428,7 +426,7 @@ def decode_entries(stream, room, rows, out, tables, about, log_tau):
     Returns:
         The number of outside targets, -1 for a corrupt stream; how many bytes were read; the largest id.
     """
-    offsets, num_exact, places = rows
+    offsets, num_exact, spans = positions
     out_ids, out_logprobs, tail_masses, outside = out
     levels, log_counts, masses, log_masses = tables
     width, most_code, num_draws, stores_exact, most_tail, most_outside, check = about
@@ -460,8 +458,8 @@ def decode_entries(stream, room, rows, out, tables, about, log_tau):
         num_exact[p], tail_masses[p] = exact, masses[tail]
         for e in range(count):
             largest = max(largest, ids[e])
-        if places[p, 0] >= 0:
-            entries, place = (ids[:count], codes[:count], exact), (places[p, 0], places[p, 1])
-            _place(entries, (out_ids, out_logprobs), place, (levels, log_counts, log_masses[tail], log_tau))
+        if spans[p, 0] >= 0:
+            entries, span = (ids[:count], codes[:count], exact), (spans[p, 0], spans[p, 1])
+            _put(entries, (out_ids, out_logprobs), span, (levels, log_counts, log_masses[tail], log_tau))
     num_outside, coder = _ending(coder, model[0], outside, (most_outside, check))
     return num_outside, coder[2] - first, np.int64(largest)

@@ -1,6 +1,6 @@
-"""Encoding the stream of `archive` in compiled loops, GIL released; `archive_reference.py` holds the definition.
+"""Encoding the stream of `archive` in compiled loops, GIL released; `reference.py` holds the definition.
 
-A coder is a tuple: low end of the range, range, place in the stream, which must have room.
+A coder is a tuple: low end of the range, range, offset in the stream, which must have room.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from kdcache.codec.archive.model import (
     NUM_CLASSES,
     NUM_CONTEXTS,
     NUM_LENGTHS,
-    NUMBER_STRIDE,
     OUTSIDES,
     RATES,
     SHARES,
     TAILS,
+    VALUE_STRIDE,
 )
 from kdcache.compiled import called, compiled, inlined
 
@@ -40,11 +40,11 @@ def _put(stream, pos, low):
 
 @inlined
 def _carry(stream, pos):
-    place = pos - 1
-    while stream[place] == 255:
-        stream[place] = np.uint8(0)
-        place -= 1
-    stream[place] += np.uint8(1)
+    at = pos - 1
+    while stream[at] == 255:
+        stream[at] = np.uint8(0)
+        at -= 1
+    stream[at] += np.uint8(1)
 
 
 @inlined
@@ -81,9 +81,9 @@ def _learned_bit(stream, coder, nodes, at, bit):
 
 
 @called
-def _number(stream, coder, nodes, context, value):
-    """A number below 2^31: its length in unary, then its bits behind the leading one."""
-    first, length = context * NUMBER_STRIDE, 0
+def _value(stream, coder, nodes, context, value):
+    """A number below 2^31: its length in unary, then its bits after the leading one."""
+    first, length = context * VALUE_STRIDE, 0
     while length < NUM_LENGTHS - 1:
         more = np.int64(value >> length != 0)
         coder = _learned_bit(stream, coder, nodes, first + length, more)
@@ -107,7 +107,7 @@ def _codes(stream, coder, nodes, codes, kind):
         rank = e if e < 2 else (2 if e < 4 else (3 if e < 8 else (4 if e < 16 else (5 if e < 32 else 6))))
         last = step if step < 2 else (2 if step < 4 else (3 if step < 10 else 4))
         step = np.int64(codes[e]) - before
-        coder = _number(stream, coder, nodes, DELTAS + (kind * 7 + rank) * 5 + last, step)
+        coder = _value(stream, coder, nodes, DELTAS + (kind * 7 + rank) * 5 + last, step)
         before += step
     return coder
 
@@ -140,14 +140,14 @@ def _learn_ids(trees, node, kind, counts):
 @inlined
 def _split(stream, coder, ids, powers, about):
     """How many of the sorted ids have a 1 at this bit: asked of one after another until one has, and with it the rest."""
-    p, place = about
+    p, shift = about
     num_ids = ids.shape[0]
     power = np.int64(65536)
     for j in range(1, num_ids + 1):
         power = (power * p) >> 16
         powers[j] = power
     for i in range(num_ids):
-        is_right = np.int64(ids[i] >> place) & 1
+        is_right = np.int64(ids[i] >> shift) & 1
         coder = _bit(stream, coder, powers[num_ids - i], is_right)
         if is_right:
             return num_ids - i, coder
@@ -156,22 +156,22 @@ def _split(stream, coder, ids, powers, about):
 
 @inlined
 def _one_id(stream, coder, trees, value, about):
-    """The bits of one id from a place down. about: place, node, class."""
-    place, node, kind = about
+    """The bits of one id from a bit down. about: its shift, node, class."""
+    shift, node, kind = about
     all_entries, classes = trees
-    while node and place >= 0 and node < 1 << CLASS_TREE_BITS:
-        bit = (value >> place) & 1
+    while node and shift >= 0 and node < 1 << CLASS_TREE_BITS:
+        bit = (value >> shift) & 1
         coder = _bit(stream, coder, _prediction(trees, node, kind), bit)
         _learn(all_entries, node, bit)
         _learn(classes[kind], node, bit)
-        node, place = 2 * node + bit, place - 1
-    while node and place >= 0 and node < all_entries.shape[0]:
-        bit = (value >> place) & 1
+        node, shift = 2 * node + bit, shift - 1
+    while node and shift >= 0 and node < all_entries.shape[0]:
+        bit = (value >> shift) & 1
         coder = _learned_bit(stream, coder, all_entries, node, bit)
-        node, place = 2 * node + bit, place - 1
-    while place >= 0:
-        coder = _bit(stream, coder, HALF, (value >> place) & 1)
-        place -= 1
+        node, shift = 2 * node + bit, shift - 1
+    while shift >= 0:
+        coder = _bit(stream, coder, HALF, (value >> shift) & 1)
+        shift -= 1
     return coder
 
 
@@ -187,25 +187,25 @@ def _ids(stream, coder, trees, ids, scratch, about):
     depth = 0
     stack[0, 0], stack[0, 1], stack[0, 2], stack[0, 3] = 0, ids.shape[0], width - 1, 1
     while depth >= 0:
-        start, end, place, node = stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3]
+        start, end, shift, node = stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3]
         depth -= 1
-        if place < 0:
+        if shift < 0:
             if end - start > 1:
                 return False, coder
             continue
-        if width - 1 - place >= MOST_TREE_BITS:
+        if width - 1 - shift >= MOST_TREE_BITS:
             node = 0
         if end - start == 1:
-            coder = _one_id(stream, coder, trees, np.int64(ids[start]), (place, node, kind))
+            coder = _one_id(stream, coder, trees, np.int64(ids[start]), (shift, node, kind))
             continue
-        num_right, coder = _split(stream, coder, ids[start:end], powers, (_prediction(trees, node, kind), place))
+        num_right, coder = _split(stream, coder, ids[start:end], powers, (_prediction(trees, node, kind), shift))
         middle = end - num_right
         _learn_ids(trees, node, kind, (middle - start, num_right))
         for side in range(1, -1, -1):  # what is put on last, the left ones, is taken up first
             first, last = (middle, end) if side else (start, middle)
             if first < last:
                 depth += 1
-                stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3] = first, last, place - 1, 2 * node + side
+                stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3] = first, last, shift - 1, 2 * node + side
     return True, coder
 
 
@@ -232,15 +232,15 @@ def _supports(stream, coder, models, entries, about):
 @called
 def _position(stream, coder, models, entries, about):
     """One position's entries. entries: ids, codes, number of exact ones. Gives whether ids are distinct, coder."""
-    numbers, trees, scratch = models
+    contexts, trees, scratch = models
     ids, codes, num_exact = entries
     width, num_draws, stores_exact = about
     if stores_exact:
-        coder = _number(stream, coder, numbers, EXACTS + min(len(ids), 31), num_exact)
+        coder = _value(stream, coder, contexts, EXACTS + min(len(ids), 31), num_exact)
     exact, others = codes[:num_exact], codes[num_exact:]
-    coder = _codes(stream, coder, numbers, exact, np.int64(0))
+    coder = _codes(stream, coder, contexts, exact, np.int64(0))
     if num_draws:
-        coder = _codes(stream, coder, numbers, others, np.int64(1))
+        coder = _codes(stream, coder, contexts, others, np.int64(1))
     are_distinct, coder = _supports(stream, coder, (trees, scratch), (ids[:num_exact], exact), (width, False, np.int64(0)))
     if are_distinct:
         single = max(num_draws - 1, 0)
@@ -264,7 +264,7 @@ def encode_stream(stream, arrays, about):
     """Write the stream, which must have room; gives how many bytes were written, -1 for a record that cannot be."""
     offsets, all_exact, ids, codes, tails, outside = arrays
     width, most_code, num_draws, stores_exact, most_tail, _, num_outside, check = about
-    numbers = np.full(NUM_CONTEXTS * NUMBER_STRIDE, NEW_NODE, np.uint32)
+    contexts = np.full(NUM_CONTEXTS * VALUE_STRIDE, NEW_NODE, np.uint32)
     tree_bits = min(width, MOST_TREE_BITS)
     trees = (np.full(1 << tree_bits, NEW_NODE, np.uint32), np.full((NUM_CLASSES, 1 << CLASS_TREE_BITS), NEW_NODE, np.uint32))
     most_entries = 0
@@ -275,15 +275,15 @@ def encode_stream(stream, arrays, about):
     for p in range(all_exact.shape[0]):
         start, end, num_exact = offsets[p], offsets[p + 1], all_exact[p]
         entries = (ids[start:end], codes[start:end], num_exact)
-        are_distinct, coder = _position(stream, coder, (numbers, trees, scratch), entries, (width, num_draws, stores_exact))
+        are_distinct, coder = _position(stream, coder, (contexts, trees, scratch), entries, (width, num_draws, stores_exact))
         if not are_distinct:
             return np.int64(-1)
         if most_tail:
             context = _tail_context(codes[start:end], num_exact, (most_code, stores_exact))
-            coder = _number(stream, coder, numbers, TAILS + context, np.int64(tails[p]))
-    coder = _number(stream, coder, numbers, OUTSIDES + 1, num_outside)
+            coder = _value(stream, coder, contexts, TAILS + context, np.int64(tails[p]))
+    coder = _value(stream, coder, contexts, OUTSIDES + 1, num_outside)
     for m in range(num_outside):
-        coder = _number(stream, coder, numbers, OUTSIDES, np.int64(outside[m]))
+        coder = _value(stream, coder, contexts, OUTSIDES, np.int64(outside[m]))
     for i in range(16):
         coder = _bit(stream, coder, HALF, (check >> i) & 1)
     low, pos = coder[0], coder[2]

@@ -1,9 +1,9 @@
-"""The smallest codec, and the default for random selections: one adaptive arithmetic code, learned anew in each sequence.
+"""The smallest codec, and the default for random selections: one adaptive arithmetic code, learned in each sequence alone.
 
 Ids are coded as sets, bit by bit from the leading one, each bit predicted from the leading bits of all ids of the sequence so
 far (and of those of entries of its kind): frequent ids become short, wherever they stand in the vocabulary. Entries of equal
 logprob are one set, whose order costs nothing. Logprobs are codes of levels as in `quantized`, or float16 as in `packed`, as
-differences. `archive_reference.py` defines the stream; there is no state beyond a sequence, so that any can be read alone.
+differences. `reference.py` defines the stream; the state ends with the sequence, so that any can be read alone.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ HALF_BITS = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Decoded:
-    """What was decoded beside the entries."""
+    """What was decoded besides the entries."""
 
     num_exact_P: NDArray[np.int64] | None
     tail_mass_P: NDArray[np.float32]
-    outside_codes_M: NDArray[np.int32]
+    outside_codes: NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +105,15 @@ class ArchiveCodec(Codec):
         if len(d.outside_target_logprobs) > d.num_positions:
             raise FormatError("there are more outside targets than positions")
         num_exact_P = d.num_entries_P if d.num_exact_P is None else d.num_exact_P.astype(np.int64)
-        codes_E, tail_codes_P, outside_codes_M = self._codes(d, num_exact_P)
+        codes_E, tail_codes_P, outside_codes = self._codes(d, num_exact_P)
         order_E = self._order(d, codes_E)
         arrays = (
             np.array(d.offsets_P1, np.int64), np.array(num_exact_P, np.int64), np.array(d.token_ids_E[order_E], np.int32),
-            codes_E, tail_codes_P, outside_codes_M,
+            codes_E, tail_codes_P, outside_codes,
         )  # fmt: skip
         room = 128 * d.num_entries + 256 * d.num_positions + 1024
         stream = np.empty(room, np.uint8)
-        num_bytes = encode_stream(stream, arrays, self._about(d.num_entries, d.num_positions, len(outside_codes_M)))
+        num_bytes = encode_stream(stream, arrays, self._about(d.num_entries, d.num_positions, len(outside_codes)))
         if num_bytes < 0:
             raise FormatError("a token id appears twice at a position")
         least = -(-d.num_entries // MOST_ENTRIES_PER_BYTE)
@@ -125,28 +125,28 @@ class ArchiveCodec(Codec):
         """(E,) codes that rise among a position's exact entries and among its estimates; of tails; of outside targets."""
         from kdcache.codec._numba_levels import codes_within_one
 
-        exact_X = estimates.exact_logprobs(d, self.selection)
+        exact = estimates.exact_logprobs(d, self.selection)
         if self.bits == HALF_BITS:
             with np.errstate(divide="ignore"):
-                codes = (half_codes(exact_X), half_codes(np.log(d.tail_mass_P)))
-            outside_codes_M = half_codes(d.outside_target_logprobs)
+                codes = (half_codes(exact), half_codes(np.log(d.tail_mass_P)))
+            outside_codes = half_codes(d.outside_target_logprobs)
         else:
-            codes = codes_within_one(exact_X, num_exact_P, d.tail_mass_P, self.bits)
-            outside_codes_M = nearest_codes(d.outside_target_logprobs, TAIL_BITS)
+            codes = codes_within_one(exact, num_exact_P, d.tail_mass_P, self.bits)
+            outside_codes = nearest_codes(d.outside_target_logprobs, TAIL_BITS)
         codes_E = np.zeros(d.num_entries, np.int32)
         is_exact_E = d.is_exact_E
         codes_E[is_exact_E] = codes[0]
         if estimates.stores_counts(self.selection):
             codes_E[~is_exact_E] = self.selection.params["num_draws"] - estimates.draw_counts(d, self.selection)
-        return codes_E, codes[1].astype(np.int32), outside_codes_M.astype(np.int32)
+        return codes_E, codes[1].astype(np.int32), outside_codes.astype(np.int32)
 
     @staticmethod
     def _order(d: Distributions, codes_E: NDArray[np.int32]) -> NDArray[np.int64]:
         """The entries' order once more, those of equal code by rising id."""
-        rows_E = np.repeat(np.arange(d.num_positions), d.num_entries_P) * 2 + ~d.is_exact_E
-        if ((np.diff(codes_E) < 0) & (np.diff(rows_E) == 0)).any():
+        groups_E = np.repeat(np.arange(d.num_positions), d.num_entries_P) * 2 + ~d.is_exact_E
+        if ((np.diff(codes_E) < 0) & (np.diff(groups_E) == 0)).any():
             raise FormatError("logprobs are not in falling order")
-        return np.lexsort((d.token_ids_E, codes_E, rows_E))
+        return np.lexsort((d.token_ids_E, codes_E, groups_E))
 
     def _about(self, num_entries: int, num_positions: int, num_outside: int) -> tuple[int, ...]:
         most_tail = HALF_INFINITY if self.bits == HALF_BITS else 2**TAIL_BITS - 1
@@ -164,15 +164,15 @@ class ArchiveCodec(Codec):
     def decode(self, columns: ColumnValues, offsets_P1: NDArray[np.int64]) -> Distributions:
         num_entries, num_positions = self._check_size(columns, offsets_P1), len(offsets_P1) - 1
         token_ids_E, logprobs_E = np.empty(num_entries, np.int32), np.empty(num_entries, np.float32)
-        places_P2 = np.stack([offsets_P1[:-1], offsets_P1[1:]], axis=1).astype(np.int64)
-        decoded = self._decode_to(columns, offsets_P1, (token_ids_E, logprobs_E, places_P2))
+        spans_P2 = np.stack([offsets_P1[:-1], offsets_P1[1:]], axis=1).astype(np.int64)
+        decoded = self._decode_to(columns, offsets_P1, (token_ids_E, logprobs_E, spans_P2))
         floats: dict[str, Any] = decode_floats(columns, self.selection, num_positions, np.float16)
         return Distributions(
             token_ids_E=token_ids_E,
             logprobs_E=logprobs_E,
             offsets_P1=offsets_P1,
             tail_mass_P=decoded.tail_mass_P,
-            outside_target_logprobs=self._logprobs(decoded.outside_codes_M, TAIL_BITS),
+            outside_target_logprobs=self._logprobs(decoded.outside_codes, TAIL_BITS),
             num_exact_P=decoded.num_exact_P,
             **floats,
         )
@@ -191,15 +191,15 @@ class ArchiveCodec(Codec):
         self._check_size(columns, offsets_P1)
         check_width(offsets_P1, out)
         ids_PK, logprobs_PK = out.token_ids_PK, out.logprobs_PK
-        places_P2 = spans_of(ids_PK, logprobs_PK, len(offsets_P1) - 1, keep_P)
-        decoded = self._decode_to(columns, offsets_P1, (ids_PK.reshape(-1), logprobs_PK.reshape(-1), places_P2))
+        spans_P2 = spans_of(ids_PK, logprobs_PK, len(offsets_P1) - 1, keep_P)
+        decoded = self._decode_to(columns, offsets_P1, (ids_PK.reshape(-1), logprobs_PK.reshape(-1), spans_P2))
         out.tail_mass_P[:] = decoded.tail_mass_P if keep_P is None else decoded.tail_mass_P[keep_P]
         floats = decode_floats(columns, self.selection, len(offsets_P1) - 1, np.float16)
         copy_scalars_into(decoded.num_exact_P, floats.get("log_z_PL"), floats.get("entropy_P"), out, keep_P)
 
     @staticmethod
     def _check_size(columns: ColumnValues, offsets_P1: NDArray[np.int64]) -> int:
-        """The number of entries, if the stream is long enough for memory to be taken for so many."""
+        """The number of entries, if the stream is long enough for memory to be taken for this many."""
         stream, num_entries = columns["archive"], int(offsets_P1[-1])
         checked_column(columns, "archive", np.uint8, len(stream))
         if len(stream) < 8 or num_entries > MOST_ENTRIES_PER_BYTE * len(stream):

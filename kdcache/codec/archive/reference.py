@@ -1,14 +1,14 @@
-"""The stream of `archive`, defined: a decoder in plain Python, slow and obvious. `_numba_archive.py` is the fast path.
+"""The stream of `archive`, defined: a decoder in plain Python, slow and obvious. `_numba_decode.py` is the fast path.
 
-**Bits.** A range of 64 bits, at first 2^64 - 1 wide, and the first 8 bytes of the stream, big-endian, as a place in it. A bit
+**Bits.** A range of 64 bits, at first 2^64 - 1 wide, and the first 8 bytes of the stream, big-endian, as an offset in it. A bit
 that is 1 with probability p / 2^16 (p held within 32 and 2^16 - 32): the lowest floor(width / 2^16) p of the range mean 1,
 the rest 0; the range becomes that part, and while it is narrower than 2^32 both are shifted by 32 bits, 4 bytes of the stream
 coming in. The stream ends with the last byte that came in so; zeros follow up to one byte for 64 entries.
 
-**Nodes** and contexts are in `archive_model.py`. **Numbers**, **codes** and **sets of ids** are the methods below; `decode`
+**Nodes** and contexts are in `model.py`. **Numbers**, **codes** and **sets of ids** are the methods below; `decode`
 is the order of all. Of a position: the number of exact entries where the selection does not fix it; the codes of exact
 entries, then of estimates that are counts (of N draws, count c has the code N - c); the ids of both, a set for each group of
-equal code; the tail's code. Behind the last position: how many targets beside the support have a logprob, their codes, and 16
+equal code; the tail's code. After the last position: how many targets outside the support have a logprob, their codes, and 16
 even bits, the lowest first, of (entries + 257 positions) mod 2^16.
 """
 
@@ -54,18 +54,18 @@ class Decoder:
 
     def __init__(self, stream: bytes, layout: Layout) -> None:
         self._stream, self._layout = stream, layout
-        self._width, self._place, self._next = 2**64 - 1, int.from_bytes(stream[:8], "big"), 8
+        self._width, self._offset, self._next = 2**64 - 1, int.from_bytes(stream[:8], "big"), 8
         self._nodes: dict[tuple[object, ...], int] = {}
 
     def decode(self, num_entries: list[int], num_exact: list[int]) -> Record:
         """All positions. num_exact: of each, where the stream does not hold them."""
         record = Record()
         for p, (count, given) in enumerate(zip(num_entries, num_exact, strict=True)):
-            self._position(record, count, self._number(model.EXACTS + min(count, 31)) if self._layout.stores_exact else given)
+            self._position(record, count, self._value(model.EXACTS + min(count, 31)) if self._layout.stores_exact else given)
             if self._layout.has_tail:
-                record.tail_codes.append(self._number(model.TAILS + self._tail_context(record, p, count)))
-        record.outside_codes = [0] * self._number(model.OUTSIDES + 1)
-        record.outside_codes = [self._number(model.OUTSIDES) for _ in record.outside_codes]
+                record.tail_codes.append(self._value(model.TAILS + self._tail_context(record, p, count)))
+        record.outside_codes = [0] * self._value(model.OUTSIDES + 1)
+        record.outside_codes = [self._value(model.OUTSIDES) for _ in record.outside_codes]
         check = sum(self._bit(1 << 15) << i for i in range(16))
         assert check == (sum(num_entries) + 257 * len(num_entries)) % 2**16
         return record
@@ -77,12 +77,12 @@ class Decoder:
 
     def _bit(self, p: int) -> int:
         bound = (self._width >> 16) * min(max(p, model.LEAST_P), 2**16 - model.LEAST_P)
-        bit = int(self._place < bound)
+        bit = int(self._offset < bound)
         self._width = bound if bit else self._width - bound
-        self._place -= 0 if bit else bound
+        self._offset -= 0 if bit else bound
         if self._width < 2**32:
             incoming = self._stream[self._next : self._next + 4].ljust(4, b"\0")
-            self._place = self._place << 32 | int.from_bytes(incoming, "big")
+            self._offset = self._offset << 32 | int.from_bytes(incoming, "big")
             self._width, self._next = self._width << 32, self._next + 4
         return bit
 
@@ -100,17 +100,17 @@ class Decoder:
         self._learn(node, bit)
         return bit
 
-    def _number(self, context: int) -> int:
-        """Its length in bits, in unary; then the bits behind the leading one, of which the first three are learned."""
+    def _value(self, context: int) -> int:
+        """Its length in bits, in unary; then the bits after the leading one, of which the first three are learned."""
         length = 0
         while length < model.NUM_LENGTHS - 1 and self._learned_bit((context, "length", length)):
             length += 1
-        number = min(length, 1)
+        value = min(length, 1)
         for _ in range(length - 1):
-            is_learned = number < 8 and length <= model.MOST_LEARNED_LENGTH
-            bit = self._learned_bit((context, length, number)) if is_learned else self._bit(1 << 15)
-            number = 2 * number + bit
-        return number
+            is_learned = value < 8 and length <= model.MOST_LEARNED_LENGTH
+            bit = self._learned_bit((context, length, value)) if is_learned else self._bit(1 << 15)
+            value = 2 * value + bit
+        return value
 
     def _position(self, record: Record, count: int, num_exact: int) -> None:
         record.num_exact.append(num_exact)
@@ -131,7 +131,7 @@ class Decoder:
         for e in range(count):
             rank = e if e < 2 else 2 + sum(e >= bound for bound in (4, 8, 16, 32))
             last = step if step < 2 else 2 + sum(step >= bound for bound in (4, 10))
-            step = self._number(model.DELTAS + (kind * 7 + rank) * 5 + last)
+            step = self._value(model.DELTAS + (kind * 7 + rank) * 5 + last)
             before += step
             codes.append(before)
         return codes
@@ -146,7 +146,7 @@ class Decoder:
     def _ids(self, count: int, kind: int, depth: int, node: int) -> list[int]:
         """A set of ids below a node of the tree of ids (1 is its root; node 2n has a 0 next, 2n + 1 a 1), rising.
 
-        One after another is asked, in rising order, whether its bit is 1: if it is, so are those of all behind it. With j ids
+        One after another is asked, in rising order, whether its bit is 1: if it is, so are those of all after it. With j ids
         left, that is so with probability p^j.
         """
         if count == 0:

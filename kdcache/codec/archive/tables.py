@@ -1,7 +1,4 @@
-"""What codes of `archive` stand for, as tables for its compiled loops, and where in a batch's arrays its positions go.
-
-Shape letters: P positions, Q positions that are kept, K entries per position (padded), N draws.
-"""
+"""What codes of `archive` stand for, as tables for its compiled loops, and where in a batch's arrays its positions go."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ def half_logprobs(codes: NDArray[np.int32]) -> NDArray[np.float32]:
 
 @lru_cache(maxsize=16)
 def log_counts(num_draws: int) -> NDArray[np.float64]:
-    """(N,) the logarithm of a count's share by its code."""
+    """(num_draws,) the logarithm of a count's share by its code."""
     return _fixed(np.log((num_draws - np.arange(num_draws)) / num_draws)) if num_draws else _fixed(np.zeros(0))
 
 
@@ -52,22 +49,22 @@ def _fixed(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def spans_of(
-    ids_QK: NDArray[np.int32], logprobs_PK: NDArray[np.float32], num_positions: int, keep_P: NDArray[np.bool_] | None
+    ids_PK: NDArray[np.int32], logprobs_PK: NDArray[np.float32], num_positions: int, keep_P: NDArray[np.bool_] | None
 ) -> NDArray[np.int64]:
     """(P, 2) where in the flat arrays each position begins, -1 for nowhere, and where its padding ends.
 
     Raises:
-        ValueError: arrays that are not contiguous, not alike, or not of as many rows as are kept.
+        ValueError: arrays that are not contiguous, not alike, or not of as many positions as are kept.
     """
     num_kept = num_positions if keep_P is None else int(np.count_nonzero(keep_P))
-    if not (ids_QK.flags.c_contiguous and logprobs_PK.flags.c_contiguous and ids_QK.shape == logprobs_PK.shape):
+    if not (ids_PK.flags.c_contiguous and logprobs_PK.flags.c_contiguous and ids_PK.shape == logprobs_PK.shape):
         raise ValueError("arrays that are decoded into must be C-contiguous and of one shape")
-    if len(ids_QK) != num_kept:
-        raise ValueError(f"arrays that are decoded into have {len(ids_QK)} rows for {num_kept} positions")
-    starts_Q = np.arange(num_kept) * ids_QK.shape[1]
-    places_Q2 = np.stack([starts_Q, starts_Q + ids_QK.shape[1]], axis=1)
+    if len(ids_PK) != num_kept:
+        raise ValueError(f"arrays that are decoded into hold {len(ids_PK)} positions, but {num_kept} are kept")
+    starts = np.arange(num_kept) * ids_PK.shape[1]
+    kept_spans = np.stack([starts, starts + ids_PK.shape[1]], axis=1)
     if keep_P is None:
-        return places_Q2
-    places_P2 = np.full((num_positions, 2), -1, np.int64)
-    places_P2[keep_P] = places_Q2
-    return places_P2
+        return kept_spans
+    spans_P2 = np.full((num_positions, 2), -1, np.int64)
+    spans_P2[keep_P] = kept_spans
+    return spans_P2
