@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.format.manifest import CodecInfo, Manifest, PlanInfo
-from kdcache.format.record import SequenceRecord, TokenSequence, distributions_from_dense, sequence_key
+from kdcache.format.record import NO_TARGET, SequenceRecord, TokenSequence, distributions_from_dense, sequence_key
 from kdcache.loader.cache import open_cache
 from kdcache.loader.loader import Loader
 from kdcache.store.writing.writer import CacheWriter
@@ -157,7 +157,7 @@ def _record(rows: Rows, number: int) -> SequenceRecord:
         source=f"noise#{number}",
         key=sequence_key(ids_N, supervised_N, ""),
     )
-    targets_P = np.append(ids_N[1:], np.int32(-1))
+    targets_P = np.append(ids_N[1:], np.int32(NO_TARGET))
     shape = num_tokens, rows.k
     distributions = distributions_from_dense(
         token_ids.reshape(shape), logprobs.reshape(shape), targets_P, np.full(num_tokens, -12.0)

@@ -32,7 +32,7 @@ def open_cache(uri: str | PathLike[str], *, verify: bool = True, remote: RemoteC
         remote: how an object store is reached, and where what is read from it is kept.
 
     Raises:
-        CacheNotFoundError: there is no cache there. StorageError: the store is out of reach.
+        CacheNotFoundError: nothing there is a cache. StorageError: the store is out of reach.
         CorruptCacheError, UnsupportedVersionError: the manifest or the index cannot be read.
     """
     return cache_of(open_reader(fspath(uri), verify=verify, remote=remote))

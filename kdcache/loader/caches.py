@@ -119,7 +119,7 @@ class CacheSet:
 def check_together(manifests: Sequence[Manifest]) -> None:
     """Raise MismatchError unless caches can share a batch: equal token ids, and entries that mean the same."""
     first = manifests[0].identity
-    for number, manifest in enumerate(manifests[1:], 1):
+    for index, manifest in enumerate(manifests[1:], 1):
         other = manifest.identity
         pairs = first.token_pairs(other) | {
             "selection": (first.selection.kind, other.selection.kind),
@@ -129,18 +129,18 @@ def check_together(manifests: Sequence[Manifest]) -> None:
         differences = [f"{name} {left!r} and {right!r}" for name, (left, right) in pairs.items() if left != right]
         if differences:
             raise MismatchError(
-                f"cache 0 ({first.tokenizer.name}) and cache {number} ({other.tokenizer.name}) cannot be mixed: "
+                f"cache 0 ({first.tokenizer.name}) and cache {index} ({other.tokenizer.name}) cannot be mixed: "
                 f"{'; '.join(differences)}; a batch needs one tokenizer, one vocabulary and one kind of selection"
             )
 
 
 def check_logprobs(manifests: Sequence[Manifest], dtype: np.dtype[Any]) -> None:
     """Raise ConfigError unless the caches' logprobs are of this dtype, float32 holding all of them."""
-    for number, manifest in enumerate(manifests):
+    for index, manifest in enumerate(manifests):
         codec, selection = manifest.identity.codec, manifest.identity.selection
         if dtype == np.float16 and not get_codec(codec.codec_id, codec.params, selection).stores_half_logprobs:
             raise ConfigError(
-                f"logprob_dtype is 'float16', but cache {number} (codec {codec.codec_id!r} {codec.params}, selection "
+                f"logprob_dtype is 'float16', but cache {index} (codec {codec.codec_id!r} {codec.params}, selection "
                 f"{selection.kind!r}) has logprobs that are not float16; use 'float32', or a cache of exact entries with codec "
                 "'packed', or 'archive' of 16 bits"
             )

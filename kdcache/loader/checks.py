@@ -16,13 +16,13 @@ def check_config(config: LoaderConfig, caches: Sequence[CacheTable]) -> None:
     """Raise ConfigError unless the config is in range and fits the caches, and each sequence fits a row."""
     # Structs do not check the ranges of their fields when they are made in Python.
     convert_config(config_to_builtins(config), LoaderConfig, where="loader")
-    for number, cache in enumerate(caches):
-        _check_cache(config, cache, "the cache" if len(caches) == 1 else f"cache {number}")
+    for index, cache in enumerate(caches):
+        _check_cache(config, cache, "the cache" if len(caches) == 1 else f"cache {index}")
     epoch_counts([len(cache.num_tokens_S) for cache in caches], config.mix)
 
 
 def check_epoch(epoch: int) -> None:
-    """Raise ConfigError unless it is a number of an epoch."""
+    """Raise ConfigError unless it can be an epoch."""
     if epoch < 0:
         raise ConfigError(f"epoch is {epoch}, expected 0 or more")
 

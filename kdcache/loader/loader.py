@@ -33,8 +33,8 @@ _BATCHES_BEFORE_WARNING = 10
 class Loader:
     """Iterates over one rank's share of the global batches of a cache, or of a mixture of several.
 
-    `for batch in loader` reads from the place where the loader stands to the end of the epoch; a second loop reads the next
-    epoch, and one after a `break` goes on behind the last batch it gave. `state_dict` counts batches that were given, not those
+    `for batch in loader` reads from where the loader stands to the end of the epoch; a second loop reads the next
+    epoch, and one after a `break` goes on after the last batch it gave. `state_dict` counts batches that were given, not those
     that threads have read ahead, and is the same on all ranks.
 
     Args:
@@ -49,7 +49,7 @@ class Loader:
     Raises:
         ConfigError: a setting out of range, a sequence longer than a row, ranks that cannot share a batch, an empty cache.
         MismatchError: caches of different tokenizers, vocabularies or selections.
-        CacheNotFoundError, CorruptCacheError: an address that is no cache.
+        CacheNotFoundError, CorruptCacheError: an address without a cache.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Loader:
         self._make_transients()
 
     def _make_transients(self) -> None:
-        """What is made anew from the caches and the config rather than pickled."""
+        """What is made again from the caches and the config rather than pickled."""
         self._tables = self._caches.tables()
         check_config(self.config, self._tables)
         self._layout = EpochLayout(self._tables, self.config, self._epoch)
@@ -89,7 +89,7 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """The epoch that is being read; behind its loop, the one that comes next."""
+        """The epoch that is being read; after its loop, the one that comes next."""
         return self._epoch
 
     def num_batches(self, epoch: int) -> int:
@@ -101,12 +101,12 @@ class Loader:
         return self._layout.counts()
 
     def report(self) -> EpochReport:
-        """What this rank was given of the epoch that is being read; behind its loop, of the one that ended, which was
+        """What this rank was given of the epoch that is being read; after its loop, of the one that ended, which was
         checked."""
         return self._report
 
     def __len__(self) -> int:
-        """Batches of the whole epoch, those before a resumed place included; differs a little between packed epochs."""
+        """Batches of the whole epoch, those before a resumed start included; differs a little between packed epochs."""
         return self._layout.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
@@ -116,7 +116,7 @@ class Loader:
         """Every `step`-th batch from the `first`-th one ahead: `step` workers with `first` 0..step-1 share an epoch in turns.
 
         Raises (also while it runs):
-            StateError: the loader is closed, or was moved or iterated over anew in the meantime.
+            StateError: the loader is closed, or was moved or iterated over again in the meantime.
             CorruptCacheError: at the batch with the damaged record; the state then still names that batch.
         """
         self._move()
@@ -126,9 +126,9 @@ class Loader:
         if step > 1 or not self._report.ends_at(self._epoch, self._next_batch):
             self._report = EpochReport(self._epoch, self._next_batch)
         self._ahead = prefetch(
-            lambda number: self._read(layout, number),
+            lambda index: self._read(layout, index),
             Fetcher(self._caches, self.config, step).telling(
-                takewhile(layout.has_batch, count(start, step)), lambda number: self._sequences(layout, number)
+                takewhile(layout.has_batch, count(start, step)), lambda index: self._sequences(layout, index)
             ),
             num_threads=self.config.num_threads,
             look_ahead=self.config.prefetch_batches,
@@ -136,7 +136,7 @@ class Loader:
         return self._iterate(self._ahead, self._num_moves, EpochCheck() if start == 0 and step == 1 else None)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON: all that a loader on the same cache with the same config needs to go on behind the last batch given."""
+        """JSON: all that a loader on the same cache with the same config needs to go on after the last batch given."""
         return as_json(self._state())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,13 +164,13 @@ class Loader:
             StateError: see load_state_dict.
         """
         saved = parse_state(state, here=self._state())
-        epoch, number = saved.epoch, saved.next_batch - 1
-        if number < 0:  # the last one of the epoch before
+        epoch, index = saved.epoch, saved.next_batch - 1
+        if index < 0:  # the last one of the epoch before
             epoch -= 1
-            number = self._layout_of(epoch).num_batches - 1 if epoch >= 0 else -1
-        if number < 0:
+            index = self._layout_of(epoch).num_batches - 1 if epoch >= 0 else -1
+        if index < 0:
             return []
-        return [self._caches.record(int(n)).sequence.source for n in self._sequences(self._layout_of(epoch), number)]
+        return [self._caches.record(int(n)).sequence.source for n in self._sequences(self._layout_of(epoch), index)]
 
     def set_epoch(self, epoch: int) -> None:
         """Stand at the start of an epoch; in the epoch that is being read, stay, so that a resumed loop may call this too."""
@@ -190,7 +190,7 @@ class Loader:
         """Take the memory of further batches' large arrays from `allocate`, as pinned memory; it is used again, see
         `buffers.py`.
 
-        A pickled loader begins anew with plain memory.
+        A pickled loader begins again with plain memory.
         """
         self._pool = BufferPool(self._num_buffers, allocate or plain_memory)
 
@@ -222,7 +222,7 @@ class Loader:
             for read in ahead:
                 if check is not None:
                     check.add(read.sequences)
-                self._next_batch = read.number + 1
+                self._next_batch = read.index + 1
                 self._report = self._report.plus(read.batch, read.num_tokens)
                 if self._report.num_batches == _BATCHES_BEFORE_WARNING:
                     self._warn_if_all_masked()
@@ -253,18 +253,18 @@ class Loader:
     def _layout_of(self, epoch: int) -> EpochLayout:
         return self._layout if epoch == self._epoch else EpochLayout(self._tables, self.config, epoch)
 
-    def _sequences(self, layout: EpochLayout, number: int) -> NDArray[np.int64]:
+    def _sequences(self, layout: EpochLayout, index: int) -> NDArray[np.int64]:
         """What this rank reads for a batch."""
-        return np.concatenate(self._share(layout.batch(number)))
+        return np.concatenate(self._share(layout.batch(index)))
 
     def _share(self, batch: BatchRows) -> list[NDArray[np.int64]]:
         share = len(batch.rows) // self.world_size
         return batch.rows[self.rank * share : (self.rank + 1) * share]
 
-    def _read(self, layout: EpochLayout, number: int) -> _Read:
-        batch = layout.batch(number)
+    def _read(self, layout: EpochLayout, index: int) -> _Read:
+        batch = layout.batch(index)
         read = read_rows(self._caches, self._share(batch), batch.seq_len, self.config.mask, self._pool)
-        return _Read(number, np.concatenate(batch.rows), read, read.num_tokens)
+        return _Read(index, np.concatenate(batch.rows), read, read.num_tokens)
 
     def _state(self) -> LoaderState:
         at_end = self._next_batch > 0 and not self._layout.has_batch(self._next_batch)
@@ -281,7 +281,7 @@ class Loader:
         self._epoch, self._next_batch = epoch, 0
 
     def _move(self) -> None:
-        """End the loop that is running, if there is one: its place is about to be left."""
+        """End the loop that is running, if there is one: the loader is about to move."""
         if self._closed:
             raise StateError("the loader is closed; make another one")
         self._num_moves += 1
@@ -292,15 +292,15 @@ class Loader:
     def _check_not_moved(self, move: int) -> None:
         if move != self._num_moves:
             raise StateError(
-                "the loader was closed, moved or iterated over anew while this loop over it ran: use one at a time"
+                "the loader was closed, moved or iterated over again while this loop over it ran: use one at a time"
             )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Read:
-    """A batch that was read ahead: its number, the sequences that all ranks together get in it, and this rank's share."""
+    """A batch that was read ahead: its index, the sequences that all ranks together get in it, and this rank's share."""
 
-    number: int
+    index: int
     sequences: NDArray[np.int64]
     batch: Batch
     num_tokens: int

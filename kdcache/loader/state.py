@@ -27,7 +27,7 @@ class LoaderState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         snapshots: of each cache, in their order: the digest of its manifest, and of what is selected from it.
         config: the fields of LoaderConfig that decide the stream, but for the seed.
         seed, epoch: of the order.
-        next_batch: number in the epoch of the global batch that comes next; 0 of the next epoch behind the last.
+        next_batch: number in the epoch of the global batch that comes next; 0 of the next epoch after the last.
     """
 
     version: int = STATE_VERSION
@@ -55,7 +55,7 @@ def parse_state(fields: Any, *, here: LoaderState) -> LoaderState:
 
     Args:
         fields: what `state_dict` gave, perhaps by way of a file.
-        here: the state of the loader that is to go on with it; its epoch and next_batch do not matter.
+        here: the state of the loader that is to resume; its epoch and next_batch do not matter.
 
     Raises:
         StateError: not a state, or one of another cache, of another config or of another version; the message shows both sides.
@@ -73,7 +73,7 @@ def parse_state(fields: Any, *, here: LoaderState) -> LoaderState:
     if differences:
         raise StateError(
             f"the loader state was saved under {'; '.join(differences)}: give the loader the cache and the config that it was "
-            f"saved with, or begin anew without it"
+            f"saved with, or begin again without it"
         )
     if not (0 <= state.epoch < MOST_STEPS and 0 <= state.next_batch < MOST_STEPS):
         raise StateError(

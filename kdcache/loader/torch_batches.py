@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.errors import StateError
 from kdcache.format.soft_targets import SoftTargets
-from kdcache.loader.batches.batch import ARRAYS, NUMBERS, Batch
+from kdcache.loader.batches.batch import ARRAYS, SCALARS, Batch
 from kdcache.loader.loader import Loader
 
 
@@ -62,8 +62,8 @@ class TorchBatch:
 
 def to_torch(batch: Batch, state: dict[str, Any] | None = None) -> TorchBatch:
     """The batch as tensors that share its arrays' memory."""
-    numbers = {name: getattr(batch, name) for name in NUMBERS}
-    return TorchBatch(**_tensors(batch, torch.from_numpy), **numbers, state=state)
+    scalars = {name: getattr(batch, name) for name in SCALARS}
+    return TorchBatch(**_tensors(batch, torch.from_numpy), **scalars, state=state)
 
 
 def _tensors(batch: Batch | TorchBatch, function: Callable[[Any], Tensor]) -> dict[str, Any]:
@@ -83,8 +83,8 @@ class TorchLoader(IterableDataset[TorchBatch]):
     instead of `state_dict()`, and call `set_epoch` before each epoch (persistent workers go on by themselves). Threads
     (`num_threads`) cost less than workers: a batch does not have to pass from process to process.
 
-    torchdata's StatefulDataLoader saves and restores the place of each worker; it asks for the same number of them again, which
-    `batch.state` does not.
+    torchdata's StatefulDataLoader saves and restores the position of each worker; it asks for the same number of
+    them again, which `batch.state` does not.
 
     Args:
         loader: it stays the caller's; `close` closes it.
@@ -95,8 +95,8 @@ class TorchLoader(IterableDataset[TorchBatch]):
         super().__init__()
         self.loader = loader
         self._is_mid_epoch = False
-        self._resumed: _WorkerPlace | None = None
-        self._place: _WorkerPlace | None = None
+        self._resumed: _WorkerStart | None = None
+        self._start: _WorkerStart | None = None
         if pin_memory:
             loader.use_buffers(allocate=_pinned)
 
@@ -110,12 +110,12 @@ class TorchLoader(IterableDataset[TorchBatch]):
             # Workers are ahead by different numbers of batches: going on would repeat some and lose others.
             raise StateError("a loop over persistent workers was left before the epoch's end; make a new DataLoader to go on")
         self._is_mid_epoch = True
-        place = self._resumed or _WorkerPlace(self.loader.state_dict(), worker.id, worker.num_workers)
+        start = self._resumed or _WorkerStart(self.loader.state_dict(), worker.id, worker.num_workers)
         self._resumed = None
-        place.check_fits(worker.num_workers)
-        self._place = place
-        for batch in self.loader.iterate(first=place.first, step=worker.num_workers):
-            self._place = self._place.behind_another()
+        start.check_fits(worker.num_workers)
+        self._start = start
+        for batch in self.loader.iterate(first=start.first, step=worker.num_workers):
+            self._start = self._start.after_another()
             yield to_torch(batch, self.loader.state_dict())
         self._is_mid_epoch = False
 
@@ -123,16 +123,16 @@ class TorchLoader(IterableDataset[TorchBatch]):
         return len(self.loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's state, see Loader.state_dict; in a worker process, that worker's place."""
+        """The loader's state, see Loader.state_dict; in a worker process, that worker's start."""
         worker = get_worker_info()
         if worker is None:
             return self.loader.state_dict()
-        return asdict(self._place or _WorkerPlace(self.loader.state_dict(), worker.id, worker.num_workers))
+        return asdict(self._start or _WorkerStart(self.loader.state_dict(), worker.id, worker.num_workers))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand where a state says; before worker processes are started, or in one, that worker's place."""
+        """Stand where a state says; before worker processes are started, or in one, that worker's start."""
         if set(state) == {"start", "first", "num_workers"}:
-            self._resumed = _WorkerPlace(**state)
+            self._resumed = _WorkerStart(**state)
             state = self._resumed.start
         self.loader.load_state_dict(state)
 
@@ -191,14 +191,14 @@ def _pinned(num_bytes: int) -> NDArray[np.uint8]:
 
 
 @dataclass(frozen=True, slots=True)
-class _WorkerPlace:
-    """Where one of several workers stands: `first` batches behind the place of a loader's state, and every num_workers-th."""
+class _WorkerStart:
+    """Where one of several workers stands: `first` batches after a loader's state, and every num_workers-th."""
 
     start: dict[str, Any]
     first: int
     num_workers: int
 
-    def behind_another(self) -> _WorkerPlace:
+    def after_another(self) -> _WorkerStart:
         return replace(self, first=self.first + self.num_workers)
 
     def check_fits(self, num_workers: int) -> None:

@@ -1,4 +1,4 @@
-"""Packed rows by number: for samplers, trainers that skip by index, and looking at a batch by hand."""
+"""Packed rows by index: for samplers, trainers that skip by index, and looking at a batch by hand."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class PackedView:
         return (self[row] for row in range(len(self)))
 
     def __getitem__(self, row: int) -> Batch:
-        """Row `row` as a batch of one; negative numbers count from the end. Raises IndexError outside."""
-        number = index(row)
-        if number < 0:
-            number += len(self)
-        return read_rows(self._caches, [self.layout.row(number)], self.config.seq_len, self.config.mask)
+        """Row `row` as a batch of one; negative indices count from the end. Raises IndexError outside."""
+        row_index = index(row)
+        if row_index < 0:
+            row_index += len(self)
+        return read_rows(self._caches, [self.layout.row(row_index)], self.config.seq_len, self.config.mask)
 
     def close(self) -> None:
         """Close the caches that were opened here."""

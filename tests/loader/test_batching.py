@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError
 from kdcache.loader.order.mix import CacheTable
-from kdcache.loader.rows.batching import batch_block, row_length, window_batches
+from kdcache.loader.rows.batching import batch_block, buffer_batches, row_length
 from kdcache.loader.rows.layout import EpochLayout
-from kdcache.loader.rows.packing import BLOCK_WINDOWS, PACKING_VERSION, cuts_batches
+from kdcache.loader.rows.packing import BLOCK_BUFFERS, PACKING_VERSION, cuts_batches
 
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=80)
 UNPACKED = st.builds(
@@ -66,7 +66,7 @@ def test_any_batch_can_be_asked_for_first(lengths: list[int], options: LoaderCon
 def test_a_token_budget_takes_as_many_groups_as_fit() -> None:
     options = LoaderConfig(seq_len=10, packing="none", batch_rows=2, pad_to="longest", pad_multiple=1, max_batch_tokens=24)
     lengths = np.array([3, 4, 5, 4, 6, 2, 2, 2, 9, 10, 1])
-    assert [batch.tolist() for batch in window_batches(lengths, options)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [10]]
+    assert [batch.tolist() for batch in buffer_batches(lengths, options)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [10]]
     assert [row_length(t, options) for t in (1, 9, 10)] == [1, 9, 10]
 
 
@@ -101,14 +101,14 @@ def test_batches_of_version_1_are_pinned() -> None:
         seed=3,
     )
     rows = batch_block(np.arange(12), lengths, options, epoch=1, block=0)
-    assert rows.sequences_M.tolist() == [0, 2, 3, 4, 5, 1, 6, 8, 7, 9, 10, 11]
+    assert rows.sequences_S.tolist() == [0, 2, 3, 4, 5, 1, 6, 8, 7, 9, 10, 11]
     assert rows.batches_N1 is not None
     assert rows.batches_N1.tolist() == [0, 2, 4, 6, 8, 10, 12]
 
 
 def test_windows_are_whole_batches_so_that_only_the_epoch_s_last_is_short() -> None:
     options = LoaderConfig(seq_len=8, packing="none", batch_rows=6, packing_buffer=7, pad_to="longest")
-    plan = layout_of([5] * (12 * BLOCK_WINDOWS * 2 + 5), options)
+    plan = layout_of([5] * (12 * BLOCK_BUFFERS * 2 + 5), options)
     sizes = [sum(len(row) for row in plan.batch(b).rows) for b in range(plan.num_batches)]
     assert set(sizes[:-1]) == {6}
     assert sizes[-1] == 5

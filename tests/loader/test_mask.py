@@ -54,9 +54,9 @@ def test_the_first_positions_of_a_sequence_or_the_first_tokens_of_each_turn_are_
 def test_weights_follow_the_role_of_the_predicted_token() -> None:
     choice = choose(chat(), MaskConfig(role_weights={"user": 0.5, "none": 0.0}))
     assert choice.keep_P is not None
-    assert choice.weights_Q is not None
+    assert choice.kept_weights is not None
     assert np.flatnonzero(choice.keep_P).tolist() == [0, 1, 3, 4, 5, 6, 7]
-    assert choice.weights_Q.tolist() == [0.5, 0.5, 1, 1, 1, 0.5, 1]
+    assert choice.kept_weights.tolist() == [0.5, 0.5, 1, 1, 1, 0.5, 1]
 
 
 @settings(deadline=None)
@@ -65,9 +65,9 @@ def test_the_fast_choice_equals_the_reference(number: int, length: int, supervis
     sequence = make_record(number, length, k=1, supervised=supervised, chat=True).sequence
     choice, expected = choose(sequence, mask), choose_reference(sequence, mask)
     keep_P = np.ones(len(expected), bool) if choice.keep_P is None else choice.keep_P
-    weights_Q = np.ones(len(expected)) if choice.weights_Q is None else choice.weights_Q
+    kept_weights = np.ones(len(expected)) if choice.kept_weights is None else choice.kept_weights
     assert keep_P.tolist() == [weight > 0 for weight in expected]
-    assert weights_Q.tolist() == [weight for weight in expected if weight > 0]
+    assert kept_weights.tolist() == [weight for weight in expected if weight > 0]
 
 
 @settings(deadline=None)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from kdcache.loader.order.shuffle import Order, sequences_at
 from kdcache.loader.rows._numba_packing import first_fit
-from kdcache.loader.rows.packing import BLOCK_WINDOWS, PACKING_VERSION, Packing, Rows, first_fit_reference, pack_block
+from kdcache.loader.rows.packing import BLOCK_BUFFERS, PACKING_VERSION, Packing, Rows, first_fit_reference, pack_block
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=60)
 
@@ -41,8 +41,8 @@ def pack_epoch_reference(lengths: list[int], order: Order, packing: Packing) -> 
     """The whole epoch's rows, window by window, with the plain first fit."""
     sequences = sequences_at(order, 0, len(lengths)).tolist()
     rows: list[list[int]] = []
-    for start in range(0, len(sequences), packing.window):
-        window = sequences[start : start + packing.window]
+    for start in range(0, len(sequences), packing.buffer):
+        window = sequences[start : start + packing.buffer]
         row_W = first_fit_reference([lengths[s] for s in window], packing.seq_len)
         rows += [[s for s, r in zip(window, row_W, strict=True) if r == row] for row in range(max(row_W) + 1)]
     return rows
@@ -53,7 +53,7 @@ def pack_epoch_reference(lengths: list[int], order: Order, packing: Packing) -> 
 def test_blocks_one_after_another_equal_windows_packed_one_by_one(num_sequences: int, window: int) -> None:
     lengths = np.random.default_rng(window).integers(1, 33, num_sequences).astype(np.uint32)
     order, packing = Order(num_sequences, 1, 2), Packing("first_fit", 32, window)
-    num_blocks = -(-num_sequences // (BLOCK_WINDOWS * window))
+    num_blocks = -(-num_sequences // (BLOCK_BUFFERS * window))
     blocks = [block_of(lengths, order, b, packing) for b in range(num_blocks)]
     rows = [block[r].tolist() for block in blocks for r in range(len(block))]
     assert rows == pack_epoch_reference(lengths.tolist(), order, packing)

@@ -85,7 +85,7 @@ class BatchLayout:
     """Where the records of a batch go.
 
     Attributes:
-        sequences_per_row: for each of the B rows, how many records it takes, one behind the other; 0 for an empty row.
+        sequences_per_row: for each of the B rows, how many records it takes, one after the other; 0 for an empty row.
         seq_len: T.
         columns: of the entries.
         mask: which positions are learned from.
@@ -133,8 +133,8 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
             end = position + _num_kept(record, choice)
             addresses = _addresses(record, choice, held)
             table.append((*addresses, num_tokens, b, column, segment, position))
-            if choice.weights_Q is not None:
-                batch.weights_P[position:end] = choice.weights_Q
+            if choice.kept_weights is not None:
+                batch.weights_P[position:end] = choice.kept_weights
             if batch.roles_P is not None:
                 roles_P = target_roles(record.sequence)
                 batch.roles_P[position:end] = roles_P if choice.keep_P is None else roles_P[choice.keep_P]

@@ -31,7 +31,7 @@ class Batch:
         position_ids_BT: (B, T) int32; 0.. within each sequence, 0 at padding.
         segment_ids_BT: (B, T) int32; 1.. for the sequences of the row, 0 at padding: attend only where it is equal.
         cu_seqlens_G1: (G+1,) int32, from 0 to B*T: where each segment of the flattened rows starts. Each sequence is a segment,
-            and so is the padding behind a row's last one, so that every place is in one.
+            and so is the padding after a row's last one, so that every slot is in one.
         max_seqlen: length of the longest segment.
         target_ids_BT: (B, T) int32; the token after position t in the same sequence, NO_TARGET where there is none, where the
             position is not supervised or masked out, and at padding.
@@ -82,7 +82,7 @@ class Batch:
 ARRAYS = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "cu_seqlens_G1", "target_ids_BT", "flat_positions_P",
           "weights_P")  # fmt: skip
 """The fields of a batch that are arrays and always there; `roles_P`, `features` and the arrays of `teacher` may be missing."""
-NUMBERS = ("max_seqlen", "num_sequences", "num_masked")
+SCALARS = ("max_seqlen", "num_sequences", "num_masked")
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:

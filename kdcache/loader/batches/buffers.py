@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from kdcache.errors import StorageError
 
 Allocate = Callable[[int], NDArray[np.uint8]]
-"""Number of bytes -> an uninitialised C-contiguous array of at least so many."""
+"""A number of bytes -> an uninitialised C-contiguous array of at least this many."""
 
 
 def plain_memory(num_bytes: int) -> NDArray[np.uint8]:

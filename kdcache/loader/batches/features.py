@@ -1,7 +1,4 @@
-"""Hidden states in a batch: which of the caches' features it holds, and how they get there.
-
-Shape letters: P positions of the batch, G its sequences, H a feature's size, R rows of a feature of one sequence.
-"""
+"""Hidden states in a batch: which of the caches' features it holds, and how they get there."""
 
 from __future__ import annotations
 
@@ -23,13 +20,13 @@ def find_features(manifests: Sequence[Manifest], names: Sequence[str]) -> tuple[
     Raises:
         ConfigError: a cache has none of that name, or one of another size or pooling than the first.
     """
-    found = [_find(manifest, number, names) for number, manifest in enumerate(manifests)]
-    for number, features in enumerate(found):
+    found = [_find(manifest, index, names) for index, manifest in enumerate(manifests)]
+    for index, features in enumerate(found):
         for first, other in zip(found[0], features, strict=True):
             if (first.size, first.pooling) != (other.size, other.pooling):
                 raise ConfigError(
                     f"loader.features: {first.name!r} has {first.size} numbers and pooling {first.pooling!r} in cache 0, but "
-                    f"{other.size} and {other.pooling!r} in cache {number}; they cannot share a batch"
+                    f"{other.size} and {other.pooling!r} in cache {index}; they cannot share a batch"
                 )
     return found[0]
 
@@ -56,17 +53,17 @@ def batch_features(
     for feature in features:
         parts = [values[feature.name] for values in decoded]
         if feature.pooling == "none":
-            parts = [rows_RH if keep is None else rows_RH[keep] for rows_RH, keep in zip(parts, keeps, strict=True)]
+            parts = [vectors if keep is None else vectors[keep] for vectors, keep in zip(parts, keeps, strict=True)]
         made[feature.name] = np.concatenate([np.empty((0, feature.size), np.float32), *parts])
     return made
 
 
-def _find(manifest: Manifest, number: int, names: Sequence[str]) -> tuple[FeatureInfo, ...]:
+def _find(manifest: Manifest, index: int, names: Sequence[str]) -> tuple[FeatureInfo, ...]:
     there = {feature.name: feature for feature in manifest.identity.features}
     for name in names:
         if name not in there:
             has = ", ".join(there) or "none"
-            raise ConfigError(f"loader.features: cache {number} has no feature {name!r}; it has {has}")
+            raise ConfigError(f"loader.features: cache {index} has no feature {name!r}; it has {has}")
     return tuple(there[name] for name in names)
 
 

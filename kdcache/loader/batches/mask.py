@@ -1,8 +1,6 @@
 """Which of a sequence's cached positions are learned from, chosen when it is read. Pure functions.
 
 A position t is judged by the token that it predicts, t + 1: its role is that token's.
-
-Shape letters: N tokens of a sequence, P supervised positions, Q of these that are kept.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ class Choice:
 
     Attributes:
         keep_P: (P,) bool; None where all are kept.
-        weights_Q: (Q,) float32; None where all are 1.
+        kept_weights: float32, one for each position kept; None where all are 1.
     """
 
     keep_P: NDArray[np.bool_] | None = None
-    weights_Q: NDArray[np.float32] | None = None
+    kept_weights: NDArray[np.float32] | None = None
 
 
 EVERYTHING = Choice()

@@ -1,11 +1,9 @@
 """The local order: shards in a shuffled order, a few at a time, their sequences mixed. For caches that are read from afar:
 what is read in a stretch of the epoch lies in `local_shards` shards.
 
-The shards are permuted by the keyed bijection of `order.py`. Each window of so many of them, one after another in that order,
-is a range of places; within it a bijection of its own, keyed by the window's number, says which of the window's sequences
+The shards are permuted by the keyed bijection of `order.py`. Each group of several of them, one after another in that order,
+is a range of ranks; within it a bijection of its own, keyed by the group's number, says which of the group's sequences
 comes when. Memory: a few numbers per shard, nothing per sequence.
-
-Shape letters: C shards, W windows, M places asked for.
 """
 
 from __future__ import annotations
@@ -15,15 +13,15 @@ from numpy.typing import NDArray
 
 from kdcache.loader.order.shuffle import Order, derived_seed, sequence_at_reference, sequences_at
 
-_SHARDS, _WINDOW = 1, 2
+_SHARDS, _GROUP = 1, 2
 
 
 class LocalOrder:
-    """The order in which one epoch reads a cache, window by window; `Order` for the shards and for each window.
+    """The order in which one epoch reads a cache, group by group; `Order` for the shards and for each group.
 
     Args:
         shard_sizes_C: (C,) sequences of each shard, in the cache's order; shards of none are passed over.
-        local_shards: shards in a window; the last window has what is left.
+        local_shards: shards in a group; the last group has what is left.
         seed, epoch: as for Order.
     """
 
@@ -36,48 +34,48 @@ class LocalOrder:
         self._firsts_C = firsts_C[shards_C]
         self._starts_C1 = np.append(0, np.cumsum(sizes_C[shards_C]))
         self._local_shards = local_shards
-        self._window_starts_W1 = np.append(self._starts_C1[:-1:local_shards], self._starts_C1[-1])
+        self._group_starts_1 = np.append(self._starts_C1[:-1:local_shards], self._starts_C1[-1])
 
     @property
     def num_sequences(self) -> int:
         """Of the cache."""
         return int(self._starts_C1[-1])
 
-    def window_order(self, window: int) -> Order:
-        """The bijection of a window's own places."""
-        size = int(self._window_starts_W1[window + 1] - self._window_starts_W1[window])
-        return Order(size, derived_seed(self.seed, _WINDOW, window), self.epoch)
+    def group_order(self, group: int) -> Order:
+        """The bijection of a group's own ranks."""
+        size = int(self._group_starts_1[group + 1] - self._group_starts_1[group])
+        return Order(size, derived_seed(self.seed, _GROUP, group), self.epoch)
 
     def sequences_at(self, start: int, stop: int) -> NDArray[np.int64]:
-        """(stop - start,) int64, the sequences at places start..stop-1 of the order.
+        """(stop - start,) int64, the sequences at ranks start..stop-1 of the order.
 
         Raises:
             IndexError: not 0 <= start <= stop <= num_sequences.
         """
         if not 0 <= start <= stop <= self.num_sequences:
-            raise IndexError(f"places {start}:{stop} are not within an order of {self.num_sequences} sequences")
+            raise IndexError(f"ranks {start}:{stop} are not within an order of {self.num_sequences} sequences")
         parts = [np.zeros(0, np.int64)]
-        window = int(np.searchsorted(self._window_starts_W1, start, "right")) - 1
+        group = int(np.searchsorted(self._group_starts_1, start, "right")) - 1
         while start < stop:
-            first, end = int(self._window_starts_W1[window]), int(self._window_starts_W1[window + 1])
-            places_M = first + sequences_at(self.window_order(window), start - first, min(stop, end) - first)
-            parts.append(self._in_shards(places_M))
-            start, window = end, window + 1
+            first, end = int(self._group_starts_1[group]), int(self._group_starts_1[group + 1])
+            ranks_S = first + sequences_at(self.group_order(group), start - first, min(stop, end) - first)
+            parts.append(self._in_shards(ranks_S))
+            start, group = end, group + 1
         return np.concatenate(parts)
 
-    def sequence_at_reference(self, place: int) -> int:
-        """The sequence at one place, by writing out its window: the definition that `sequences_at` is compared with."""
+    def sequence_at_reference(self, rank: int) -> int:
+        """The sequence at one rank, by writing out its group: the definition that `sequences_at` is compared with."""
         shards = list(range(len(self._firsts_C)))
-        windows = [shards[i : i + self._local_shards] for i in range(0, len(shards), self._local_shards)]
-        for window, members in enumerate(windows):
+        groups = [shards[i : i + self._local_shards] for i in range(0, len(shards), self._local_shards)]
+        for group, members in enumerate(groups):
             spans = [(self._firsts_C[c], self._starts_C1[c + 1] - self._starts_C1[c]) for c in members]
             sequences = [int(first) + i for first, size in spans for i in range(int(size))]
-            if place < len(sequences):
-                return sequences[sequence_at_reference(self.window_order(window), place)]
-            place -= len(sequences)
-        raise IndexError(place)
+            if rank < len(sequences):
+                return sequences[sequence_at_reference(self.group_order(group), rank)]
+            rank -= len(sequences)
+        raise IndexError(rank)
 
-    def _in_shards(self, places_M: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sequences at places of the shuffled shards laid one after another."""
-        shards_M = np.searchsorted(self._starts_C1, places_M, "right") - 1
-        return self._firsts_C[shards_M] + places_M - self._starts_C1[shards_M]
+    def _in_shards(self, ranks_S: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sequences at ranks of the shuffled shards laid one after another."""
+        shards_S = np.searchsorted(self._starts_C1, ranks_S, "right") - 1
+        return self._firsts_C[shards_S] + ranks_S - self._starts_C1[shards_S]

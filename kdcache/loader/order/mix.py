@@ -1,13 +1,11 @@
-"""The order of an epoch over one cache or several: which sequence comes at each place.
+"""The order of an epoch over one cache or several: which sequence comes at each rank.
 
 Sequences of all caches are numbered together: sequence i of cache c is number `bases[c] + i`.
 
 An epoch takes `counts[c]` sequences from cache c and spreads them evenly: the j-th of them has the key (2 j + 1) / (2
-counts[c]), a float64 division, and places go by rising key, among equals by the cache's number. So in any stretch of the epoch
+counts[c]), a float64 division, and ranks go by rising key, among equals by the cache's number. So in any stretch of the epoch
 each cache has its share, to within one sequence, and all of them end together. Which sequence the j-th is: cache c goes through
 its own order pass after pass whatever the epochs, so in epoch e it is number e counts[c] + j of that endless row.
-
-Shape letters: C caches, M places asked for.
 """
 
 from __future__ import annotations
@@ -89,32 +87,32 @@ class EpochOrder:
         self._passes: dict[tuple[int, int], Order | LocalOrder] = {}
 
     def sequences_at(self, start: int, stop: int) -> NDArray[np.int64]:
-        """(stop - start,) int64, the numbers of the sequences at places start..stop-1.
+        """(stop - start,) int64, the numbers of the sequences at ranks start..stop-1.
 
         Raises:
             IndexError: not 0 <= start <= stop <= num_sequences.
         """
         if not 0 <= start <= stop <= self.num_sequences:
-            raise IndexError(f"places {start}:{stop} are not within an order of {self.num_sequences} sequences")
+            raise IndexError(f"ranks {start}:{stop} are not within an order of {self.num_sequences} sequences")
         if len(self._caches) == 1:
             return self._of_cache(0, start, stop)
         spans = interleaved_spans(self.counts, start, stop)
-        keys_M = np.concatenate([_keys(low, high, n) for (low, high), n in zip(spans, self.counts, strict=True)])
-        caches_M = np.repeat(np.arange(len(spans)), [high - low for low, high in spans])
-        sequences_M = np.concatenate([self._of_cache(c, low, high) for c, (low, high) in enumerate(spans)])
+        keys_S = np.concatenate([_keys(low, high, n) for (low, high), n in zip(spans, self.counts, strict=True)])
+        caches_S = np.repeat(np.arange(len(spans)), [high - low for low, high in spans])
+        sequences_S = np.concatenate([self._of_cache(c, low, high) for c, (low, high) in enumerate(spans)])
         skipped = start - sum(low for low, _ in spans)
-        return sequences_M[np.lexsort((caches_M, keys_M))][skipped : skipped + stop - start]
+        return sequences_S[np.lexsort((caches_S, keys_S))][skipped : skipped + stop - start]
 
-    def num_tokens(self, numbers_M: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(M,) int64, the tokens of these sequences."""
+    def num_tokens(self, indices_S: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(S,) int64, the tokens of these sequences."""
         if len(self._caches) == 1:
-            return self._caches[0].num_tokens_S[numbers_M].astype(np.int64)
-        lengths_M = np.zeros(len(numbers_M), np.int64)
-        caches_M = np.searchsorted(self.bases, numbers_M, "right") - 1
+            return self._caches[0].num_tokens_S[indices_S].astype(np.int64)
+        lengths_S = np.zeros(len(indices_S), np.int64)
+        caches_S = np.searchsorted(self.bases, indices_S, "right") - 1
         for c, cache in enumerate(self._caches):
-            is_its_M = caches_M == c
-            lengths_M[is_its_M] = cache.num_tokens_S[numbers_M[is_its_M] - self.bases[c]]
-        return lengths_M
+            is_its_S = caches_S == c
+            lengths_S[is_its_S] = cache.num_tokens_S[indices_S[is_its_S] - self.bases[c]]
+        return lengths_S
 
     def expected_sum(self) -> int | None:
         """The sum of the numbers of all sequences of the epoch, where it takes whole passes of each cache; else None."""
@@ -129,27 +127,27 @@ class EpochOrder:
         start, stop = before + start, before + stop
         parts = [np.zeros(0, np.int64)]
         while start < stop:
-            number, place = divmod(start, size)
-            end = min(stop, (number + 1) * size)
-            parts.append(_places(self._pass(cache, number), place, place + end - start))
+            pass_index, rank = divmod(start, size)
+            end = min(stop, (pass_index + 1) * size)
+            parts.append(_ranks(self._pass(cache, pass_index), rank, rank + end - start))
             start = end
         return np.concatenate(parts) + self.bases[cache]
 
-    def _pass(self, cache: int, number: int) -> Order | LocalOrder:
-        if (cache, number) not in self._passes:
+    def _pass(self, cache: int, index: int) -> Order | LocalOrder:
+        if (cache, index) not in self._passes:
             config, seed = self._config, self._config.seed
             if len(self._caches) > 1:
                 seed = derived_seed(seed, _CACHE, cache)
             if config.order == "local" and config.shuffle:
                 sizes_C = self._caches[cache].shard_sizes_C
-                self._passes[cache, number] = LocalOrder(sizes_C, config.local_shards, seed, number)
+                self._passes[cache, index] = LocalOrder(sizes_C, config.local_shards, seed, index)
             else:
-                self._passes[cache, number] = Order(self.sizes[cache], seed, number, config.shuffle)
-        return self._passes[cache, number]
+                self._passes[cache, index] = Order(self.sizes[cache], seed, index, config.shuffle)
+        return self._passes[cache, index]
 
 
 def interleaved_spans(counts: Sequence[int], start: int, stop: int) -> list[tuple[int, int]]:
-    """For each cache a range of its share that surely covers places start..stop-1, such that all that comes before the ranges
+    """For each cache a range of its share that surely covers ranks start..stop-1, such that all that comes before the ranges
     comes before `start`.
 
     Of n caches, the sequences with a key below x are x * num_sequences, give or take n / 2; so the one of rank p has its key
@@ -162,7 +160,7 @@ def interleaved_spans(counts: Sequence[int], start: int, stop: int) -> list[tupl
 
 
 def interleave_reference(counts: Sequence[int]) -> list[tuple[int, int]]:
-    """(cache, j) at each place of an epoch, by sorting all of them: the definition that `EpochOrder` is compared with."""
+    """(cache, j) at each rank of an epoch, by sorting all of them: the definition that `EpochOrder` is compared with."""
     keys = [((2 * j + 1) / (2 * count), cache, j) for cache, count in enumerate(counts) for j in range(count)]
     return [(cache, j) for _, cache, j in sorted(keys)]
 
@@ -171,5 +169,5 @@ def _keys(low: int, high: int, count: int) -> NDArray[np.float64]:
     return (2 * np.arange(low, high, dtype=np.int64) + 1) / np.float64(2 * count)
 
 
-def _places(order: Order | LocalOrder, start: int, stop: int) -> NDArray[np.int64]:
+def _ranks(order: Order | LocalOrder, start: int, stop: int) -> NDArray[np.int64]:
     return order.sequences_at(start, stop) if isinstance(order, LocalOrder) else sequences_at(order, start, stop)

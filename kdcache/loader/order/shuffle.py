@@ -1,8 +1,8 @@
-"""The order of an epoch: a keyed bijection of 0..num_sequences-1, computed place by place, never held in memory.
+"""The order of an epoch: a keyed bijection of 0..num_sequences-1, computed rank by rank, never held in memory.
 
-Places are numbered by the smallest number of bits that holds them all. The bits are cut into two halves and run through an
+Ranks are numbered by the smallest number of bits that holds them all. The bits are cut into two halves and run through an
 alternating Feistel network (Luby and Rackoff 1988): each round XORs one half with a hash of the other, which can be undone and
-is therefore a bijection of all numbers of that many bits. A result that is not a sequence's number is run through again until
+is therefore a bijection of all integers of that many bits. A result that is not a sequence's number is run through again until
 it is one ("cycle walking", Black and Rogaway 2002, section 3); fewer than half are outside, so two runs do on average.
 """
 
@@ -41,40 +41,40 @@ class Order:
 
 
 def sequences_at(order: Order, start: int, stop: int) -> NDArray[np.int64]:
-    """(stop - start,) int64, the sequences at places start..stop-1 of the order.
+    """(stop - start,) int64, the sequences at ranks start..stop-1 of the order.
 
     Raises:
         IndexError: not 0 <= start <= stop <= num_sequences.
     """
     if not 0 <= start <= stop <= order.num_sequences:
-        raise IndexError(f"places {start}:{stop} are not within an order of {order.num_sequences} sequences")
-    numbers = np.arange(start, stop, dtype=np.uint64)
+        raise IndexError(f"ranks {start}:{stop} are not within an order of {order.num_sequences} sequences")
+    values = np.arange(start, stop, dtype=np.uint64)
     if order.shuffle and order.num_sequences > 1:
         keys, num_bits = _round_keys(order), (order.num_sequences - 1).bit_length()
-        numbers = _encipher(numbers, keys, num_bits)
-        # The places that are outside again after a run shrink by half or more: this ends.
-        while len(outside := np.flatnonzero(numbers >= order.num_sequences)):
-            numbers[outside] = _encipher(numbers[outside], keys, num_bits)
-    return numbers.astype(np.int64)
+        values = _encipher(values, keys, num_bits)
+        # The ranks that are outside again after a run shrink by half or more: this ends.
+        while len(outside := np.flatnonzero(values >= order.num_sequences)):
+            values[outside] = _encipher(values[outside], keys, num_bits)
+    return values.astype(np.int64)
 
 
-def sequence_at_reference(order: Order, place: int) -> int:
-    """The sequence at one place, in Python integers: the definition that `sequences_at` is compared with."""
+def sequence_at_reference(order: Order, rank: int) -> int:
+    """The sequence at one rank, in Python integers: the definition that `sequences_at` is compared with."""
     if not order.shuffle or order.num_sequences <= 1:
-        return place
+        return rank
     num_bits = (order.num_sequences - 1).bit_length()
     high_bits, low_bits = (num_bits + 1) // 2, num_bits // 2
-    number = place
+    value = rank
     while True:
-        high, low = number >> low_bits, number & ((1 << low_bits) - 1)
+        high, low = value >> low_bits, value & ((1 << low_bits) - 1)
         for i, key in enumerate(_round_keys(order)):
             if i % 2 == 0:
                 high ^= _mix(low ^ key) & ((1 << high_bits) - 1)
             else:
                 low ^= _mix(high ^ key) & ((1 << low_bits) - 1)
-        number = high << low_bits | low
-        if number < order.num_sequences:
-            return number
+        value = high << low_bits | low
+        if value < order.num_sequences:
+            return value
 
 
 def derived_seed(seed: int, purpose: int, index: int = 0) -> int:
@@ -85,10 +85,10 @@ def derived_seed(seed: int, purpose: int, index: int = 0) -> int:
     return state >> 1
 
 
-def _encipher(numbers: NDArray[np.uint64], keys: list[int], num_bits: int) -> NDArray[np.uint64]:
+def _encipher(values: NDArray[np.uint64], keys: list[int], num_bits: int) -> NDArray[np.uint64]:
     high_bits, low_bits = (num_bits + 1) // 2, num_bits // 2
     high_mask, low_mask = np.uint64((1 << high_bits) - 1), np.uint64((1 << low_bits) - 1)
-    high, low = numbers >> np.uint64(low_bits), numbers & low_mask
+    high, low = values >> np.uint64(low_bits), values & low_mask
     for i, key in enumerate(keys):
         if i % 2 == 0:
             high ^= _mix_array(low ^ np.uint64(key)) & high_mask

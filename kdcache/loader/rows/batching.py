@@ -1,11 +1,9 @@
 """Batches of one sequence per row, cut by length: grouped, padded to their longest, bounded in tokens. Pure functions.
 
-Each window of the epoch's order is cut by itself. Its sequences come in the order, or with `group_by_length` by rising length.
+Each buffer of the epoch's order is cut by itself. Its sequences come in the order, or with `group_by_length` by rising length.
 `batch_rows` at a time they make a group; a batch is one group, or with `max_batch_tokens` as many as fit. Grouped batches are
-then shuffled, so that an epoch does not run from short to long; only a window's last group may be smaller than `batch_rows`,
-only that of the epoch's last window is, and its batch stays the last.
-
-Shape letters: M sequences of a block, W sequences of a window, N batches.
+then shuffled, so that an epoch does not run from short to long; only a buffer's last group may be smaller than `batch_rows`,
+only that of the epoch's last buffer is, and its batch stays the last.
 """
 
 from __future__ import annotations
@@ -21,37 +19,37 @@ _BATCHES = 4
 
 
 def batch_block(
-    sequences_M: NDArray[np.int64], lengths_M: NDArray[np.int64], config: LoaderConfig, *, epoch: int, block: int
+    sequences_S: NDArray[np.int64], lengths_S: NDArray[np.int64], config: LoaderConfig, *, epoch: int, block: int
 ) -> Rows:
     """The rows of one block of the epoch, one sequence each, and its batches.
 
     Args:
-        sequences_M: (M,) the sequences at the block's places of the order.
-        lengths_M: (M,) their tokens, each in [1, seq_len].
+        sequences_S: (S,) the sequences at the block's ranks of the order.
+        lengths_S: (S,) their tokens, each in [1, seq_len].
         config: of the loader.
         epoch, block: key the shuffle of grouped batches.
     """
-    width = Packing.of(config).window
+    width = Packing.of(config).buffer
     rows: list[NDArray[np.int64]] = []
     sizes: list[int] = []
-    for window, start in enumerate(range(0, len(sequences_M), width)):
-        batches = window_batches(lengths_M[start : start + width], config)
+    for buffer, start in enumerate(range(0, len(sequences_S), width)):
+        batches = buffer_batches(lengths_S[start : start + width], config)
         if config.group_by_length and config.shuffle:
-            batches = _shuffled(batches, config, epoch, (block << 16) + window)
+            batches = _shuffled(batches, config, epoch, (block << 16) + buffer)
         rows += [start + batch for batch in batches]
         sizes += [len(batch) for batch in batches]
-    places_M = np.concatenate([*rows, np.zeros(0, np.int64)])
-    return Rows(sequences_M[places_M], np.arange(len(places_M) + 1), np.append(0, np.cumsum(sizes, dtype=np.int64)))
+    picked_S = np.concatenate([*rows, np.zeros(0, np.int64)])
+    return Rows(sequences_S[picked_S], np.arange(len(picked_S) + 1), np.append(0, np.cumsum(sizes, dtype=np.int64)))
 
 
-def window_batches(lengths_W: NDArray[np.int64], config: LoaderConfig) -> list[NDArray[np.int64]]:
-    """The batches of one window before they are shuffled, each the places of its sequences within the window."""
-    places_W = np.argsort(lengths_W, kind="stable") if config.group_by_length else np.arange(len(lengths_W))
-    groups = [places_W[i : i + config.batch_rows] for i in range(0, len(places_W), config.batch_rows)]
+def buffer_batches(lengths_S: NDArray[np.int64], config: LoaderConfig) -> list[NDArray[np.int64]]:
+    """The batches of one buffer before they are shuffled, each the ranks of its sequences within the buffer."""
+    picked_S = np.argsort(lengths_S, kind="stable") if config.group_by_length else np.arange(len(lengths_S))
+    groups = [picked_S[i : i + config.batch_rows] for i in range(0, len(picked_S), config.batch_rows)]
     batches: list[list[NDArray[np.int64]]] = []
     longest = 0
     for group in groups:
-        longest = max(longest, int(lengths_W[group].max()))
+        longest = max(longest, int(lengths_S[group].max()))
         num_rows = (len(batches[-1]) + 1 if batches else 1) * config.batch_rows
         if (
             batches
@@ -61,19 +59,19 @@ def window_batches(lengths_W: NDArray[np.int64], config: LoaderConfig) -> list[N
             batches[-1].append(group)
         else:
             batches.append([group])
-            longest = int(lengths_W[group].max())
+            longest = int(lengths_S[group].max())
     return [np.concatenate(batch) for batch in batches]
 
 
 def row_length(longest: int, config: LoaderConfig) -> int:
-    """T of a batch whose longest sequence, over all ranks, has so many tokens."""
+    """T of a batch whose longest sequence, over all ranks, has this many tokens."""
     if config.pad_to == "seq_len":
         return config.seq_len
     return min(config.seq_len, -(-longest // config.pad_multiple) * config.pad_multiple)
 
 
 def _shuffled(batches: list[NDArray[np.int64]], config: LoaderConfig, epoch: int, key: int) -> list[NDArray[np.int64]]:
-    """The batches in another order; one whose rows are no multiple of batch_rows stays where it is, at the end."""
+    """The batches in another order; one whose rows are not a multiple of batch_rows stays where it is, at the end."""
     num_whole = len(batches) - (len(batches[-1]) % config.batch_rows > 0)
     order = sequences_at(Order(num_whole, derived_seed(config.seed, _BATCHES, key), epoch), 0, num_whole)
     return [batches[i] for i in order] + batches[num_whole:]

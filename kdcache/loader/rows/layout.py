@@ -1,7 +1,4 @@
-"""The layout of an epoch: rows and batches by number, computed as they are asked for; bounded memory, no record is read.
-
-Shape letters: M sequences.
-"""
+"""The layout of an epoch: rows and batches by index, computed as they are asked for; bounded memory, no record is read."""
 
 from __future__ import annotations
 
@@ -51,7 +48,7 @@ class BatchRows:
     """A global batch before it is read.
 
     Attributes:
-        rows: the sequences of each row, a multiple of `batch_rows` of them; those behind the epoch's last row are empty.
+        rows: the sequences of each row, a multiple of `batch_rows` of them; those after the epoch's last row are empty.
         seq_len: T, the length of its rows.
     """
 
@@ -78,7 +75,7 @@ class EpochLayout:
         self._packing = Packing.of(config)
         self._cuts_batches = cuts_batches(config)
         self.order = EpochOrder(caches, config, epoch)
-        # Of rows, batches, tokens and slots: how many there are before each block. One entry per block, 16 windows.
+        # Of rows, batches, tokens and slots: how many there are before each block. One entry per block, 16 buffers.
         self._before: list[_Totals] = [_Totals()]
         self._blocks: OrderedDict[int, Rows] = OrderedDict()
         self._lock = threading.RLock()
@@ -103,11 +100,11 @@ class EpochLayout:
         """Whether the epoch has this row; computes the table no further than needed."""
         return row >= 0 and self._reaches("rows", row)
 
-    def has_batch(self, number: int) -> bool:
+    def has_batch(self, index: int) -> bool:
         """Whether the epoch has this batch."""
         if self._cuts_batches:
-            return number >= 0 and self._reaches("batches", number)
-        return self.has_row(number * self._config.batch_rows)
+            return index >= 0 and self._reaches("batches", index)
+        return self.has_row(index * self._config.batch_rows)
 
     def row(self, row: int) -> NDArray[np.int64]:
         """The sequences of a row, in their order in it.
@@ -120,17 +117,17 @@ class EpochLayout:
         block = bisect_right(self._before, row, key=lambda totals: totals.rows) - 1
         return self._block(block)[row - self._before[block].rows]
 
-    def batch(self, number: int) -> BatchRows:
+    def batch(self, index: int) -> BatchRows:
         """A global batch; past the epoch's last row its rows are empty.
 
         Raises:
             IndexError: the epoch has no such batch.
         """
-        if not self.has_batch(number):
-            raise IndexError(f"batch {number} is not in the epoch's {self.num_batches} batches")
+        if not self.has_batch(index):
+            raise IndexError(f"batch {index} is not in the epoch's {self.num_batches} batches")
         if self._cuts_batches:
-            return self._own_batch(number)
-        first = number * self._config.batch_rows
+            return self._own_batch(index)
+        first = index * self._config.batch_rows
         empty = np.zeros(0, np.int64)
         rows = [self.row(r) if self.has_row(r) else empty for r in range(first, first + self._config.batch_rows)]
         return BatchRows(rows, self._config.seq_len)
@@ -149,19 +146,19 @@ class EpochLayout:
             fill=totals.tokens / max(1, num_slots),
         )
 
-    def _own_batch(self, number: int) -> BatchRows:
-        block = bisect_right(self._before, number, key=lambda totals: totals.batches) - 1
+    def _own_batch(self, index: int) -> BatchRows:
+        block = bisect_right(self._before, index, key=lambda totals: totals.batches) - 1
         rows = self._block(block)
         assert rows.batches_N1 is not None
-        first, end = rows.batches_N1[number - self._before[block].batches :][:2]
+        first, end = rows.batches_N1[index - self._before[block].batches :][:2]
         sequences = [rows[r] for r in range(first, end)]
-        longest = int(self.order.num_tokens(rows.sequences_M[rows.starts_R1[first] : rows.starts_R1[end]]).max())
+        longest = int(self.order.num_tokens(rows.sequences_S[rows.starts_B1[first] : rows.starts_B1[end]]).max())
         sequences += [np.zeros(0, np.int64)] * (-len(sequences) % self._config.batch_rows)
         return BatchRows(sequences, row_length(longest, self._config))
 
-    def _reaches(self, what: str, number: int) -> bool:
+    def _reaches(self, what: str, index: int) -> bool:
         with self._lock:
-            while getattr(self._before[-1], what) <= number:
+            while getattr(self._before[-1], what) <= index:
                 if not self._extend():
                     return False
         return True
@@ -178,14 +175,14 @@ class EpochLayout:
         if block * self._packing.block_sequences >= self.order.num_sequences:
             return False
         rows = self._block(block)
-        lengths_M = self.order.num_tokens(rows.sequences_M)
+        lengths_S = self.order.num_tokens(rows.sequences_S)
         num_batches = num_slots = 0
         if rows.batches_N1 is not None:
             num_batches = len(rows.batches_N1) - 1
-            longest_N = np.maximum.reduceat(lengths_M, rows.batches_N1[:-1])
+            longest_N = np.maximum.reduceat(lengths_S, rows.batches_N1[:-1])
             sizes_N = np.diff(rows.batches_N1)
             num_slots = sum(int(n) * row_length(int(t), self._config) for n, t in zip(sizes_N, longest_N, strict=True))
-        self._before.append(before.plus(len(rows), num_batches, int(lengths_M.sum()), num_slots))
+        self._before.append(before.plus(len(rows), num_batches, int(lengths_S.sum()), num_slots))
         return True
 
     def _block(self, block: int) -> Rows:
@@ -199,29 +196,29 @@ class EpochLayout:
 
     def _make_block(self, block: int) -> Rows:
         start = block * self._packing.block_sequences
-        sequences_M = self.order.sequences_at(start, min(start + self._packing.block_sequences, self.order.num_sequences))
-        lengths_M = self.order.num_tokens(sequences_M)
+        sequences_S = self.order.sequences_at(start, min(start + self._packing.block_sequences, self.order.num_sequences))
+        lengths_S = self.order.num_tokens(sequences_S)
         if self._cuts_batches:
-            rows = batch_block(sequences_M, lengths_M, self._config, epoch=self._epoch, block=block)
+            rows = batch_block(sequences_S, lengths_S, self._config, epoch=self._epoch, block=block)
         else:
-            rows = pack_block(sequences_M, lengths_M, self._packing)
-        self._check_block(block, sequences_M, rows)
+            rows = pack_block(sequences_S, lengths_S, self._packing)
+        self._check_block(block, sequences_S, rows)
         return rows
 
-    def _check_block(self, block: int, sequences_M: NDArray[np.int64], rows: Rows) -> None:
+    def _check_block(self, block: int, sequences_S: NDArray[np.int64], rows: Rows) -> None:
         """That nothing is lost or repeated is promised, so it is checked, in a pass over what was just computed."""
-        tokens_R = np.add.reduceat(self.order.num_tokens(rows.sequences_M), rows.starts_R1[:-1])
+        tokens_B = np.add.reduceat(self.order.num_tokens(rows.sequences_S), rows.starts_B1[:-1])
         if (
-            rows.starts_R1[-1] != len(sequences_M)
-            or not np.array_equal(np.sort(rows.sequences_M), np.sort(sequences_M))
-            or tokens_R.max() > self._packing.seq_len
+            rows.starts_B1[-1] != len(sequences_S)
+            or not np.array_equal(np.sort(rows.sequences_S), np.sort(sequences_S))
+            or tokens_B.max() > self._packing.seq_len
         ):
             raise RuntimeError(f"packing of block {block} lost, repeated or overfilled something: a bug of kdcache")
 
 
 @dataclass(frozen=True, slots=True)
 class _Totals:
-    """What the blocks up to some place hold together."""
+    """What the blocks up to some block hold together."""
 
     rows: int = 0
     batches: int = 0
