@@ -9,7 +9,7 @@ import datasets
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError
-from kdcache.loader.batches.batch import ARRAYS, NUMBERS
+from kdcache.loader.batches.batch import ARRAYS, SCALARS
 from kdcache.loader.caches import CacheLike
 from kdcache.loader.view import PackedView
 
@@ -51,4 +51,4 @@ def _examples(first_rows: list[int], view: PackedView, rows_per_shard: int) -> I
     for first in first_rows:
         for row in range(first, min(first + rows_per_shard, len(view))):
             batch = view[row]
-            yield {name: getattr(batch, name) for name in (*ARRAYS, "teacher", "roles_P", *NUMBERS)}
+            yield {name: getattr(batch, name) for name in (*ARRAYS, "teacher", "roles_P", *SCALARS)}
