@@ -9,7 +9,7 @@ from dataclasses import dataclass
 _BLOCKS, _HEADER = 3, 2
 """Fields of a footer and of a message."""
 
-SCALARS = [
+NUMBERS = [
     0, 1, -1, 2, 7, 8, 63, 64, 65, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**60, 2**61, 2**62, 2**63 - 1,
     -(2**31), -(2**63), -8, -64,
 ]  # fmt: skip
@@ -131,7 +131,7 @@ def _other(old: int, size: int, rng: random.Random) -> int:
     return rng.choice(
         (
             old + rng.choice((1, -1, 2, -2, 4, -4, 8, -8, 16, 64, -64, 4096)),
-            rng.choice(SCALARS),
+            rng.choice(NUMBERS),
             old * rng.choice((2, 8, -1, 2**20)),
             rng.randrange(max(size, 1)),
         )

@@ -14,7 +14,7 @@ from fuzzing.bases import BASES
 from fuzzing.reading import findings, read_all
 from fuzzing.signing import Parts
 
-SCALARS: list[Any] = [
+NUMBERS: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 255, 65535, 65536, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1,
     -(2**31), -(2**63), 0.0, -0.0, 0.5, 1.5, 1e308, -1e308, 1e-320,
 ]  # fmt: skip
@@ -28,7 +28,7 @@ NESTED: list[Any] = [
     {"k": 5, "p": 0.5}, {"num_draws": 3, "seed": 0}, {"": ""}, {"tau": 1e-3, "seed": 1}, {"vocab_size": 97, "bits": 8},
     [{"source": "a", "reason": "b"}],
 ]  # fmt: skip
-NASTY = [*SCALARS, *TEXTS, *NESTED]
+NASTY = [*NUMBERS, *TEXTS, *NESTED]
 _LEFT_ALONE = {"parent", "format", "number", "digest", "versions"}
 
 

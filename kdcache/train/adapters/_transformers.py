@@ -1,7 +1,7 @@
 """transformers' Trainer, trained from a cache.
 
 Trainer finds where it was after a resume by counting steps and skipping batches; it believes that all epochs have as many.
-It gets a DataLoader over batch SCALARS: what it skips are numbers, nothing is read; and rounds of constant length, see
+It gets a DataLoader over batch indices: what it skips are numbers, nothing is read; and rounds of constant length, see
 stream.py. The loader's own state lies in the checkpoint's `trainer_state.json`, written by Trainer in one piece with the step.
 """
 
