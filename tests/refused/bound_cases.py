@@ -208,7 +208,7 @@ CURVE = {"d": 2**20, "k": 2**20, "exact_k": 0, "polynomial_terms": [0] * 10**5}
 CASES: dict[str, Case] = {
     "compressed buffers": spoilt(hostile.compress),
     "Arrow's metadata version": spoilt(hostile.older_arrow),
-    "record batches' places": spoilt(
+    "record batches' offsets": spoilt(
         lambda c: hostile.replace_shard(c, hostile.repeat_a_batch(hostile.shard_path(c).read_bytes()))
     ),
     "entries by the selection": spoilt(hostile.replaced_selection({"kind": "top_k", "params": {"k": 2**31}})),
