@@ -1,8 +1,5 @@
 """The record in memory: token sequences, and the teacher's sparse next-token distributions at their supervised positions.
 
-Shape letters: N tokens of a sequence, P supervised positions, E entries of all positions (ragged), K entries per position
-(padded), M positions whose target lies outside the support.
-
 At position t the model has read tokens 0..t; its distribution is for token t+1, as the student's logits[t].
 """
 
