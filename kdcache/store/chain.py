@@ -32,7 +32,7 @@ def read_manifest(root: Location, number: int) -> Manifest:
             raise
         manifest = manifest_from_json(_read(path), where=str(path))  # it may have been changed on its way here
     if manifest.number != number:
-        raise CorruptCacheError(f"{path}: says it is manifest {manifest.number}")
+        raise CorruptCacheError(f"{path}: says that it is manifest {manifest.number}, its name says {number}")
     return manifest
 
 

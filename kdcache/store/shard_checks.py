@@ -46,7 +46,7 @@ def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, 
     ours = (shard.unit, identity.teacher.vocab_size, identity.selection, identity.codec, identity.features)
     theirs = (metadata.unit, metadata.vocab_size, metadata.selection, metadata.codec, metadata.features)
     if ours != theirs:
-        raise CorruptCacheError(f"{where}: says it is {theirs}, the manifest says {ours}")
+        raise CorruptCacheError(f"{where}: says that it is {theirs}, the manifest says {ours}")
     if identity.codec.params.get("vocab_size", metadata.vocab_size) != metadata.vocab_size:
         raise CorruptCacheError(f"{where}: the codec has {identity.codec.params}, the teacher {metadata.vocab_size} ids")
     for name, meaning, is_meant in (

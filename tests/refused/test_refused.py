@@ -80,7 +80,7 @@ REFUSALS = {
     "text ids beyond the vocabulary": corrupt(edit_row("input_ids", [97] * 12), "batch 0, sequence 0", "vocabulary of 97"),
     "a digest that leaves a column out": corrupt(hostile.unsigned_row, "000000-", "the digest covers", "expected"),
     "another kind of digest": unsupported(lambda c: hostile.edit_metadata(c, digest="crc32"), "000000-", "crc32", "xxh3_64"),
-    "a shard of another unit": corrupt(lambda c: hostile.edit_metadata(c, unit=7), "000000-", "says it is (7", "says (0"),
+    "a shard of another unit": corrupt(lambda c: hostile.edit_metadata(c, unit=7), "000000-", "says that it is (7", "says (0"),
     "an Arrow file of others": corrupt(hostile.foreign_arrow_file, "000000-", "no kdcache metadata"),
     "a missing column": corrupt(hostile.without_a_column, "000000-", "column 'digest'"),
     "no Arrow file": corrupt(lambda c: hostile.replace_shard(c, b"ARROW1" * 50), "000000-", "cannot be read as an Arrow file"),
@@ -119,7 +119,7 @@ REFUSALS = {
     "JSON with a number beyond floats": corrupt(bomb(HEAD + '"number": 1e999}'), "000001.json", "not JSON"),
     "an empty manifest": corrupt(bomb(""), "000001.json", "not JSON"),
     "a manifest under another's name": corrupt(
-        edit_manifest(lambda f: f.update(number=7)), "000001.json", "says it is manifest 7"
+        edit_manifest(lambda f: f.update(number=7)), "000001.json", "says that it is manifest 7"
     ),
     "a missing index": corrupt(lambda c: [p.unlink() for p in (c / "index").iterdir()], "index/", "No such file"),
     "a flipped bit in the index": corrupt(

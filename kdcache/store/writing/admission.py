@@ -34,7 +34,7 @@ def refuse_foreign_directory(root: Location) -> None:
     except OSError as error:
         if isinstance(error, KdcacheError):
             raise
-        raise StorageError(f"{str(root)!r} cannot be looked at: {error.strerror or error}") from error
+        raise StorageError(f"{str(root)!r} cannot be listed: {error.strerror or error}") from error
 
 
 def _refuse_what_is_there(root: Location) -> None:
