@@ -27,7 +27,7 @@ PROSE = [
     *sorted((ROOT / "kdcache").glob("*.md")), *sorted((ROOT / "kdcache/docs").glob("*.md")),
 ]  # fmt: skip
 
-PENDING = "public"
+PENDING = ""
 """What has not been brought to the glossary's words yet; its test may fail. Take a name out when it does not."""
 
 LETTERS = "BTPCKEVWHNSGL"
@@ -217,6 +217,8 @@ def wrong_in_public_names() -> list[Finding]:
     """What is wrong in the names of the public API: functions, classes, methods and their parameters."""
     found: list[Finding] = []
     for line, text in enumerate((ROOT / "tests/public_api.txt").read_text().splitlines(), 1):
+        if text.startswith("class Manifest("):
+            continue  # its fields are keys of the format on disk
         names = re.findall(r"\b[A-Za-z_]\w*(?=[:(]| -> |$)", text)
         found += [f for name in names for f in wrong_words("kdcache/loader/public_api", line, name)]
     return found

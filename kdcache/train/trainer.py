@@ -101,6 +101,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, config.optimizer)
         self.num_steps = config.steps or num_batches(loader, config.epochs or 1)
         self.step = self.num_tokens = self.num_skipped = 0
+        self._num_positions = 0
         self.last_heldout: float | None = None
         self._resume()
 
@@ -118,6 +119,7 @@ class Trainer:
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
         seconds = time.perf_counter() - start
+        self._check_something_was_learned_from(first_step)
         self.folder.publish_model(self._save_model)
         return TrainResult(
             out=self.folder.root,
@@ -134,6 +136,7 @@ class Trainer:
         rate = learning_rate(self.step, self.num_steps, self.config.optimizer)
         loss, grad_norm = optimize(self.model, self.optimizer, batch, self.config, rate)
         self.step += 1
+        self._num_positions += len(batch.flat_positions_P)
         self.num_tokens += int((batch.segment_ids_BT > 0).sum())
         reason = batch_reason(loss, grad_norm)
         further: dict[str, Any] = {} if reason is None else {"left_out": reason}
@@ -157,6 +160,13 @@ class Trainer:
                 yield to_torch(batch).to(self.model.device)
                 if self.step == self.num_steps:
                     return
+
+    def _check_something_was_learned_from(self, first_step: int) -> None:
+        if self.step > first_step and self._num_positions == 0:
+            raise ConfigError(
+                f"none of the {self.step - first_step} steps had a position to learn from, so no model is published; "
+                "loader.mask leaves nothing of this cache: plain text has no roles, so use mask.roles only with chats"
+            )
 
     def _measure(self) -> None:
         if self.heldout:

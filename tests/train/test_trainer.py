@@ -394,3 +394,11 @@ def test_a_capture_that_has_not_finished_is_not_trained_on_unless_asked(tiny_mod
         train(config, show_progress=False)
     accepted = msgspec.structs.replace(config, accept=("incomplete",))
     assert train(accepted, show_progress=False).num_steps == 1
+
+
+def test_a_run_that_saw_no_position_to_learn_from_publishes_no_model(small_cache: Path, tiny_model_dir: Path, tmp_path: Path):
+    loader = {"seq_len": 64, "batch_rows": 2, "num_threads": 1, "mask": {"roles": ["assistant"]}}
+    config = train_config(small_cache, tiny_model_dir, tmp_path / "run", loader=loader, steps=2)
+    with pytest.raises(ConfigError, match=r"none of the 2 steps had a position to learn from.*loader\.mask"):
+        train(config, show_progress=False)
+    assert not (tmp_path / "run" / "model").exists()
