@@ -122,4 +122,5 @@ def _default(field: Any) -> str | None:
         return None
     if isinstance(value, str):
         return value
-    return msgspec.json.encode(value).decode()
+    # A field that may be left out altogether is UNSET, which JSON has no word for.
+    return "absent" if value is msgspec.UNSET else msgspec.json.encode(value).decode()
