@@ -149,7 +149,7 @@ def _is_settled(finding: Finding, config: ConvertConfig) -> bool:
 def _advice(finding: Finding) -> str:
     if finding.severity == "undecided":
         return f" (--accept {finding.name} takes it on trust)"
-    return f" (mended by {finding.repair})" if finding.repair else ""
+    return f" (repaired by {finding.repair})" if finding.repair else ""
 
 
 def _record_config(cache: ForeignCache, examination: Examination, config: ConvertConfig) -> RecordConfig:

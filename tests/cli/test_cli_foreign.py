@@ -119,7 +119,7 @@ def test_convert_writes_what_verifies_and_refuses_what_is_shifted(
     status, out, err = run(capsys, "convert", folder / "late.parquet", "--out", tmp_path / "no", *known)
     assert (status, out) == (2, "")
     assert "shifted_positions" in err
-    assert "(mended by --shift -1)" in err
+    assert "(repaired by --shift -1)" in err
     assert not (tmp_path / "no").exists()
     assert run(capsys, "convert", folder / "late.parquet", "--out", tmp_path / "moved", *known, "--shift", "-1")[0] == 0
     status, out, _ = run(

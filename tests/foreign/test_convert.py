@@ -94,7 +94,7 @@ def test_shifted_positions_are_moved_when_asked_for_by_as_much_as_they_are_off(t
     path = write_columns(tmp_path / "a.parquet", changed(items(truth), move))
     told = refused(path, tmp_path / "no")
     assert "shifted_positions" in told
-    assert f"(mended by --shift {shift:+d})" in told
+    assert f"(repaired by --shift {shift:+d})" in told
     refused(path, tmp_path / "no", shift=-shift)
     made = converted(path, tmp_path / "cache", shift=shift)
     assert made.account.left_out["positions outside their text"] == (8 if shift == -1 else 0)
@@ -164,7 +164,7 @@ def test_probabilities_and_called_logits_are_converted_when_said_what_they_are(t
         item.values = np.exp(item.values).tolist()
 
     path = write_columns(tmp_path / "a.parquet", changed(items(truth), exponentiate))
-    assert "(mended by --values probs)" in refused(path, tmp_path / "no")
+    assert "(repaired by --values probs)" in refused(path, tmp_path / "no")
     said = replace(OPTIONS, examine=replace(OPTIONS.examine, read=ReadConfig(values="probs")))
     converted(path, tmp_path / "cache", said)
     assert_is_truth(tmp_path / "cache", truth)
@@ -224,7 +224,7 @@ def test_ids_outside_the_vocabulary_and_an_unknown_width_are_refused(truth: Trut
     narrow = replace(OPTIONS, examine=ExamineConfig(vocab_size=512, tokenizer_size=512))
     assert "ids_outside_vocabulary" in refused(path, tmp_path / "no", narrow)
     unknown = replace(OPTIONS, examine=ExamineConfig(tokenizer_size=512))
-    assert "(mended by --vocab-size V)" in refused(path, tmp_path / "no", unknown)
+    assert "(repaired by --vocab-size V)" in refused(path, tmp_path / "no", unknown)
 
 
 @pytest.mark.parametrize("name", ["budget", "published", "residuals", "exact", "legacy"])
@@ -235,7 +235,7 @@ def test_distillkit_caches_are_converted(tmp_path: Path, name: str):
 
 def test_of_broken_tails_the_exact_entries_are_kept_when_asked(tmp_path: Path):
     options = ConvertConfig(tokenizer=TOKENIZER, codec="raw")
-    assert "(mended by --repair tails)" in refused(FORMATS / "distillkit" / "recommended", tmp_path / "no", options)
+    assert "(repaired by --repair tails)" in refused(FORMATS / "distillkit" / "recommended", tmp_path / "no", options)
     made = converted(FORMATS / "distillkit" / "recommended", tmp_path / "cache", options, repairs=frozenset({"tails"}))
     assert made.manifest.identity.selection.params == {"k": 16}
     zipf = -1.4 * np.log(np.arange(1, 513.0))
