@@ -11,15 +11,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdcache.capture.executors.run import run_capture as run_capture
     from kdcache.capture.executors.tally import CaptureSummary as CaptureSummary
+    from kdcache.capture.sequences import CutCounts as CutCounts
     from kdcache.capture.watch.progress import CaptureProgress as CaptureProgress
+    from kdcache.capture.watch.signals import Interrupted as Interrupted
     from kdcache.capture.watch.signals import StopRequest as StopRequest
     from kdcache.config.capture import CaptureConfig as CaptureConfig
+    from kdcache.config.capture import FeatureConfig as FeatureConfig
+    from kdcache.config.capture import GenerateConfig as GenerateConfig
+    from kdcache.config.capture import InputConfig as InputConfig
+    from kdcache.config.capture import RunConfig as RunConfig
+    from kdcache.config.capture import ShardConfig as ShardConfig
     from kdcache.config.load import load_config as load_config
     from kdcache.config.loader import LoaderConfig as LoaderConfig
     from kdcache.config.loader import MaskConfig as MaskConfig
     from kdcache.config.loader import MixConfig as MixConfig
     from kdcache.config.remote import RemoteConfig as RemoteConfig
+    from kdcache.config.selection import CodecConfig as CodecConfig
+    from kdcache.config.selection import SelectionConfig as SelectionConfig
+    from kdcache.config.server import ServerConfig as ServerConfig
+    from kdcache.config.teacher import FakeConfig as FakeConfig
     from kdcache.config.teacher import TeacherConfig as TeacherConfig
+    from kdcache.config.teacher import VllmConfig as VllmConfig
+    from kdcache.config.train import HeldoutConfig as HeldoutConfig
+    from kdcache.config.train import LossConfig as LossConfig
+    from kdcache.config.train import OptimizerConfig as OptimizerConfig
+    from kdcache.config.train import StudentConfig as StudentConfig
+    from kdcache.config.train import TermConfig as TermConfig
     from kdcache.config.train import TrainConfig as TrainConfig
     from kdcache.errors import CacheNotFoundError as CacheNotFoundError
     from kdcache.errors import CaptureError as CaptureError
@@ -36,12 +53,25 @@ if TYPE_CHECKING:
     from kdcache.errors import StorageError as StorageError
     from kdcache.errors import TeacherError as TeacherError
     from kdcache.errors import UnsupportedVersionError as UnsupportedVersionError
+    from kdcache.format.identity import CodecInfo as CodecInfo
+    from kdcache.format.identity import FeatureInfo as FeatureInfo
+    from kdcache.format.identity import Identity as Identity
+    from kdcache.format.identity import SelectionInfo as SelectionInfo
+    from kdcache.format.identity import TeacherIdentity as TeacherIdentity
+    from kdcache.format.identity import TokenizerIdentity as TokenizerIdentity
+    from kdcache.format.manifest import IndexInfo as IndexInfo
+    from kdcache.format.manifest import LineageInfo as LineageInfo
     from kdcache.format.manifest import Manifest as Manifest
+    from kdcache.format.manifest import PlanInfo as PlanInfo
     from kdcache.format.manifest import ShardInfo as ShardInfo
+    from kdcache.format.manifest import SkippedSequence as SkippedSequence
+    from kdcache.format.manifest import UnitAccount as UnitAccount
     from kdcache.format.record import Distributions as Distributions
     from kdcache.format.record import SequenceRecord as SequenceRecord
     from kdcache.format.record import TokenSequence as TokenSequence
     from kdcache.format.soft_targets import SoftTargets as SoftTargets
+    from kdcache.inputs.left_out import LeftOut as LeftOut
+    from kdcache.kernels.divergences import Divergence as Divergence
     from kdcache.loader.batches.batch import Batch as Batch
     from kdcache.loader.cache import Cache as Cache
     from kdcache.loader.cache import open_cache as open  # noqa: F401
@@ -62,6 +92,7 @@ if TYPE_CHECKING:
     from kdcache.loss.vocab_parallel import vocab_parallel_sparse_kd_loss as vocab_parallel_sparse_kd_loss
     from kdcache.store.verify import VerifyReport as VerifyReport
     from kdcache.store.verify import verify_cache as verify_cache
+    from kdcache.store.writing.set_aside import FailedUnit as FailedUnit
     from kdcache.store.writing.writer import CacheWriter as CacheWriter
     from kdcache.teacher import load_teacher as load_teacher
     from kdcache.teacher.base import Teacher as Teacher
@@ -77,18 +108,35 @@ _EXPORTS = {
     "CaptureError": "kdcache.errors:CaptureError",
     "CaptureProgress": "kdcache.capture.watch.progress:CaptureProgress",
     "CaptureSummary": "kdcache.capture.executors.tally:CaptureSummary",
+    "CodecConfig": "kdcache.config.selection:CodecConfig",
+    "CodecInfo": "kdcache.format.identity:CodecInfo",
     "ConfigError": "kdcache.errors:ConfigError",
     "CorruptCacheError": "kdcache.errors:CorruptCacheError",
+    "CutCounts": "kdcache.capture.sequences:CutCounts",
     "Distributions": "kdcache.format.record:Distributions",
+    "Divergence": "kdcache.kernels.divergences:Divergence",
     "EpochCounts": "kdcache.loader.rows.layout:EpochCounts",
     "EpochReport": "kdcache.loader.report:EpochReport",
+    "FailedUnit": "kdcache.store.writing.set_aside:FailedUnit",
+    "FakeConfig": "kdcache.config.teacher:FakeConfig",
+    "FeatureConfig": "kdcache.config.capture:FeatureConfig",
+    "FeatureInfo": "kdcache.format.identity:FeatureInfo",
     "FormatError": "kdcache.errors:FormatError",
     "FusedSparseKD": "kdcache.loss.modules:FusedSparseKD",
+    "GenerateConfig": "kdcache.config.capture:GenerateConfig",
     "Head": "kdcache.loss.chunks:Head",
+    "HeldoutConfig": "kdcache.config.train:HeldoutConfig",
+    "Identity": "kdcache.format.identity:Identity",
+    "IndexInfo": "kdcache.format.manifest:IndexInfo",
+    "InputConfig": "kdcache.config.capture:InputConfig",
     "InputError": "kdcache.errors:InputError",
+    "Interrupted": "kdcache.capture.watch.signals:Interrupted",
     "KdcacheError": "kdcache.errors:KdcacheError",
+    "LeftOut": "kdcache.inputs.left_out:LeftOut",
+    "LineageInfo": "kdcache.format.manifest:LineageInfo",
     "Loader": "kdcache.loader.loader:Loader",
     "LoaderConfig": "kdcache.config.loader:LoaderConfig",
+    "LossConfig": "kdcache.config.train:LossConfig",
     "LossError": "kdcache.errors:LossError",
     "LossSettings": "kdcache.loss.prepare:LossSettings",
     "Manifest": "kdcache.format.manifest:Manifest",
@@ -97,25 +145,39 @@ _EXPORTS = {
     "MissingDependencyError": "kdcache.errors:MissingDependencyError",
     "MixConfig": "kdcache.config.loader:MixConfig",
     "NotFiniteError": "kdcache.errors:NotFiniteError",
+    "OptimizerConfig": "kdcache.config.train:OptimizerConfig",
     "PackedView": "kdcache.loader.view:PackedView",
+    "PlanInfo": "kdcache.format.manifest:PlanInfo",
     "Projection": "kdcache.loss.fused:Projection",
     "RemoteConfig": "kdcache.config.remote:RemoteConfig",
+    "RunConfig": "kdcache.config.capture:RunConfig",
+    "SelectionConfig": "kdcache.config.selection:SelectionConfig",
+    "SelectionInfo": "kdcache.format.identity:SelectionInfo",
     "SequenceRecord": "kdcache.format.record:SequenceRecord",
+    "ServerConfig": "kdcache.config.server:ServerConfig",
+    "ShardConfig": "kdcache.config.capture:ShardConfig",
     "ShardInfo": "kdcache.format.manifest:ShardInfo",
+    "SkippedSequence": "kdcache.format.manifest:SkippedSequence",
     "SoftTargets": "kdcache.format.soft_targets:SoftTargets",
     "SparseKD": "kdcache.loss.modules:SparseKD",
     "StateError": "kdcache.errors:StateError",
     "StopRequest": "kdcache.capture.watch.signals:StopRequest",
     "StorageError": "kdcache.errors:StorageError",
+    "StudentConfig": "kdcache.config.train:StudentConfig",
     "Teacher": "kdcache.teacher.base:Teacher",
     "TeacherConfig": "kdcache.config.teacher:TeacherConfig",
     "TeacherError": "kdcache.errors:TeacherError",
+    "TeacherIdentity": "kdcache.format.identity:TeacherIdentity",
+    "TermConfig": "kdcache.config.train:TermConfig",
     "TokenSequence": "kdcache.format.record:TokenSequence",
+    "TokenizerIdentity": "kdcache.format.identity:TokenizerIdentity",
     "TorchBatch": "kdcache.loader.torch_batches:TorchBatch",
     "TorchLoader": "kdcache.loader.torch_batches:TorchLoader",
     "TrainConfig": "kdcache.config.train:TrainConfig",
+    "UnitAccount": "kdcache.format.manifest:UnitAccount",
     "UnsupportedVersionError": "kdcache.errors:UnsupportedVersionError",
     "VerifyReport": "kdcache.store.verify:VerifyReport",
+    "VllmConfig": "kdcache.config.teacher:VllmConfig",
     "VocabPart": "kdcache.loss.vocab_parallel:VocabPart",
     "fused_sparse_kd_loss": "kdcache.loss.fused:fused_sparse_kd_loss",
     "load_config": "kdcache.config.load:load_config",

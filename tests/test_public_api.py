@@ -37,7 +37,7 @@ def members(owner, value):
 
 
 def signature(value):
-    if inspect.isclass(value) and issubclass(value, Exception):
+    if inspect.isclass(value) and issubclass(value, BaseException):
         return ""
     return str(inspect.signature(value)).replace("'", "").replace("typing.", "")
 

@@ -79,7 +79,7 @@ def _described(name: str, value: Any, known: Mapping[str, str]) -> str:
     head = f"({_anchor(name)})=\n\n## {name}\n\n"
     if not inspect.isclass(value):
         return head + _directive("function", f"kdcache.{name}{_signature(value)}", docstring(value, known))
-    if issubclass(value, Exception):
+    if issubclass(value, BaseException):
         return head + _directive("exception", f"kdcache.{name}", docstring(value, known) + _ancestors(value, known))
     if issubclass(value, msgspec.Struct):
         body = docstring(value, known, skip=("Attributes",)) + "\n" + _keys(value)
