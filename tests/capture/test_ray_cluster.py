@@ -50,11 +50,11 @@ def test_a_cluster_without_room_for_any_replica_is_said_and_a_signal_ends_the_wa
     flags = (*ON_RAY, "--gpus-per-replica", 1)
     process = start_command(path, *flags, RAY_OVERRIDE_RESOURCES='{"CPU": 2}', PLACE_WARN_SECONDS="0.1")
     said = ""
-    while "no place" not in said and process.poll() is None:
+    while "not been placed" not in said and process.poll() is None:
         said = process.stderr.readline()
     assert f"1 replica has {ASKED}2 CPUs and 0 GPUs, of which " in said
     time.sleep(1.5)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "no place" not in err, "it is said once"
+    assert "not been placed" not in err, "it is said once"
