@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from kdcache.config.teacher import FakeConfig as FakeConfig
     from kdcache.config.teacher import TeacherConfig as TeacherConfig
     from kdcache.config.teacher import VllmConfig as VllmConfig
+    from kdcache.config.terms import TermConfig as TermConfig
     from kdcache.config.train import HeldoutConfig as HeldoutConfig
     from kdcache.config.train import LossConfig as LossConfig
     from kdcache.config.train import OptimizerConfig as OptimizerConfig
     from kdcache.config.train import StudentConfig as StudentConfig
-    from kdcache.config.train import TermConfig as TermConfig
     from kdcache.config.train import TrainConfig as TrainConfig
     from kdcache.errors import CacheNotFoundError as CacheNotFoundError
     from kdcache.errors import CaptureError as CaptureError
@@ -168,7 +168,7 @@ _EXPORTS = {
     "TeacherConfig": "kdcache.config.teacher:TeacherConfig",
     "TeacherError": "kdcache.errors:TeacherError",
     "TeacherIdentity": "kdcache.format.identity:TeacherIdentity",
-    "TermConfig": "kdcache.config.train:TermConfig",
+    "TermConfig": "kdcache.config.terms:TermConfig",
     "TokenSequence": "kdcache.format.record:TokenSequence",
     "TokenizerIdentity": "kdcache.format.identity:TokenizerIdentity",
     "TorchBatch": "kdcache.loader.torch_batches:TorchBatch",

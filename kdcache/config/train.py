@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from kdcache import extensions
 from kdcache.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.remote import RemoteConfig
 from kdcache.config.secrets import refuse_secrets
+from kdcache.config.terms import TermConfig
 
 Beta = Annotated[float, Meta(ge=0, lt=1)]
 Scalar = str | int | float | bool | None
@@ -43,25 +43,6 @@ class StudentConfig(Config, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.init == "pretrained" and self.overrides:
             raise ValueError("overrides change the shape of a student; they need init 'random'")
-
-
-class TermConfig(Config, frozen=True, kw_only=True):
-    """One further term of the loss, brought by an installed package (entry points of the group `kdcache.losses`).
-
-    Attributes:
-        term: its name.
-        weight: what its mean over the positions is multiplied by.
-        options: the term's own parameters, by name.
-    """
-
-    term: str
-    weight: NonNegativeFloat = 1.0
-    options: dict[str, Any] = msgspec.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not extensions.is_known("losses", self.term):
-            known = ", ".join(map(repr, extensions.names("losses"))) or "none is installed"
-            raise ValueError(f"term is {self.term!r}, but must be the name of an installed package's loss term: {known}")
 
 
 class LossConfig(Config, frozen=True, kw_only=True):

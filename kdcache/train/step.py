@@ -25,7 +25,8 @@ from kdcache.loss.prepare import LossSettings
 from kdcache.loss.selection_rules import reading_for
 from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.packed import logits_head
-from kdcache.train.terms import StudentStates, check_terms, sum_of_terms
+from kdcache.train.terms.base import StudentStates
+from kdcache.train.terms.engine import check_terms, sum_of_terms
 
 
 def check_loss(config: LossConfig, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""What every term of a loss promises (see kdcache/train/terms.py): one function per promise, run for each term."""
+"""What every term of a loss promises (see kdcache/train/terms/base.py): one function per promise, run for each term."""
 
 from __future__ import annotations
 

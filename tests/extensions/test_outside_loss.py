@@ -12,10 +12,10 @@ pytest.importorskip("transformers")
 from contracts import terms as contract
 
 from kdcache.cli.main import main
-from kdcache.config.train import TermConfig
+from kdcache.config.terms import TermConfig
 from kdcache.loss.fused import fused_sparse_kd_loss
 from kdcache.loss.prepare import LossSettings
-from kdcache.train.terms import make_terms
+from kdcache.train.terms.engine import make_terms
 
 
 def our_own(student, batch, weights_P, **loss):

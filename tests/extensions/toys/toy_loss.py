@@ -14,6 +14,7 @@ class TopTokenError(Term):
     """1 - q(the teacher's first entry), to a power."""
 
     def __init__(self, *, power: float = 1.0) -> None:
+        super().__init__()
         if power <= 0:
             raise ValueError(f"power is {power!r}, but must be above 0")
         self.power = power
@@ -22,7 +23,7 @@ class TopTokenError(Term):
         if manifest.identity.selection.kind == "sampled":
             raise ConfigError("loss term 'top_token_error' needs the teacher's most probable token; capture with 'top_k'")
 
-    def __call__(self, student: StudentStates, batch: TorchBatch, weights_P: Tensor) -> Tensor:
+    def forward(self, student: StudentStates, batch: TorchBatch, weights_P: Tensor) -> Tensor:
         first_P = batch.teacher.token_ids_PK[:, 0].long()
         kept_P = weights_P > 0
         q_PV = student.logits()[kept_P].softmax(dim=1)

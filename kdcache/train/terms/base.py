@@ -1,0 +1,162 @@
+"""What a term of a loss is: what it needs, what it is given, and what it gives back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import ConfigError
+from kdcache.format.manifest import Manifest
+from kdcache.loader.torch_batches import TorchBatch
+from kdcache.loss.fused import PLAIN_HEAD, Projection
+
+HeadKind = Literal["queries", "keys", "values", "attention"]
+Read = tuple[Literal["hidden"] | HeadKind, int]
+"""What is read off the student, and the layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a term reads, beside the student's logits and the teacher's entries.
+
+    Attributes:
+        features: names of the cache's features; the loader puts them into `batch.features`.
+        sidecars: names of the cache's sidecars, for `Setting.sidecar`.
+        layers: student's layers whose hidden states are read: 0..L before the final norm, -1 after it.
+        heads: what is read per head, and of which of the student's layers 0..L-1, as in ("queries", 3).
+        roles: whether `batch.roles_P` is read.
+        domains: whether the batch's domains are read.
+    """
+
+    features: tuple[str, ...] = ()
+    sidecars: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    heads: tuple[tuple[HeadKind, int], ...] = ()
+    roles: bool = False
+    domains: bool = False
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """All that is read off the student's layers."""
+        return (*(("hidden", layer) for layer in self.layers), *self.heads)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Setting:
+    """What a term may know before training.
+
+    Attributes:
+        manifest: that of the cache.
+        sidecar: name -> its arrays, as CPU tensors; a term names it in its `needs`.
+        hidden_size, num_layers, num_heads, num_kv_heads, head_dim, vocab_size: the student's.
+        num_sequences: of the cache.
+        seed: for what the term draws at random, as initial weights: use a generator of its own.
+        device: that of the student; parameters belong there, in float32.
+    """
+
+    manifest: Manifest
+    sidecar: Callable[[str], dict[str, Tensor]]
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    num_sequences: int
+    seed: int
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StudentStates:
+    """What the student makes of a batch, with gradients.
+
+    Attributes:
+        hidden_PH: (P, H) what the output projection reads, at the batch's positions.
+        projection: the output projection.
+        flat_positions_P: (P,) index into B * T of each position, as `batch.flat_positions_P`.
+        inner: what was read of the layers: of every term's `needs`, and no more.
+    """
+
+    hidden_PH: Tensor
+    projection: Projection
+    flat_positions_P: Tensor | None = None
+    inner: Mapping[Read, Tensor] = field(default_factory=dict)
+
+    def logits(self) -> Tensor:
+        """(P, V) float32: all of them at once, for terms that are not fused with the projection."""
+        projection = self.projection
+        weight_VH, bias_V, head = projection.weight_VH, projection.bias_V, projection.head or PLAIN_HEAD
+        logits_PV = nn.functional.linear(self.hidden_PH, weight_VH, bias_V)[:, : head.vocab_size].float()
+        logits_PV = logits_PV * head.logit_scale
+        return logits_PV if head.softcap is None else head.softcap * torch.tanh(logits_PV / head.softcap)
+
+    def layer_BTH(self, layer: int) -> Tensor:
+        """(B, T, H) the residual stream after this many layers: 0 the embeddings, L before the final norm; -1 after it."""
+        return self._read("hidden", layer)
+
+    def queries(self, layer: int) -> Tensor:
+        """(B, T, heads, head_dim) what layer 0..L-1 projects, before rotations and norms of heads."""
+        return self._read("queries", layer)
+
+    def keys(self, layer: int) -> Tensor:
+        """(B, T, key-value heads, head_dim), see `queries`."""
+        return self._read("keys", layer)
+
+    def values(self, layer: int) -> Tensor:
+        """(B, T, key-value heads, head_dim), see `queries`."""
+        return self._read("values", layer)
+
+    def attention(self, layer: int) -> Tensor:
+        """(B, heads, T, T) float32 probabilities of layer 0..L-1: each query's over the keys of its own document up to it."""
+        return self._read("attention", layer)
+
+    def _read(self, kind: Literal["hidden"] | HeadKind, layer: int) -> Tensor:
+        if (kind, layer) not in self.inner:
+            raise ConfigError(f"a loss term reads the student's {kind} of layer {layer}, but does not name it in its `needs`")
+        return self.inner[kind, layer]
+
+
+class Term(nn.Module, ABC):
+    """One term of a loss; a subclass is registered under its name as an entry point of the group `kdcache.losses`.
+
+    It is made with the config's `options` as keywords, and raises ConfigError, TypeError or ValueError for wrong ones. What
+    it learns itself (projectors) are parameters that `set_up` makes: they have a learning rate of their own and no weight
+    decay, are kept in checkpoints, and are not in the exported model.
+    """
+
+    def needs(self) -> Needs:
+        """What is read of the cache and of the student; asked before `set_up`."""
+        return Needs()
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise ConfigError, in one sentence, where a cache lacks what the term needs; called before anything is trained."""
+
+    def set_up(self, setting: Setting) -> None:
+        """Make parameters and read sidecars: called once, before training and before a checkpoint is loaded."""
+
+    @abstractmethod
+    def forward(self, student: StudentStates, batch: TorchBatch, weights_P: Tensor) -> Tensor:
+        """A scalar: the SUM over what the term counts, differentiable with respect to the student's tensors.
+
+        Positions of weight 0 add nothing, whatever stands there. Where positions are counted, the sum over a batch is that over
+        its parts: ranks and accumulated batches are then averaged as the rest of the loss is. A batch may have no position.
+
+        Args:
+            student: its states.
+            batch: the whole batch on the student's device, with `teacher`, `target_ids_P` and the features that are needed.
+            weights_P: (P,) >= 0.
+        """
+
+    def count(self, batch: TorchBatch, weights_P: Tensor) -> Tensor:  # noqa: ARG002 - others read it
+        """A scalar: what the sum is divided by, once it is added up over all ranks and accumulated batches."""
+        return weights_P.sum()
+
+    def measures(self) -> dict[str, float]:
+        """Further numbers of the last forward, for `metrics.jsonl`."""
+        return {}
