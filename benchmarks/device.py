@@ -92,6 +92,14 @@ def processor_name() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
+def processor_features() -> str:
+    """What torch uses of the processor, which decides much of every CPU second: `AVX512, bfloat16 in hardware`."""
+    from kdcache.half_precision import is_emulated
+
+    bfloat16 = "emulated" if is_emulated(torch.bfloat16) else "in hardware"
+    return f"{torch.backends.cpu.get_cpu_capability()}, bfloat16 {bfloat16}"
+
+
 def _process_peak() -> int:
     """Of this process so far, on Linux. Not getrusage, whose maximum a new process inherits from the one that started it."""
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -39,7 +39,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from fidelity_report import collect, plot, write
+from fidelity_report import collect, report, write
 from fidelity_students import QUICK, SETTINGS, calibrate, capture, result_path, train_and_score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,7 +147,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-texts", type=int, help="of those held back that are captured (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="toy sizes, fewer kinds: does it work?")
-    parser.add_argument("--plot-only", action="store_true", help="draw the picture anew from the results in --out")
+    parser.add_argument("--report-only", action="store_true", help="table, verdict and picture anew from the json in --out")
     options = parser.parse_args(argv)
     if options.quick:
         vars(options).update(TOY)
@@ -158,9 +158,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    if options.plot_only:
-        stem = (options.out or ROOT / "benchmarks" / "results") / "fidelity"
-        plot(json.loads(stem.with_suffix(".json").read_text())["rows"], stem.with_suffix(".png"))
+    if options.report_only:
+        print(report((options.out or ROOT / "benchmarks" / "results") / "fidelity"))
         return 0
     options.work.mkdir(parents=True, exist_ok=True)
     known = QUICK if options.quick else SETTINGS

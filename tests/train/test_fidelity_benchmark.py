@@ -39,6 +39,28 @@ def test_the_interval_of_three_seeds_is_students() -> None:
     assert math.isnan(fidelity_report.interval([0.5])["low"])
 
 
+@pytest.mark.parametrize(
+    ("low", "value", "high", "said"),
+    [
+        (0.95, 0.98, 1.01, "bytes per position, by the lower bound: met; small"),
+        (0.80, 1.00, 1.20, "NOT shown; small"),  # a wide interval is no evidence
+        (0.60, 0.84, 1.28, "NOT met; small"),
+        (math.nan, 1.00, math.nan, "not decided, since one seed has no interval"),
+    ],
+)
+def test_the_verdict_asks_the_lower_bound(low: float, value: float, high: float, said: str) -> None:
+    large = {"setting": "large", "seeds": [0, 1], "bytes": 24.1, "share_kl": {"value": 1.0, "low": 0.99, "high": 1.01}}
+    small = {"setting": "small", "seeds": [0, 1], "bytes": 24.0, "share_kl": {"value": value, "low": low, "high": high}}
+    assert said in fidelity_report.verdict([large, small], "kl")
+
+
+def test_the_verdict_takes_the_record_with_the_highest_lower_bound_and_says_when_there_is_none() -> None:
+    wide = {"setting": "wide", "seeds": [0, 1], "bytes": 20, "share_loss": {"value": 1.1, "low": 0.7, "high": 1.5}}
+    sure = {"setting": "sure", "seeds": [0, 1], "bytes": 22, "share_loss": {"value": 0.97, "low": 0.96, "high": 0.98}}
+    assert "met; sure, 22.0 bytes, 97.0% [96.0%, 98.0%], 2 seeds" in fidelity_report.verdict([wide, sure], "loss")
+    assert "not measured yet" in fidelity_report.verdict([{"setting": "labels", "seeds": [0]}], "loss")
+
+
 @pytest.mark.slow
 def test_a_toy_run_compares_students_and_a_second_one_only_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "1"]
