@@ -82,6 +82,8 @@ if TYPE_CHECKING:
     from kdcache.loader.torch_batches import TorchLoader as TorchLoader
     from kdcache.loader.view import PackedView as PackedView
     from kdcache.loss.chunks import Head as Head
+    from kdcache.loss.divergence_sum import DivergenceSum as DivergenceSum
+    from kdcache.loss.divergence_sum import WeightedDivergence as WeightedDivergence
     from kdcache.loss.fused import Projection as Projection
     from kdcache.loss.fused import fused_sparse_kd_loss as fused_sparse_kd_loss
     from kdcache.loss.modules import FusedSparseKD as FusedSparseKD
@@ -115,6 +117,7 @@ _EXPORTS = {
     "CutCounts": "kdcache.capture.sequences:CutCounts",
     "Distributions": "kdcache.format.record:Distributions",
     "Divergence": "kdcache.kernels.divergences:Divergence",
+    "DivergenceSum": "kdcache.loss.divergence_sum:DivergenceSum",
     "EpochCounts": "kdcache.loader.rows.layout:EpochCounts",
     "EpochReport": "kdcache.loader.report:EpochReport",
     "FailedUnit": "kdcache.store.writing.set_aside:FailedUnit",
@@ -179,6 +182,7 @@ _EXPORTS = {
     "VerifyReport": "kdcache.store.verify:VerifyReport",
     "VllmConfig": "kdcache.config.teacher:VllmConfig",
     "VocabPart": "kdcache.loss.vocab_parallel:VocabPart",
+    "WeightedDivergence": "kdcache.loss.divergence_sum:WeightedDivergence",
     "fused_sparse_kd_loss": "kdcache.loss.fused:fused_sparse_kd_loss",
     "load_config": "kdcache.config.load:load_config",
     "load_teacher": "kdcache.teacher:load_teacher",

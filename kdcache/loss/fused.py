@@ -6,6 +6,7 @@ How: `kdcache.loss.chunks`. `FusedSparseKD` is the same as a module.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.divergences import Divergence
 from kdcache.loss import operators, prepare
 from kdcache.loss.chunks import Head, Product, run_chunks
+from kdcache.loss.divergence_sum import DivergenceSum, part_by_part
 from kdcache.loss.gradients import may_overwrite, refuse_second_derivative, scale_gradient
 from kdcache.loss.prepare import DEFAULT, Asked, LossSettings
 from kdcache.loss.steps.step import PositionStep, make_step
@@ -66,7 +68,7 @@ def fused_sparse_kd_loss(
     projection: Tensor | Projection,
     teacher: SoftTargets[Tensor] | None,
     *,
-    divergence: str | Divergence = "forward_kl",
+    divergence: str | Divergence | DivergenceSum = "forward_kl",
     alpha: float = 1.0,
     temperature: float = 1.0,
     target_ids: Tensor | None = None,
@@ -89,6 +91,9 @@ def fused_sparse_kd_loss(
     Raises:
         LossError: an argument is impossible, does not fit the others, or would make a wrong loss.
     """
+    if isinstance(divergence, DivergenceSum):
+        call = partial(fused_sparse_kd_loss, hidden_PH, projection, teacher, target_ids=target_ids, temperature=temperature)
+        return part_by_part(call, divergence, hidden_PH, weights, settings)
     prepare.refuse_transform("use sparse_kd_loss with LossSettings(backend='torch')")
     if settings.reduction == "none":
         raise LossError(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.divergences import Divergence
+from kdcache.loss.divergence_sum import DivergenceSum
 from kdcache.loss.fused import Projection, fused_sparse_kd_loss
 from kdcache.loss.prepare import DEFAULT, LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss
@@ -19,7 +20,7 @@ class _Loss(nn.Module):
     def __init__(
         self,
         *,
-        divergence: str | Divergence = "forward_kl",
+        divergence: str | Divergence | DivergenceSum = "forward_kl",
         alpha: float = 1.0,
         temperature: float = 1.0,
         settings: LossSettings = DEFAULT,

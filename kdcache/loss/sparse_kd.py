@@ -5,6 +5,7 @@ Where the student's output projection is at hand, `kdcache.loss.fused` does the 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from kdcache.errors import LossError
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.divergences import Divergence
 from kdcache.loss import operators, prepare
+from kdcache.loss.divergence_sum import DivergenceSum, part_by_part
 from kdcache.loss.gradients import refuse_second_derivative, scale_gradient
 from kdcache.loss.prepare import DEFAULT, Asked, LossSettings
 from kdcache.loss.steps import torch_positions
@@ -24,7 +26,7 @@ def sparse_kd_loss(
     student_logits_PV: Tensor,
     teacher: SoftTargets[Tensor] | None,
     *,
-    divergence: str | Divergence = "forward_kl",
+    divergence: str | Divergence | DivergenceSum = "forward_kl",
     alpha: float = 1.0,
     temperature: float = 1.0,
     target_ids: Tensor | None = None,
@@ -41,7 +43,8 @@ def sparse_kd_loss(
         student_logits_PV: (P, V) float, unnormalised: `logits.flatten(0, 1)[batch.flat_positions_P]`.
         teacher: `batch.teacher`, or `SoftTargets.of(...)`; may be None where alpha is 0. float16 logprobs give what float32 of
             the same values gives.
-        divergence: a name of `kdcache.kernels.divergences.DIVERGENCES`, or one made with parameters: `JensenShannon(beta=0.3)`.
+        divergence: a name of `kdcache.kernels.divergences.DIVERGENCES`, or one made with parameters: `JensenShannon(beta=0.3)`;
+            or a `DivergenceSum` of several, which share the pass over the logits.
         alpha: in [0, 1]; below 1 target_ids is required.
         temperature: T, above 0, of both sides; the cross entropy stays at 1. Other than 1 it must be one of
             `teacher.temperatures`.
@@ -58,6 +61,9 @@ def sparse_kd_loss(
     Raises:
         LossError: an argument is impossible, does not fit the others, or would make a wrong loss.
     """
+    if isinstance(divergence, DivergenceSum):
+        call = partial(sparse_kd_loss, student_logits_PV, teacher, target_ids=target_ids, temperature=temperature)
+        return part_by_part(call, divergence, student_logits_PV, weights, settings)
     if student_logits_PV.ndim != 2 or not student_logits_PV.is_floating_point():
         raise LossError(
             f"student_logits_PV must be floating point of the shape (positions, vocabulary), but is {student_logits_PV.dtype} "

@@ -8,6 +8,7 @@ rank computes the same loss, and its own part of the gradient without the others
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.base import Objective
 from kdcache.kernels.divergences import Divergence
 from kdcache.loss import prepare
+from kdcache.loss.divergence_sum import DivergenceSum, part_by_part
 from kdcache.loss.gradients import refuse_second_derivative, scale_gradient
 from kdcache.loss.prepare import DEFAULT, Asked, LossSettings, Prepared
 from kdcache.loss.steps import torch_positions
@@ -45,7 +47,7 @@ def vocab_parallel_sparse_kd_loss(
     part: VocabPart,
     teacher: SoftTargets[Tensor] | None,
     *,
-    divergence: str | Divergence = "forward_kl",
+    divergence: str | Divergence | DivergenceSum = "forward_kl",
     alpha: float = 1.0,
     temperature: float = 1.0,
     target_ids: Tensor | None = None,
@@ -68,6 +70,9 @@ def vocab_parallel_sparse_kd_loss(
     Raises:
         LossError: an argument is impossible, does not fit the others, or would make a wrong loss.
     """
+    if isinstance(divergence, DivergenceSum):
+        call = partial(vocab_parallel_sparse_kd_loss, logits_PW, part, teacher, target_ids=target_ids, temperature=temperature)
+        return part_by_part(call, divergence, logits_PW, weights, settings)
     if settings.tail == "uniform":
         raise LossError("tail is 'uniform', which is not possible over a split vocabulary; use 'bucket'")
     if not 0 <= part.first_id <= part.vocab_size - logits_PW.shape[1]:
