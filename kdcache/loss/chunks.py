@@ -211,6 +211,15 @@ def _chunks_of_logits(product: Product, chunk_positions: int) -> Iterator[tuple[
         yield start, logits_CV, slope
 
 
+def write_logits(product: Product, positions: slice, logits_CV: Tensor) -> None:
+    """The logits of some positions, into memory of `Product.logits_dtype`; for a side that gets no gradient."""
+    _multiply(product.hidden_PH[positions], product, logits_CV)
+    if product.head.logit_scale != 1:
+        logits_CV.mul_(product.head.logit_scale)
+    if product.head.softcap is not None:
+        logits_CV.div_(product.head.softcap).tanh_().mul_(product.head.softcap)
+
+
 def _multiply(part_CH: Tensor, product: Product, logits_CV: Tensor) -> None:
     """logits = part W^T + bias, in the logits' dtype."""
     weight_VH, bias_V = product.weight_VH, product.bias_V

@@ -100,19 +100,36 @@ def fused_sparse_kd_loss(
             "reduction is 'none', which the fused loss cannot give: its gradients are summed over positions; use weights"
         )
     projection = projection if isinstance(projection, Projection) else Projection(projection)
-    _check_projection(hidden_PH, projection.weight_VH, projection.bias_V)
+    check_projection(hidden_PH, projection.weight_VH, projection.bias_V)
     weight_VH, bias_V = projection.without_padding()
     asked = Asked(divergence, alpha, temperature, settings)
     ready = prepare.prepare(hidden_PH, teacher, asked, (target_ids, weights), len(weight_VH))
-    tensors, num_positions = (hidden_PH, weight_VH, bias_V), projection.chunk_positions or 0
-    head = projection.head or PLAIN_HEAD
-    wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
+    product, num_positions = (
+        Product(hidden_PH, weight_VH, bias_V, projection.head or PLAIN_HEAD),
+        projection.chunk_positions or 0,
+    )
     if torch.compiler.is_compiling():
-        return operators.fused(Product(*tensors, head), ready, num_positions, wanted)
-    work = _Work(make_step(ready, len(weight_VH)), head, wanted, num_positions)
-    loss = _Fused.apply(*tensors, work)
+        return operators.fused(product, ready, num_positions, _wanted(product))
+    return run_fused(product, make_step(ready, len(weight_VH)), num_positions)
+
+
+def run_fused(product: Product, step: PositionStep, chunk_positions: int = 0) -> Tensor:
+    """The sum of a step's losses over all positions, with gradients of the product's three tensors made in the forward pass.
+
+    Args:
+        product: makes the logits; the ids of its weight are the whole vocabulary.
+        step: its losses are already times their scales.
+        chunk_positions: 0 for the default.
+    """
+    work = _Work(step, product.head, _wanted(product), chunk_positions)
+    loss = _Fused.apply(product.hidden_PH, product.weight_VH, product.bias_V, work)
     assert isinstance(loss, Tensor)
     return loss
+
+
+def _wanted(product: Product) -> tuple[bool, ...]:
+    tensors = (product.hidden_PH, product.weight_VH, product.bias_V)
+    return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
 
 
 class _Fused(torch.autograd.Function):
@@ -144,7 +161,7 @@ class _Work:
     chunk_positions: int
 
 
-def _check_projection(hidden_PH: Tensor, weight_VH: Tensor, bias: Tensor | None) -> None:
+def check_projection(hidden_PH: Tensor, weight_VH: Tensor, bias: Tensor | None) -> None:
     if hidden_PH.ndim != 2 or weight_VH.ndim != 2 or hidden_PH.shape[1] != weight_VH.shape[1]:
         raise LossError(
             f"hidden_PH {tuple(hidden_PH.shape)} and weight_VH {tuple(weight_VH.shape)} must be (positions, hidden) and "

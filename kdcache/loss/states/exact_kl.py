@@ -1,0 +1,242 @@
+"""Exact distillation over the whole vocabulary: the teacher's distribution is made again of its last states, chunk by chunk.
+
+A cache that holds the teacher's last hidden states and, once, its output projection holds every distribution whole. Per chunk
+of positions the teacher's logits go into one buffer, the student's into another, and the student's become the gradient in
+place: (P, V) never exists, and one matrix product is added to the three of the fused loss. This is the ceiling that every
+record of some entries is compared with. Definition: `dense_reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import LossError
+from kdcache.kernels import divergences as d
+from kdcache.kernels.divergences import torch_formulas
+from kdcache.kernels.divergences.torch_formulas import Masses
+from kdcache.loss.chunks import Product, write_logits
+from kdcache.loss.fused import PLAIN_HEAD, Projection, check_projection, run_fused
+from kdcache.loss.prepare import position_scales
+
+# Those that are a sum over ids: the others ask which buckets are the support.
+OVER_IDS = (
+    d.ForwardKL, d.ReverseKL, d.JensenShannon, d.SkewKL, d.SkewReverseKL, d.TotalVariation, d.Hellinger, d.AlphaBeta,
+)  # fmt: skip
+
+# A whole distribution has no rounded tail: only what underflows has to be kept from an infinite logarithm.
+SMALLEST_MASS = 1e-30
+
+# Logits that are worked on at a time: on a CPU their temporaries stay in its cache.
+_CPU_LOGITS, _DEVICE_LOGITS = 1 << 17, 1 << 24
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TeacherStates:
+    """The teacher's last states at P positions, and what makes its logits of them. No gradient flows into either.
+
+    Attributes:
+        hidden_PH: (P, H) after the final norm, as the projection takes them; of a low rank: their coordinates.
+        projection: of the teacher: weight (V, H), bias and head. `low_rank` makes that of coordinates. Half precision of one
+            dtype with the states is multiplied as it is; anything else in float32. Logits are float32 in any case.
+    """
+
+    hidden_PH: Tensor
+    projection: Projection
+
+    def product(self, num_ids: int) -> Product:
+        """What makes the logits of the first `num_ids` ids, or of all where the teacher has fewer."""
+        hidden_PH, (weight_VH, bias_V) = self.hidden_PH.detach(), self.projection.without_padding()
+        if hidden_PH.dtype != weight_VH.dtype:
+            hidden_PH, weight_VH = hidden_PH.float(), weight_VH.float()
+        weight_VH, bias_V = weight_VH[:num_ids].detach(), None if bias_V is None else bias_V[:num_ids].detach()
+        head = replace(self.projection.head or PLAIN_HEAD, float32_logits=True)
+        return Product(hidden_PH, weight_VH, None if bias_V is None else bias_V.to(hidden_PH.dtype), head)
+
+
+def low_rank(projection: Projection, basis_RH: Tensor, mean_H: Tensor | None = None) -> Projection:
+    """The projection that takes coordinates, where hidden = coordinates @ basis + mean.
+
+    Its product is as much cheaper as R is less than H.
+
+    Args:
+        projection: takes whole states.
+        basis_RH: (R, H), one direction a line.
+        mean_H: (H,); None for 0.
+    """
+    weight_VH, bias_V = projection.without_padding()
+    dtype = torch.promote_types(weight_VH.dtype, torch.float32)
+    bias_V = None if bias_V is None else bias_V.to(dtype)
+    if mean_H is not None:
+        shift_V = weight_VH.to(dtype) @ mean_H.to(dtype)
+        bias_V = shift_V if bias_V is None else bias_V + shift_V
+    head = None if projection.head is None else replace(projection.head, vocab_size=None)
+    return Projection(weight_VH.to(dtype) @ basis_RH.to(dtype).T, bias_V, head, projection.chunk_positions)
+
+
+def exact_kd_loss(
+    hidden_PH: Tensor,
+    projection: Tensor | Projection,
+    teacher: TeacherStates,
+    *,
+    divergence: str | d.Divergence = "forward_kl",
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """T^2 times a divergence of whole distributions, teacher's and student's, both at temperature T.
+
+    Gradients are computed in the forward pass, for those of the student's hidden states, weight and bias that require one,
+    and can be differentiated once. Ids beyond the student's are padding of the teacher and are left out, as if they did not
+    exist; ids beyond the teacher's get probability 0 (`Projection.head.vocab_size` leaves them out too).
+
+    Args:
+        hidden_PH: (P, H) the student's last hidden states.
+        projection: the student's: its weight, or a Projection that says more.
+        teacher: at the same positions.
+        divergence: one that is a sum over ids, by name or made. By name, a `floor` is 1e-30: every mass is known here.
+        temperature: of both; any number above 0, without any normaliser of the record.
+        weights: (P,) >= 0; None for 1. What stands at positions of weight 0 does not matter.
+        reduction: `mean`, sum(weight * loss) / sum(weight) and 0 where nothing counts, or `sum`.
+
+    Returns:
+        A scalar; float64 for float64 hidden states, else float32.
+
+    Raises:
+        LossError: an argument is impossible or does not fit the others.
+    """
+    if reduction not in ("mean", "sum"):
+        raise LossError(f"reduction is {reduction!r}, but must be 'mean' or 'sum': the gradients are summed over positions")
+    scales_P = position_scales(hidden_PH, weights, reduction)
+    projection = projection if isinstance(projection, Projection) else Projection(projection)
+    product = student_product(hidden_PH, projection)
+    step = DenseStep.of(product, teacher, whole_divergence(divergence), temperature, scales_P)
+    return run_fused(product, step, projection.chunk_positions or 0)
+
+
+def whole_divergence(name: str | d.Divergence, **options: float) -> d.Divergence:
+    """The divergence, for whole distributions.
+
+    Raises:
+        LossError: unknown, a wrong option, or one that is not a sum over ids.
+    """
+    known = ", ".join(repr(kind.name) for kind in OVER_IDS)
+    kind = d.find_kind(name) if isinstance(name, str) else type(name)
+    if kind not in OVER_IDS:
+        raise LossError(
+            f"divergence is {kind.name!r}, which asks for a support and its tail; between whole distributions there are {known}"
+        )
+    if isinstance(name, str) and "floor" in kind.__match_args__:
+        options = {"floor": SMALLEST_MASS} | options
+    return d.get_divergence(name, **options)
+
+
+def student_product(hidden_PH: Tensor, projection: Projection) -> Product:
+    """The student's logits, of the ids that exist; raises LossError where the tensors do not fit."""
+    check_projection(hidden_PH, projection.weight_VH, projection.bias_V)
+    return Product(hidden_PH, *projection.without_padding(), projection.head or PLAIN_HEAD)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseStep:
+    """See `kdcache.loss.steps.step.PositionStep`.
+
+    Attributes:
+        teacher: makes the teacher's logits: as many ids as the student has, or fewer.
+        divergence: over all ids.
+        temperature: of both sides.
+        scales_P: (P,) float64, what each position's loss is multiplied by; 0 where it is not read.
+        tops_P: (P,) int64 that gets the teacher's most probable id at each position; None where nobody asks.
+    """
+
+    teacher: Product
+    divergence: d.Divergence
+    temperature: float
+    scales_P: Tensor
+    tops_P: Tensor | None = None
+    buffer: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, product: Product, teacher: TeacherStates, divergence: d.Divergence, temperature: float, scales_P: Tensor
+    ) -> DenseStep:
+        """Checked against the student's product.
+
+        Raises:
+            LossError: another number of positions, another device, states that the teacher's projection does not take, or a
+                temperature that is not above 0.
+        """
+        check_teacher(product.hidden_PH, teacher)
+        if not temperature > 0:
+            raise LossError(f"temperature is {temperature!r}, but must be above 0")
+        return cls(teacher.product(len(product.weight_VH)), divergence, float(temperature), scales_P)
+
+    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
+        stop = start + len(logits_CV)
+        teacher_CV = self._logits(start, stop, logits_CV)
+        if self.tops_P is not None:
+            self.tops_P[start:stop] = teacher_CV.argmax(dim=1)
+        losses_C = self.scales_P.new_empty(len(logits_CV))
+        for part in _blocks(logits_CV):
+            scales_B = self.scales_P[start + part.start : start + part.stop]
+            losses_C[part] = self._losses(logits_CV[part], teacher_CV[part], scales_B, want_gradient)
+        return losses_C, logits_CV
+
+    def _losses(self, student_BV: Tensor, teacher_BV: Tensor, scales_B: Tensor, want_gradient: bool) -> Tensor:
+        """(B,) losses times their scales; the student's logits become the gradient."""
+        t, is_read_B = self.temperature, scales_B > 0
+        log_q_BV, log_p_BV = (_log_softmax(z_BV, t) for z_BV in (student_BV, teacher_BV))
+        masses = Masses(log_p_BV, log_p_BV.exp(), log_q_BV, log_q_BV.exp())
+        losses_B = torch_formulas.compute(self.divergence, masses).double()
+        if want_gradient:
+            h_BV = torch_formulas.slopes(self.divergence, masses)
+            h_BV = torch.addcmul(h_BV, masses.q_PK1, h_BV.sum(dim=1, keepdim=True), value=-1)
+            h_BV.mul_((t * scales_B).to(h_BV.dtype)[:, None]).masked_fill_(~is_read_B[:, None], 0.0)
+            student_BV.copy_(h_BV)
+        return torch.where(is_read_B, t * t * losses_B * scales_B, 0.0)
+
+    def _logits(self, start: int, stop: int, student_CV: Tensor) -> Tensor:
+        """(C, V) the teacher's, in the same memory for every chunk; -inf at ids that it does not have."""
+        num_ids, dtype = len(self.teacher.weight_VH), self.teacher.logits_dtype
+        if not self.buffer:  # the first chunk is the largest
+            self.buffer.append(student_CV.new_full(student_CV.shape, -torch.inf, dtype=dtype))
+        logits_CV = self.buffer[0][: len(student_CV)]
+        write_logits(self.teacher, slice(start, stop), logits_CV[:, :num_ids])
+        return logits_CV
+
+
+def check_teacher(hidden_PH: Tensor, teacher: TeacherStates) -> None:
+    """Raise LossError unless a teacher's states stand at a student's positions and fit their own projection."""
+    states_PH, weight_VH = teacher.hidden_PH, teacher.projection.weight_VH
+    if states_PH.ndim != 2 or weight_VH.ndim != 2 or states_PH.shape[1] != weight_VH.shape[1]:
+        raise LossError(
+            f"the teacher's states {tuple(states_PH.shape)} and its output projection {tuple(weight_VH.shape)} must be "
+            "(positions, hidden) and (vocabulary, hidden) with the same hidden size; states of a low rank need "
+            "kdcache.loss.states.exact_kl.low_rank(projection, basis, mean)"
+        )
+    if len(states_PH) != len(hidden_PH):
+        raise LossError(
+            f"the teacher has states at {len(states_PH)} positions, but the student at {len(hidden_PH)}: a feature with "
+            "positions 'supervised', without stride and pooling, has one at each"
+        )
+    if states_PH.device != hidden_PH.device or weight_VH.device != hidden_PH.device:
+        raise LossError(
+            f"the teacher's states are on {states_PH.device} and its projection on {weight_VH.device}, but the student is on "
+            f"{hidden_PH.device}; move them there"
+        )
+
+
+def _log_softmax(logits_BV: Tensor, temperature: float) -> Tensor:
+    """Of the logits over T; float64 for float64, else float32."""
+    working_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+    return (working_BV if temperature == 1 else working_BV / temperature).log_softmax(dim=1)
+
+
+def _blocks(logits_CV: Tensor) -> Iterator[slice]:
+    at_a_time = _CPU_LOGITS if logits_CV.device.type == "cpu" else _DEVICE_LOGITS
+    width = max(1, at_a_time // max(logits_CV.shape[1], 1))
+    for start in range(0, len(logits_CV), width):
+        yield slice(start, min(start + width, len(logits_CV)))
