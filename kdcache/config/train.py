@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from kdcache.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from kdcache.config.cut import LayersConfig
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.remote import RemoteConfig
 from kdcache.config.secrets import refuse_secrets
@@ -26,8 +27,10 @@ class StudentConfig(Config, frozen=True, kw_only=True):
     Attributes:
         model: folder in the Hugging Face layout or hub id, possibly the teacher's; its `config.json` is the base.
         revision: hub commit or tag; null for the default.
-        init: `random` builds new weights from the configuration; `pretrained` loads the weights of `model`.
-        overrides: fields of that configuration to change, as in {hidden_size: 128}; not possible with `pretrained`.
+        init: `random` builds new weights from the configuration; `pretrained` loads the weights of `model`; `from_teacher`
+            copies those of some layers of `model`, which is then the teacher.
+        overrides: fields of that configuration to change, as in {hidden_size: 128}; with `random` only.
+        layers: with `from_teacher`, which layers are kept; null for all.
         tokenizer: folder or hub id of the student's tokenizer; null for that of `model`. Its fingerprint must be the cache's.
         attention: transformers' name of the attention. `auto` is sdpa where the model has it and it computes everything that
             the configuration asks for, and eager elsewhere (gpt-oss has no sdpa; in Gemma 2, sdpa leaves out a soft cap).
@@ -35,14 +38,17 @@ class StudentConfig(Config, frozen=True, kw_only=True):
 
     model: str
     revision: str | None = None
-    init: Literal["random", "pretrained"] = "random"
+    init: Literal["random", "pretrained", "from_teacher"] = "random"
     overrides: dict[str, Scalar | list[Scalar]] = msgspec.field(default_factory=dict)
+    layers: LayersConfig | None = None
     tokenizer: str | None = None
     attention: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.init == "pretrained" and self.overrides:
+        if self.init != "random" and self.overrides:
             raise ValueError("overrides change the shape of a student; they need init 'random'")
+        if self.init != "from_teacher" and self.layers is not None:
+            raise ValueError(f"layers are those of a teacher, and init is {self.init!r}; set init to 'from_teacher'")
 
 
 class LossConfig(Config, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ from kdcache.teacher.hf.load import class_of_checkpoint, language_model_class
 from kdcache.teacher.hf.rotary import mend_rotary
 from kdcache.train.body import text_config, vocab_size
 from kdcache.train.finite import not_finite_weight
+from kdcache.train.init.cut import cut_student
 from kdcache.train.runs.digests import DIGESTS, find_damage
 
 _DERIVED_FIELDS = ("head_dim", "num_key_value_heads", "layer_types")
@@ -72,6 +73,9 @@ def _built(config: StudentConfig, seed: int, attention: str) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
     if config.init == "pretrained":
         return load_model(config.model, revision=config.revision, field="student.model", **options)
+    if config.init == "from_teacher":
+        teacher = load_model(config.model, revision=config.revision, field="student.model", **options)
+        return cut_student(teacher.eval(), config.layers).train(teacher.training)
     model_config = _student_config(config)
     try:
         return language_model_class(model_config).from_config(model_config, **options)
@@ -187,7 +191,7 @@ def check_against_cache(
     if "tokenizer" not in accept:
         _check_tokenizer(config, identity)
     advice = f"set student.overrides.vocab_size to {identity.teacher.vocab_size}"
-    if config.init == "pretrained":
+    if config.init != "random":
         advice = (
             f"load it with transformers, call resize_token_embeddings({identity.teacher.vocab_size}), save it with its "
             "tokenizer, and name that folder as student.model"
