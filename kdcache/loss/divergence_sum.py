@@ -38,15 +38,15 @@ class DivergenceSum:
 
     Attributes:
         parts: the divergences, at least one.
-        cross_entropy: weight of the cross entropy of the target ids at temperature 1: a number, or one per position. It takes
-            the place of `alpha`, which stays at 1.
+        cross_entropy: weight of the cross entropy of the target ids at temperature 1: a number, or one per position. It stands
+            for `alpha`, which stays at 1.
         values: what the latest call of a loss was the sum of, (D + 1,) float64 without a gradient: the D divergences (times
             T^2) in their order, then the cross entropy, 0 where its weight is 0. Each is reduced as the loss is, and not
             multiplied by its weight: where all weights are numbers, the loss is their sum over weight * value. (D + 1, P) for
             the reduction `none`; None before the first call.
 
     Raises:
-        LossError: there is no part, or a part is of another type.
+        LossError: parts is empty, or has something of another type.
     """
 
     parts: Sequence[WeightedDivergence]
