@@ -9,6 +9,7 @@ from typing import TypeVar
 import msgspec
 
 from kdcache.config.describe import describe_fields
+from kdcache.errors import ConfigError
 
 C = TypeVar("C", bound=msgspec.Struct)
 
@@ -24,10 +25,38 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_type: type[msgs
 
 
 def read_config(args: argparse.Namespace, config_type: type[C]) -> C:
-    """Load the config that the arguments name; raises ConfigError."""
+    """Load the config that the arguments name; raises ConfigError, which names the command that a config is for."""
     from kdcache.config.load import load_config
 
-    return load_config(args.config, config_type, args.overrides)
+    try:
+        return load_config(args.config, config_type, args.overrides)
+    except ConfigError as error:
+        command = _other_command(args.config, config_type)
+        if command is None:
+            raise
+        raise ConfigError(
+            f"{args.config}: this is a config of `kdcache {command}`; run `kdcache {command} {args.config}`"
+        ) from error
+
+
+def _other_command(path: str, config_type: type[msgspec.Struct]) -> str | None:
+    """The command whose config has every required field in the file, where the file lacks one that this command requires."""
+    from kdcache.config.capture import CaptureConfig
+    from kdcache.config.load import read_yaml_mapping
+    from kdcache.config.train import TrainConfig
+
+    try:
+        given = read_yaml_mapping(path).keys()
+    except ConfigError:
+        return None
+    if _required(config_type) <= given:
+        return None
+    others: dict[str, type[msgspec.Struct]] = {"capture": CaptureConfig, "train": TrainConfig}
+    return next((name for name, other in others.items() if other is not config_type and _required(other) <= given), None)
+
+
+def _required(config_type: type[msgspec.Struct]) -> set[str]:
+    return {field.name for field in msgspec.structs.fields(config_type) if field.required}
 
 
 def field_list(config_type: type[msgspec.Struct]) -> str:

@@ -15,7 +15,7 @@ ARRAYS = ("token_ids_PK", "logprobs_PK", "tail_mass_P", "num_exact_P", "log_z_PL
 """The fields of SoftTargets that are arrays, each with one line per position."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class SoftTargets(Generic[ArrayT]):
     """What the teacher said at P positions, as NumPy arrays or torch tensors; every loss takes it.
 
@@ -94,6 +94,11 @@ class SoftTargets(Generic[ArrayT]):
     def origin(self) -> str:
         """The selection where it is known, else the entries' meaning; for rules and messages."""
         return self.selection or self.entries
+
+    def __repr__(self) -> str:
+        ids_PK: Any = self.token_ids_PK
+        size = "an unknown number of" if self.vocab_size is None else f"{self.vocab_size:,}"
+        return f"SoftTargets({ids_PK.shape[0]:,} positions, up to {ids_PK.shape[1]:,} {self.entries} entries of {size} ids)"
 
     def log_z_at(self, temperature: float) -> ArrayT:
         """(P,) nats, the normalisers of a further temperature.

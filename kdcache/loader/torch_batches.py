@@ -15,11 +15,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.errors import StateError
 from kdcache.format.soft_targets import SoftTargets
-from kdcache.loader.batches.batch import ARRAYS, SCALARS, Batch
+from kdcache.loader.batches.batch import ARRAYS, SCALARS, Batch, brief
 from kdcache.loader.loader import Loader
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class TorchBatch:
     """`kdcache.loader.batches.batch.Batch` as tensors: same names, shapes and dtypes, the same memory.
 
@@ -42,6 +42,9 @@ class TorchBatch:
     state: dict[str, Any] | None = None
     features: dict[str, Tensor] | None = None
     roles_P: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def target_ids_P(self) -> Tensor:

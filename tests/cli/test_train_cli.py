@@ -100,6 +100,13 @@ def test_impossible_numbers_are_wrong_usage(flag: str, value: str, message: str,
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("command", "config"), [("capture", "train-kd.yaml"), ("train", "capture-text.yaml")])
+def test_a_config_of_another_command_is_named_as_such(command: str, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(CONFIGS / config)]) == 2
+    other = config.partition("-")[0]
+    assert f"this is a config of `kdcache {other}`; run `kdcache {other} {CONFIGS / config}`" in capsys.readouterr().err
+
+
 def test_the_example_configs_load_and_differ_in_the_loss_alone() -> None:
     kd, labels = (msgspec.to_builtins(load_config(CONFIGS / f"train-{name}.yaml", TrainConfig)) for name in ("kd", "labels"))
     assert (kd["loss"].pop("alpha"), labels["loss"].pop("alpha")) == (1.0, 0.0)

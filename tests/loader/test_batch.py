@@ -42,6 +42,13 @@ def test_two_sequences_in_a_row_by_hand() -> None:
     assert (batch.num_sequences, batch.num_tokens) == (2, 5)
 
 
+def test_a_printed_batch_is_one_line_of_sizes() -> None:
+    first, second = make_record(0, 3, k=2, supervised="all"), make_record(1, 2, k=2, supervised="all")
+    batch = assemble([first, second], BatchLayout((2, 0), seq_len=7, columns=EntryColumns(2)))
+    teacher = f"SoftTargets(5 positions, up to 2 {batch.teacher.entries} entries of an unknown number of ids)"
+    assert repr(batch) == f"Batch(2 rows of 7 slots, 2 sequences, teacher={teacher})"
+
+
 @settings(deadline=None)
 @given(ROWS, MASKS, st.booleans(), st.sampled_from([3, 5, None]))
 def test_assembling_equals_the_reference(rows: list[list[int]], mask: str, ragged: bool, num_columns: int | None) -> None:

@@ -22,7 +22,7 @@ NO_ROLE = 255
 """In `Batch.roles_P`: the position predicts no token of its sequence, which is not the role `none`."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Batch:
     """One rank's share of a global batch. The arrays are the batch's own and may be written.
 
@@ -63,6 +63,9 @@ class Batch:
     features: dict[str, NDArray[np.float32]] | None = None
     roles_P: NDArray[np.uint8] | None = None
 
+    def __repr__(self) -> str:
+        return brief(self)
+
     @property
     def target_ids_P(self) -> NDArray[np.int32]:
         """(P,) the token that came after each of the positions, NO_TARGET after a sequence's last."""
@@ -83,6 +86,16 @@ ARRAYS = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "cu_seqlens_G1", 
           "weights_P")  # fmt: skip
 """The fields of a batch that are arrays and always there; `roles_P`, `features` and the arrays of `teacher` may be missing."""
 SCALARS = ("max_seqlen", "num_sequences", "num_masked")
+
+
+def brief(batch: Any) -> str:
+    """One line about a batch, of arrays or of tensors: its sizes, not its numbers."""
+    num_rows, num_slots = batch.input_ids_BT.shape
+    features = f", features {', '.join(batch.features)}" if batch.features else ""
+    return (
+        f"{type(batch).__name__}({num_rows} rows of {num_slots:,} slots, {batch.num_sequences:,} sequences, "
+        f"teacher={batch.teacher}{features})"
+    )
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:
