@@ -143,12 +143,12 @@ def test_float32_and_bfloat16_are_within_their_rounding() -> None:
 def test_states_of_a_low_rank_and_of_another_dtype() -> None:
     """Coordinates with the basis folded into the projection are the states that they stand for."""
     case = Case()
-    basis_RH = torch.linalg.qr(torch.randn((12, 4), dtype=torch.float64))[0].T
+    basis = torch.linalg.qr(torch.randn((12, 4), dtype=torch.float64))[0].T
     mean_H = torch.randn(12, dtype=torch.float64)
     coordinates_PR = torch.randn((19, 4), dtype=torch.float64)
     projection = replace(case.teacher.projection, head=Head(vocab_size=50, softcap=4.0))
-    whole = TeacherStates(coordinates_PR @ basis_RH + mean_H, projection)
-    folded = TeacherStates(coordinates_PR, low_rank(projection, basis_RH, mean_H))
+    whole = TeacherStates(coordinates_PR @ basis + mean_H, projection)
+    folded = TeacherStates(coordinates_PR, low_rank(projection, basis, mean_H))
     losses = [exact_kd_loss(case.leaves[0], case.projection, teacher).item() for teacher in (whole, folded)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
     half = TeacherStates(

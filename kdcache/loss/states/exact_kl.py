@@ -1,8 +1,8 @@
 """Exact distillation over the whole vocabulary: the teacher's distribution is made again of its last states, chunk by chunk.
 
 A cache that holds the teacher's last hidden states and, once, its output projection holds every distribution whole. Per chunk
-of positions the teacher's logits go into one buffer, the student's into another, and the student's become the gradient in
-place: (P, V) never exists, and one matrix product is added to the three of the fused loss. This is the ceiling that every
+of positions the teacher's logits go into one buffer, the student's into another, and the gradient then takes the student's
+buffer: (P, V) never exists, and one matrix product is added to the three of the fused loss. This is the ceiling that every
 record of some entries is compared with. Definition: `dense_reference`.
 """
 
@@ -57,14 +57,14 @@ class TeacherStates:
         return Product(hidden_PH, weight_VH, None if bias_V is None else bias_V.to(hidden_PH.dtype), head)
 
 
-def low_rank(projection: Projection, basis_RH: Tensor, mean_H: Tensor | None = None) -> Projection:
+def low_rank(projection: Projection, basis: Tensor, mean_H: Tensor | None = None) -> Projection:
     """The projection that takes coordinates, where hidden = coordinates @ basis + mean.
 
     Its product is as much cheaper as R is less than H.
 
     Args:
         projection: takes whole states.
-        basis_RH: (R, H), one direction a line.
+        basis: (rank, H), one direction a line.
         mean_H: (H,); None for 0.
     """
     weight_VH, bias_V = projection.without_padding()
@@ -74,7 +74,7 @@ def low_rank(projection: Projection, basis_RH: Tensor, mean_H: Tensor | None = N
         shift_V = weight_VH.to(dtype) @ mean_H.to(dtype)
         bias_V = shift_V if bias_V is None else bias_V + shift_V
     head = None if projection.head is None else replace(projection.head, vocab_size=None)
-    return Projection(weight_VH.to(dtype) @ basis_RH.to(dtype).T, bias_V, head, projection.chunk_positions)
+    return Projection(weight_VH.to(dtype) @ basis.to(dtype).T, bias_V, head, projection.chunk_positions)
 
 
 def exact_kd_loss(
