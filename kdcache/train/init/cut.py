@@ -54,17 +54,17 @@ def _with_layers(teacher: PreTrainedModel, kept: Sequence[int]) -> PreTrainedMod
 
 
 def kept_weights(teacher: PreTrainedModel, kept: Sequence[int]) -> dict[str, Tensor]:
-    """The teacher's own tensors, those of its layers under their new numbers; not copies."""
+    """The teacher's own tensors, those of its layers under their new indices; not copies."""
     prefix = layers_prefix(teacher)
-    new_number = {layer: new for new, layer in enumerate(kept)}
+    new_index = {layer: new for new, layer in enumerate(kept)}
     weights: dict[str, Tensor] = {}
     for name, tensor in teacher.state_dict().items():
         if not name.startswith(prefix):
             weights[name] = tensor
             continue
         layer, _, rest = name.removeprefix(prefix).partition(".")
-        if int(layer) in new_number:
-            weights[f"{prefix}{new_number[int(layer)]}.{rest}"] = tensor
+        if int(layer) in new_index:
+            weights[f"{prefix}{new_index[int(layer)]}.{rest}"] = tensor
     return weights
 
 

@@ -18,7 +18,7 @@ from kdcache.teacher.features import find_decoder
 from kdcache.train.body import text_config
 
 _TOKENS = 32
-_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
+_LAYER_FIELDS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 """Attributes that may differ: a layer's own number."""
 
 
@@ -103,5 +103,5 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str | None) and not name.startswith("_") and name not in _NUMBERS
+        if isinstance(value, bool | int | float | str | None) and not name.startswith("_") and name not in _LAYER_FIELDS
     }

@@ -22,7 +22,7 @@ Read = tuple[Literal["hidden"] | HeadKind, int]
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a term reads, beside the student's logits and the teacher's entries.
+    """What a term reads, besides the student's logits and the teacher's entries.
 
     Attributes:
         features: names of the cache's features; the loader puts them into `batch.features`.
