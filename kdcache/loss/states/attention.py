@@ -6,7 +6,7 @@ embedding, with the layer's scale, soft cap, window and sinks. All keys that are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdcache.errors import LossError
-from kdcache.loss.states.relations import in_blocks, later_keys
+from kdcache.loss.states.relations import in_blocks
 from kdcache.loss.states.vectors import widened
 
 _MASKED = -1e30
@@ -30,35 +30,46 @@ class AttentionScores:
         softcap: then bounds them, as softcap * tanh(score / softcap); None for no bound.
         window: a query sees this many keys, itself included; None for all earlier ones.
         sinks: (heads,) the score of a further key per head whose mass is lost; None without.
+        mask: (1 or heads, N, N) bool, True where a query sees a key, or what is added to the scores; None for all earlier keys
+            within the window.
     """
 
     scale: float
     softcap: float | None = None
     window: int | None = None
     sinks: Tensor | None = None
+    mask: Tensor | None = None
 
-    def masked(self, query: Tensor, key: Tensor, start: int) -> Tensor:
+    def masked(self, query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
         """(heads, queries, keys) scores, `_MASKED` where a query does not see a key.
 
         Args:
-            query: (heads, queries, width); start: the index of the first of them.
-            key: (heads, keys, width).
+            query: (heads, queries, width).
+            key: (heads, keys, width), from the sequence's first.
+            positions: (queries,) of the queries in the sequence.
         """
         scores = query @ key.transpose(1, 2) * self.scale
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
-        num_queries, num_keys = scores.shape[1:]
-        is_hidden = later_keys(num_queries, num_keys, start, scores.device)
+        keys = torch.arange(key.shape[1], device=key.device)
+        if self.mask is not None:
+            mask = self.mask[:, positions][:, :, : len(keys)]
+            return scores.masked_fill(~mask, _MASKED) if mask.dtype == torch.bool else (scores + mask).clamp_min(_MASKED)
+        distances = positions[:, None] - keys
+        is_hidden = distances < 0
         if self.window is not None:
-            is_hidden = is_hidden | ~later_keys(num_queries, num_keys, start - self.window, scores.device)
+            is_hidden = is_hidden | (distances >= self.window)
         return scores.masked_fill(is_hidden, _MASKED)
 
     def log_totals(self, scores: Tensor) -> Tensor:
-        """(heads, queries) the logs of the softmax's denominators."""
-        if self.sinks is not None:
-            sinks = self.sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
-            scores = torch.cat([scores, sinks], dim=2)
-        return scores.logsumexp(dim=2)
+        """(heads, queries, 1) the logs of the softmax's denominators."""
+        return self.with_sinks(scores).logsumexp(dim=2, keepdim=True)
+
+    def with_sinks(self, scores: Tensor) -> Tensor:
+        """The scores and, if there are sinks, theirs as one more key."""
+        if self.sinks is None:
+            return scores
+        return torch.cat([scores, self.sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)], dim=2)
 
 
 def attention_probabilities(query: Tensor, key: Tensor, scores: AttentionScores) -> Tensor:
@@ -67,22 +78,26 @@ def attention_probabilities(query: Tensor, key: Tensor, scores: AttentionScores)
     Args:
         query: (heads, N, width).
         key: (key heads, N, width); each serves heads / key heads queries' heads.
+        scores: of the layer.
     """
-    found = scores.masked(widened(query), _repeated(widened(key), len(query)), 0)
-    return (found - scores.log_totals(found)[..., None]).exp()
+    positions = torch.arange(query.shape[1], device=query.device)
+    found = scores.masked(widened(query), _repeated(widened(key), len(query)), positions)
+    return (found - scores.log_totals(found)).exp()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TopKeys:
-    """The teacher's attention at its top keys, for one sequence.
+    """The teacher's attention at its top keys, for some positions of one sequence.
 
     Attributes:
-        probabilities: (heads, N, kept) in [0, 1], over ALL keys that a query sees; 0 without an entry.
+        probabilities: (heads, queries, kept) in [0, 1], over ALL keys that a query sees; 0 without an entry.
         distances: the same shape, integers: the query's position minus the key's.
+        positions: of the queries in the sequence, ascending.
     """
 
     probabilities: Tensor
     distances: Tensor
+    positions: Sequence[int]
 
 
 def attention_loss(
@@ -90,38 +105,41 @@ def attention_loss(
     student: tuple[Tensor, Tensor],
     teacher: TopKeys,
     scores: AttentionScores,
-    weights_N: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """The sum over one sequence's tokens of weight * loss, the mean over heads.
+    """The sum over the teacher's positions of weight * loss, the mean over heads.
 
     Args:
         name: `kl`, in nats, over the kept keys and the tail; or `normalized_mse`, |s/|s| - t/|t||^2 over the same, from 0 to 2.
-        student: (heads, N, width) queries and (key heads, N, width) keys.
+        student: (heads, N, width) queries and (key heads, N, width) keys of the whole sequence.
         teacher: for each of the student's heads.
         scores: of the student's layer.
-        weights_N: of the tokens; None for 1.
+        weights: of the teacher's positions; None for 1.
 
     Raises:
-        LossError: another name, or other numbers of heads or tokens.
+        LossError: another name, or other numbers of heads.
     """
     query, key = student
     if name not in ATTENTION_LOSSES:
         raise LossError(f"the loss of attention is {name!r}, but must be one of {', '.join(ATTENTION_LOSSES)}")
-    if teacher.probabilities.shape[:2] != query.shape[:2] or teacher.distances.shape != teacher.probabilities.shape:
+    expected = len(query), len(teacher.positions)
+    if teacher.probabilities.shape[:2] != expected or teacher.distances.shape != teacher.probabilities.shape:
         raise LossError(
-            f"the teacher's top keys are {tuple(teacher.probabilities.shape)} and the student's queries {tuple(query.shape)}; "
-            "the first two must be the same numbers of heads and tokens"
+            f"the teacher's top keys are {tuple(teacher.probabilities.shape)} and their distances "
+            f"{tuple(teacher.distances.shape)}, but there are {expected[0]} heads and {expected[1]} positions"
         )
     loss, told = ATTENTION_LOSSES[name], widened(teacher.probabilities)
-    weights_N = query.new_ones(query.shape[1]) if weights_N is None else weights_N
+    positions = torch.tensor(teacher.positions, dtype=torch.int64, device=query.device)
+    weights = query.new_ones(len(positions)) if weights is None else weights
 
     def loss_of(queries: Tensor, keys: Tensor, start: int) -> Tensor:
         some = slice(start, start + queries.shape[1])
-        block = TopKeys(told[:, some], teacher.distances[:, some])
-        found = loss(*_log_masses(scores.masked(queries, keys, start), scores, block, start))
-        return found.mean(dim=0) @ weights_N[some].to(found.dtype)
+        kept = told[:, some], teacher.distances[:, some]
+        found = loss(*_log_masses(scores.masked(queries, keys, positions[some]), scores, kept, positions[some]))
+        return found.mean(dim=0) @ weights[some].to(found.dtype)
 
-    return in_blocks(loss_of, widened(query), _repeated(widened(key), len(query)))
+    queries = widened(query).index_select(1, positions)
+    return in_blocks(loss_of, queries, _repeated(widened(key), len(query)), lambda stop: teacher.positions[stop - 1] + 1)
 
 
 def _repeated(key: Tensor, num_heads: int) -> Tensor:
@@ -130,25 +148,22 @@ def _repeated(key: Tensor, num_heads: int) -> Tensor:
     return key.repeat_interleave(num_heads // len(key), dim=0)
 
 
-def _log_masses(scores: Tensor, rule: AttentionScores, block: TopKeys, start: int) -> tuple[Tensor, Tensor]:
+def _log_masses(scores: Tensor, rule: AttentionScores, kept: tuple[Tensor, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
     """The teacher's masses and the logs of the student's, (heads, queries, kept + 1) each: the last one is the tail."""
-    queries = torch.arange(start, start + scores.shape[1], device=scores.device)[:, None]
-    is_kept = block.probabilities > 0
-    keys = (queries - block.distances).clamp(0, scores.shape[2] - 1).long()
-    log_totals = rule.log_totals(scores)[..., None]
-    # A query's entries of mass 0 are at a key that may be kept too: they must not hide it, so they point nowhere.
+    probabilities, distances = kept
+    is_kept = probabilities > 0
+    keys = (positions[:, None] - distances).clamp(0, scores.shape[2] - 1).long()
+    log_totals = rule.log_totals(scores)
+    # Entries of mass 0 stand at a key that may be kept too: they must not hide it, so they point at one more key.
     others = torch.cat([scores, scores.new_full((*scores.shape[:2], 1), _MASKED)], dim=2)
-    others = others.scatter(2, torch.where(is_kept, keys, scores.shape[2]), _MASKED)
-    if rule.sinks is not None:
-        others = torch.cat([others, rule.sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)], dim=2)
+    others = rule.with_sinks(others.scatter(2, torch.where(is_kept, keys, scores.shape[2]), _MASKED))
     has_others = (others > _MASKED / 2).any(dim=2, keepdim=True)
     log_tail = others.logsumexp(dim=2, keepdim=True) - log_totals
     log_kept = scores.gather(2, keys).masked_fill(~is_kept, _MASKED) - log_totals
-    tail = (1 - block.probabilities.sum(dim=2, keepdim=True)).clamp_min(0) * has_others
-    masses = torch.cat([block.probabilities, tail], dim=2)
-    student = torch.cat([log_kept, log_tail], dim=2)
+    tail = (1 - probabilities.sum(dim=2, keepdim=True)).clamp_min(0) * has_others
+    masses = torch.cat([probabilities, tail], dim=2)
     # Stored masses are rounded: they are brought to the sum 1, or equal models would not have the loss 0.
-    return masses / masses.sum(dim=2, keepdim=True).clamp_min(1e-30), student
+    return masses / masses.sum(dim=2, keepdim=True).clamp_min(1e-30), torch.cat([log_kept, log_tail], dim=2)
 
 
 def _kl(teacher: Tensor, student_logs: Tensor) -> Tensor:

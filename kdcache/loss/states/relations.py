@@ -54,34 +54,27 @@ def relation_kl(
         found = (teacher_logs.exp() * (teacher_logs - _log_relations(left, right, start, is_causal))).sum(dim=2).mean(dim=0)
         return found @ weights_N[start : start + num_queries].to(found.dtype)
 
-    return in_blocks(loss_of, *student_parts, is_causal=is_causal)
+    return in_blocks(loss_of, *student_parts, lambda stop: stop if is_causal else num_tokens)
 
 
 def in_blocks(
-    loss_of: Callable[[Tensor, Tensor, int], Tensor], query: Tensor, key: Tensor, *, is_causal: bool = True
+    loss_of: Callable[[Tensor, Tensor, int], Tensor], query: Tensor, key: Tensor, num_seen: Callable[[int], int]
 ) -> Tensor:
     """The sum of a loss over blocks of a sequence's queries, each computed again in the backward pass.
 
     Args:
-        loss_of: takes queries (heads, some, width), the keys that they see, and the index of the first query.
-        query: (heads, N, width).
-        key: (heads, N, width).
-        is_causal: hand out keys up to the block's last query only.
+        loss_of: takes queries (heads, some, width), the keys that they may see, and the index of the first query.
+        query: (heads, queries, width).
+        key: (heads, keys, width).
+        num_seen: index of a query -> how many of the keys, from the first, the queries before it see at most.
     """
-    num_heads, num_tokens, _ = query.shape
-    step = max(MOST_ELEMENTS // max(num_heads * num_tokens, 1), 1)
+    step = max(MOST_ELEMENTS // max(len(query) * key.shape[1], 1), 1)
     total = query.new_zeros(())
     with full_precision(query):
-        for start, block in zip(range(0, num_tokens, step), query.split(step, dim=1), strict=True):
-            seen = key[:, : start + block.shape[1]] if is_causal else key
+        for start, block in zip(range(0, query.shape[1], step), query.split(step, dim=1), strict=True):
+            seen = key[:, : num_seen(start + block.shape[1])]
             total = total + checkpoint(loss_of, block, seen, start, use_reentrant=False, preserve_rng_state=False)
     return total
-
-
-def later_keys(num_queries: int, num_keys: int, start: int, device: torch.device) -> Tensor:
-    """(queries, keys) bool, True where a key comes after its query."""
-    queries = torch.arange(start, start + num_queries, device=device)
-    return torch.arange(num_keys, device=device) > queries[:, None]
 
 
 def _cut(left_NH: Tensor, right_NH: Tensor, num_heads: int, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -103,5 +96,6 @@ def _log_relations(left: Tensor, right: Tensor, start: int, is_causal: bool) -> 
     """(heads, queries, keys) logs of relations; a large negative number at masked keys, whose mass is 0."""
     scores = left @ right.transpose(1, 2) / math.sqrt(left.shape[2])
     if is_causal:
-        scores = scores.masked_fill(later_keys(left.shape[1], right.shape[1], start, left.device), -1e30)
+        queries = torch.arange(start, start + left.shape[1], device=left.device)
+        scores = scores.masked_fill(torch.arange(right.shape[1], device=left.device) > queries[:, None], -1e30)
     return scores.log_softmax(dim=2)

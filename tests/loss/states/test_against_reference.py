@@ -30,7 +30,7 @@ def top_keys(kept: int, *, seed: int = 22, sharpness: float = 1.0) -> TopKeys:
     """A teacher's attention of its own, whole or cut to its top keys."""
     whole = attention_probabilities(sharpness * values(seed, HEADS, TOKENS, WIDTH), values(seed + 1, 2, TOKENS, WIDTH), SCORES)
     found = whole.topk(kept, dim=2)
-    return TopKeys(found.values, torch.arange(TOKENS)[:, None] - found.indices)
+    return TopKeys(found.values, torch.arange(TOKENS)[:, None] - found.indices, range(TOKENS))
 
 
 # Vectors
@@ -186,9 +186,9 @@ def test_attention_is_that_of_a_layer_with_a_cap_a_window_or_sinks(changes):
     expected = torch.cat([raw, sinks[:, None, None].expand(-1, TOKENS, 1)], dim=2).softmax(dim=2)[..., :TOKENS]
     torch.testing.assert_close(attention_probabilities(QUERY, KEY, scores), expected)
     kept = expected.topk(2, dim=2)
-    teacher = TopKeys(kept.values, queries[:, None] - kept.indices)
+    teacher = TopKeys(kept.values, queries[:, None] - kept.indices, range(TOKENS))
     assert float(attention_loss("kl", (QUERY, KEY), teacher, scores)) == pytest.approx(0, abs=1e-12)
-    other = TopKeys(teacher.probabilities * 0.7, teacher.distances)
+    other = TopKeys(teacher.probabilities * 0.7, teacher.distances, range(TOKENS))
     if "window" not in changes:
         assert float(attention_loss("kl", (QUERY, KEY), other, scores)) == pytest.approx(
             every_query("kl", other, scores), rel=1e-9
@@ -203,7 +203,7 @@ def test_attention_of_one_model_with_itself_is_zero_from_rounded_masses_too(name
     distances = torch.where(found.values > 0, distances, 0).int()
     inputs = QUERY.float().requires_grad_(), KEY.float().requires_grad_()
     for masses, bound in ((found.values.float(), 1e-6), (found.values.half(), 2e-3)):
-        loss = attention_loss(name, inputs, TopKeys(masses, distances), SCORES)
+        loss = attention_loss(name, inputs, TopKeys(masses, distances, range(TOKENS)), SCORES)
         gradients = torch.autograd.grad(loss, inputs)
         assert -1e-6 < float(loss.detach()) < bound**2 + 2e-6
         assert max(float(gradient.abs().max()) for gradient in gradients) < bound
@@ -223,12 +223,25 @@ def test_attention_agrees_with_textbrewer_and_repdistiller():
     assert found == pytest.approx(ORACLE["repdistiller"]["attention"], rel=1e-9)
 
 
+def test_attention_at_some_positions_and_under_a_mask_is_that_of_these_positions():
+    teacher, some = top_keys(2), [1, 4, 5]
+    weights = torch.zeros(TOKENS).double()
+    weights[some] = 1.5
+    expected = attention_loss("kl", (QUERY, KEY), teacher, SCORES, weights)
+    part = TopKeys(teacher.probabilities[:, some], teacher.distances[:, some], some)
+    torch.testing.assert_close(attention_loss("kl", (QUERY, KEY), part, SCORES, weights[some]), expected)
+    sees = torch.ones(1, TOKENS, TOKENS, dtype=torch.bool).tril()
+    for mask in (sees, torch.zeros(1, TOKENS, TOKENS).double().masked_fill(~sees, -torch.inf)):
+        found = attention_loss("kl", (QUERY, KEY), part, AttentionScores(scale=0.4, mask=mask), weights[some])
+        torch.testing.assert_close(found, expected)
+
+
 def test_other_numbers_of_heads_are_refused():
     teacher = top_keys(2)
-    with pytest.raises(LossError, match=r"top keys are \(4, 6, 2\) and the student's queries \(2, 6, 3\)"):
+    with pytest.raises(LossError, match=r"top keys are \(4, 6, 2\).*but there are 2 heads and 6 positions"):
         attention_loss("kl", (QUERY[:2], KEY), teacher, SCORES)
     with pytest.raises(LossError, match=r"2 heads of keys do not divide 3 heads of queries"):
-        attention_loss("kl", (QUERY[:3], KEY), TopKeys(teacher.probabilities[:3], teacher.distances[:3]), SCORES)
+        attention_loss("kl", (QUERY[:3], KEY), TopKeys(teacher.probabilities[:3], teacher.distances[:3], range(TOKENS)), SCORES)
     with pytest.raises(LossError, match=r"loss of attention is 'mse', but must be one of kl, normalized_mse"):
         attention_loss("mse", (QUERY, KEY), teacher, SCORES)
 
