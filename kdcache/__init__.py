@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from kdcache.capture.watch.signals import Interrupted as Interrupted
     from kdcache.capture.watch.signals import StopRequest as StopRequest
     from kdcache.config.capture import CaptureConfig as CaptureConfig
-    from kdcache.config.capture import FeatureConfig as FeatureConfig
     from kdcache.config.capture import GenerateConfig as GenerateConfig
     from kdcache.config.capture import InputConfig as InputConfig
     from kdcache.config.capture import RunConfig as RunConfig
     from kdcache.config.capture import ShardConfig as ShardConfig
+    from kdcache.config.features import FeatureConfig as FeatureConfig
+    from kdcache.config.features import ProjectionConfig as ProjectionConfig
     from kdcache.config.load import load_config as load_config
     from kdcache.config.loader import LoaderConfig as LoaderConfig
     from kdcache.config.loader import MaskConfig as MaskConfig
@@ -53,9 +54,11 @@ if TYPE_CHECKING:
     from kdcache.errors import StorageError as StorageError
     from kdcache.errors import TeacherError as TeacherError
     from kdcache.errors import UnsupportedVersionError as UnsupportedVersionError
+    from kdcache.format.feature_vectors import FeatureVectors as FeatureVectors
     from kdcache.format.identity import CodecInfo as CodecInfo
     from kdcache.format.identity import FeatureInfo as FeatureInfo
     from kdcache.format.identity import Identity as Identity
+    from kdcache.format.identity import ProjectionInfo as ProjectionInfo
     from kdcache.format.identity import SelectionInfo as SelectionInfo
     from kdcache.format.identity import TeacherIdentity as TeacherIdentity
     from kdcache.format.identity import TokenizerIdentity as TokenizerIdentity
@@ -122,8 +125,9 @@ _EXPORTS = {
     "EpochReport": "kdcache.loader.report:EpochReport",
     "FailedUnit": "kdcache.store.writing.set_aside:FailedUnit",
     "FakeConfig": "kdcache.config.teacher:FakeConfig",
-    "FeatureConfig": "kdcache.config.capture:FeatureConfig",
+    "FeatureConfig": "kdcache.config.features:FeatureConfig",
     "FeatureInfo": "kdcache.format.identity:FeatureInfo",
+    "FeatureVectors": "kdcache.format.feature_vectors:FeatureVectors",
     "FormatError": "kdcache.errors:FormatError",
     "FusedSparseKD": "kdcache.loss.modules:FusedSparseKD",
     "GenerateConfig": "kdcache.config.capture:GenerateConfig",
@@ -152,6 +156,8 @@ _EXPORTS = {
     "PackedView": "kdcache.loader.view:PackedView",
     "PlanInfo": "kdcache.format.manifest:PlanInfo",
     "Projection": "kdcache.loss.fused:Projection",
+    "ProjectionConfig": "kdcache.config.features:ProjectionConfig",
+    "ProjectionInfo": "kdcache.format.identity:ProjectionInfo",
     "RemoteConfig": "kdcache.config.remote:RemoteConfig",
     "RunConfig": "kdcache.config.capture:RunConfig",
     "SelectionConfig": "kdcache.config.selection:SelectionConfig",

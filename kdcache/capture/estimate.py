@@ -23,7 +23,7 @@ from kdcache.capture.sequences import CutCounts
 from kdcache.capture.unit import blaming_teacher, score_records
 from kdcache.capture.watch.progress import CaptureProgress
 from kdcache.codec import get_codec
-from kdcache.codec.features import bytes_per_vector
+from kdcache.codec.features.vectors import bytes_per_vector
 from kdcache.config.capture import CaptureConfig
 from kdcache.errors import ConfigError, InputError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity

@@ -13,6 +13,7 @@ from msgspec import Meta
 from kdcache import extensions
 from kdcache.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, Seconds
 from kdcache.config.chat import check_arguments, parse_moment
+from kdcache.config.features import FeatureConfig as FeatureConfig
 from kdcache.config.remote import RemoteConfig
 from kdcache.config.secrets import refuse_secrets
 from kdcache.config.selection import CodecConfig, SelectionConfig
@@ -164,36 +165,6 @@ class GenerateConfig(Config, frozen=True, kw_only=True):
             )
 
 
-class FeatureConfig(Config, frozen=True, kw_only=True):
-    """Hidden states of one layer, stored with the distributions, at supervised positions only.
-
-    Attributes:
-        layer: 0 for the embeddings' output, i for the output of layer i, counted from 1, -1 for the last layer after the final
-            norm, which is what the output projection takes. The convention of `output_hidden_states` in transformers.
-        dtype: `float16`, 2 bytes per number, off by at most |x| 2^-11, and nothing beyond 65504; or `int8`, 1 byte per number
-            and 4 per vector, off by at most 1/254 of the vector's largest magnitude.
-        pooling: `none`, a vector per position; `mean` of a sequence's positions, or the `last` of them: one vector per
-            sequence.
-        name: of the column, in letters, digits and underscores; null for a name made of layer and pooling, as in `hidden_last`
-            or `hidden_12_mean`.
-    """
-
-    layer: Annotated[int, Meta(ge=-1)]
-    dtype: Literal["float16", "int8"] = "float16"
-    pooling: Literal["none", "mean", "last"] = "none"
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.name is not None and not (self.name.isascii() and self.name.replace("_", "a").isalnum()):
-            raise ValueError(f"name is {self.name!r}, but a column's name has letters, digits and underscores only")
-
-    @property
-    def full_name(self) -> str:
-        """The name that the cache gives it."""
-        layer = "last" if self.layer == -1 else str(self.layer)
-        return self.name or f"hidden_{layer}" + (f"_{self.pooling}" if self.pooling != "none" else "")
-
-
 class ShardConfig(Config, frozen=True, kw_only=True):
     """How the work is cut into units, each of which becomes one shard.
 
@@ -266,10 +237,8 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
             per directory.
         remote: how an object store is reached.
         generate: null: the teacher reads the input. A section: it answers the input.
-        features: hidden states to store with the distributions, as in [{layer: -1, dtype: int8}]. Each has `layer` (0 the
-            embeddings' output, i the output of layer i, -1 the last, which the output projection takes), `dtype` (float16,
-            int8), `pooling` (none: a vector per position; mean, last: one per sequence) and `name`. A vector takes the model's
-            hidden size x 2 bytes (float16) or + 4 bytes (int8); --dry-run prints the total.
+        features: states of the teacher's layers to store with the distributions, as in [{layer: -1, dtype: int8}]; see
+            `FeatureConfig`. --dry-run prints what each takes.
     """
 
     input: InputConfig

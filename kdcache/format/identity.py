@@ -97,17 +97,51 @@ class GenerationInfo(msgspec.Struct, frozen=True, kw_only=True):
     last_answer: str
 
 
+class ProjectionInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """How a feature's vectors were made smaller before they were stored.
+
+    Attributes:
+        kind: `pca`: coefficients in a basis that was fitted to a sample and is the sidecar `pca:<feature>`; `random`: products
+            with a Gaussian matrix that is a function of the seed and both sizes.
+        full_size: numbers per vector before it; the feature's `size` is what is left.
+        seed: `random` only.
+        dropped: `pca` only, share of the sample's variance that the basis leaves out; None before the fit.
+        digest: `pca` only, SHA-256 of the sidecar; None before the fit.
+    """
+
+    kind: str
+    full_size: int
+    seed: int = 0
+    dropped: float | None = None
+    digest: str | None = None
+
+
 class FeatureInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """Hidden states of one layer, kept next to the distributions.
+    """States of one layer of the teacher, kept next to the distributions. Without the fields below `pooling` it is what kdcache
+    kept before format 1.3: hidden states, at each supervised position, none left out.
 
     Attributes:
         name: of the feature, unique in the cache: letters, digits and underscores.
-        layer: 0 for what the embeddings give, i for what layer i gives, counted from 1; of the last one after the final norm,
-            where the output projection takes it.
-        size: H, values per vector.
-        dtype: `float16`, or `int8` with a scale per vector.
-        pooling: `none`, a vector for each supervised position; `mean` over them, or `last`, the state at the last of them: one
-            vector for the sequence, zeros where none is supervised.
+        layer: `hidden`: 0 for what the embeddings give, i for the residual stream after layer i, counted from 1, the last one
+            BEFORE the final norm; -1 for what the output projection takes, AFTER the final norm. Other kinds: i, inside layer
+            i. Before format 1.3 (num_layers is None) the last layer's number means after the final norm.
+        size: H, values per vector as stored: after the projection; `attention`: num_heads x top_keys.
+        dtype: `float16`, `bfloat16`, or `int8` with a scale per vector.
+        pooling: `none`, a vector for each of its positions; `mean` over them, or `last`, the state at the last of them: one
+            vector for the sequence, zeros where it has none.
+        kind: `hidden`; `queries`, `keys`, `values`: after a norm of theirs, before the rotary embedding, head after head;
+            `attention`: the most probable keys of each head.
+        positions: `supervised` positions of the sequence, or `all` of its tokens.
+        stride: of these only the positions t with t % stride == offset.
+        offset: below stride.
+        max_positions: at most this many of these, spread evenly; None for all. See `feature_positions`.
+        scale: of `int8`: `vector`, a scale for each vector; `channel`: also a mean and a scale for each channel, fitted at the
+            start of the capture and kept as the sidecar `scale:<feature>`.
+        scale_digest: SHA-256 of that sidecar; None where there is none, and before the fit.
+        projection: None where vectors are stored whole.
+        num_heads, head_dim: of all kinds but `hidden`: heads, and numbers per head; keys and values have the key-value heads.
+        top_keys: `attention` only: keys kept per head.
+        num_layers: of the teacher; None in caches from before format 1.3.
     """
 
     name: str
@@ -115,9 +149,33 @@ class FeatureInfo(msgspec.Struct, frozen=True, kw_only=True):
     size: int
     dtype: str = "float16"
     pooling: str = "none"
+    kind: str = "hidden"
+    positions: str = "supervised"
+    stride: int = 1
+    offset: int = 0
+    max_positions: int | None = None
+    scale: str = "vector"
+    scale_digest: str | None = None
+    projection: ProjectionInfo | None = None
+    num_heads: int | None = None
+    head_dim: int | None = None
+    top_keys: int | None = None
+    num_layers: int | None = None
+
+    @property
+    def full_size(self) -> int:
+        """Numbers per vector that the teacher gives: before the projection."""
+        return self.size if self.projection is None else self.projection.full_size
+
+    @property
+    def is_after_norm(self) -> bool | None:
+        """Whether the vectors are what the output projection takes; None where an old cache does not tell."""
+        if self.layer == -1:
+            return True
+        return False if self.num_layers is not None or self.layer == 0 else None
 
     def num_vectors(self, num_positions: int) -> int:
-        """How many vectors a sequence with this many supervised positions has."""
+        """How many vectors a sequence has, of a feature at each of this many positions; else see `feature_positions`."""
         return num_positions if self.pooling == "none" else 1
 
 
@@ -162,9 +220,15 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
     def differing(self, other: Identity) -> dict[str, tuple[Any, Any]]:
         """The leaves that differ, except those of NOT_COMPARED: name, as in `selection.kind` -> mine and theirs."""
-        mine, theirs = _leaves(msgspec.to_builtins(self)), _leaves(msgspec.to_builtins(other))
+        mine, theirs = (_leaves(_with_named_features(msgspec.to_builtins(identity))) for identity in (self, other))
         pairs = {name: (mine.get(name), theirs.get(name)) for name in mine | theirs if name not in NOT_COMPARED}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _with_named_features(identity: dict[str, Any]) -> dict[str, Any]:
+    """The features by their names, so that a difference names one; their order apart."""
+    features = {feature["name"]: feature for feature in identity["features"]}
+    return identity | {"features": {**features, "order": list(features)}}
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:

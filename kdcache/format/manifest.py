@@ -16,10 +16,12 @@ import msgspec
 
 from kdcache.errors import CorruptCacheError, FormatError, UnsupportedVersionError
 from kdcache.format import paths
+from kdcache.format.feature_claims import FEATURES_2
 from kdcache.format.identity import CodecInfo as CodecInfo
 from kdcache.format.identity import FeatureInfo as FeatureInfo
 from kdcache.format.identity import GenerationInfo as GenerationInfo
 from kdcache.format.identity import Identity as Identity
+from kdcache.format.identity import ProjectionInfo as ProjectionInfo
 from kdcache.format.identity import SelectionInfo as SelectionInfo
 from kdcache.format.identity import TeacherIdentity as TeacherIdentity
 from kdcache.format.identity import TokenizerIdentity as TokenizerIdentity
@@ -28,8 +30,12 @@ from kdcache.format.manifest_checks import check_depth, check_manifest, check_sh
 _T = TypeVar("_T")
 
 FORMAT_NAME = "kdcache"
-FORMAT_VERSION = (1, 2)
+FORMAT_VERSION = (1, 3)
 """(major, minor). Another major is refused; unknown fields and columns of a newer minor are ignored."""
+
+
+KNOWN_REQUIREMENTS = (FEATURES_2,)
+"""What a cache may require of its readers that this one has; anything else is refused."""
 
 
 class PlanInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -341,9 +347,10 @@ def _check_version(fields: dict[str, Any], where: str) -> None:
         raise UnsupportedVersionError(
             f"{where}: format version {version[0]}.{version[1]}, this kdcache reads {FORMAT_VERSION[0]}.x"
         )
-    unknown = fields.get("requires") or []
-    if not isinstance(unknown, list):
-        raise CorruptCacheError(f"{where}: requires is {unknown!r}, expected a list of features")
+    required = fields.get("requires") or []
+    if not isinstance(required, list):
+        raise CorruptCacheError(f"{where}: requires is {required!r}, expected a list of features")
+    unknown = [name for name in required if name not in KNOWN_REQUIREMENTS]
     if unknown:
         raise UnsupportedVersionError(f"{where}: the cache requires {', '.join(map(str, unknown))}; upgrade kdcache to read it")
 

@@ -7,13 +7,14 @@ No numpy. A JSON number is never NaN or infinite, but sums of some may be.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kdcache.errors import FormatError, UnsupportedVersionError
+from kdcache.errors import FormatError
+from kdcache.format.feature_claims import check_feature_claims
+from kdcache.format.ranges import check_finite, check_range
 from kdcache.format.selection import SELECTION_KINDS, check_selection
 
 if TYPE_CHECKING:
@@ -25,14 +26,9 @@ MAX_COUNT = 2**63 - 1
 MAX_UNITS = 2**32
 """The index names a unit in 32 bits."""
 
-MAX_FEATURE_SIZE = 2**24
 MAX_JSON_DEPTH = 64
 """Of objects and lists within each other. What looks through them by recursion stays far from Python's own limit."""
 
-FEATURE_DTYPES = ("float16", "int8")
-FEATURE_POOLINGS = ("none", "mean", "last")
-
-_FEATURE_NAME = re.compile(r"[A-Za-z0-9_]+")
 _COUNTS = (
     "num_bytes", "num_sequences", "num_tokens", "num_positions", "num_entries", "num_targets", "num_impossible_targets",
 )  # fmt: skip
@@ -56,8 +52,8 @@ def check_manifest(manifest: Manifest) -> None:
     Raises:
         UnsupportedVersionError: a feature's dtype or pooling that is unknown here. FormatError: see above.
     """
-    _check_range("number", manifest.number, MAX_COUNT)
-    _check_range("plan.num_units", manifest.plan.num_units, MAX_UNITS)
+    check_range("number", manifest.number, MAX_COUNT)
+    check_range("plan.num_units", manifest.plan.num_units, MAX_UNITS)
     _check_identity(manifest.identity)
     if not isinstance(manifest.lineage, msgspec.UnsetType):
         _check_lineage(manifest.lineage)
@@ -66,30 +62,30 @@ def check_manifest(manifest: Manifest) -> None:
         if shard.unit >= manifest.plan.num_units:
             raise FormatError(f"a shard is of unit {shard.unit}, the plan has {manifest.plan.num_units} units")
     for name in _COUNTS:
-        _check_range(f"the sum of {name}", manifest.total(name), MAX_COUNT)
-    _check_range("the sum of column_bytes", sum(sum(s.column_bytes.values()) for s in manifest.shards), MAX_COUNT)
+        check_range(f"the sum of {name}", manifest.total(name), MAX_COUNT)
+    check_range("the sum of column_bytes", sum(sum(s.column_bytes.values()) for s in manifest.shards), MAX_COUNT)
     for name in _SUMS:
-        _check_finite(f"the sum of {name}", manifest.total(name))
+        check_finite(f"the sum of {name}", manifest.total(name))
     accounts = [shard.account for shard in manifest.shards if not isinstance(shard.account, msgspec.UnsetType)]
     for name in _COSTS:
-        _check_finite(f"the sum of {name}", sum(getattr(account, name) or 0.0 for account in accounts))
+        check_finite(f"the sum of {name}", sum(getattr(account, name) or 0.0 for account in accounts))
 
 
 def check_shard_values(shard: ShardInfo) -> None:
     """Raise FormatError where a number of one shard's entry is out of its range."""
-    _check_range("unit", shard.unit, MAX_UNITS - 1)
+    check_range("unit", shard.unit, MAX_UNITS - 1)
     for name in _COUNTS:
-        _check_range(name, getattr(shard, name), MAX_COUNT)
+        check_range(name, getattr(shard, name), MAX_COUNT)
     if not isinstance(shard.num_exact_entries, msgspec.UnsetType):
-        _check_range("num_exact_entries", shard.num_exact_entries, shard.num_entries)
+        check_range("num_exact_entries", shard.num_exact_entries, shard.num_entries)
     for name, num_bytes in shard.column_bytes.items():
-        _check_range(f"column_bytes of {name[:80]!r}", num_bytes, MAX_COUNT)
+        check_range(f"column_bytes of {name[:80]!r}", num_bytes, MAX_COUNT)
     if not isinstance(shard.num_finished, msgspec.UnsetType):
         for way, number in shard.num_finished.items():
-            _check_range(f"num_finished by {way[:80]!r}", number, shard.num_sequences)
-        _check_range("the sum of num_finished", sum(shard.num_finished.values()), shard.num_sequences)
+            check_range(f"num_finished by {way[:80]!r}", number, shard.num_sequences)
+        check_range("the sum of num_finished", sum(shard.num_finished.values()), shard.num_sequences)
     for name in _SUMS:
-        _check_finite(name, getattr(shard, name))
+        check_finite(name, getattr(shard, name))
     if not isinstance(shard.account, msgspec.UnsetType):
         for name in _COSTS:
             cost = getattr(shard.account, name)
@@ -104,30 +100,18 @@ def check_content(vocab_size: int, selection: SelectionInfo, features: Sequence[
     Raises:
         UnsupportedVersionError: a feature's dtype or pooling that is unknown here. FormatError: see above.
     """
-    _check_range("the teacher's vocab_size", vocab_size, MAX_VOCAB_SIZE, least=1)
+    check_range("the teacher's vocab_size", vocab_size, MAX_VOCAB_SIZE, least=1)
     if selection.kind in SELECTION_KINDS:
         check_selection(selection)
-    names = [feature.name for feature in features]
-    for feature in features:
-        if not _FEATURE_NAME.fullmatch(feature.name) or names.count(feature.name) > 1:
-            raise FormatError(
-                f"a feature has the name {feature.name[:80]!r}, expected one of letters, digits and underscores, each once"
-            )
-        for what, value, known in (("dtype", feature.dtype, FEATURE_DTYPES), ("pooling", feature.pooling, FEATURE_POOLINGS)):
-            if value not in known:
-                raise UnsupportedVersionError(
-                    f"feature {feature.name!r} has the {what} {value[:80]!r}, this kdcache knows {', '.join(known)}; upgrade it"
-                )
-        _check_range(f"layer of feature {feature.name!r}", feature.layer, MAX_COUNT)
-        _check_range(f"size of feature {feature.name!r}", feature.size, MAX_FEATURE_SIZE, least=1)
+    check_feature_claims(features)
 
 
 def _check_identity(identity: Identity) -> None:
     check_content(identity.teacher.vocab_size, identity.selection, identity.features)
-    _check_range("the teacher's context_length", identity.teacher.context_length, MAX_COUNT)
+    check_range("the teacher's context_length", identity.teacher.context_length, MAX_COUNT)
     _check_tokenizer(identity.tokenizer)
     for purpose, seed in identity.seeds.items():
-        _check_range(f"the seed of {purpose[:80]!r}", seed, MAX_COUNT, least=-MAX_COUNT - 1)
+        check_range(f"the seed of {purpose[:80]!r}", seed, MAX_COUNT, least=-MAX_COUNT - 1)
 
 
 def _check_lineage(lineage: LineageInfo) -> None:
@@ -139,20 +123,10 @@ def _check_lineage(lineage: LineageInfo) -> None:
 
 
 def _check_tokenizer(tokenizer: TokenizerIdentity) -> None:
-    _check_range("the tokenizer's vocab_size", tokenizer.vocab_size, MAX_VOCAB_SIZE)
+    check_range("the tokenizer's vocab_size", tokenizer.vocab_size, MAX_VOCAB_SIZE)
 
 
 def _children(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
-
-
-def _check_range(name: str, value: int, most: int, *, least: int = 0) -> None:
-    if not least <= value <= most:
-        raise FormatError(f"{name} is {value}, expected {least} to {most}")
-
-
-def _check_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise FormatError(f"{name} is {value}, expected a finite number")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import FormatError
+from kdcache.format.identity import FeatureInfo
 
 KEY_BYTES = 16
 NO_TARGET = -100
@@ -89,8 +91,10 @@ class Distributions:
             vocabulary of p^(1/temperature), so that p^(1/temperature) / exp(log_z) is the distribution at that temperature.
             None where the selection has no further temperatures.
         entropy_P: (P,) float32, nats, of the whole distribution; None where it is not kept.
-        features: name -> (P, H) float32, the teacher's hidden states at the positions, or (1, H) where they are pooled; see
-            `FeatureInfo`. Empty, as a rule.
+        features: name -> (F, H) float32, the teacher's states at the feature's positions (`feature_positions`), or (1, H) where
+            they are pooled; see `FeatureInfo`. Of a projected feature, what the projection gives. Of `attention` the
+            probabilities of each head's top keys, falling, 0 where there are fewer, and under `distances_key` (F, H) int32,
+            position minus key. Empty, as a rule.
     """
 
     token_ids_E: NDArray[np.int32]
@@ -101,7 +105,7 @@ class Distributions:
     num_exact_P: NDArray[np.int64] | None = None
     log_z_PL: NDArray[np.float32] | None = None
     entropy_P: NDArray[np.float32] | None = None
-    features: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    features: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def num_positions(self) -> int:
@@ -172,6 +176,11 @@ class SequenceRecord:
 
     sequence: TokenSequence
     distributions: Distributions
+
+
+def distances_key(feature: FeatureInfo) -> str:
+    """Where `Distributions.features` has the distances of a feature of kind `attention`."""
+    return f"{feature.name}:distance"
 
 
 def sequence_key(input_ids_N: NDArray[np.int32], supervised_N: NDArray[np.bool_], template_fingerprint: str) -> bytes:

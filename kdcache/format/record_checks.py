@@ -5,14 +5,12 @@ A codec may assume it of whatever it encodes. Nothing may be assumed of what is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import FormatError
-from kdcache.format.identity import FeatureInfo, Identity, SelectionInfo
+from kdcache.format.feature_checks import check_features
+from kdcache.format.identity import Identity, SelectionInfo
 from kdcache.format.record import FINISHES, ROLES, Distributions, SequenceRecord, TokenSequence
 from kdcache.format.selection import fixed_entries, fixed_exact, stores_num_exact
 
@@ -24,9 +22,6 @@ MAX_SEQUENCE_ENTRIES = 2**30
 
 MASS_TOLERANCE = 2e-3
 """By how much a teacher's probabilities at a position may miss 1: sums in float32, and a remote teacher's rounded logprobs."""
-
-_HALF_END = 65520.0
-"""From here on float16 rounds to infinity."""
 
 
 def check_record(record: SequenceRecord, identity: Identity, *, sums_to_one: bool = False) -> NDArray[np.float32]:
@@ -49,7 +44,7 @@ def check_record(record: SequenceRecord, identity: Identity, *, sums_to_one: boo
     _check_entry_counts(distributions, fixed_entries(identity.selection))
     check_distributions(distributions, vocab_size=vocab_size)
     _check_kept(distributions, identity.selection)
-    check_features(distributions.features, identity.features, distributions.num_positions)
+    check_features(distributions.features, identity.features, sequence.supervised_N)
     if sums_to_one:
         check_mass(distributions)
     return distributions.target_logprobs(sequence.target_ids_P)
@@ -100,20 +95,6 @@ def check_mass(distributions: Distributions) -> None:
             f"supervised position {p}: exact entries of {exact_P[p]:.4f} and a tail_mass of {d.tail_mass_P[p]:.4f} do not sum "
             "to 1: the logprobs are not normalised over the whole vocabulary, or of another temperature"
         )
-
-
-def check_features(values: Mapping[str, NDArray[np.float32]], features: Sequence[FeatureInfo], num_positions: int) -> None:
-    """Raise FormatError unless a sequence with this many supervised positions has just these features, and each can be stored.
-
-    Args:
-        values: feature name -> (vectors, H) float32.
-        features: what the cache keeps.
-        num_positions: P.
-    """
-    if set(values) != {feature.name for feature in features}:
-        raise FormatError(f"features {sorted(values)}, but the cache keeps {sorted(feature.name for feature in features)}")
-    for feature in features:
-        _check_feature(values[feature.name], feature, feature.num_vectors(num_positions))
 
 
 def _check_sequence(s: TokenSequence, identity: Identity) -> None:
@@ -182,19 +163,6 @@ def _check_kept(d: Distributions, selection: SelectionInfo) -> None:
     if (d.entropy_P is not None) != selection.entropy:
         found = "no" if d.entropy_P is None else "an"
         raise FormatError(f"selection.entropy is {selection.entropy}, but the record has {found} entropy")
-
-
-def _check_feature(values: NDArray[Any], feature: FeatureInfo, num_vectors: int) -> None:
-    name = repr(feature.name)
-    if values.ndim != 2 or values.shape[1] != feature.size or values.dtype != np.float32:
-        raise FormatError(f"feature {name} is {values.dtype} of shape {values.shape}, expected float32 of (*, {feature.size})")
-    if not np.isfinite(values).all():
-        raise FormatError(f"feature {name} is not finite")
-    largest = float(np.abs(values).max(initial=0.0))
-    if feature.dtype == "float16" and largest >= _HALF_END:
-        raise FormatError(f"feature {name} has a value of {largest:.6g}, float16 ends at 65504: use int8")
-    if len(values) != num_vectors:
-        raise FormatError(f"feature {name} has {len(values)} vectors, expected {num_vectors}")
 
 
 def _refuse(positions: NDArray[np.int64], bad: NDArray[np.bool_], sentence: str) -> None:

@@ -16,7 +16,7 @@ from kdcache.errors import ConfigError, CorruptCacheError, MismatchError
 from kdcache.format.manifest import Manifest
 from kdcache.loader.base import Reader
 from kdcache.loader.batches.assemble import EntryColumns, Record
-from kdcache.loader.batches.features import find_features
+from kdcache.loader.batches.features import AskedFeature, find_features
 from kdcache.loader.cache import Cache, cache_of, open_cache
 from kdcache.loader.order.mix import CacheTable
 from kdcache.store.records.batch import EncodedRecord
@@ -56,7 +56,7 @@ class CacheSet:
             self.caches = [self._opened(cache) for cache in several]
             manifests = [cache.manifest for cache in self.caches]
             check_together(manifests)
-            self.features = find_features(manifests, features) if features else ()
+            self.features = tuple(map(AskedFeature, find_features(manifests, features))) if features else ()
             self.logprob_dtype = np.dtype(logprob_dtype)
             check_logprobs(manifests, self.logprob_dtype)
         except BaseException:

@@ -9,6 +9,7 @@ roles, caches in object stores, and codecs without an `entry_format`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,10 +50,11 @@ def read_rows(
         caches.logprob_dtype,
         caches.with_roles,
     )
-    mapped = read_mapped(caches, rows, layout, pool)
-    if mapped is not None:
-        return mapped
-    return assemble([caches.record(int(i)) for row in rows for i in row], layout, pool)
+    batch = read_mapped(caches, rows, layout, pool)
+    if batch is None:
+        batch = assemble([caches.record(int(i)) for row in rows for i in row], layout, pool)
+    indices = np.concatenate(rows).astype(np.int64, copy=False) if rows else np.zeros(0, np.int64)
+    return replace(batch, sequence_indices_S=indices)
 
 
 def read_mapped(

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.errors import StateError
+from kdcache.format.feature_vectors import FeatureVectors
 from kdcache.format.soft_targets import SoftTargets
-from kdcache.loader.batches.batch import ARRAYS, SCALARS, Batch, brief
+from kdcache.loader.batches.batch import ARRAYS, OPTIONAL, SCALARS, Batch, brief
 from kdcache.loader.loader import Loader
 
 
@@ -40,8 +41,9 @@ class TorchBatch:
     num_sequences: int
     num_masked: int
     state: dict[str, Any] | None = None
-    features: dict[str, Tensor] | None = None
+    features: dict[str, FeatureVectors[Tensor]] | None = None
     roles_P: Tensor | None = None
+    sequence_indices_S: Tensor | None = None
 
     def __repr__(self) -> str:
         return brief(self)
@@ -66,15 +68,26 @@ class TorchBatch:
 def to_torch(batch: Batch, state: dict[str, Any] | None = None) -> TorchBatch:
     """The batch as tensors that share its arrays' memory."""
     scalars = {name: getattr(batch, name) for name in SCALARS}
-    return TorchBatch(**_tensors(batch, torch.from_numpy), **scalars, state=state)
+    tensors = _tensors(batch, torch.from_numpy)
+    if batch.features is not None:
+        tensors["features"] = {name: feature_tensors(vectors) for name, vectors in batch.features.items()}
+    return TorchBatch(**tensors, **scalars, state=state)
+
+
+def feature_tensors(vectors: FeatureVectors[NDArray[Any]]) -> FeatureVectors[Tensor]:
+    """Feature vectors as tensors that share the arrays' memory; bfloat16 as torch's."""
+    made = vectors.map(torch.from_numpy)
+    return replace(made, values_FH=made.values_FH.view(torch.bfloat16)) if vectors.info.dtype == "bfloat16" else made
 
 
 def _tensors(batch: Batch | TorchBatch, function: Callable[[Any], Tensor]) -> dict[str, Any]:
     made: dict[str, Any] = {name: function(getattr(batch, name)) for name in ARRAYS}
     made["teacher"] = batch.teacher.map(function)
-    made["roles_P"] = None if batch.roles_P is None else function(batch.roles_P)
+    for name in OPTIONAL:
+        array = getattr(batch, name)
+        made[name] = None if array is None else function(array)
     if batch.features is not None:
-        made["features"] = {name: function(rows) for name, rows in batch.features.items()}
+        made["features"] = {name: vectors.map(function) for name, vectors in batch.features.items()}
     return made
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from kdcache.codec import get_codec
-from kdcache.codec.features import feature_fields
+from kdcache.codec.features.columns import feature_fields
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
 from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, ShardMetadata, shard_metadata, shard_schema

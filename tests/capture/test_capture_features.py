@@ -12,7 +12,8 @@ import kdcache
 from kdcache.capture.estimate import estimate_capture
 from kdcache.capture.executors.run import run_capture
 from kdcache.cli.main import main
-from kdcache.codec.features import bytes_per_vector, feature_fields
+from kdcache.codec.features.columns import feature_fields
+from kdcache.codec.features.vectors import bytes_per_vector
 from kdcache.config.capture import CaptureConfig, FeatureConfig, TeacherConfig
 from kdcache.config.load import convert_config
 from kdcache.errors import CaptureError, ConfigError, MismatchError, TeacherError
@@ -96,7 +97,7 @@ def test_going_on_with_other_features_is_refused_with_the_difference(tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(FakeTeacher, "__init__", None)  # all is there: the teacher is not loaded
         assert run_capture(config_with(tmp_path)).num_units_captured == 0
-    with pytest.raises(MismatchError, match=r"features: .*'dtype': 'int8'.* != .*'dtype': 'float16'"):
+    with pytest.raises(MismatchError, match=r"features\.[a-z_0-9]+\.dtype: 'int8' != 'float16'"):
         run_capture(config_with(tmp_path, [FEATURES[0], FEATURES[1] | {"dtype": "float16"}, *FEATURES[2:]]))
     with pytest.raises(MismatchError, match="features"):
         run_capture(config_with(tmp_path, []))
@@ -109,7 +110,11 @@ def test_going_on_with_other_features_is_refused_with_the_difference(tmp_path, m
         ([{"layer": -2}], {}, r"features\[0\]\.layer: expected a whole number >= -1, got -2"),
         ([{"layer": 1}, {"layer": 1, "dtype": "int8"}], {}, "two have the name 'hidden_1'"),
         ([{"layer": 1, "name": "a-b"}], {}, "'a-b', but a column's name has letters, digits and underscores only"),
-        ([{"layer": 1, "dtype": "int4"}], {}, r"features\[0\]\.dtype: expected one of 'float16', 'int8', got 'int4'"),
+        (
+            [{"layer": 1, "dtype": "int4"}],
+            {},
+            r"features\[0\]\.dtype: expected one of 'float16', 'bfloat16', 'int8', got 'int4'",
+        ),
         ([{"layer": 1, "pool": "mean"}], {}, r"features\[0\]\.pool: no such field; did you mean features\[0\]\.pooling\?"),
         ([{"layer": 1}], {"backend": "served", "server": {"url": "http://x/v1"}}, "a server gives no hidden states"),
         ([{"layer": 1}], {"backend": "vllm", "vllm": {"route": "public"}}, "public route gives no hidden states"),
@@ -132,7 +137,8 @@ def test_states_that_do_not_fit_float16_are_said_by_name(tmp_path, monkeypatch):
     states = FakeTeacher.hidden_states
     monkeypatch.setattr(FakeTeacher, "hidden_states", lambda self, *given: states(self, *given) * np.float32(10_000))
     with pytest.raises(
-        (CaptureError, TeacherError), match=r"a\.txt:1.*'hidden_last' has a value of .*float16 ends at 65504: use int8"
+        (CaptureError, TeacherError),
+        match=r"a\.txt:1.*'hidden_last' has a value of .*float16 ends at 65504: use bfloat16 or int8",
     ):
         run_capture(config_with(tmp_path, [{"layer": -1}], run={"retries": 0}))
     run_capture(config_with(tmp_path, [{"layer": -1, "dtype": "int8"}], out=str(tmp_path / "other")))

@@ -76,7 +76,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a feature named as a path": (features({"name": "../x"}), r"name '\.\./x'"),
     "a feature of no numbers": (features({"size": 0}), r"size of feature 'last' is 0"),
     "a feature of too many numbers": (features({"size": 2**40}), r"size of feature 'last' is 1099511627776"),
-    "a feature below the first layer": (features({"layer": -1}), r"layer of feature 'last' is -1"),
+    "a feature below the first layer": (features({"layer": -2}), r"layer of feature 'last' is -2"),
     "deep JSON for people": (lambda f: f.update(config=nested(MAX_JSON_DEPTH)), r"nested deeper than 64"),
 }  # fmt: skip
 
@@ -135,6 +135,6 @@ def test_a_shards_metadata_is_checked_as_a_manifest_is(change):
         "codec": CodecInfo(codec_id="raw", params={}),
     } | change
     if "features" in change:
-        about["features"] = (FeatureInfo(name="last", layer=-1, size=4),)
+        about["features"] = (FeatureInfo(name="last", layer=-2, size=4),)
     with pytest.raises(FormatError, match=r"^here: "):
         shard_metadata(shard_schema([], **about), where="here")

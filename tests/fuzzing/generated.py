@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
 from kdcache.codec.bit_stream import pack_bits_reference, packed_size
-from kdcache.codec.features import feature_fields
+from kdcache.codec.features.columns import feature_fields
 from kdcache.format.manifest import CodecInfo, FeatureInfo, SelectionInfo
 from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, shard_schema
 from kdcache.format.selection import fixed_entries, fixed_exact, stores_num_exact

@@ -154,8 +154,9 @@ def assert_same(left: Batch, right: Batch) -> None:
 
 
 def parts_of_both(left: Batch, right: Batch) -> list[tuple[str, Any, Any]]:
-    """Name and value of each field of both, those of the soft targets among them."""
-    named = [(field.name, left, right) for field in fields(Batch) if field.name != "teacher"]
+    """Name and value of each field of both, those of the soft targets among them; what an assembled batch lacks is left out."""
+    missing = {"sequence_indices_S"} if left.sequence_indices_S is None or right.sequence_indices_S is None else set()
+    named = [(field.name, left, right) for field in fields(Batch) if field.name not in {"teacher", *missing}]
     named += [(field.name, left.teacher, right.teacher) for field in fields(SoftTargets)]
     return [(name, getattr(a, name), getattr(b, name)) for name, a, b in named]
 

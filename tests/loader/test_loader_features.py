@@ -58,13 +58,18 @@ def check_batch(batch: Batch) -> None:
     assert tuple(batch.features) == NAMES
     tokens = batch.input_ids_BT.reshape(-1)[batch.flat_positions_P] - 1
     expected_PH = np.array([numbers(*divmod(int(token), STRIDE)) for token in tokens], np.float32).reshape(-1, H)
-    np.testing.assert_array_equal(batch.features["inner"], expected_PH)
+    np.testing.assert_array_equal(batch.features["inner"].float32(), expected_PH)
+    assert batch.features["inner"].values_FH.dtype == np.float16
     largest_P1 = np.abs(expected_PH).max(axis=-1, keepdims=True, initial=0)
-    assert (np.abs(batch.features["coarse"] - expected_PH) <= largest_P1 / 254 * 1.001).all()
+    assert batch.features["coarse"].values_FH.dtype == np.int8
+    assert (np.abs(batch.features["coarse"].float32() - expected_PH) <= largest_P1 / 254 * 1.001).all()
+    np.testing.assert_array_equal(batch.features["coarse"].slots_F, batch.flat_positions_P)
     first_tokens = batch.input_ids_BT[(batch.position_ids_BT == 0) & (batch.segment_ids_BT > 0)] - 1
     expected_GH = np.array([numbers(int(token) // STRIDE, 0) for token in first_tokens], np.float32).reshape(-1, H)
-    np.testing.assert_array_equal(batch.features["whole"], expected_GH)
-    assert batch.features["whole"].shape == (batch.num_sequences, H)
+    np.testing.assert_array_equal(batch.features["whole"].float32(), expected_GH)
+    np.testing.assert_array_equal(batch.features["whole"].slots_F, np.arange(batch.num_sequences))
+    assert batch.sequence_indices_S is not None
+    np.testing.assert_array_equal(batch.sequence_indices_S, first_tokens // STRIDE)
 
 
 @pytest.mark.parametrize("mask", [MaskConfig(), MASK])
@@ -95,7 +100,8 @@ def test_features_are_tensors_of_a_torch_batch():
     batch = next(iter(Loader(make_exact(), msgspec.structs.replace(OPTIONS, features=("inner",)))))
     made = to_torch(batch).to("cpu")
     assert made.features is not None
-    assert torch.equal(made.features["inner"], torch.from_numpy(batch.features["inner"]))
+    assert torch.equal(made.features["inner"].float32(), torch.from_numpy(batch.features["inner"].float32()))
+    assert torch.equal(made.features["inner"].slots_F, made.flat_positions_P)
     assert to_torch(replace(batch, features=None)).features is None
 
 
@@ -121,5 +127,5 @@ def test_features_that_the_caches_do_not_have_or_not_alike_are_refused():
     with pytest.raises(ConfigError, match=r"cache 0 has no feature 'inner'; it has none"):
         Loader(MemoryReader(LENGTHS), msgspec.structs.replace(OPTIONS, features=("inner",)))
     other = make_reader(LENGTHS, (msgspec.structs.replace(FEATURES[0], pooling="last"),))
-    with pytest.raises(ConfigError, match=r"pooling 'none' in cache 0, but 3 and 'last' in cache 1"):
+    with pytest.raises(ConfigError, match=r"pooling 'none' in cache 0, but pooling 'last' in cache 1"):
         Loader([make_exact(), other], msgspec.structs.replace(OPTIONS, features=("inner",)))

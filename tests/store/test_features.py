@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from kdcache.codec.features import bytes_per_vector, feature_fields, quantize_vectors
+from kdcache.codec.features.columns import feature_fields
+from kdcache.codec.features.vectors import bytes_per_vector, quantize_vectors
 from kdcache.errors import CorruptCacheError, FormatError
+from kdcache.format.feature_checks import check_features
 from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import SequenceRecord
-from kdcache.format.record_checks import check_features
 from kdcache.store.reader import open_reader
 from kdcache.store.verify import verify_cache
 from kdcache.store.writing.writer import CacheWriter
@@ -88,14 +89,14 @@ def test_a_damaged_feature_is_found(tmp_path):
         (lambda f: {}, r"features \[\], but the cache keeps"),
         (lambda f: f | {"other": f["layer2"]}, "'other'"),
         (lambda f: f | {"layer4": f["layer4"][:, :5]}, "expected float32 of"),
-        (lambda f: f | {"layer4": f["layer4"] * np.float32(1e6)}, "float16 ends at 65504: use int8"),
+        (lambda f: f | {"layer4": f["layer4"] * np.float32(1e6)}, "float16 ends at 65504: use bfloat16 or int8"),
         (lambda f: f | {"layer2": f["layer2"] * np.float32(np.nan)}, "not finite"),
     ],
 )
 def test_features_that_the_cache_cannot_keep_are_refused_by_name(change, sentence):
     features = change(with_features(1).distributions.features)
     with pytest.raises(FormatError, match=sentence):
-        check_features(features, FEATURES, 11)
+        check_features(features, FEATURES, with_features(1).sequence.supervised_N)
 
 
 def test_too_few_vectors_are_refused_when_they_are_written(tmp_path):

@@ -12,13 +12,13 @@ from numpy.typing import DTypeLike, NDArray
 from kdcache.codec.base import Codec, DecodeTask, EntryArrays, copy_into
 from kdcache.config.loader import MaskConfig
 from kdcache.errors import CorruptCacheError
-from kdcache.format.manifest import FeatureInfo, SelectionInfo
+from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import PADDING_ID, SequenceRecord
 from kdcache.format.selection import entries_of, fixed_entries, fixed_exact, stores_num_exact
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.loader.batches.batch import NO_ROLE, NO_TARGET, Batch
 from kdcache.loader.batches.buffers import BufferPool
-from kdcache.loader.batches.features import batch_features
+from kdcache.loader.batches.features import AskedFeature, batch_features
 from kdcache.loader.batches.mask import EVERYTHING, Choice, choose, choose_reference, target_roles
 from kdcache.store.records.batch import EncodedRecord
 
@@ -98,7 +98,7 @@ class BatchLayout:
     seq_len: int
     columns: EntryColumns
     mask: MaskConfig = field(default_factory=MaskConfig)
-    features: tuple[FeatureInfo, ...] = ()
+    features: tuple[AskedFeature, ...] = ()
     logprob_dtype: DTypeLike = np.float32
     with_roles: bool = False
 
@@ -200,7 +200,8 @@ def _blank(records: Sequence[Record], choices: Sequence[Choice], layout: BatchLa
     cu_seqlens_G1 = _segment_starts([_num_tokens(record) for record in records], layout)
     segments = cu_seqlens_G1, int(np.diff(cu_seqlens_G1).max(initial=0))
     batch = blank_batch(layout, segments, (len(records), num_stored - num_masked, num_columns), pool)
-    features = batch_features(records, [choice.keep_P for choice in choices], layout.features)
+    keeps, starts = [choice.keep_P for choice in choices], _slots_of_starts(records, layout) if layout.features else []
+    features = batch_features(records, keeps, starts, layout.features, pool or BufferPool(0))
     return replace(batch, num_masked=num_masked, features=features)
 
 
@@ -244,6 +245,17 @@ def _segment_starts(lengths: Sequence[int], layout: BatchLayout) -> NDArray[np.i
         if starts[-1] < end:
             starts.append(end)
     return np.array(starts, np.int32)
+
+
+def _slots_of_starts(records: Sequence[Record], layout: BatchLayout) -> list[int]:
+    """The slot of each record's first token."""
+    starts, remaining = [], iter(records)
+    for b, num_sequences in enumerate(layout.sequences_per_row):
+        slot = b * layout.seq_len
+        for _ in range(num_sequences):
+            starts.append(slot)
+            slot += _num_tokens(next(remaining))
+    return starts
 
 
 def _num_kept(record: Record, choice: Choice) -> int:

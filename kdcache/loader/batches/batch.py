@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.format.feature_vectors import FeatureVectors, stacked_vectors
 from kdcache.format.record import NO_TARGET as NO_TARGET
 from kdcache.format.record import PADDING_ID
 from kdcache.format.soft_targets import ARRAYS as SOFT_TARGET_ARRAYS
@@ -43,10 +44,13 @@ class Batch:
         weights_P: (P,) float32, 1 at each position, or by the mask: empty rows and padding have no position, hence no weight.
         num_sequences: in the batch; 0 for a rank that has only the empty rows of the last batch.
         num_masked: supervised positions of its sequences that the mask left out.
-        features: name -> (P, H) float32, a row for each position, in the order of flat_positions_P; or (num_sequences, H) where
-            the feature is pooled, in the order of the sequences in the rows. None where LoaderConfig.features names none.
+        features: name -> FeatureVectors: the teacher's states in the dtype in which they are stored, and the slot of each. None
+            where LoaderConfig.features names none.
         roles_P: (P,) uint8, index into `kdcache.format.record.ROLES`: the role of the token that the position predicts, the one
             at t+1; NO_ROLE at a sequence's last position. None unless LoaderConfig.with_roles asks for it.
+        sequence_indices_S: (num_sequences,) int64, which of the caches' sequences these are, in the order of the rows: an index
+            of the cache that was given to the loader, or of several that counts through all of them. None of a batch that was
+            not made by a loader.
     """
 
     input_ids_BT: NDArray[np.int32]
@@ -60,8 +64,9 @@ class Batch:
     weights_P: NDArray[np.float32]
     num_sequences: int
     num_masked: int
-    features: dict[str, NDArray[np.float32]] | None = None
+    features: dict[str, FeatureVectors[NDArray[Any]]] | None = None
     roles_P: NDArray[np.uint8] | None = None
+    sequence_indices_S: NDArray[np.int64] | None = None
 
     def __repr__(self) -> str:
         return brief(self)
@@ -84,7 +89,8 @@ class Batch:
 
 ARRAYS = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "cu_seqlens_G1", "target_ids_BT", "flat_positions_P",
           "weights_P")  # fmt: skip
-"""The fields of a batch that are arrays and always there; `roles_P`, `features` and the arrays of `teacher` may be missing."""
+"""The fields of a batch that are arrays and always there; OPTIONAL, `features` and arrays of `teacher` may be missing."""
+OPTIONAL = ("roles_P", "sequence_indices_S")
 SCALARS = ("max_seqlen", "num_sequences", "num_masked")
 
 
@@ -105,7 +111,7 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
         batches: at least one, all with the same T and of the same caches; smaller supports are padded to the largest K.
     """
     fields: dict[str, Any] = {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in ARRAYS}
-    roles = [batch.roles_P for batch in batches if batch.roles_P is not None]
+    fields |= {name: _joined([getattr(batch, name) for batch in batches]) for name in OPTIONAL}
     offsets = np.cumsum([0, *(batch.input_ids_BT.size for batch in batches)])
     fields["flat_positions_P"] = np.concatenate(
         [batch.flat_positions_P + offset for batch, offset in zip(batches, offsets, strict=False)]
@@ -115,11 +121,10 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
     return Batch(
         **fields,
         teacher=_stacked_teacher([batch.teacher for batch in batches]),
-        roles_P=np.concatenate(roles) if roles else None,
         max_seqlen=max(batch.max_seqlen for batch in batches),
         num_sequences=sum(batch.num_sequences for batch in batches),
         num_masked=sum(batch.num_masked for batch in batches),
-        features=_stacked([batch.features for batch in batches]),
+        features=_stacked(batches, offsets),
     )
 
 
@@ -137,9 +142,20 @@ def _stacked_teacher(parts: Sequence[SoftTargets[NDArray[Any]]]) -> SoftTargets[
 _PADDING = {"token_ids_PK": PADDING_ID, "logprobs_PK": -np.inf}
 
 
-def _stacked(features: Sequence[dict[str, NDArray[np.float32]] | None]) -> dict[str, NDArray[np.float32]] | None:
-    parts = [found for found in features if found is not None]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else None
+def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    found = [part for part in parts if part is not None]
+    return np.concatenate(found) if found else None
+
+
+def _stacked(batches: Sequence[Batch], slots: NDArray[np.int64]) -> dict[str, FeatureVectors[NDArray[Any]]] | None:
+    if batches[0].features is None:
+        return None
+    sequences = np.cumsum([0, *(batch.num_sequences for batch in batches)])
+    made = {}
+    for name, first in batches[0].features.items():
+        offsets = slots if first.info.pooling == "none" else sequences
+        made[name] = stacked_vectors([batch.features[name] for batch in batches if batch.features], offsets[:-1].tolist())
+    return made
 
 
 def _widened(values_PK: NDArray[np.generic], num_columns: int, padding: float) -> NDArray[np.generic]:

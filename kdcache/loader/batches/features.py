@@ -1,32 +1,48 @@
-"""Hidden states in a batch: which of the caches' features it holds, and how they get there."""
+"""Features in a batch: which of the caches' features it holds, and how they get there, as they are stored."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.features import decode_features
+from kdcache.codec.features.columns import StoredVectors, read_vectors
+from kdcache.codec.features.constants import NOTHING, FeatureConstants
+from kdcache.codec.features.vectors import NUMPY_DTYPES, encode_vectors
 from kdcache.errors import ConfigError, CorruptCacheError, KdcacheError
+from kdcache.format.feature_positions import feature_positions, num_vectors
+from kdcache.format.feature_vectors import FeatureVectors
 from kdcache.format.manifest import FeatureInfo, Manifest
-from kdcache.format.record import SequenceRecord
+from kdcache.format.record import SequenceRecord, distances_key
+from kdcache.loader.batches.buffers import BufferPool
 from kdcache.store.records.batch import EncodedRecord
+
+
+@dataclass(frozen=True, slots=True)
+class AskedFeature:
+    """A feature that batches hold, and its constants."""
+
+    info: FeatureInfo
+    constants: FeatureConstants = field(default=NOTHING)
 
 
 def find_features(manifests: Sequence[Manifest], names: Sequence[str]) -> tuple[FeatureInfo, ...]:
     """What the caches say of the features with these names.
 
     Raises:
-        ConfigError: a cache has none of that name, or one of another size or pooling than the first.
+        ConfigError: a cache has none of that name, or one that is stored in another way than the first cache's.
     """
     found = [_find(manifest, index, names) for index, manifest in enumerate(manifests)]
     for index, features in enumerate(found):
         for first, other in zip(found[0], features, strict=True):
-            if (first.size, first.pooling) != (other.size, other.pooling):
+            if first != other:
+                differing = [name for name in first.__struct_fields__ if getattr(first, name) != getattr(other, name)]
+                mine, theirs = ([f"{name} {getattr(f, name)!r}" for name in differing] for f in (first, other))
                 raise ConfigError(
-                    f"loader.features: {first.name!r} has {first.size} numbers and pooling {first.pooling!r} in cache 0, but "
-                    f"{other.size} and {other.pooling!r} in cache {index}; they cannot share a batch"
+                    f"loader.features: {first.name!r} has {', '.join(mine)} in cache 0, but {', '.join(theirs)} in cache "
+                    f"{index}; they cannot share a batch"
                 )
     return found[0]
 
@@ -34,28 +50,82 @@ def find_features(manifests: Sequence[Manifest], names: Sequence[str]) -> tuple[
 def batch_features(
     records: Sequence[SequenceRecord | EncodedRecord],
     keeps: Sequence[NDArray[np.bool_] | None],
-    features: Sequence[FeatureInfo],
-) -> dict[str, NDArray[np.float32]] | None:
-    """The batch's features by name: (P, H) float32, or (G, H) where they are pooled. None where none is asked for.
+    starts: Sequence[int],
+    features: Sequence[AskedFeature],
+    pool: BufferPool,
+) -> dict[str, FeatureVectors[NDArray[np.generic]]] | None:
+    """The batch's features by name; None where none is asked for.
 
     Args:
         records: the batch's sequences, in its order.
-        keeps: of each, which of its stored positions the batch holds; None for all.
+        keeps: of each, which of its supervised positions the batch holds; None for all.
+        starts: of each, the slot of its first token.
         features: that are asked for.
+        pool: gives the memory of the numbers.
 
     Raises:
         CorruptCacheError: a record does not have them.
     """
     if not features:
         return None
-    decoded = [_features_of(record, features) for record in records]
-    made = {}
-    for feature in features:
-        parts = [values[feature.name] for values in decoded]
-        if feature.pooling == "none":
-            parts = [vectors if keep is None else vectors[keep] for vectors, keep in zip(parts, keeps, strict=True)]
-        made[feature.name] = np.concatenate([np.empty((0, feature.size), np.float32), *parts])
-    return made
+    masks = [_mask(record) for record in records]
+    return {asked.info.name: _gathered(asked, records, (masks, keeps, starts), pool) for asked in features}
+
+
+def _gathered(
+    asked: AskedFeature,
+    records: Sequence[SequenceRecord | EncodedRecord],
+    placed: tuple[Sequence[NDArray[np.bool_]], Sequence[NDArray[np.bool_] | None], Sequence[int]],
+    pool: BufferPool,
+) -> FeatureVectors[NDArray[np.generic]]:
+    feature, slots, kept = asked.info, [], []
+    for index, (supervised_N, keep_P, start) in enumerate(zip(*placed, strict=True)):
+        positions_F, keep_F = _kept(feature, supervised_N, keep_P)
+        slots.append(np.array([index], np.int64) if feature.pooling != "none" else positions_F + start)
+        kept.append(keep_F)
+    offsets = np.cumsum([0, *map(len, slots)])
+    shape = int(offsets[-1]), feature.size
+    vectors = FeatureVectors(
+        info=feature,
+        values_FH=pool.take(shape, NUMPY_DTYPES[feature.dtype]),
+        slots_F=np.concatenate([np.zeros(0, np.int64), *slots]),
+        scale_F=np.empty(shape[0], np.float32) if feature.dtype == "int8" else None,
+        mean_H=asked.constants.mean_H,
+        scale_H=asked.constants.scale_H,
+        distances_FH=np.empty(shape, np.int32) if feature.kind == "attention" else None,
+        basis=asked.constants.basis,
+        center=asked.constants.center,
+    )
+    for record, supervised_N, keep_F, start, end in zip(records, placed[0], kept, offsets, offsets[1:], strict=False):
+        stored = _stored(record, asked, supervised_N)
+        for own, out in (
+            (stored.values_FH, vectors.values_FH),
+            (stored.scale_F, vectors.scale_F),
+            (stored.distances_FH, vectors.distances_FH),
+        ):
+            if own is not None and out is not None:
+                out[start:end] = own if keep_F is None else own[keep_F]
+    return vectors
+
+
+def _kept(
+    feature: FeatureInfo, supervised_N: NDArray[np.bool_], keep_P: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
+    """The positions whose vectors the batch holds, and which of the sequence's vectors these are; None for all.
+
+    A feature at all positions keeps them all: there the mask is data.
+    """
+    positions_F = feature_positions(feature, supervised_N)
+    if keep_P is None or feature.pooling != "none" or feature.positions == "all":
+        return positions_F, None
+    kept_N = np.zeros(len(supervised_N), bool)
+    kept_N[np.flatnonzero(supervised_N)[keep_P]] = True
+    keep_F = kept_N[positions_F]
+    return positions_F[keep_F], keep_F
+
+
+def _mask(record: SequenceRecord | EncodedRecord) -> NDArray[np.bool_]:
+    return record.supervised_N if isinstance(record, EncodedRecord) else record.sequence.supervised_N
 
 
 def _find(manifest: Manifest, index: int, names: Sequence[str]) -> tuple[FeatureInfo, ...]:
@@ -67,17 +137,15 @@ def _find(manifest: Manifest, index: int, names: Sequence[str]) -> tuple[Feature
     return tuple(there[name] for name in names)
 
 
-def _features_of(record: SequenceRecord | EncodedRecord, features: Sequence[FeatureInfo]) -> dict[str, NDArray[np.float32]]:
+def _stored(record: SequenceRecord | EncodedRecord, asked: AskedFeature, supervised_N: NDArray[np.bool_]) -> StoredVectors:
+    feature = asked.info
     if isinstance(record, EncodedRecord):
-        # As its own cache stores them: another cache of a mix may have another dtype.
-        own = [feature for feature in record.features if feature.name in {asked.name for asked in features}]
         try:
-            return decode_features(record.columns, own, record.num_positions)
+            return read_vectors(record.columns, feature, supervised_N)
         except KdcacheError as error:
             raise CorruptCacheError(f"{record.where}: {error}") from error
-    values = dict(record.distributions.features)
-    for feature in features:
-        num_rows = feature.num_vectors(record.distributions.num_positions)
-        if feature.name not in values or values[feature.name].shape != (num_rows, feature.size):
-            raise CorruptCacheError(f"{record.sequence.source}: the record has no {num_rows} rows of feature {feature.name!r}")
-    return values
+    values, shape = record.distributions.features, (num_vectors(feature, supervised_N), feature.size)
+    if feature.name not in values or values[feature.name].shape != shape:
+        raise CorruptCacheError(f"{record.sequence.source}: the record has no {shape[0]} vectors of feature {feature.name!r}")
+    stored_FH, scale_F = encode_vectors(feature, values[feature.name], asked.constants)
+    return StoredVectors(stored_FH, scale_F, values.get(distances_key(feature)))

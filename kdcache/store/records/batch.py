@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from kdcache.codec.base import Codec, ColumnValues, DecodeTask, EntryArrays
-from kdcache.codec.features import decode_features, feature_fields
+from kdcache.codec.features.columns import ConstantsByName, decode_features, feature_fields
 from kdcache.errors import CorruptCacheError, FormatError, KdcacheError
 from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import SequenceRecord, TokenSequence
@@ -83,6 +83,11 @@ class EncodedRecord:
         return self._reader.features
 
     @property
+    def supervised_N(self) -> NDArray[np.bool_]:
+        """(N,) the sequence's mask, as it is stored; not to be written."""
+        return self._reader.views["supervised"].values_of(self._index)
+
+    @property
     def token_addresses(self) -> tuple[int, int]:
         """Where the sequence's int32 ids and its flags, a byte each, lie in memory; valid as long as this record exists."""
         views = self._reader.views
@@ -93,7 +98,8 @@ class EncodedRecord:
         try:
             distributions = self.codec.decode(self.columns, self.offsets_P1)
             if self.features:
-                features = decode_features(self.columns, self.features, self.num_positions)
+                constants = self._reader.constants()
+                features = decode_features(self.columns, self.features, self.supervised_N, constants)
                 distributions = replace(distributions, features=features)
             return SequenceRecord(self.sequence, distributions)
         except KdcacheError as error:
@@ -109,13 +115,22 @@ class BatchReader:
 
     Attributes:
         arrow: the batch itself.
+        constants: gives those of the features, for decoding them.
 
     Raises:
         CorruptCacheError: the batch's offsets, lengths or text are not valid Arrow, or there are nulls where none may be.
     """
 
-    def __init__(self, batch: pa.RecordBatch, metadata: ShardMetadata, codec: Codec, where: str) -> None:
+    def __init__(
+        self,
+        batch: pa.RecordBatch,
+        metadata: ShardMetadata,
+        codec: Codec,
+        where: str,
+        constants: Callable[[], ConstantsByName] = dict,
+    ) -> None:
         self._vocab_size, self.codec, self._where, self.arrow = metadata.vocab_size, codec, where, batch
+        self.constants = constants
         self.features: tuple[FeatureInfo, ...] = metadata.features
         try:
             batch.validate(full=True)  # offsets in bounds and rising, so that no view below can leave its buffer

@@ -31,6 +31,10 @@ class ColumnView:
             return None
         return self.values[self._offsets[index] : self._offsets[index + 1]]
 
+    def values_of(self, index: int) -> NDArray[Any]:
+        """A sequence's values; what lies under a null where it is one."""
+        return self.values[self._offsets[index] : self._offsets[index + 1]]
+
     @property
     def lengths_S(self) -> NDArray[np.integer]:
         """How many values each sequence has, (S,); what lies under a null counts."""

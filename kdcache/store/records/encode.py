@@ -10,14 +10,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.codec.base import Codec, list_array
-from kdcache.codec.features import encode_features
+from kdcache.codec.features.columns import ConstantsByName, encode_features
 from kdcache.format.record import FINISHES, SequenceRecord
 from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, SEQUENCE_FIELDS, sequence_digest, shard_metadata
 from kdcache.store.records.column_view import column_view
 
 
 def encode_records(
-    records: Sequence[SequenceRecord], codec: Codec, schema: pa.Schema, fixed_entries: int | None
+    records: Sequence[SequenceRecord],
+    codec: Codec,
+    schema: pa.Schema,
+    fixed_entries: int | None,
+    constants: ConstantsByName | None = None,
 ) -> pa.RecordBatch:
     """Encode sequences as one record batch.
 
@@ -25,6 +29,7 @@ def encode_records(
         records: S of them.
         schema: of the shard, see `shard_schema`.
         fixed_entries: entries that every position has by the selection (k of `top_k`), or None.
+        constants: of the features that have some.
     """
     sequences = [r.sequence for r in records]
     columns = _sequence_columns(records, fixed_entries)
@@ -33,7 +38,8 @@ def encode_records(
     if DOMAIN_FIELD.name in schema.names:
         columns.append(pa.array([s.domain for s in sequences], DOMAIN_FIELD.type))
     columns += codec.encode([r.distributions for r in records])
-    columns += encode_features([r.distributions.features for r in records], shard_metadata(schema, where="shard").features)
+    features = shard_metadata(schema, where="shard").features
+    columns += encode_features([r.distributions.features for r in records], features, constants or {})
     names = schema.names[: len(columns)]
     views = {name: column_view(column) for name, column in zip(names, columns, strict=True)}
     digests = [sequence_digest({n: view[i] for n, view in views.items()}, names) for i in range(len(sequences))]

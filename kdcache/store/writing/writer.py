@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
-from kdcache.codec.features import feature_fields
+from kdcache.codec.features.columns import feature_fields
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import CorruptCacheError, FormatError, KdcacheError, StorageError
 from kdcache.format import paths
