@@ -60,7 +60,7 @@ class TeacherStates:
 def low_rank(projection: Projection, basis: Tensor, mean_H: Tensor | None = None) -> Projection:
     """The projection that takes coordinates, where hidden = coordinates @ basis + mean.
 
-    Its product is as much cheaper as R is less than H.
+    Its product is as much cheaper as its rank is less than H.
 
     Args:
         projection: takes whole states.
