@@ -58,3 +58,45 @@ def through_head(side: Side, gradient_PV: Floats) -> tuple[Floats, Floats, Float
     """Gradients with respect to a side's hidden states, weight and bias, from those with respect to its logits."""
     product_PV = gradient_PV * side.slopes()
     return product_PV @ side.weight_VH, product_PV.T @ side.hidden_PH, product_PV.sum(axis=0)
+
+
+class DualSpace(NamedTuple):
+    """(P,) losses of the three parts, where A keeps the teacher's most probable id, and the gradients of weighted sums.
+
+    `weights` of the gradients: (P,) of top and to_teacher, and of to_student.
+    """
+
+    top_P: Floats
+    to_student_P: Floats
+    to_teacher_P: Floats
+    agrees_P: NDArray[np.bool_]
+
+
+def dual_space(
+    student: Side, teacher: Side, maps: tuple[Floats, Floats], divergence: Divergence, temperature: float = 1.0
+) -> tuple[DualSpace, tuple[Floats, Floats, Floats]]:
+    """DSKDv2's parts at each position, with T^2, and the gradient of each part by its own logits, (P, V).
+
+    Args:
+        student, teacher: both with all ids of the other.
+        maps: A (H_s, H_t) and B (H_t, H_s).
+    """
+    u_PV, v_PV = mapped(student, teacher, maps[0]).logits(), mapped(teacher, student, maps[1]).logits()
+    p_PV, tops_P = teacher.logits(), teacher.logits().argmax(axis=1)
+    log_u_PV = u_PV - logsumexp(u_PV)[:, None]
+    top_P = -log_u_PV[np.arange(len(u_PV)), tops_P]
+    top_PV = np.exp(log_u_PV) - (np.arange(u_PV.shape[1]) == tops_P[:, None])
+    to_student_P, to_student_PV = exact_losses(student.logits(), u_PV, divergence, temperature)
+    to_teacher_P, to_teacher_PV = exact_losses(v_PV, p_PV, divergence, temperature)
+    parts = DualSpace(top_P, to_student_P, to_teacher_P, u_PV.argmax(axis=1) == tops_P)
+    return parts, (top_PV, to_student_PV, to_teacher_PV)
+
+
+def mapped(into: Side, of: Side, weight: Floats) -> Side:
+    """One side's projection over the other side's states, mapped."""
+    return into._replace(hidden_PH=of.hidden_PH @ weight.T)
+
+
+def least_squares(weight_VH: Floats, other_VH: Floats) -> Floats:
+    """W^+ W', by a decomposition of W itself."""
+    return np.linalg.pinv(weight_VH) @ other_VH

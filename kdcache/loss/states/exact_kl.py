@@ -8,19 +8,17 @@ record of some entries is compared with. Definition: `dense_reference`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kdcache.errors import LossError
 from kdcache.kernels import divergences as d
-from kdcache.kernels.divergences import torch_formulas
-from kdcache.kernels.divergences.torch_formulas import Masses
-from kdcache.loss.chunks import Product, write_logits
+from kdcache.loss.chunks import Product
 from kdcache.loss.fused import PLAIN_HEAD, Projection, check_projection, run_fused
 from kdcache.loss.prepare import position_scales
+from kdcache.loss.states.dense_steps import DenseStep
 
 # Those that are a sum over ids: the others ask which buckets are the support.
 OVER_IDS = (
@@ -29,9 +27,6 @@ OVER_IDS = (
 
 # A whole distribution has no rounded tail: only what underflows has to be kept from an infinite logarithm.
 SMALLEST_MASS = 1e-30
-
-# Logits that are worked on at a time: on a CPU their temporaries stay in its cache.
-_CPU_LOGITS, _DEVICE_LOGITS = 1 << 17, 1 << 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +108,9 @@ def exact_kd_loss(
     scales_P = position_scales(hidden_PH, weights, reduction)
     projection = projection if isinstance(projection, Projection) else Projection(projection)
     product = student_product(hidden_PH, projection)
-    step = DenseStep.of(product, teacher, whole_divergence(divergence), temperature, scales_P)
+    check_teacher(hidden_PH, teacher)
+    check_temperature(temperature)
+    step = DenseStep(teacher.product(len(product.weight_VH)), whole_divergence(divergence), float(temperature), scales_P)
     return run_fused(product, step, projection.chunk_positions or 0)
 
 
@@ -140,72 +137,10 @@ def student_product(hidden_PH: Tensor, projection: Projection) -> Product:
     return Product(hidden_PH, *projection.without_padding(), projection.head or PLAIN_HEAD)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DenseStep:
-    """See `kdcache.loss.steps.step.PositionStep`.
-
-    Attributes:
-        teacher: makes the teacher's logits: as many ids as the student has, or fewer.
-        divergence: over all ids.
-        temperature: of both sides.
-        scales_P: (P,) float64, what each position's loss is multiplied by; 0 where it is not read.
-        tops_P: (P,) int64 that gets the teacher's most probable id at each position; None where nobody asks.
-    """
-
-    teacher: Product
-    divergence: d.Divergence
-    temperature: float
-    scales_P: Tensor
-    tops_P: Tensor | None = None
-    buffer: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls, product: Product, teacher: TeacherStates, divergence: d.Divergence, temperature: float, scales_P: Tensor
-    ) -> DenseStep:
-        """Checked against the student's product.
-
-        Raises:
-            LossError: another number of positions, another device, states that the teacher's projection does not take, or a
-                temperature that is not above 0.
-        """
-        check_teacher(product.hidden_PH, teacher)
-        if not temperature > 0:
-            raise LossError(f"temperature is {temperature!r}, but must be above 0")
-        return cls(teacher.product(len(product.weight_VH)), divergence, float(temperature), scales_P)
-
-    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
-        stop = start + len(logits_CV)
-        teacher_CV = self._logits(start, stop, logits_CV)
-        if self.tops_P is not None:
-            self.tops_P[start:stop] = teacher_CV.argmax(dim=1)
-        losses_C = self.scales_P.new_empty(len(logits_CV))
-        for part in _blocks(logits_CV):
-            scales_B = self.scales_P[start + part.start : start + part.stop]
-            losses_C[part] = self._losses(logits_CV[part], teacher_CV[part], scales_B, want_gradient)
-        return losses_C, logits_CV
-
-    def _losses(self, student_BV: Tensor, teacher_BV: Tensor, scales_B: Tensor, want_gradient: bool) -> Tensor:
-        """(B,) losses times their scales; the student's logits become the gradient."""
-        t, is_read_B = self.temperature, scales_B > 0
-        log_q_BV, log_p_BV = (_log_softmax(z_BV, t) for z_BV in (student_BV, teacher_BV))
-        masses = Masses(log_p_BV, log_p_BV.exp(), log_q_BV, log_q_BV.exp())
-        losses_B = torch_formulas.compute(self.divergence, masses).double()
-        if want_gradient:
-            h_BV = torch_formulas.slopes(self.divergence, masses)
-            h_BV = torch.addcmul(h_BV, masses.q_PK1, h_BV.sum(dim=1, keepdim=True), value=-1)
-            h_BV.mul_((t * scales_B).to(h_BV.dtype)[:, None]).masked_fill_(~is_read_B[:, None], 0.0)
-            student_BV.copy_(h_BV)
-        return torch.where(is_read_B, t * t * losses_B * scales_B, 0.0)
-
-    def _logits(self, start: int, stop: int, student_CV: Tensor) -> Tensor:
-        """(C, V) the teacher's, in the same memory for every chunk; -inf at ids that it does not have."""
-        num_ids, dtype = len(self.teacher.weight_VH), self.teacher.logits_dtype
-        if not self.buffer:  # the first chunk is the largest
-            self.buffer.append(student_CV.new_full(student_CV.shape, -torch.inf, dtype=dtype))
-        logits_CV = self.buffer[0][: len(student_CV)]
-        write_logits(self.teacher, slice(start, stop), logits_CV[:, :num_ids])
-        return logits_CV
+def check_temperature(temperature: float) -> None:
+    """Raise LossError unless it is above 0."""
+    if not temperature > 0:
+        raise LossError(f"temperature is {temperature!r}, but must be above 0")
 
 
 def check_teacher(hidden_PH: Tensor, teacher: TeacherStates) -> None:
@@ -227,16 +162,3 @@ def check_teacher(hidden_PH: Tensor, teacher: TeacherStates) -> None:
             f"the teacher's states are on {states_PH.device} and its projection on {weight_VH.device}, but the student is on "
             f"{hidden_PH.device}; move them there"
         )
-
-
-def _log_softmax(logits_BV: Tensor, temperature: float) -> Tensor:
-    """Of the logits over T; float64 for float64, else float32."""
-    working_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
-    return (working_BV if temperature == 1 else working_BV / temperature).log_softmax(dim=1)
-
-
-def _blocks(logits_CV: Tensor) -> Iterator[slice]:
-    at_a_time = _CPU_LOGITS if logits_CV.device.type == "cpu" else _DEVICE_LOGITS
-    width = max(1, at_a_time // max(logits_CV.shape[1], 1))
-    for start in range(0, len(logits_CV), width):
-        yield slice(start, min(start + width, len(logits_CV)))
