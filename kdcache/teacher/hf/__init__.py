@@ -4,6 +4,7 @@
 - `forward` runs a model in pieces: its body, its output projection and the selection a chunk of positions at a time.
 - `load` loads a model; `attention` checks that its attention does what its config asks.
 - `rotary` gives each text of a batch the rotary factors that it has alone; `proof` finds out which texts may share a forward.
+- `activations` sums up what layers, heads, neurons and channels do, for students cut from the teacher; `axes` finds them.
 - `features` takes hidden states by hooks; `generate` writes answers.
 """
 
