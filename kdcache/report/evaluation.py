@@ -19,29 +19,47 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def evaluation_table(results: Mapping[str, Any]) -> Table:
-    """Make a line per model, the teacher first: loss, KL and top-1 agreement with standard errors, and the gap closed."""
+    """Make a line per model, the teacher first: size, loss, KL, agreement, accuracy, and what is kept of the teacher's."""
     headers = [
         "model",
+        "parameters",
         "loss, nats/token",
-        "nats/byte",
         "KL to teacher, nats",
         "top-1 agreement",
         "accuracy",
-        "loss gap closed",
+        "accuracy kept",
+        "nats over unigram kept",
     ]
     lines = [
         [
             name,
+            _size(results, name),
             _with_error(metrics["nats_per_token"], 4),
-            f"{metrics['nats_per_byte']['value']:.4f}",
             _with_error(metrics["kl"], 4),
             _with_error(metrics["top1_agreement"], 1, percent=True),
             f"{100 * metrics['accuracy']['value']:.1f}%",
-            _gap(results, name),
+            _kept(results, name, "accuracy"),
+            _kept(results, name, "nats_over_unigram"),
         ]
         for name, metrics in results["models"].items()
     ]
     return Table(headers, lines)
+
+
+def retention_sentences(results: Mapping[str, Any]) -> list[str]:
+    """Say of each student what it keeps of the teacher, with how many of its parameters; and why where nats are unknown."""
+    sentences = []
+    for name, kept in results["retention"].items():
+        shares = [f"{_share(kept['accuracy'])} of the teacher's top-1 accuracy"]
+        if kept["nats_over_unigram"] is not None:
+            shares.append(f"{_share(kept['nats_over_unigram'])} of its nats over unigram")
+        sizes = [results["sizes"][model]["non_embedding"] for model in (name, TEACHER)]
+        size = f", with {sizes[0] / sizes[1]:.0%} of its non-embedding parameters" if sizes[1] else ""
+        sentences.append(f"{name} keeps {' and '.join(shares)}{size}")
+    if results["unigram"] is None:
+        why = results["inputs"]["unigram"]["missing"]
+        sentences.append(f"nats over unigram are not known ({why}); name training text or a cache of it with --unigram")
+    return sentences
 
 
 def evaluation_sentences(results: Mapping[str, Any]) -> list[str]:
@@ -108,17 +126,22 @@ def _with_error(entry: Mapping[str, float | None], digits: int, *, percent: bool
     return f"{value * scale:.{digits}f}{sign}{spread}"
 
 
-def _gap(results: Mapping[str, Any], name: str) -> str:
+def _size(results: Mapping[str, Any], name: str) -> str:
+    """Non-embedding parameters, and their share of the teacher's."""
+    own, teacher = (results["sizes"][model]["non_embedding"] for model in (name, TEACHER))
+    share = "" if name == TEACHER or not teacher else f" ({own / teacher:.0%})"
+    return f"{own:,}{share}"
+
+
+def _kept(results: Mapping[str, Any], name: str, metric: str) -> str:
     if name == TEACHER:
         return "100%"
-    if name == results["baseline"]:
-        return "0%"
-    share = results["gap_closed"][name]["nats_per_token"]
+    share = results["retention"][name][metric]
+    return "n/a" if share is None else _share(share)
+
+
+def _share(share: Mapping[str, float | None]) -> str:
     if share["value"] is None:
         return "n/a"
-    spread = (
-        f" [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"
-        if share["low"] is not None and share["high"] is not None
-        else ""
-    )
-    return f"{100 * share['value']:.0f}%{spread}"
+    spread = "" if share["low"] is None or share["high"] is None else f" [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+    return f"{100 * share['value']:.1f}%{spread}"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from kdcache.errors import ConfigError
-from kdcache.report.evaluation import curve_lines, evaluation_sentences, evaluation_table
+from kdcache.report.evaluation import curve_lines, evaluation_sentences, evaluation_table, retention_sentences
 from kdcache.report.plot import plot_evaluation
 from kdcache.report.sparkline import BLOCKS
 
@@ -35,17 +35,46 @@ RESULTS: dict[str, Any] = {
     "comparisons": {
         "kd": {"nats_per_token": _interval(-0.3), "kl": _interval(-0.4), "top1_agreement": _interval(0.1)},
     },
+    "inputs": {"unigram": {"source": "cache", "tokens": 1000}},
+    "sizes": {
+        "teacher": {"parameters": 1500, "non_embedding": 1000},
+        "labels": {"parameters": 1000, "non_embedding": 500},
+        "kd": {"parameters": 1000, "non_embedding": 500},
+    },
+    "unigram": {"nats_per_token": 7.0},
+    "retention": {
+        "labels": {"accuracy": _interval(0.9), "nats_over_unigram": _interval(0.8)},
+        "kd": {"accuracy": _interval(0.96), "nats_over_unigram": _interval(0.955)},
+    },
     "gap_closed": {"kd": {"nats_per_token": _interval(0.3), "kl": _interval(0.4), "top1_agreement": _interval(0.2)}},
 }
 CURVES = {"labels": [(0, 8.0), (1000, 4.0), (2000, 3.0)], "kd": [(0, 8.0), (1000, 3.5), (2000, 2.7)]}
 
 
-def test_the_table_shows_each_model_with_errors_and_the_gap_closed() -> None:
+def test_the_table_shows_each_model_with_errors_its_size_and_what_it_keeps() -> None:
     lines = {line[0]: line for line in evaluation_table(RESULTS).lines}
     assert list(lines) == ["teacher", "labels", "kd"]
-    assert lines["kd"][1] == "2.7000 +- 0.0270"
+    assert lines["kd"][1:3] == ["500 (50%)", "2.7000 +- 0.0270"]
     assert lines["kd"][4] == "60.0% +- 0.6"
-    assert [lines[name][-1] for name in lines] == ["100%", "0%", "30% [29, 31]"]
+    assert [lines[name][-2:] for name in lines] == [
+        ["100%", "100%"],
+        ["90.0% [89.0, 91.0]", "80.0% [79.0, 81.0]"],
+        ["96.0% [95.0, 97.0]", "95.5% [94.5, 96.5]"],
+    ]
+
+
+def test_what_a_student_keeps_is_said_with_its_size_and_without_a_unigram_why_not() -> None:
+    assert retention_sentences(RESULTS)[1] == (
+        "kd keeps 96.0% [95.0, 97.0] of the teacher's top-1 accuracy and 95.5% [94.5, 96.5] of its nats over unigram, with 50% "
+        "of its non-embedding parameters"
+    )
+    unknown: dict[str, Any] = copy.deepcopy(RESULTS) | {"unigram": None, "inputs": {"unigram": {"missing": "no cache at c"}}}
+    for kept in unknown["retention"].values():
+        kept["nats_over_unigram"] = None
+    sentences = retention_sentences(unknown)
+    assert "nats" not in sentences[0]
+    assert sentences[2].startswith("nats over unigram are not known (no cache at c); name training text")
+    assert evaluation_table(unknown).lines[2][-1] == "n/a"
 
 
 def test_the_verdict_knows_which_direction_is_better() -> None:
@@ -67,7 +96,7 @@ def test_missing_intervals_are_said_not_printed_as_numbers() -> None:
     results = copy.deepcopy(RESULTS)
     nothing = {"value": -0.3, "low": None, "high": None}
     results["comparisons"]["kd"] = dict.fromkeys(("nats_per_token", "kl", "top1_agreement"), nothing)
-    results["gap_closed"]["kd"]["nats_per_token"] = {"value": None, "low": None, "high": None}
+    results["retention"]["kd"]["nats_over_unigram"] = {"value": None, "low": None, "high": None}
     assert "no interval: too little data" in evaluation_sentences(results)[0]
     assert evaluation_table(results).lines[2][-1] == "n/a"
 

@@ -60,6 +60,37 @@ def test_the_gap_closed_is_zero_at_the_baseline_and_one_at_the_teacher() -> None
     assert [entry["value"] for entry in gap["full"].values()] == pytest.approx([1.0, 1.0, 1.0])
 
 
+def test_retention_is_of_accuracy_and_of_nats_over_the_unigram() -> None:
+    half = Scores(TEACHER.nll_S + 10 * 1.5, TEACHER.kl_S, TEACHER.agreement_S, np.full(NUM_SEQUENCES, 2.4))
+    scores = {"teacher": TEACHER, "half": half, "same": TEACHER}
+    results = compare_models(scores, SEQUENCES, baseline="half", unigram_nll_S=np.full(NUM_SEQUENCES, 50.0))
+    assert results["unigram"] == {"nats_per_token": pytest.approx(5.0)}
+    # The teacher's loss is 2.0, this student's 3.5, the unigram's 5.0; 3 tokens in 10 right against 2.4.
+    assert results["retention"]["half"]["nats_over_unigram"]["value"] == pytest.approx(0.5)
+    assert results["retention"]["half"]["accuracy"]["value"] == pytest.approx(0.8)
+    assert results["retention"]["same"] == {
+        metric: {"value": 1.0, "low": 1.0, "high": 1.0} for metric in ("accuracy", "nats_over_unigram")
+    }
+
+
+def test_the_interval_of_what_is_kept_is_paired_with_the_teachers_texts() -> None:
+    """A text that is hard for both moves both: a student always 0.3 nats behind has a narrow interval."""
+    behind = Scores(TEACHER.nll_S + 3.0, TEACHER.kl_S, TEACHER.agreement_S, TEACHER.correct_S)
+    results = compare_models({"teacher": TEACHER, "a": behind}, SEQUENCES, baseline="a", unigram_nll_S=TEACHER.nll_S + 50.0)
+    kept = results["retention"]["a"]["nats_over_unigram"]
+    assert [kept[name] for name in ("value", "low", "high")] == pytest.approx([0.94] * 3)
+    assert results["models"]["a"]["nats_per_token"]["standard_error"] > 0.05
+
+
+def test_without_a_unigram_the_nats_kept_are_null_and_the_accuracy_stays() -> None:
+    results = compare_models({"teacher": TEACHER, "a": TEACHER}, SEQUENCES, baseline="a")
+    assert results["unigram"] is None
+    assert results["retention"]["a"]["nats_over_unigram"] is None
+    assert results["retention"]["a"]["accuracy"]["value"] == 1.0
+    same = compare_models({"teacher": TEACHER, "a": TEACHER}, SEQUENCES, baseline="a", unigram_nll_S=TEACHER.nll_S)
+    assert same["retention"]["a"]["nats_over_unigram"]["value"] is None, "a teacher of no use: nothing can be kept of nothing"
+
+
 def test_texts_are_resampled_whole_and_windows_where_texts_are_few() -> None:
     scores = {"teacher": TEACHER, "a": _scores(3.0, 0.5, 0.6)}
     bootstrap = compare_models(scores, SEQUENCES, baseline="a")["bootstrap"]

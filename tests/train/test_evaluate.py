@@ -5,7 +5,7 @@ import pytest
 from train_caches import train_config
 from transformers import AutoModelForCausalLM
 
-from kdcache.errors import ConfigError
+from kdcache.errors import CacheNotFoundError, ConfigError
 from kdcache.train.evaluation.evaluate import EvaluateConfig, evaluate
 from kdcache.train.trainer import train
 
@@ -35,6 +35,10 @@ def test_runs_and_model_folders_are_measured_on_the_same_tokens(
         metric: {"value": 1.0, "low": 1.0, "high": 1.0} for metric in ("nats_per_token", "kl", "top1_agreement")
     }
     assert results["models"]["kd"]["kl"]["value"] > 0.5
+    # Of the cache that the run names; a copy of the teacher keeps all of it.
+    assert results["inputs"]["unigram"]["source"] == json.loads((run / "run.json").read_text())["config"]["cache"]
+    assert results["retention"]["copy"]["nats_over_unigram"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert results["sizes"]["copy"] == results["sizes"]["teacher"]
     assert results["bootstrap"]["resampled"] == "texts"
 
 
@@ -47,6 +51,20 @@ def test_the_curve_is_the_runs_own_and_ends_at_the_loss_that_is_measured_again(
         evaluation.results["models"]["kd"]["nats_per_token"]["value"], rel=1e-6
     )
     assert evaluation.curves["copy"] == []
+
+
+def test_without_a_runs_cache_the_rest_is_evaluated_and_a_named_unigram_must_be_there(
+    run: Path, tiny_model_dir: Path, heldout: Path, tmp_path: Path
+) -> None:
+    options = _options(run, tiny_model_dir, heldout, tmp_path / "out", students={"copy": str(tiny_model_dir)})
+    results = evaluate(options).results
+    assert results["inputs"]["unigram"] == {"missing": "no student is a training run that names its cache"}
+    assert results["retention"]["copy"]["nats_over_unigram"] is None
+    with pytest.raises(CacheNotFoundError):
+        evaluate(_options(run, tiny_model_dir, heldout, tmp_path / "out", unigram=str(tmp_path / "gone")))
+    results = evaluate(_options(run, tiny_model_dir, heldout, tmp_path / "out", unigram=str(heldout))).results
+    assert results["inputs"]["unigram"]["source"] == str(heldout)
+    assert results["retention"]["copy"]["nats_over_unigram"]["value"] == 1.0
 
 
 def test_progress_adds_up_to_what_was_announced(run: Path, tiny_model_dir: Path, heldout: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Compare students with their teacher on held-out text.\n\n"
         "  kdcache evaluate --teacher my/teacher --data heldout.jsonl --student kd=runs/kd --out eval\n\n"
-        "Prints held-out loss, KL and agreement with intervals, and writes results.json, a table and a plot."
+        "Prints held-out loss, KL, agreement and what each student keeps of the teacher, with intervals, and writes\n"
+        "results.json, a table and a plot."
     )
     parser.add_argument("--teacher", required=True, metavar="DIR", help="the teacher: a folder or a hub id")
     parser.add_argument(
@@ -35,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a training run's directory or a model's folder; may be repeated",
     )
     parser.add_argument("--baseline", metavar="NAME", help="the student that others are compared with (default: the first)")
+    parser.add_argument(
+        "--unigram",
+        metavar="CACHE",
+        help="cache or file of training text: a model that knows only its token frequencies keeps 0%% of the teacher's nats "
+        "(default: the cache of a student's run)",
+    )
     parser.add_argument("--out", required=True, metavar="OUT", help=f"directory for results.json, {TABLE} and {PLOT}")
     parser.add_argument(
         "--max-tokens", type=_at_least(2), metavar="N", help="most tokens to score, evenly spread over the file (default: all)"
@@ -50,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     students = _students(args.students)
     # Before hours of scoring, not after.
     require("torch", "transformers", "matplotlib", purpose="kdcache evaluate", extra="train")
-    from kdcache.report.evaluation import curve_lines, evaluation_sentences, evaluation_table
+    from kdcache.report.evaluation import curve_lines, evaluation_sentences, evaluation_table, retention_sentences
     from kdcache.report.plot import plot_evaluation
     from kdcache.train.evaluation.evaluate import EvaluateConfig, evaluate
 
@@ -60,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         data=args.data,
         out=args.out,
         baseline=args.baseline,
+        unigram=args.unigram,
         window=args.window,
         max_tokens=args.max_tokens,
         seed=args.seed,
@@ -67,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     evaluation = evaluate(options, on_start=_progress)
     table = evaluation_table(evaluation.results)
     say(table.to_text())
-    lines = [*evaluation_sentences(evaluation.results), *curve_lines(evaluation.curves, encoding=sys.stdout.encoding)]
+    sentences = [*retention_sentences(evaluation.results), *evaluation_sentences(evaluation.results)]
+    lines = [*sentences, *curve_lines(evaluation.curves, encoding=sys.stdout.encoding)]
     if lines:
         say("\n".join(["", *lines]))
     out = Path(args.out)

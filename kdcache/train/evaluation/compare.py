@@ -25,14 +25,21 @@ _INTERVAL = (2.5, 97.5)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Resamples:
-    """Each metric's value for every model: on all the data, and in every bootstrap round."""
+    """Each metric's value for every model: on all the data, and in every bootstrap round. Of the unigram only its loss."""
 
     value: Mapping[str, Mapping[str, float]]
     rounds_by_round: Mapping[str, Mapping[str, NDArray[np.float64]]]
+    unigram: float | None = None
+    unigram_by_round: NDArray[np.float64] | None = None
 
 
 def compare_models(
-    scores: Mapping[str, Scores], sequences: Sequence[HeldoutSequence], *, baseline: str, seed: int = 0
+    scores: Mapping[str, Scores],
+    sequences: Sequence[HeldoutSequence],
+    *,
+    baseline: str,
+    seed: int = 0,
+    unigram_nll_S: NDArray[np.float64] | None = None,
 ) -> dict[str, Any]:
     """The evaluation as plain data (numbers, strings, lists), which is what `results.json` holds.
 
@@ -41,12 +48,15 @@ def compare_models(
         sequences: the ones scored.
         baseline: the student that the others are compared with, and from which the gap to the teacher is counted.
         seed: of the bootstrap.
+        unigram_nll_S: (S,) nats, the loss of each sequence by token frequencies alone (`unigram`); None where unknown.
 
     Returns:
-        `models`: for each, every metric as {value, standard_error}; `comparisons`: for each student but the baseline, every
-        metric's difference to the baseline as {value, low, high}, with a 95% interval; `gap_closed`: for each of these the
-        share of the teacher-baseline gap closed in `nats_per_token`, `kl` and `top1_agreement`, likewise. An interval that
-        cannot be had (one sequence, a gap of zero) is null.
+        `models`: for each, every metric as {value, standard_error}; `retention`: for each student, what it keeps of the teacher
+        as {value, low, high}: of its `accuracy`, acc_s / acc_t, and of its `nats_over_unigram`, (loss_u - loss_s) / (loss_u -
+        loss_t), null where the unigram is unknown; `unigram`: its loss, or null; `comparisons`: for each student
+        but the baseline, every metric's difference to the baseline as {value, low, high}, with a 95% interval; `gap_closed`:
+        for each of these the share of the teacher-baseline gap closed in `nats_per_token`, `kl` and `top1_agreement`, likewise.
+        An interval that cannot be had (one sequence, a gap of zero) is null.
 
     Raises:
         ConfigError: the baseline is not one of the students.
@@ -55,7 +65,7 @@ def compare_models(
     if baseline not in students:
         raise ConfigError(f"baseline is {baseline!r}, but the students are {', '.join(map(repr, students))}")
     groups_S, resampled = _groups(sequences)
-    data = _resample(scores, sequences, groups_S, seed)
+    data = _resample(scores, sequences, groups_S, seed, unigram_nll_S)
     others = [name for name in students if name != baseline]
     return {
         "num_sequences": len(sequences),
@@ -64,6 +74,10 @@ def compare_models(
         "baseline": baseline,
         "bootstrap": {"rounds": _ROUNDS, "seed": seed, "resampled": resampled, "num_resampled": int(groups_S.max()) + 1},
         "models": {name: _summary(data, name) for name in scores},
+        "unigram": None if data.unigram is None else {"nats_per_token": data.unigram},
+        "retention": {
+            name: {"accuracy": _accuracy_kept(data, name), "nats_over_unigram": _nats_kept(data, name)} for name in students
+        },
         "comparisons": {name: {metric: _difference(data, metric, name, baseline) for metric in _METRICS} for name in others},
         "gap_closed": {
             name: {metric: _gap_closed(data, metric, name, baseline) for metric in ("nats_per_token", "kl", "top1_agreement")}
@@ -81,7 +95,11 @@ def _groups(sequences: Sequence[HeldoutSequence]) -> tuple[NDArray[np.int64], st
 
 
 def _resample(
-    scores: Mapping[str, Scores], sequences: Sequence[HeldoutSequence], groups_S: NDArray[np.int64], seed: int
+    scores: Mapping[str, Scores],
+    sequences: Sequence[HeldoutSequence],
+    groups_S: NDArray[np.int64],
+    seed: int,
+    unigram_nll_S: NDArray[np.float64] | None,
 ) -> _Resamples:
     num_groups = int(groups_S.max()) + 1
     generator = np.random.Generator(np.random.Philox(key=seed))
@@ -108,7 +126,11 @@ def _resample(
             "accuracy": totals(score.correct_S) / tokens_by_round,
         }
     value = {name: {metric: float(v[0]) for metric, v in metrics.items()} for name, metrics in table.items()}
-    return _Resamples(value, {name: {metric: v[1:] for metric, v in metrics.items()} for name, metrics in table.items()})
+    rounds_by_round = {name: {metric: v[1:] for metric, v in metrics.items()} for name, metrics in table.items()}
+    if unigram_nll_S is None:
+        return _Resamples(value, rounds_by_round)
+    unigram_by_round = totals(unigram_nll_S) / tokens_by_round
+    return _Resamples(value, rounds_by_round, float(unigram_by_round[0]), unigram_by_round[1:])
 
 
 def _summary(data: _Resamples, name: str) -> dict[str, Any]:
@@ -132,6 +154,27 @@ def _gap_closed(data: _Resamples, metric: str, name: str, baseline: str) -> dict
             return np.subtract(of[baseline][metric], of[name][metric]) / gap
 
     return _interval(float(share(data.value)), share(data.rounds_by_round))
+
+
+def _accuracy_kept(data: _Resamples, name: str) -> dict[str, Any]:
+    def share(of: Mapping[str, Mapping[str, Any]]) -> Any:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.divide(of[name]["accuracy"], of[TEACHER]["accuracy"])
+
+    return _interval(float(share(data.value)), share(data.rounds_by_round))
+
+
+def _nats_kept(data: _Resamples, name: str) -> dict[str, Any] | None:
+    """0 for a student that knows nothing but frequencies, below for one that is worse; 1 for the teacher."""
+    if data.unigram is None or data.unigram_by_round is None:
+        return None
+
+    def share(unigram: Any, of: Mapping[str, Mapping[str, Any]]) -> Any:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gap = np.subtract(unigram, of[TEACHER]["nats_per_token"])
+            return np.subtract(unigram, of[name]["nats_per_token"]) / gap
+
+    return _interval(float(share(data.unigram, data.value)), share(data.unigram_by_round, data.rounds_by_round))
 
 
 def _interval(value: float, rounds_by_round: NDArray[np.float64]) -> dict[str, Any]:

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kdcache.errors import ConfigError, StateError
+from kdcache.errors import ConfigError, KdcacheError, StateError
 from kdcache.store.files.regular import write_new
 from kdcache.teacher import load_tokenizer
+from kdcache.teacher.tokenizer import Tokenizer
 from kdcache.train.body import vocab_size
 from kdcache.train.evaluation.compare import compare_models
 from kdcache.train.evaluation.heldout import HeldoutSequence, read_heldout
 from kdcache.train.evaluation.scores import TEACHER, common_vocabulary, score_models
-from kdcache.train.runs.run_folder import MODEL, RUN, read_metrics
+from kdcache.train.evaluation.unigram import Unigram, read_unigram
+from kdcache.train.runs.run_folder import MODEL, RUN, cache_of_run, read_metrics
 from kdcache.train.student import load_model, with_attention
 
 RESULTS = "results.json"
@@ -35,6 +37,8 @@ class EvaluateConfig:
         data: file of texts or ids, see `read_heldout`.
         out: directory for `results.json`; made if it is not there.
         baseline: the student that others are compared with; None for the first.
+        unigram: cache or file of training text whose token frequencies are what retained nats are counted from; None for the
+            cache that a student was trained from, the baseline's first, where a run names one that can be read.
         window: most tokens in a sequence.
         max_tokens: keep no more than these, in windows evenly spread over the file; None for all.
         seed: of the bootstrap.
@@ -45,6 +49,7 @@ class EvaluateConfig:
     data: str
     out: str
     baseline: str | None = None
+    unigram: str | None = None
     window: int = 256
     max_tokens: int | None = None
     seed: int = 0
@@ -86,6 +91,8 @@ def evaluate(
     out = _made(Path(options.out))
     tokenizer = load_tokenizer(options.teacher)
     sequences = read_heldout(options.data, tokenizer, window=options.window, max_tokens=options.max_tokens)
+    num_tokens = tokenizer.identity.vocab_size
+    unigram, why_not = _unigram(options, baseline, tokenizer)
     teacher = _loaded(options.teacher, "--teacher")
     students = {name: _loaded(str(_model_folder(Path(path))), f"--student {name}") for name, path in options.students.items()}
     advance = on_start(sum(s.num_targets for s in sequences))
@@ -93,11 +100,19 @@ def evaluate(
     def on_sequence(sequence: HeldoutSequence) -> None:
         advance(sequence.num_targets)
 
-    num_tokens = tokenizer.identity.vocab_size
     scores = score_models(teacher, students, sequences, on_sequence=on_sequence, num_tokens=num_tokens)
     inputs = {"teacher": options.teacher, "students": dict(options.students), "data": options.data, "window": options.window}
     inputs |= {"vocabulary": common_vocabulary(teacher, students, num_tokens), "teacher's vocabulary": vocab_size(teacher)}
-    results = {"inputs": inputs, **compare_models(scores, sequences, baseline=baseline, seed=options.seed)}
+    inputs["unigram"] = {"missing": why_not} if unigram is None else {"source": unigram.source, "tokens": unigram.num_tokens}
+    compared = compare_models(
+        scores,
+        sequences,
+        baseline=baseline,
+        seed=options.seed,
+        unigram_nll_S=None if unigram is None else unigram.nll_S(sequences),
+    )
+    sizes = {name: model_size(model) for name, model in {TEACHER: teacher, **students}.items()}
+    results = {"inputs": inputs, "sizes": sizes, **compared}
     _write(out / RESULTS, results)
     return Evaluation(results, {name: heldout_curve(path) for name, path in options.students.items()})
 
@@ -114,6 +129,31 @@ def heldout_curve(run: str | Path) -> list[tuple[int, float]]:
             raise StateError(f"{run}: a held-out loss in its metrics is not a number; the file is damaged or was edited")
         curve.append((num_tokens, nats))
     return curve
+
+
+def _unigram(options: EvaluateConfig, baseline: str, tokenizer: Tokenizer) -> tuple[Unigram | None, str]:
+    """The unigram, or None and why there is none: a run's cache may be gone, and the rest of the evaluation needs none."""
+    num_tokens = tokenizer.identity.vocab_size
+    if options.unigram is not None:
+        return read_unigram(options.unigram, tokenizer, vocab_size=num_tokens), ""
+    why_not = "no student is a training run that names its cache"
+    for name in dict.fromkeys([baseline, *options.students]):
+        cache = cache_of_run(options.students[name])
+        if cache is None:
+            continue
+        try:
+            return read_unigram(cache, tokenizer, vocab_size=num_tokens), ""
+        except KdcacheError as error:
+            why_not = str(error)
+    return None, why_not
+
+
+def model_size(model: PreTrainedModel) -> dict[str, int]:
+    """`parameters`: of the whole model, shared ones once; `non_embedding`: without the embeddings and output projection."""
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {id(weight): weight for module in embeddings if module is not None for weight in module.parameters()}
+    total = sum(weight.numel() for weight in model.parameters())
+    return {"parameters": total, "non_embedding": total - sum(weight.numel() for weight in tables.values())}
 
 
 def _model_folder(path: Path) -> Path:

@@ -115,6 +115,18 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return [_metrics_of(line, f"{path}, line {at}") for at, line in enumerate(whole.splitlines(), 1)]
 
 
+def cache_of_run(run: str | Path) -> str | None:
+    """The cache that a run was trained from, as its `run.json` names it; None for a folder without one."""
+    path = Path(run) / RUN
+    if not path.is_file():
+        return None
+    try:
+        named = json.loads(read_regular(path, path.parent))["config"]["cache"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return named if isinstance(named, str) else None
+
+
 def _metrics_of(line: bytes, where: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(line, type=dict[str, Any])
