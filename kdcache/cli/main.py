@@ -35,6 +35,7 @@ COMMANDS = {
     "doctor": ("doctor", "examine any cache, ours or another tool's, and report what is wrong with it"),
     "convert": ("convert", "convert another tool's cache to a kdcache cache"),
     "derive": ("derive", "make a cache from caches, without a teacher: choose, filter, join, reduce, mix"),
+    "export": ("export", "hand a cache's hidden states to a trainer of drafters: speculators, SpecForge"),
     "train": ("train", "train a student from a cache"),
     "evaluate": ("evaluate", "compare students with their teacher on held-out text"),
 }

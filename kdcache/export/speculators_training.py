@@ -1,0 +1,20 @@
+"""speculators' own trainer with the backend `kdcache` registered: `python -m kdcache.export.speculators_training ARGUMENTS`.
+
+The arguments are those of `python -m speculators.train`; add `--hidden-states-backend kdcache`. torchrun takes the module as well.
+"""
+
+from __future__ import annotations
+
+from kdcache.extras import needed_for
+
+
+def main() -> None:
+    """Train a drafter with speculators."""
+    with needed_for("training drafters with speculators", None):
+        from speculators.train.cli import main as train
+        from speculators.train.config import TrainConfig
+    train(TrainConfig.resolve())
+
+
+if __name__ == "__main__":
+    main()
