@@ -30,7 +30,7 @@ class CacheTransfer(HiddenStatesTransfer):
             return None
         return speculators_tensors(drafter_states(self._cache, file_idx, self._features))
 
-    def get_generated(self, hs_transfer_params: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+    def get_generated(self, hs_transfer_params: dict[str, Any]) -> dict[str, torch.Tensor] | None:  # noqa: ARG002
         """Nothing: a cache is not written to while a drafter is trained."""
         raise ConfigError(
             "a sequence is not in the cache, and the kdcache backend generates nothing; train with --on-missing skip or raise"
@@ -70,6 +70,6 @@ class CacheBackend(HiddenStatesBackend):
         return CacheTransfer(cache, auxiliary)
 
     @staticmethod
-    def build_kv_transfer_config(args: argparse.Namespace) -> dict[str, Any]:
+    def build_kv_transfer_config(args: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG004
         """Refuse: nothing is generated."""
         raise ConfigError("the kdcache backend reads a cache; it has no part in launching vLLM")

@@ -16,7 +16,7 @@ NAME = "kdcache-export.json"
 
 
 def open_folder(root: Path, cache: Cache, uri: str, **chosen: Any) -> dict[str, Any]:
-    """Make the folder, or go on with it: what it is an export of is written first, and must be the same afterwards.
+    """Make the folder, or resume: what it is an export of is written first, and must be the same afterwards.
 
     Args:
         root: the folder.

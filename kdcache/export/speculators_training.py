@@ -1,6 +1,6 @@
-"""speculators' own trainer with the backend `kdcache` registered: `python -m kdcache.export.speculators_training ARGUMENTS`.
+"""speculators' own trainer, which also knows the backend `kdcache`: `python -m kdcache.export.speculators_training ...`.
 
-The arguments are those of `python -m speculators.train`; add `--hidden-states-backend kdcache`. torchrun takes the module as well.
+The arguments are those of `python -m speculators.train`; add `--hidden-states-backend kdcache`. torchrun takes the module too.
 """
 
 from __future__ import annotations

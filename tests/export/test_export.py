@@ -33,7 +33,7 @@ LAYERS = (2, 3, 6, -1)
 
 def feature(layer: int, **changes: object) -> FeatureInfo:
     fields: dict[str, object] = {"dtype": "bfloat16", "positions": "all", "num_layers": NUM_LAYERS} | changes
-    return FeatureInfo(name=f"hidden_{'last' if layer == -1 else layer}", layer=layer, size=H, **fields)  # pyright: ignore
+    return FeatureInfo(name=f"hidden_{'last' if layer == -1 else layer}", layer=layer, size=H, **fields)  # pyright: ignore[reportArgumentType]
 
 
 def values(seed: int, layer: int, num_tokens: int) -> np.ndarray:
@@ -131,7 +131,7 @@ def test_a_stopped_export_goes_on_and_another_one_is_refused(path: Path, cache: 
     export_specforge(cache, str(path), out, algorithm="eagle3")
     assert kept.stat().st_mtime_ns == before
     assert all(torch.equal(content[name], tensor) for name, tensor in torch.load(lost).items())
-    with pytest.raises(ConfigError, match="holds another export .format 'specforge-eagle3' and not 'specforge-dflash'"):
+    with pytest.raises(ConfigError, match=r"another export \(format 'specforge-eagle3' and not 'specforge-dflash'"):
         export_specforge(cache, str(path), out, algorithm="dflash")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
@@ -199,7 +199,7 @@ class TestSpeculators:
         (out / "kdcache-export.json").write_text(json.dumps(made | {"snapshot": "0" * 64}))
         with pytest.raises(ConfigError, match="another snapshot"):
             self.transfer(out)
-        with pytest.raises(ConfigError, match="has no kdcache-export.json"):
+        with pytest.raises(ConfigError, match=r"has no kdcache-export\.json"):
             self.transfer(tmp_path)
 
     def transfer(self, out: Path):
@@ -240,7 +240,8 @@ class TestSpecForge:
         from specforge.algorithms.common import dflash_family_data as family
         from specforge.runtime.data_plane.feature_store import load_feature_file
 
-        export_specforge(cache, str(path), tmp_path / "data", algorithm=algorithm, features=["hidden_2", "hidden_3"])  # pyright: ignore
+        names = ["hidden_2", "hidden_3"]
+        export_specforge(cache, str(path), tmp_path / "data", algorithm=algorithm, features=names)  # pyright: ignore[reportArgumentType]
         make = family.build_dspark_offline_normalizer if algorithm == "dspark" else family.build_offline_normalizer
         for seed in range(NUM_SEQUENCES):
             item = make(64)(load_feature_file(str(tmp_path / "data" / f"{seed}.ckpt")))

@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  python -m kdcache.export.speculators_training --data-path data --hidden-states-backend kdcache ...\n"
         "  kdcache export speculators cache --out data                 # states in files of speculators' own layout\n"
         "  kdcache export specforge cache --out data --algorithm eagle3\n\n"
-        "The cache needs hidden states of all tokens: features with `positions: all`, see configs/capture-drafter.yaml. A stopped\n"
-        "export continues where it stopped."
+        "The cache needs hidden states of all tokens: features with `positions: all`, see configs/capture-drafter.yaml.\n"
+        "A stopped export continues where it stopped."
     )
     parser.add_argument("format", metavar="FORMAT", choices=("speculators", "specforge"), help="speculators or specforge")
     parser.add_argument("cache", metavar="CACHE", help="directory of the cache, or its address in an object store")
