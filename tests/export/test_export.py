@@ -25,7 +25,7 @@ pytest.importorskip("datasets")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from kdcache.export._torch_files import export_specforge, export_speculators  # noqa: E402
+from kdcache.export.torch_files import export_specforge, export_speculators  # noqa: E402
 
 H, NUM_LAYERS, NUM_SEQUENCES = 8, 6, 5
 LAYERS = (2, 3, 6, -1)
@@ -205,7 +205,7 @@ class TestSpeculators:
     def transfer(self, out: Path):
         from hs_connectors import HiddenStatesBackend
 
-        import kdcache.export._speculators_backend  # noqa: F401
+        import kdcache.export.speculators_backend  # noqa: F401
 
         backend = HiddenStatesBackend.registry["kdcache"]
         parser = argparse.ArgumentParser()

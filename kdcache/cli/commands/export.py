@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Export, and print what was written."""
     require("torch", "datasets", "safetensors", purpose="kdcache export")
     from kdcache.errors import ConfigError
-    from kdcache.export._torch_files import export_specforge, export_speculators
+    from kdcache.export.torch_files import export_specforge, export_speculators
     from kdcache.loader.cache import open_cache
 
     if args.format == "specforge" and args.tokens_only:

@@ -11,9 +11,9 @@ import torch
 from hs_connectors import HiddenStatesBackend, HiddenStatesTransfer
 
 from kdcache.errors import ConfigError
-from kdcache.export._torch_files import speculators_tensors
 from kdcache.export.folder import NAME
 from kdcache.export.states import choose_features, drafter_states
+from kdcache.export.torch_files import speculators_tensors
 from kdcache.loader.cache import Cache, open_cache
 
 
