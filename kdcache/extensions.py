@@ -39,7 +39,10 @@ OWN: dict[Kind, dict[str, str]] = {
         "arrow": "kdcache.inputs.formats.table_files:ARROW",
         "dataset": "kdcache.inputs.formats._datasets:DATASET",
     },
-    "losses": {},
+    "losses": {
+        "divergence": "kdcache.train.terms.divergence:DivergenceTerm",
+        "cross_entropy": "kdcache.train.terms.divergence:CrossEntropyTerm",
+    },
     "teachers": {
         "auto": "kdcache.teacher.auto:AutoBackend",
         "vllm": "kdcache.teacher.vllm:VllmBackend",

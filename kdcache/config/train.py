@@ -15,7 +15,7 @@ from kdcache.config.cut import LayersConfig
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.remote import RemoteConfig
 from kdcache.config.secrets import refuse_secrets
-from kdcache.config.terms import TermConfig
+from kdcache.config.terms import OF_LOGITS, TermConfig
 
 Beta = Annotated[float, Meta(ge=0, lt=1)]
 Scalar = str | int | float | bool | None
@@ -52,7 +52,7 @@ class StudentConfig(Config, frozen=True, kw_only=True):
 
 
 class LossConfig(Config, frozen=True, kw_only=True):
-    """What a step minimises: alpha * divergence(teacher, student) + (1 - alpha) * cross-entropy with the text.
+    """What a step minimises: alpha * divergence(teacher, student) + (1 - alpha) * cross-entropy with the text, or any terms.
 
     Attributes:
         alpha: 1 for distillation only, 0 for the text only.
@@ -73,7 +73,10 @@ class LossConfig(Config, frozen=True, kw_only=True):
             exist: no probability, no gradient, so mask them when generating. true counts them as ids to which the teacher gives
             nothing. A teacher may have more ids than its student if no token of the tokenizer uses them: their mass counts as
             tail, and is `padding_mass` in `metrics.jsonl`.
-        terms: further terms, which other packages bring, added to the divergence and the cross entropy.
+        terms: further terms, added to the divergence and the cross entropy. A list in which one is a `divergence` or a
+            `cross_entropy` replaces alpha, divergence, divergence_options, tail and temperature, which are its options then.
+        projector_lr: learning rate of what terms train themselves (projectors), following the same schedule; they have no
+            weight decay, and are kept in checkpoints, not in the finished model.
     """
 
     alpha: Fraction = 1.0
@@ -86,6 +89,28 @@ class LossConfig(Config, frozen=True, kw_only=True):
     float32_logits: bool = False
     train_padding: bool = False
     terms: tuple[TermConfig, ...] = ()
+    projector_lr: PositiveFloat = 1e-3
+
+    @property
+    def is_short_form(self) -> bool:
+        """Whether divergence and cross entropy are those of `alpha` and the fields with it."""
+        return not any(term.term in OF_LOGITS for term in self.terms)
+
+    def __post_init__(self) -> None:
+        first = None if self.is_short_form else self.terms[0]
+        if first is not None and first.balance == "equal":
+            raise ValueError(f"terms[0] ({first.term}) has balance: equal, but the others are balanced with it; leave it out")
+        short = {name: getattr(self, name) for name in ("alpha", "divergence", "divergence_options", "tail", "temperature")}
+        both = [name for name, value in short.items() if value != _SHORT_FORM[name]]
+        if both and not self.is_short_form:
+            term = next(term.term for term in self.terms if term.term in OF_LOGITS)
+            raise ValueError(
+                f"{both[0]} is {short[both[0]]!r}, but terms has {term!r}, which replaces it; give alpha as the terms' weights "
+                "and the rest as options of the term"
+            )
+
+
+_SHORT_FORM = {"alpha": 1.0, "divergence": "forward_kl", "divergence_options": {}, "tail": None, "temperature": 1.0}
 
 
 class OptimizerConfig(Config, frozen=True, kw_only=True):

@@ -28,12 +28,14 @@ from kdcache.train.body import vocab_size
 from kdcache.train.evaluation.heldout import HeldoutSequence, read_heldout
 from kdcache.train.evaluation.scores import heldout_nats_per_token
 from kdcache.train.finite import batch_reason, check_weights, not_finite_weight, shown_sources
-from kdcache.train.packed import check_architecture
+from kdcache.train.packed import check_architecture, logits_head
 from kdcache.train.runs.checkpoint import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from kdcache.train.runs.run_folder import RunFolder
 from kdcache.train.schedule import learning_rate
 from kdcache.train.step import BatchLoss, check_loss, make_optimizer, optimize
 from kdcache.train.student import build_student, check_against_cache, without_progress_bars
+from kdcache.train.terms.engine import LossTerms, with_needs
+from kdcache.train.terms.setting import set_up_terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
         _check_cache(config, cache)
         heldout = _heldout(config)
         model = _student(config, cache)
-        with Loader(cache, config.loader) as loader, RunFolder(config, cache.snapshot) as folder:
+        loader_config = with_needs(config.loader, LossTerms(config.loss).needs())
+        with Loader(cache, loader_config) as loader, RunFolder(config, cache.snapshot) as folder:
             return Trainer(config, model, loader, folder, heldout).run(show_progress)
 
 
@@ -97,8 +100,9 @@ class Trainer:
         heldout: Sequence[HeldoutSequence] = (),
     ) -> None:
         self.config, self.model, self.loader, self.folder, self.heldout = config, model, loader, folder, heldout
-        self._loss = BatchLoss(config.loss)
-        self.optimizer = make_optimizer(model, config.optimizer)
+        self._loss = BatchLoss(config.loss, logits_head(model))
+        self._terms = set_up_terms(self._loss.terms, model, loader.caches[0], seed=config.seed)
+        self.optimizer = make_optimizer(model, config.optimizer, self._terms, config.loss.projector_lr)
         self.num_steps = config.steps or num_batches(loader, config.epochs or 1)
         self.step = self.num_tokens = self.num_skipped = 0
         self._num_positions = 0
@@ -134,7 +138,8 @@ class Trainer:
 
     def _train_on(self, batch: TorchBatch) -> float:
         rate = learning_rate(self.step, self.num_steps, self.config.optimizer)
-        loss, grad_norm = optimize(self.model, self.optimizer, batch, self.config, rate)
+        at = (self.step, self.num_steps)
+        loss, grad_norm = optimize(self.model, self.optimizer, batch, self.config, rate, self._loss, at)
         self.step += 1
         self._num_positions += len(batch.flat_positions_P)
         self.num_tokens += int((batch.segment_ids_BT > 0).sum())
@@ -143,6 +148,8 @@ class Trainer:
         padding_mass = self._loss.padding_mass(batch, vocab_size(self.model))
         if padding_mass is not None:
             further["padding_mass"] = padding_mass
+        if len(self._terms.names) > 1:
+            further["terms"] = self._terms.report()
         self.folder.append_metrics(step=self.step, tokens=self.num_tokens, loss=loss, lr=rate, grad_norm=grad_norm, **further)
         if reason is not None:
             self._skip(reason)
@@ -178,7 +185,7 @@ class Trainer:
     def _skip(self, reason: str) -> None:
         """Count a step that made no update, or end the run."""
         sources = shown_sources(self.loader.sources_before(self.loader.state_dict()))
-        weight = not_finite_weight(self.model)
+        weight = not_finite_weight(self.model) or not_finite_weight(self._terms)
         if weight is not None:  # every further step would be left out too
             raise self._stopped(f"{reason}, {sources}: after step {self.step - 1} the weight {weight!r} is not finite")
         if self.num_skipped == self.config.max_skipped_steps:
@@ -194,7 +201,8 @@ class Trainer:
         )
 
     def _checkpoint(self) -> None:
-        check_weights(self.model, f"step {self.step}:")
+        for learned in (self.model, self._terms):
+            check_weights(learned, f"step {self.step}:")
         state = RunState(
             step=self.step,
             num_tokens=self.num_tokens,
@@ -203,16 +211,17 @@ class Trainer:
             loader=self.loader.state_dict(),
             num_skipped=self.num_skipped,
         )
-        save_checkpoint(self.folder.checkpoints, self.model, self.optimizer, state)
+        save_checkpoint(self.folder.checkpoints, self.model, self.optimizer, state, self._terms)
 
     def _resume(self) -> None:
         path = newest_checkpoint(self.folder.checkpoints)
         if path is None:
             self.folder.cut_metrics(0)
             return
-        state = load_checkpoint(path, self.model, self.optimizer)
+        state = load_checkpoint(path, self.model, self.optimizer, self._terms)
         self.loader.load_state_dict(state.loader)
-        check_weights(self.model, f"{path}:")
+        for learned in (self.model, self._terms):
+            check_weights(learned, f"{path}:")
         self.step, self.num_tokens, self.last_heldout = state.step, state.num_tokens, state.heldout_nats_per_token
         self.num_skipped = state.num_skipped
         self.folder.cut_metrics(state.metrics_bytes)

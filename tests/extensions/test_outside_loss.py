@@ -15,7 +15,7 @@ from kdcache.cli.main import main
 from kdcache.config.terms import TermConfig
 from kdcache.loss.fused import fused_sparse_kd_loss
 from kdcache.loss.prepare import LossSettings
-from kdcache.train.terms.engine import make_terms
+from kdcache.train.terms.engine import make_term
 
 
 def our_own(student, batch, weights_P, **loss):
@@ -35,7 +35,7 @@ def test_our_own_loss_keeps_the_promises_of_a_term(promise, divergence, alpha):
 
 @pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
 def test_it_keeps_the_promises_of_a_term(toys, promise):
-    ((_, term),) = make_terms([TermConfig(term="top_token_error", options={"power": 2.0})])
+    term = make_term(TermConfig(term="top_token_error", options={"power": 2.0}))
     promise(term)
 
 
@@ -80,6 +80,6 @@ def test_wrong_requests_end_in_a_sentence_each(train, capsys):
     assert train("a", terms=[{"term": "top_token_error", "options": {"power": -1}}]) == 2
     assert "loss term 'top_token_error' does not take the options {'power': -1}: power is -1" in capsys.readouterr().err
     assert train("b", terms=[{"term": "unheard_of"}]) == 2
-    assert "loss.terms[0]: term is 'unheard_of', but must be the name of an installed" in capsys.readouterr().err
+    assert "loss.terms[0]: term is 'unheard_of', but must be one of ours or of an installed package" in capsys.readouterr().err
     assert train("c", "sampled", terms=[{"term": "top_token_error"}]) == 2
     assert "needs the teacher's most probable token; capture with 'top_k'" in capsys.readouterr().err

@@ -84,7 +84,7 @@ class StudentLoss:
 
         def loss_of(hidden_BTH: Tensor) -> Tensor:
             with torch.autocast(hidden_BTH.device.type, enabled=False):
-                loss = self.loss(hidden_BTH, self.head, batch, dtype=dtype, reduction="mean" if scale is None else "sum")
+                loss = self.loss(hidden_BTH, self.head, batch, dtype=dtype, scale=scale)
             return loss * self._shrink
 
         kind = batch.input_ids_BT.device.type
@@ -103,7 +103,7 @@ class StudentLoss:
         loss = loss / (self._shrink * self.loss.scaled.logit_scale)
         if self._check_finite and not bool(torch.isfinite(loss.detach())):
             self._refuse(model, loss, batch)
-        return loss if scale is None else loss * scale
+        return loss
 
     def _refuse(self, model: nn.Module, loss: Tensor, batch: TorchBatch) -> None:
         sources = [] if batch.state is None else self._loader.sources_before(batch.state)

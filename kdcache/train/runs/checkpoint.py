@@ -1,7 +1,8 @@
 """A training run's state on disk: one directory per checkpoint, there whole or not at all, and only the last is kept.
 
-`step-00000200/` holds `model.safetensors`, `optimizer.safetensors` (AdamW's tensors, the generators' states), `state.json` and
-the digests of all three, which are compared before anything is loaded. It is written under a temporary name, synced and
+`step-00000200/` holds `model.safetensors`, `optimizer.safetensors` (AdamW's tensors, the generators' states), `state.json`,
+where terms of the loss learn something themselves (projectors) also `terms.safetensors`, and the digests of all, which are
+compared before anything is loaded. It is written under a temporary name, synced and
 renamed, so a name that matches is a complete checkpoint. No pickle.
 """
 
@@ -27,6 +28,7 @@ from kdcache.train.runs.digests import find_damage, write_digests
 _NAME = re.compile(r"step-(\d{8})")
 _TEMP_PREFIX = "unfinished-"
 _RNG_PREFIX = "rng."
+_TERMS = "terms.safetensors"
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,14 +51,20 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     num_skipped: int = 0
 
 
-def save_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
-    """Write a checkpoint under `folder`, then delete the others there.
+def save_checkpoint(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+    terms: torch.nn.Module | None = None,
+) -> None:
+    """Write a checkpoint under `folder`, with what terms of the loss have learned, then delete the others there.
 
     Raises:
         StateError: the disk refuses; the checkpoint before stays.
     """
     try:
-        _save(folder, model, optimizer, state)
+        _save(folder, model, optimizer, state, terms)
     except (OSError, SafetensorError) as error:
         raise StateError(f"{folder}: the checkpoint of step {state.step} cannot be written: {error}") from error
 
@@ -71,7 +79,9 @@ def _is_checkpoint(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None and is_own_folder(path)
 
 
-def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
+def load_checkpoint(
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, terms: torch.nn.Module | None = None
+) -> RunState:
     """Put the tensors back where they were, in place, and torch's generators too.
 
     Raises:
@@ -83,6 +93,8 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
             raise StateError(damage)
         state = msgspec.json.decode(read_regular(path / "state.json", path), type=RunState)
         load_model(model, path / "model.safetensors")
+        if terms is not None and terms.state_dict():
+            terms.load_state_dict(load_file(path / _TERMS))
         tensors = load_file(path / "optimizer.safetensors")
         _restore_generators(tensors)
         _restore_optimizer(optimizer, tensors)
@@ -91,12 +103,20 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
     return state
 
 
-def _save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
+def _save(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+    terms: torch.nn.Module | None,
+) -> None:
     final = folder / f"step-{state.step:08d}"
     temp = folder / f"{_TEMP_PREFIX}{final.name}"
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
     save_model(model, str(temp / "model.safetensors"))
+    if terms is not None and (learned := terms.state_dict()):
+        save_file({name: tensor.contiguous() for name, tensor in learned.items()}, temp / _TERMS)
     save_file(_optimizer_tensors(optimizer) | _generator_states(), temp / "optimizer.safetensors")
     (temp / "state.json").write_bytes(msgspec.json.encode(state))
     write_digests(temp)

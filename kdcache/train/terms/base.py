@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from kdcache.errors import ConfigError
 from kdcache.format.manifest import Manifest
 from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.fused import PLAIN_HEAD, Projection
+
+T = TypeVar("T")
 
 HeadKind = Literal["queries", "keys", "values", "attention"]
 Read = tuple[Literal["hidden"] | HeadKind, int]
@@ -28,7 +31,7 @@ class Needs:
         features: names of the cache's features; the loader puts them into `batch.features`.
         sidecars: names of the cache's sidecars, for `Setting.sidecar`.
         layers: student's layers whose hidden states are read: 0..L before the final norm, -1 after it.
-        heads: what is read per head, and of which of the student's layers 0..L-1, as in ("queries", 3).
+        heads: what is read per head, and inside which of the student's layers 1..L, as in ("queries", 3).
         roles: whether `batch.roles_P` is read.
         domains: whether the batch's domains are read.
     """
@@ -45,6 +48,21 @@ class Needs:
         """All that is read off the student's layers."""
         return (*(("hidden", layer) for layer in self.layers), *self.heads)
 
+    def __or__(self, other: Needs) -> Needs:
+        """What both need, each once."""
+        return Needs(
+            features=_each_once(self.features, other.features),
+            sidecars=_each_once(self.sidecars, other.sidecars),
+            layers=_each_once(self.layers, other.layers),
+            heads=_each_once(self.heads, other.heads),
+            roles=self.roles or other.roles,
+            domains=self.domains or other.domains,
+        )
+
+
+def _each_once(ours: tuple[T, ...], theirs: tuple[T, ...]) -> tuple[T, ...]:
+    return tuple(dict.fromkeys(ours + theirs))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Setting:
@@ -55,8 +73,10 @@ class Setting:
         sidecar: name -> its arrays, as CPU tensors; a term names it in its `needs`.
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim, vocab_size: the student's.
         num_sequences: of the cache.
+        pooled_features: name -> the vectors of a pooled feature of all sequences, in the order of their indices.
         seed: for what the term draws at random, as initial weights: use a generator of its own.
         device: that of the student; parameters belong there, in float32.
+        student: the model; None in a loop of one's own.
     """
 
     manifest: Manifest
@@ -70,6 +90,8 @@ class Setting:
     num_sequences: int
     seed: int
     device: torch.device
+    pooled_features: Callable[[str], Any]
+    student: nn.Module | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +108,7 @@ class StudentStates:
     hidden_PH: Tensor
     projection: Projection
     flat_positions_P: Tensor | None = None
-    inner: Mapping[Read, Tensor] = field(default_factory=dict)
+    inner: Mapping[Read, Any] = field(default_factory=dict)
 
     def logits(self) -> Tensor:
         """(P, V) float32: all of them at once, for terms that are not fused with the projection."""
@@ -101,7 +123,7 @@ class StudentStates:
         return self._read("hidden", layer)
 
     def queries(self, layer: int) -> Tensor:
-        """(B, T, heads, head_dim) what layer 0..L-1 projects, before rotations and norms of heads."""
+        """(B, T, heads, head_dim) what layer 1..L attends with, after a norm of heads and before rotations."""
         return self._read("queries", layer)
 
     def keys(self, layer: int) -> Tensor:
@@ -112,11 +134,11 @@ class StudentStates:
         """(B, T, key-value heads, head_dim), see `queries`."""
         return self._read("values", layer)
 
-    def attention(self, layer: int) -> Tensor:
-        """(B, heads, T, T) float32 probabilities of layer 0..L-1: each query's over the keys of its own document up to it."""
+    def attention(self, layer: int) -> Any:
+        """What the attention of layer 1..L was called with, see `attention_call.py`."""
         return self._read("attention", layer)
 
-    def _read(self, kind: Literal["hidden"] | HeadKind, layer: int) -> Tensor:
+    def _read(self, kind: Literal["hidden"] | HeadKind, layer: int) -> Any:
         if (kind, layer) not in self.inner:
             raise ConfigError(f"a loss term reads the student's {kind} of layer {layer}, but does not name it in its `needs`")
         return self.inner[kind, layer]
@@ -125,17 +147,33 @@ class StudentStates:
 class Term(nn.Module, ABC):
     """One term of a loss; a subclass is registered under its name as an entry point of the group `kdcache.losses`.
 
-    It is made with the config's `options` as keywords, and raises ConfigError, TypeError or ValueError for wrong ones. What
-    it learns itself (projectors) are parameters that `set_up` makes: they have a learning rate of their own and no weight
-    decay, are kept in checkpoints, and are not in the exported model.
+    It is made with the config's `options` as keywords, and raises ConfigError, LossError, TypeError or ValueError for wrong
+    ones. What it learns itself (projectors) are parameters that `set_up` makes: they have a learning rate of their own and no
+    weight decay, are kept in checkpoints, and are not in the exported model. Large constants are plain tensors, no buffers:
+    checkpoints would hold them, and DistributedDataParallel would send them around at every step.
+
+    Attributes:
+        per_position: names of options that may differ by position.
+        varied: of these, what the batch at hand has: name -> (P,); see `option`.
     """
 
+    per_position: ClassVar[tuple[str, ...]] = ()
+    varied: Mapping[str, Tensor] = MappingProxyType({})
+
+    @classmethod
+    def examples(cls, manifest: Manifest) -> Iterable[dict[str, Any]]:  # noqa: ARG003
+        """Options worth trying on a cache: `kdcache info` lists those with which `check` finds nothing missing."""
+        return [{}]
+
     def needs(self) -> Needs:
-        """What is read of the cache and of the student; asked before `set_up`."""
+        """What is read of the cache and of the student; asked before `set_up`, and what is read of the student after it."""
         return Needs()
 
     def check(self, manifest: Manifest) -> None:
-        """Raise ConfigError, in one sentence, where a cache lacks what the term needs; called before anything is trained."""
+        """Raise ConfigError, in one sentence, where a cache is not enough; called before anything is trained.
+
+        That features and sidecars of `needs` are there has been looked at before.
+        """
 
     def set_up(self, setting: Setting) -> None:
         """Make parameters and read sidecars: called once, before training and before a checkpoint is loaded."""
@@ -154,9 +192,18 @@ class Term(nn.Module, ABC):
         """
 
     def count(self, batch: TorchBatch, weights_P: Tensor) -> Tensor:  # noqa: ARG002 - others read it
-        """A scalar: what the sum is divided by, once it is added up over all ranks and accumulated batches."""
+        """A scalar: what the sum is divided by, once both are added up over all ranks and accumulated batches.
+
+        Args:
+            batch: on any device; asked for all batches of a step before the first of them is trained on.
+            weights_P: (P,) as for `forward`, without what differs by position in this term alone.
+        """
         return weights_P.sum()
 
     def measures(self) -> dict[str, float]:
         """Further numbers of the last forward, for `metrics.jsonl`."""
         return {}
+
+    def option(self, name: str) -> Any:
+        """The option of this name: (P,) where it differs by position, else the attribute."""
+        return self.varied.get(name, getattr(self, name))

@@ -1,0 +1,184 @@
+"""The two terms of the short form: a divergence from the teacher, and the cross entropy of the target ids.
+
+Terms that are made of logits share one pass over them, see `one_pass`; alone, each makes its own.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcache.config.terms import Varying, as_varying
+from kdcache.errors import ConfigError
+from kdcache.format.manifest import Manifest
+from kdcache.kernels.divergences import Divergence, get_divergence
+from kdcache.loader.torch_batches import TorchBatch
+from kdcache.loss.divergence_sum import DivergenceSum, WeightedDivergence
+from kdcache.loss.fused import fused_sparse_kd_loss
+from kdcache.loss.prepare import LossSettings
+from kdcache.loss.selection_rules import reading_for
+from kdcache.train.terms.base import Needs, StudentStates, Term
+from kdcache.train.terms.varying import check_varying, masks_P, needs_of
+
+
+class LogitTerm(Term):
+    """A term that is part of one pass over the logits."""
+
+    @abstractmethod
+    def parts(self, batch: TorchBatch) -> list[WeightedDivergence]:
+        """The divergences that it is the sum of."""
+
+    @property
+    def cross_entropy(self) -> float:
+        """The weight of the cross entropy of the target ids in it."""
+        return 0.0
+
+    def forward(self, student: StudentStates, batch: TorchBatch, weights_P: Tensor) -> Tensor:
+        return one_pass([InPass(self)], student, batch, weights_P, LossSettings(reduction="sum")).loss
+
+
+class DivergenceTerm(LogitTerm):
+    """A divergence between teacher and student, times the square of the temperature.
+
+    Args:
+        divergence: its name, as `loss.divergence`.
+        divergence_options: its own parameters; one may differ by role or domain.
+        tail: tail policy; None for the best one known, see `loss.tail`.
+        temperature: of both sides.
+
+    Raises:
+        LossError: no such divergence, or not with these parameters.
+        ConfigError: a parameter that differs by something else.
+    """
+
+    def __init__(
+        self,
+        *,
+        divergence: str = "forward_kl",
+        divergence_options: Mapping[str, Any] | None = None,
+        tail: str | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        options = dict(divergence_options or {})
+        self._varying = {name: v for name, value in options.items() if (v := as_varying(name, value)) is not None}
+        for name, varying in self._varying.items():
+            if not varying.is_named:
+                raise ConfigError(
+                    f"divergence_options.{name} goes by {varying.by}, but a divergence's own parameter may only go by role or "
+                    "domain; what goes by numbers is the weight, with per_position"
+                )
+            check_varying(varying, f"divergence_options.{name}")
+        plain = {name: value for name, value in options.items() if name not in self._varying}
+        numbers = [[(name, number) for number in [*v.values.values(), v.otherwise]] for name, v in self._varying.items()]
+        # In the order of `_masks`.
+        self.divergences = [get_divergence(divergence, **plain, **dict(some)) for some in product(*numbers)]
+        self.tail, self.temperature = tail, temperature
+
+    def needs(self) -> Needs:
+        return needs_of(self._varying.values())
+
+    def check(self, manifest: Manifest) -> None:
+        selection = manifest.identity.selection
+        reading_for(selection.kind, self.divergences[0], tail=self.tail, temperature=self.temperature)
+        if self.temperature != 1 and self.temperature not in selection.temperatures:
+            stored = ", ".join(map(str, sorted({1.0, *selection.temperatures})))
+            raise ConfigError(
+                f"loss.temperature is {self.temperature}, but the cache was captured for {stored}: another temperature cannot "
+                "be added afterwards; use one of these, or capture again with it in selection.temperatures"
+            )
+
+    def parts(self, batch: TorchBatch) -> list[WeightedDivergence]:
+        masks = _masks(list(self._varying.values()), batch)
+        return [self._part(divergence, mask) for divergence, mask in zip(self.divergences, masks, strict=True)]
+
+    def _part(self, divergence: Divergence, weight: float | Tensor) -> WeightedDivergence:
+        return WeightedDivergence(divergence, weight, tail=self.tail, temperature=self.temperature)
+
+
+class CrossEntropyTerm(LogitTerm):
+    """The cross entropy of the target ids; a sequence's last position, which has none, adds nothing."""
+
+    def parts(self, batch: TorchBatch) -> list[WeightedDivergence]:  # noqa: ARG002
+        return []
+
+    @property
+    def cross_entropy(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InPass:
+    """A term in a pass over the logits: its weight, and perhaps a (P,) factor of it."""
+
+    term: LogitTerm
+    weight: float = 1.0
+    factor_P: Tensor | None = None
+
+    def times(self, weight: float | Tensor) -> float | Tensor:
+        """The weight of one of its parts."""
+        return weight * self.weight if self.factor_P is None else weight * self.weight * self.factor_P
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OnePass:
+    """What a pass gives: the weighted sum of its terms, and the value of each without its weight, float64."""
+
+    loss: Tensor
+    values: list[Tensor] = field(default_factory=list)
+
+
+def one_pass(
+    terms: Sequence[InPass], student: StudentStates, batch: TorchBatch, weights_P: Tensor, settings: LossSettings
+) -> OnePass:
+    """Terms that are made of logits, added up in one pass over them.
+
+    Args:
+        terms: at least one, with weights above 0.
+        student, batch, weights_P: as for a term.
+        settings: reduction and backend.
+    """
+    own = [term.term.parts(batch) for term in terms]
+    summed = [
+        WeightedDivergence(part.divergence, term.times(part.weight), part.tail, part.entries, part.temperature)
+        for term, parts in zip(terms, own, strict=True)
+        for part in parts
+    ]
+    labels = [term.times(term.term.cross_entropy) for term in terms if term.term.cross_entropy]
+    if not summed and all(isinstance(weight, float) for weight in labels):
+        loss = _loss(student, batch, weights_P, settings, alpha=0.0)
+        weight = sum(float(weight) for weight in labels)
+        return OnePass(loss if weight == 1 else weight * loss, [loss.detach().double() for _ in terms])
+    total = DivergenceSum(summed or [WeightedDivergence("forward_kl", 0.0)], sum(labels, start=0.0))
+    loss = _loss(student, batch, weights_P, settings, divergence=total)
+    assert total.values is not None
+    values = iter(total.values)
+    of_terms = [torch.stack([next(values) for _ in parts]).sum() if parts else None for parts in own]
+    of_labels = total.values[-1]
+    return OnePass(loss, [of_labels if value is None else value for value in of_terms])
+
+
+def _loss(student: StudentStates, batch: TorchBatch, weights_P: Tensor, settings: LossSettings, **asked: Any) -> Tensor:
+    return fused_sparse_kd_loss(
+        student.hidden_PH,
+        student.projection,
+        batch.teacher,
+        target_ids=batch.target_ids_P,
+        weights=weights_P,
+        settings=settings,
+        **asked,
+    )
+
+
+def _masks(varying: Sequence[Varying], batch: TorchBatch) -> list[float | Tensor]:
+    """Of each combination of numbers: the positions that have it, as weights 0 and 1; 1.0 where nothing varies."""
+    if not varying:
+        return [1.0]
+    own = [[is_of_P for _, is_of_P in masks_P(of_one, batch)] for of_one in varying]
+    return [torch.stack(some).all(dim=0).float() for some in product(*own)]
