@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from kdcache.config.teacher import TeacherConfig as TeacherConfig
     from kdcache.config.teacher import VllmConfig as VllmConfig
     from kdcache.config.terms import TermConfig as TermConfig
+    from kdcache.config.terms import Varying as Varying
+    from kdcache.config.terms import WeightSchedule as WeightSchedule
     from kdcache.config.train import HeldoutConfig as HeldoutConfig
     from kdcache.config.train import LossConfig as LossConfig
     from kdcache.config.train import OptimizerConfig as OptimizerConfig
@@ -178,6 +180,8 @@ _EXPORTS = {
     "TeacherError": "kdcache.errors:TeacherError",
     "TeacherIdentity": "kdcache.format.identity:TeacherIdentity",
     "TermConfig": "kdcache.config.terms:TermConfig",
+    "Varying": "kdcache.config.terms:Varying",
+    "WeightSchedule": "kdcache.config.terms:WeightSchedule",
     "TokenSequence": "kdcache.format.record:TokenSequence",
     "TokenizerIdentity": "kdcache.format.identity:TokenizerIdentity",
     "TorchBatch": "kdcache.loader.torch_batches:TorchBatch",

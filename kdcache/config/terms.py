@@ -69,8 +69,8 @@ class Varying(Config, frozen=True, kw_only=True):
         return self.by in ("role", "domain")
 
     @property
-    def numbers(self) -> list[float]:
-        """Every number that may be given."""
+    def all_values(self) -> list[float]:
+        """Every value that a position may have."""
         ends = [end[1] for end in (self.low, self.high) if end is not None]
         return [*self.values.values(), *ends, *([] if self.otherwise is None else [self.otherwise])]
 
@@ -107,8 +107,8 @@ class TermConfig(Config, frozen=True, kw_only=True):
         if not extensions.is_known("losses", self.term):
             known = ", ".join(map(repr, extensions.names("losses")))
             raise ValueError(f"term is {self.term!r}, but must be one of ours or of an installed package: {known}")
-        if self.per_position is not None and min(self.per_position.numbers) < 0:
-            raise ValueError(f"per_position has {min(self.per_position.numbers):g}, but a weight must be at least 0")
+        if self.per_position is not None and min(self.per_position.all_values) < 0:
+            raise ValueError(f"per_position has {min(self.per_position.all_values):g}, but a weight must be at least 0")
         self.varying_options()
 
     def varying_options(self) -> dict[str, Varying]:

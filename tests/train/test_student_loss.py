@@ -19,8 +19,8 @@ from kdcache.loader.loader import Loader
 from kdcache.loss.fused import Projection
 from kdcache.loss.prepare import LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss
-from kdcache.train import step
 from kdcache.train.adapters import StudentLoss
+from kdcache.train.terms import divergence
 
 
 def loss_of(cache: Path, model: nn.Module, **config: Any) -> StudentLoss:
@@ -77,13 +77,13 @@ def test_the_loss_of_emulated_half_precision_is_taken_in_float32_and_the_layers_
     half_precision._warn.cache_clear()
     model, (batch,) = make_student(), first_batches(small_cache, OPTIONS, 1)
     ours, asked = loss_of(small_cache, model), []
-    real = step.fused_sparse_kd_loss
+    real = divergence.fused_sparse_kd_loss
 
     def noted(hidden_PH: torch.Tensor, projection: Projection, *rest: Any, **more: Any) -> torch.Tensor:
         asked.append((hidden_PH.dtype, projection.weight_VH is model.lm_head.weight))
         return real(hidden_PH, projection, *rest, **more)
 
-    monkeypatch.setattr(step, "fused_sparse_kd_loss", noted)
+    monkeypatch.setattr(divergence, "fused_sparse_kd_loss", noted)
     single = ours(model, batch).item()
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):

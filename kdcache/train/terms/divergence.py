@@ -76,9 +76,9 @@ class DivergenceTerm(LogitTerm):
                 )
             check_varying(varying, f"divergence_options.{name}")
         plain = {name: value for name, value in options.items() if name not in self._varying}
-        numbers = [[(name, number) for number in [*v.values.values(), v.otherwise]] for name, v in self._varying.items()]
+        values = [[(name, value) for value in (*v.values.values(), v.otherwise)] for name, v in self._varying.items()]
         # In the order of `_masks`.
-        self.divergences = [get_divergence(divergence, **plain, **dict(some)) for some in product(*numbers)]
+        self.divergences = [get_divergence(divergence, **plain, **dict(some)) for some in product(*values)]
         self.tail, self.temperature = tail, temperature
 
     def needs(self) -> Needs:
@@ -150,18 +150,18 @@ def one_pass(
         for term, parts in zip(terms, own, strict=True)
         for part in parts
     ]
-    labels = [term.times(term.term.cross_entropy) for term in terms if term.term.cross_entropy]
-    if not summed and all(isinstance(weight, float) for weight in labels):
+    of_targets = [term.times(term.term.cross_entropy) for term in terms if term.term.cross_entropy]
+    if not summed and all(isinstance(weight, float) for weight in of_targets):
         loss = _loss(student, batch, weights_P, settings, alpha=0.0)
-        weight = sum(float(weight) for weight in labels)
+        weight = sum(float(weight) for weight in of_targets)
         return OnePass(loss if weight == 1 else weight * loss, [loss.detach().double() for _ in terms])
-    total = DivergenceSum(summed or [WeightedDivergence("forward_kl", 0.0)], sum(labels, start=0.0))
+    total = DivergenceSum(summed or [WeightedDivergence("forward_kl", 0.0)], sum(of_targets, start=0.0))
     loss = _loss(student, batch, weights_P, settings, divergence=total)
     assert total.values is not None
     values = iter(total.values)
     of_terms = [torch.stack([next(values) for _ in parts]).sum() if parts else None for parts in own]
-    of_labels = total.values[-1]
-    return OnePass(loss, [of_labels if value is None else value for value in of_terms])
+    of_targets = total.values[-1]
+    return OnePass(loss, [of_targets if value is None else value for value in of_terms])
 
 
 def _loss(student: StudentStates, batch: TorchBatch, weights_P: Tensor, settings: LossSettings, **asked: Any) -> Tensor:

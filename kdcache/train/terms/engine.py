@@ -91,7 +91,7 @@ class TermValues:
 
 
 class LossTerms(nn.Module):
-    """The terms of a loss, as modules: their parameters are what is learned beside the student.
+    """The terms of a loss, as modules: their parameters are what is learned besides the student.
 
     Args:
         config: the loss.
@@ -209,9 +209,9 @@ class LossTerms(nn.Module):
         means, weights = (self.last.sums / self.last.counts).tolist(), self.last.weights.tolist()
         shown: dict[str, float] = {}
         for i, (name, term, config) in enumerate(zip(self.names, self.members(), self.configs, strict=True)):
-            shown |= {} if math.isnan(means[i]) else {name: means[i]}
             shown |= {f"{name}.weight": weights[i]} if _changes(config) else {}
-            shown |= {f"{name}.{measure}": value for measure, value in term.measures().items()}
+            if not math.isnan(means[i]):  # of a term that was left out
+                shown |= {name: means[i]} | {f"{name}.{measure}": value for measure, value in term.measures().items()}
         return shown
 
     def _fused(
@@ -299,7 +299,9 @@ def check_term(name: str, term: Term, manifest: Manifest) -> None:
 def _check_there(name: str, kind: str, wanted: Sequence[str], there: Sequence[str]) -> None:
     for missing in [one for one in wanted if one not in there]:
         has = ", ".join(there) or "none"
-        raise ConfigError(f"loss term {name!r} needs the {kind} {missing!r}, which the cache was captured without; it has {has}")
+        raise ConfigError(
+            f"loss term {name!r} needs the {kind} {missing!r}, which the cache was captured without; it has {has}"
+        )
 
 
 def _sidecars(_manifest: Manifest) -> Sequence[str]:

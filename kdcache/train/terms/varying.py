@@ -23,21 +23,21 @@ def values_P(varying: Varying, batch: TorchBatch) -> Tensor:
         ConfigError: the batch lacks what the numbers go by.
     """
     if varying.is_named:
-        numbers = torch.full((len(batch.flat_positions_P),), float(varying.otherwise or 0.0), device=batch.weights_P.device)
-        for number, is_of_P in masks_P(varying, batch):
-            numbers = torch.where(is_of_P, number, numbers)
-        return numbers
+        given_P = torch.full((len(batch.flat_positions_P),), float(varying.otherwise or 0.0), device=batch.weights_P.device)
+        for value, is_of_P in masks_P(varying, batch):
+            given_P = torch.where(is_of_P, value, given_P)
+        return given_P
     (a, at_a), (b, at_b) = varying.low or (0.0, 0.0), varying.high or (1.0, 1.0)
     share_P = ((_measure_P(varying.by, batch) - a) / (b - a)).clamp(0.0, 1.0)
-    numbers = at_a + (at_b - at_a) * share_P
+    given_P = at_a + (at_b - at_a) * share_P
     if varying.by == "nll":
-        numbers = torch.where(batch.target_ids_P == NO_TARGET, float(varying.otherwise or 0.0), numbers)
-    return numbers
+        given_P = torch.where(batch.target_ids_P == NO_TARGET, float(varying.otherwise or 0.0), given_P)
+    return given_P
 
 
 def masks_P(varying: Varying, batch: TorchBatch) -> list[tuple[float, Tensor]]:
     """Of a role or domain: each number and the (P,) positions that have it; together they are all positions, each once."""
-    found = [(number, _has_name_P(varying.by, name, batch)) for name, number in varying.values.items()]
+    found = [(value, _has_name_P(varying.by, name, batch)) for name, value in varying.values.items()]
     rest_P = torch.ones(len(batch.flat_positions_P), dtype=torch.bool, device=batch.weights_P.device)
     for _, is_of_P in found:
         rest_P = rest_P & ~is_of_P
@@ -54,7 +54,7 @@ def check_varying(varying: Varying, where: str) -> None:
     """Raise ConfigError for a role that there is not."""
     unknown = [name for name in varying.values if varying.by == "role" and name not in ROLES]
     if unknown:
-        raise ConfigError(f"{where}: there is no role {unknown[0]!r}; expected {', '.join(ROLES)}")
+        raise ConfigError(f"{where}: no role is called {unknown[0]!r}; expected {', '.join(ROLES)}")
 
 
 def _has_name_P(by: str, name: str, batch: TorchBatch) -> Tensor:
