@@ -42,6 +42,7 @@ OWN: dict[Kind, dict[str, str]] = {
     "losses": {
         "divergence": "kdcache.train.terms.divergence:DivergenceTerm",
         "cross_entropy": "kdcache.train.terms.divergence:CrossEntropyTerm",
+        "further_tokens": "kdcache.train.terms.further_tokens:FurtherTokens",
     },
     "teachers": {
         "auto": "kdcache.teacher.auto:AutoBackend",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -231,6 +232,8 @@ class Trainer:
         with without_progress_bars():
             self.model.save_pretrained(path)
             AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(path)
+        for name, tensors in self._terms.exported().items():
+            save_file(tensors, path / f"{name}.safetensors")
 
 
 def num_batches(loader: Loader, num_epochs: int) -> int:

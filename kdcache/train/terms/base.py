@@ -204,6 +204,10 @@ class Term(nn.Module, ABC):
         """Further numbers of the last forward, for `metrics.jsonl`."""
         return {}
 
+    def exported(self) -> Mapping[str, Tensor]:
+        """What belongs to the finished model: tensors that are saved next to it, in `<term>.safetensors`; as a rule, none."""
+        return {}
+
     def option(self, name: str) -> Any:
         """The option of this name: (P,) where it differs by position, else the attribute."""
         return self.varied.get(name, getattr(self, name))

@@ -145,6 +145,11 @@ class LossTerms(nn.Module):
             term.set_up(setting)
         self.reads = self.needs().reads
 
+    def exported(self) -> dict[str, dict[str, Tensor]]:
+        """What terms add to the finished model: name of the term -> its tensors, on the CPU."""
+        found = {name: term.exported() for name, term in zip(self.names, self.members(), strict=True)}
+        return {name: {key: t.cpu().contiguous() for key, t in tensors.items()} for name, tensors in found.items() if tensors}
+
     @property
     def has_parameters(self) -> bool:
         """Whether the terms learn something themselves."""
