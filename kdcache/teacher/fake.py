@@ -12,18 +12,20 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
+from kdcache.format.feature_positions import feature_positions
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity, TokenizerIdentity
-from kdcache.format.record import Distributions, TokenSequence
+from kdcache.format.record import Distributions, TokenSequence, distances_key
 from kdcache.inputs.chat import Chat, Message, is_learnt
 from kdcache.teacher.backend import Backend
 from kdcache.teacher.base import answer, check_selectable, check_sequences, no_positions
-from kdcache.teacher.features import HiddenShape, check_askable, features_from
+from kdcache.teacher.features import ATTENTION, HEADS, HIDDEN, LAST, HiddenShape, check_askable, pooled, top_keys
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, draw_from, end_tokens
 from kdcache.teacher.select.found import concatenate
 from kdcache.teacher.select.reference import select_reference
@@ -36,7 +38,7 @@ FAKE_VERSION = "1"
 EXPONENTS = np.linspace(1.05, 2.5, 16)
 NUM_MULTIPLIERS = 64
 
-FAKE_HIDDEN = HiddenShape(num_layers=4, size=16)
+FAKE_HIDDEN = HiddenShape(num_layers=4, size=16, num_heads=4, num_kv_heads=2, head_dim=4)
 
 DENSE_ELEMENTS = 2**20
 """How many logprobs of whole distributions exist at once; the plain `top_k` needs none."""
@@ -103,15 +105,50 @@ class FakeTeacher:
         return (replace(distributions, features=self._features(sequence, features)) for sequence, distributions in answers)
 
     def hidden_states(self, sequence: TokenSequence, layer: int) -> NDArray[np.float32]:
-        """(N, H) in [-8, 8): the layer's vector at every position, from hashes of the prefix and the layer."""
-        hashes_N = prefix_hashes(sequence.input_ids_N, self._seed)
-        indices_H = np.arange(FAKE_HIDDEN.size, dtype=np.uint64) + np.uint64((layer + 1) * FAKE_HIDDEN.size)
-        # The upper 24 bits: as many as a float32 holds exactly.
-        bits_NH = mix64(hashes_N[:, None] + mix64(indices_H)) >> np.uint64(40)
-        return (bits_NH.astype(np.float32) * np.float32(2.0**-20)) - np.float32(8)
+        """(N, H) in [-8, 8): the layer's vector at every position, from hashes of the prefix and the layer.
 
-    def _features(self, sequence: TokenSequence, features: Sequence[FeatureInfo]) -> dict[str, NDArray[np.float32]]:
-        return features_from(features, lambda layer: self.hidden_states(sequence, layer)[sequence.supervised_N])
+        The final norm halves: the last layer before it is twice that after it, LAST.
+        """
+        last = layer in (LAST, FAKE_HIDDEN.num_layers)
+        states_NH = self._hashed(sequence, (FAKE_HIDDEN.num_layers if last else layer) + 1, FAKE_HIDDEN.size)
+        return states_NH * np.float32(2) if layer == FAKE_HIDDEN.num_layers else states_NH
+
+    def head_states(self, sequence: TokenSequence, kind: str, layer: int) -> NDArray[np.float32]:
+        """(N, heads, numbers per head) in [-8, 8): queries, keys or values of a layer."""
+        heads, head_dim = FAKE_HIDDEN.heads_of(kind) or 0, FAKE_HIDDEN.head_dim or 0
+        salt = (1 + HEADS.index(kind)) * 2**16 + layer
+        return self._hashed(sequence, salt, heads * head_dim).reshape(-1, heads, head_dim)
+
+    def attention(self, sequence: TokenSequence, layer: int) -> NDArray[np.float64]:
+        """(heads, N, N): the softmax of a layer's queries and keys, over the keys up to each position."""
+        queries, keys = (self.head_states(sequence, kind, layer).astype(np.float64) for kind in ("queries", "keys"))
+        keys = np.repeat(keys, queries.shape[1] // keys.shape[1], axis=1)
+        scores = np.einsum("nhd,mhd->hnm", queries, keys) / queries.shape[2]
+        scores = np.where(np.tri(len(queries), dtype=np.bool_), scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return weights / weights.sum(axis=-1, keepdims=True)
+
+    def _hashed(self, sequence: TokenSequence, salt: int, width: int) -> NDArray[np.float32]:
+        hashes_N = prefix_hashes(sequence.input_ids_N, self._seed)
+        indices_W = np.arange(width, dtype=np.uint64) + np.uint64(salt * FAKE_HIDDEN.size)
+        # The upper 24 bits: as many as a float32 holds exactly.
+        bits_NW = mix64(hashes_N[:, None] + mix64(indices_W)) >> np.uint64(40)
+        return (bits_NW.astype(np.float32) * np.float32(2.0**-20)) - np.float32(8)
+
+    def _features(self, sequence: TokenSequence, features: Sequence[FeatureInfo]) -> dict[str, NDArray[Any]]:
+        found: dict[str, NDArray[Any]] = {}
+        for feature in features:
+            positions = feature_positions(feature, sequence.supervised_N)
+            if feature.kind == ATTENTION:
+                maps = self.attention(sequence, feature.layer)[:, positions]
+                found[feature.name], found[distances_key(feature)] = top_keys(maps, positions, feature.top_keys or 1)
+                continue
+            if feature.kind == HIDDEN:
+                vectors = self.hidden_states(sequence, feature.layer)[positions]
+            else:
+                vectors = self.head_states(sequence, feature.kind, feature.layer)[positions].reshape(len(positions), -1)
+            found[feature.name] = pooled(vectors, feature.pooling)
+        return found
 
     def dense_logprobs(self, sequence: TokenSequence) -> NDArray[np.float64]:
         """(N, V): the whole distribution at every position, the definition that `score` is compared with."""

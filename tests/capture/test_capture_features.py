@@ -50,7 +50,7 @@ def test_features_of_a_capture_are_the_teachers_within_their_bounds(tmp_path, ca
     assert verify_cache(tmp_path / "cache").problems == []
     infos = {feature.name: feature for feature in manifest.identity.features}
     assert list(infos) == NAMES
-    assert [feature.layer for feature in infos.values()] == [4, 2, 0, 2]
+    assert [feature.layer for feature in infos.values()] == [-1, 2, 0, 2]
     teacher = FakeTeacher(config.teacher)
     with kdcache.open(tmp_path / "cache") as cache:
         for record in (cache[n] for n in range(len(cache))):
@@ -62,7 +62,9 @@ def test_features_of_a_capture_are_the_teachers_within_their_bounds(tmp_path, ca
                 assert (np.abs(found_RH - expected_RH) <= bound(expected_RH, info.dtype) + 1e-6).all()
     assert main(["info", str(tmp_path / "cache")]) == 0
     shown = capsys.readouterr().out
-    assert "feature hidden_last    layer 4, 16 x float16 (off by at most |x| 2^-11), a vector per position" in shown
+    assert (
+        "feature hidden_last    the last layer after the final norm, 16 x float16 (off by at most |x| 2^-11), a vector" in shown
+    )
     assert (
         "layer 0, 16 x int8 (off by at most 1/254 of a vector's largest magnitude), the mean of a sequence's positions" in shown
     )
@@ -80,7 +82,7 @@ def test_a_dry_run_says_what_each_feature_takes_and_adds_it_up(tmp_path, capsys)
     shown = capsys.readouterr().out
     assert "32 bytes per position" in shown
     assert "20 bytes per sequence" in shown
-    assert "layer 0, 16 x int8, mean of a sequence's positions" in shown
+    assert "layer 0, 16 x int8, the mean of a sequence's positions" in shown
     assert not (tmp_path / "cache").exists()
     manifest = run_capture(config).manifest
     stored = sum(column for s in manifest.shards for name, column in s.column_bytes.items() if name.startswith("feature:"))
@@ -106,7 +108,7 @@ def test_going_on_with_other_features_is_refused_with_the_difference(tmp_path, m
 @pytest.mark.parametrize(
     ("features", "teacher", "sentence"),
     [
-        ([{"layer": 5}], {}, r"'hidden_5' is of layer 5, but the teacher has layers 0 .* to 4; -1 is the last one"),
+        ([{"layer": 5}], {}, r"'hidden_5' is of layer 5, but the teacher has layers 0 .* to 4 .*; -1 is after the final norm"),
         ([{"layer": -2}], {}, r"features\[0\]\.layer: expected a whole number >= -1, got -2"),
         ([{"layer": 1}, {"layer": 1, "dtype": "int8"}], {}, "two have the name 'hidden_1'"),
         ([{"layer": 1, "name": "a-b"}], {}, "'a-b', but a column's name has letters, digits and underscores only"),
@@ -161,7 +163,7 @@ def test_a_sequence_without_supervised_positions_pools_to_zeros():
     for pooling in ("mean", "last"):
         np.testing.assert_array_equal(pooled(np.empty((0, 3), np.float32), pooling), np.zeros((1, 3), np.float32))
     (feature,) = resolve_features([FeatureConfig(layer=-1)], FAKE_HIDDEN)
-    assert (feature.layer, feature.size, feature.num_vectors(7)) == (4, 16, 7)
+    assert (feature.layer, feature.size, feature.num_vectors(7)) == (-1, 16, 7)
 
 
 REAL = [{"layer": -1}, {"layer": 1, "dtype": "int8"}, {"layer": 0, "pooling": "mean"}]
@@ -211,7 +213,7 @@ def test_features_of_what_the_teacher_wrote_are_those_of_its_answers(tmp_path):
     teacher = FakeTeacher(config.teacher)
     with kdcache.open(tmp_path / "cache") as cache:
         for record in (cache[n] for n in range(len(cache))):
-            rows_NH = teacher.hidden_states(record.sequence, 4)[record.sequence.supervised_N]
+            rows_NH = teacher.hidden_states(record.sequence, -1)[record.sequence.supervised_N]
             found_NH = record.distributions.features["hidden_last"]
             assert 1 <= len(found_NH) <= 5
             assert (np.abs(found_NH - rows_NH) <= bound(rows_NH, "float16")).all()

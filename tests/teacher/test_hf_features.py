@@ -20,7 +20,7 @@ from kdcache.teacher.features import resolve_features
 pytest.importorskip("transformers")
 
 LAYERS = [FeatureConfig(layer=layer) for layer in (0, 1, 2, -1)]
-"""Of a model of two layers; 2 and -1 are the same."""
+"""Of a model of two layers: 2 is before the final norm, -1 after it."""
 POOLED = [FeatureConfig(layer=1, pooling="mean"), FeatureConfig(layer=-1, pooling="last", dtype="int8")]
 
 
@@ -48,23 +48,28 @@ def reference_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def expected_states(folder: Path, sequence: TokenSequence) -> list[np.ndarray]:
-    """(N, H) of each layer, by the definition: one sequence, one pass, everything held."""
+def expected_states(folder: Path, sequence: TokenSequence) -> dict[int, np.ndarray]:
+    """Layer -> (N, H), by the definition: one sequence, one pass, everything held; the last before the final norm, -1 after."""
     import torch
 
     model = reference_model(folder)
+    before: list[Any] = []
+    norm = model.base_model.ln_f if hasattr(model.base_model, "ln_f") else model.base_model.norm
+    handle = norm.register_forward_pre_hook(lambda _module, args: before.append(args[0]))
     with torch.inference_mode():
         states = model(input_ids=torch.from_numpy(sequence.input_ids_N.astype(np.int64))[None], output_hidden_states=True)
-    return [state[0].numpy() for state in states.hidden_states]
+    handle.remove()
+    *inner, last = (state[0].numpy() for state in states.hidden_states)
+    return {**dict(enumerate(inner)), len(inner): before[0][0].numpy(), -1: last}
 
 
-def check_features(found: dict[str, np.ndarray], states: list[np.ndarray], sequence: TokenSequence, error: float) -> None:
-    rows = [state[sequence.supervised_N] for state in states]
+def check_features(found: dict[str, np.ndarray], states: dict[int, np.ndarray], sequence: TokenSequence, error: float) -> None:
+    rows = {layer: state[sequence.supervised_N] for layer, state in states.items()}
     for layer in (0, 1, 2):
         np.testing.assert_allclose(found[f"hidden_{layer}"], rows[layer], atol=error)
-    np.testing.assert_array_equal(found["hidden_last"], found["hidden_2"])
+    np.testing.assert_allclose(found["hidden_last"], rows[-1], atol=error)
     zeros = np.zeros((1, rows[0].shape[1]), np.float32)
-    expected = (rows[1].mean(axis=0, keepdims=True), rows[2][-1:]) if len(rows[0]) else (zeros, zeros)
+    expected = (rows[1].mean(axis=0, keepdims=True), rows[-1][-1:]) if len(rows[0]) else (zeros, zeros)
     np.testing.assert_allclose(found["hidden_1_mean"], expected[0], atol=error)
     np.testing.assert_allclose(found["hidden_last_last"], expected[1], atol=error)
 
@@ -97,7 +102,7 @@ def test_a_model_that_is_scored_step_by_step_gives_the_same(tmp_path: Path):
 
 def test_a_layer_that_is_not_there_or_cannot_be_seen_is_refused(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
     teacher = load(tiny_model_dir)
-    with pytest.raises(ConfigError, match=r"layer 3, but the teacher has layers 0 .* to 2"):
+    with pytest.raises(ConfigError, match=r"layer 3, but the teacher has layers 0 .* to 2 .*-1 is after the final norm"):
         resolve_features([FeatureConfig(layer=3)], teacher.hidden_shape)
     (inner, last) = resolve_features([FeatureConfig(layer=1), FeatureConfig(layer=-1)], teacher.hidden_shape)
     monkeypatch.setattr("kdcache.teacher.hf.features.find_decoder", lambda *_: None)

@@ -56,15 +56,19 @@ def test_features_are_those_of_transformers_for_each_layer_pooled_or_not(teacher
 def test_layers_that_cannot_be_seen_rightly_are_refused_in_words_and_the_last_one_is_not(
     teacher: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    from kdcache.teacher.vllm import internals
+    from kdcache.teacher.vllm import layers as internals
 
     (inner, last) = resolve_features([FeatureConfig(layer=1), FeatureConfig(layer=-1)], teacher.hidden_shape)
     worker = teacher._llm.llm_engine.model_executor.driver_worker.worker
-    monkeypatch.setattr(teacher, "_shows_layers", False)
+    monkeypatch.setattr(teacher, "_shown", frozenset())
     monkeypatch.setattr(worker.kdcache_capture, "seen", None)
     with monkeypatch.context() as patch:
         patch.setattr(worker.model_config, "enforce_eager", False)
-        with pytest.raises(ConfigError, match=r"'hidden_1', of layer 1: .*set teacher.engine_options.enforce_eager"):
+        patch.setattr(teacher, "_hand_out", lambda _layers: None)  # which would start a compiled model
+        with pytest.raises(ConfigError, match=r"'hidden_1': a compiled model.*set teacher.engine_options.enforce_eager"):
+            teacher.score([], top_k(4), [inner])
+        patch.setattr(worker, "kdcache_layers", "LlamaForCausalLM hands out no inner states", raising=False)
+        with pytest.raises(ConfigError, match=r"'hidden_1': LlamaForCausalLM hands out no inner states; set teacher\."):
             teacher.score([], top_k(4), [inner])
         teacher.score([], top_k(4), [last])
     with monkeypatch.context() as patch:
@@ -81,7 +85,7 @@ def test_layers_that_cannot_be_seen_rightly_are_refused_in_words_and_the_last_on
             teacher.score([], top_k(4), [inner])
     monkeypatch.setattr(worker.kdcache_capture, "seen", None)
     teacher.score([], top_k(4), [inner])
-    assert teacher._shows_layers
+    assert teacher._shown == {("hidden", 1)}
 
 
 @pytest.mark.slow

@@ -9,19 +9,21 @@ from contracts.teacher import make_sequence
 from kdcache.format.manifest import FeatureInfo
 from kdcache.teacher.base import no_positions
 from kdcache.teacher.features import pooled
-from kdcache.teacher.vllm.wire import AskedFeatures, pack_asked, with_features
+from kdcache.teacher.vllm.wire import AskedFeatures, pack_asked, pack_requests, with_features
 
 pytest.importorskip("torch")
 
 import torch
 
-from kdcache.teacher.vllm.worker_features import GroupFeatures, check_normed, take_at
+from kdcache.teacher.vllm.internals import Span
+from kdcache.teacher.vllm.worker_features import GroupFeatures, check_normed
 
 H = 6
 FEATURES = [
-    FeatureInfo(name="last", layer=2, size=H),
-    FeatureInfo(name="mean", layer=2, size=H, pooling="mean"),
-    FeatureInfo(name="end", layer=2, size=H, pooling="last"),
+    FeatureInfo(name="last", layer=-1, size=H),
+    FeatureInfo(name="mean", layer=-1, size=H, pooling="mean"),
+    FeatureInfo(name="end", layer=-1, size=H, pooling="last"),
+    FeatureInfo(name="all", layer=-1, size=H, positions="all", stride=2),
 ]
 
 
@@ -32,29 +34,42 @@ def test_rows_come_back_to_their_sequences_exactly(dtype):
         make_sequence(range(4), [False] * 4),
         make_sequence(range(7), [True, False] * 3 + [True]),
     ]
-    asked = [sequences[0], sequences[2]]
-    hidden_XH = torch.randn((9, H), generator=torch.Generator().manual_seed(0)).to(dtype)
-    group = GroupFeatures(pack_asked(AskedFeatures(FEATURES, 2), asked))
-    # Two steps, not in the rows' order, and a row that is computed twice.
-    states = group.states_of(hidden_XH)
-    group.write(np.array([8, 3, 0]), take_at(states, np.array([1, 1, 1])))
-    for rows in (np.array([8, 2, 3, 4]), np.array([0, 1, 5, 6, 7])):
-        group.write(rows, take_at(states, rows))
+    states = [torch.randn((s.num_tokens, H), generator=torch.Generator().manual_seed(0)).to(dtype) for s in sequences]
+    group, requests = GroupFeatures(pack_asked(AskedFeatures(FEATURES), sequences)), pack_requests(sequences)
+    # Three steps, of which one computes again what another has computed, and one has a request that is not ours.
+    steps = [[(2, 0, 3), (0, 0, 5)], [(2, 2, 2), (1, 0, 4)], [(2, 4, 3)]]
+    for step in steps:
+        spans, parts = [Span({"other": 1}, 0, 0, 2)], [torch.zeros((2, H), dtype=dtype)]
+        for request, position, length in step:
+            spans.append(Span(requests[request], sum(map(len, parts)), position, length))
+            parts.append(states[request][position : position + length])
+        group.take(torch.cat(parts), spans, chunk=2)
+    problem, *packed = group.pack()
+    assert problem is None
     answers = [(sequence, no_positions()) for sequence in sequences]
-    found = [answer.features for answer in with_features(answers, FEATURES, group.pack())]
-    for features, rows_NH in zip(found, (hidden_XH[:5], hidden_XH[:0], hidden_XH[5:]), strict=True):
-        expected_NH = rows_NH.float().numpy()
-        np.testing.assert_array_equal(features["last"], expected_NH)
+    found = [answer.features for answer in with_features(answers, FEATURES, packed)]
+    for features, sequence, state_NH in zip(found, sequences, states, strict=True):
+        expected_NH = state_NH.float().numpy()
+        np.testing.assert_array_equal(features["all"], expected_NH[::2])
+        expected_PH = expected_NH[sequence.supervised_N]
+        np.testing.assert_array_equal(features["last"], expected_PH)
         for name, pooling in (("mean", "mean"), ("end", "last")):
-            np.testing.assert_array_equal(features[name], pooled(expected_NH, pooling))
+            np.testing.assert_array_equal(features[name], pooled(expected_PH, pooling))
         assert all(values.dtype == np.float32 for values in features.values())
 
 
+def test_a_vector_that_was_never_computed_is_an_error():
+    sequences = [make_sequence(range(5))]
+    group, (request,) = GroupFeatures(pack_asked(AskedFeatures(FEATURES), sequences)), pack_requests(sequences)
+    group.take(torch.zeros((3, H)), [Span(request, 0, 0, 3)], chunk=8)
+    assert group.pack() == ["the engine's worker never computed 2 vectors of 'last'"]
+
+
 def test_a_layer_that_was_not_seen_or_only_in_part_is_an_error():
-    inner = FeatureInfo(name="inner", layer=1, size=H)
-    group = GroupFeatures(pack_asked(AskedFeatures([inner], 2), [make_sequence(range(3))]))
+    inner, sequences = FeatureInfo(name="inner", layer=1, size=H), [make_sequence(range(3))]
+    group, (request,) = GroupFeatures(pack_asked(AskedFeatures([inner]), sequences)), pack_requests(sequences)
     with pytest.raises(RuntimeError, match="layer 1 was not seen on all 3 tokens"):
-        group.states_of(torch.zeros(3, H))
+        group.take(torch.zeros(3, H), [Span(request, 0, 0, 3)], chunk=8)
 
 
 def test_the_proof_lets_rounding_pass_and_nothing_else():

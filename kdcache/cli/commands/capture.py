@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kdcache.cli.config_arguments import add_config_arguments, read_config
+from kdcache.cli.feature_wording import positions_words, source_words, width_words
 from kdcache.cli.wording import aligned, count, duration, size
 from kdcache.config.capture import CaptureConfig
 from kdcache.shown import say
@@ -192,8 +193,8 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
 def _feature_lines(estimate: CaptureEstimate) -> dict[str, str]:
     shown = {}
     for feature, num_each, per, num_bytes in estimate.features:
-        pooling = "" if feature.pooling == "none" else f", {feature.pooling} of a sequence's positions"
-        what = f"layer {feature.layer}, {feature.size:,} x {feature.dtype}{pooling}"
+        pooling = "" if feature.pooling == "none" else f", {positions_words(feature)}"
+        what = f"{source_words(feature)}, {width_words(feature)}{pooling}"
         shown[feature.name] = f"{num_each:,} bytes per {per}, {size(num_bytes)}: {what}"
     return shown
 

@@ -6,13 +6,14 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
+from kdcache.cli.feature_wording import feature_words
 from kdcache.cli.nll_wording import alignment, left_out
 from kdcache.cli.wording import aligned, count, duration, say_json, size
 from kdcache.config.capture import GenerateConfig
 from kdcache.shown import say, shown, write
 
 if TYPE_CHECKING:
-    from kdcache.format.manifest import FeatureInfo, Identity, Manifest
+    from kdcache.format.manifest import Identity, Manifest
     from kdcache.store.summary import CacheSummary
 
 _MOST = 1000
@@ -165,7 +166,7 @@ def _identity_lines(path: str, manifest: Manifest) -> dict[str, str]:
         **_generation(identity),
         "selection": f"{identity.selection.kind} {_params(identity.selection.params)}",
         "codec": f"{identity.codec.codec_id} {_params(identity.codec.params)}".rstrip(),
-        **{f"feature {feature.name}": _feature(feature) for feature in identity.features},
+        **{f"feature {feature.name}": feature_words(feature) for feature in identity.features},
         "plan": f"{count(num_units, 'unit')}, {state}",
         **_lineage(manifest),
     }
@@ -177,13 +178,6 @@ def _lineage(manifest: Manifest) -> dict[str, str]:
     from kdcache.format.manifest import LineageInfo
 
     return {"derived": lineage_words(manifest.lineage)} if isinstance(manifest.lineage, LineageInfo) else {}
-
-
-def _feature(feature: FeatureInfo) -> str:
-    """Which hidden states, their largest error, and what each vector belongs to."""
-    off = {"float16": "off by at most |x| 2^-11", "int8": "off by at most 1/254 of a vector's largest magnitude"}[feature.dtype]
-    of = {"none": "a vector per position", "mean": "the mean of a sequence's positions", "last": "a sequence's last position"}
-    return f"layer {feature.layer}, {feature.size:,} x {feature.dtype} ({off}), {of[feature.pooling]}"
 
 
 def _generation(identity: Identity) -> dict[str, str]:

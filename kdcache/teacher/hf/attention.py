@@ -126,13 +126,13 @@ def _layers_gap(model: Any) -> float:
 
     def both(module: Any, *tensors: Tensor, **options: Any) -> Any:
         interface = sys.modules[type(module).__module__].__dict__.get("ALL_ATTENTION_FUNCTIONS", AttentionInterface())
-        eager, chosen = _eager_of(module), interface[name]
+        eager, chosen = eager_of(module), interface[name]
         gaps.extend(_gap(module, eager, chosen, tensors, options, times) for times in _MAGNIFIED)
         return eager(module, *tensors, **options)
 
     AttentionInterface.register(_PROOF, both)
     AttentionMaskInterface.register(_PROOF, eager_mask)
-    with _attention(model, _PROOF):
+    with with_attention(model, _PROOF):
         model.base_model(input_ids=_ids(model), use_cache=False)
     return max(gaps) if max(gaps) > _TOLERANCE else 0.0
 
@@ -156,7 +156,7 @@ def _whole_gap(model: Any) -> float:
     ids_1T = _ids(model)
     own = _last(model, ids_1T)
     if model._can_set_attn_implementation():
-        with _attention(model, EAGER):
+        with with_attention(model, EAGER):
             eager = _last(model, ids_1T)
     else:
         eager = _last(_twin(model), ids_1T)
@@ -191,7 +191,8 @@ def _twin(model: Any) -> PreTrainedModel:
 
 
 @contextmanager
-def _attention(model: Any, name: str) -> Iterator[None]:
+def with_attention(model: Any, name: str) -> Iterator[None]:
+    """Run the model with the attention function of this name, while the context is open."""
     before = attention_of(model)
     model.config._attn_implementation = name
     try:
@@ -200,7 +201,8 @@ def _attention(model: Any, name: str) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def _eager_of(module: Any) -> Callable[..., Any]:
+def eager_of(module: Any) -> Callable[..., Any]:
+    """The eager attention of the file in which a module's class stands; raises NotImplementedError where it has none."""
     for kind in type(module).__mro__:
         found = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
         if found is not None:

@@ -1,10 +1,10 @@
-"""Hidden states of chosen layers of a `transformers` model, taken by hooks while it runs; no other layer's are held."""
+"""Inner states of a `transformers` model, taken by hooks while it runs; only those of the layers that are wanted are held."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,99 +12,167 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcache.errors import ConfigError
+from kdcache.format.feature_positions import feature_positions
 from kdcache.format.manifest import FeatureInfo
-from kdcache.teacher.features import HiddenShape, find_decoder, layers_of
+from kdcache.format.record import TokenSequence, distances_key
+from kdcache.teacher.features import ATTENTION, HEADS, HIDDEN, LAST, Source, find_decoder, pooled, source_of, sources_of
+from kdcache.teacher.hf.attention_calls import AttentionCall, prove_calls, seen_calls
+from kdcache.teacher.hf.heads import model_shape, prove_heads, seen_heads
 
 PROBE_TOKENS = 8
 
-LayerVectors = dict[int, NDArray[np.float32]]
-"""Layer -> (P, H)."""
+_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm")
+"""What models call the norm after their last layer."""
+
+Vectors = dict[str, NDArray[Any]]
+"""Feature -> (F, W), as `Distributions.features` has them before they are pooled."""
 
 
-def hidden_shape(model: Any) -> HiddenShape:
-    """The hidden states that a model has by its config."""
-    config = model.config.get_text_config()
-    return HiddenShape(int(config.num_hidden_layers), int(config.hidden_size))
+class Seen(NamedTuple):
+    """What is held of a forward pass: source -> (B, T, W), and layer -> the call of its attention function."""
+
+    states: dict[Source, Tensor]
+    calls: Mapping[int, AttentionCall]
 
 
-def needed_layers(model: Any, features: Sequence[FeatureInfo]) -> list[int]:
-    """The layers to watch, ascending.
+def needed_sources(model: Any, features: Sequence[FeatureInfo]) -> list[Source]:
+    """What to watch for these features, proven on a few tokens.
 
     Raises:
-        ConfigError: a layer before the last, of a model whose layers are not found, or do not give what
-            `output_hidden_states` gives on a few tokens, which is the definition.
+        ConfigError: a source that the model does not show, or that is not what it is taken for.
     """
-    layers = layers_of(features)
-    last = hidden_shape(model).num_layers
-    if any(layer < last for layer in layers):
-        _prove(model, [layer for layer in layers if layer < last])
-    return layers
+    sources = sources_of(features)
+    ids_1T = (torch.arange(PROBE_TOKENS, device=model.device) + 1)[None] % model.config.get_text_config().vocab_size
+    if inner := [layer for kind, layer in sources if kind == HIDDEN and layer != LAST]:
+        _prove_hidden(model, inner, ids_1T)
+    if heads := [source for source in sources if source[0] in HEADS]:
+        prove_heads(model, heads, ids_1T)
+    if layers := [layer for kind, layer in sources if kind == ATTENTION]:
+        prove_calls(model, layers, ids_1T)
+    return sources
 
 
 @contextmanager
-def seen_layers(model: Any, layers: Sequence[int], *, head: bool) -> Iterator[dict[int, Tensor]]:
-    """Hold what these layers give in each forward pass, (B, T, H), while the context is open.
+def seen_sources(model: Any, sources: Sequence[Source], *, head: bool) -> Iterator[Seen]:
+    """Hold these states of each forward pass, while the context is open.
 
     Args:
         model: of transformers.
-        layers: 0 for the embeddings, and so on.
-        head: whether to watch the last layer, too, as what the output projection takes.
+        sources: kinds and layers.
+        head: whether to watch what the output projection takes, too, if it is wanted.
     """
-    states: dict[int, Tensor] = {}
-    last = hidden_shape(model).num_layers
-    handles = [_watch(model, layer, states) for layer in layers if layer < last]
-    if head and last in layers:
-        handles.append(_before(model.get_output_embeddings(), last, states))
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
+    states: dict[Source, Tensor] = {}
+    with ExitStack() as stack:
+        for kind, layer in sources:
+            if kind == HIDDEN and layer != LAST:
+                stack.callback(_watch(model, layer, states).remove)
+            elif kind == HIDDEN and head:
+                stack.callback(_before(model.get_output_embeddings(), LAST, states).remove)
+        heads = stack.enter_context(seen_heads(model, [source for source in sources if source[0] in HEADS]))
+        calls = stack.enter_context(seen_calls(model, [layer for kind, layer in sources if kind == ATTENTION]))
+        yield Seen(_Joined(states, heads), calls)
 
 
-def vectors_at(states: Mapping[int, Tensor], layers: Sequence[int], index_C: Tensor) -> LayerVectors:
-    """The vectors at some flat positions of a batch, of each layer, on the host in float32."""
-    flat = {layer: states[layer].reshape(-1, states[layer].shape[-1]) for layer in layers}
-    return {layer: flat[layer][index_C.to(flat[layer].device)].float().cpu().numpy() for layer in layers}
+class _Joined(dict[Source, Tensor]):
+    """Two dicts as one, which are filled in later."""
+
+    def __init__(self, first: dict[Source, Tensor], second: dict[Source, Tensor]) -> None:
+        super().__init__()
+        self._parts = (first, second)
+
+    def __missing__(self, source: Source) -> Tensor:
+        first, second = self._parts
+        return first[source] if source in first else second[source].flatten(2)
 
 
-def joined(parts: Sequence[LayerVectors]) -> LayerVectors:
+def vectors_at(seen: Seen, features: Sequence[FeatureInfo], b: int, index_F: Sequence[NDArray[np.int64]]) -> Vectors:
+    """The vectors of each feature at some positions of one text of a forward pass, on the host in float32.
+
+    Args:
+        seen: what the forward pass showed.
+        features: in order.
+        b: which text of the batch.
+        index_F: for each feature, indices into the tokens of the forward pass.
+    """
+    found: Vectors = {}
+    for feature, here in zip(features, index_F, strict=True):
+        if feature.kind == ATTENTION:
+            call = seen.calls[feature.layer]
+            chosen = torch.from_numpy(here).to(call.query_BhTd.device)
+            values, distances = call.top_keys(b, chosen, feature.top_keys or 1)
+            found[feature.name], found[distances_key(feature)] = values.cpu().numpy(), distances.cpu().numpy()
+            continue
+        state_TW = seen.states[source_of(feature)][b]
+        found[feature.name] = state_TW[torch.from_numpy(here).to(state_TW.device)].float().cpu().numpy()
+    return found
+
+
+def positions_of(features: Sequence[FeatureInfo], sequence: TokenSequence) -> list[NDArray[np.int64]]:
+    """The positions of each feature in a sequence."""
+    return [feature_positions(feature, sequence.supervised_N) for feature in features]
+
+
+def joined(parts: Sequence[Vectors]) -> Vectors:
     """Join the vectors of chunks, in order."""
-    return {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]} if parts else {}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def _watch(model: Any, layer: int, states: dict[int, Tensor]) -> Any:
-    found = find_decoder(model, hidden_shape(model).num_layers)
-    if found is None:
-        raise ConfigError(
-            f"features: the layers of {type(model).__name__} are not found, so only the last one is available; set layer to -1"
-        )
-    _, modules = found
+def stored(vectors: Vectors, features: Sequence[FeatureInfo]) -> Vectors:
+    """Pool the vectors that are to be pooled."""
+    poolings = {feature.name: feature.pooling for feature in features}
+    return {name: pooled(values, poolings.get(name, "none")) for name, values in vectors.items()}
+
+
+def _watch(model: Any, layer: int, states: dict[Source, Tensor]) -> Any:
+    _, modules = _decoder(model)
     if layer == 0:
         return _before(modules[0], 0, states)
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        states[layer] = output if isinstance(output, Tensor) else output[0]
+        states[HIDDEN, layer] = output if isinstance(output, Tensor) else output[0]
 
     return modules[layer - 1].register_forward_hook(hook)
 
 
-def _before(module: nn.Module, layer: int, states: dict[int, Tensor]) -> Any:
+def _decoder(model: Any) -> tuple[Any, Any]:
+    found = find_decoder(model, model_shape(model).num_layers)
+    if found is None:
+        raise ConfigError(
+            f"features: the layers of {type(model).__name__} are not found, so only the last one is available; set layer to -1"
+        )
+    return found
+
+
+def _before(module: nn.Module, layer: int, states: dict[Source, Tensor]) -> Any:
     def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        states[layer] = args[0] if args else kwargs["hidden_states"]
+        states[HIDDEN, layer] = args[0] if args else kwargs["hidden_states"]
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 @torch.inference_mode()
-def _prove(model: Any, layers: Sequence[int]) -> None:
-    ids_1T = (torch.arange(PROBE_TOKENS, device=model.device) + 1)[None] % model.config.get_text_config().vocab_size
+def _prove_hidden(model: Any, layers: Sequence[int], ids_1T: Tensor) -> None:
+    """Compare with `output_hidden_states`, bit for bit; its last one is after the final norm, so ours goes through that."""
     expected = model(input_ids=ids_1T, use_cache=False, output_hidden_states=True).hidden_states
-    with seen_layers(model, layers, head=False) as states:
+    last = model_shape(model).num_layers
+    with seen_sources(model, [(HIDDEN, layer) for layer in layers], head=False) as seen:
         model(input_ids=ids_1T, use_cache=False)
-    for layer in layers:
-        if expected is None or layer not in states or not torch.equal(states[layer], expected[layer]):
-            raise ConfigError(
-                f"features: what layer {layer} of {type(model).__name__} gives is not what output_hidden_states gives; "
-                "set layer to -1, which is available"
-            )
+        for layer in layers:
+            found = _normed(model, seen.states[HIDDEN, layer]) if layer == last else seen.states[HIDDEN, layer]
+            if expected is None or not torch.equal(found, expected[layer]):
+                what = "after the final norm is" if layer == last else "gives is"
+                raise ConfigError(
+                    f"features: what layer {layer} of {type(model).__name__} {what} not what output_hidden_states gives; "
+                    "set layer to -1, which is available"
+                )
+
+
+def _normed(model: Any, state: Tensor) -> Tensor:
+    parent, _ = _decoder(model)
+    norm = next((getattr(parent, name) for name in _NORMS if hasattr(parent, name)), None)
+    if norm is None:
+        raise ConfigError(
+            f"features: the final norm of {type(model).__name__} is not found, so its last layer before that cannot be proven; "
+            "set layer to -1, which is after the norm"
+        )
+    return norm(state)

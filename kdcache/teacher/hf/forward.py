@@ -21,8 +21,8 @@ from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.shown import first_line, get_logger
 from kdcache.teacher.base import no_positions
-from kdcache.teacher.features import with_no_vectors
-from kdcache.teacher.hf.features import LayerVectors, hidden_shape, joined, seen_layers, vectors_at
+from kdcache.teacher.features import HIDDEN, LAST, Source, with_no_vectors
+from kdcache.teacher.hf.features import Seen, Vectors, joined, positions_of, seen_sources, vectors_at
 from kdcache.teacher.hf.proof import Texts, asked_again, looked_at, reads_ahead
 from kdcache.teacher.select.found import Found, Selected
 from kdcache.teacher.select.torch_selector import Selector
@@ -35,11 +35,11 @@ PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class Asked:
-    """What to keep of each position; `layers` are those that the features need."""
+    """What to keep of each position; `sources` are those that the features need."""
 
     selector: Selector
     features: Sequence[FeatureInfo]
-    layers: Sequence[int]
+    sources: Sequence[Source]
 
     def nothing(self) -> Distributions:
         """The answer to a sequence in which nothing is supervised."""
@@ -49,8 +49,12 @@ class Asked:
 @torch.inference_mode()
 def score_separable(
     model: PreTrainedModel, batch: Sequence[TokenSequence], asked: Asked, chunk: int
-) -> tuple[Found, LayerVectors]:
-    """Select at all supervised positions of a batch: the body runs once, the head in chunks."""
+) -> tuple[Found | None, list[Vectors]]:
+    """Select at all supervised positions of a batch: the body runs once, the head in chunks.
+
+    Returns:
+        What is found, None where nothing is supervised; and the vectors of each text.
+    """
     selector = asked.selector
     longest = max(sequence.num_tokens for sequence in batch)
     ids_BT = np.zeros((len(batch), longest), np.int64)
@@ -58,9 +62,9 @@ def score_separable(
     for b, sequence in enumerate(batch):
         ids_BT[b, : sequence.num_tokens] = sequence.input_ids_N
         supervised_BT[b, : sequence.num_tokens] = sequence.supervised_N
-    with seen_layers(model, asked.layers, head=False) as states:
+    with seen_sources(model, asked.sources, head=False) as seen:
         hidden_BTH = _hidden(model, torch.from_numpy(ids_BT).to(model.device))
-    states = {hidden_shape(model).num_layers: hidden_BTH, **states}
+    seen.states[HIDDEN, LAST] = hidden_BTH
     flat_positions_P = torch.from_numpy(np.flatnonzero(supervised_BT)).to(hidden_BTH.device)
     target_ids_P = np.concatenate([sequence.target_ids_P for sequence in batch])
     states_P = np.concatenate([_states(sequence, selector) for sequence in batch])
@@ -69,24 +73,31 @@ def score_separable(
         _select(
             selector, _logits(model, hidden_PH[index_C]), target_ids_P[start : start + chunk], states_P[start : start + chunk]
         )
-        for start, index_C in zip(range(0, len(flat_positions_P), chunk), flat_positions_P.split(chunk), strict=True)
+        for start, index_C in zip(range(0, len(flat_positions_P), chunk), flat_positions_P.split(chunk), strict=False)
     ]
-    return _concatenate(parts), vectors_at(states, asked.layers, flat_positions_P)
+    return _concatenate(parts), _vectors_of(seen, batch, asked.features)
+
+
+def _vectors_of(seen: Seen, batch: Sequence[TokenSequence], features: Sequence[FeatureInfo]) -> list[Vectors]:
+    if not features:
+        return [{} for _ in batch]
+    return [vectors_at(seen, features, b, positions_of(features, sequence)) for b, sequence in enumerate(batch)]
 
 
 @torch.inference_mode()
-def score_in_chunks(model: PreTrainedModel, sequence: TokenSequence, asked: Asked, chunk: int) -> tuple[Found, LayerVectors]:
-    """Select at all supervised positions of one sequence, which is fed in chunks with a key-value cache."""
+def score_in_chunks(model: PreTrainedModel, sequence: TokenSequence, asked: Asked, chunk: int) -> tuple[Found | None, Vectors]:
+    """Select at all supervised positions of one sequence, which is fed in chunks with a key-value cache; as above."""
     selector = asked.selector
     target_ids_P, states_P = sequence.target_ids_P, _states(sequence, selector)
     ids_1N = torch.from_numpy(sequence.input_ids_N.astype(np.int64))[None].to(model.device)
     parts: list[list[NDArray[Any]]] = []
-    vectors: list[LayerVectors] = []
+    vectors: list[Vectors] = []
+    wanted = positions_of(asked.features, sequence)
     cache: Any = None
     done = 0
     for start in range(0, sequence.num_tokens, chunk):
         here = slice(start, start + chunk)
-        with seen_layers(model, asked.layers, head=True) as states:
+        with seen_sources(model, asked.sources, head=True) as seen:
             output = model(input_ids=ids_1N[:, here], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         index_C = np.flatnonzero(sequence.supervised_N[here])
@@ -94,8 +105,10 @@ def score_in_chunks(model: PreTrainedModel, sequence: TokenSequence, asked: Aske
             these = slice(done, done + len(index_C))
             logits_CV = output.logits[0, torch.from_numpy(index_C).to(output.logits.device)]
             parts.append(_select(selector, logits_CV, target_ids_P[these], states_P[these]))
-            vectors.append(vectors_at(states, asked.layers, torch.from_numpy(index_C)))
             done = these.stop
+        if asked.features:
+            index_F = [positions[(positions >= start) & (positions < here.stop)] - start for positions in wanted]
+            vectors.append(vectors_at(seen, asked.features, 0, index_F))
     return _concatenate(parts), joined(vectors)
 
 
@@ -128,7 +141,9 @@ def _select(
     return [tensor.cpu().numpy() for tensor in selector.select(logits_CV, *given)]
 
 
-def _concatenate(parts: Sequence[Sequence[NDArray[Any]]]) -> Found:
+def _concatenate(parts: Sequence[Sequence[NDArray[Any]]]) -> Found | None:
+    if not parts:
+        return None
     return Found.from_padded(Selected(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))))
 
 

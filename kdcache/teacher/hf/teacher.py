@@ -20,15 +20,16 @@ from kdcache.errors import TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.shown import get_logger
-from kdcache.teacher.base import check_selectable, check_sequences
+from kdcache.teacher.base import check_selectable, check_sequences, no_positions
 from kdcache.teacher.batches import batches_by_length, groups_of_tokens
 from kdcache.teacher.checkpoint import check_model_name, resolved_revision, short_name, weights_digest
 from kdcache.teacher.engine_identity import transformers_options
-from kdcache.teacher.features import HiddenShape, bytes_per_position, check_askable, features_from
+from kdcache.teacher.features import HiddenShape, bytes_per_position, check_askable, is_read
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
-from kdcache.teacher.hf.features import LayerVectors, hidden_shape, needed_layers
+from kdcache.teacher.hf.features import Vectors, needed_sources, stored
 from kdcache.teacher.hf.forward import Asked, logits_at, probe_forward, score_in_chunks, score_separable, whole_logits_at
 from kdcache.teacher.hf.generate import own_end_ids, write_answers
+from kdcache.teacher.hf.heads import model_shape
 from kdcache.teacher.hf.load import load_checked
 from kdcache.teacher.hf.proof import (
     Sharing,
@@ -74,7 +75,7 @@ class HfTeacher:
             self._is_separable, vocab_size = probe_forward(self._model, config.model)
         self._sharing: Sharing = self._proven(self._model)
         self._identity = _identity(config, self._model, vocab_size, _batching(self._rotary, self._sharing))
-        self._hidden_shape = hidden_shape(self._model)
+        self._hidden_shape = model_shape(self._model)
 
     @property
     def identity(self) -> TeacherIdentity:
@@ -95,7 +96,7 @@ class HfTeacher:
             raise TeacherError(f"the teacher {self._identity.model!r} is closed")
         check_sequences(sequences, self._identity)
         check_askable(features, self._hidden_shape)
-        asked = Asked(Selector(selection, self._identity.vocab_size), features, needed_layers(self._model, features))
+        asked = Asked(Selector(selection, self._identity.vocab_size), features, needed_sources(self._model, features))
         return self._score_all(self._model, sequences, asked)
 
     def generate(
@@ -138,10 +139,10 @@ class HfTeacher:
             yield from (answers[index] for index in range(len(group)))
 
     def _score_batch(self, model: PreTrainedModel, batch: Sequence[TokenSequence], asked: Asked) -> Iterator[Distributions]:
-        supervised = [sequence for sequence in batch if sequence.supervised_N.any()]
+        read = [sequence for sequence in batch if is_read(sequence, asked.features)]
         try:
-            scores = iter(self._scores(model, supervised, asked))
-            return iter([next(scores) if s.supervised_N.any() else asked.nothing() for s in batch])
+            scores = iter(self._scores(model, read, asked))
+            return iter([next(scores) if is_read(s, asked.features) else asked.nothing() for s in batch])
         except torch.OutOfMemoryError as error:
             raise TeacherError(
                 f"the teacher {self._identity.model!r} ran out of memory; make teacher.tokens_per_forward "
@@ -157,20 +158,20 @@ class HfTeacher:
                 yield _record(sequence, asked, found, vectors)
         elif batch:
             with self._rotary.texts([sequence.num_tokens for sequence in batch]):
-                found, vectors = score_separable(model, batch, asked, chunk)
+                found, of_each = score_separable(model, batch, asked, chunk)
             start = 0
-            for sequence in batch:
+            for sequence, vectors in zip(batch, of_each, strict=True):
                 end = start + len(sequence.positions_P)
-                of_sequence = {layer: vectors_PH[start:end] for layer, vectors_PH in vectors.items()}
-                yield _record(sequence, asked, found.positions(start, end), of_sequence)
+                yield _record(sequence, asked, None if found is None else found.positions(start, end), vectors)
                 start = end
 
 
-def _record(sequence: TokenSequence, asked: Asked, found: Found, vectors: LayerVectors) -> Distributions:
-    distributions = record_of(sequence, asked.selector.selection, found)
-    if not asked.features:
-        return distributions
-    return replace(distributions, features=features_from(asked.features, vectors.__getitem__))
+def _record(sequence: TokenSequence, asked: Asked, found: Found | None, vectors: Vectors) -> Distributions:
+    if found is None or not sequence.supervised_N.any():
+        distributions = no_positions(asked.selector.selection)
+    else:
+        distributions = record_of(sequence, asked.selector.selection, found)
+    return replace(distributions, features=stored(vectors, asked.features)) if asked.features else distributions
 
 
 def _context_length(model: PreTrainedModel) -> int:

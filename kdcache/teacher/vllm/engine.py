@@ -18,7 +18,7 @@ from kdcache.format.manifest import TeacherIdentity
 from kdcache.shown import first_line, get_logger
 from kdcache.teacher.checkpoint import folder_digest, resolved_revision, short_name, weights_digest
 from kdcache.teacher.engine_identity import vllm_options
-from kdcache.teacher.features import HiddenShape
+from kdcache.teacher.features import HiddenShape, shape_of_fields
 from kdcache.teacher.vllm.signatures import ADAPTER_PARTS, PUBLIC_PARTS, PUBLIC_SAMPLING, fault_of_parameters, faults_of
 
 # vLLM and torch read these when they are imported. By default vLLM prints about forty lines per engine, and still twenty at
@@ -158,9 +158,23 @@ def reason_of(error: Exception) -> str:
 
 
 def hidden_shape_of(llm: LLM) -> HiddenShape:
-    """The hidden states that the engine's model has."""
+    """The inner states that the engine's model has."""
     model_config = llm.llm_engine.model_config
-    return HiddenShape(model_config.get_total_num_hidden_layers(), model_config.get_hidden_size())
+    num_layers, size = model_config.get_total_num_hidden_layers(), model_config.get_hidden_size()
+    stated = shape_of_fields(model_config.hf_text_config.to_dict())
+    if stated is None or (stated.num_layers, stated.size) != (num_layers, size):
+        return HiddenShape(num_layers, size)
+    return stated
+
+
+def is_eager(llm: LLM) -> bool:
+    """Whether the engine runs the model's layers one by one, neither compiled nor in CUDA graphs."""
+    return bool(llm.llm_engine.vllm_config.model_config.enforce_eager)
+
+
+def num_tensor_ranks(llm: LLM) -> int:
+    """How many ranks share each layer."""
+    return int(llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size)
 
 
 def identity_of(config: TeacherConfig, llm: LLM) -> TeacherIdentity:

@@ -1,4 +1,5 @@
-"""What kdcache knows of vLLM's internals: with `signatures.py`, all there is to look at when a new release moves something.
+"""What kdcache knows of vLLM's internals: all there is to look at when a new release moves something, with `signatures.py`, and
+`layers.py` for states inside the model.
 
 Each of vLLM's two model runners has one method that sees a step's hidden states of the last
 pipeline stage, right after they are computed, in every step and on every tensor-parallel rank: the
@@ -6,8 +7,6 @@ one that computes prompt logprobs. We wrap it; what it does for other requests s
 imports vLLM at the top: it is handed the worker.
 
 - V1, `v1/worker/gpu_model_runner.py`: `GPUModelRunner._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)`.
-- Decoder layers of the model itself, for hidden states before the last: they give a tensor, or a pair whose sum the next layer
-  normalises; the first one takes the embeddings as `hidden_states`. One step proves this against the final norm.
 - V2, `v1/worker/gpu/`: `PromptLogprobsWorker.compute_prompt_logprobs(logits_fn, hidden_states, input_batch, ...)`, and
   `add_request`, which is how it learns of a request's sampling parameters.
 """
@@ -19,28 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from kdcache.teacher.features import find_decoder
 from kdcache.teacher.vllm.signatures import HOOKS_V1, HOOKS_V2, RUNNER_V1, fault_of_hook
-
-_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
-"""What models call the norm after their last layer."""
-
-
-class SeenLayers:
-    """What decoder layers gave in the current forward pass.
-
-    Attributes:
-        wanted: layers whose states are held. With none, the hooks cost nothing.
-        states: layer -> (tokens of the step or more, H). Copies, since the next layer overwrites a layer's own memory.
-        wants_normed: whether to hold the last layer's state after the final norm, too.
-        normed: the state after the final norm.
-    """
-
-    def __init__(self) -> None:
-        self.wanted: frozenset[int] = frozenset()
-        self.states: dict[int, Any] = {}
-        self.wants_normed = False
-        self.normed: Any = None
 
 
 class Span(NamedTuple):
@@ -198,56 +176,6 @@ def _fits(module: Any, weights: Any) -> bool:
         a is None or (a.shape[-1] == room_a.shape[-1] and b.shape[0] == room_b.shape[-2])
         for (a, b), (room_a, room_b) in zip(pairs, room, strict=False)
     )
-
-
-def watch_layers(worker: Any) -> SeenLayers | str:
-    """Watch the states of decoder layers from now on; or change nothing and give the reason."""
-    from vllm.distributed import get_pp_group
-
-    if get_pp_group().world_size > 1:
-        return (
-            "the layer may be on another pipeline stage than the output projection; with pipeline stages only layer -1 is seen"
-        )
-    if not worker.model_config.enforce_eager:
-        return (
-            "a compiled model, or one in CUDA graphs, does not show its layers; set teacher.engine_options.enforce_eager to "
-            "true, which is slower, or keep layer -1 only"
-        )
-    model = worker.model_runner.model
-    parent, layers = find_decoder(model, worker.model_config.get_total_num_hidden_layers()) or (None, ())
-    norm = next((getattr(parent, name) for name in _NORMS if hasattr(parent, name)), None)
-    if norm is None or "hidden_states" not in inspect.signature(layers[0].forward).parameters:
-        return f"the layers of {type(model).__name__} are not where kdcache looks for them; keep layer -1 only"
-    return _hooked(layers, norm)
-
-
-def _hooked(layers: Any, norm: Any) -> SeenLayers:
-    seen = SeenLayers()
-    signature = inspect.signature(layers[0].forward)
-
-    def before(_module: Any, args: Any, kwargs: Any) -> None:
-        if 0 in seen.wanted:
-            seen.states[0] = signature.bind(*args, **kwargs).arguments["hidden_states"].clone()
-
-    def after(layer: int, output: Any) -> None:
-        pair = output if isinstance(output, tuple) and len(output) == 2 and output[1] is not None else None
-        if layer in seen.wanted:
-            seen.states[layer] = pair[0] + pair[1] if pair else _only(output).clone()
-        if layer == len(layers) and seen.wants_normed:
-            normed = norm(pair[0].clone(), pair[1].clone()) if pair else norm(_only(output).clone())
-            seen.normed = _only(normed)
-
-    def hook_of(layer: int) -> Callable[..., None]:
-        return lambda _module, _args, output: after(layer, output)
-
-    layers[0].register_forward_pre_hook(before, with_kwargs=True)
-    for layer, module in enumerate(layers, start=1):
-        module.register_forward_hook(hook_of(layer))
-    return seen
-
-
-def _only(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def give_tokenizer(llm_engine: Any, tokenizer: Any) -> bool:

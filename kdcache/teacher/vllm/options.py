@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError
+from kdcache.teacher.vllm.layers import LAYERS
 
 POSITIONS_PER_REQUEST_STEP = 1024
 """The most positions of one sequence in one step: vLLM makes float32 logprobs [positions, vocab] for them, in memory that its
@@ -25,6 +26,9 @@ slow the projection down: at a vocabulary of 152k, chunks of 64 positions were 1
 chunks of 512."""
 
 
+LAYERED_WORKER = "kdcache.teacher.vllm.layered_worker.LayeredWorker"
+"""Its module imports vLLM, and vLLM imports it."""
+
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM can make room for."""
 
@@ -36,6 +40,7 @@ def engine_options(
     is_cpu: bool,
     extension: str | None = None,
     rank: int | None = None,
+    layers: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The keyword arguments of `vllm.LLM`; the user's engine_options have the last word.
 
@@ -45,6 +50,7 @@ def engine_options(
         is_cpu: whether the engine will run on CPUs.
         extension: the class that selects inside the engine's worker; None to use vLLM's own prompt logprobs.
         rank: of the adapter, at most 512; None without one.
+        layers: whose states a model that is compiled is to hand out.
 
     Raises:
         ConfigError: the user's engine_options ask for data parallelism, which a capture does itself.
@@ -79,7 +85,11 @@ def engine_options(
         options["long_prefill_token_threshold"] = min(POSITIONS_PER_REQUEST_STEP, int(max_positions))
     if is_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         options["kv_cache_memory_bytes"] = cpu_cache_bytes(model_fields, config.tokens_per_forward, max_positions)
-    return options | config.engine_options
+    options |= config.engine_options
+    if layers:
+        further: Any = config.engine_options.get("additional_config") or {}
+        options |= {"worker_cls": LAYERED_WORKER, "additional_config": {**further, LAYERS: list(layers)}}
+    return options
 
 
 def _refuse_data_parallel(config: TeacherConfig) -> None:

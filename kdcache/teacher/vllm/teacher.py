@@ -26,11 +26,23 @@ from kdcache.shown import get_logger
 from kdcache.teacher.base import check_selectable, check_sequences, no_positions, top_k_of
 from kdcache.teacher.batches import groups_of_tokens
 from kdcache.teacher.checkpoint import check_model_name
-from kdcache.teacher.features import HiddenShape, check_askable, layers_of, no_features, with_no_vectors
+from kdcache.teacher.features import (
+    HiddenShape,
+    Source,
+    bytes_per_position,
+    check_askable,
+    is_read,
+    no_features,
+    source_of,
+    with_no_vectors,
+)
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
 from kdcache.teacher.select.found import layout_of
 from kdcache.teacher.tokenizer import Tokenizer
-from kdcache.teacher.vllm import engine  # first: it quietens vLLM before that is imported
+from kdcache.teacher.vllm import (
+    engine,  # first: it quietens vLLM before that is imported
+    inner,
+)
 from kdcache.teacher.vllm.adapter import adapter_rank
 from kdcache.teacher.vllm.generate import Writer, check_read_whole, write_answers
 from kdcache.teacher.vllm.options import chunk_positions, engine_options, stored_dtype
@@ -140,7 +152,7 @@ class VllmTeacher:
         check_sequences(sequences, self._identity)
         check_askable(features, self._hidden_shape)
         self._show_layers(features)
-        return self._score_all(sequences, selection, AskedFeatures(features, self._hidden_shape.num_layers))
+        return self._score_all(sequences, selection, AskedFeatures(features))
 
     def generate(
         self, prompts: Sequence[Prompt], config: GenerateConfig, tokenizer: Tokenizer, observe: Observe = lambda _: None
@@ -161,9 +173,9 @@ class VllmTeacher:
             self._llm = None
             engine.clean_up()
 
-    def _start(self, extension: str | None) -> None:
+    def _start(self, extension: str | None, layers: Sequence[int] = ()) -> None:
         config, is_cpu, model_fields = self._config, engine.runs_on_cpu(), engine.model_fields(self._config)
-        options = engine_options(config, model_fields, is_cpu=is_cpu, extension=extension, rank=self._rank)
+        options = engine_options(config, model_fields, is_cpu=is_cpu, extension=extension, rank=self._rank, layers=layers)
         # Before the engine binds its threads: measuring would unbind them.
         warn_if_emulated(config.dtype if config.dtype != "auto" else stored_dtype(model_fields), "cpu" if is_cpu else "cuda")
         self._eager_python = is_cpu and bool(options["enforce_eager"])
@@ -172,7 +184,8 @@ class VllmTeacher:
         if config.adapter is not None:
             self._put_on(config.adapter)
         self._hidden_shape = engine.hidden_shape_of(self._llm)
-        self._shows_layers = False
+        self._shown: frozenset[Source] = frozenset()
+        self._handed = tuple(layers)
         self._chunk = chunk_positions(config, self._identity.vocab_size, is_cpu=is_cpu)
 
     def _put_on(self, adapter: str) -> None:
@@ -247,25 +260,38 @@ class VllmTeacher:
         return probe_texts(self._identity.vocab_size, self._identity.context_length)
 
     def _show_layers(self, features: Sequence[FeatureInfo]) -> None:
-        """Have the worker watch layers before the last, if any is asked for, and prove it once.
+        """Have the worker show states inside the model, if any are asked for, and prove them once.
 
         Raises:
             ConfigError: it cannot.
         """
-        last = self._hidden_shape.num_layers
-        inner = next((feature for feature in features if feature.layer < last), None)
-        if inner is None or self._shows_layers:
+        wanted = [feature for feature in inner.inner_features(features) if source_of(feature) not in self._shown]
+        if not wanted:
             return
-        problems = [problem for problem in self._call_workers("kdcache_watch") if problem]
-        if not problems:
-            selection, proof = SelectionInfo(kind="top_k", params={"k": 1}), AskedFeatures([inner], last, proves=True)
-            try:
-                list(self._score_in_worker(self._probe()[:1], selection, proof))
-            except TeacherError as error:
-                problems = [str(error)]
-        if problems:
-            raise ConfigError(f"features: vLLM cannot give {inner.name!r}, of layer {inner.layer}: {problems[0]}")
-        self._shows_layers = True
+        sources, is_eager = frozenset(map(source_of, wanted)), engine.is_eager(self._engine)
+        problem = inner.refusal(sources, is_eager=is_eager, num_ranks=engine.num_tensor_ranks(self._engine))
+        if problem is None and not is_eager:
+            self._hand_out(inner.layers_to_hand_out(sources, self._hidden_shape.num_layers))
+        problem = problem or next(filter(None, self._call_workers("kdcache_watch")), None)
+        problem = problem or inner.prove(wanted, self._probe_features, is_eager=is_eager)
+        if problem is not None:
+            raise ConfigError(f"features: vLLM cannot give {wanted[0].name!r}: {problem}")
+        self._shown |= sources
+
+    def _hand_out(self, layers: set[int]) -> None:
+        """Start the engine again with a model that hands out these layers, too, unless it does already."""
+        if layers <= set(self._handed):
+            return
+        if "worker_cls" in self._config.engine_options:
+            raise ConfigError(f"features: engine_options has a worker_cls of its own; leave it out, or {inner.EAGER}")
+        log.info("starting the engine again: a compiled model must know at its start that it shows its layers")
+        self.close()
+        self._start(EXTENSION, sorted(layers | set(self._handed)))
+        if problem := next(filter(None, self._call_workers("kdcache_install")), None):
+            raise TeacherError(f"the teacher {self._config.model!r} cannot be captured inside vLLM's worker: {problem}")
+
+    def _probe_features(self, asked: AskedFeatures) -> Iterator[Distributions]:
+        return self._score_in_worker(self._probe(), SelectionInfo(kind="top_k", params={"k": 1}), asked)
 
     def _score_all(
         self, sequences: Sequence[TokenSequence], selection: SelectionInfo, asked: AskedFeatures
@@ -281,13 +307,13 @@ class VllmTeacher:
             return PUBLIC_STEPS_PER_GROUP
         per_position = layout_of(selection, self._identity.vocab_size).bytes_per_position
         # In the worker's buffer, and once more on the way.
-        per_position += 4 * self._hidden_shape.size * len(layers_of(asked.features))
+        per_position += bytes_per_position(asked.features)
         return max(1, min(WORKER_STEPS_PER_GROUP, WORKER_GROUP_BYTES // (per_position * self._config.tokens_per_forward)))
 
     def _score_in_worker(
         self, group: Sequence[TokenSequence], selection: SelectionInfo, features: AskedFeatures = NOTHING
     ) -> Iterator[Distributions]:
-        asked = [sequence for sequence in group if sequence.supervised_N.any()]
+        asked = [sequence for sequence in group if is_read(sequence, features.features)]
         if not asked:
             return (with_no_vectors(no_positions(selection), features.features) for _ in group)
         num_positions = sum(len(sequence.positions_P) for sequence in asked)
@@ -299,7 +325,9 @@ class VllmTeacher:
         if wanted is None:
             return read_buffer(group, selection, buffer)
         answers = zip(group, read_buffer(group, selection, buffer), strict=True)
-        return with_features(answers, features.features, self._fetch("kdcache_features"))
+        problem, *packed = self._fetch("kdcache_features")
+        self._raise_for(problem)
+        return with_features(answers, features.features, packed)
 
     def _fetch(self, method: str) -> list[Any]:
         """What the one worker says whose answer counts."""

@@ -17,42 +17,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.errors import TeacherError
+from kdcache.format.feature_positions import feature_positions, num_vectors
 from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.teacher.base import no_positions
-from kdcache.teacher.features import no_vectors, pooled
+from kdcache.teacher.features import is_read, no_vectors, pooled
 from kdcache.teacher.select.found import Found, Layout, Selected, record_of
 
 NOT_SUPERVISED = -2
 """In a request's target ids: the position is not wanted. NO_TARGET: it is, but nothing follows."""
 
-START, TARGET_IDS, KEY = "kdcache_start", "kdcache_target_ids", "kdcache_key"
+START, TARGET_IDS, KEY, INDEX = "kdcache_start", "kdcache_target_ids", "kdcache_key", "kdcache_index"
 """Keys of a request's extra arguments."""
 
 
 def pack_requests(sequences: Sequence[TokenSequence]) -> list[dict[str, Any]]:
     """The extra arguments of each sequence's request."""
     packed, start = [], 0
-    for sequence in sequences:
+    for index, sequence in enumerate(sequences):
         target_ids_N = np.full(sequence.num_tokens, NOT_SUPERVISED, np.int32)
         target_ids_N[sequence.supervised_N] = sequence.target_ids_P
-        packed.append({START: start, TARGET_IDS: target_ids_N.tobytes(), KEY: sequence.key})
+        packed.append({START: start, TARGET_IDS: target_ids_N.tobytes(), KEY: sequence.key, INDEX: index})
         start += len(sequence.positions_P)
     return packed
 
 
 class Wanted(NamedTuple):
-    """One request: its positions' indices in the group, their target ids, and the key that its draws follow from."""
+    """One request: its positions' indices in the group, their target ids, the key that its draws follow from, and which one
+    of the group it is."""
 
     group_index_N: NDArray[np.int64]
     target_ids_N: NDArray[np.int32]
     key: bytes
+    which: int
+
+    @property
+    def supervised_N(self) -> NDArray[np.bool_]:
+        """The sequence's mask."""
+        return self.target_ids_N != NOT_SUPERVISED
 
 
 def unpack_request(extra_args: Mapping[str, Any]) -> Wanted:
     """Inverse of `pack_requests`, in the worker. group_index_N has a meaning at wanted positions only."""
     target_ids_N = np.frombuffer(extra_args[TARGET_IDS], np.int32)
-    return Wanted(int(extra_args[START]) + np.cumsum(target_ids_N != NOT_SUPERVISED) - 1, target_ids_N, extra_args[KEY])
+    group_index_N = int(extra_args[START]) + np.cumsum(target_ids_N != NOT_SUPERVISED) - 1
+    return Wanted(group_index_N, target_ids_N, extra_args[KEY], int(extra_args[INDEX]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,45 +141,49 @@ def read_buffer(sequences: Sequence[TokenSequence], selection: SelectionInfo, pa
 
 
 Packed = tuple[str, bytes]
-"""A NumPy dtype's name and the bytes of (vectors, H); `uint16` for the bits of bfloat16."""
+"""A NumPy dtype's name and the bytes of (vectors, W); `uint16` for the bits of bfloat16."""
 
 
 @dataclass(frozen=True)
 class AskedFeatures:
-    """The hidden states that are wanted of a group.
+    """The states that are wanted of a group.
 
     Attributes:
         features: which ones.
-        num_layers: of the model, which is the index of its last layer.
         proves: whether the worker is to prove, in each step, that it sees the layers correctly.
+        directly: whether a compiled model is to run its layers one by one, so that hooks see them.
     """
 
     features: Sequence[FeatureInfo] = ()
-    num_layers: int = 0
     proves: bool = False
+    directly: bool = False
 
 
 NOTHING = AskedFeatures()
 
 
 def pack_asked(asked: AskedFeatures, sequences: Sequence[TokenSequence]) -> dict[str, Any] | None:
-    """What the worker is told: the features, and where each sequence's positions start and end in the group; None for none."""
+    """What the worker is told: the features, and of each where every sequence's vectors start and end; None for none."""
     if not asked.features:
         return None
-    bounds = np.cumsum([0, *(len(sequence.positions_P) for sequence in sequences)])
     return {
         "features": [msgspec.to_builtins(feature) for feature in asked.features],
-        "bounds": bounds.tolist(),
-        "num_layers": asked.num_layers,
+        "bounds": [bounds_of(feature, sequences).tolist() for feature in asked.features],
         "proves": asked.proves,
+        "directly": asked.directly,
     }
 
 
-def pack_feature(feature: FeatureInfo, vectors_PH: NDArray[Any], bounds: Sequence[int]) -> Packed:
+def bounds_of(feature: FeatureInfo, sequences: Sequence[TokenSequence]) -> NDArray[np.int64]:
+    """(sequences + 1,) where each sequence's vectors start and end among those of the group, before they are pooled."""
+    return np.cumsum([0, *(len(feature_positions(feature, sequence.supervised_N)) for sequence in sequences)], dtype=np.int64)
+
+
+def pack_feature(feature: FeatureInfo, vectors_FW: NDArray[Any], bounds: Sequence[int]) -> Packed:
     """The vectors of a group's positions; of a pooled feature one float32 vector per sequence."""
     if feature.pooling == "none":
-        return vectors_PH.dtype.name, vectors_PH.tobytes()
-    parts = [pooled(as_float32(vectors_PH[start:end]), feature.pooling) for start, end in pairwise(bounds)]
+        return vectors_FW.dtype.name, vectors_FW.tobytes()
+    parts = [pooled(as_float32(vectors_FW[start:end]), feature.pooling) for start, end in pairwise(bounds)]
     return "float32", np.concatenate(parts).tobytes()
 
 
@@ -187,16 +200,15 @@ def with_features(
     """Add their features to the answers of a group.
 
     Args:
-        answers: sequences in order, including those without supervised positions, which the worker has never seen.
+        answers: sequences in order, including those that the worker has never seen, since nothing is wanted of them.
         features: those that were asked for.
         packed: one for each feature, see `GroupFeatures.pack`.
     """
-    arrays = [np.frombuffer(data, name).reshape(-1, f.size) for f, (name, data) in zip(features, packed, strict=True)]
+    arrays = [np.frombuffer(data, name).reshape(-1, f.full_size) for f, (name, data) in zip(features, packed, strict=True)]
     starts = [0] * len(features)
     for sequence, distributions in answers:
-        num_positions = len(sequence.positions_P)
         values = no_vectors(features)
-        for index, feature in enumerate(features if num_positions else ()):
-            end = starts[index] + feature.num_vectors(num_positions)
+        for index, feature in enumerate(features if is_read(sequence, features) else ()):
+            end = starts[index] + num_vectors(feature, sequence.supervised_N)
             values[feature.name], starts[index] = as_float32(arrays[index][starts[index] : end]), end
         yield replace(distributions, features=values)

@@ -26,8 +26,9 @@ from kdcache.teacher.select.found import Layout
 from kdcache.teacher.select.torch_selector import Selector
 from kdcache.teacher.select.uniforms import position_states
 from kdcache.teacher.vllm import internals
+from kdcache.teacher.vllm.layers import SeenLayers, watch_layers
 from kdcache.teacher.vllm.wire import NOT_SUPERVISED, TARGET_IDS, Buffer, unpack_request
-from kdcache.teacher.vllm.worker_features import GroupFeatures, take_at
+from kdcache.teacher.vllm.worker_features import GroupFeatures
 
 log = get_logger(__name__)
 
@@ -61,7 +62,7 @@ class CaptureExtension:
         capture = self.kdcache_capture
         if capture is None or capture.seen is not None:
             return None
-        seen = internals.watch_layers(self)
+        seen = watch_layers(self)
         if isinstance(seen, str):
             return seen
         capture.seen = seen
@@ -109,11 +110,10 @@ class _LeftError(RuntimeError):
 
 
 class _Pending(NamedTuple):
-    """What was kept of some positions, on the device or on its way to the host; `found` is empty for hidden states alone."""
+    """What was kept of some positions, on the device or on its way to the host."""
 
     group_index_C: NDArray[np.int64]
     found: tuple[Tensor, ...]
-    states: dict[int, Tensor]
 
 
 class Capture:
@@ -131,7 +131,7 @@ class Capture:
         self._keeps = keeps
         self._alone = alone
         self._tried: tuple[int, Selector | None] | None = None
-        self.seen: internals.SeenLayers | None = None
+        self.seen: SeenLayers | None = None
         self._features: GroupFeatures | None = None
         self._buffer: Buffer | None = None
         self._selector: Selector | None = None
@@ -185,11 +185,12 @@ class Capture:
         buffer, self._buffer = self._buffer, None
         if buffer is None or not self._keeps:
             return None
-        if self._pending:
-            torch.accelerator.synchronize()
-        _write(buffer, self._features, self._pending)
+        if self._pending or self._features is not None:
+            _synchronize()
+        _write(buffer, self._pending)
         self._pending = []
         if self._features is not None:
+            self._features.settle()
             self._features.unwatch()
         return [self._error, *buffer.pack()]
 
@@ -211,11 +212,12 @@ class Capture:
             self._error = self._error or f"{type(error).__name__}: {first_line(error)}"
 
     def _select(self, hidden: Tensor, spans: Iterable[Any]) -> None:
+        spans = list(spans)
+        self._take(hidden, spans)
         wanted = wanted_positions(spans, None if self._selector is None else self._selector.seed)
         num_positions = len(wanted.step_index_P)
         if num_positions == 0:
             return
-        states = self._states(hidden)
         # Chunks of equal size: a small last one would cost the projection as much as a whole one.
         for here_C in np.array_split(np.arange(num_positions), -(-num_positions // self._chunk)):
             chunk = WantedPositions(*(array_P[here_C[0] : here_C[-1] + 1] for array_P in wanted))
@@ -226,7 +228,7 @@ class Capture:
                     raise
                 self._leave(error)
             if self._keeps and self._selector is not None and logits_CV is not None and self._error is None:
-                self._keep(self._selector, logits_CV, chunk, states)
+                self._keep(self._selector, logits_CV, chunk)
             del logits_CV  # before the next chunk's are made: one at a time
         self._send()
 
@@ -242,26 +244,24 @@ class Capture:
             raise _LeftError(f"{type(error).__name__}: {first_line(error)}") from error
         raise SystemExit(1) from error
 
-    def _states(self, hidden: Tensor) -> dict[int, Tensor]:
-        """The states of the wanted layers in this step."""
+    def _take(self, hidden: Tensor, spans: list[Any]) -> None:
+        """Take the inner states of the step's wanted positions."""
         if self._features is None or not self._keeps:
-            return {}
+            return
         try:
-            return self._features.states_of(hidden)
+            self._features.take(hidden, spans, self._chunk)
         except Exception as error:  # not raised, as in `_keep`
             self._error = self._error or f"{type(error).__name__}: {first_line(error)}"
-            return {}
 
-    def _keep(self, selector: Selector, logits_CV: Tensor, chunk: WantedPositions, states: dict[int, Tensor]) -> None:
+    def _keep(self, selector: Selector, logits_CV: Tensor, chunk: WantedPositions) -> None:
         try:
             given = (torch.from_numpy(x).to(logits_CV.device, non_blocking=True) for x in (chunk.target_ids_P, chunk.states_P))
             found = selector.select(logits_CV, *given)
-            taken = take_at(states, chunk.step_index_P)
         except Exception as error:
             # Not raised: the other ranks move on to the next chunk's projection, and would wait for this one forever.
             self._error = f"{type(error).__name__}: {first_line(error)}"
             return
-        self._arrived.append(_Pending(chunk.group_index_P, tuple(found), taken))
+        self._arrived.append(_Pending(chunk.group_index_P, tuple(found)))
         if _is_on_host(logits_CV):
             self._send()
 
@@ -275,12 +275,10 @@ class Capture:
         if not arrived or self._buffer is None:
             return
         if all(map(_is_on_host, arrived[0].found)):
-            _write(self._buffer, self._features, arrived)
+            _write(self._buffer, arrived)
             return
         found = (torch.cat(parts).to("cpu", non_blocking=True) for parts in zip(*(each.found for each in arrived), strict=True))
-        self._pending.append(_Pending(np.concatenate([each.group_index_C for each in arrived]), tuple(found), {}))
-        # Hidden states are copied with their chunk: those of a whole step would take as much of the device again.
-        self._pending += [_Pending(each.group_index_C, (), each.states) for each in arrived if each.states]
+        self._pending.append(_Pending(np.concatenate([each.group_index_C for each in arrived]), tuple(found)))
 
 
 class WantedPositions(NamedTuple):
@@ -331,12 +329,15 @@ def _is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _write(buffer: Buffer, features: GroupFeatures | None, pending: Iterable[_Pending]) -> None:
-    for group_index_C, found, states in pending:
-        if found:
-            buffer.write(group_index_C, [tensor.numpy() for tensor in found])
-        if features is not None:
-            features.write(group_index_C, states)
+def _write(buffer: Buffer, pending: Iterable[_Pending]) -> None:
+    for group_index_C, found in pending:
+        buffer.write(group_index_C, [tensor.numpy() for tensor in found])
+
+
+def _synchronize() -> None:
+    """Wait for the device, where there is one: what is on its way to the host has then arrived."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def keep_freed_memory() -> bool:
