@@ -69,11 +69,14 @@ if TYPE_CHECKING:
     from kdcache.format.manifest import Manifest as Manifest
     from kdcache.format.manifest import PlanInfo as PlanInfo
     from kdcache.format.manifest import ShardInfo as ShardInfo
+    from kdcache.format.manifest import SidecarInfo as SidecarInfo
     from kdcache.format.manifest import SkippedSequence as SkippedSequence
+    from kdcache.format.manifest import TensorInfo as TensorInfo
     from kdcache.format.manifest import UnitAccount as UnitAccount
     from kdcache.format.record import Distributions as Distributions
     from kdcache.format.record import SequenceRecord as SequenceRecord
     from kdcache.format.record import TokenSequence as TokenSequence
+    from kdcache.format.sidecar import SidecarFile as SidecarFile
     from kdcache.format.soft_targets import SoftTargets as SoftTargets
     from kdcache.inputs.left_out import LeftOut as LeftOut
     from kdcache.kernels.divergences import Divergence as Divergence
@@ -168,6 +171,8 @@ _EXPORTS = {
     "ServerConfig": "kdcache.config.server:ServerConfig",
     "ShardConfig": "kdcache.config.capture:ShardConfig",
     "ShardInfo": "kdcache.format.manifest:ShardInfo",
+    "SidecarFile": "kdcache.format.sidecar:SidecarFile",
+    "SidecarInfo": "kdcache.format.sidecar_claims:SidecarInfo",
     "SkippedSequence": "kdcache.format.manifest:SkippedSequence",
     "SoftTargets": "kdcache.format.soft_targets:SoftTargets",
     "SparseKD": "kdcache.loss.modules:SparseKD",
@@ -182,6 +187,7 @@ _EXPORTS = {
     "TermConfig": "kdcache.config.terms:TermConfig",
     "Varying": "kdcache.config.terms:Varying",
     "WeightSchedule": "kdcache.config.terms:WeightSchedule",
+    "TensorInfo": "kdcache.format.sidecar_claims:TensorInfo",
     "TokenSequence": "kdcache.format.record:TokenSequence",
     "TokenizerIdentity": "kdcache.format.identity:TokenizerIdentity",
     "TorchBatch": "kdcache.loader.torch_batches:TorchBatch",

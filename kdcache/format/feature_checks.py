@@ -60,7 +60,8 @@ def _check_numbers(values: NDArray[Any], feature: FeatureInfo, num_vectors: int)
 def _check_attention(
     values_FH: NDArray[np.float32], distances_FH: NDArray[Any], feature: FeatureInfo, positions_F: NDArray[np.int64]
 ) -> None:
-    name, shape = repr(feature.name), (len(values_FH), feature.num_heads or 1, -1)
+    num_heads = feature.num_heads or 1
+    name, shape = repr(feature.name), (len(values_FH), num_heads, feature.size // num_heads)
     if distances_FH.shape != values_FH.shape or distances_FH.dtype != np.int32:
         raise FormatError(f"feature {name} has distances of {distances_FH.dtype} {distances_FH.shape}, expected int32 like it")
     heads = values_FH.reshape(shape)

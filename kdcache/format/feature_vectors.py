@@ -93,7 +93,7 @@ class FeatureVectors(Generic[ArrayT]):
         if self.info.num_heads is None or self.info.projection is not None:
             raise LossError(f"feature {self.info.name!r} of kind {self.info.kind!r} has no heads to tell apart")
         values: Any = self.float32()
-        return values.reshape(len(values), self.info.num_heads, -1)
+        return values.reshape(len(values), self.info.num_heads, self.info.size // self.info.num_heads)
 
     def tails(self) -> ArrayT:
         """(F, heads) float32: the probability that each head gives to keys that are not kept; of `attention` alone."""

@@ -225,6 +225,18 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def unfitted(identity: Identity) -> Identity:
+    """The identity without what was fitted to a sample of the input: of two captures that are the same, one's fit counts."""
+    return msgspec.structs.replace(identity, features=tuple(map(_unfitted, identity.features)))
+
+
+def _unfitted(feature: FeatureInfo) -> FeatureInfo:
+    projection = feature.projection
+    if projection is not None:
+        projection = msgspec.structs.replace(projection, dropped=None, digest=None)
+    return msgspec.structs.replace(feature, scale_digest=None, projection=projection)
+
+
 def _with_named_features(identity: dict[str, Any]) -> dict[str, Any]:
     """The features by their names, so that a difference names one; their order apart."""
     features = {feature["name"]: feature for feature in identity["features"]}

@@ -26,6 +26,8 @@ from kdcache.format.identity import SelectionInfo as SelectionInfo
 from kdcache.format.identity import TeacherIdentity as TeacherIdentity
 from kdcache.format.identity import TokenizerIdentity as TokenizerIdentity
 from kdcache.format.manifest_checks import check_depth, check_manifest, check_shard_values
+from kdcache.format.sidecar_claims import SidecarInfo as SidecarInfo
+from kdcache.format.sidecar_claims import TensorInfo as TensorInfo
 
 _T = TypeVar("_T")
 
@@ -175,6 +177,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         config: the resolved capture config, for people; not compared.
         shards: ordered by unit, at most one per unit.
         lineage: of which caches this one was made, and how; absent where a teacher was asked.
+        sidecars: files of tensors that belong to the cache; absent in caches from before format 1.3.
     """
 
     format: str = FORMAT_NAME
@@ -189,6 +192,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     shards: tuple[ShardInfo, ...] = ()
     index: IndexInfo | None = None
     lineage: LineageInfo | msgspec.UnsetType = msgspec.UNSET
+    sidecars: tuple[SidecarInfo, ...] = ()
 
     @cached_property
     def digest(self) -> str:

@@ -16,6 +16,7 @@ from kdcache.errors import FormatError
 from kdcache.format.feature_claims import check_feature_claims
 from kdcache.format.ranges import check_finite, check_range
 from kdcache.format.selection import SELECTION_KINDS, check_selection
+from kdcache.format.sidecar_claims import check_sidecar_claims
 
 if TYPE_CHECKING:
     from kdcache.format.identity import FeatureInfo, Identity, SelectionInfo, TokenizerIdentity
@@ -55,6 +56,7 @@ def check_manifest(manifest: Manifest) -> None:
     check_range("number", manifest.number, MAX_COUNT)
     check_range("plan.num_units", manifest.plan.num_units, MAX_UNITS)
     _check_identity(manifest.identity)
+    check_sidecar_claims(manifest.sidecars, manifest.identity.features)
     if not isinstance(manifest.lineage, msgspec.UnsetType):
         _check_lineage(manifest.lineage)
     for shard in manifest.shards:

@@ -18,9 +18,12 @@ DATA, JOURNAL, MANIFESTS, INDEX, TMP = "data", "journal", "manifests", "index", 
 DIRECTORIES = (DATA, JOURNAL, MANIFESTS, INDEX, TMP)
 FAILED = "failed"
 DAMAGED = "damaged"
+SIDECARS = "sidecars"
+"""Made when the first sidecar is written; most caches have none."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARD = re.compile(r"data/[0-9]{6,}-[0-9a-f]{16}\.arrow")
+_SIDECAR = re.compile(r"sidecars/[0-9a-f]{16}\.safetensors")
 _INDEX = re.compile(r"index/[0-9a-f]{16}\.arrow")
 _MANIFEST = re.compile(r"([0-9]{6,})\.json")
 _JOURNAL = _FAILED = re.compile(r"([0-9]{6,})-([0-9a-f]{16})\.json")
@@ -44,6 +47,11 @@ def failed_name(unit: int, sha256: str) -> str:
 def index_name(sha256: str) -> str:
     """Where an index of sequences lives, named by content."""
     return f"{INDEX}/{sha256[:16]}.arrow"
+
+
+def sidecar_name(sha256: str) -> str:
+    """Where a sidecar lives, named by content."""
+    return f"{SIDECARS}/{sha256[:16]}.safetensors"
 
 
 def manifest_name(number: int) -> str:
@@ -70,12 +78,13 @@ def parse_failed_name(base_name: str) -> int | None:
 
 
 def is_own_name(name: str) -> bool:
-    """Whether a file could be a shard, a record of the journal or of a failure, or an index of ours: a sweep leaves others."""
+    """Whether a file could be a shard, a record of the journal or of a failure, an index or a sidecar of ours: a sweep leaves
+    others."""
     directory, _, base_name = name.partition("/")
     is_record = (directory == JOURNAL and parse_journal_name(base_name) is not None) or (
         directory == FAILED and parse_failed_name(base_name) is not None
     )
-    return is_shard_name(name) or is_index_name(name) or is_record
+    return is_shard_name(name) or is_index_name(name) or is_sidecar_name(name) or is_record
 
 
 def is_sha256(text: str) -> bool:
@@ -91,3 +100,8 @@ def is_shard_name(name: str) -> bool:
 def is_index_name(name: str) -> bool:
     """Whether a name from a manifest is one that `index_name` gives."""
     return _INDEX.fullmatch(name) is not None
+
+
+def is_sidecar_name(name: str) -> bool:
+    """Whether a name is one that `sidecar_name` gives."""
+    return _SIDECAR.fullmatch(name) is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,10 @@ class Reader(Protocol):
 
     def encoded(self, index: int, /) -> SequenceRecord | EncodedRecord:
         """Read a sequence, without decoding its entries where that is possible."""
+        ...
+
+    def sidecar(self, name: str, /) -> dict[str, NDArray[Any]]:
+        """The arrays of one of the cache's sidecars, bfloat16 as its bits; ConfigError where it has none of this name."""
         ...
 
     def mapped(self, indices: NDArray[np.int64], /) -> MappedSequences | None:

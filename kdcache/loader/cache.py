@@ -8,15 +8,20 @@ from functools import cached_property
 from operator import index as as_index
 from os import PathLike, fspath
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kdcache.codec.features.constants import read_constants
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import ConfigError
+from kdcache.format.feature_vectors import FeatureVectors
 from kdcache.format.manifest import Manifest
 from kdcache.format.record import SequenceRecord
 from kdcache.loader.base import Reader
+from kdcache.loader.batches.buffers import BufferPool
+from kdcache.loader.batches.features import AskedFeature, find_features, gathered
 from kdcache.store.reader import open_reader
 
 Columns = Mapping[str, NDArray[np.generic]]
@@ -191,6 +196,29 @@ class Cache:
         units = np.array([shard.unit for shard in self.manifest.shards], np.int64)
         unit_S = units[np.searchsorted(ends, indices_S, "right")]
         return {"num_tokens": self.num_tokens_S, "num_positions": self.num_positions_S, "unit": unit_S, "index": indices_S}
+
+    def sidecar(self, name: str) -> dict[str, NDArray[Any]]:
+        """The arrays of one of the cache's sidecars (`manifest.sidecars` lists them), read and checked on every call.
+
+        bfloat16 comes as its bits, uint16; `kdcache.loader.torch_batches.sidecar_tensors` gives tensors.
+
+        Raises:
+            ConfigError: the cache has none of this name. CorruptCacheError: it is missing or damaged.
+        """
+        return self.reader.sidecar(name)
+
+    def pooled_features(self, name: str) -> FeatureVectors[NDArray[Any]]:
+        """A pooled feature of all sequences, as it is stored, in the order of the cache: slots_F counts from 0.
+
+        Raises:
+            ConfigError: the cache has no such feature, or it is not pooled. CorruptCacheError: as `cache[i]`.
+        """
+        (feature,) = find_features([self.manifest], [name])
+        if feature.pooling == "none":
+            raise ConfigError(f"feature {name!r} has a vector for each position; only a pooled one has one for each sequence")
+        records = [self.reader.encoded(self._in_snapshot(index)) for index in range(len(self))]
+        asked = AskedFeature(feature, read_constants(feature, self.sidecar))
+        return gathered(asked, records, [None] * len(records), range(len(records)), BufferPool(0))
 
     def sources(self) -> list[str]:
         """Where each sequence came from, in the cache's words; reads each sequence."""

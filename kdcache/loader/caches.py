@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
+from kdcache.codec.features.constants import read_constants
 from kdcache.errors import ConfigError, CorruptCacheError, MismatchError
 from kdcache.format.manifest import Manifest
 from kdcache.loader.base import Reader
@@ -56,7 +57,7 @@ class CacheSet:
             self.caches = [self._opened(cache) for cache in several]
             manifests = [cache.manifest for cache in self.caches]
             check_together(manifests)
-            self.features = tuple(map(AskedFeature, find_features(manifests, features))) if features else ()
+            self.features = self._asked(manifests, features) if features else ()
             self.logprob_dtype = np.dtype(logprob_dtype)
             check_logprobs(manifests, self.logprob_dtype)
         except BaseException:
@@ -108,6 +109,11 @@ class CacheSet:
         """Close what was opened here."""
         for cache in self._own:
             cache.close()
+
+    def _asked(self, manifests: Sequence[Manifest], names: Sequence[str]) -> tuple[AskedFeature, ...]:
+        found = find_features(manifests, names)  # alike in all caches, so that the first one's constants are those of all
+        sidecar = self.caches[0].sidecar
+        return tuple(AskedFeature(feature, read_constants(feature, sidecar)) for feature in found)
 
     def _opened(self, cache: CacheLike | Reader) -> Cache:
         if isinstance(cache, (str, PathLike)):

@@ -17,6 +17,7 @@ from kdcache.errors import StateError
 from kdcache.format.feature_vectors import FeatureVectors
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.loader.batches.batch import ARRAYS, OPTIONAL, SCALARS, Batch, brief
+from kdcache.loader.cache import Cache
 from kdcache.loader.loader import Loader
 
 
@@ -89,6 +90,16 @@ def _tensors(batch: Batch | TorchBatch, function: Callable[[Any], Tensor]) -> di
     if batch.features is not None:
         made["features"] = {name: vectors.map(function) for name, vectors in batch.features.items()}
     return made
+
+
+def sidecar_tensors(cache: Cache, name: str) -> dict[str, Tensor]:
+    """The arrays of one of a cache's sidecars as tensors, bfloat16 as torch's; raises as `Cache.sidecar`."""
+    info = next((sidecar for sidecar in cache.manifest.sidecars if sidecar.name == name), None)
+    arrays = cache.sidecar(name)
+    dtypes = {} if info is None else {key: tensor.dtype for key, tensor in info.tensors.items()}
+    # Copied: what was read is not to be written.
+    tensors = {key: torch.from_numpy(array.copy()) for key, array in arrays.items()}
+    return {key: tensor.view(torch.bfloat16) if dtypes.get(key) == "BF16" else tensor for key, tensor in tensors.items()}
 
 
 class TorchLoader(IterableDataset[TorchBatch]):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
 from kdcache.codec.base import Codec
+from kdcache.codec.features.constants import FeatureConstants
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import CorruptCacheError, KdcacheError, MismatchError, UnsupportedVersionError
 from kdcache.format import paths
@@ -32,6 +33,7 @@ from kdcache.store.records.mapped import MAPPED_SEQUENCE, MappedSequences, Seque
 from kdcache.store.remote.look_ahead import LookAhead
 from kdcache.store.remote.remote_read import RemoteFile
 from kdcache.store.shard_checks import check_shard, open_shard
+from kdcache.store.sidecars import find_sidecar, read_sidecar, sidecar_constants
 
 OPEN_BATCHES = 256
 """Record batches kept open per reader: views of memory maps and one byte per token, about 16 KiB each."""
@@ -81,6 +83,7 @@ class CacheReader:
         self._keys_S = _keys(table.column("key"))
         self._keys_address: int = self._keys_S.__array_interface__["data"][0]
         self._format: SequenceFormat | None = None
+        self._constants: dict[str, FeatureConstants] | None = None
         self._shards = {shard.unit: shard for shard in manifest.shards}
         self._files: dict[int, tuple[pa.RecordBatchFileReader | RemoteFile, ShardMetadata]] = {}
         self._batches: OrderedDict[tuple[int, int], BatchReader] = OrderedDict()
@@ -223,6 +226,20 @@ class CacheReader:
                     self._batches.move_to_end(key)
         return [self.record_batch(*key) if reader is None else reader for key, reader in found]
 
+    def sidecar(self, name: str) -> dict[str, NDArray[Any]]:
+        """The arrays of one of the cache's sidecars, read and checked; bfloat16 as its bits, uint16.
+
+        Raises:
+            ConfigError: the cache has none of this name. CorruptCacheError: it is missing or damaged.
+        """
+        return read_sidecar(self.root, find_sidecar(self.manifest, name, str(self.root)))
+
+    def constants(self) -> dict[str, FeatureConstants]:
+        """What the stored numbers of the features refer to; read from the sidecars when it is first asked for."""
+        if self._constants is None:
+            self._constants = sidecar_constants(self.root, self.manifest)
+        return self._constants
+
     def num_record_batches(self, unit: int) -> int:
         """How many record batches a unit's shard has."""
         return self._file(unit)[0].num_record_batches
@@ -279,7 +296,7 @@ class CacheReader:
             batch = file.get_batch(index)
         except (pa.ArrowException, OSError, IndexError, ValueError) as error:
             raise CorruptCacheError(f"{self.root / where}: {error}") from error
-        return BatchReader(batch, metadata, self._codec, str(self.root / where))
+        return BatchReader(batch, metadata, self._codec, str(self.root / where), self.constants)
 
     def _forget(self, index: int) -> None:
         """Close a sequence's record batch and shard, and drop what is kept of them."""

@@ -18,11 +18,13 @@ from kdcache.config.remote import RemoteConfig
 from kdcache.errors import CacheNotFoundError, CorruptCacheError, StorageError
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo
+from kdcache.format.sidecar_claims import needed_sidecars
 from kdcache.store import chain
 from kdcache.store.files import fs
 from kdcache.store.files.disk_errors import is_damage, reason_of
 from kdcache.store.files.location import Location, locate
 from kdcache.store.index import publish_index_without, snapshot_index
+from kdcache.store.sidecars import read_sidecar
 from kdcache.store.writing.writer import CacheWriter
 
 MAX_TRIES = 20
@@ -37,7 +39,7 @@ class Damage:
     """One file that is to be taken out of a cache, or was.
 
     Attributes:
-        unit: index in the plan of the unit whose shard it is; None for a manifest or a journal record.
+        unit: index in the plan of the unit whose shard it is; None for a manifest, a journal record or a sidecar.
         name: of the file, inside the cache.
         reason: what is wrong with it, in words.
     """
@@ -53,7 +55,7 @@ class Repair:
 
     Attributes:
         manifest: the newest snapshot, after it.
-        damage: files that were set aside: manifests and journal records, then shards in the order of their units.
+        damage: files that were set aside: manifests and journal records, sidecars, then shards in the order of their units.
         made_index: whether the index was damaged and made again.
     """
 
@@ -70,8 +72,10 @@ class Repair:
 def repair_cache(path: str | Path, progress: Progress | None = None, *, remote: RemoteConfig | None = None) -> Repair:
     """Set damaged and missing shards aside, and publish a snapshot of the others. Reads every byte once.
 
+    A damaged sidecar goes as well, unless a feature cannot be read without it: that one stays, and is said at the end.
+
     Raises:
-        CacheNotFoundError: no cache at the path. CorruptCacheError: no manifest is whole.
+        CacheNotFoundError: no cache at the path. CorruptCacheError: no manifest is whole, or such a sidecar is damaged.
         StorageError: the disk or the store refuses, or one of the cache's folders is a link.
     """
     root = locate(path, remote)
@@ -80,12 +84,18 @@ def repair_cache(path: str | Path, progress: Progress | None = None, *, remote: 
         manifest = chain.newest_manifest(root)
         damage = _find(root, manifest, progress)
         made_index = _is_index_damaged(root, manifest)
-        if not damage and not made_index:
-            return Repair(manifest, tuple(documents))
-        fs.make_directories(root)  # none may be a link: what is written or moved would be elsewhere
-        for found in damage:
-            _set_aside(root, found, {shard.name: shard for shard in manifest.shards}[found.name])
-        return Repair(_publish(root, {found.name for found in damage}), (*documents, *damage), made_index)
+        sidecars, needed = _damaged_sidecars(root, manifest)
+        if damage or sidecars or made_index:
+            fs.make_directories(root)  # none may be a link: what is written or moved would be elsewhere
+            for found in damage:
+                _set_aside(root, found, {shard.name: shard for shard in manifest.shards}[found.name])
+            for found in sidecars:
+                fs.make_directory(root, paths.DAMAGED)
+                fs.move(root, found.name, f"{paths.DAMAGED}/{found.name.rpartition('/')[2]}")
+            manifest = _publish(root, {found.name for found in (*damage, *sidecars)})
+        if needed:
+            raise CorruptCacheError(f"{needed[0].reason}; features cannot be read without it. All else is repaired")
+        return Repair(manifest, (*documents, *sidecars, *damage), made_index)
     except CacheNotFoundError:
         raise
     except OSError as error:
@@ -171,6 +181,20 @@ def _unreadable(path: Location, error: OSError) -> str:
     return f"it cannot be read: {error.strerror}"
 
 
+def _damaged_sidecars(root: Location, manifest: Manifest) -> tuple[list[Damage], list[Damage]]:
+    """Damaged sidecars that the cache can do without, and those that it needs."""
+    needed = {name for feature in manifest.identity.features for name in needed_sidecars(feature)}
+    others: list[Damage] = []
+    lost: list[Damage] = []
+    for sidecar in manifest.sidecars:
+        try:
+            read_sidecar(root, sidecar)
+        except CorruptCacheError as error:
+            damage = Damage(None, paths.sidecar_name(sidecar.sha256), str(error))
+            (lost if sidecar.name in needed else others).append(damage)
+    return others, lost
+
+
 def _is_index_damaged(root: Location, manifest: Manifest) -> bool:
     try:
         snapshot_index(root, manifest)
@@ -187,13 +211,16 @@ def _set_aside(root: Location, damage: Damage, shard: ShardInfo) -> None:
 
 
 def _publish(root: Location, names: set[str]) -> Manifest:
-    """Publish a snapshot without these shards; of a unit that was made again in the meantime the new shard stays."""
+    """Publish a snapshot without these files; of a unit that was made again in the meantime the new shard stays."""
     for _ in range(MAX_TRIES):
         newest = chain.newest_manifest(root)
         units = {shard.unit for shard in newest.shards if shard.name in names}
         shards = tuple(shard for shard in newest.shards if shard.unit not in units)
+        sidecars = tuple(sidecar for sidecar in newest.sidecars if paths.sidecar_name(sidecar.sha256) not in names)
         index = publish_index_without(root, newest, units)
-        manifest = msgspec.structs.replace(newest, number=newest.number + 1, parent=newest.digest, shards=shards, index=index)
+        manifest = msgspec.structs.replace(
+            newest, number=newest.number + 1, parent=newest.digest, shards=shards, sidecars=sidecars, index=index
+        )
         if chain.add_manifest(root, manifest):
             return manifest
     raise StorageError(f"{root}: {MAX_TRIES} times another writer's manifest came first; run the repair again")

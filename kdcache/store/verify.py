@@ -73,9 +73,10 @@ class _Nll:
 def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     """Read a whole cache again and check it.
 
-    Checked are the chain of manifests and the journal; each shard's SHA-256; each sequence's digest, its index entry and its
-    record's promises; and all that the manifest claims of a shard, recomputed from its records (`ShardClaims`): counts, keys,
-    bytes of columns, and within the codec's bound the sums of masses and entropies and the teacher's NLL of the text.
+    Checked are the chain of manifests and the journal; the sidecars; each shard's SHA-256; each sequence's digest, its index
+    entry and its record's promises; and all that the manifest claims of a shard, recomputed from its records (`ShardClaims`):
+    counts, keys, bytes of columns, and within the codec's bound the sums of masses and entropies and the teacher's NLL of the
+    text.
 
     Damage ends up in the report, shard by shard; it is not raised.
 
@@ -92,6 +93,7 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
     except FormatError as error:
         report.problems.append(str(error))
         return report
+    report.problems += _sidecar_problems(reader)
     nll = _Nll()
     first = 0
     for shard in report.manifest.shards:
@@ -105,6 +107,23 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
             progress(report.num_bytes, report.manifest.total("num_bytes"))
     _conclude(report, nll)
     return report
+
+
+def _sidecar_problems(reader: CacheReader) -> Iterator[str]:
+    """A sentence for each sidecar that is damaged, or does not hold what its feature needs."""
+    found = 0
+    for sidecar in reader.manifest.sidecars:
+        try:
+            reader.sidecar(sidecar.name)
+        except (FormatError, OSError) as error:
+            found += 1
+            yield str(error)
+    if found:
+        return
+    try:
+        reader.constants()
+    except FormatError as error:
+        yield str(error)
 
 
 def _verify_copy(reader: CacheReader, shard: ShardInfo, first: int, report: VerifyReport, nll: _Nll) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from kdcache.errors import ConfigError
 from kdcache.format.manifest import (
     CodecInfo,
     Identity,
@@ -129,6 +130,9 @@ class MemoryReader:
         self.reads: list[int] = []
 
     ahead = None
+
+    def sidecar(self, name: str) -> dict[str, Any]:
+        raise ConfigError(f"a cache in memory has no sidecar {name!r}")
 
     def __len__(self) -> int:
         return len(self.records)

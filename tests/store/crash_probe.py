@@ -18,10 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 from cache_making import Content, content_of, make_manifest, make_unit
 
 from kdcache.config.remote import RemoteConfig
 from kdcache.format import paths
+from kdcache.format.sidecar import make_sidecar
 from kdcache.store import chain
 from kdcache.store.files import fs
 from kdcache.store.files.location import Location, RemotePath, locate
@@ -39,7 +41,8 @@ FIRST_BYTES, SECOND_BYTES = 10**6, 1
 
 def write_cache(root: Location) -> None:
     """What a capture does, and beside it a second writer that did one unit again: other bytes, to be swept at the end."""
-    first = CacheWriter.open(root, make_manifest(NUM_UNITS), record_batch_bytes=FIRST_BYTES)
+    sidecars = [make_sidecar("fitted", {"x": np.arange(3.0)})]
+    first = CacheWriter.open(root, make_manifest(NUM_UNITS), record_batch_bytes=FIRST_BYTES, sidecars=sidecars)
     second = CacheWriter.open(root, make_manifest(NUM_UNITS), record_batch_bytes=SECOND_BYTES)
     for unit in range(NUM_UNITS):
         if unit in first.published_units():
@@ -49,6 +52,7 @@ def write_cache(root: Location) -> None:
             second.write_unit(unit, make_unit(unit))
         else:
             first.fold()
+    first.add_sidecar("collected", {"x": np.arange(4.0)})
     first.fold()
 
 
@@ -107,7 +111,7 @@ def problems_after_a_kill(root: Location, copy: Path, kill: tuple[str, int], exp
 def fetch(root: Location, copy: Path) -> None:
     """A cache in a store, copied to a folder; one in a folder is there already."""
     if isinstance(root, RemotePath):
-        for directory in paths.DIRECTORIES:
+        for directory in (*paths.DIRECTORIES, paths.SIDECARS):
             (copy / directory).mkdir(parents=True)
             for path in (root / directory).iterdir():
                 path.download(copy / directory / path.name)
@@ -135,6 +139,9 @@ def unneeded(root: Path, expected: Content) -> list[str]:
     shards = {name for name in expected.files if name.startswith("data/")}
     records = {name.replace("data/", "journal/").replace(".arrow", ".json") for name in shards}
     found = {f"{d}/{path.name}" for d in ("data", "journal") for path in (root / d).iterdir()}
+    manifest = chain.newest_manifest(root)
+    found |= {path.name for path in (root / paths.SIDECARS).iterdir()}
+    shards |= {paths.sidecar_name(sidecar.sha256).rpartition("/")[2] for sidecar in manifest.sidecars}
     return [f"not as in an undisturbed run: {name}" for name in sorted(found ^ (shards | records))]
 
 

@@ -13,6 +13,7 @@ from kdcache.store.files import fs
 
 FAULT_POINTS = {
     "directories made",
+    "sidecar published",
     "temp file written",
     "temp file synced",
     "renamed",

@@ -71,7 +71,7 @@ def encode_features(
         if feature.dtype == "int8":
             columns.append(list_array([scale for _, scale in encoded if scale is not None], pa.float32()))
         if feature.kind == "attention":
-            distances = [values[distances_key(feature)].reshape(-1) for values in sequences]
+            distances = [values[distances_key(feature)].astype(np.uint16).reshape(-1) for values in sequences]
             columns.append(list_array(distances, pa.uint16()))
     return columns
 

@@ -68,35 +68,26 @@ def batch_features(
     """
     if not features:
         return None
-    masks = [_mask(record) for record in records]
-    return {asked.info.name: _gathered(asked, records, (masks, keeps, starts), pool) for asked in features}
+    return {asked.info.name: gathered(asked, records, keeps, starts, pool) for asked in features}
 
 
-def _gathered(
+def gathered(
     asked: AskedFeature,
     records: Sequence[SequenceRecord | EncodedRecord],
-    placed: tuple[Sequence[NDArray[np.bool_]], Sequence[NDArray[np.bool_] | None], Sequence[int]],
+    keeps: Sequence[NDArray[np.bool_] | None],
+    starts: Sequence[int],
     pool: BufferPool,
 ) -> FeatureVectors[NDArray[np.generic]]:
+    """The vectors of one feature; arguments as for `batch_features`."""
     feature, slots, kept = asked.info, [], []
-    for index, (supervised_N, keep_P, start) in enumerate(zip(*placed, strict=True)):
+    masks = [_mask(record) for record in records]
+    for index, (supervised_N, keep_P, start) in enumerate(zip(masks, keeps, starts, strict=True)):
         positions_F, keep_F = _kept(feature, supervised_N, keep_P)
         slots.append(np.array([index], np.int64) if feature.pooling != "none" else positions_F + start)
         kept.append(keep_F)
     offsets = np.cumsum([0, *map(len, slots)])
-    shape = int(offsets[-1]), feature.size
-    vectors = FeatureVectors(
-        info=feature,
-        values_FH=pool.take(shape, NUMPY_DTYPES[feature.dtype]),
-        slots_F=np.concatenate([np.zeros(0, np.int64), *slots]),
-        scale_F=np.empty(shape[0], np.float32) if feature.dtype == "int8" else None,
-        mean_H=asked.constants.mean_H,
-        scale_H=asked.constants.scale_H,
-        distances_FH=np.empty(shape, np.int32) if feature.kind == "attention" else None,
-        basis=asked.constants.basis,
-        center=asked.constants.center,
-    )
-    for record, supervised_N, keep_F, start, end in zip(records, placed[0], kept, offsets, offsets[1:], strict=False):
+    vectors = _blank(asked, np.concatenate([np.zeros(0, np.int64), *slots]), pool)
+    for record, supervised_N, keep_F, start, end in zip(records, masks, kept, offsets, offsets[1:], strict=False):
         stored = _stored(record, asked, supervised_N)
         for own, out in (
             (stored.values_FH, vectors.values_FH),
@@ -106,6 +97,21 @@ def _gathered(
             if own is not None and out is not None:
                 out[start:end] = own if keep_F is None else own[keep_F]
     return vectors
+
+
+def _blank(asked: AskedFeature, slots_F: NDArray[np.int64], pool: BufferPool) -> FeatureVectors[NDArray[np.generic]]:
+    feature, shape = asked.info, (len(slots_F), asked.info.size)
+    return FeatureVectors(
+        info=feature,
+        values_FH=pool.take(shape, NUMPY_DTYPES[feature.dtype]),
+        slots_F=slots_F,
+        scale_F=np.empty(shape[0], np.float32) if feature.dtype == "int8" else None,
+        mean_H=asked.constants.mean_H,
+        scale_H=asked.constants.scale_H,
+        distances_FH=np.empty(shape, np.int32) if feature.kind == "attention" else None,
+        basis=asked.constants.basis,
+        center=asked.constants.center,
+    )
 
 
 def _kept(

@@ -33,6 +33,7 @@ _process_token = secrets.token_hex(4)
 
 FAULT_POINTS = (
     "directories made",
+    "sidecar published",
     "temp file written",
     "temp file synced",
     "renamed",
@@ -48,6 +49,7 @@ FAULT_POINTS = (
 """The names that `reached` is called with, in about the order a capture meets them."""
 
 REMOTE_FAULT_POINTS = (
+    "sidecar published",
     "temp file written",
     "object uploaded",
     "shard published",
@@ -194,7 +196,7 @@ def remove_cache(root: Location, made: Iterable[Path]) -> None:
     Args:
         made: as `missing_directories` gave them before the cache was started.
     """
-    for name in (paths.JOURNAL, paths.DATA, paths.INDEX, paths.FAILED, paths.TMP, paths.MANIFESTS):
+    for name in (paths.JOURNAL, paths.DATA, paths.INDEX, paths.SIDECARS, paths.FAILED, paths.TMP, paths.MANIFESTS):
         for path in sorted(own_files(root / name), key=str, reverse=True):
             path.unlink(missing_ok=True)
         if isinstance(root, Path):

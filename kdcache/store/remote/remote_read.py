@@ -214,8 +214,8 @@ def neighbours(wanted: Sequence[BatchId]) -> list[list[BatchId]]:
     return groups
 
 
-def read_content(path: RemotePath, sha256: str) -> pa.Buffer:
-    """Read an object of a known SHA-256, kept as a block where there is a folder for them.
+def read_content(path: RemotePath, sha256: str, what: str = "the index") -> pa.Buffer:
+    """Read an object of a known SHA-256, kept as a block where there is a folder for them. `what` it is, for messages.
 
     Raises:
         CorruptCacheError: its bytes are others, twice. FileNotFoundError, StorageError: it cannot be had.
@@ -232,7 +232,7 @@ def read_content(path: RemotePath, sha256: str) -> pa.Buffer:
                 return pa.py_buffer(data)
             put = blocks.put(key, data)
             return blocks.get(key) or put  # mapped, so that it takes no memory of this process
-    raise CorruptCacheError(f"{path}: its SHA-256 is not the one in the manifest; the index is damaged")
+    raise CorruptCacheError(f"{path}: its SHA-256 is not the one in the manifest; {what} is damaged")
 
 
 def address_of(path: RemotePath) -> str:

@@ -12,6 +12,7 @@ from kdcache.errors import (
     UnsupportedVersionError,
 )
 from kdcache.format import paths
+from kdcache.format.identity import unfitted
 from kdcache.format.manifest import FORMAT_VERSION, Manifest
 from kdcache.store import chain
 from kdcache.store.files import fs
@@ -42,7 +43,8 @@ def _refuse_what_is_there(root: Location) -> None:
         raise MismatchError(f"output {str(root)!r} is a file; expected a directory for the cache")
     if not root.is_dir() or chain.manifest_numbers(root):
         return
-    foreign = sorted(p.name for p in root.iterdir() if p.name not in paths.DIRECTORIES) + _foreign_files(root)
+    own = (*paths.DIRECTORIES, paths.SIDECARS)
+    foreign = sorted(p.name for p in root.iterdir() if p.name not in own) + _foreign_files(root)
     # Looked at again: another writer may have started the cache in between, and nothing of it is there before its manifest.
     if foreign and not chain.manifest_numbers(root):
         raise MismatchError(
@@ -58,7 +60,7 @@ def refuse_other_capture(root: Location, theirs: Manifest, ours: Manifest) -> No
             f"{str(root)!r} has format version {theirs.format_version[0]}.{theirs.format_version[1]}, this kdcache writes "
             f"{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}: it can read the cache but not resume it; upgrade kdcache"
         )
-    differences = theirs.identity.differences(ours.identity)
+    differences = unfitted(theirs.identity).differences(unfitted(ours.identity))
     if theirs.plan != ours.plan:
         differences.append(
             f"plan: {theirs.plan.num_units} units {theirs.plan.fingerprint[:12]} != {ours.plan.num_units} units "
@@ -73,7 +75,10 @@ def refuse_other_capture(root: Location, theirs: Manifest, ours: Manifest) -> No
 
 def _foreign_files(root: Location) -> list[str]:
     """Files where a cache's would be, without a manifest: a fold would sweep them as leftovers."""
-    found = [path for name in paths.DIRECTORIES if (root / name).exists() for path in _listing(root / name)]
+    own = (*paths.DIRECTORIES, paths.SIDECARS)
+    found = [path for name in own if (root / name).exists() for path in _listing(root / name)]
+    # Of a writer that was killed between its sidecars and its first manifest; they are named by content.
+    found = [path for path in found if not paths.is_sidecar_name(f"{path.parent.name}/{path.name}")]
     foreign = [path for path in found if path.parent.name != paths.TMP or not fs.is_temp_name(path.name)]
     return sorted(str(path).removeprefix(f"{root}/") for path in foreign)
 

@@ -7,9 +7,11 @@ next run sweeps or publishes again under the same content-derived name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,14 +20,16 @@ from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
 from kdcache.codec.features.columns import feature_fields
+from kdcache.codec.features.constants import FeatureConstants
 from kdcache.config.remote import RemoteConfig
 from kdcache.errors import CorruptCacheError, FormatError, KdcacheError, StorageError
 from kdcache.format import paths
-from kdcache.format.manifest import Manifest, ShardInfo, UnitAccount, shard_to_json
+from kdcache.format.manifest import FeatureInfo, Manifest, ShardInfo, SidecarInfo, UnitAccount, shard_to_json
 from kdcache.format.record import SequenceRecord
 from kdcache.format.record_checks import check_record
 from kdcache.format.schema import optional_fields, shard_schema
 from kdcache.format.selection import fixed_entries
+from kdcache.format.sidecar import SidecarFile, make_sidecar
 from kdcache.shown import get_logger
 from kdcache.store import chain
 from kdcache.store.chain import read_journal_record
@@ -34,7 +38,9 @@ from kdcache.store.files.disk_errors import reason_of
 from kdcache.store.files.location import Location, each, locate, own_files
 from kdcache.store.index import publish_index
 from kdcache.store.records.encode import encode_records
+from kdcache.store.sidecars import sidecar_constants
 from kdcache.store.writing.admission import refuse_foreign_directory, refuse_other_capture
+from kdcache.store.writing.sidecars import publish_sidecar, with_sidecar, with_sidecars
 from kdcache.store.writing.statistics import ShardStatistics
 
 _log = get_logger(__name__)
@@ -72,16 +78,21 @@ class CacheWriter:
         *,
         record_batch_bytes: int = DEFAULT_RECORD_BATCH_BYTES,
         remote: RemoteConfig | None = None,
+        sidecars: Sequence[SidecarFile] = (),
     ) -> CacheWriter:
         """Start a cache, or resume the one that is there.
+
+        What was fitted to a sample (`fit_feature`) is not compared: the fit of the cache that is there counts, see `features`.
 
         Args:
             path: the cache's directory, made if missing; or its URI in an object store.
             manifest: the first (its number is 0), without shards: identity, plan, versions, config.
             record_batch_bytes: about this many bytes of sequences per Arrow record batch.
             remote: how an object store is reached.
+            sidecars: of a new cache: those that its features need, and others.
 
         Raises:
+            FormatError: the cache is new, and a feature has not been fitted.
             MismatchError: the directory holds another capture, or files that do not belong to a cache.
             UnsupportedVersionError: it holds a cache of a newer format.
             StorageError: the directory cannot be made or written.
@@ -92,7 +103,10 @@ class CacheWriter:
         with _disk_errors(f"the cache at {str(root)!r} cannot be started"):
             fs.sweep_temp_files(root)
             if not chain.manifest_numbers(root):
-                chain.add_manifest(root, manifest)
+                listed = with_sidecars(manifest, sidecars)
+                for sidecar in sidecars:
+                    publish_sidecar(root, sidecar)
+                chain.add_manifest(root, listed)
         first = chain.newest_manifest(root)
         refuse_other_capture(root, first, manifest)
         return cls(root, first, record_batch_bytes)
@@ -101,6 +115,41 @@ class CacheWriter:
     def manifest(self) -> Manifest:
         """The newest snapshot."""
         return chain.newest_manifest(self.root)
+
+    @property
+    def features(self) -> tuple[FeatureInfo, ...]:
+        """What the cache keeps of the teacher's states, fitted: what this writer's records must have."""
+        return self._first.identity.features
+
+    @cached_property
+    def constants(self) -> dict[str, FeatureConstants]:
+        """What the stored numbers of the features refer to: name -> constants, from the cache's sidecars."""
+        return sidecar_constants(self.root, self._first)
+
+    def add_sidecar(
+        self, name: str, arrays: Mapping[str, NDArray[Any]], *, bfloat16: Collection[str] = (), replaces: bool = False
+    ) -> SidecarInfo:
+        """Publish a file of arrays that belongs to the cache, and a manifest that lists it; nothing where it is there already.
+
+        Args:
+            name: unique in the cache, as in `output_projection`.
+            arrays: name -> numbers.
+            bfloat16: the arrays whose uint16 are the bits of bfloat16.
+            replaces: whether it may stand in for one of that name; earlier snapshots keep theirs.
+
+        Raises:
+            FormatError: another one has this name, or the features need that one. StorageError: the disk or the store refuses.
+        """
+        sidecar = make_sidecar(name, arrays, bfloat16)
+        with _disk_errors(f"sidecar {name!r} could not be written to {str(self.root)!r}"):
+            for _ in range(MAX_FOLD_TRIES):
+                manifest = with_sidecar(self.manifest, sidecar, replaces=replaces)
+                if manifest is None:
+                    return sidecar.info
+                publish_sidecar(self.root, sidecar)
+                if chain.add_manifest(self.root, manifest):
+                    return sidecar.info
+        raise StorageError(f"sidecar {name!r}: {MAX_FOLD_TRIES} times another writer's manifest came first")
 
     def published_units(self) -> set[int]:
         """Units that are done: in the newest manifest, or journalled since."""
@@ -222,7 +271,7 @@ class CacheWriter:
         statistics = ShardStatistics(vocab_size)
         with pa.OSFile(str(temp), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for group in self._groups(records, statistics, sums_to_one=sums_to_one):
-                batch = encode_records(group, self._codec, schema, self._fixed)
+                batch = encode_records(group, self._codec, schema, self._fixed, self.constants)
                 for name, column in zip(schema.names, batch.columns, strict=True):
                     statistics.add_column_bytes(name, column.nbytes)
                 writer.write_batch(batch)
@@ -256,9 +305,9 @@ class CacheWriter:
 
     def _sweep_redundant(self, manifest: Manifest) -> None:
         needed = {shard.name for shard in manifest.shards} | self._index_names()
-        needed |= {paths.journal_name(shard.unit, shard.sha256) for shard in manifest.shards}
+        needed |= {paths.journal_name(shard.unit, shard.sha256) for shard in manifest.shards} | self._sidecar_names()
         # The journal record goes first: a record without its shard would be a promise that nothing keeps.
-        for directory in (paths.FAILED, paths.JOURNAL, paths.DATA, paths.INDEX):
+        for directory in (paths.FAILED, paths.JOURNAL, paths.DATA, paths.INDEX, paths.SIDECARS):
             for path in own_files(self.root / directory):
                 name = f"{directory}/{path.name}"
                 if paths.is_own_name(name) and name not in needed:
@@ -267,12 +316,16 @@ class CacheWriter:
 
     def _index_names(self) -> set[str]:
         """The indexes of all manifests: a reader of an older snapshot needs its own."""
-        names = set()
+        return {manifest.index.name for manifest in self._manifests() if manifest.index is not None}
+
+    def _sidecar_names(self) -> set[str]:
+        """The sidecars of all manifests."""
+        return {paths.sidecar_name(sidecar.sha256) for manifest in self._manifests() for sidecar in manifest.sidecars}
+
+    def _manifests(self) -> Iterator[Manifest]:
         for number in chain.manifest_numbers(self.root):
             with suppress(CorruptCacheError):  # an older snapshot that nobody can read any more
-                manifest = chain.read_manifest(self.root, number)
-                names |= {manifest.index.name} if manifest.index is not None else set()
-        return names
+                yield chain.read_manifest(self.root, number)
 
 
 @contextmanager
