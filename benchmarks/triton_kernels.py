@@ -142,14 +142,14 @@ def _step(dtype: torch.dtype, vocab: int, entries: int, temperature: float) -> N
     from kdcache.format.soft_targets import SoftTargets
     from kdcache.kernels.base import Objective
     from kdcache.loss.chunks import Head, Product, run_chunks
-    from kdcache.loss.prepare import Prepared
+    from kdcache.loss.prepared import alone
     from kdcache.loss.steps.step import make_step
 
     hidden_PH, weight_VH = (torch.empty(n, 64, dtype=dtype, device="cuda") for n in (32, vocab))
     ids_PK, logprobs_PK = torch.empty(32, entries, dtype=torch.int32, device="cuda"), torch.empty(32, entries, device="cuda")
     weights_P, target_ids_P = torch.empty(32, device="cuda"), torch.empty(32, dtype=torch.int64, device="cuda")
     teacher, objective = SoftTargets(ids_PK, logprobs_PK, weights_P, "exact"), Objective("bucket", 0.5, temperature=temperature)
-    step = make_step(Prepared(teacher, target_ids_P, weights_P, weights_P, objective, "triton"), vocab)
+    step = make_step(alone(teacher, objective, (target_ids_P, weights_P, weights_P), "triton"), vocab)
     run_chunks(Product(hidden_PH, weight_VH, None, Head()), step, (True, True, False), 32)
 
 

@@ -11,7 +11,7 @@ from kdcache.format.selection import ENTRIES
 
 ArrayT = TypeVar("ArrayT")
 
-ARRAYS = ("token_ids_PK", "logprobs_PK", "tail_mass_P", "num_exact_P", "log_z_PL", "entropy_P")
+ARRAYS = ("token_ids_PK", "logprobs_PK", "tail_mass_P", "num_exact_P", "log_z_PL", "entropy_P", "target_logprobs_P")
 """The fields of SoftTargets that are arrays, each with one line per position."""
 
 
@@ -34,6 +34,8 @@ class SoftTargets(Generic[ArrayT]):
         temperatures: the L further temperatures.
         entropy_P: (P,) nats, of the teacher's whole distribution; None where it was not captured.
         selection: kind of the cache's selection, as in its manifest; None for arrays that come from elsewhere.
+        target_logprobs_P: (P,) nats, the teacher's own logprob of each target id that is not an exact entry; anything else
+            elsewhere. None where it was not asked for, see `with_target_logprobs` of a loader's config.
     """
 
     token_ids_PK: ArrayT
@@ -46,6 +48,7 @@ class SoftTargets(Generic[ArrayT]):
     temperatures: tuple[float, ...] = ()
     entropy_P: ArrayT | None = None
     selection: str | None = None
+    target_logprobs_P: ArrayT | None = None
 
     @classmethod
     def of(

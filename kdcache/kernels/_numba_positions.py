@@ -4,8 +4,8 @@ How the logits of a position become its gradient, all but the O(K) part vectoris
 1. its support's logits are lifted out into a K-buffer, -inf is left there: what remains is the tail;
 2. the tail's maximum, then exp(z - maximum) in place and its sum: log Q_tail without the cancellation of 1 - sum(Q), and
    no underflow however small the tail is next to the support;
-3. the divergence on K+1 buckets, in float64: loss and h (see `reference` for the general form, `divergences._numba` for the
-   functions, one of which is an argument here);
+3. each of D divergences on K+1 buckets, in float64: loss and h (see `reference` for the general form, `divergences._numba` for
+   the functions, whose addresses are an argument here); what a divergence does not read of the K is in its tail;
 4. the logits times one scalar, and K entries written over them.
 Target ids at another temperature than the teacher's cost a second exp per logit, and a uniform tail one more sum.
 
@@ -29,7 +29,7 @@ from kdcache.compiled import inlined
 from kdcache.kernels.divergences import TAIL_POLICIES
 
 _DROP, _RENORMALIZE, _BUCKET, _UNIFORM = range(len(TAIL_POLICIES))
-_LOG_P, _P, _LOG_Q, _Q, _H, _ESTIMATE = range(6)
+_LOG_P, _P, _LOG_Q, _Q, _H, _ESTIMATE, _TARGET = range(7)
 
 # Float32 sums are closed after so many terms and added up in float64: the error does not grow with the vocabulary.
 _SUM_BLOCK = 4096
@@ -170,6 +170,23 @@ def _declare_exp_strips(typing_context: Any, values: Any, top: Any) -> Any:
     return _over_strips(0.0, combine, _add, values, types.float32)
 
 
+def _declare_call(typing_context: Any, address: Any, x: Any, options: Any) -> Any:
+    """The divergence at an address, of numba's own calling convention."""
+    del typing_context, address
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        conventions, (result, kinds) = context.call_conv, (signature.return_type, signature.args[1:])
+        kind = conventions.get_function_type(result, kinds).as_pointer()
+        pointer = builder.inttoptr(arguments[0], kind)
+        status, value = conventions.call_function(builder, pointer, result, kinds, arguments[1:])
+        with cgutils.if_unlikely(builder, status.is_error):
+            conventions.return_status_propagate(builder, status)
+        return value
+
+    return types.float64(types.int64, x, options), generate
+
+
+_call: Callable[..., Any] = intrinsic(_declare_call)
 _exp: Callable[..., Any] = intrinsic(_declare_exp)
 _maximum_of_strips: Callable[..., Any] = intrinsic(_declare_maximum)
 _sum_of_strips: Callable[..., Any] = intrinsic(_declare_sum)
@@ -223,15 +240,12 @@ def _add_scaled(z_V, factor, other_V):
 
 @inlined
 def _lift_support(z_V, ids_K, z_K, left):
-    """Move the support's logits into z_K (-inf at padding), leaving `left` there; the number of entries."""
-    num_entries = 0
+    """Move the support's logits into z_K (-inf at padding), leaving `left` there."""
     for k in range(len(ids_K)):
         z_K[k] = -np.inf
         if ids_K[k] >= 0:
             z_K[k] = z_V[ids_K[k]]
             z_V[ids_K[k]] = left
-            num_entries += 1
-    return num_entries
 
 
 @inlined
@@ -269,40 +283,78 @@ def _with_support(z_K, tail_lse, room_K):
 
 
 @inlined
-def _fill_student(z_K, tail_lse, lse, x_6K1):
+def _fill_student(z_K, tail_lse, lse, student_2K1):
     for k in range(len(z_K)):
-        x_6K1[_LOG_Q, k] = z_K[k] - lse
-        x_6K1[_Q, k] = math.exp(z_K[k] - lse)
-    x_6K1[_LOG_Q, len(z_K)] = tail_lse - lse
-    x_6K1[_Q, len(z_K)] = math.exp(tail_lse - lse)
+        student_2K1[0, k] = z_K[k] - lse
+        student_2K1[1, k] = math.exp(z_K[k] - lse)
+    student_2K1[0, len(z_K)] = tail_lse - lse
+    student_2K1[1, len(z_K)] = math.exp(tail_lse - lse)
 
 
 @inlined
-def _count_exact(ids_K, num_exact):
+def _is_read(ids_K, logprobs_K, k):
+    """A logprob of +inf marks an entry that this divergence does not read, see `numba_kernels`."""
+    return ids_K[k] >= 0 and logprobs_K[k] != np.inf
+
+
+@inlined
+def _count_read(ids_K, logprobs_K, stop):
     count = 0
-    for k in range(min(num_exact, len(ids_K))):
-        count += ids_K[k] >= 0
+    for k in range(stop):
+        count += _is_read(ids_K, logprobs_K, k)
     return count
 
 
 @inlined
-def _fill_teacher(ids_K, logprobs_K, num_exact, tail, tail_mass, x_6K1):
-    """The teacher's masses and their logs; `tail_mass` is that of the bucket."""
-    num_entries = len(ids_K)
-    x_6K1[_ESTIMATE] = 0.0
+def _fill_teacher(ids_K, logprobs_K, num_exact, tail, tail_mass, target_id, x_7K1):
+    """The teacher's masses and their logs, and which entry is what; `tail_mass` is that of the bucket."""
+    num_entries, in_tail = len(ids_K), 1.0 if target_id >= 0 else 0.0
+    x_7K1[_ESTIMATE] = 0.0
+    x_7K1[_TARGET] = 0.0
     for k in range(num_entries):
-        x_6K1[_LOG_P, k], x_6K1[_P, k] = -np.inf, 0.0
-        if k >= num_exact and ids_K[k] >= 0:
-            x_6K1[_ESTIMATE, k] = 1.0
-        if ids_K[k] >= 0:
-            x_6K1[_LOG_P, k], x_6K1[_P, k] = logprobs_K[k], _exp(logprobs_K[k])
-    total = _total(x_6K1[_P, :num_entries])
-    x_6K1[_LOG_P, num_entries], x_6K1[_P, num_entries] = math.log(tail_mass), tail_mass
+        x_7K1[_LOG_P, k], x_7K1[_P, k] = -np.inf, 0.0
+        if _is_read(ids_K, logprobs_K, k):
+            if k >= num_exact:
+                x_7K1[_ESTIMATE, k] = 1.0
+            x_7K1[_LOG_P, k], x_7K1[_P, k] = logprobs_K[k], _exp(logprobs_K[k])
+            if ids_K[k] == target_id:
+                x_7K1[_TARGET, k], in_tail = 1.0, 0.0
+    x_7K1[_TARGET, num_entries] = in_tail
+    total = _total(x_7K1[_P, :num_entries])
+    x_7K1[_LOG_P, num_entries], x_7K1[_P, num_entries] = math.log(tail_mass), tail_mass
     if tail == _RENORMALIZE and total > 0:
         log_total = math.log(total)
         for k in range(num_entries):
-            x_6K1[_LOG_P, k] -= log_total
-            x_6K1[_P, k] /= total
+            x_7K1[_LOG_P, k] -= log_total
+            x_7K1[_P, k] /= total
+
+
+@inlined
+def _close_tail(ids_K, logprobs_K, student_2K1, x_7K1):
+    """Copy the student's buckets, those that are not read into the tail; log of the tail's mass."""
+    last = len(ids_K)
+    log_tail = student_2K1[0, last]
+    x_7K1[_LOG_Q], x_7K1[_Q] = student_2K1[0], student_2K1[1]
+    for k in range(last):
+        if logprobs_K[k] == np.inf and ids_K[k] >= 0:
+            top = max(log_tail, student_2K1[0, k])
+            if top != -np.inf:
+                log_tail = top + math.log(math.exp(log_tail - top) + math.exp(student_2K1[0, k] - top))
+            x_7K1[_LOG_Q, k], x_7K1[_Q, k] = -np.inf, 0.0
+    x_7K1[_LOG_Q, last], x_7K1[_Q, last] = log_tail, math.exp(log_tail)
+    return log_tail
+
+
+@inlined
+def _open_tail(ids_K, logprobs_K, log_tail, student_2K1, x_7K1):
+    """The tail's h shared among what is in it, as the masses are."""
+    last = len(ids_K)
+    h = x_7K1[_H, last]
+    for k in range(last):
+        if logprobs_K[k] == np.inf and ids_K[k] >= 0:
+            x_7K1[_H, k] = h * math.exp(student_2K1[0, k] - log_tail) if h != 0 and log_tail != -np.inf else 0.0
+    if log_tail != -np.inf:
+        x_7K1[_H, last] = h * math.exp(student_2K1[0, last] - log_tail)
 
 
 @inlined
@@ -319,11 +371,12 @@ def _to_tail(z_V):
 
 @inlined
 def _do_position(
-    z_V, ids_K, logprobs_K, num_exact, tail_mass, target_id, weight,
-    tail, alpha, temperature, divergence, options, z_K, x_6K1, target_V, want_gradient,
+    i, z_V, ids_K, logprobs_PDK, num_exact_PD, tail_mass_PD, factors_PD, options_PD, tails_D, addresses_D,
+    target_id, target_share, weight, temperature, z_K, rooms, target_V, values_D1, want_gradient,
 ):  # fmt: skip
     """One position's loss; its logits become weight * gradient, or are left in disorder where no gradient is wanted."""
-    target_share = 1.0 - alpha if target_id >= 0 else 0.0
+    student_2K1, x_7K1, h_K1 = rooms
+    target_share = target_share if target_id >= 0 else 0.0
     # At temperature 1 target ids need no exp of their own.
     share_here = target_share if temperature == 1 else 0.0
     target_z = np.float64(z_V[target_id]) if target_share > 0 else 0.0
@@ -332,61 +385,88 @@ def _do_position(
             target_V[:] = z_V
         _scale(z_V, np.float32(1 / temperature), np.float32(0.0))
 
+    is_uniform = False
+    for d in range(len(tails_D)):
+        is_uniform |= tails_D[d] == _UNIFORM
     # 0 is left where the tail's logits are to be added up.
-    num_outside = len(z_V) - _lift_support(z_V, ids_K, z_K, np.float32(0.0 if tail == _UNIFORM else -np.inf))
-    # The tail is what is no exact entry: estimates, where there are any, are within it.
-    has_tail = len(z_V) > _count_exact(ids_K, num_exact)
-    bucket = tail_mass if tail == _BUCKET and has_tail else 0.0
-    spread = tail_mass if tail == _UNIFORM and num_outside > 0 else 0.0
+    _lift_support(z_V, ids_K, z_K, np.float32(0.0 if is_uniform else -np.inf))
     outside_z = 0.0
-    if tail == _UNIFORM:
-        outside_z = _sum_of(z_V) / max(num_outside, 1)
+    if is_uniform:
+        outside_z = _sum_of(z_V)
         _write_support(z_V, ids_K, np.float32(-np.inf))
     tail_lse, tail_sum = _to_tail(z_V)
-    lse = _with_support(z_K, tail_lse, x_6K1[_Q, : len(z_K)])
-    _fill_student(z_K, tail_lse, lse, x_6K1)
+    lse = _with_support(z_K, tail_lse, x_7K1[_Q, : len(z_K)])
+    _fill_student(z_K, tail_lse, lse, student_2K1)
 
-    loss, total = 0.0, share_here
-    x_6K1[_H] = 0.0
-    if alpha > 0:
-        _fill_teacher(ids_K, logprobs_K, num_exact, tail, bucket, x_6K1)
-        loss = divergence(x_6K1, options)
-        for b in range(x_6K1.shape[1]):
-            x_6K1[_H, b] *= alpha * temperature
-            total -= x_6K1[_H, b]
-        if spread > 0:
-            loss += spread * (math.log(spread) - math.log(num_outside) - outside_z + lse)
-            total += alpha * temperature * spread
-        loss *= alpha * temperature * temperature
+    loss, total, offset = 0.0, share_here, 0.0
+    h_K1[:] = 0.0
+    for d in range(len(tails_D)):
+        logprobs_K, tail, tail_mass = logprobs_PDK[i, d], tails_D[d], tail_mass_PD[i, d]
+        num_read = _count_read(ids_K, logprobs_K, len(ids_K))
+        # The tail is what is no exact entry: estimates, where there are any, are within it.
+        has_tail = len(z_V) > _count_read(ids_K, logprobs_K, min(num_exact_PD[i, d], len(ids_K)))
+        _fill_teacher(
+            ids_K, logprobs_K, num_exact_PD[i, d], tail, tail_mass if tail == _BUCKET and has_tail else 0.0, target_id, x_7K1
+        )
+        log_tail = _close_tail(ids_K, logprobs_K, student_2K1, x_7K1)
+        x_7K1[_H] = 0.0
+        value, slope = _call(addresses_D[d], x_7K1, options_PD[i, d]), factors_PD[i, d] * temperature
+        _open_tail(ids_K, logprobs_K, log_tail, student_2K1, x_7K1)
+        if slope > 0:
+            for b in range(x_7K1.shape[1]):
+                h = x_7K1[_H, b] * slope
+                h_K1[b] += h
+                total -= h
+        if tail == _UNIFORM and tail_mass > 0 and len(z_V) > num_read:
+            num_outside, mean_z = len(z_V) - num_read, outside_z
+            for k in range(len(ids_K)):
+                if ids_K[k] >= 0 and not _is_read(ids_K, logprobs_K, k):
+                    mean_z += z_K[k]
+                    h_K1[k] -= slope * tail_mass / num_outside
+            value += tail_mass * (math.log(tail_mass) - math.log(num_outside) - mean_z / num_outside + lse)
+            total += slope * tail_mass
+            offset -= slope * tail_mass / num_outside
+        values_D1[d] = value * temperature * temperature
+        if slope > 0:
+            loss += value * (slope * temperature)
     if share_here > 0:
+        values_D1[len(tails_D)] = lse - target_z
         loss += target_share * (lse - target_z)
-    if not want_gradient:
-        return loss if share_here == target_share else loss + target_share * (_to_tail(target_V)[0] - target_z)
 
-    dense = (total * x_6K1[_Q, len(ids_K)] + x_6K1[_H, len(ids_K)]) / tail_sum
-    _scale(z_V, np.float32(weight * dense), np.float32(-weight * alpha * temperature * spread / max(num_outside, 1)))
-    for k in range(len(ids_K)):
-        if ids_K[k] >= 0:
-            # Added in float64 and rounded once: near convergence q - p is a small difference of large numbers.
-            z_V[ids_K[k]] = weight * (total * x_6K1[_Q, k] + x_6K1[_H, k])
+    if want_gradient:
+        dense = (total * student_2K1[1, len(ids_K)] + h_K1[len(ids_K)]) / tail_sum
+        _scale(z_V, np.float32(weight * dense), np.float32(weight * offset))
+        for k in range(len(ids_K)):
+            if ids_K[k] >= 0:
+                # Added in float64 and rounded once: near convergence q - p is a small difference of large numbers.
+                z_V[ids_K[k]] = weight * (total * student_2K1[1, k] + h_K1[k])
     if share_here != target_share:
         target_lse, target_sum = _to_tail(target_V)
+        values_D1[len(tails_D)] = target_lse - target_z
         loss += target_share * (target_lse - target_z)
-        _add_scaled(z_V, np.float32(weight * target_share / target_sum), target_V)
-    if target_share > 0:
+        if want_gradient:
+            _add_scaled(z_V, np.float32(weight * target_share / target_sum), target_V)
+    if want_gradient and target_share > 0:
         z_V[target_id] = z_V[target_id] - weight * target_share
     return loss
 
 
+@inlined
+def _rooms(num_entries):
+    """Of one thread: a position's buckets of the student, of one divergence, and h of all."""
+    return np.empty((2, num_entries + 1)), np.empty((7, num_entries + 1)), np.empty(num_entries + 1)
+
+
 def float32_positions(
-    logits_PV, ids_PK, logprobs_PK, num_exact_P, tail_mass_P, target_ids_P, weights_P,
-    tail, alpha, temperature, divergence, options, want_gradient, start, stop, losses_P,
+    logits_PV, ids_PK, logprobs_PDK, num_exact_PD, tail_mass_PD, factors_PD, options_PD, tails_D, addresses_D,
+    target_ids_P, target_shares_P, weights_P, temperature, want_gradient, start, stop, losses_P, values_PD1,
 ):  # fmt: skip
     num_entries, vocab_size = ids_PK.shape[1], logits_PV.shape[1]
-    z_K, x_6K1 = np.empty(num_entries, np.float32), np.empty((6, num_entries + 1))
+    z_K, rooms = np.empty(num_entries, np.float32), _rooms(num_entries)
     copy_V = np.empty(0 if want_gradient else vocab_size, np.float32)
-    target_V = np.empty(vocab_size if alpha < 1 and temperature != 1 else 0, np.float32)
+    target_V = np.empty(vocab_size if temperature != 1 else 0, np.float32)
     for i in range(start, stop):
+        values_PD1[i] = 0.0
         if weights_P[i] == 0.0:
             losses_P[i] = 0.0
             if want_gradient:
@@ -397,23 +477,24 @@ def float32_positions(
             copy_V[:] = z_V
             z_V = copy_V
         losses_P[i] = _do_position(
-            z_V, ids_PK[i], logprobs_PK[i], num_exact_P[i], tail_mass_P[i], target_ids_P[i], weights_P[i],
-            tail, alpha, temperature, divergence, options, z_K, x_6K1, target_V, want_gradient,
+            i, z_V, ids_PK[i], logprobs_PDK, num_exact_PD, tail_mass_PD, factors_PD, options_PD, tails_D, addresses_D,
+            target_ids_P[i], target_shares_P[i], weights_P[i], temperature, z_K, rooms, target_V, values_PD1[i], want_gradient,
         )  # fmt: skip
 
 
 def bfloat16_positions(
-    logits_PV, ids_PK, logprobs_PK, num_exact_P, tail_mass_P, target_ids_P, weights_P,
-    tail, alpha, temperature, divergence, options, want_gradient, start, stop, losses_P,
+    logits_PV, ids_PK, logprobs_PDK, num_exact_PD, tail_mass_PD, factors_PD, options_PD, tails_D, addresses_D,
+    target_ids_P, target_shares_P, weights_P, temperature, want_gradient, start, stop, losses_P, values_PD1,
 ):  # fmt: skip
     """As float32_positions, for the bits of bfloat16: through one float32 copy of a position's logits, which stays in the
     core's cache."""
     num_entries, vocab_size = ids_PK.shape[1], logits_PV.shape[1]
-    z_K, x_6K1 = np.empty(num_entries, np.float32), np.empty((6, num_entries + 1))
+    z_K, rooms = np.empty(num_entries, np.float32), _rooms(num_entries)
     bits_V = np.empty(vocab_size, np.uint32)
     z_V = bits_V.view(np.float32)
-    target_V = np.empty(vocab_size if alpha < 1 and temperature != 1 else 0, np.float32)
+    target_V = np.empty(vocab_size if temperature != 1 else 0, np.float32)
     for i in range(start, stop):
+        values_PD1[i] = 0.0
         if weights_P[i] == 0.0:
             losses_P[i] = 0.0
             if want_gradient:
@@ -422,8 +503,8 @@ def bfloat16_positions(
         for j in range(len(bits_V)):
             bits_V[j] = np.uint32(logits_PV[i, j]) << np.uint32(16)
         losses_P[i] = _do_position(
-            z_V, ids_PK[i], logprobs_PK[i], num_exact_P[i], tail_mass_P[i], target_ids_P[i], weights_P[i],
-            tail, alpha, temperature, divergence, options, z_K, x_6K1, target_V, want_gradient,
+            i, z_V, ids_PK[i], logprobs_PDK, num_exact_PD, tail_mass_PD, factors_PD, options_PD, tails_D, addresses_D,
+            target_ids_P[i], target_shares_P[i], weights_P[i], temperature, z_K, rooms, target_V, values_PD1[i], want_gradient,
         )  # fmt: skip
         if want_gradient:
             _narrow(bits_V, logits_PV[i])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -97,6 +98,42 @@ class KernelInputs:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Summand:
+    """One function of a sum over the same logits.
+
+    Attributes:
+        inputs: what the positions are compared with. Vocabulary, target ids and weights are those of the other summands, and in
+            each column so is the token id, or it is PADDING_ID: what this function does not read is in its tail.
+        objective: the function, at the same temperature as the others; a divergence's options may be (P,).
+        factor_P: (P,) float64, finite and at least 0: what its losses count in the sum; None for 1.
+    """
+
+    inputs: KernelInputs
+    objective: Objective
+    factor_P: NDArray[np.float64] | None = None
+
+    def slice(self, start: int, stop: int) -> Summand:
+        """Views of positions start..stop."""
+        objective = replace(self.objective, divergence=self.objective.divergence.map(lambda option_P: option_P[start:stop]))
+        factor_P = None if self.factor_P is None else self.factor_P[start:stop]
+        return Summand(self.inputs.slice(start, stop), objective, factor_P)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SumOutputs:
+    """Where a sum's results are written.
+
+    Attributes:
+        losses_P: (P,) float64, the sum over the summands of factor * loss.
+        values_PD1: (P, D + 1) float64: the divergence of each of D summands, times the temperature's square but neither alpha
+            nor the factor, and the cross entropy of the target ids in the last column, 0 where no summand has a share in it.
+    """
+
+    losses_P: NDArray[np.float64]
+    values_PD1: NDArray[np.float64]
+
+
 def exact_counts(inputs: KernelInputs, divergence: Divergence) -> NDArray[np.int32]:
     """(P,) `num_exact_P` where the divergence reads it, else K."""
     if divergence.requirements.tail_sample:
@@ -105,7 +142,7 @@ def exact_counts(inputs: KernelInputs, divergence: Divergence) -> NDArray[np.int
 
 
 class KernelBackend(Protocol):
-    """A module with these two functions. tests/contracts/kernels.py runs the promises for every backend.
+    """A module with these functions. tests/contracts/kernels.py runs the promises for every backend.
 
     `logits_PV` is (P, V), C-contiguous, float32, or uint16 holding the bits of bfloat16 (then every sum is still taken in
     float32 or better, and the gradient is rounded once). `losses_P` is (P,) float64, written, and not multiplied by the
@@ -134,6 +171,18 @@ class KernelBackend(Protocol):
         num_threads: int = 1,
     ) -> None:
         """Write each position's loss, and overwrite the logits with the gradient of sum(weights_P * losses_P)."""
+        ...
+
+    def summed_losses(
+        self,
+        logits_PV: NDArray[Any],
+        summands: Sequence[Summand],
+        outputs: SumOutputs,
+        num_threads: int = 1,
+        *,
+        want_gradient: bool,
+    ) -> None:
+        """As the two functions above for a sum of functions, in one pass over the logits."""
         ...
 
 

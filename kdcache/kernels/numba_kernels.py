@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -12,8 +12,16 @@ from numpy.typing import NDArray
 
 from kdcache.compiled import compiled
 from kdcache.kernels import _numba_positions
-from kdcache.kernels.base import TAIL_POLICIES, KernelInputs, Objective, exact_counts, make_kernel_inputs
-from kdcache.kernels.divergences import _numba as compiled_divergences
+from kdcache.kernels.base import (
+    TAIL_POLICIES,
+    KernelInputs,
+    Objective,
+    Summand,
+    SumOutputs,
+    exact_counts,
+    make_kernel_inputs,
+)
+from kdcache.kernels.divergences._numba import get_address
 from kdcache.kernels.threads import for_blocks
 
 # Below this many logits per block, handing a block to another thread (50 to 100 microseconds) costs more than it saves.
@@ -27,28 +35,30 @@ _KERNELS = {
 
 @cache
 def _compiled_kernel(dtype: np.dtype[Any]) -> Callable[..., Any]:
-    """The kernel for logits of a dtype, compiled with one fixed signature: the divergence is an argument, not a part of it."""
+    """The kernel for logits of a dtype, compiled with one fixed signature: divergences are arguments, not a part of it."""
     element, function = _KERNELS[dtype]
-    counts, entries = types.int32[::1], (types.int32[:, ::1], types.float32[:, ::1])
-    inputs = (*entries, counts, types.float32[::1], types.int32[::1], types.float64[::1])
-    divergence = (types.FunctionType(compiled_divergences.SIGNATURE), types.float64[::1])
-    objective = (types.int64, types.float64, types.float64, *divergence)
-    positions = (types.boolean, types.int64, types.int64, types.float64[::1])
-    return compiled(types.void(element[:, ::1], *inputs, *objective, *positions))(function)
+    float64, float64_PD, float64_P = types.float64, types.float64[:, ::1], types.float64[::1]
+    entries = (types.int32[:, ::1], types.float32[:, :, ::1], types.int32[:, ::1], types.float32[:, ::1])
+    divergences = (float64_PD, types.float64[:, :, ::1], types.int64[::1], types.int64[::1])
+    positions = (types.int32[::1], float64_P, float64_P, float64)
+    run = (types.boolean, types.int64, types.int64, float64_P, float64_PD)
+    return compiled(types.void(element[:, ::1], *entries, *divergences, *positions, *run))(function)
 
 
 def position_losses(
     logits_PV: NDArray[Any], inputs: KernelInputs, objective: Objective, losses_P: NDArray[np.float64], num_threads: int = 1
 ) -> None:
     """See `kdcache.kernels.base.KernelBackend`."""
-    _run(logits_PV, inputs, objective, losses_P, num_threads, want_gradient=False)
+    outputs = SumOutputs(losses_P, np.empty((len(losses_P), 2)))
+    summed_losses(logits_PV, [Summand(inputs, objective)], outputs, num_threads, want_gradient=False)
 
 
 def position_losses_and_gradients(
     logits_PV: NDArray[Any], inputs: KernelInputs, objective: Objective, losses_P: NDArray[np.float64], num_threads: int = 1
 ) -> None:
     """See `kdcache.kernels.base.KernelBackend`."""
-    _run(logits_PV, inputs, objective, losses_P, num_threads, want_gradient=True)
+    outputs = SumOutputs(losses_P, np.empty((len(losses_P), 2)))
+    summed_losses(logits_PV, [Summand(inputs, objective)], outputs, num_threads, want_gradient=True)
 
 
 def warm_up() -> None:
@@ -58,32 +68,59 @@ def warm_up() -> None:
         position_losses_and_gradients(np.zeros((1, 2), dtype), inputs, Objective(), np.empty(1))
 
 
-def _run(
-    logits_PV: NDArray[Any],
-    inputs: KernelInputs,
-    objective: Objective,
-    losses_P: NDArray[np.float64],
-    num_threads: int,
-    *,
-    want_gradient: bool,
+def summed_losses(
+    logits_PV: NDArray[Any], summands: Sequence[Summand], outputs: SumOutputs, num_threads: int = 1, *, want_gradient: bool
 ) -> None:
-    _check_arrays(logits_PV, inputs, losses_P)
-    kernel, divergence = _compiled_kernel(logits_PV.dtype), objective.divergence
-    entries = (inputs.token_ids_PK, inputs.logprobs_PK, exact_counts(inputs, divergence))
-    fixed = (*entries, inputs.tail_mass_P, inputs.target_ids_P, inputs.weights_P)
-    meaning = (
-        TAIL_POLICIES.index(objective.tail),
-        float(objective.alpha),
-        float(objective.temperature),
-        compiled_divergences.get_compiled(type(divergence)),
-        np.array(divergence.parameters, np.float64),
-    )
+    """See `kdcache.kernels.base.KernelBackend`."""
+    inputs, temperature = summands[0].inputs, summands[0].objective.temperature
+    _check_arrays(logits_PV, inputs, outputs.losses_P)
+    # An alpha of 0 reads no entries at all.
+    columns = [column for column, summand in enumerate(summands) if summand.objective.alpha > 0]
+    read = [summands[column] for column in columns]
+    target_shares_P = np.zeros(len(logits_PV))
+    for summand in summands:
+        target_shares_P += (1.0 if summand.factor_P is None else summand.factor_P) * (1.0 - summand.objective.alpha)
+    fixed = (*_stacked(summands, read), inputs.target_ids_P, target_shares_P, inputs.weights_P, float(temperature))
+    kernel, values_PD1 = _compiled_kernel(logits_PV.dtype), np.empty((len(logits_PV), len(read) + 1))
 
     def work(start: int, stop: int) -> None:
-        kernel(logits_PV, *fixed, *meaning, want_gradient, start, stop, losses_P)
+        kernel(logits_PV, *fixed, want_gradient, start, stop, outputs.losses_P, values_PD1)
 
     block = max(1, _LOGITS_PER_BLOCK // max(inputs.vocab_size, 1))
     for_blocks(work, len(logits_PV), num_threads=num_threads, block=block)
+    outputs.values_PD1[:] = 0
+    outputs.values_PD1[:, [*columns, -1]] = values_PD1
+
+
+def _stacked(summands: Sequence[Summand], read: Sequence[Summand]) -> tuple[NDArray[Any], ...]:
+    """What the divergences are given, a line for each position: ids, then entries, factors, options, tails and addresses.
+
+    A logprob of +inf stands for an entry that a divergence does not read.
+    """
+    ids_PK = summands[0].inputs.token_ids_PK
+    for summand in summands[1:]:
+        ids_PK = np.maximum(ids_PK, summand.inputs.token_ids_PK)
+    shape = (len(ids_PK), len(read))
+    num_options = max((len(summand.objective.divergence.options) for summand in read), default=0)
+    logprobs_PDK, options_PD = np.empty((*shape, ids_PK.shape[1]), np.float32), np.zeros((*shape, num_options))
+    num_exact_PD, tail_mass_PD, factors_PD = np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(shape)
+    for column, summand in enumerate(read):
+        own, objective = summand.inputs, summand.objective
+        if len(summands) > 1:
+            is_own_PK = own.token_ids_PK >= 0
+            if (is_own_PK & (own.token_ids_PK != ids_PK)).any():
+                raise ValueError("the summands have other token ids in the same column")
+            logprobs_PDK[:, column] = np.where(is_own_PK, own.logprobs_PK, np.inf)
+        else:
+            logprobs_PDK[:, column] = own.logprobs_PK
+        num_exact_PD[:, column] = exact_counts(own, objective.divergence)
+        tail_mass_PD[:, column] = own.tail_mass_P
+        factors_PD[:, column] = objective.alpha * (1.0 if summand.factor_P is None else summand.factor_P)
+        for index, option in enumerate(objective.divergence.options.values()):
+            options_PD[:, column, index] = option
+    tails_D = np.array([TAIL_POLICIES.index(summand.objective.tail) for summand in read], np.int64)
+    addresses_D = np.array([get_address(type(summand.objective.divergence)) for summand in read], np.int64)
+    return ids_PK, logprobs_PDK, num_exact_PD, tail_mass_PD, factors_PD, options_PD, tails_D, addresses_D
 
 
 def _check_arrays(logits_PV: NDArray[Any], inputs: KernelInputs, losses_P: NDArray[np.float64]) -> None:

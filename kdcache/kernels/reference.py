@@ -30,6 +30,8 @@ Forward KL, sum over buckets of P_b log(P_b / Q_b), has h_b = -P_b. The tail pol
 
 The other divergences are given S and the tail bucket (`bucket`); see the table in README.md.
 
+Several divergences of the same logits: losses and gradients add up, and so do their h, weighted; the dense part stays one pass.
+
 Temperature T: student q = softmax(z/T), teacher masses at T (`make_kernel_inputs` is given those), L is multiplied by T^2,
 and so the gradient with respect to the logits is T dL/d(z/T). The target id's cross entropy stays at temperature 1.
 
@@ -42,12 +44,14 @@ support is the whole vocabulary the tail bucket is missing, and r (rounding of 1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.kernels.base import NO_TARGET, PADDING_ID, KernelInputs, Objective, exact_counts
+from kdcache.kernels.base import NO_TARGET, PADDING_ID, KernelInputs, Objective, Summand, SumOutputs, exact_counts
 from kdcache.kernels.divergences import reference as divergences
 from kdcache.kernels.divergences.reference import Floats, logsumexp
 
@@ -103,6 +107,30 @@ def position_losses_and_gradients(
     logits_PV[:] = _narrow(gradients_PV) if logits_PV.dtype == np.uint16 else gradients_PV
 
 
+def summed_losses(
+    logits_PV: NDArray[Any], summands: Sequence[Summand], outputs: SumOutputs, num_threads: int = 1, *, want_gradient: bool
+) -> None:
+    """See `kdcache.kernels.base.KernelBackend`: each function by itself, then added up."""
+    del num_threads
+    total_P, total_PV = np.zeros(len(logits_PV)), np.zeros(logits_PV.shape)
+    outputs.values_PD1[:] = 0
+    for column, summand in enumerate(summands):
+        losses_P, gradients_PV = loss_and_gradient(_widen(logits_PV), summand.inputs, summand.objective)
+        factor_P = np.ones(len(total_P)) if summand.factor_P is None else summand.factor_P
+        total_P += np.where(factor_P > 0, factor_P * losses_P, 0)
+        total_PV += np.where(factor_P[:, None] > 0, factor_P[:, None] * gradients_PV, 0)
+        if summand.objective.alpha > 0:
+            alone = replace(summand.objective, alpha=1.0)
+            outputs.values_PD1[:, column] = loss_and_gradient(_widen(logits_PV), summand.inputs, alone)[0]
+        if summand.objective.alpha < 1:
+            alone = replace(summand.objective, alpha=0.0)
+            values_P = loss_and_gradient(_widen(logits_PV), summand.inputs, alone)[0]
+            outputs.values_PD1[:, -1] = np.where(factor_P > 0, values_P, outputs.values_PD1[:, -1])
+    outputs.losses_P[:] = total_P
+    if want_gradient:
+        logits_PV[:] = _narrow(total_PV) if logits_PV.dtype == np.uint16 else total_PV
+
+
 def teacher_buckets(inputs: KernelInputs, objective: Objective, dtype: type[np.floating[Any]] = np.float64) -> Floats:
     """(P, K+1) log masses of the teacher under a tail policy, the tail last; see the module's docstring."""
     stored_PK, tail = inputs.token_ids_PK != PADDING_ID, objective.tail
@@ -126,6 +154,13 @@ def estimates(inputs: KernelInputs, objective: Objective) -> NDArray[np.bool_]:
     return estimates_PK1
 
 
+def target_buckets(inputs: KernelInputs) -> NDArray[np.bool_]:
+    """(P, K+1) which bucket holds the target id: an entry, or the tail; none without a target id."""
+    is_target_PK = (inputs.token_ids_PK == inputs.target_ids_P[:, None]) & (inputs.token_ids_PK != PADDING_ID)
+    in_tail_P = (inputs.target_ids_P != NO_TARGET) & ~is_target_PK.any(axis=1)
+    return np.concatenate([is_target_PK, in_tail_P[:, None]], axis=1)
+
+
 def num_outside(inputs: KernelInputs) -> NDArray[np.int64]:
     """(P,) how many ids are outside the support."""
     return inputs.vocab_size - (inputs.token_ids_PK != PADDING_ID).sum(axis=1)
@@ -143,7 +178,9 @@ def _teacher_term(logits_PV: Floats, inputs: KernelInputs, objective: Objective)
     log_q_PK1[positions, columns] = z_PV[positions, ids] - lse_P[positions]
     log_q_PK1[:, -1] = tail_lse_P - lse_P
     log_p_PK1 = teacher_buckets(inputs, objective, z_PV.dtype.type)
-    losses_P, h_PK1 = divergences.compute(objective.divergence, log_p_PK1, log_q_PK1, estimates(inputs, objective))
+    losses_P, h_PK1 = divergences.compute(
+        objective.divergence, log_p_PK1, log_q_PK1, estimates(inputs, objective), target_buckets(inputs)
+    )
     # q_j/Q_tail; where every id outside the support has logit -inf it would be 0/0, and is 0 here.
     within_tail_PV = np.where(in_support_PV | np.isneginf(z_PV), 0, np.exp(z_PV - tail_lse_P[:, None]))
     q_PV = np.exp(z_PV - lse_P[:, None])

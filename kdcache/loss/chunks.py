@@ -80,8 +80,8 @@ class Product:
 
 def run_chunks(
     product: Product, step: PositionStep, wanted: tuple[bool, ...], chunk_positions: int
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The sum of the scaled losses, and its gradients with respect to hidden, weight and bias: None where not wanted.
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """The sums of the scaled losses and values, and gradients with respect to hidden, weight and bias: None where not wanted.
 
     Args:
         product: makes the logits.
@@ -90,24 +90,27 @@ def run_chunks(
         chunk_positions: 0 for `default_chunk_positions`, which a graph that is traced could not ask for.
 
     Returns:
-        A scalar of `loss_dtype`, and tensors of hidden's dtype.
+        A scalar of `loss_dtype`, (D + 1,) float64 or nothing where no values are asked for, and tensors of hidden's dtype.
     """
     hidden_PH = product.hidden_PH
     chunk_positions = chunk_positions or default_chunk_positions(hidden_PH, len(product.weight_VH))
     loss = torch.zeros((), dtype=torch.float64, device=hidden_PH.device)
+    values_D1 = torch.zeros_like(loss)
     gradients = _Gradients.zeros(product, wanted, chunk_positions)
     # Under autocast the products would come in another dtype than the buffer's.
     with torch.no_grad(), torch.autocast(hidden_PH.device.type, enabled=False):
         for start, logits_CV, slope_CV in _chunks_of_logits(product, chunk_positions):
-            losses_C, gradient_CV = step(logits_CV, start, any(wanted))
+            losses_C, gradient_CV, values_CD1 = step(logits_CV, start, any(wanted))
             loss += losses_C.sum()
+            if values_CD1 is not None:
+                values_D1 = values_D1 + values_CD1.sum(dim=0)
             if slope_CV is not None:
                 gradient_CV.mul_(slope_CV)
             elif product.head.logit_scale != 1:
                 gradient_CV.mul_(product.head.logit_scale)
             gradients.add(gradient_CV.to(product_dtype(hidden_PH)), product, start)
             del losses_C, logits_CV, slope_CV, gradient_CV  # else the buffer lives until the gradients are rounded
-    return loss.to(loss_dtype(hidden_PH.dtype)), gradients.finish(hidden_PH.dtype)
+    return loss.to(loss_dtype(hidden_PH.dtype)), values_D1, gradients.finish(hidden_PH.dtype)
 
 
 def default_chunk_positions(hidden_PH: Tensor, vocab_size: int) -> int:

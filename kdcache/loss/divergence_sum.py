@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kdcache.errors import LossError
-from kdcache.kernels.divergences import Divergence
-from kdcache.loss.prepare import LossSettings
+from kdcache.kernels.divergences import Divergence, get_divergence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,7 +18,7 @@ class WeightedDivergence:
 
     Attributes:
         divergence: a name, or one made with its options.
-        weight: a finite number of at least 0, or one per position, (P,).
+        weight: a finite number of at least 0, or one per position, (P,); no gradient flows into it.
         tail: tail policy of this divergence; None for the best one known, as in `LossSettings`.
         entries: `exact` or `unbiased`, as in `LossSettings`; None for the best.
         temperature: of both sides; None for the loss's own. Each further temperature costs one more pass over the logits.
@@ -41,9 +40,11 @@ class DivergenceSum:
         cross_entropy: weight of the cross entropy of the target ids at temperature 1: a number, or one per position. It stands
             for `alpha`, which stays at 1.
         values: what the latest call of a loss was the sum of, (D + 1,) float64 without a gradient: the D divergences (times
-            T^2) in their order, then the cross entropy, 0 where its weight is 0. Each is reduced as the loss is, and not
-            multiplied by its weight: where all weights are numbers, the loss is their sum over weight * value. (D + 1, P) for
-            the reduction `none`; None before the first call.
+            T^2) in their order, then the cross entropy, 0 where its weight is 0. Each is reduced as the loss is. It
+            is multiplied by its weight where that is (P,), and not where it is a number: the loss is the sum over value or
+            weight * value. (D + 1, P) for the reduction `none`; None before the first call.
+        measures: further numbers that the divergences say are worth watching, of the latest call and reduced as the loss is, by
+            `<index of the part>.<measure>`.
 
     Raises:
         LossError: parts is empty, or has something of another type.
@@ -52,6 +53,7 @@ class DivergenceSum:
     parts: Sequence[WeightedDivergence]
     cross_entropy: float | Tensor = 0.0
     values: Tensor | None = field(default=None, init=False, repr=False)
+    measures: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -60,35 +62,16 @@ class DivergenceSum:
             if not isinstance(part, WeightedDivergence):
                 raise LossError(f"a part of a DivergenceSum is {part!r}, but must be a WeightedDivergence(divergence, weight)")
 
+    def watched(self) -> list[tuple[str, WeightedDivergence]]:
+        """The measures of the parts as parts of weight 0, with their names."""
+        return [
+            (f"{index}.{name}", WeightedDivergence(measure, 0.0, part.tail, part.entries, part.temperature))
+            for index, part in enumerate(self.parts)
+            for name, measure in get_divergence(part.divergence).measures().items()
+        ]
 
-def part_by_part(
-    call: Callable[..., Tensor], total: DivergenceSum, student: Tensor, weights_P: Tensor | None, settings: LossSettings
-) -> Tensor:
-    """The sum with one call of a loss per part: `call(divergence=, alpha=, temperature=, weights=, settings=)`."""
-    cross_entropy = WeightedDivergence("forward_kl", total.cross_entropy)
-    base_P = (
-        torch.ones(len(student), dtype=torch.float64, device=student.device)
-        if weights_P is None
-        else weights_P.detach().double()
-    )
-    if settings.reduction == "mean":
-        base_P = base_P / base_P.sum().clamp_min(1e-300)
-    losses: list[Tensor] = []
-    values: list[Tensor] = []
-    for part, alpha in [*((part, 1.0) for part in total.parts), (cross_entropy, 0.0)]:
-        if not isinstance(part.weight, Tensor) and part.weight == 0 and alpha == 0:
-            values.append(torch.zeros_like(values[0]))
-            continue
-        reduction = "none" if settings.reduction == "none" else "sum"
-        asked = {
-            "divergence": part.divergence,
-            "alpha": alpha,
-            "settings": replace(settings, tail=part.tail, entries=part.entries, reduction=reduction),
-        }
-        if part.temperature is not None:
-            asked["temperature"] = part.temperature
-        with torch.no_grad():
-            values.append(call(weights=base_P, **asked).double())
-        losses.append(call(weights=base_P * part.weight, **asked))
-    total.values = torch.stack(values)
-    return torch.stack(losses).sum(dim=0)
+    def keep(self, values: Tensor) -> None:
+        """Take what a loss found: (parts + measures + 1, ...)."""
+        values, num_parts = values.detach(), len(self.parts)
+        self.measures = {name: values[num_parts + index] for index, (name, _) in enumerate(self.watched())}
+        self.values = torch.cat([values[:num_parts], values[-1:]])

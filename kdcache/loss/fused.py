@@ -6,7 +6,6 @@ How: `kdcache.loss.chunks`. `FusedSparseKD` is the same as a module.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.divergences import Divergence
 from kdcache.loss import operators, prepare
 from kdcache.loss.chunks import Head, Product, run_chunks
-from kdcache.loss.divergence_sum import DivergenceSum, part_by_part
+from kdcache.loss.divergence_sum import DivergenceSum
 from kdcache.loss.gradients import may_overwrite, refuse_second_derivative, scale_gradient
 from kdcache.loss.prepare import DEFAULT, Asked, LossSettings
 from kdcache.loss.steps.step import PositionStep, make_step
@@ -91,9 +90,6 @@ def fused_sparse_kd_loss(
     Raises:
         LossError: an argument is impossible, does not fit the others, or would make a wrong loss.
     """
-    if isinstance(divergence, DivergenceSum):
-        call = partial(fused_sparse_kd_loss, hidden_PH, projection, teacher, target_ids=target_ids, temperature=temperature)
-        return part_by_part(call, divergence, hidden_PH, weights, settings)
     prepare.refuse_transform("use sparse_kd_loss with LossSettings(backend='torch')")
     if settings.reduction == "none":
         raise LossError(
@@ -109,8 +105,12 @@ def fused_sparse_kd_loss(
         projection.chunk_positions or 0,
     )
     if torch.compiler.is_compiling():
-        return operators.fused(product, ready, num_positions, _wanted(product))
-    return run_fused(product, make_step(ready, len(weight_VH)), num_positions)
+        loss, values_D1 = operators.fused(product, ready, num_positions, _wanted(product))
+    else:
+        loss, values_D1 = _run(product, make_step(ready, len(weight_VH)), num_positions)
+    if isinstance(divergence, DivergenceSum):
+        divergence.keep(values_D1)
+    return loss
 
 
 def run_fused(product: Product, step: PositionStep, chunk_positions: int = 0) -> Tensor:
@@ -121,10 +121,15 @@ def run_fused(product: Product, step: PositionStep, chunk_positions: int = 0) ->
         step: its losses are already times their scales.
         chunk_positions: 0 for the default.
     """
+    return _run(product, step, chunk_positions)[0]
+
+
+def _run(product: Product, step: PositionStep, chunk_positions: int) -> tuple[Tensor, Tensor]:
+    """`run_fused`, and the sum of the step's values."""
     work = _Work(step, product.head, _wanted(product), chunk_positions)
-    loss = _Fused.apply(product.hidden_PH, product.weight_VH, product.bias_V, work)
-    assert isinstance(loss, Tensor)
-    return loss
+    found = _Fused.apply(product.hidden_PH, product.weight_VH, product.bias_V, work)
+    assert isinstance(found, tuple)
+    return found
 
 
 def _wanted(product: Product) -> tuple[bool, ...]:
@@ -133,14 +138,16 @@ def _wanted(product: Product) -> tuple[bool, ...]:
 
 
 class _Fused(torch.autograd.Function):
-    """The scaled loss; forward leaves the gradients of hidden, weight and bias, backward multiplies them by the upstream."""
+    """The scaled loss and values; forward leaves the gradients of hidden, weight and bias, backward multiplies them by the
+    upstream."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, work: _Work) -> Tensor:
+    def forward(ctx: Any, hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, work: _Work) -> tuple[Tensor, Tensor]:
         product = Product(hidden_PH, weight_VH, bias_V, work.head)
-        loss, gradients = run_chunks(product, work.step, work.wanted, work.chunk_positions)
+        loss, values_D1, gradients = run_chunks(product, work.step, work.wanted, work.chunk_positions)
         ctx.save_for_backward(*gradients)
-        return loss
+        ctx.mark_non_differentiable(values_D1)
+        return loss, values_D1
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,15 +6,17 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kdcache.errors import LossError
 from kdcache.format.soft_targets import SoftTargets
-from kdcache.kernels.base import PADDING_ID, KernelInputs, Objective, make_kernel_inputs
-from kdcache.kernels.divergences import DIVERGENCES, Divergence, get_divergence
+from kdcache.kernels.base import PADDING_ID, Objective
+from kdcache.kernels.divergences import DIVERGENCES, MEASURES, Divergence, ForwardKL, get_divergence
+from kdcache.loss.divergence_sum import DivergenceSum, WeightedDivergence
+from kdcache.loss.prepared import Prepared, ReadPart, alone, check_ranges, with_common_columns
 from kdcache.loss.selection_rules import reading_for
+from kdcache.loss.support import with_target
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "numba", "triton", "torch")
@@ -52,43 +54,10 @@ DEFAULT = LossSettings()
 class Asked:
     """The function that a caller asks for, before it is known whether the teacher allows it."""
 
-    divergence: str | Divergence
+    divergence: str | Divergence | DivergenceSum
     alpha: float
     temperature: float
     settings: LossSettings
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
-    """What P positions of the student are compared with, and how; constants, no gradient flows into them.
-
-    Attributes:
-        teacher: at the objective's temperature, with those entries alone that the loss reads. It has num_exact_P only where
-            the divergence tells exact entries from estimates.
-        target_ids_P: (P,) integers, NO_TARGET where there is none; None for none at all.
-        weights_P: (P,) >= 0; None for 1 everywhere.
-        scales_P: (P,) float64, what each position's loss is multiplied by; see `position_scales`.
-        objective: the function.
-        backend: `numba`, `triton` or `torch`.
-    """
-
-    teacher: SoftTargets[Tensor]
-    target_ids_P: Tensor | None
-    weights_P: Tensor | None
-    scales_P: Tensor
-    objective: Objective
-    backend: str
-
-    def slice(self, start: int, stop: int) -> Prepared:
-        """Views of positions start..stop."""
-        part = slice(start, stop)
-        return replace(
-            self,
-            teacher=self.teacher.slice(start, stop),
-            target_ids_P=None if self.target_ids_P is None else self.target_ids_P[part],
-            weights_P=None if self.weights_P is None else self.weights_P[part],
-            scales_P=self.scales_P[part],
-        )
 
 
 def prepare(
@@ -111,34 +80,113 @@ def prepare(
         LossError: an argument is impossible, does not fit the others, or would make a wrong loss.
     """
     (target_ids_P, weights_P), settings = per_position, asked.settings
+    _check_settings(settings)
+    total, share = _total(asked)
+    has_share = isinstance(share, Tensor) or share > 0
+    if has_share and target_ids_P is None:
+        what = f"alpha is {asked.alpha!r}" if total is None else f"cross_entropy is {share!r}"
+        raise LossError(
+            f"{what}, which mixes in the cross entropy of the target ids, but target_ids is missing; pass "
+            f"target_ids=batch.target_ids_P, or {'alpha=1.0' if total is None else 'cross_entropy=0.0'}"
+        )
+    _check_tensors(student, {"target_ids": target_ids_P, "weights": weights_P})
+    if isinstance(share, Tensor):
+        _check_tensors(student, {"the weight of the cross entropy": share})
+    scales_P = position_scales(student, weights_P, settings.reduction)
+    shared = (target_ids_P, weights_P, scales_P)
+    if asked.alpha == 0 and total is None:
+        backend = choose_backend(settings.backend, student, ForwardKL())
+        return alone(_no_entries(student), Objective(alpha=0.0), shared, backend)
+    asked_parts = [_alone(asked)] if total is None else [*total.parts, *(part for _, part in total.watched())]
+    teacher = _checked_teacher(teacher, asked.alpha, vocab_size)
+    _check_entries(student, teacher)
+    if total is not None:
+        _check_weights(student, total)
+    read = [_read(teacher, part, asked, target_ids_P) for part in asked_parts]
+    backend = _common_backend([choose_backend(settings.backend, student, part.objective.divergence) for part in read])
+    return _by_temperature(read, share, shared, (backend, 0 if total is None else len(read)))
+
+
+def _check_settings(settings: LossSettings) -> None:
     for name, value, known in (
         ("reduction", settings.reduction, REDUCTIONS),
         ("backend", settings.backend, BACKENDS),
     ):
         if value not in known:
             raise LossError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, known))}")
-    if asked.alpha < 1 and target_ids_P is None:
+
+
+def _total(asked: Asked) -> tuple[DivergenceSum | None, float | Tensor]:
+    """The sum, if one is asked for, and what the cross entropy counts."""
+    if not isinstance(asked.divergence, DivergenceSum):
+        return None, 1.0 - asked.alpha
+    settings = asked.settings
+    if asked.alpha != 1:
         raise LossError(
-            f"alpha is {asked.alpha!r}, which mixes in the cross entropy of the target ids, but target_ids is missing; pass "
-            "target_ids=batch.target_ids_P, or alpha=1.0"
+            f"alpha is {asked.alpha!r}, but a DivergenceSum has weights of its own: leave alpha out, and give the weight of "
+            "the cross entropy as DivergenceSum(parts, cross_entropy=...)"
         )
-    if asked.alpha == 0:
-        objective, teacher = Objective(alpha=0.0), _no_entries(student)
+    if settings.tail is not None or settings.entries is not None:
+        name = "entries" if settings.tail is None else "tail"
+        raise LossError(
+            f"settings.{name} is given, but each part of a DivergenceSum has its own: WeightedDivergence({name}=...)"
+        )
+    return asked.divergence, asked.divergence.cross_entropy
+
+
+def _alone(asked: Asked) -> WeightedDivergence:
+    assert not isinstance(asked.divergence, DivergenceSum)
+    return WeightedDivergence(asked.divergence, asked.alpha, asked.settings.tail, asked.settings.entries)
+
+
+def _check_weights(student: Tensor, total: DivergenceSum) -> None:
+    for index, part in enumerate(total.parts):
+        tensors = {f"the weight of part {index}": part.weight if isinstance(part.weight, Tensor) else None}
+        _check_tensors(student, tensors)
+
+
+def _read(teacher: SoftTargets[Tensor], part: WeightedDivergence, asked: Asked, target_ids_P: Tensor | None) -> ReadPart:
+    """A divergence, and the teacher as it reads it."""
+    divergence = get_divergence(part.divergence)
+    temperature = float(asked.temperature if part.temperature is None else part.temperature)
+    for name, option_P in divergence.arrays.items():
+        _check_tensors(teacher.tail_mass_P, {f"{divergence.name}'s {name}": option_P})
+    reading = reading_for(teacher.origin, divergence, tail=part.tail, entries=part.entries, temperature=temperature)
+    # An alpha that is impossible is refused here.
+    alpha = asked.alpha if not isinstance(asked.divergence, DivergenceSum) else 1.0
+    objective = replace(Objective(reading.tail, alpha, divergence, temperature), alpha=1.0)
+    if divergence.requirements.target:
+        if target_ids_P is None:
+            raise LossError(f"{divergence.name} needs the target ids, but target_ids is missing; pass batch.target_ids_P")
+        read = with_target(teacher, target_ids_P)
     else:
-        objective, teacher = _read(_checked_teacher(teacher, asked.alpha, vocab_size), student, asked)
-    _check_tensors(student, {"target_ids": target_ids_P, "weights": weights_P})
-    scales_P = position_scales(student, weights_P, settings.reduction)
-    backend = choose_backend(settings.backend, student, objective.divergence)
-    return Prepared(teacher, target_ids_P, weights_P, scales_P, objective, backend)
+        read = _entries_read(teacher, objective, reading.entries)
+    return ReadPart(at_temperature(read, temperature), objective, part.weight)
 
 
-def _read(teacher: SoftTargets[Tensor], student: Tensor, asked: Asked) -> tuple[Objective, SoftTargets[Tensor]]:
-    """The objective, and the teacher as it is read."""
-    _check_entries(student, teacher)
-    divergence, temperature, settings = get_divergence(asked.divergence), float(asked.temperature), asked.settings
-    reading = reading_for(teacher.origin, divergence, tail=settings.tail, entries=settings.entries, temperature=temperature)
-    objective = Objective(reading.tail, asked.alpha, divergence, temperature)
-    return objective, at_temperature(_entries_read(teacher, objective, reading.entries), temperature)
+def _common_backend(backends: list[str]) -> str:
+    """One for all parts: torch where one of them has no other."""
+    return backends[0] if len(set(backends)) == 1 else "torch"
+
+
+def _by_temperature(
+    read: list[ReadPart],
+    share: float | Tensor,
+    shared: tuple[Tensor | None, Tensor | None, Tensor],
+    rest: tuple[str, int],
+) -> Prepared:
+    """Parts of one temperature go together; the cross entropy with the first."""
+    backend, num_values = rest
+    groups: dict[float, list[int]] = {}
+    for index, part in enumerate(read):
+        groups.setdefault(part.objective.temperature, []).append(index)
+    prepared: list[Prepared] = []
+    for temperature, columns in groups.items():
+        parts, ids_PK = with_common_columns([read[index] for index in columns])
+        share_here = 0.0 if prepared else share
+        made = Prepared(parts, ids_PK, temperature, share_here, *shared, backend, tuple(columns), num_values)
+        prepared.append(made)
+    return replace(prepared[0], further=tuple(prepared[1:]))
 
 
 def _checked_teacher(teacher: SoftTargets[Tensor] | None, alpha: float, vocab_size: int) -> SoftTargets[Tensor]:
@@ -248,7 +296,7 @@ def choose_backend(backend: str, student: Tensor, divergence: Divergence) -> str
         torch.float32,
         torch.bfloat16,
     )
-    is_compilable = type(divergence).for_numba is not None or divergence.name in DIVERGENCES
+    is_compilable = type(divergence).for_numba is not None or divergence.name in DIVERGENCES | MEASURES
     if backend == "numba" and fits and not is_compilable:
         raise LossError(f"{divergence.name} has no form for the numba backend; use 'torch', or 'auto'")
     if backend == "numba" and not fits:
@@ -267,37 +315,15 @@ def choose_backend(backend: str, student: Tensor, divergence: Divergence) -> str
     return backend
 
 
-def check_values(prepared: Prepared, vocab_size: int) -> None:
+def check_values(ready: Prepared, vocab_size: int) -> None:
     """Raise LossError for ids outside the vocabulary and the like; only on a CPU, where looking does not wait for a device."""
-    if _can_look_at(prepared.teacher.token_ids_PK):
-        _to_checked(prepared, vocab_size)
+    if _can_look_at(ready.token_ids_PK):
+        for one in (ready, *ready.further):
+            check_ranges(one, vocab_size)
 
 
 def _can_look_at(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
-
-
-def to_kernel_inputs(prepared: Prepared, vocab_size: int) -> KernelInputs:
-    """The kernels' form of CPU tensors, with the scales for the weights.
-
-    Raises:
-        LossError: as `make_kernel_inputs`.
-    """
-    scales_P = np.require(_to_numpy(prepared.scales_P), np.float64, ["C", "W"])
-    return replace(_to_checked(prepared, vocab_size), weights_P=scales_P)
-
-
-def _to_checked(prepared: Prepared, vocab_size: int) -> KernelInputs:
-    teacher = prepared.teacher
-    return make_kernel_inputs(
-        _to_numpy(teacher.token_ids_PK),
-        _to_numpy(teacher.logprobs_PK),
-        _to_numpy(teacher.tail_mass_P),
-        vocab_size=vocab_size,
-        target_ids_P=None if prepared.target_ids_P is None else _to_numpy(prepared.target_ids_P),
-        weights_P=None if prepared.weights_P is None else _to_numpy(prepared.weights_P),
-        num_exact_P=None if teacher.num_exact_P is None else _to_numpy(teacher.num_exact_P),
-    )
 
 
 def position_scales(student: Tensor, weights_P: Tensor | None, reduction: str) -> Tensor:
@@ -320,8 +346,3 @@ def _no_entries(student: Tensor) -> SoftTargets[Tensor]:
     options: dict[str, Any] = {"device": student.device, "dtype": torch.float32}
     empty_PK = torch.empty((len(student), 0), **options)
     return SoftTargets(empty_PK.to(torch.int32), empty_PK, torch.ones(len(student), **options), "exact")
-
-
-def _to_numpy(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

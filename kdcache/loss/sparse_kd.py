@@ -5,7 +5,6 @@ Where the student's output projection is at hand, `kdcache.loss.fused` does the 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from kdcache.errors import LossError
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.divergences import Divergence
 from kdcache.loss import operators, prepare
-from kdcache.loss.divergence_sum import DivergenceSum, part_by_part
+from kdcache.loss.divergence_sum import DivergenceSum
 from kdcache.loss.gradients import refuse_second_derivative, scale_gradient
 from kdcache.loss.prepare import DEFAULT, Asked, LossSettings
 from kdcache.loss.steps import torch_positions
@@ -61,9 +60,6 @@ def sparse_kd_loss(
     Raises:
         LossError: an argument is impossible, does not fit the others, or would make a wrong loss.
     """
-    if isinstance(divergence, DivergenceSum):
-        call = partial(sparse_kd_loss, student_logits_PV, teacher, target_ids=target_ids, temperature=temperature)
-        return part_by_part(call, divergence, student_logits_PV, weights, settings)
     if student_logits_PV.ndim != 2 or not student_logits_PV.is_floating_point():
         raise LossError(
             f"student_logits_PV must be floating point of the shape (positions, vocabulary), but is {student_logits_PV.dtype} "
@@ -74,31 +70,48 @@ def sparse_kd_loss(
     is_summed = settings.reduction != "none"
     if ready.backend == "torch" or (settings.backend == "auto" and prepare.is_transformed()):
         prepare.check_values(ready, vocab_size)
-        losses_P = torch_positions.position_losses(student_logits_PV, ready)
+        losses_P, values_PD1 = torch_positions.position_losses(student_logits_PV, ready)
         scaled_P = losses_P * ready.scales_P.to(losses_P.dtype)
-        return scaled_P.sum() if is_summed else scaled_P
+        loss = scaled_P.sum() if is_summed else scaled_P
+        return _with_values(loss, scaled_values(values_PD1, ready.scales_P), divergence, is_summed)
     prepare.refuse_transform("use LossSettings(backend='torch')")
     want_gradient = torch.is_grad_enabled() and student_logits_PV.requires_grad
     if torch.compiler.is_compiling():
-        scaled_P = operators.over_logits(student_logits_PV, ready, want_gradient)
-        return scaled_P.sum() if is_summed else scaled_P
+        scaled_P, values_PD1 = operators.over_logits(student_logits_PV, ready, want_gradient)
+        return _with_values(scaled_P.sum() if is_summed else scaled_P, values_PD1, divergence, is_summed)
     step = make_step(ready, vocab_size)
-    loss = _OverLogits.apply(student_logits_PV, step, want_gradient, is_summed)
-    assert isinstance(loss, Tensor)
+    found = _OverLogits.apply(student_logits_PV, step, want_gradient, is_summed)
+    assert isinstance(found, tuple)
+    loss, values_PD1 = found
+    return _with_values(loss, values_PD1, divergence, is_summed)
+
+
+def _with_values(loss: Tensor, values_PD1: Tensor, divergence: Any, is_summed: bool) -> Tensor:
+    """The loss; a sum of divergences keeps what it is made of."""
+    if isinstance(divergence, DivergenceSum):
+        divergence.keep(values_PD1.sum(dim=0) if is_summed else values_PD1.T)
     return loss
 
 
+def scaled_values(values_PD1: Tensor, scales_P: Tensor) -> Tensor:
+    """Times the scales; 0 at a scale of 0."""
+    scales_P1 = scales_P.to(values_PD1.dtype)[:, None]
+    return torch.where(scales_P1 > 0, values_PD1 * scales_P1, 0.0)
+
+
 class _OverLogits(torch.autograd.Function):
-    """Scaled losses; the gradient is made in forward, where each position's logits are in the core's cache anyway."""
+    """Scaled losses and values; the gradient is made in forward, where a position's logits are in the core's cache anyway."""
 
     @staticmethod
-    def forward(ctx: Any, logits_PV: Tensor, step: PositionStep, want_gradient: bool, is_summed: bool) -> Tensor:
+    def forward(ctx: Any, logits_PV: Tensor, step: PositionStep, want_gradient: bool, is_summed: bool) -> tuple[Tensor, Tensor]:
         logits_PV = logits_PV.detach()
         copy_PV = logits_PV.clone(memory_format=torch.contiguous_format) if want_gradient else logits_PV.contiguous()
-        scaled_P, gradient_PV = step(copy_PV, 0, want_gradient)
+        scaled_P, gradient_PV, values_PD1 = step(copy_PV, 0, want_gradient)
+        values_PD1 = scaled_P.new_empty(0) if values_PD1 is None else values_PD1
         if want_gradient:
             ctx.save_for_backward(gradient_PV)
-        return (sum_in_order(scaled_P) if is_summed else scaled_P).to(torch.float32)
+        ctx.mark_non_differentiable(values_PD1)
+        return (sum_in_order(scaled_P) if is_summed else scaled_P).to(torch.float32), values_PD1
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,6 @@ rank computes the same loss, and its own part of the gradient without the others
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +16,13 @@ from torch import Tensor
 
 from kdcache.errors import LossError
 from kdcache.format.soft_targets import SoftTargets
-from kdcache.kernels.base import Objective
 from kdcache.kernels.divergences import Divergence
 from kdcache.loss import prepare
-from kdcache.loss.divergence_sum import DivergenceSum, part_by_part
+from kdcache.loss.divergence_sum import DivergenceSum
 from kdcache.loss.gradients import refuse_second_derivative, scale_gradient
-from kdcache.loss.prepare import DEFAULT, Asked, LossSettings, Prepared
+from kdcache.loss.prepare import DEFAULT, Asked, LossSettings
+from kdcache.loss.prepared import Prepared
+from kdcache.loss.sparse_kd import scaled_values
 from kdcache.loss.steps import torch_positions
 from kdcache.loss.steps.step import bucket_terms
 
@@ -70,10 +70,8 @@ def vocab_parallel_sparse_kd_loss(
     Raises:
         LossError: an argument is impossible, does not fit the others, or would make a wrong loss.
     """
-    if isinstance(divergence, DivergenceSum):
-        call = partial(vocab_parallel_sparse_kd_loss, logits_PW, part, teacher, target_ids=target_ids, temperature=temperature)
-        return part_by_part(call, divergence, logits_PW, weights, settings)
-    if settings.tail == "uniform":
+    tails = [part.tail for part in divergence.parts] if isinstance(divergence, DivergenceSum) else [settings.tail]
+    if "uniform" in tails:
         raise LossError("tail is 'uniform', which is not possible over a split vocabulary; use 'bucket'")
     if not 0 <= part.first_id <= part.vocab_size - logits_PW.shape[1]:
         raise LossError(
@@ -82,13 +80,17 @@ def vocab_parallel_sparse_kd_loss(
     asked = Asked(divergence, alpha, temperature, replace(settings, backend="torch"))
     ready = prepare.prepare(logits_PW, teacher, asked, (target_ids, weights), part.vocab_size)
     prepare.check_values(ready, part.vocab_size)
-    loss = _Split.apply(logits_PW, ready, part)
-    assert isinstance(loss, Tensor)
-    return loss if settings.reduction == "none" else loss.sum()
+    found = _Split.apply(logits_PW, ready, part)
+    assert isinstance(found, tuple)
+    losses_P, values_PD1 = found
+    is_summed = settings.reduction != "none"
+    if isinstance(divergence, DivergenceSum):
+        divergence.keep(values_PD1.sum(dim=0) if is_summed else values_PD1.T)
+    return losses_P.sum() if is_summed else losses_P
 
 
 class _Split(torch.autograd.Function):
-    """(P,) losses times their scales."""
+    """(P,) losses and (P, D + 1) values, times their scales."""
 
     @staticmethod
     def forward(
@@ -96,20 +98,25 @@ class _Split(torch.autograd.Function):
         logits_PW: Tensor,
         ready: Prepared,
         where: VocabPart,
-    ) -> Tensor:
-        objective, scales_P = ready.objective, ready.scales_P
+    ) -> tuple[Tensor, Tensor]:
+        scales_P = ready.scales_P
         is_read_P = scales_P > 0
         z_PW = logits_PW.detach().to(_work_dtype(logits_PW)).masked_fill(~is_read_P[:, None], 0.0)
-        part = _Part(z_PW, where.first_id, where.group)
-        terms = []
-        if objective.alpha > 0:
-            terms.append(_teacher_term(part, ready.teacher, objective, where.vocab_size))
-        if objective.alpha < 1 and ready.target_ids_P is not None:
-            terms.append(_target_term(part, ready.target_ids_P, 1 - objective.alpha))
-        losses_P, gradient_PW = (sum(columns) for columns in zip(*terms, strict=True))
+        part, losses_P = _Part(z_PW, where.first_id, where.group), torch.zeros_like(scales_P)
+        gradient_PW, values_PD1 = torch.zeros_like(z_PW), scales_P.new_zeros(len(scales_P), ready.num_values + 1)
+        for one in (ready, *ready.further):
+            columns = scales_P.new_zeros(len(scales_P), 0)
+            if one.parts:
+                terms_P, terms_PW, columns = _teacher_terms(part, one, where.vocab_size)
+                losses_P, gradient_PW = losses_P + terms_P, gradient_PW + terms_PW
+            entropy_P, entropy_PW, value_P = _target_term(part, one)
+            losses_P, gradient_PW = losses_P + entropy_P, gradient_PW + entropy_PW
+            if ready.num_values:
+                values_PD1 = values_PD1 + one.spread(torch.cat([columns, value_P[:, None]], dim=1))
         gradient_PW = torch.where(is_read_P[:, None], gradient_PW * scales_P[:, None], 0.0)
         ctx.save_for_backward(gradient_PW.to(logits_PW.dtype))
-        return torch.where(is_read_P, losses_P * scales_P, 0.0).to(_work_dtype(logits_PW))
+        ctx.mark_non_differentiable(values_PD1)
+        return torch.where(is_read_P, losses_P * scales_P, 0.0).to(_work_dtype(logits_PW)), scaled_values(values_PD1, scales_P)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -131,31 +138,33 @@ class _Part:
         return torch.where((ids >= 0) & (columns >= 0) & (columns < self.z_PW.shape[1]), columns, -1)
 
 
-def _teacher_term(part: _Part, teacher: SoftTargets[Tensor], objective: Objective, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """(P,) alpha T^2 L and (P, W) its gradient with respect to this rank's logits."""
-    t, ids_PK = objective.temperature, part.columns(teacher.token_ids_PK)
+def _teacher_terms(part: _Part, ready: Prepared, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(P,) the sum of factor T^2 L, (P, W) its gradient with respect to this rank's logits, (P, D) each part's T^2 L."""
+    t, ids_PK = ready.temperature, part.columns(ready.token_ids_PK)
     z_PW = part.z_PW / t
     outside_PW = torch_positions.outside(z_PW, ids_PK, -torch.inf)[:, :-1]
     tail_lse_P = _logsumexp_over_ranks(outside_PW.logsumexp(dim=1).double(), part.group)
     z_PK1 = torch.cat([_from_owner(z_PW, ids_PK, part.group), tail_lse_P[:, None]], dim=1)
     lse_P = z_PK1.logsumexp(dim=1)
-    masses = torch_positions.masses(teacher, objective.tail, vocab_size, z_PK1 - lse_P[:, None])
-    losses_P, h_PK1 = bucket_terms(objective, masses)
+    losses_P, h_PK1, values_PD = bucket_terms(ready, vocab_size, z_PK1 - lse_P[:, None])
     within_PW = torch.where(torch.isneginf(outside_PW), 0.0, (outside_PW - tail_lse_P[:, None]).exp())
     gradient_PW = h_PK1[:, -1:] * within_PW - h_PK1.sum(dim=1, keepdim=True) * (z_PW - lse_P[:, None]).exp()
-    gradient_PW = _add_at(gradient_PW, ids_PK, h_PK1[:, :-1])
-    return objective.alpha * t * t * losses_P, objective.alpha * t * gradient_PW
+    return t * t * losses_P, t * _add_at(gradient_PW, ids_PK, h_PK1[:, :-1]), t * t * values_PD
 
 
-def _target_term(part: _Part, target_ids_P: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """(P,) share * CE, 0 without a target id, and (P, W) its gradient; at temperature 1."""
+def _target_term(part: _Part, ready: Prepared) -> tuple[Tensor, Tensor, Tensor]:
+    """(P,) share * CE, 0 without a target id, (P, W) its gradient, and (P,) the CE; at temperature 1."""
+    zeros_P, target_ids_P, share = torch.zeros_like(ready.scales_P), ready.target_ids_P, ready.target_share
+    if not ready.has_target_share or target_ids_P is None:
+        return zeros_P, torch.zeros_like(part.z_PW), zeros_P
     columns_P1 = part.columns(target_ids_P)[:, None]
-    share_P = (target_ids_P >= 0).double() * share
+    share_P = (target_ids_P >= 0).double() * (share.detach().double() if isinstance(share, Tensor) else share)
     lse_P = _logsumexp_over_ranks(part.z_PW.logsumexp(dim=1).double(), part.group)
     target_z_P = _from_owner(part.z_PW, columns_P1, part.group)[:, 0]
     gradient_PW = share_P[:, None] * (part.z_PW - lse_P[:, None]).exp()
     gradient_PW = _add_at(gradient_PW, columns_P1, -share_P[:, None])
-    return torch.where(share_P > 0, share_P * (lse_P - target_z_P), 0.0), gradient_PW
+    value_P = torch.where(share_P > 0, lse_P - target_z_P, 0.0)
+    return torch.where(share_P > 0, share_P * value_P, 0.0), gradient_PW, value_P
 
 
 def _work_dtype(logits_PW: Tensor) -> torch.dtype:

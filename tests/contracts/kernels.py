@@ -33,6 +33,9 @@ DIVERGENCES = [
     d.SkewKL(),
     d.SkewKL(0.0),
     d.SkewReverseKL(0.3),
+    d.SelfEvolution(threshold=0.0),
+    d.SelfEvolution(0.3, 1.5, 0.8, 0.2),
+    d.SelfEvolution(1.0, 0.0, 0.1, 0.0),
     d.AdaptiveKL(),
     d.TotalVariation(),
     d.Hellinger(),
@@ -54,7 +57,7 @@ MIXED = [
 ]
 OBJECTIVES = FORWARD_KL + OTHERS + MIXED
 # Their derivative has jumps, at which rounding decides.
-SMOOTH = [o for o in OBJECTIVES if not isinstance(o.divergence, d.TotalVariation | d.HingeRanking)]
+SMOOTH = [o for o in OBJECTIVES if not isinstance(o.divergence, d.TotalVariation | d.HingeRanking | d.SelfEvolution)]
 
 # A few float32 roundings of numbers of size 1: what is left where the reference in float32 happens to be exact.
 _EPSILON = 3e-7

@@ -22,6 +22,11 @@ from kdcache.kernels.divergences import reference as reference_divergences
         (d.JensenShannon, {"beta": float("nan")}),
         (d.SkewKL, {"skew": 1.0}),
         (d.SkewReverseKL, {"skew": 0.0}),
+        (d.SelfEvolution, {"max_share": 1.0}),
+        (d.SelfEvolution, {"softness": float("inf")}),
+        (d.SkewKL, {"skew": np.array([0.1, 1.5])}),
+        (d.SkewKL, {"skew": "0.1"}),
+        (d.JensenShannon, {"gkd_scale": np.ones(2)}),
         (d.AdaptiveKL, {"head_mass": 0.0}),
         (d.AlphaBeta, {"a": 0.0}),
         (d.AlphaBeta, {"b": -1.0}),
@@ -59,7 +64,7 @@ def test_every_divergence_is_either_computed_or_refused_everywhere():
             else:
                 with pytest.raises(LossError, match=kind.name):
                     Objective(tail, divergence=kind())
-        is_alone = kind is d.TailAwareKL  # the one that is also told which entries are estimates
+        is_alone = kind in (d.TailAwareKL, d.SelfEvolution)  # these are told which entries are estimates, or the target id
         assert (kind in reference_divergences._FORMULAS) != is_alone
 
 

@@ -11,12 +11,13 @@ import numba
 import numpy as np
 import pytest
 import torch
+from contracts import kernel_sums as sums
 from contracts import kernels as contract
 from contracts.kernels import make_problem
 
 from kdcache.compiled import OPTIONS, compiled
 from kdcache.kernels import _numba_positions, numba_kernels, reference
-from kdcache.kernels.base import Objective, make_kernel_inputs
+from kdcache.kernels.base import Objective, SumOutputs, make_kernel_inputs
 from kdcache.kernels.threads import for_blocks
 
 
@@ -34,6 +35,24 @@ def compute(logits_PV, targets, objective, num_threads=1):
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
 def test_numba_keeps_the_contract(check):
     check(compute)
+
+
+def compute_sum(logits_PV, summands):
+    gradients_PV, outputs = (
+        logits_PV.copy(),
+        SumOutputs(np.empty(len(logits_PV)), np.empty((len(logits_PV), len(summands) + 1))),
+    )
+    numba_kernels.summed_losses(gradients_PV, summands, outputs, want_gradient=True)
+    only = SumOutputs(np.empty(len(logits_PV)), np.empty((len(logits_PV), len(summands) + 1)))
+    numba_kernels.summed_losses(logits_PV, summands, only, want_gradient=False)
+    np.testing.assert_array_equal(only.losses_P, outputs.losses_P)
+    np.testing.assert_array_equal(only.values_PD1, outputs.values_PD1)
+    return outputs.losses_P, gradients_PV, outputs.values_PD1
+
+
+@pytest.mark.parametrize("check", sums.CHECKS, ids=lambda check: check.__name__)
+def test_numba_keeps_the_contract_of_sums(check):
+    check(compute_sum)
 
 
 def test_one_and_three_threads_give_the_same_bits(monkeypatch):

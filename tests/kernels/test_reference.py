@@ -43,7 +43,12 @@ def test_a_row_by_hand():
 
 
 def textbook(
-    divergence: d.Divergence, p: torch.Tensor, q: torch.Tensor, is_entry: torch.Tensor, is_estimate: torch.Tensor | None = None
+    divergence: d.Divergence,
+    p: torch.Tensor,
+    q: torch.Tensor,
+    is_entry: torch.Tensor,
+    is_estimate: torch.Tensor | None = None,
+    is_target: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One row's loss from bucket masses, as papers write it: no stable forms. `is_entry` is not the tail."""
 
@@ -67,6 +72,12 @@ def textbook(
             return kl(p, s * p + (1 - s) * q)
         case d.SkewReverseKL(skew=s):
             return kl(q, (1 - s) * p + s * q)
+        case d.SelfEvolution(lam=lam, threshold=threshold, max_share=most, softness=softness):
+            assert is_target is not None
+            guide = lam * p + (1 - lam) * is_target.double()
+            gap = kl(guide, q).detach()
+            mu = most * gap / (gap + softness) if is_target.any() and gap > threshold else 0.0
+            return kl(p, (1 - mu) * q + mu * guide)
         case d.AdaptiveKL():
             order = entry_p.argsort(descending=True)
             head = [int(order[n]) for n in range(len(order)) if n == 0 or entry_p[order[: n + 1]].sum() <= 0.5]
@@ -125,8 +136,11 @@ def dense_loss(z_PV: torch.Tensor, targets, objective: Objective) -> torch.Tenso
         if objective.tail == "uniform":
             p, q = torch.cat([p_K, (r / outside_V.sum()).expand(int(outside_V.sum()))]), torch.cat([q_V[ids_K], q_V[outside_V]])
         is_estimate = (is_entry >= int(targets.num_exact_P[row])) & (is_entry < len(p_K))
+        target_id = int(targets.target_ids_P[row])
+        is_target = torch.cat([ids_K == target_id, torch.tensor([target_id != NO_TARGET and target_id not in ids_K])])
+        is_what = (is_entry[: len(p)] < len(p_K), is_estimate[: len(p)], is_target[: len(p)])
         losses.append(
-            textbook(objective.divergence, p, q[: len(p)], is_entry[: len(p)] < len(p_K), is_estimate[: len(p)])
+            textbook(objective.divergence, p, q[: len(p)], *is_what)
             if objective.tail != "uniform"
             else textbook(objective.divergence, p, q, torch.ones(len(p), dtype=torch.bool))
         )
@@ -210,7 +224,7 @@ def test_whole_vocabulary_support_gives_the_dense_kl(tail):
 
 @pytest.mark.parametrize("objective", contract.OBJECTIVES, ids=str)
 def test_gradient_equals_finite_differences(objective):
-    if isinstance(objective.divergence, d.AdaptiveKL):
+    if isinstance(objective.divergence, d.AdaptiveKL | d.SelfEvolution):
         pytest.skip("no derivative goes through its weights")
     problem, step = make_problem(2, 9, 3, seed=2), 1e-5
     z_PV = problem.logits_PV.astype(np.float64)

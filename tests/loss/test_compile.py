@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from loose_calls import fused_sparse_kd_loss, sparse_kd_loss
+from loose_calls import fused_sparse_kd_loss, prepared, soft_targets, sparse_kd_loss
 from loose_calls import step as step_arguments
 from test_head import P, V, make
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import kdcache
 from kdcache.kernels import divergences as d
+from kdcache.kernels.base import Objective
 from kdcache.loss import operators
 from kdcache.loss.chunks import Head
+from kdcache.loss.divergence_sum import DivergenceSum, WeightedDivergence
 from kdcache.loss.fused import Projection
 from kdcache.loss.modules import FusedSparseKD
 from kdcache.loss.prepare import LossSettings
@@ -23,7 +28,9 @@ def compiled(function):
 
 
 def options_of(divergence: d.Divergence) -> dict:
-    """`num_exact_P` where the divergence asks for it."""
+    """`num_exact_P` or `target_logprobs_P` where the divergence asks for it."""
+    if divergence.requirements.target:
+        return {"divergence": divergence, "target_logprobs_P": torch.full((P,), -5.0)}
     if not divergence.requirements.tail_sample:
         return {"divergence": divergence}
     return {"divergence": divergence, "entries": "unbiased", "num_exact_P": torch.arange(P) % 5}
@@ -134,20 +141,37 @@ def test_batches_of_every_size_share_a_graph(backend, dynamic):
 def test_the_operators_keep_their_promises_to_torch():
     """Fake kernels and autograd of custom operators, by torch's own checks."""
     (hidden_PH, weight_VH, bias_V), t = make()
-    scales_P = torch.ones(len(hidden_PH), dtype=torch.float64)
-    tensors = (*(t[name] for name in ("token_ids_PK", "logprobs_PK", "tail_mass_P")), None, t["target_ids_P"], None, scales_P)
+    entries = {name: t[name] for name in ("token_ids_PK", "logprobs_PK", "tail_mass_P", "target_ids_P")}
+    ready = replace(prepared(Objective("bucket", 0.5), "numba", **entries), num_values=1)
+    written = operators._Written.of(ready)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     logits_PV = (hidden_PH @ weight_VH.T).detach().requires_grad_()
-    words, numbers = "bucket forward_kl numba exact", [0.5, 1.0]
-    torch.library.opcheck(operators._over_logits, (logits_PV, *tensors, words, numbers, True), test_utils=tests)
-    arguments = (
-        hidden_PH,
-        weight_VH,
-        bias_V,
-        *tensors,
-        words,
-        [1.0, 0.0, 0.0, *numbers],
-        8,
-        [True, False, True],
-    )
-    torch.library.opcheck(operators._fused, arguments, test_utils=tests)
+    rows = (logits_PV, written.tensors, written.text, written.floats, 2, True)
+    torch.library.opcheck(operators._over_logits, rows, test_utils=tests)
+    numbers = [1.0, 0.0, 0.0, *written.floats]
+    fused = (hidden_PH, weight_VH, bias_V, written.tensors, written.text, numbers, [2, 8], [True, False, True])
+    torch.library.opcheck(operators._fused, fused, test_utils=tests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("entry", ["logits", "fused"])
+def test_a_sum_of_divergences_is_one_graph_and_fills_its_values(backend, entry):
+    (hidden_PH, weight_VH, _), targets = make()
+    arguments = {"target_ids": targets["target_ids_P"], "settings": LossSettings(backend=backend)}
+    tensors = [targets[name] for name in ("token_ids_PK", "logprobs_PK", "tail_mass_P")]
+    teacher = soft_targets(*tensors, target_logprobs_P=torch.full((P,), -6.0))
+    skew_P, weight_P = torch.linspace(0.1, 0.5, P), torch.linspace(0, 1, P)
+
+    def step(hidden_PH, skew_P, weight_P):
+        parts = [WeightedDivergence(d.SkewKL(skew_P)), WeightedDivergence(d.SelfEvolution(), weight_P)]
+        total = DivergenceSum(parts, cross_entropy=weight_P)
+        student = (hidden_PH.tanh(), weight_VH) if entry == "fused" else (hidden_PH.tanh() @ weight_VH.T,)
+        call = kdcache.fused_sparse_kd_loss if entry == "fused" else kdcache.sparse_kd_loss
+        loss = call(*student, teacher, divergence=total, **arguments)
+        return loss, total.values, total.measures["1.hard_share"]
+
+    found, expected = compiled(step)(hidden_PH, skew_P, weight_P), step(hidden_PH, skew_P, weight_P)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(one[0], hidden_PH)[0] for one in (found, expected)]
+    torch.testing.assert_close(*gradients)

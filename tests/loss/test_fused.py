@@ -124,6 +124,8 @@ def computed_fused(backend: str):
     return compute
 
 
+# The target id among the entries is test_self_evolution.py's.
+OBJECTIVES = [o for o in contract.OBJECTIVES if o.temperature == 1 and not o.divergence.requirements.target]
 # Odd, of more than one chunk; K of 0, 1, some and V.
 FUSED_SHAPES = [(0, 5, 2), (3, 1, 1), (5, 17, 0), (5, 16, 16), (5, 33, 5)]
 
@@ -131,15 +133,14 @@ FUSED_SHAPES = [(0, 5, 2), (3, 1, 1), (5, 17, 0), (5, 16, 16), (5, 33, 5)]
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 def test_every_objective_through_the_chunks_is_like_the_reference(backend):
     """Those with jumps too: no product is rounded here."""
-    for shape, objective in itertools.product(FUSED_SHAPES, contract.OBJECTIVES):
-        if objective.temperature == 1:
-            contract.assert_like_reference(computed_fused(backend), make_problem(*shape), objective)
+    for shape, objective in itertools.product(FUSED_SHAPES, OBJECTIVES):
+        contract.assert_like_reference(computed_fused(backend), make_problem(*shape), objective)
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 def test_memory_that_nobody_has_written_shows_nowhere(backend, nan_in_new_memory):
     assert torch.empty(3).isnan().all()
-    for objective in (objective for objective in contract.OBJECTIVES if objective.temperature == 1):
+    for objective in OBJECTIVES:
         contract.assert_like_reference(computed_fused(backend), make_problem(5, 33, 5), objective)
     for dtype in (torch.float32, torch.bfloat16):
         case = Case(dtype)

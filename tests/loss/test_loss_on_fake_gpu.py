@@ -19,7 +19,7 @@ from kdcache.format.soft_targets import SoftTargets
 from kdcache.kernels.base import Objective
 from kdcache.kernels.divergences import DIVERGENCES
 from kdcache.loss.chunks import Head, Product, default_chunk_positions, run_chunks
-from kdcache.loss.prepare import Prepared
+from kdcache.loss.prepared import alone
 from kdcache.loss.steps.step import make_step
 
 MIB = 2**20
@@ -40,7 +40,7 @@ def run(backend: str, vocab: int, objective: Objective, num_chunks: int = 2, hea
         weights_P, target_ids_P = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int64, device="cuda")
         num_exact_P = torch.empty(rows, dtype=torch.int64, device="cuda")
         teacher = SoftTargets(ids_PK, logprobs_PK, weights_P, "mixed", num_exact_P)
-        step = make_step(Prepared(teacher, target_ids_P, weights_P, weights_P, objective, backend), vocab)
+        step = make_step(alone(teacher, objective, (target_ids_P, weights_P, weights_P), backend), vocab)
         product = Product(hidden_PH, weight_VH, None, head or Head())
         peak, launches = peak_of(lambda: run_chunks(product, step, (True, True, False), chunk), gpu)
     return peak, 2 * chunk * vocab + 4 * vocab * H + 2 * rows * H, launches // num_chunks

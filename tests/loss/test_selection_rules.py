@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,13 +113,17 @@ def test_the_loss_takes_all_that_is_allowed_and_nothing_that_is_not(selection):
         entries=entries,
         num_exact_P=torch.tensor([2]) if entries == "mixed" else None,
     )
+    teacher = replace(teacher, target_logprobs_P=torch.tensor([-3.0]))
+    target_ids = torch.tensor([5])
     for name in DIVERGENCES:
         for tail, use in answers.get(name, {}).items():
             settings = LossSettings(tail=tail, entries=use)
-            assert sparse_kd_loss(torch.zeros(1, 6), teacher, divergence=name, settings=settings).isfinite()
+            assert sparse_kd_loss(
+                torch.zeros(1, 6), teacher, divergence=name, settings=settings, target_ids=target_ids
+            ).isfinite()
         if name not in answers:
             with pytest.raises(LossError):
-                sparse_kd_loss(torch.zeros(1, 6), teacher, divergence=name)
+                sparse_kd_loss(torch.zeros(1, 6), teacher, divergence=name, target_ids=target_ids)
 
 
 def test_readme_holds_the_table_of_rules():

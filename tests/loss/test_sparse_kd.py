@@ -33,8 +33,10 @@ def tensors(problem: Problem) -> dict[str, torch.Tensor]:
 
 
 def with_estimates(problem: Problem, objective: Objective) -> dict[str, torch.Tensor]:
-    """`tensors`, and the number of exact entries where the divergence asks for it."""
+    """`tensors`, and the number of exact entries or logprobs of the target ids where the divergence asks for them."""
     keywords = tensors(problem)
+    if objective.divergence.requirements.target:
+        keywords["target_logprobs_P"] = (0.5 * keywords["tail_mass_P"]).log()
     if objective.divergence.requirements.tail_sample:
         keywords["num_exact_P"] = torch.tensor(problem.targets.num_exact_P)
     return keywords
@@ -50,10 +52,15 @@ def at_another(z_PV, keywords, *, objective, backend, reduction):
     """Below the public function, which makes the teacher's masses at T itself: here they are given as they are."""
     ready, is_summed = prepared(objective, backend, reduction, **keywords), reduction != "none"
     if backend == "torch":
-        losses_P = torch_positions.position_losses(z_PV, ready)
+        losses_P, _ = torch_positions.position_losses(z_PV, ready)
         losses_P = losses_P * ready.scales_P.to(losses_P.dtype)
         return losses_P.sum() if is_summed else losses_P
-    return _OverLogits.apply(z_PV, make_step(ready, z_PV.shape[1]), True, is_summed)
+    return _OverLogits.apply(z_PV, make_step(ready, z_PV.shape[1]), True, is_summed)[0]
+
+
+def way_to(objective: Objective):
+    """The public function puts the target id among the entries; the kernels take it in the tail, too."""
+    return at_another if objective.temperature != 1 or objective.divergence.requirements.target else at_temperature_1
 
 
 def computed_by(backend: str):
@@ -62,7 +69,7 @@ def computed_by(backend: str):
     def compute(logits_PV, targets, objective):
         z_PV = torch.tensor(logits_PV, requires_grad=True)
         keywords = with_estimates(Problem(logits_PV, targets), objective)
-        loss = partial(at_temperature_1 if objective.temperature == 1 else at_another, objective=objective, backend=backend)
+        loss = partial(way_to(objective), objective=objective, backend=backend)
         losses_P = loss(z_PV, {**keywords, "weights_P": None}, reduction="none")
         total = loss(z_PV, keywords, reduction="sum")
         (gradient_PV,) = torch.autograd.grad(total, z_PV)
@@ -84,7 +91,7 @@ def test_torch_in_float64_equals_the_reference_to_1e_12(objective):
     for shape in contract.SHAPES:
         problem = make_problem(*shape)
         z_PV = torch.tensor(problem.logits_PV, dtype=torch.float64, requires_grad=True)
-        run = at_temperature_1 if objective.temperature == 1 else at_another
+        run = way_to(objective)
         loss = run(z_PV, with_estimates(problem, objective), objective=objective, backend="torch", reduction="sum")
         (gradient_PV,) = torch.autograd.grad(loss, z_PV)
         exact_P, exact_PV = loss_and_gradient(problem.logits_PV, problem.targets, objective)
@@ -183,8 +190,7 @@ def test_half_precision_logits_have_the_loss_of_their_values_and_its_gradient_ro
         problem = make_problem(*shape)
         half_PV = torch.tensor(problem.logits_PV).to(dtype)
         for objective in contract.OBJECTIVES:
-            run = at_temperature_1 if objective.temperature == 1 else at_another
-            found = []
+            run, found = way_to(objective), []
             for z_PV in (half_PV.clone().requires_grad_(), half_PV.float().requires_grad_()):
                 loss = run(z_PV, with_estimates(problem, objective), objective=objective, backend=backend, reduction="sum")
                 found.append((loss.detach(), torch.autograd.grad(loss, z_PV)[0]))

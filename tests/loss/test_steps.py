@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from contracts import kernel_sums as sums
 from contracts import kernels as contract
 from contracts.kernels import Problem, make_problem
-from loose_calls import prepared
+from loose_calls import prepared, prepared_sum
 from test_sparse_kd import with_estimates
 
 from kdcache.kernels import divergences as d
@@ -24,7 +26,7 @@ from kdcache.loss.steps.torch_passes import TorchPasses
 
 def run_step(backend: str, logits_PV: torch.Tensor, problem: Problem, objective: Objective, *, want_gradient: bool = True):
     ready = prepared(objective, backend, **with_estimates(problem, objective))
-    return make_step(ready, logits_PV.shape[1])(logits_PV, 0, want_gradient)
+    return make_step(ready, logits_PV.shape[1])(logits_PV, 0, want_gradient)[:2]
 
 
 def compute_by_step(backend: str, logits_PV, targets, objective):
@@ -38,6 +40,47 @@ def compute_by_step(backend: str, logits_PV, targets, objective):
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
 def test_torch_passes_keep_the_kernels_contract(check):
     check(lambda *problem: compute_by_step("torch", *problem))
+
+
+def without_factors(values_PD1, logits_PV, summands):
+    """The losses multiply a value by a weight that is (P,), the kernels do not; where it is 0, what the kernels give."""
+    ones_P = np.ones(len(logits_PV))
+    factors = [ones_P if summand.factor_P is None else summand.factor_P for summand in summands]
+    share_P = sum(factor_P * (1 - summand.objective.alpha) for factor_P, summand in zip(factors, summands, strict=True))
+    factors_PD1 = np.stack([f * (s.objective.alpha or 1) for f, s in zip(factors, summands, strict=True)] + [share_P], axis=1)
+    with np.errstate(all="ignore"):
+        return np.where(factors_PD1 > 0, values_PD1 / factors_PD1, sums.by_reference(logits_PV, summands)[2])
+
+
+def sum_by_step(backend: str, logits_PV, summands):
+    """The contract's ComputeSum, below autograd."""
+    step = make_step(prepared_sum(summands, backend), logits_PV.shape[1])
+    scaled_P, gradient_PV, values_PD1 = step(torch.tensor(logits_PV), 0, True)
+    assert values_PD1 is not None
+    weights_P = torch.tensor(summands[0].inputs.weights_P)
+    losses_P = torch.where(weights_P > 0, scaled_P / weights_P, 0.0)
+    values_PD1 = torch.where(weights_P[:, None] > 0, values_PD1 / weights_P[:, None], 0.0)
+    return losses_P.numpy(), gradient_PV.numpy(), without_factors(values_PD1.numpy(), logits_PV, summands)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("check", sums.CHECKS, ids=lambda check: check.__name__)
+def test_steps_keep_the_contract_of_sums(check, backend):
+    check(partial(sum_by_step, backend))
+
+
+def sum_by_autograd(logits_PV, summands):
+    """The contract's ComputeSum through values alone."""
+    logits_PV, ready = torch.tensor(logits_PV, requires_grad=True), prepared_sum(summands, "torch")
+    losses_P, values_PD1 = torch_positions.position_losses(logits_PV, ready)
+    (gradient_PV,) = torch.autograd.grad((losses_P * ready.scales_P).sum(), logits_PV)
+    raw_PD1 = without_factors(values_PD1.numpy(), logits_PV.detach().numpy(), summands)
+    return losses_P.detach().numpy(), gradient_PV.numpy(), raw_PD1
+
+
+@pytest.mark.parametrize("check", sums.CHECKS, ids=lambda check: check.__name__)
+def test_autograd_keeps_the_contract_of_sums(check):
+    check(sum_by_autograd)
 
 
 def test_in_float64_they_equal_the_reference_to_1e_12():
@@ -78,10 +121,10 @@ def test_without_a_gradient_the_logits_come_back():
 def test_slopes_are_what_autograd_makes_of_the_values(divergence):
     """But for multiples of Q, which change no gradient by the logits."""
     problem, objective = make_problem(6, 40, 7), Objective("bucket", divergence=divergence)
-    teacher = prepared(objective, "torch", **with_estimates(problem, objective)).teacher
+    ready = prepared(objective, "torch", **with_estimates(problem, objective))
     generator = torch.Generator().manual_seed(0)
     log_q_PK1 = torch.randn(6, 8, generator=generator, dtype=torch.float64).log_softmax(dim=1).requires_grad_()
-    masses = torch_positions.masses(teacher, "bucket", 40, log_q_PK1)
+    masses = torch_positions.masses(ready.parts[0], 40, log_q_PK1, ready.target_ids_P)
     (wanted_PK1,) = torch.autograd.grad(torch_divergences.compute(divergence, masses).sum(), log_q_PK1)
     h_PK1 = torch_divergences.slopes(divergence, masses)
     by_logits = [h - h.sum(dim=1, keepdim=True) * log_q_PK1.exp() for h in (h_PK1, wanted_PK1)]

@@ -18,6 +18,7 @@ TESTS = Path(__file__).parent.parent
 
 NAMES = (
     "keep_the_contract",
+    "keep_the_contract_of_sums",
     "agree_with_the_reference_on_every_divergence",
     "leave_no_memory_unwritten",
     "round_half_precision_once",

@@ -7,6 +7,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from contracts import kernel_sums as sums
 from contracts import kernels as contract
 from contracts.kernels import make_problem
 from loose_calls import fused_sparse_kd_loss, sparse_kd_loss
@@ -14,7 +15,7 @@ from test_compile import assert_fused_compiles_whole, assert_rows_compile_whole
 from test_half_logprobs import OPTIONS, check_fused, check_rows
 from test_head import make
 from test_sparse_kd import with_estimates
-from test_steps import check_ids_beyond_the_vocabulary, compute_by_step, run_step
+from test_steps import check_ids_beyond_the_vocabulary, compute_by_step, run_step, sum_by_step
 from unwritten_memory import unwritten_memory_is_nan
 
 from kdcache.kernels import divergences as d
@@ -39,6 +40,13 @@ def keep_the_contract() -> None:
     with np.errstate(all="ignore"), fewer:
         for check in contract.CHECKS:
             check(compute)
+
+
+def keep_the_contract_of_sums() -> None:
+    """The O(K) part is torch's: what is Triton's own here are several lifted ids and a uniform tail among others."""
+    with np.errstate(all="ignore"), mock.patch.multiple(sums, SHAPES=[(2, 17, 0), (3, 33, 5)]):
+        sums.check_a_sum_is_the_sum_of_its_parts(partial(sum_by_step, "triton"))
+        sums.check_positions_of_weight_zero_are_not_read(partial(sum_by_step, "triton"))
 
 
 def agree_with_the_reference_on_every_divergence() -> None:

@@ -6,41 +6,18 @@ Standard library only: configs, docs and tests read the same table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from kdcache import extensions
 from kdcache.errors import LossError
+from kdcache.kernels.divergences.base import BUCKET_ONLY, TAIL_POLICIES, Divergence, Option, Requirements
 
-TAIL_POLICIES = ("drop", "renormalize", "bucket", "uniform")
+__all__ = ["DIVERGENCES", "TAIL_POLICIES", "Divergence", "Option", "Requirements", "find_kind", "get_divergence"]
 
 # A stored tail mass is a float32 near 1 subtracted from 1: what is below half a unit in its last place is not known.
 SMALLEST_KNOWN_MASS = 2.0**-24
 
-
-@dataclass(frozen=True, slots=True)
-class Requirements:
-    """What a divergence needs of the record; everything else is refused, in these words.
-
-    Attributes:
-        tails: the tail policies under which it means what its name says.
-        unbiased: may be given unbiased entries (sampled and threshold records), because it is linear in the teacher's masses;
-            the others would be biased, and take exact entries with the exact mass of the tail.
-        temperature: another temperature than 1 is possible, with the record's logsumexp(logprobs / T).
-        tail_sample: needs exact entries and unbiased estimates of others, and is told which are which.
-        because: the reason for what is not possible, as the end of a sentence.
-    """
-
-    tails: tuple[str, ...]
-    unbiased: bool
-    temperature: bool
-    tail_sample: bool
-    because: str
-
-
-_NOT_LINEAR = "it is not linear in the teacher's masses, so the whole of the tail must be one bucket of exact mass"
-_BUCKET_ONLY = Requirements(("bucket",), unbiased=False, temperature=True, tail_sample=False, because=_NOT_LINEAR)
 _SUPPORT_ONLY = Requirements(
     ("bucket", "drop"),
     unbiased=False,
@@ -48,48 +25,6 @@ _SUPPORT_ONLY = Requirements(
     tail_sample=False,
     because="it compares logits on the support, which must be exact, and has neither a tail nor a temperature",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """Base of all: the name by which it is asked for, and what it needs. Fields of the subclasses are its options, numbers.
-
-    The formulas of ours stand in one table per backend. A divergence of another package is one file: a frozen dataclass that
-    overrides `in_numpy` and `in_torch`, and `for_numba` where the compiled kernels are to run it too. It is registered under
-    its name as an entry point of the group `kdcache.divergences`. Within torch.compile it is given made, not by name.
-
-    Attributes:
-        for_numba: what `kdcache.kernels.divergences._numba` says, as a plain function that numba can compile; None leaves a
-            loss on a CPU to torch.
-
-    Raises:
-        LossError: an option outside its range.
-    """
-
-    name: ClassVar[str]
-    requirements: ClassVar[Requirements] = _BUCKET_ONLY
-    for_numba: ClassVar[Callable[[Any, Any], float] | None] = None
-
-    def in_numpy(self, log_p_PK1: Any, log_q_PK1: Any) -> tuple[Any, Any]:
-        """(P,) losses and (P, K+1) h of arrays: the definition, as a function of `kdcache.kernels.divergences.reference`."""
-        raise NotImplementedError(f"{type(self).__name__} has no in_numpy, which defines it")
-
-    def in_torch(self, masses: Any) -> tuple[Any, Any]:
-        """(P,) losses and (P, K+1) h of `torch_formulas.Masses`; autograd can pass through the losses."""
-        raise NotImplementedError(f"{type(self).__name__} has no in_torch, by which it is trained")
-
-    @property
-    def parameters(self) -> tuple[float, ...]:
-        """The options as numbers, in the order of the fields: what compiled kernels are given."""
-        # Not dataclasses.astuple, which torch.compile cannot trace.
-        return tuple(float(getattr(self, name)) for name in self.__match_args__)
-
-    def _check(self, option: str, low: float, high: float, *, ends: str = "[]") -> None:
-        value = getattr(self, option)
-        above = value >= low if ends[0] == "[" else value > low
-        below = value <= high if ends[1] == "]" else value < high
-        if not (above and below and math.isfinite(value)):
-            raise LossError(f"{self.name}: {option} is {value!r}, but must be in {ends[0]}{low:g}, {high:g}{ends[1]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +50,8 @@ class ReverseKL(Divergence):
     """
 
     name = "reverse_kl"
-    floor: float = SMALLEST_KNOWN_MASS
+    per_position = ("floor",)
+    floor: Option = SMALLEST_KNOWN_MASS
 
     def __post_init__(self) -> None:
         self._check("floor", 0, 1, ends="()")
@@ -133,19 +69,20 @@ class JensenShannon(Divergence):
     """
 
     name = "jensen_shannon"
-    beta: float = 0.5
-    floor: float = SMALLEST_KNOWN_MASS
+    per_position = ("beta", "floor")
+    beta: Option = 0.5
+    floor: Option = SMALLEST_KNOWN_MASS
     gkd_scale: float = 0.0
 
     @property
     def factor(self) -> float:
-        """What loss and gradient are multiplied with."""
+        """What loss and gradient are multiplied with, for a beta that is a number."""
         return self.beta * (1 - self.beta) if self.gkd_scale and 0 < self.beta < 1 else 1.0
 
     def __post_init__(self) -> None:
         self._check("beta", 0, 1)
         self._check("floor", 0, 1, ends="()")
-        if self.gkd_scale not in (0, 1):
+        if not isinstance(self.gkd_scale, (int, float)) or self.gkd_scale not in (0, 1):
             raise LossError(f"{self.name}: gkd_scale is {self.gkd_scale!r}, but must be 0 or 1")
 
 
@@ -158,7 +95,8 @@ class SkewKL(Divergence):
     """
 
     name = "skew_kl"
-    skew: float = 0.1
+    per_position = ("skew",)
+    skew: Option = 0.1
 
     def __post_init__(self) -> None:
         self._check("skew", 0, 1, ends="[)")
@@ -173,10 +111,57 @@ class SkewReverseKL(Divergence):
     """
 
     name = "skew_reverse_kl"
-    skew: float = 0.1
+    per_position = ("skew",)
+    skew: Option = 0.1
 
     def __post_init__(self) -> None:
         self._check("skew", 0, 1, ends="()")
+
+
+@dataclass(frozen=True, slots=True)
+class SelfEvolution(Divergence):
+    """KL(teacher || proxy), the proxy a mixture of the student with the teacher and the target id, at positions that are hard.
+
+    OUR RECONSTRUCTION of Self-Evolution KD (arXiv 2412.15303), of which neither code nor equations could be read: do not expect
+    the paper's figures. A guide g = lam * teacher + (1 - lam) * the target id alone; a position is hard where KL(g || student)
+    is above `threshold`; there the proxy is (1 - mu) * student + mu * g with mu = max_share * gap / (gap + softness), gap that
+    KL. No derivative goes through mu. Elsewhere, and without a target id, mu is 0 and this is the forward KL.
+
+    Attributes:
+        lam: the teacher's share of the guide, in [0, 1].
+        threshold: in nats, at least 0.
+        max_share: the largest mu, in [0, 1); 0 is the forward KL everywhere.
+        softness: the gap in nats at which mu is half of max_share, at least 0; 0 gives every hard position max_share.
+    """
+
+    name = "self_evolution"
+    per_position = ("lam", "threshold", "max_share", "softness")
+    lam: Option = 0.5
+    threshold: Option = 1.0
+    max_share: Option = 0.5
+    softness: Option = 1.0
+    requirements = replace(BUCKET_ONLY, target=True)
+
+    def __post_init__(self) -> None:
+        self._check("lam", 0, 1)
+        self._check("threshold", 0, math.inf)
+        self._check("max_share", 0, 1, ends="[)")
+        self._check("softness", 0, math.inf)
+
+    def measures(self) -> dict[str, Divergence]:
+        """`hard_share`: the share of the positions that are hard."""
+        return {"hard_share": HardShare(self.lam, self.threshold)}
+
+
+@dataclass(frozen=True, slots=True)
+class HardShare(Divergence):
+    """1 where `SelfEvolution` calls a position hard, else 0; without a gradient: a measure, no loss."""
+
+    name = "hard_share"
+    per_position = ("lam", "threshold")
+    lam: Option = 0.5
+    threshold: Option = 1.0
+    requirements = SelfEvolution.requirements
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +174,9 @@ class AdaptiveKL(Divergence):
     """
 
     name = "adaptive_kl"
-    head_mass: float = 0.5
-    floor: float = SMALLEST_KNOWN_MASS
+    per_position = ("head_mass", "floor")
+    head_mass: Option = 0.5
+    floor: Option = SMALLEST_KNOWN_MASS
 
     def __post_init__(self) -> None:
         self._check("head_mass", 0, 1, ends="(]")
@@ -221,8 +207,9 @@ class AlphaBeta(Divergence):
     """
 
     name = "alpha_beta"
-    a: float = 0.2
-    b: float = 0.7
+    per_position = ("a", "b")
+    a: Option = 0.2
+    b: Option = 0.7
 
     def __post_init__(self) -> None:
         self._check("a", 0, 4, ends="(]")
@@ -239,7 +226,8 @@ class DecoupledTopK(Divergence):
     """
 
     name = "decoupled_top_k"
-    inner_temperature: float = 2.0
+    per_position = ("inner_temperature",)
+    inner_temperature: Option = 2.0
     requirements = Requirements(
         ("bucket",),
         unbiased=False,
@@ -266,7 +254,8 @@ class TailAwareKL(Divergence):
     """
 
     name = "tail_aware_kl"
-    tail_weight: float = 2.0
+    per_position = ("tail_weight",)
+    tail_weight: Option = 2.0
     requirements = Requirements(
         ("bucket",),
         unbiased=False,
@@ -297,7 +286,8 @@ class HingeRanking(Divergence):
     """
 
     name = "hinge_ranking"
-    margin: float = 1.0
+    per_position = ("margin",)
+    margin: Option = 1.0
     requirements = _SUPPORT_ONLY
 
     def __post_init__(self) -> None:
@@ -321,7 +311,8 @@ class SoftSpearman(Divergence):
     """
 
     name = "soft_spearman"
-    strength: float = 1.0
+    per_position = ("strength",)
+    strength: Option = 1.0
     requirements = _SUPPORT_ONLY
 
     def __post_init__(self) -> None:
@@ -331,11 +322,14 @@ class SoftSpearman(Divergence):
 DIVERGENCES: dict[str, type[Divergence]] = {
     kind.name: kind
     for kind in (
-        ForwardKL, ReverseKL, JensenShannon, SkewKL, SkewReverseKL, AdaptiveKL, TotalVariation, Hellinger, AlphaBeta,
-        DecoupledTopK, TailAwareKL, CenteredMSE, HingeRanking, LogisticRanking, SoftSpearman,
+        ForwardKL, ReverseKL, JensenShannon, SkewKL, SkewReverseKL, SelfEvolution, AdaptiveKL, TotalVariation, Hellinger,
+        AlphaBeta, DecoupledTopK, TailAwareKL, CenteredMSE, HingeRanking, LogisticRanking, SoftSpearman,
     )
 }  # fmt: skip
 """By name."""
+
+MEASURES: dict[str, type[Divergence]] = {HardShare.name: HardShare}
+"""Functions of the same buckets that are watched, and never asked for as a loss."""
 
 
 def get_divergence(name: str | Divergence, **options: Any) -> Divergence:
@@ -372,11 +366,12 @@ def find_kind(name: str) -> type[Divergence]:
 
 def requirements_table() -> str:
     """Markdown: one line per divergence. README.md of this folder holds it, and a test compares them."""
-    lines = ["| divergence | options | tail | unbiased entries | temperature |", "|---|---|---|---|---|"]
+    lines = ["| divergence | options | tail | unbiased entries | temperature | per position |", "|---|---|---|---|---|---|"]
     for name, kind in DIVERGENCES.items():
         needs, made = kind.requirements, kind()
         options = ", ".join(f"{field.name} = {getattr(made, field.name):.3g}" for field in fields(kind))
         unbiased = "with an exact head" if needs.tail_sample else "yes" if needs.unbiased else "no"
-        tails, answers = ", ".join(needs.tails), (unbiased, "yes" if needs.temperature else "no")
+        answers = (unbiased, "yes" if needs.temperature else "no", ", ".join(kind.per_position))
+        tails = ", ".join(needs.tails)
         lines.append(f"| `{name}` | {options} | {tails} | {' | '.join(answers)} |")
     return "\n".join(lines) + "\n"

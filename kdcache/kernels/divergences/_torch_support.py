@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,11 +34,18 @@ def _centered_gap(x: Masses) -> tuple[Tensor, Tensor]:
 
 
 def hinge_ranking(options: d.HingeRanking, x: Masses) -> Tensor:
-    return _mean_over_pairs(lambda gap: (options.margin - gap).relu(), x)
+    margin = _over_pairs(options.margin)
+    return _mean_over_pairs(lambda gap: (margin - gap).relu(), x)
 
 
 def hinge_ranking_slope(options: d.HingeRanking, x: Masses) -> Tensor:
-    return _slopes_over_pairs(lambda gap: torch.where(gap.isnan(), gap, -(gap < options.margin).to(gap.dtype)), x)
+    margin = _over_pairs(options.margin)
+    return _slopes_over_pairs(lambda gap: torch.where(gap.isnan(), gap, -(gap < margin).to(gap.dtype)), x)
+
+
+def _over_pairs(option: d.Option) -> Any:
+    """A column as (P, 1, 1)."""
+    return option[:, :, None] if isinstance(option, Tensor) else option
 
 
 def logistic_ranking(_: d.Divergence, x: Masses) -> Tensor:

@@ -25,14 +25,46 @@ Terms = tuple[Floats, Floats]
 
 
 def compute(
-    divergence: d.Divergence, log_p_PK1: Floats, log_q_PK1: Floats, estimates_PK1: NDArray[np.bool_] | None = None
+    divergence: d.Divergence,
+    log_p_PK1: Floats,
+    log_q_PK1: Floats,
+    estimates_PK1: NDArray[np.bool_] | None = None,
+    targets_PK1: NDArray[np.bool_] | None = None,
 ) -> Terms:
-    """L and h of a divergence, in the dtype of the masses; `estimates_PK1`: which entries are estimates, None for none."""
+    """L and h of a divergence, in the dtype of the masses.
+
+    An option that is (P,) means: each position by itself, with its own number.
+
+    Args:
+        divergence: which.
+        log_p_PK1: the teacher's.
+        log_q_PK1: the student's.
+        estimates_PK1: which entries are estimates, None for none.
+        targets_PK1: which bucket holds the target id, None for none.
+    """
+    if divergence.arrays:
+        return _position_by_position(divergence, log_p_PK1, log_q_PK1, (estimates_PK1, targets_PK1))
     if isinstance(divergence, d.TailAwareKL):
         estimates_PK1 = np.zeros(log_p_PK1.shape, bool) if estimates_PK1 is None else estimates_PK1
         return tail_aware_kl(divergence, log_p_PK1, log_q_PK1, estimates_PK1)
+    if isinstance(divergence, (d.SelfEvolution, d.HardShare)):
+        targets_PK1 = np.zeros(log_p_PK1.shape, bool) if targets_PK1 is None else targets_PK1
+        if isinstance(divergence, d.HardShare):
+            return hard_share(divergence, log_p_PK1, log_q_PK1, targets_PK1)
+        return self_evolution(divergence, log_p_PK1, log_q_PK1, targets_PK1)
     formula = _FORMULAS.get(type(divergence), type(divergence).in_numpy)
     return formula(divergence, log_p_PK1, log_q_PK1)
+
+
+def _position_by_position(
+    divergence: d.Divergence, log_p_PK1: Floats, log_q_PK1: Floats, flags: tuple[NDArray[np.bool_] | None, ...]
+) -> Terms:
+    losses_P, h_PK1 = np.zeros(len(log_p_PK1), log_p_PK1.dtype), np.zeros_like(log_p_PK1)
+    for i in range(len(log_p_PK1)):
+        here, one = divergence.map(lambda option_P, i=i: float(option_P[i])), slice(i, i + 1)
+        own = [None if flag_PK1 is None else flag_PK1[one] for flag_PK1 in flags]
+        losses_P[one], h_PK1[one] = compute(here, log_p_PK1[one], log_q_PK1[one], *own)
+    return losses_P, h_PK1
 
 
 def forward_kl(_: d.Divergence, log_p_PK1: Floats, log_q_PK1: Floats) -> Terms:
@@ -78,6 +110,38 @@ def skew_reverse_kl(options: d.SkewReverseKL, log_p_PK1: Floats, log_q_PK1: Floa
     q_PK1 = np.exp(log_q_PK1)
     losses_PK1 = _times(q_PK1, log_q_PK1 - log_m_PK1)
     return losses_PK1.sum(axis=1), losses_PK1 - options.skew * _times(q_PK1, np.exp(log_q_PK1 - log_m_PK1))
+
+
+def self_evolution(options: d.SelfEvolution, log_p_PK1: Floats, log_q_PK1: Floats, targets_PK1: NDArray[np.bool_]) -> Terms:
+    """With G = l P + (1 - l) E, E the target id's bucket, M = (1 - mu) Q + mu G: L = sum P log(P / M); h = -(1 - mu) P Q / M.
+
+    mu = max_share d / (d + softness) where d = KL(G || Q) > threshold and there is a target id, else 0; constant. Our
+    reconstruction of Self-Evolution KD, arXiv 2412.15303, whose equations could not be read.
+    """
+    log_g_PK1, gap_P = _guide(options, log_p_PK1, log_q_PK1, targets_PK1)
+    is_hard_P1 = (targets_PK1.any(axis=1) & (gap_P > options.threshold))[:, None]
+    # 1 - s / (d + s): 1 at an infinite gap.
+    mu_P1 = np.where(is_hard_P1, options.max_share * (1 - options.softness / (gap_P[:, None] + options.softness)), 0)
+    mu_P1, p_PK1 = mu_P1.astype(log_p_PK1.dtype), np.exp(log_p_PK1)
+    mixed_PK1 = np.logaddexp(log_q_PK1 + np.log1p(-mu_P1), log_g_PK1 + np.log(mu_P1))
+    log_m_PK1 = np.where(mu_P1 > 0, mixed_PK1, log_q_PK1)
+    h_PK1 = -(1 - mu_P1) * _times(p_PK1, np.where(mu_P1 > 0, np.exp(log_q_PK1 - log_m_PK1), 1))
+    return _times(p_PK1, log_p_PK1 - log_m_PK1).sum(axis=1), h_PK1
+
+
+def hard_share(options: d.HardShare, log_p_PK1: Floats, log_q_PK1: Floats, targets_PK1: NDArray[np.bool_]) -> Terms:
+    """1 where `self_evolution` with the same options has d above its threshold and a target id, else 0; h = 0."""
+    _, gap_P = _guide(options, log_p_PK1, log_q_PK1, targets_PK1)
+    is_hard_P = (targets_PK1.any(axis=1) & (gap_P > options.threshold)).astype(log_p_PK1.dtype)
+    return is_hard_P, np.zeros_like(log_p_PK1)
+
+
+def _guide(
+    options: d.SelfEvolution | d.HardShare, log_p_PK1: Floats, log_q_PK1: Floats, targets_PK1: NDArray[np.bool_]
+) -> tuple[Floats, Floats]:
+    """log G of `self_evolution`, and (P,) KL(G || Q)."""
+    log_g_PK1 = np.log(options.lam * np.exp(log_p_PK1) + (1 - options.lam) * targets_PK1)
+    return log_g_PK1, _times(np.exp(log_g_PK1), log_g_PK1 - log_q_PK1).sum(axis=1)
 
 
 def adaptive_kl(options: d.AdaptiveKL, log_p_PK1: Floats, log_q_PK1: Floats) -> Terms:

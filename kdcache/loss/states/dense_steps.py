@@ -15,6 +15,7 @@ from kdcache.kernels import divergences as d
 from kdcache.kernels.divergences import torch_formulas
 from kdcache.kernels.divergences.torch_formulas import Masses
 from kdcache.loss.chunks import Product, write_logits
+from kdcache.loss.steps.step import Found
 
 # Logits that are worked on at a time.
 _CPU_LOGITS, _DEVICE_LOGITS = 1 << 17, 1 << 24
@@ -39,7 +40,7 @@ class DenseStep:
     tops_P: Tensor | None = None
     buffer: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> Found:
         stop = start + len(logits_CV)
         teacher_CV = self._logits(start, stop, logits_CV)
         if self.tops_P is not None:
@@ -48,7 +49,7 @@ class DenseStep:
         for part in _blocks(logits_CV):
             scales_B = self.scales_P[start + part.start : start + part.stop]
             losses_C[part] = self._losses(logits_CV[part], teacher_CV[part], scales_B, want_gradient)
-        return losses_C, logits_CV
+        return Found(losses_C, logits_CV)
 
     def _losses(self, student_BV: Tensor, teacher_BV: Tensor, scales_B: Tensor, want_gradient: bool) -> Tensor:
         """(B,) losses times their scales; the student's logits become the gradient."""
@@ -89,11 +90,11 @@ class TokenStep:
     logprobs_P: Tensor | None = None
     tops_P: Tensor | None = None
 
-    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> Found:
         losses_C = self.scales_P.new_empty(len(logits_CV))
         for part in _blocks(logits_CV):
             losses_C[part] = self._losses(logits_CV[part], slice(start + part.start, start + part.stop), want_gradient)
-        return losses_C, logits_CV
+        return Found(losses_C, logits_CV)
 
     def _losses(self, logits_BV: Tensor, positions: slice, want_gradient: bool) -> Tensor:
         scales_B = self.scales_P[positions]

@@ -8,29 +8,44 @@ The formulas are those of `kdcache.kernels.reference`; L = K + 1 lifted ids are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.kernels.base import KernelInputs, Objective
+from kdcache.kernels.base import Summand, SumOutputs
 from kdcache.kernels.divergences import torch_formulas as divergences
-from kdcache.kernels.divergences.torch_formulas import Masses
-from kdcache.loss.prepare import Prepared, check_values, to_kernel_inputs
+from kdcache.loss.prepare import check_values
+from kdcache.loss.prepared import Prepared, to_summands
 from kdcache.loss.steps import torch_positions
 from kdcache.loss.steps.torch_passes import TorchPasses
-from kdcache.loss.steps.torch_positions import widened
+from kdcache.loss.steps.torch_positions import times, widened
 from kdcache.loss.steps.triton_passes import TritonPasses
 
 
 class PositionStep(Protocol):
     """The logits of positions to their losses and gradients; made for all P positions, called for C of them."""
 
-    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
-        """(C,) float64 losses of positions start.. times their scales; the gradient of their sum, maybe in the same memory."""
+    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> Found:
+        """What is found of positions start..; the logits' memory may be overwritten."""
         ...
+
+
+class Found(NamedTuple):
+    """What a step gives for C positions.
+
+    Attributes:
+        losses_C: float64, times the positions' scales.
+        gradient_CV: of their sum, maybe in the logits' memory.
+        values_CD1: float64, times the scales: each part's own value and the cross entropy, see `Prepared.num_values`; None
+            where they are not asked for.
+    """
+
+    losses_C: Tensor
+    gradient_CV: Tensor
+    values_CD1: Tensor | None = None
 
 
 def make_step(ready: Prepared, vocab_size: int) -> PositionStep:
@@ -39,25 +54,53 @@ def make_step(ready: Prepared, vocab_size: int) -> PositionStep:
     Raises:
         LossError: as `kdcache.kernels.base.make_kernel_inputs`; on a device, values are not looked at.
     """
+    if ready.further:
+        return _ByTemperature([make_step(replace(one, further=()), vocab_size) for one in (ready, *ready.further)])
     if ready.backend == "numba":
-        return _NumbaStep(to_kernel_inputs(ready, vocab_size), ready.objective)
+        return _NumbaStep(to_summands(ready, vocab_size), ready)
     check_values(ready, vocab_size)
     return BucketStep(TritonPasses if ready.backend == "triton" else TorchPasses, ready)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _NumbaStep:
-    inputs: KernelInputs
-    objective: Objective
+class _ByTemperature:
+    """One pass over the logits for each temperature, which cannot share their exp; the copies are of one chunk's logits."""
 
-    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
-        part, losses_C = self.inputs.slice(start, start + len(logits_CV)), np.empty(len(logits_CV))
+    steps: list[PositionStep]
+
+    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> Found:
+        copies = [logits_CV.clone() for _ in self.steps[1:]]
+        losses_C, gradient_CV, values_CD1 = self.steps[0](logits_CV, start, want_gradient)
+        for step, copy_CV in zip(self.steps[1:], copies, strict=True):
+            further = step(copy_CV, start, want_gradient)
+            losses_C = losses_C + further.losses_C
+            if values_CD1 is not None and further.values_CD1 is not None:
+                values_CD1 = values_CD1 + further.values_CD1
+            if want_gradient:
+                gradient_CV += further.gradient_CV
+        return Found(losses_C, gradient_CV, values_CD1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _NumbaStep:
+    summands: list[Summand]
+    ready: Prepared
+
+    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> Found:
+        part = [summand.slice(start, start + len(logits_CV)) for summand in self.summands]
+        scales_C = part[0].inputs.weights_P
+        outputs = SumOutputs(np.empty(len(logits_CV)), np.empty((len(logits_CV), len(part) + 1)))
         # Imported on use: numba takes 0.4 s.
         from kdcache.kernels import numba_kernels as kernels
 
-        run = kernels.position_losses_and_gradients if want_gradient else kernels.position_losses
-        run(kernel_view(logits_CV), part, self.objective, losses_C, torch.get_num_threads())
-        return torch.from_numpy(losses_C * part.weights_P), logits_CV
+        kernels.summed_losses(kernel_view(logits_CV), part, outputs, torch.get_num_threads(), want_gradient=want_gradient)
+        values_CD1 = None
+        if self.ready.num_values:
+            # The cross entropy is a summand of its own, whose own column is empty.
+            columns = [*range(len(self.ready.parts)), len(part)]
+            scaled_CD1 = np.where(scales_C[:, None] > 0, outputs.values_PD1[:, columns] * scales_C[:, None], 0.0)
+            values_CD1 = self.ready.spread(torch.from_numpy(scaled_CD1))
+        return Found(torch.from_numpy(outputs.losses_P * scales_C), logits_CV, values_CD1)
 
 
 def kernel_view(logits_PV: Tensor) -> np.ndarray:
@@ -104,27 +147,52 @@ class BucketStep:
     make_passes: Callable[[Tensor, Tensor], Passes]
     ready: Prepared
 
-    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits_CV: Tensor, start: int, want_gradient: bool) -> Found:
         part = self.ready.slice(start, start + len(logits_CV))
         scales_C = widened(part.scales_P)
         if len(logits_CV) == 0:
-            return scales_C, logits_CV
+            return Found(scales_C, logits_CV, scales_C.new_zeros(0, part.num_values + 1) if part.num_values else None)
         with torch.no_grad():
             passes = self.make_passes(logits_CV.detach(), _lifted_ids(part))
-            return _run(passes, part, scales_C, want_gradient), passes.logits_CV
+            losses_C, values_CD1 = _run(passes, part, scales_C, want_gradient)
+            return Found(losses_C, passes.logits_CV, values_CD1)
 
 
-def bucket_terms(objective: Objective, masses: Masses) -> tuple[Tensor, Tensor]:
-    """(P,) losses of a divergence and (P, K+1) h = dL / dlog Q."""
-    losses_P = divergences.compute(objective.divergence, masses)
-    return losses_P, divergences.slopes(objective.divergence, masses)
+class BucketTerms(NamedTuple):
+    """What divergences of one temperature come to: (P,) the sum of factor * L, (P, K+1) that of factor * h, (P, D) the L."""
+
+    losses_P: Tensor
+    h_PK1: Tensor
+    values_PD: Tensor
+
+
+def bucket_terms(ready: Prepared, vocab_size: int, log_q_PK1: Tensor) -> BucketTerms:
+    """Of the student's log masses on all entries and the tail; without a uniform tail's part, T^2 and T."""
+    losses, slopes, values = [], [], []
+    for part in ready.parts:
+        closed_PK1 = torch_positions.close_tail(log_q_PK1, ready.token_ids_PK, part)
+        masses = torch_positions.masses(part, vocab_size, closed_PK1, ready.target_ids_P)
+        divergence = part.objective.divergence
+        values.append(divergences.compute(divergence, masses))
+        losses.append(times(part.factor, values[-1]))
+        part_PK1 = divergences.slopes(divergence, masses)
+        if not part.is_whole:
+            unread_PK = torch_positions.is_unread(ready.token_ids_PK, part)
+            part_PK1 = torch_positions.open_tail(part_PK1, log_q_PK1, closed_PK1, unread_PK)
+        factor = part.factor[:, None] if isinstance(part.factor, Tensor) else part.factor
+        slopes.append(times(factor, part_PK1))
+    return BucketTerms(_added(losses), _added(slopes), torch.stack(values, dim=1))
+
+
+def _added(terms: list[Tensor]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum(dim=0)
 
 
 def _lifted_ids(part: Prepared) -> Tensor:
     """(C, K+1) int32: the support, and the target id where it is wanted and outside the support, else -1."""
-    ids_CK, target_ids_C = part.teacher.token_ids_PK.to(torch.int32), part.target_ids_P
+    ids_CK, target_ids_C = part.token_ids_PK.to(torch.int32), part.target_ids_P
     target_C = ids_CK.new_full((len(ids_CK),), -1)
-    if part.objective.alpha < 1 and target_ids_C is not None:
+    if part.has_target_share and target_ids_C is not None:
         inside_C = (ids_CK == target_ids_C[:, None]).any(dim=1)
         target_C = torch.where(inside_C | (target_ids_C < 0), -1, target_ids_C).to(torch.int32)
     return torch.cat([ids_CK, target_C[:, None]], dim=1).contiguous()
@@ -141,11 +209,11 @@ class _Read:
     outside_z_C: Tensor
 
     @classmethod
-    def of(cls, passes: Passes, objective: Objective) -> _Read:
-        t = objective.temperature
-        lifted_CK1 = widened(passes.lift(0.0 if objective.tail == "uniform" else -torch.inf))
+    def of(cls, passes: Passes, part: Prepared) -> _Read:
+        t = part.temperature
+        lifted_CK1 = widened(passes.lift(0.0 if part.is_uniform else -torch.inf))
         outside_z_C = lifted_CK1.new_zeros(len(lifted_CK1))
-        if objective.tail == "uniform":
+        if part.is_uniform:
             outside_z_C = passes.statistics(t)[2] + lifted_CK1[:, -1].masked_fill(passes.ids_CK1[:, -1] < 0, 0.0) / t
             passes.put(torch.full_like(lifted_CK1, -torch.inf))
         top_C, rest_C, _ = passes.statistics(t)
@@ -156,67 +224,96 @@ class _Read:
 
 @dataclass(slots=True, eq=False)
 class _Teacher:
-    """alpha T^2 L, and what the gradient needs of it: alpha T h, alpha T (-H), and the constant outside the support."""
+    """The sum of factor T^2 L, and what the gradient needs of it: T h, T (-H), and the constant outside the support.
+
+    `values_CD`: each part's own T^2 L.
+    """
 
     losses_C: Tensor
     h_CK1: Tensor
     total_C: Tensor
     offset_C: Tensor
+    values_CD: Tensor
 
     @classmethod
     def of(cls, read: _Read, part: Prepared, vocab_size: int) -> _Teacher:
-        teacher, objective = part.teacher, part.objective
-        t, alpha = objective.temperature, objective.alpha
+        t = part.temperature
         log_q_CK1 = torch.cat([read.z_CK1[:, :-1] / t, read.tail_lse_C[:, None]], dim=1) - read.lse_C[:, None]
-        if alpha == 0:
+        if not part.parts:
             zeros_C = torch.zeros_like(read.lse_C)
-            return cls(zeros_C, torch.zeros_like(log_q_CK1), zeros_C, zeros_C)
-        losses_C, h_CK1 = bucket_terms(objective, torch_positions.masses(teacher, objective.tail, vocab_size, log_q_CK1))
-        total_C, offset_C = -h_CK1.sum(dim=1), torch.zeros_like(losses_C)
-        if objective.tail == "uniform":
-            n_C = vocab_size - (teacher.token_ids_PK >= 0).sum(dim=1)
-            r_C = torch.where(n_C > 0, widened(teacher.tail_mass_P), 0.0)
-            log_ratio_C = (r_C / n_C).log() - read.outside_z_C / n_C + read.lse_C
-            losses_C = losses_C + torch.where(r_C > 0, r_C * log_ratio_C, 0.0)
-            total_C, offset_C = total_C + r_C, -r_C / n_C.clamp_min(1)
-        return cls(alpha * t * t * losses_C, alpha * t * h_CK1, alpha * t * total_C, alpha * t * offset_C)
+            return cls(zeros_C, torch.zeros_like(log_q_CK1), zeros_C, zeros_C, zeros_C[:, None][:, :0])
+        losses_C, h_CK1, values_CD = bucket_terms(part, vocab_size, log_q_CK1)
+        made = cls(losses_C, h_CK1, -h_CK1.sum(dim=1), torch.zeros_like(losses_C), values_CD)
+        for column, one in enumerate(part.parts):
+            if one.objective.tail == "uniform":
+                made._add_uniform(read, part, column, vocab_size)
+        values_CD = t * t * made.values_CD if part.num_values else made.values_CD
+        return cls(t * t * made.losses_C, t * made.h_CK1, t * made.total_C, t * made.offset_C, values_CD)
+
+    def _add_uniform(self, read: _Read, part: Prepared, column: int, vocab_size: int) -> None:
+        """The forward KL's part outside the support, with r / n on each of the n ids there."""
+        one = part.parts[column]
+        n_C = vocab_size - (one.teacher.token_ids_PK >= 0).sum(dim=1)
+        r_C = torch.where(n_C > 0, widened(one.teacher.tail_mass_P), 0.0)
+        outside_z_C = read.outside_z_C
+        unread_CK = None if one.is_whole else torch_positions.is_unread(part.token_ids_PK, one)
+        if unread_CK is not None:
+            outside_z_C = outside_z_C + torch.where(unread_CK, read.z_CK1[:, :-1] / part.temperature, 0.0).sum(dim=1)
+        loss_C = torch.where(r_C > 0, r_C * ((r_C / n_C).log() - outside_z_C / n_C + read.lse_C), 0.0)
+        share_C = times(one.factor, r_C / n_C.clamp_min(1))
+        self.losses_C = self.losses_C + times(one.factor, loss_C)
+        if part.num_values:
+            self.values_CD[:, column] += loss_C
+        self.total_C, self.offset_C = self.total_C + times(one.factor, r_C), self.offset_C - share_C
+        if unread_CK is not None:
+            h_CK = self.h_CK1[:, :-1] - torch.where(unread_CK, share_C[:, None], 0.0)
+            self.h_CK1 = torch.cat([h_CK, self.h_CK1[:, -1:]], dim=1)
 
 
 @dataclass(slots=True, eq=False)
 class _TargetTerm:
-    """(1 - alpha) CE at temperature 1; share is 0 without a target id."""
+    """The target ids' share of the cross entropy at temperature 1, 0 without a target id; `values_C`: the cross entropy."""
 
     losses_C: Tensor
     share_C: Tensor
     top_C: Tensor
     lse_C: Tensor
     is_target_CK1: Tensor
+    values_C: Tensor
 
     @classmethod
     def of(cls, read: _Read, passes: Passes, part: Prepared) -> _TargetTerm:
-        zeros_C, objective, target_ids_C = torch.zeros_like(read.lse_C), part.objective, part.target_ids_P
-        if objective.alpha == 1 or target_ids_C is None:
-            return cls(zeros_C, zeros_C, read.top_C, read.lse_C, torch.zeros_like(read.z_CK1, dtype=torch.bool))
+        zeros_C, target_ids_C = torch.zeros_like(read.lse_C), part.target_ids_P
+        if not part.has_target_share or target_ids_C is None:
+            nothing_CK1 = torch.zeros_like(read.z_CK1, dtype=torch.bool)
+            return cls(zeros_C, zeros_C, read.top_C, read.lse_C, nothing_CK1, zeros_C)
         top_C, lse_C = read.top_C, read.lse_C
-        if objective.temperature != 1:
+        if part.temperature != 1:
             top_C, rest_C, _ = passes.statistics(1.0)
             lse_C = torch.cat([read.z_CK1, rest_C[:, None]], dim=1).logsumexp(dim=1)
-        share_C = (target_ids_C >= 0).to(lse_C.dtype) * (1 - objective.alpha)
+        share = part.target_share
+        share = widened(share.detach()) if isinstance(share, Tensor) else share
+        share_C = (target_ids_C >= 0).to(lse_C.dtype) * share
         is_target_CK1 = (passes.ids_CK1 == target_ids_C[:, None]) & (passes.ids_CK1 >= 0)
         target_z_C = read.z_CK1.masked_fill(~is_target_CK1, 0.0).sum(dim=1)
-        return cls(torch.where(share_C > 0, share_C * (lse_C - target_z_C), 0.0), share_C, top_C, lse_C, is_target_CK1)
+        values_C = torch.where(share_C > 0, lse_C - target_z_C, 0.0)
+        return cls(share_C * values_C, share_C, top_C, lse_C, is_target_CK1, values_C)
 
 
-def _run(passes: Passes, part: Prepared, scales_C: Tensor, want_gradient: bool) -> Tensor:
-    """(C,) float64 losses times their scales; the logits become the gradient, or what they were."""
-    read = _Read.of(passes, part.objective)
+def _run(passes: Passes, part: Prepared, scales_C: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """(C,) float64 losses times their scales, and the values; the logits become the gradient, or what they were."""
+    read = _Read.of(passes, part)
     teacher = _Teacher.of(read, part, passes.logits_CV.shape[1])
     target = _TargetTerm.of(read, passes, part)
     if want_gradient:
-        _write(passes, (read, teacher, target), scales_C, part.objective.temperature)
+        _write(passes, (read, teacher, target), scales_C, part.temperature)
     else:
         passes.put(read.z_CK1)
-    return torch.where(scales_C > 0, (teacher.losses_C + target.losses_C) * scales_C, 0.0)
+    losses_C = torch.where(scales_C > 0, (teacher.losses_C + target.losses_C) * scales_C, 0.0)
+    if not part.num_values:
+        return losses_C, None
+    values_CD1 = torch.cat([teacher.values_CD, target.values_C[:, None]], dim=1)
+    return losses_C, part.spread(torch.where(scales_C[:, None] > 0, values_CD1 * scales_C[:, None], 0.0))
 
 
 def _write(passes: Passes, parts: tuple[_Read, _Teacher, _TargetTerm], scales_C: Tensor, t: float) -> None:
