@@ -12,7 +12,7 @@ import numpy as np
 from cache_making import make_identity, make_manifest, make_record
 from numpy.typing import NDArray
 
-from kdcache.codec.features.constants import NOTHING
+from kdcache.codec.features.constants import NOTHING, FeatureConstants
 from kdcache.codec.features.fit import FittedFeature, fit_feature, needs_fit
 from kdcache.codec.features.projection import project_features
 from kdcache.format.feature_positions import feature_positions
@@ -114,3 +114,15 @@ def make_feature_cache(
     writer = open_writer(path, fits, **options)
     writer.write_unit(0, records)
     return writer.fold()
+
+
+def most_off(feature: FeatureInfo, values_FH: NDArray[np.float32], constants: FeatureConstants) -> NDArray[Any]:
+    """The bound that the dtype states, for each number."""
+    size = np.abs(values_FH)
+    if feature.dtype == "float16":
+        return size * 2.0**-11 + 2.0**-25
+    if feature.dtype == "bfloat16":
+        return size * 2.0**-8
+    scale_H, mean_H = (1.0, 0.0) if constants.scale_H is None else (constants.scale_H, constants.mean_H)
+    z = np.abs((values_FH - mean_H) / scale_H)
+    return z.max(axis=-1, keepdims=True, initial=0) / 254 * scale_H * 1.0001 + 1e-5 * np.abs(mean_H)

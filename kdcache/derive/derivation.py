@@ -22,6 +22,7 @@ from kdcache.derive.expression import Condition, position_condition, sequence_co
 from kdcache.derive.lineage import make_lineage
 from kdcache.derive.match import shared_sequences
 from kdcache.derive.mix import check_weights, mixed_identity
+from kdcache.derive.positions import lost_features
 from kdcache.derive.reduction.reduce import reduced_selection
 from kdcache.derive.scalars import check_available
 from kdcache.errors import ConfigError, InputError, MismatchError, UnsupportedVersionError
@@ -89,7 +90,7 @@ def make_derivation(readers: Sequence[CacheReader], names: Sequence[str], config
         if condition is not None:
             check_available(condition.names, made.selection)
     if where_position is not None:
-        _refuse_pooled(made)
+        _refuse_lost(made)
     indexes_SC, num_missing = _indexes(readers, names, config)
     lineage = make_lineage([(name, reader.manifest) for name, reader in zip(names, readers, strict=True)], config)
     per_unit = _per_unit(readers, config)
@@ -108,11 +109,12 @@ def _identity(readers: Sequence[CacheReader], names: Sequence[str], config: Deri
     return mixed_identity(identities, names, config.mix, config.seed)
 
 
-def _refuse_pooled(identity: Identity) -> None:
-    pooled = [feature.name for feature in identity.features if feature.pooling != "none"]
-    if pooled:
+def _refuse_lost(identity: Identity) -> None:
+    lost = lost_features(identity.features)
+    if lost:
+        how = "pooled over" if lost[0].pooling != "none" else "chosen among"
         raise ConfigError(
-            f"where_position: feature {pooled[0]!r} is pooled over all positions of its sequence, also those that would "
+            f"where_position: feature {lost[0].name!r} is {how} all positions of its sequence, also those that would "
             "be left out; leave out whole sequences with where"
         )
 

@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.format.record import Distributions, SequenceRecord, TokenSequence, find_targets, sequence_key
+from kdcache.format.feature_positions import feature_positions
+from kdcache.format.identity import FeatureInfo, Identity
+from kdcache.format.record import (
+    Distributions,
+    SequenceRecord,
+    TokenSequence,
+    distances_key,
+    find_targets,
+    sequence_key,
+)
 
 
-def keep_positions(record: SequenceRecord, keep_P: NDArray[np.bool_], template_fingerprint: str) -> SequenceRecord:
+def keep_positions(record: SequenceRecord, keep_P: NDArray[np.bool_], identity: Identity) -> SequenceRecord:
     """The record with only these positions; its key changes, since the mask is part of it.
 
     Args:
         keep_P: (P,) which of the supervised positions stay.
-        template_fingerprint: of the chat template, as in the cache's identity.
+        identity: of the cache: its features, and the fingerprint of the chat template.
     """
     if keep_P.all():
         return record
-    sequence = _supervised_there(record.sequence, keep_P, template_fingerprint)
-    return SequenceRecord(sequence, _kept(record.distributions, record.sequence.target_ids_P, keep_P))
+    sequence = _supervised_there(record.sequence, keep_P, identity.tokenizer.chat_template_fingerprint)
+    kept = _kept(record.distributions, record.sequence.target_ids_P, keep_P)
+    features = _kept_features(record, sequence.supervised_N, identity.features)
+    return SequenceRecord(sequence, replace(kept, features=features))
+
+
+def lost_features(features: Sequence[FeatureInfo]) -> list[FeatureInfo]:
+    """The features that do not follow where positions are left out: made of, or chosen among, all supervised ones."""
+    return [f for f in features if f.positions == "supervised" and (f.pooling != "none" or f.max_positions is not None)]
+
+
+def _kept_features(
+    record: SequenceRecord, supervised_N: NDArray[np.bool_], features: Sequence[FeatureInfo]
+) -> dict[str, NDArray[Any]]:
+    values = dict(record.distributions.features)
+    for feature in features:
+        if feature.positions == "all":
+            continue
+        keep_F = supervised_N[feature_positions(feature, record.sequence.supervised_N)]
+        for key in {feature.name, distances_key(feature)} & set(values):
+            values[key] = values[key][keep_F]
+    return values
 
 
 def _supervised_there(sequence: TokenSequence, keep_P: NDArray[np.bool_], template_fingerprint: str) -> TokenSequence:
@@ -44,5 +75,4 @@ def _kept(d: Distributions, target_ids_P: NDArray[np.int32], keep_P: NDArray[np.
         num_exact_P=None if d.num_exact_P is None else d.num_exact_P[keep_P],
         log_z_PL=None if d.log_z_PL is None else d.log_z_PL[keep_P],
         entropy_P=None if d.entropy_P is None else d.entropy_P[keep_P],
-        features={name: values_PH[keep_P] for name, values_PH in d.features.items()},
     )

@@ -27,10 +27,12 @@ from kdcache.errors import ConfigError, InputError, KdcacheError, MismatchError,
 from kdcache.format import paths
 from kdcache.format.manifest import LineageInfo, Manifest
 from kdcache.format.record import SequenceRecord
+from kdcache.format.sidecar import SidecarFile
 from kdcache.store import chain
 from kdcache.store.files import fs
 from kdcache.store.files.location import Location, children, locate
 from kdcache.store.reader import open_reader
+from kdcache.store.sidecars import read_sidecar_file
 from kdcache.store.writing.writer import CacheWriter
 
 Progress = Callable[[int, int], None]
@@ -84,8 +86,20 @@ def derive(
         derivation = make_derivation(readers, [str(reader.root).rstrip("/").rsplit("/", 1)[-1] for reader in readers], config)
         _refuse_other(root, derivation.manifest.lineage)
         with _removing_on_failure(root):
-            writer = CacheWriter.open(root, derivation.manifest, record_batch_bytes=config.record_batch_bytes)
+            sidecars = _carried(derivation) if not chain.manifest_numbers(root) else []
+            writer = CacheWriter.open(
+                root, derivation.manifest, record_batch_bytes=config.record_batch_bytes, sidecars=sidecars
+            )
             return Derived(_write(derivation, writer, progress), len(derivation.indexes_SC), derivation.num_missing)
+
+
+def _carried(derivation: Derivation) -> list[SidecarFile]:
+    """The sidecars that all sources have, alike; a mixture has none, as they are of one teacher."""
+    if derivation.config.mix is not None:
+        return []
+    first, *others = derivation.readers
+    shared = [info for info in first.manifest.sidecars if all(info in other.manifest.sidecars for other in others)]
+    return [read_sidecar_file(first.root, info) for info in shared]
 
 
 @contextmanager
@@ -142,7 +156,7 @@ def derived_record(derivation: Derivation, records: Sequence[SequenceRecord]) ->
         keep_P = np.asarray(holds(derivation.where_position))
         if not keep_P.any():
             return None
-        record = keep_positions(record, keep_P, identity.tokenizer.chat_template_fingerprint)
+        record = keep_positions(record, keep_P, identity)
     if config.reduce is not None:
         record = reduce_record(record, before, identity.selection)
     return record

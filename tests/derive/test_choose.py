@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cache_making import make_record
+from cache_making import make_identity, make_record
 from derive_cases import SELECTIONS, VOCAB_SIZE, captured, random_logprobs, text
 
 from kdcache.derive.choose import Select, sampled, selected
@@ -59,7 +59,7 @@ def test_positions_left_out_take_their_rows_with_them(kind):
     sequence, logprobs_PV = text(20), random_logprobs(19)
     whole = captured(sequence, logprobs_PV, selection)
     keep_P = np.random.default_rng(0).random(19) < 0.5
-    found = keep_positions(whole, keep_P, "")
+    found = keep_positions(whole, keep_P, make_identity("raw"))
     check_distributions(found.distributions, vocab_size=VOCAB_SIZE)
     np.testing.assert_array_equal(found.sequence.positions_P, sequence.positions_P[keep_P])
     assert found.sequence.key == sequence_key(sequence.input_ids_N, found.sequence.supervised_N, "")
@@ -79,7 +79,7 @@ def test_positions_left_out_take_their_rows_with_them(kind):
 
 def test_a_record_of_which_nothing_is_left_out_stays_itself():
     record = make_record(1)
-    assert keep_positions(record, np.ones(11, bool), "") is record
+    assert keep_positions(record, np.ones(11, bool), make_identity("raw")) is record
 
 
 def test_scalars_are_those_of_the_whole_distribution():
@@ -114,8 +114,6 @@ def test_what_a_selection_does_not_keep_cannot_be_asked_of_it():
 
 
 def test_caches_of_other_teachers_or_selections_do_not_follow_one_another():
-    from cache_making import make_identity
-
     first = make_identity()
     seeded = [make_identity(selection=SelectionInfo(kind="threshold", params={"tau": 0.1, "seed": s})) for s in (0, 1)]
     check_concatenation([first, make_identity("packed")], ["a", "b"])
@@ -129,7 +127,7 @@ def test_caches_of_other_teachers_or_selections_do_not_follow_one_another():
 def test_a_record_is_never_changed_in_place():
     record = make_record(2, supervised="every")
     before = [values.copy() for values in (record.sequence.supervised_N, record.distributions.token_ids_E)]
-    keep_positions(record, np.arange(12) % 2 == 0, "")
+    keep_positions(record, np.arange(12) % 2 == 0, make_identity("raw"))
     assert isinstance(record, SequenceRecord)
     np.testing.assert_array_equal(record.sequence.supervised_N, before[0])
     np.testing.assert_array_equal(record.distributions.token_ids_E, before[1])

@@ -7,10 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from cache_making import make_identity, make_manifest
-from feature_making import ALL_KINDS, UNFITTED, fitted, full_vectors, make_feature_cache, open_writer, record_with
+from feature_making import ALL_KINDS, UNFITTED, fitted, full_vectors, make_feature_cache, most_off, open_writer, record_with
 
 from kdcache.codec.features.columns import feature_fields, read_vectors
-from kdcache.codec.features.constants import FeatureConstants
 from kdcache.codec.features.fit import fit_feature
 from kdcache.codec.features.vectors import bytes_per_vector, encode_vectors
 from kdcache.errors import CorruptCacheError, FormatError, MismatchError
@@ -26,18 +25,6 @@ from kdcache.store.writing.writer import CacheWriter
 
 FITS = fitted(ALL_KINDS)
 RECORDS = [record_with(seed, FITS, supervised=how) for seed, how in enumerate(["all", "holes", "none", "every"])]
-
-
-def most_off(feature: FeatureInfo, values_FH: np.ndarray, constants: FeatureConstants) -> np.ndarray:
-    """The bound that the dtype states, for each number."""
-    size = np.abs(values_FH)
-    if feature.dtype == "float16":
-        return size * 2.0**-11 + 2.0**-25
-    if feature.dtype == "bfloat16":
-        return size * 2.0**-8
-    scale_H, mean_H = (1.0, 0.0) if constants.scale_H is None else (constants.scale_H, constants.mean_H)
-    z = np.abs((values_FH - mean_H) / scale_H)
-    return z.max(axis=-1, keepdims=True, initial=0) / 254 * scale_H * 1.0001 + 1e-5 * np.abs(mean_H)
 
 
 def test_every_kind_comes_back_within_its_bound(tmp_path):

@@ -81,4 +81,4 @@ def _array(sidecar: Sidecar, name: str, key: str, shape: tuple[int, ...]) -> NDA
         raise CorruptCacheError(f"sidecar {name!r} has {has} as {key!r}, expected float32 of shape {shape}")
     if not np.isfinite(found).all():
         raise CorruptCacheError(f"sidecar {name!r}: {key!r} is not finite")
-    return found
+    return found.copy()  # what a file gives is not to be written, and torch wants arrays that are
