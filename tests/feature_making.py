@@ -95,9 +95,13 @@ def fitted(features: Sequence[FeatureInfo]) -> list[FittedFeature]:
 def record_with(seed: int, fits: Sequence[FittedFeature], **options: Any) -> SequenceRecord:
     """A record whose features are as a writer takes them."""
     record = make_record(seed, **options)
+    return replace(record, distributions=replace(record.distributions, features=features_with(seed, record, fits)))
+
+
+def features_with(seed: int, record: SequenceRecord, fits: Sequence[FittedFeature]) -> dict[str, NDArray[Any]]:
+    """The features of a record, projected where they are."""
     features, constants = [fit.info for fit in fits], {fit.info.name: fit.constants for fit in fits}
-    values = project_features(features, constants, full_features(seed, record, features))
-    return replace(record, distributions=replace(record.distributions, features=values))
+    return project_features(features, constants, full_features(seed, record, features))
 
 
 def open_writer(path: Path, fits: Sequence[FittedFeature], num_units: int = 1, **options: Any) -> CacheWriter:

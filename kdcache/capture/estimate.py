@@ -12,6 +12,7 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdcache import extensions
 from kdcache.capture.features import features_of, stated_features
@@ -23,9 +24,11 @@ from kdcache.capture.sequences import CutCounts
 from kdcache.capture.unit import blaming_teacher, score_records
 from kdcache.capture.watch.progress import CaptureProgress
 from kdcache.codec import get_codec
+from kdcache.codec.features.constants import constant_bytes
 from kdcache.codec.features.vectors import bytes_per_vector
 from kdcache.config.capture import CaptureConfig
 from kdcache.errors import ConfigError, InputError
+from kdcache.format.feature_positions import num_vectors
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.record_checks import check_distributions
@@ -49,12 +52,22 @@ SHARD_BYTES = 5000
 
 
 class FeatureEstimate(NamedTuple):
-    """What a feature costs: the bytes of one vector, of which each `per` (`position` or `sequence`) has one, and of all."""
+    """What a feature costs.
+
+    Attributes:
+        bytes_per_vector: of which each of its positions, or each sequence, has one.
+        per: `position` or `sequence`.
+        num_bytes: of all vectors.
+        num_vectors: about this many.
+        sidecar_bytes: of what is fitted to a sample and kept once.
+    """
 
     feature: FeatureInfo
     bytes_per_vector: int
     per: Literal["position", "sequence"]
     num_bytes: int
+    num_vectors: int = 0
+    sidecar_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,7 +193,7 @@ def _scale(job: Job, items: list[Item], requests: list[Request], probed: _Probed
     tokens = round(factor * most_tokens(requests, job.config))
     positions = round(factor * _most_positions(requests, job.config))
     num_sequences = round(factor * len(requests))
-    features = tuple(_feature_estimate(feature, positions, num_sequences) for feature in probed.features)
+    features = tuple(_feature_estimate(feature, requests, job.config, factor) for feature in probed.features)
     manifests = chain.manifest_numbers(job.path)
     return CaptureEstimate(
         plan=plan,
@@ -195,7 +208,7 @@ def _scale(job: Job, items: list[Item], requests: list[Request], probed: _Probed
         num_bytes=round(
             positions * bytes_per_position
             + tokens * (4 + 1 / 8)
-            + sum(estimate.num_bytes for estimate in features)
+            + sum(estimate.num_bytes + estimate.sidecar_bytes for estimate in features)
             + num_sequences * SEQUENCE_BYTES
             + len(plan.units) * SHARD_BYTES
         ),
@@ -205,9 +218,20 @@ def _scale(job: Job, items: list[Item], requests: list[Request], probed: _Probed
     )
 
 
-def _feature_estimate(feature: FeatureInfo, num_positions: int, num_sequences: int) -> FeatureEstimate:
-    per, num_vectors = ("position", num_positions) if feature.pooling == "none" else ("sequence", num_sequences)
-    return FeatureEstimate(feature, bytes_per_vector(feature), per, num_vectors * bytes_per_vector(feature))
+def _feature_estimate(feature: FeatureInfo, requests: list[Request], config: CaptureConfig, factor: float) -> FeatureEstimate:
+    per = "position" if feature.pooling == "none" else "sequence"
+    count = round(factor * sum(num_vectors(feature, _most_supervised(request, config)) for request in requests))
+    num_bytes = bytes_per_vector(feature)
+    return FeatureEstimate(feature, num_bytes, per, count * num_bytes, count, constant_bytes(feature))
+
+
+def _most_supervised(request: Request, config: CaptureConfig) -> NDArray[np.bool_]:
+    """A sequence's mask; of a prompt, that of the longest sequence that it may become."""
+    if isinstance(request, TokenSequence):
+        return request.supervised_N
+    most = 0 if config.generate is None else config.generate.max_tokens
+    prompt = request.sequence.num_tokens
+    return np.arange(prompt + most) >= prompt - 1
 
 
 def _most_positions(requests: list[Request], config: CaptureConfig) -> int:

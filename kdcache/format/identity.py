@@ -174,10 +174,6 @@ class FeatureInfo(msgspec.Struct, frozen=True, kw_only=True):
             return True
         return False if self.num_layers is not None or self.layer == 0 else None
 
-    def num_vectors(self, num_positions: int) -> int:
-        """How many vectors a sequence has, of a feature at each of this many positions; else see `feature_positions`."""
-        return num_positions if self.pooling == "none" else 1
-
 
 class CodecInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The codec's id and its parameters, as `get_codec` takes them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from kdcache.codec.features.vectors import bytes_per_vector
 from kdcache.config.capture import CaptureConfig, FeatureConfig, TeacherConfig
 from kdcache.config.load import convert_config
 from kdcache.errors import CaptureError, ConfigError, MismatchError, TeacherError
+from kdcache.format.feature_positions import num_vectors
 from kdcache.store.verify import verify_cache
 from kdcache.teacher.fake import FAKE_HIDDEN, FakeTeacher
 from kdcache.teacher.features import HiddenShape, pooled, resolve_features, stated_shape
@@ -105,6 +107,34 @@ def test_going_on_with_other_features_is_refused_with_the_difference(tmp_path, m
         run_capture(config_with(tmp_path, []))
 
 
+def test_a_dry_run_counts_the_vectors_of_every_grid_and_what_is_kept_once(tmp_path, capsys):
+    features = [
+        {"layer": -1, "positions": "all", "dtype": "bfloat16"},
+        {"layer": 2, "stride": 4, "offset": 1, "dtype": "int8", "scale": "channel"},
+        {"layer": 3, "max_positions": 3, "projection": {"kind": "random", "size": 5}},
+        {"layer": 1, "dtype": "int8", "projection": {"kind": "pca", "size": 6}},
+        {"kind": "attention", "layer": 2, "top_keys": 2},
+    ]
+    config = config_with(tmp_path, features)
+    whole = estimate_capture(config)
+    estimate = {found.feature.name: found for found in whole.features}
+    assert {name: (found.bytes_per_vector, found.sidecar_bytes) for name, found in estimate.items()} == {
+        "hidden_last": (32, 0),
+        "hidden_2": (20, 8 * 16),
+        "hidden_3": (10, 0),
+        "hidden_1": (10, 4 * (6 * 17 + 16)),
+        "attention_2": (32, 0),
+    }
+    assert estimate["hidden_last"].num_vectors == whole.num_tokens
+    assert estimate["hidden_2"].num_vectors == pytest.approx(whole.num_positions / 4, rel=0.2)
+    assert estimate["hidden_3"].num_vectors <= 3 * whole.num_sequences
+    assert main(["capture", str(write_config(config, tmp_path / "c.yaml")), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"hidden_2 +20 bytes per vector, \d\.\d per position, .* and 128 bytes once: .*of every 4th", shown)
+    assert "at most 3 of a sequence" in shown
+    assert re.search(r"attention_2 +32 bytes per position", shown)
+
+
 @pytest.mark.parametrize(
     ("features", "teacher", "sentence"),
     [
@@ -163,7 +193,7 @@ def test_a_sequence_without_supervised_positions_pools_to_zeros():
     for pooling in ("mean", "last"):
         np.testing.assert_array_equal(pooled(np.empty((0, 3), np.float32), pooling), np.zeros((1, 3), np.float32))
     (feature,) = resolve_features([FeatureConfig(layer=-1)], FAKE_HIDDEN)
-    assert (feature.layer, feature.size, feature.num_vectors(7)) == (-1, 16, 7)
+    assert (feature.layer, feature.size, num_vectors(feature, np.ones(7, bool))) == (-1, 16, 7)
 
 
 REAL = [{"layer": -1}, {"layer": 1, "dtype": "int8"}, {"layer": 0, "pooling": "mean"}]

@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import numpy as np
 from cache_making import make_identity, make_manifest, make_sequence
+from feature_making import features_with, fitted
 
-from kdcache.format.manifest import CodecInfo, FeatureInfo, GenerationInfo, Manifest, SelectionInfo
+from kdcache.format.manifest import CodecInfo, FeatureInfo, GenerationInfo, Manifest, ProjectionInfo, SelectionInfo
 from kdcache.format.record import SequenceRecord
 from kdcache.store.writing.writer import CacheWriter
 from kdcache.teacher.base import no_positions
@@ -29,7 +30,14 @@ BOTH = SelectionInfo(kind="top_k_sampled", params={"k": 3, "num_draws": 300, "se
 FEATURES = (
     FeatureInfo(name="last", layer=2, size=6, dtype="int8"),
     FeatureInfo(name="mid", layer=1, size=5, pooling="mean"),
-)
+    FeatureInfo(name="all", layer=-1, size=4, num_layers=2, positions="all", stride=2, dtype="bfloat16"),
+    FeatureInfo(name="top", kind="attention", layer=2, size=4, num_layers=2, num_heads=2, top_keys=2, max_positions=6),
+    FeatureInfo(
+        name="fitted", layer=1, size=3, num_layers=2, dtype="int8", scale="channel",
+        projection=ProjectionInfo(kind="pca", full_size=8),
+    ),
+)  # fmt: skip
+FITS = fitted(FEATURES)
 GENERATION = GenerationInfo(
     temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, n=1, max_tokens=8, stop=(), stop_token_ids=(), ignore_eos=False,
     long_prompts="error", last_answer="error",
@@ -55,7 +63,8 @@ class Base:
 
     def write(self, path: Path, *, num_units: int = 2, num_sequences: int = 4) -> Path:
         """The cache, whole, with several record batches in each shard."""
-        writer = CacheWriter.open(str(path), self.first_manifest(num_units), record_batch_bytes=700)
+        sidecars = [sidecar for fit in FITS for sidecar in fit.sidecars] if self.everything else []
+        writer = CacheWriter.open(str(path), self.first_manifest(num_units), record_batch_bytes=700, sidecars=sidecars)
         for unit in range(num_units):
             writer.write_unit(unit, [self.record(100 * unit + number) for number in range(num_sequences)])
         writer.fold()
@@ -67,7 +76,7 @@ class Base:
         identity = msgspec.structs.replace(
             make_identity(vocab_size=VOCAB_SIZE, selection=self.selection),
             codec=CodecInfo(codec_id=self.codec, params={"vocab_size": VOCAB_SIZE, **bits}),
-            features=FEATURES if self.everything else (),
+            features=tuple(fit.info for fit in FITS) if self.everything else (),
             generation=GENERATION if self.everything else None,
             domains=self.everything,
         )
@@ -83,8 +92,7 @@ class Base:
             logits_PV = rng.normal(0.0, 3.0, (num_positions, VOCAB_SIZE))
             distributions = select_reference(logits_PV, sequence.target_ids_P, self.selection, states)
         if self.everything:
-            made = {f.name: rng.normal(0, 1, (f.num_vectors(num_positions), f.size)).astype(np.float32) for f in FEATURES}
-            distributions = replace(distributions, features=made)
+            distributions = replace(distributions, features=features_with(seed, SequenceRecord(sequence, distributions), FITS))
             sequence = replace(sequence, finish=("stop", "length")[seed % 2], domain=("wiki", "code")[seed % 2])
         return SequenceRecord(sequence, distributions)
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from kdcache.codec import get_codec
 from kdcache.codec.bit_stream import pack_bits_reference, packed_size
 from kdcache.codec.features.columns import feature_fields
+from kdcache.format.feature_positions import num_vectors
 from kdcache.format.manifest import CodecInfo, FeatureInfo, SelectionInfo
 from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, shard_schema
 from kdcache.format.selection import fixed_entries, fixed_exact, stores_num_exact
@@ -65,19 +66,29 @@ class Maker:
         self.selection = make_selection(self.choose)
         codec_id = self.choose.choice(("raw", "packed", "packed", "quantized", "quantized", "archive"))
         self.base = Base(codec_id, self.selection, self.choose.choice(_BITS[codec_id]), self.choose.random() < 0.3)
-        self.features = tuple(
-            FeatureInfo(
-                name=name,
-                layer=1,
-                size=self.choose.choice((1, 3, 8)),
-                dtype=self.choose.choice(("float16", "int8")),
-                pooling=self.choose.choice(("none", "mean", "last")),
-            )
-            for name in ("last", "mid")[: self.choose.choice((0, 0, 1, 2))]
-        )
+        self.features = tuple(self._feature(name) for name in ("last", "mid")[: self.choose.choice((0, 0, 1, 2))])
+        self.supervised_N = np.zeros(0, np.bool_)
         bits = {} if self.base.bits is None else {"bits": self.base.bits}
         self.info = CodecInfo(codec_id=codec_id, params={"vocab_size": self.vocab_size, **bits})
         self.codec = get_codec(codec_id, self.info.params, self.selection)
+
+    def _feature(self, name: str) -> FeatureInfo:
+        choose, stride = self.choose.choice, self.choose.choice((1, 1, 3))
+        is_attention = self.choose.random() < 0.2
+        return FeatureInfo(
+            name=name,
+            layer=1,
+            size=8 if is_attention else choose((1, 3, 8)),
+            dtype="float16" if is_attention else choose(("float16", "bfloat16", "int8")),
+            pooling="none" if is_attention else choose(("none", "mean", "last")),
+            kind="attention" if is_attention else "hidden",
+            positions=choose(("supervised", "all")),
+            stride=stride,
+            offset=choose((0, stride - 1)),
+            max_positions=choose((None, None, 1, 5)),
+            num_heads=2 if is_attention else None,
+            top_keys=4 if is_attention else None,
+        )
 
     def schema(self) -> pa.Schema:
         """Of the shard."""
@@ -95,6 +106,7 @@ class Maker:
         """The values of one sequence, by column."""
         num_tokens = self.choose.choice((1, 2, 5, 12, 33, 60))
         supervised_N = self.rng.random(num_tokens) < self.choose.choice((0, 0.3, 1))
+        self.supervised_N = supervised_N
         counts_P, is_null = self._counts(int(supervised_N.sum()))
         num_exact_P = self._num_exact(counts_P)
         shape = Shape(len(counts_P), int(counts_P.sum()), int(num_exact_P.sum()))
@@ -147,7 +159,7 @@ class Maker:
 
     def _num_values(self, name: str, shape: Shape) -> int:
         for feature in self.features:
-            rows = feature.num_vectors(shape.num_positions)
+            rows = num_vectors(feature, self.supervised_N)
             if name.startswith(f"feature:{feature.name}"):
                 return rows if name.endswith(":scale") else rows * feature.size
         return {

@@ -74,6 +74,10 @@ def loaded(cache: Path, *, direct: bool = True, verify: bool = True, **options: 
         with kdcache.open(str(cache), verify=verify) as reader, kdcache.Loader(reader, config) as loader:
             for batch in loader:
                 _check_batch(batch, reader.manifest.identity.teacher.vocab_size)
+                for vectors in (batch.features or {}).values():
+                    slots_F = vectors.slots_F
+                    assert slots_F.size == 0 or 0 <= slots_F.min() <= slots_F.max() < batch.input_ids_BT.size, "slots"
+                    digest.update(_bytes(vectors.float32()))
                 for value in (*(getattr(batch, name) for name in _PARTS), *(getattr(batch.teacher, name) for name in ARRAYS)):
                     digest.update(_bytes(value))
     return digest.hexdigest()
@@ -113,7 +117,7 @@ def read_all(cache: Path, *, everything: bool) -> dict[str, Outcome]:
         ways |= {
             "roles": lambda: loaded(cache, packing="none", num_threads=0, with_roles=True),
             "local": lambda: loaded(cache, packing="none", num_threads=0, order="local"),
-            "features": lambda: loaded(cache, packing="none", num_threads=0, features=("last", "mid")),
+            "features": lambda: loaded(cache, packing="none", num_threads=0, features=_features(cache)),
             "doctor": lambda: command("doctor", name),
             "derive": lambda: command("derive", name, "--out", derived, "--accept", "incomplete"),
             "fold": lambda: command("fold", name),
@@ -122,6 +126,11 @@ def read_all(cache: Path, *, everything: bool) -> dict[str, Outcome]:
         return {way: attempt(read) for way, read in ways.items()}
     finally:
         shutil.rmtree(derived, ignore_errors=True)
+
+
+def _features(cache: Path) -> tuple[str, ...]:
+    with open_reader(cache) as reader:
+        return tuple(feature.name for feature in reader.manifest.identity.features)
 
 
 def findings(outcomes: dict[str, Outcome]) -> list[str]:

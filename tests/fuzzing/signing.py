@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,28 @@ class Parts:
     newest: Fields
     shards: list[bytes]
     index: bytes
+    sidecars: dict[str, bytes] = field(default_factory=dict)
 
     @classmethod
     def read(cls, cache: Path) -> Parts:
         """Those of a cache with one fold."""
         first, newest = (json.loads((cache / paths.manifest_name(number)).read_bytes()) for number in (0, 1))
         shards = [(cache / shard["name"]).read_bytes() for shard in newest["shards"]]
-        return cls(first, newest, shards, (cache / newest["index"]["name"]).read_bytes())
+        sidecars = {name: (cache / name).read_bytes() for name in map(_file_of, newest["sidecars"])}
+        return cls(first, newest, shards, (cache / newest["index"]["name"]).read_bytes(), sidecars)
 
     def copy(self) -> Parts:
         """Another with JSON of its own."""
-        return Parts(json.loads(json.dumps(self.first)), json.loads(json.dumps(self.newest)), list(self.shards), self.index)
+        first, newest = (json.loads(json.dumps(fields)) for fields in (self.first, self.newest))
+        return Parts(first, newest, list(self.shards), self.index, self.sidecars)
 
     def write(self, cache: Path) -> Path:
         """Put it together in an empty folder, names, sizes and digests made right as far as the JSON has places for them."""
         shutil.rmtree(cache, ignore_errors=True)
-        for name in paths.DIRECTORIES:
+        for name in (*paths.DIRECTORIES, paths.SIDECARS):
             (cache / name).mkdir(parents=True)
+        for name, data in self.sidecars.items():
+            (cache / name).write_bytes(data)
         for shard, data in zip(self._entries(), self.shards, strict=False):
             sha256 = hashlib.sha256(data).hexdigest()
             unit = shard.get("unit")
@@ -85,6 +90,10 @@ class Parts:
     def _entries(self) -> list[Fields]:
         shards = self.newest.get("shards")
         return [shard for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
+
+
+def _file_of(sidecar: Fields) -> str:
+    return paths.sidecar_name(sidecar["sha256"])
 
 
 def batches_of(data: bytes | pa.Buffer) -> tuple[pa.Schema, list[pa.RecordBatch]]:

@@ -16,6 +16,7 @@ from kdcache.codec.features.columns import feature_fields
 from kdcache.codec.features.vectors import bytes_per_vector, quantize_vectors
 from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.feature_checks import check_features
+from kdcache.format.feature_positions import num_vectors
 from kdcache.format.manifest import FeatureInfo
 from kdcache.format.record import SequenceRecord
 from kdcache.store.reader import open_reader
@@ -32,8 +33,8 @@ FEATURES = (
 def with_features(seed: int, features: tuple[FeatureInfo, ...] = FEATURES) -> SequenceRecord:
     record = make_record(seed)
     rng = np.random.default_rng(seed)
-    num_positions = record.distributions.num_positions
-    made = {f.name: rng.normal(0, 10, (f.num_vectors(num_positions), f.size)).astype(np.float32) for f in features}
+    mask = record.sequence.supervised_N
+    made = {f.name: rng.normal(0, 10, (num_vectors(f, mask), f.size)).astype(np.float32) for f in features}
     return replace(record, distributions=replace(record.distributions, features=made))
 
 

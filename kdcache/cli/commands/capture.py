@@ -192,10 +192,14 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
 
 def _feature_lines(estimate: CaptureEstimate) -> dict[str, str]:
     shown = {}
-    for feature, num_each, per, num_bytes in estimate.features:
-        pooling = "" if feature.pooling == "none" else f", {positions_words(feature)}"
-        what = f"{source_words(feature)}, {width_words(feature)}{pooling}"
-        shown[feature.name] = f"{num_each:,} bytes per {per}, {size(num_bytes)}: {what}"
+    for found in estimate.features:
+        feature, is_everywhere = found.feature, found.num_vectors == estimate.num_positions
+        what = f"{source_words(feature)}, {width_words(feature)}"
+        what += "" if is_everywhere and feature.pooling == "none" else f", {positions_words(feature)}"
+        each = found.per if is_everywhere or feature.pooling != "none" else "vector"
+        spread = f", {found.num_bytes / max(estimate.num_positions, 1):,.1f} per position" if each == "vector" else ""
+        once = f" and {size(found.sidecar_bytes)} once" if found.sidecar_bytes else ""
+        shown[feature.name] = f"{found.bytes_per_vector:,} bytes per {each}{spread}, {size(found.num_bytes)}{once}: {what}"
     return shown
 
 

@@ -49,6 +49,14 @@ def pca_sidecar(feature: FeatureInfo) -> str:
     return f"pca:{feature.name}"
 
 
+def constant_bytes(feature: FeatureInfo) -> int:
+    """About how many bytes the sidecars of a feature take, once per cache."""
+    num_bytes = 8 * feature.size if feature.scale == "channel" else 0
+    if feature.projection is not None and feature.projection.kind == "pca":
+        num_bytes += 4 * (feature.size * (feature.full_size + 1) + feature.full_size)
+    return num_bytes
+
+
 def read_constants(feature: FeatureInfo, sidecar: Callable[[str], Sidecar]) -> FeatureConstants:
     """The constants of a feature from a cache's sidecars.
 
