@@ -112,6 +112,7 @@ def first_manifest(job: Job, teacher: TeacherIdentity, features: tuple[FeatureIn
             features=features,
             generation=generation_info(job.config),
             domains=job.config.input.domain_field is not None,
+            groups=job.config.input.group_field is not None,
         ),
         plan=PlanInfo(fingerprint=plan.fingerprint, num_units=len(plan.units)),
         versions=_versions(),

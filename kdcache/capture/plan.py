@@ -125,13 +125,17 @@ class _Hasher(Protocol):
 
 
 def hash_item(hasher: _Hasher, item: Item) -> None:
-    """Feed one item with its length, so that no two lists of items look alike, and its domain with a length no item has."""
+    """Feed one item with its length, so that no two lists of items look alike, and its domain and group with lengths no item
+    has."""
     data, domain = item.content_bytes(), item.domain.encode()
     hasher.update(len(data).to_bytes(8, "little"))
     hasher.update(data)
     if domain:
         hasher.update((2**63 + len(domain)).to_bytes(8, "little"))
         hasher.update(domain)
+    if item.group:
+        hasher.update((2**63 + 2**62 + len(item.preference)).to_bytes(8, "little"))
+        hasher.update(item.group + item.preference.encode())
 
 
 def _meaning(config: InputConfig, template_fingerprint: str) -> dict[str, Any]:
@@ -139,11 +143,12 @@ def _meaning(config: InputConfig, template_fingerprint: str) -> dict[str, Any]:
     names = ("content", "supervise", "add_special_tokens")
     settings = {name: getattr(config, name) for name in names}
     window = msgspec.to_builtins(config.window)
-    domains = {} if config.domain_field is None else {"domains": config.domain_field}
+    named = {"domains": config.domain_field, "groups": config.group_field, "preferences": config.preference_field}
+    marks = {name: field for name, field in named.items() if field is not None}
     names = ("one_item_per", "template_arguments", "template_time")
     chats = {name: getattr(config, name) for name in names if getattr(config, name) not in ("chat", {}, None)}
     version = 2 if config.content == "messages" else 1  # of chats: since who wrote what is proven
-    return settings | domains | chats | {"window": window, "template": template_fingerprint, "version": version}
+    return settings | marks | chats | {"window": window, "template": template_fingerprint, "version": version}
 
 
 class _OpenUnit:

@@ -100,7 +100,7 @@ def _tokenize(item: Item, tokenizer: Tokenizer, config: InputConfig, counts: Cut
     ids_N = tokenize_plain(item.content, tokenizer, config)
     num_tokens = len(ids_N)
     all_N, none_N = np.ones(num_tokens, np.bool_), np.zeros(num_tokens, np.uint8)
-    return [TokenizedItem(ids_N, all_N, none_N, np.zeros(1, np.int32), item.source, item.domain)]
+    return [TokenizedItem(ids_N, all_N, none_N, np.zeros(1, np.int32), item.source, *_marks(item))]
 
 
 def with_arguments(chat: Chat, config: InputConfig) -> Chat:
@@ -127,7 +127,11 @@ def _tokenize_chat(item: Item, given: Chat, tokenizer: Tokenizer, config: InputC
         # The last position has no target yet that could be left out.
         supervised_N = np.append(~np.asarray(chat.excluded, np.bool_)[1:], True)
     starts, roles_N = np.asarray(chat.turn_starts, np.int32), np.asarray(chat.roles, np.uint8)
-    return TokenizedItem(np.asarray(chat.input_ids, np.int64), supervised_N, roles_N, starts, item.source, item.domain)
+    return TokenizedItem(np.asarray(chat.input_ids, np.int64), supervised_N, roles_N, starts, item.source, *_marks(item))
+
+
+def _marks(item: Item) -> tuple[str, bytes, str]:
+    return item.domain, item.group, item.preference
 
 
 def check_ids(input_ids_N: NDArray[np.int64], source: str, config: InputConfig, tokenizer: Tokenizer, vocab_size: int) -> None:

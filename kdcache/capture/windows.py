@@ -37,6 +37,8 @@ class TokenizedItem:
     turn_starts: NDArray[np.int32]
     source: str
     domain: str = ""
+    group: bytes = b""
+    preference: str = ""
 
 
 def cut_windows(item: TokenizedItem, window: WindowConfig, template_fingerprint: str) -> list[TokenSequence]:
@@ -114,4 +116,6 @@ def _window(
         source=source,
         key=sequence_key(input_ids_N, supervised_N, template_fingerprint),
         domain=item.domain,
+        group=item.group,
+        preference=item.preference,
     )

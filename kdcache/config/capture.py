@@ -63,6 +63,9 @@ class InputConfig(Config, frozen=True, kw_only=True):
             also looked for in `conversations`, `conversation`, `chat`, and in `prompt` with `completion`.
         domain_field: the column or key that holds an item's domain (`wiki`, `code`), a text that is stored with its sequences
             for `kdcache derive --where "domain == 'code'"`; null for none.
+        group_field: the column or key of what the answers to one prompt have in common, a text or a whole number; null for
+            none. The loader then puts both answers of a pair into one batch (`loader.pairs`).
+        preference_field: the column or key that says which answer of a group is which: `chosen` or `rejected`; null for none.
         supervise: `all` positions, or only those that predict what the `assistant` says (`messages` only). Messages of weight 0
             (keys `weight`, `train`, `training`) are left out in both cases.
         one_item_per: `messages` only: `chat` trains on every answer as the template writes it in the whole chat. `answer` makes
@@ -88,6 +91,8 @@ class InputConfig(Config, frozen=True, kw_only=True):
     content: Literal["text", "messages", "ids"] = "text"
     field: str | None = None
     domain_field: str | None = None
+    group_field: str | None = None
+    preference_field: str | None = None
     supervise: Literal["all", "assistant"] = "all"
     add_special_tokens: bool = True
     one_item_per: Literal["chat", "answer"] = "chat"
@@ -111,6 +116,13 @@ class InputConfig(Config, frozen=True, kw_only=True):
         is_of_chats = self.one_item_per != "chat" or self.template_arguments or self.template_time is not None
         if is_of_chats and self.content != "messages":
             raise ValueError("one_item_per, template_arguments and template_time are for content 'messages' only")
+        if (self.group_field is None) != (self.preference_field is None):
+            raise ValueError("group_field and preference_field belong together: one names the prompt, the other its answers")
+        if self.group_field is not None and (self.window.policy == "split" or self.one_item_per == "answer"):
+            raise ValueError(
+                "group_field: an answer must be one sequence to be one of a pair; use window.policy 'error' or 'truncate' and "
+                "one_item_per 'chat'"
+            )
         check_arguments(self.template_arguments)
         if self.template_time is not None:
             parse_moment(self.template_time)
@@ -273,6 +285,10 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
             raise ValueError(
                 f"generate.max_tokens is {self.generate.max_tokens}, but prompt and answer together must fit into "
                 f"input.window.size, {self.input.window.size}; raise that, up to the teacher's context, or lower max_tokens"
+            )
+        if self.input.group_field is not None:
+            raise ValueError(
+                "generate: the teacher writes the answers here, so input.group_field and preference_field must be null"
             )
         cuts = self.input.window.policy == "truncate" or self.input.window.overlap
         if cuts or self.input.supervise != "all" or self.input.one_item_per != "chat":

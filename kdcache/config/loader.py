@@ -63,8 +63,8 @@ class MaskConfig(Config, frozen=True, kw_only=True):
 class LoaderConfig(Config, frozen=True, kw_only=True):
     """How a cache is read: what a batch holds, and in which order. Ranks and world size are arguments of the loader.
 
-    All fields except `num_threads`, `prefetch_batches`, `features`, `with_roles` and `logprob_dtype` decide which positions
-    are in each batch: a state saved under other values is refused.
+    All fields except `num_threads`, `prefetch_batches`, `features`, `with_roles`, `with_target_logprobs` and `logprob_dtype`
+    decide which positions are in each batch: a state saved under other values is refused.
 
     Attributes:
         seq_len: tokens in a row of a batch. A cache with a longer sequence is refused.
@@ -89,6 +89,11 @@ class LoaderConfig(Config, frozen=True, kw_only=True):
         features: names of the cache's features (hidden states) that a batch holds; empty for none, which costs nothing.
         with_roles: whether a batch holds, for each position, the role of the token that it predicts (`roles_P`), for losses or
             statistics by role.
+        with_target_logprobs: whether `batch.teacher` holds the teacher's own logprob of each target id, in or out of the
+            entries. Each sequence is then decoded twice.
+        pairs: with packing `first_fit`: the chosen and the rejected answer to a prompt (`input.group_field`) share a row, next
+            to each other, and `batch.pairs` says which they are; both must fit into seq_len. Sequences without a partner are
+            read as well.
         logprob_dtype: dtype of the logprobs in a batch. `float16` gives the same values in half the bytes where the caches
             store float16 (codec `packed`, or `archive` of 16 bits, with exact entries), and is refused elsewhere.
         num_threads: threads that read and decode ahead; 0 reads a batch when it is asked for.
@@ -111,6 +116,8 @@ class LoaderConfig(Config, frozen=True, kw_only=True):
     mask: MaskConfig = MaskConfig()
     features: tuple[str, ...] = ()
     with_roles: bool = False
+    with_target_logprobs: bool = False
+    pairs: bool = False
     logprob_dtype: Literal["float32", "float16"] = "float32"
     num_threads: NonNegative = 2
     prefetch_batches: Positive = 4
@@ -123,6 +130,8 @@ class LoaderConfig(Config, frozen=True, kw_only=True):
             raise ConfigError(
                 f"{asked[0]} needs packing 'none': packed rows are seq_len long, batch_rows of them bound the tokens"
             )
+        if self.pairs and self.packing == "none":
+            raise ConfigError("pairs needs packing 'first_fit': both answers of a pair share a row")
         if self.max_batch_tokens is not None and self.max_batch_tokens < self.batch_rows * self.seq_len:
             raise ConfigError(
                 f"max_batch_tokens is {self.max_batch_tokens}, but {self.batch_rows} rows of {self.seq_len} tokens may be "

@@ -32,7 +32,7 @@ from kdcache.store.reader import CacheReader
 UNIT_BYTES = 2**28
 """About this much of the sources' shards per shard."""
 
-MAY_DIFFER = ("input_fingerprint", "codec.", "seeds.", "selection.params.seed", "domains")
+MAY_DIFFER = ("input_fingerprint", "codec.", "seeds.", "selection.params.seed", "domains", "groups")
 """Leaves of an identity that may differ between caches that are concatenated: other texts are what it is for, with domains or
 without; all is written again by one codec; any seed's draws are as good."""
 
@@ -104,7 +104,8 @@ def _identity(readers: Sequence[CacheReader], names: Sequence[str], config: Deri
     identities = [reader.manifest.identity for reader in readers]
     if config.mix is None:
         check_concatenation(identities, names)
-        return msgspec.structs.replace(identities[0], domains=any(identity.domains for identity in identities))
+        named = {name: any(getattr(identity, name) for identity in identities) for name in ("domains", "groups")}
+        return msgspec.structs.replace(identities[0], **named)
     check_weights(config.mix, len(readers))
     return mixed_identity(identities, names, config.mix, config.seed)
 

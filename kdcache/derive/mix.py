@@ -58,6 +58,7 @@ def mixed_identity(identities: Sequence[Identity], names: Sequence[str], weights
         seeds=identities[0].seeds,
         generation=identities[0].generation,
         domains=identities[0].domains,
+        groups=identities[0].groups,
     )
 
 

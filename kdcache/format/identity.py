@@ -190,6 +190,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         seeds: purpose -> seed of every random draw at capture except the selection's, which is among its parameters.
         generation: how the teacher wrote the ends of the sequences itself; None where it read what was given.
         domains: whether each sequence says of which domain it is.
+        groups: whether each sequence says to which group of answers it belongs, and whether it was chosen there.
     """
 
     teacher: TeacherIdentity
@@ -201,6 +202,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     features: tuple[FeatureInfo, ...] = ()
     generation: GenerationInfo | None = None
     domains: bool = False
+    groups: bool = False
 
     def token_pairs(self, other: Identity) -> dict[str, tuple[Any, Any]]:
         """Of both: what must be equal for their token ids to mean the same, by a name for people."""

@@ -24,6 +24,9 @@ PADDING_ID = -1
 ROLES = ("none", "system", "user", "assistant", "tool")
 """Names of the codes in `TokenSequence.roles_N`; `none` is plain text and the template's own tokens."""
 
+PREFERENCES = ("", "chosen", "rejected")
+"""Names of the codes of `TokenSequence.preference`; "" where the input does not say."""
+
 FINISHES = ("", "stop", "length")
 """How an answer that the teacher wrote came to its end: by its end token or one that was asked for, or because it had as many
 tokens as it may have. "" is of text that was given."""
@@ -43,6 +46,8 @@ class TokenSequence:
         key: 16 bytes, see `sequence_key`.
         finish: one of FINISHES.
         domain: what kind of text it is, as the input says: "wiki", "code"; "" where it does not.
+        group: 16 bytes, equal for the answers to one prompt, as the input says; b"" where it does not.
+        preference: of the group's answers; one of PREFERENCES.
     """
 
     input_ids_N: NDArray[np.int32]
@@ -53,6 +58,8 @@ class TokenSequence:
     key: bytes
     finish: str = ""
     domain: str = ""
+    group: bytes = b""
+    preference: str = ""
 
     @property
     def num_tokens(self) -> int:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kdcache.errors import FormatError
 from kdcache.format.feature_checks import check_features
 from kdcache.format.identity import Identity, SelectionInfo
-from kdcache.format.record import FINISHES, ROLES, Distributions, SequenceRecord, TokenSequence
+from kdcache.format.record import FINISHES, KEY_BYTES, PREFERENCES, ROLES, Distributions, SequenceRecord, TokenSequence
 from kdcache.format.selection import fixed_entries, fixed_exact, stores_num_exact
 
 MAX_ENTRIES = 2**16 - 1
@@ -111,6 +111,12 @@ def _check_sequence(s: TokenSequence, identity: Identity) -> None:
         raise FormatError("it says how it ended, but the cache's identity has no generation")
     if s.domain and not identity.domains:
         raise FormatError("it says of which domain it is, but the cache's identity has no domains")
+    if (s.group or s.preference) and not identity.groups:
+        raise FormatError("it says to which group it belongs, but the cache's identity has no groups")
+    if len(s.group) not in (0, KEY_BYTES) or s.preference not in PREFERENCES or (s.preference and not s.group):
+        raise FormatError(
+            f"its group has {len(s.group)} bytes and its preference is {s.preference!r}; see kdcache/format/README.md"
+        )
 
 
 def _check_entry_counts(d: Distributions, fixed: int | None) -> None:

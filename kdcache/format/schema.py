@@ -41,6 +41,12 @@ FINISH_FIELD = pa.field("finish", pa.uint8(), nullable=False)
 DOMAIN_FIELD = pa.field("domain", pa.string(), nullable=False)
 """Follows where the input named domains."""
 
+GROUP_FIELDS = (
+    pa.field("group", pa.binary(KEY_BYTES), nullable=False),
+    pa.field("preference", pa.uint8(), nullable=False),
+)
+"""Follow where the input named groups, in shards and in the index: all zeros for no group; index into PREFERENCES."""
+
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.binary(KEY_BYTES), nullable=False),
@@ -52,6 +58,10 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 """`unit` names the shard; `record_batch` and `row` say which of its sequences is meant. The index is ordered by these three."""
+
+
+OPTIONAL_FIELDS = (FINISH_FIELD, DOMAIN_FIELD, *GROUP_FIELDS)
+"""Columns that some shards have, in their order."""
 
 
 class ShardMetadata(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,8 +86,14 @@ class ShardMetadata(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def optional_fields(identity: Identity) -> list[pa.Field]:
-    """Those of FINISH_FIELD and DOMAIN_FIELD that the shards of a cache of this identity have, in their order."""
-    return [*[FINISH_FIELD] * (identity.generation is not None), *[DOMAIN_FIELD] * identity.domains]
+    """Those of OPTIONAL_FIELDS that the shards of a cache of this identity have, in their order."""
+    groups = GROUP_FIELDS if identity.groups else ()
+    return [*[FINISH_FIELD] * (identity.generation is not None), *[DOMAIN_FIELD] * identity.domains, *groups]
+
+
+def index_schema(identity: Identity) -> pa.Schema:
+    """The schema of the index of a cache of this identity: INDEX_SCHEMA, with groups where it has them."""
+    return pa.schema([*INDEX_SCHEMA, *GROUP_FIELDS]) if identity.groups else INDEX_SCHEMA
 
 
 def shard_schema(

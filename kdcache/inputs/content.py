@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from kdcache.errors import InputError
+from kdcache.format.record import PREFERENCES
 from kdcache.inputs.chat import Chat
 from kdcache.inputs.chat_items import chat_of, content_names, parse_messages, read_names, shapes, shown
 
@@ -27,6 +29,7 @@ class Fields(NamedTuple):
         content: the column or key that holds it.
         kind: `text`, `messages` or `ids`.
         domain: the column or key of the item's domain; None for none.
+        group, preference: those of the group of answers that it belongs to, and of whether it was chosen; None for none.
         variables: names that the chat template reads, for chats.
         is_named: whether the user named the column or key of the content.
     """
@@ -36,11 +39,18 @@ class Fields(NamedTuple):
     domain: str | None = None
     variables: frozenset[str] = frozenset()
     is_named: bool = True
+    group: str | None = None
+    preference: str | None = None
+
+    @property
+    def mark_names(self) -> list[str]:
+        """List the columns or keys of what an item is marked with, beside its content."""
+        return [name for name in (self.domain, self.group, self.preference) if name is not None]
 
     @property
     def names(self) -> list[str]:
         """List the columns or keys that must exist; for a chat whose column is looked for, see `content_names`."""
-        return [self.content, *([] if self.domain is None else [self.domain])]
+        return [self.content, *self.mark_names]
 
     def content_names(self, there: Sequence[str]) -> list[str]:
         """List the names there that the content is made of; if there are none, the one that should be there."""
@@ -50,8 +60,7 @@ class Fields(NamedTuple):
     def read_names(self, there: Sequence[str]) -> list[str]:
         """List the names there that are read, and those that must be there."""
         chat = read_names(there, self.content if self.is_named else None, self.variables) if self.kind == "messages" else []
-        domain = [] if self.domain is None else [self.domain]
-        return list(dict.fromkeys([*self.content_names(there), *chat, *domain]))
+        return list(dict.fromkeys([*self.content_names(there), *chat, *self.mark_names]))
 
     def advice(self, name: str, there: Sequence[str]) -> str:
         """Say what to do about a missing name: the config key that asked for it, and the shapes of a chat."""
@@ -62,7 +71,13 @@ class Fields(NamedTuple):
 
     def option(self, name: str) -> str:
         """Name the config key that asked for one of the names."""
-        return "input.field" if name == self.content else "input.domain_field"
+        options = {
+            self.preference: "preference_field",
+            self.group: "group_field",
+            self.domain: "domain_field",
+            self.content: "field",
+        }
+        return f"input.{options[name]}"
 
 
 class Start(NamedTuple):
@@ -91,12 +106,16 @@ class Item:
         source: for people: "corpus/a.jsonl:17" (line 17), "b.parquet#12" (item 12, from 0), "x.txt".
         start: where it starts.
         domain: what kind of text it is, if the input says so; else "".
+        group: 16 bytes of the group of answers that it belongs to, if the input says so; else b"".
+        preference: one of PREFERENCES.
     """
 
     content: Content
     source: str
     start: Start
     domain: str = ""
+    group: bytes = b""
+    preference: str = ""
 
     @property
     def num_chars(self) -> int:
@@ -154,15 +173,47 @@ def parse_item(item: Mapping[str, Any], fields: Fields, where: str, what: str, *
     return parse_content(item[fields.content], fields.kind, f"{where}: {what} {fields.content!r}")
 
 
-def parse_domain(value: Any, where: str) -> str:
-    """Check the name of a domain; null means none.
+def parse_marks(item: Mapping[str, Any], fields: Fields, where: str) -> dict[str, Any]:
+    """Check what an item is marked with, as keywords of `Item`; null means nothing.
+
+    Args:
+        item: what `fields.read_names` names of it.
+        fields: what is read.
+        where: file and line or item, and whether its values are fields or columns.
 
     Raises:
-        InputError: it is not text.
+        InputError: a value of the wrong type, or a preference outside a group.
     """
-    if value is not None and not isinstance(value, str):
-        raise InputError(f"{where} is {shown(value)}, but a domain is text (see input.domain_field)")
-    return value or ""
+    marks: dict[str, Any] = {}
+    if fields.domain is not None:
+        value = item[fields.domain]
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{where} {fields.domain!r} is {shown(value)}, but a domain is text (see input.domain_field)")
+        marks["domain"] = value or ""
+    if fields.group is not None:
+        marks["group"] = _group_of(item[fields.group], f"{where} {fields.group!r}")
+    if fields.preference is not None:
+        value = item[fields.preference]
+        if value is not None and value not in PREFERENCES:
+            raise InputError(
+                f"{where} {fields.preference!r} is {shown(value)}, but a preference is 'chosen', 'rejected' or null (see "
+                "input.preference_field)"
+            )
+        marks["preference"] = value or ""
+        if marks["preference"] and not marks.get("group"):
+            raise InputError(
+                f"{where} {fields.preference!r} is {shown(value)}, but the item has no group (see input.group_field)"
+            )
+    return marks
+
+
+def _group_of(value: Any, where: str) -> bytes:
+    """16 bytes of a group's name: equal for equal names, a number and its digits apart."""
+    if value is None:
+        return b""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise InputError(f"{where} is {shown(value)}, but a group is text or a whole number (see input.group_field)")
+    return xxhash.xxh3_128(f"{type(value).__name__}:{value}".encode()).digest()
 
 
 def _parse_text(value: Any, where: str) -> str:

@@ -38,7 +38,10 @@ class ItemReader:
         """
         self.config = config
         field = config.field or DEFAULT_FIELDS[config.content]
-        self.fields = Fields(field, config.content, config.domain_field, variables, is_named=config.field is not None)
+        self.fields = Fields(
+            field, config.content, config.domain_field, variables, is_named=config.field is not None,
+            group=config.group_field, preference=config.preference_field,
+        )  # fmt: skip
         self._format = find_format(config)
         self.files, self.left_out = [], LeftOut()
         if isinstance(self._format, FileFormat):

@@ -41,6 +41,12 @@ class Reader(Protocol):
         ...
 
     @property
+    def groups_S(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
+        """(S, 16) the group of answers that each sequence belongs to, zeros for none, and (S,) codes of PREFERENCES, from the
+        index; None in a cache without groups."""
+        ...
+
+    @property
     def ahead(self) -> LookAhead | None:
         """Fetches what is read next from an object store; None for a cache on a disk."""
         ...

@@ -106,6 +106,15 @@ class Cache:
         return self._num_positions_S
 
     @property
+    def groups_S(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
+        """(S, 16) the group of answers that each sequence belongs to, zeros for none, and (S,) codes of PREFERENCES; None in a
+        cache without groups."""
+        found = self.reader.groups_S
+        if found is None or self._indices_S is None:
+            return found
+        return found[0][self._indices_S], found[1][self._indices_S]
+
+    @property
     def shard_sizes(self) -> NDArray[np.int64]:
         """int64, sequences of each shard in their order here; of a selection, of each stretch that lies in one shard."""
         sizes = np.array([shard.num_sequences for shard in self.manifest.shards], np.int64)

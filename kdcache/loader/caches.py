@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from os import PathLike, fspath
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from kdcache.codec import get_codec
 from kdcache.codec.features.constants import read_constants
+from kdcache.config.loader import LoaderConfig
 from kdcache.errors import ConfigError, CorruptCacheError, MismatchError
 from kdcache.format.manifest import Manifest
 from kdcache.loader.base import Reader
@@ -20,6 +22,7 @@ from kdcache.loader.batches.assemble import EntryColumns, Record
 from kdcache.loader.batches.features import AskedFeature, find_features
 from kdcache.loader.cache import Cache, cache_of, open_cache
 from kdcache.loader.order.mix import CacheTable
+from kdcache.loader.order.pairs import Items, find_items, joined
 from kdcache.store.records.batch import EncodedRecord
 
 CacheLike = str | PathLike[str] | Cache
@@ -32,24 +35,20 @@ class CacheSet:
     Args:
         caches: addresses are opened here, and closed by `close`; open caches stay the caller's. A Reader of another kind does
             as well.
-        features: names of the features that batches hold.
-        logprob_dtype, with_roles: of the batches; see LoaderConfig.
+        config: what batches hold; see LoaderConfig.
 
     Raises:
-        ConfigError: no cache is given, or one lacks such a feature or has logprobs that are not float16. MismatchError: several
-            that do not fit together. Whatever opening raises.
+        ConfigError: no cache is given, or one lacks such a feature or has logprobs that are not float16, or no groups where
+            pairs are asked for. MismatchError: several that do not fit together. Whatever opening raises.
     """
 
     def __init__(
         self,
         caches: CacheLike | Reader | Sequence[CacheLike | Reader],
-        features: Sequence[str] = (),
-        logprob_dtype: str = "float32",
-        *,
-        with_roles: bool = False,
+        config: LoaderConfig = LoaderConfig(),  # noqa: B008 - frozen
     ) -> None:
         self._own: list[Cache] = []
-        self.with_roles = with_roles
+        self.with_roles, features = config.with_roles, config.features
         several: Sequence[Any] = caches if isinstance(caches, (list, tuple)) else [caches]
         if not several:
             raise ConfigError("no cache was given; give an address, an open cache, or a list of them")
@@ -58,15 +57,21 @@ class CacheSet:
             manifests = [cache.manifest for cache in self.caches]
             check_together(manifests)
             self.features = self._asked(manifests, features) if features else ()
-            self.logprob_dtype = np.dtype(logprob_dtype)
+            self.logprob_dtype = np.dtype(config.logprob_dtype)
             check_logprobs(manifests, self.logprob_dtype)
+            self.items = [items_of(cache, index) for index, cache in enumerate(self.caches)] if config.pairs else None
         except BaseException:
             self.close()
             raise
         self._bases = [0, *accumulate(map(len, self.caches))]
         identities = [manifest.identity for manifest in manifests]
         vocab_size = max(identity.teacher.vocab_size for identity in identities)
-        self.columns = EntryColumns.of([identity.selection for identity in identities], vocab_size)
+        columns = EntryColumns.of([identity.selection for identity in identities], vocab_size)
+        self.columns = replace(columns, has_target_logprobs=config.with_target_logprobs)
+        # Of each chosen answer, the rejected one that goes with it.
+        self.partners_S = None
+        if self.items is not None:
+            self.partners_S = joined(self.items, list(map(len, self.caches))).partners_S(len(self))
 
     def __len__(self) -> int:
         return self._bases[-1]
@@ -78,7 +83,10 @@ class CacheSet:
 
     def tables(self) -> list[CacheTable]:
         """What order and packing know of each."""
-        return [CacheTable(cache.num_tokens_S, _shard_sizes(cache)) for cache in self.caches]
+        tables = [CacheTable(cache.num_tokens_S, _shard_sizes(cache)) for cache in self.caches]
+        if self.items is None:
+            return tables
+        return [table.of_items(items) for table, items in zip(tables, self.items, strict=True)]
 
     def by_reader(self, indices: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64] | slice, Reader, NDArray[np.int64]]]:
         """For each cache that has some of these sequences: which of them, its reader, and their indices for that."""
@@ -120,6 +128,26 @@ class CacheSet:
             self._own.append(open_cache(fspath(cache)))
             return self._own[-1]
         return cache if isinstance(cache, Cache) else cache_of(cache)
+
+
+def items_of(cache: Cache, index: int) -> Items:
+    """The pairs of a cache's answers, and the sequences without a partner.
+
+    Raises:
+        ConfigError: the capture was not told which answers belong together, or none of them makes a pair.
+    """
+    if cache.groups_S is None:
+        raise ConfigError(
+            f"loader.pairs: cache {index} does not say which answers belong to one prompt; capture it again with "
+            "input.group_field and input.preference_field"
+        )
+    items = find_items(*cache.groups_S)
+    if not items.num_pairs:
+        raise ConfigError(
+            f"loader.pairs: of the {len(cache)} sequences of cache {index} no two are the chosen and the rejected answer of "
+            "one group; look at input.group_field and input.preference_field of its capture"
+        )
+    return items
 
 
 def check_together(manifests: Sequence[Manifest]) -> None:

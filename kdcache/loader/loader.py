@@ -66,7 +66,7 @@ class Loader:
         self.config = config
         self.rank = rank
         self.world_size = world_size
-        self._caches = CacheSet(caches, config.features, config.logprob_dtype, with_roles=config.with_roles)
+        self._caches = CacheSet(caches, config)
         self._epoch = epoch
         self._next_batch = 0
         self._closed = False

@@ -20,6 +20,7 @@ from kdcache.loader.batches.assemble import BatchLayout, assemble, blank_batch
 from kdcache.loader.batches.batch import Batch
 from kdcache.loader.batches.buffers import BufferPool
 from kdcache.loader.caches import CacheSet
+from kdcache.loader.order.pairs import pairs_in
 from kdcache.store.records.mapped import MappedSequences
 
 Part = tuple[NDArray[np.int64] | slice, MappedSequences]
@@ -54,7 +55,8 @@ def read_rows(
     if batch is None:
         batch = assemble([caches.record(int(i)) for row in rows for i in row], layout, pool)
     indices = np.concatenate(rows).astype(np.int64, copy=False) if rows else np.zeros(0, np.int64)
-    return replace(batch, sequence_indices_S=indices)
+    pairs = None if caches.partners_S is None else pairs_in(indices, caches.partners_S)
+    return replace(batch, sequence_indices_S=indices, pairs=pairs)
 
 
 def read_mapped(
@@ -62,7 +64,8 @@ def read_mapped(
 ) -> Batch | None:
     """The same by compiled calls; None where the batch has to be assembled from records."""
     indices = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-    if not layout.mask.is_all or layout.features or layout.with_roles or not len(indices):
+    needs_records = layout.features or layout.with_roles or layout.columns.has_target_logprobs
+    if not layout.mask.is_all or needs_records or not len(indices):
         return None
     parts = _parts(caches, indices)
     num_columns = None if parts is None else _num_columns(parts, layout)

@@ -85,7 +85,7 @@ class EpochCheck:
             layout: of the epoch.
             given: what was counted in the batches that were read; None where other ranks read a part of them.
         """
-        expected, expected_sum = layout.order.num_sequences, layout.order.expected_sum()
+        expected, expected_sum = layout.num_sequences, layout.expected_sum()
         if self._count != expected or expected_sum not in (None, self._sum):
             raise RuntimeError(f"an epoch of {expected} sequences gave {self._count}, or others: a bug of kdcache")
         num_tokens = layout.counts().num_tokens

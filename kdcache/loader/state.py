@@ -15,7 +15,11 @@ STATE_VERSION = 3
 MOST_STEPS = 2**62
 """No epoch or batch has this number: sums of them stay whole numbers of 64 bits."""
 
-_NOT_OF_THE_STREAM = {"num_threads", "prefetch_batches", "features", "with_roles", "logprob_dtype", "seed"}
+_NOT_OF_THE_STREAM = {
+    "num_threads", "prefetch_batches", "features", "with_roles", "with_target_logprobs", "logprob_dtype", "seed",
+}  # fmt: skip
+# Later than states that may be resumed: absent from those in which they are off.
+_LATER = {"pairs"}
 
 
 class LoaderState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,7 +46,8 @@ class LoaderState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 def stream_config(config: LoaderConfig) -> dict[str, Any]:
     """The fields of the config that decide the stream, as JSON values; the seed has a field of its own in a state."""
-    return {name: value for name, value in as_json(config).items() if name not in _NOT_OF_THE_STREAM}
+    fields = {name: value for name, value in as_json(config).items() if name not in _NOT_OF_THE_STREAM}
+    return {name: value for name, value in fields.items() if value or name not in _LATER}
 
 
 def as_json(struct: msgspec.Struct) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class TorchBatch:
     features: dict[str, FeatureVectors[Tensor]] | None = None
     roles_P: Tensor | None = None
     sequence_indices_S: Tensor | None = None
+    pairs: Tensor | None = None
 
     def __repr__(self) -> str:
         return brief(self)

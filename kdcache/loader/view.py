@@ -32,7 +32,7 @@ class PackedView:
 
     def __init__(self, caches: CacheLike | Sequence[CacheLike], config: LoaderConfig, epoch: int = 0) -> None:
         check_epoch(epoch)
-        self._caches = CacheSet(caches, config.features, config.logprob_dtype, with_roles=config.with_roles)
+        self._caches = CacheSet(caches, config)
         self.config, self.epoch = config, epoch
         self._make_layout()
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from kdcache.errors import CorruptCacheError
 from kdcache.format import paths
 from kdcache.format.manifest import IndexInfo, Manifest, ShardInfo
-from kdcache.format.schema import INDEX_SCHEMA
+from kdcache.format.schema import GROUP_FIELDS, INDEX_SCHEMA, index_schema
 from kdcache.shown import get_logger
 from kdcache.store.files import fs
 from kdcache.store.files.disk_errors import read_error
@@ -37,7 +37,9 @@ def publish_index(root: Location, manifest: Manifest, new: Sequence[ShardInfo]) 
     Raises:
         CorruptCacheError: a shard is missing, or is not an Arrow file any more.
     """
-    return _publish(root, _sorted_by_unit([_known_lines(root, manifest), *each(partial(_shard_lines, root), new, root)]))
+    schema = index_schema(manifest.identity)
+    lines = each(partial(_shard_lines, root, schema), new, root)
+    return _publish(root, _sorted_by_unit([_known_lines(root, manifest), *lines], schema))
 
 
 def publish_index_without(root: Location, manifest: Manifest, units: Collection[int]) -> IndexInfo:
@@ -52,13 +54,13 @@ def publish_index_without(root: Location, manifest: Manifest, units: Collection[
         table = table.filter(pa.array(~np.isin(table.column("unit").to_numpy(), list(units))))
     except CorruptCacheError as error:
         _log.warning("%s; it is made again from the shards", error)
-        table = index_of_shards(root, kept)
+        table = index_of_shards(root, kept, index_schema(manifest.identity))
     return _publish(root, table.combine_chunks())
 
 
 def _publish(root: Location, table: pa.Table) -> IndexInfo:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
+    with pa.ipc.new_file(sink, table.schema) as writer:
         # One record batch, however long: a reader's columns are then views of the map. Of several it would have to make copies.
         for batch in table.to_batches():
             writer.write_batch(batch)
@@ -69,38 +71,41 @@ def _publish(root: Location, table: pa.Table) -> IndexInfo:
     return IndexInfo(name=paths.index_name(sha256), sha256=sha256)
 
 
-def index_of_shards(root: Location, shards: Iterable[ShardInfo]) -> pa.Table:
+def index_of_shards(root: Location, shards: Iterable[ShardInfo], schema: pa.Schema = INDEX_SCHEMA) -> pa.Table:
     """The index of some shards, read from their small columns alone: what `publish_index` must come to.
 
     Raises:
         CorruptCacheError: a shard is missing, or is not an Arrow file any more.
     """
-    return _sorted_by_unit(list(each(partial(_shard_lines, root), shards, root)))
+    return _sorted_by_unit(list(each(partial(_shard_lines, root, schema), shards, root)), schema)
 
 
-def open_index(root: Location, info: IndexInfo | None) -> pa.Table:
+def open_index(root: Location, info: IndexInfo | None, schema: pa.Schema = INDEX_SCHEMA) -> pa.Table:
     """Open an index, memory-mapped where it is on a disk or kept in a folder for blocks; an empty table for None.
+
+    Args:
+        root: of the cache.
+        info: names the file.
+        schema: see `index_schema`.
 
     Raises:
         CorruptCacheError: missing, damaged, or not of the schema.
     """
     if info is None:
-        return INDEX_SCHEMA.empty_table()
+        return schema.empty_table()
     path = root / info.name
     try:
         table = _index_file(path, info.sha256).read_all()
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise read_error(path, error) from error
-    if any(
-        table.schema.names.count(field.name) != 1 or table.schema.field(field.name).type != field.type for field in INDEX_SCHEMA
-    ):
+    if any(table.schema.names.count(field.name) != 1 or table.schema.field(field.name).type != field.type for field in schema):
         raise CorruptCacheError(f"{path}: the schema is not an index's")
     # Others are of a later minor version.
-    table = table.select(INDEX_SCHEMA.names)
+    table = table.select(schema.names)
     if any(column.null_count for column in table.columns):
         raise CorruptCacheError(f"{path}: the index holds nulls")
-    return table.replace_schema_metadata(INDEX_SCHEMA.metadata)
+    return table.replace_schema_metadata(schema.metadata)
 
 
 def snapshot_index(root: Location, manifest: Manifest) -> pa.Table:
@@ -109,7 +114,8 @@ def snapshot_index(root: Location, manifest: Manifest) -> pa.Table:
     Raises:
         CorruptCacheError: missing, damaged, not of the schema, or of another number of sequences.
     """
-    table, expected = open_index(root, manifest.index), manifest.total("num_sequences")
+    table = open_index(root, manifest.index, index_schema(manifest.identity))
+    expected = manifest.total("num_sequences")
     if len(table) != expected:
         raise CorruptCacheError(f"{root}: the index has {len(table)} sequences, the manifest {expected}")
     return table
@@ -130,42 +136,50 @@ def _known_lines(root: Location, manifest: Manifest) -> pa.Table:
         return snapshot_index(root, manifest)
     except CorruptCacheError as error:
         _log.warning("%s; it is made again from the shards", error)
-    return index_of_shards(root, manifest.shards)
+    return index_of_shards(root, manifest.shards, index_schema(manifest.identity))
 
 
-def _sorted_by_unit(tables: list[pa.Table]) -> pa.Table:
-    table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
+def _sorted_by_unit(tables: list[pa.Table], schema: pa.Schema) -> pa.Table:
+    table = pa.concat_tables([schema.empty_table(), *tables])
     # Stable: the sequences of a unit are in order already.
     order = np.argsort(table.column("unit").to_numpy(), kind="stable")
     return table.take(pa.array(order)).combine_chunks()
 
 
-def _shard_lines(root: Location, shard: ShardInfo) -> pa.Table:
+def _shard_lines(root: Location, schema: pa.Schema, shard: ShardInfo) -> pa.Table:
     path = root / shard.name
+    groups = [field.name for field in GROUP_FIELDS if field.name in schema.names]
     try:
-        file = open_arrow_file(path) if isinstance(path, Path) else open_columns(path, shard.num_bytes, _SOURCES)
-        return pa.Table.from_batches(_file_lines(file, shard.unit), INDEX_SCHEMA)
+        file = open_arrow_file(path) if isinstance(path, Path) else open_columns(path, shard.num_bytes, (*_SOURCES, *groups))
+        return pa.Table.from_batches(_file_lines(file, shard.unit, schema, groups), schema)
     except (pa.ArrowException, OSError, KeyError, IndexError) as error:
         raise read_error(root / shard.name, error) from error
 
 
-def _file_lines(reader: pa.RecordBatchFileReader, unit: int) -> Iterator[pa.RecordBatch]:
+def _file_lines(
+    reader: pa.RecordBatchFileReader, unit: int, schema: pa.Schema, groups: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
     for index in range(reader.num_record_batches):
         batch = reader.get_batch(index)
         batch.validate(full=True)
         num_sequences = batch.num_rows
         yield pa.RecordBatch.from_arrays(
             [
-                # Copied: the index outlives the mapping of the shard.
-                pa.array(batch.column("key").to_pylist(), INDEX_SCHEMA.field("key").type),
+                _copied(batch, "key", schema),
                 pa.array(np.full(num_sequences, unit, np.uint32)),
                 pa.array(np.full(num_sequences, index, np.uint32)),
                 pa.array(np.arange(num_sequences, dtype=np.uint32)),
                 _lengths(batch.column("input_ids")),
                 _num_true(batch.column("supervised")),
+                *(_copied(batch, name, schema) for name in groups),
             ],
-            schema=INDEX_SCHEMA,
+            schema=schema,
         )
+
+
+def _copied(batch: pa.RecordBatch, name: str, schema: pa.Schema) -> pa.Array:
+    """A column of a shard that the index holds as well, and outlives the mapping of the shard."""
+    return pa.array(batch.column(name).to_pylist(), schema.field(name).type)
 
 
 def _lengths(column: pa.ListArray) -> pa.Array:

@@ -23,7 +23,7 @@ from kdcache.errors import CorruptCacheError, KdcacheError, MismatchError, Unsup
 from kdcache.format import paths
 from kdcache.format.manifest import Manifest, ShardInfo
 from kdcache.format.record import KEY_BYTES, SequenceRecord
-from kdcache.format.schema import ShardMetadata
+from kdcache.format.schema import GROUP_FIELDS, ShardMetadata
 from kdcache.store import chain
 from kdcache.store.files.location import Location, locate
 from kdcache.store.index import snapshot_index
@@ -69,6 +69,7 @@ class CacheReader:
         manifest: what the snapshot holds.
         num_tokens_S: (S,) uint32, tokens of each sequence, from the index.
         num_positions_S: (S,) uint32, supervised positions of each sequence, from the index.
+        groups_S: (S, 16) uint8 groups and (S,) uint8 preferences, from the index; None where the cache has none.
         ahead: fetches what is read next from an object store; None for a cache on a disk, where nothing is gained by it.
     """
 
@@ -81,6 +82,7 @@ class CacheReader:
         self.num_positions_S: NDArray[np.uint32] = table.column("num_positions").to_numpy()
         self._unit_S, self._batch_S, self._in_batch_S = (table.column(n).to_numpy() for n in ("unit", "record_batch", "row"))
         self._keys_S = _keys(table.column("key"))
+        self.groups_S = _groups(table)
         self._keys_address: int = self._keys_S.__array_interface__["data"][0]
         self._format: SequenceFormat | None = None
         self._constants: dict[str, FeatureConstants] | None = None
@@ -335,6 +337,11 @@ class CacheReader:
             if opened is not None:
                 metadata = check_shard(opened.schema, shard, self.manifest, str(self.root / shard.name))
                 self._files[shard.unit] = opened, metadata
+
+
+def _groups(table: pa.Table) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
+    group, preference = (field.name for field in GROUP_FIELDS)
+    return (_keys(table.column(group)), table.column(preference).to_numpy()) if group in table.schema.names else None
 
 
 def _index_of(root: Location, manifest: Manifest) -> pa.Table:

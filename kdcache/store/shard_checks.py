@@ -10,7 +10,15 @@ from kdcache.codec import get_codec
 from kdcache.codec.features.columns import feature_fields
 from kdcache.errors import CorruptCacheError
 from kdcache.format.manifest import CodecInfo, Manifest, ShardInfo
-from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, ShardMetadata, shard_metadata, shard_schema
+from kdcache.format.schema import (
+    DOMAIN_FIELD,
+    FINISH_FIELD,
+    GROUP_FIELDS,
+    OPTIONAL_FIELDS,
+    ShardMetadata,
+    shard_metadata,
+    shard_schema,
+)
 from kdcache.store.files.disk_errors import read_error
 from kdcache.store.records.arrow_file import open_arrow_file
 
@@ -52,6 +60,7 @@ def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, 
     for name, meaning, is_meant in (
         (FINISH_FIELD.name, "how answers ended", identity.generation is not None),
         (DOMAIN_FIELD.name, "sequences' domains", identity.domains),
+        (GROUP_FIELDS[0].name, "sequences' groups", identity.groups),
     ):
         if (name in metadata.digest_columns) != is_meant:
             raise CorruptCacheError(f"{where}: says {'not ' * is_meant}{meaning}, the manifest says otherwise")
@@ -66,7 +75,7 @@ def _check_schema(schema: pa.Schema, metadata: ShardMetadata, shard: ShardInfo, 
 def expected_schema(codec: CodecInfo, metadata: ShardMetadata) -> pa.Schema:
     """The schema that a shard with this metadata has in this format version."""
     fields = [*get_codec(codec.codec_id, codec.params, metadata.selection).fields(), *feature_fields(metadata.features)]
-    optional = [field for field in (FINISH_FIELD, DOMAIN_FIELD) if field.name in metadata.digest_columns]
+    optional = [field for field in OPTIONAL_FIELDS if field.name in metadata.digest_columns]
     return shard_schema(
         fields, unit=metadata.unit, vocab_size=metadata.vocab_size, selection=metadata.selection, codec=metadata.codec,
         optional=optional, features=metadata.features,

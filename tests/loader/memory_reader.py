@@ -125,6 +125,7 @@ class MemoryReader:
         self.manifest = make_manifest(len(lengths), k=k, **(identity or {}))
         self.snapshot = self.manifest.digest
         self.records = [make_record(first + i, n, k=k, **record_options) for i, n in enumerate(lengths)]
+        self.groups_S = None
         self.num_tokens_S = np.array(lengths, np.uint32)
         self.num_positions_S = np.array([r.distributions.num_positions for r in self.records], np.uint32)
         self.reads: list[int] = []

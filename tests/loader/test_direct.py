@@ -103,7 +103,7 @@ def test_rows_of_any_sequences_are_the_batch_that_is_assembled(
     wanted = rng.integers(0, len(records), int(rng.integers(1, 12)))
     rows = [row for part in np.array_split(wanted, len(wanted) // 3 + 1) for row in (part, part[:0])]
     with TemporaryDirectory() as folder, open_cache(write(Path(folder), records, codec, selection, batch_bytes)) as cache:
-        found, expected = both(CacheSet(cache, (), dtype), rows)
+        found, expected = both(CacheSet(cache, LoaderConfig(logprob_dtype=dtype)), rows)
         assert_same_bits(found, expected)
         assert expected.teacher.logprobs_PK.dtype == dtype
 

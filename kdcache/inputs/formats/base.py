@@ -72,10 +72,10 @@ def find_format(config: InputConfig) -> FileFormat | SourceFormat:
     if isinstance(found, FileFormat) and not found.has_fields:
         if config.content != "text":
             raise ConfigError(f"input.format {config.format!r} holds content 'text', not {config.content!r}")
-        if config.domain_field is not None:
-            raise ConfigError(
-                f"input.format {config.format!r} has no fields, so it cannot have input.domain_field {config.domain_field!r}"
-            )
+        for name in ("domain_field", "group_field", "preference_field"):
+            if getattr(config, name) is not None:
+                asked = f"input.{name} {getattr(config, name)!r}"
+                raise ConfigError(f"input.format {config.format!r} has no fields, so it cannot have {asked}")
     return found
 
 

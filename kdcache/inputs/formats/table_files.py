@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdcache.errors import InputError
-from kdcache.inputs.content import Fields, Item, Start, parse_domain, parse_item
+from kdcache.inputs.content import Fields, Item, Start, parse_item, parse_marks
 from kdcache.inputs.formats.arrow_files import check_inflation, check_num_values, check_views
 from kdcache.inputs.formats.base import FileFormat, InputFile
 from kdcache.inputs.formats.open_file import GIT_LFS
@@ -113,14 +113,13 @@ def column_values(column: pa.Array, kind: str) -> list[Any]:
 def item_of(item: Mapping[str, Any], fields: Fields, source: str, start: Start) -> Item:
     """Make an item of its cells; raises InputError where they have the wrong type."""
     content = parse_item(item, fields, source, "column", is_table=True)
-    domain = None if fields.domain is None else item[fields.domain]
-    return Item(content, source, start, parse_domain(domain, f"{source}: column {fields.domain!r}"))
+    return Item(content, source, start, **parse_marks(item, fields, f"{source}: column"))
 
 
 def item_values(table: Any, fields: Fields) -> Iterator[dict[str, Any]]:
     """Yield what is read of each item of a record batch, by name."""
     names = fields.read_names(table.schema.names)
-    kinds = [fields.kind if name != fields.domain or name == fields.content else "text" for name in names]
+    kinds = [fields.kind if name not in fields.mark_names or name == fields.content else "text" for name in names]
     columns = [column_values(table.column(name), kind) for name, kind in zip(names, kinds, strict=True)]
     for cells in zip(*columns, strict=True):
         yield dict(zip(names, cells, strict=True))

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from kdcache.errors import InputError
-from kdcache.inputs.content import Fields, Item, Start, parse_domain, parse_item
+from kdcache.inputs.content import Fields, Item, Start, parse_item, parse_marks
 from kdcache.inputs.formats.base import FileFormat, InputFile, also_compressed
 from kdcache.inputs.formats.json_faults import json_fault
 from kdcache.inputs.formats.json_values import read_lines as _lines
@@ -51,12 +51,11 @@ def read_jsonl(file: InputFile) -> Iterator[Item]:
     """
     fields = file.fields
     for value, where, start in read_objects(file.path, file.start, opener=file.opener):
-        for name in [*fields.content_names(list(value)), *([fields.domain] if fields.domain else [])]:
+        for name in [*fields.content_names(list(value)), *fields.mark_names]:
             if name not in value:
                 raise InputError(f"{where}: {_missing(name, value, file.path, fields)}")
         content = parse_item(value, fields, where, "field", is_table=False)
-        domain = parse_domain(value[fields.domain], f"{where}: field {fields.domain!r}") if fields.domain else ""
-        yield Item(content, where, start, domain)
+        yield Item(content, where, start, **parse_marks(value, fields, f"{where}: field"))
 
 
 def read_objects(path: str, start: Start, *, opener: TextFiles) -> Iterator[tuple[dict[str, Any], str, Start]]:

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from kdcache.codec.base import Codec, DecodeTask, EntryArrays, copy_into
 from kdcache.config.loader import MaskConfig
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import CorruptCacheError, FormatError
 from kdcache.format.manifest import SelectionInfo
 from kdcache.format.record import PADDING_ID, SequenceRecord
 from kdcache.format.selection import entries_of, fixed_entries, fixed_exact, stores_num_exact
@@ -38,6 +38,7 @@ class EntryColumns:
         vocab_size: of the teacher.
         has_exact, has_entropy: whether num_exact_P and entropy_P are there.
         temperatures: the L further ones.
+        has_target_logprobs: whether target_logprobs_P is there.
     """
 
     num_columns: int | None
@@ -46,6 +47,7 @@ class EntryColumns:
     has_exact: bool = False
     has_entropy: bool = False
     temperatures: tuple[float, ...] = ()
+    has_target_logprobs: bool = False
 
     @classmethod
     def of(cls, selections: Sequence[SelectionInfo], vocab_size: int) -> EntryColumns:
@@ -77,6 +79,7 @@ class EntryColumns:
             temperatures=self.temperatures,
             entropy_P=np.zeros(num_positions, np.float32) if self.has_entropy else None,
             selection=self.selection,
+            target_logprobs_P=np.full(num_positions, np.nan, np.float32) if self.has_target_logprobs else None,
         )
 
 
@@ -139,6 +142,10 @@ def assemble(records: Sequence[Record], layout: BatchLayout, pool: BufferPool | 
                 roles_P = target_roles(record.sequence)
                 batch.roles_P[position:end] = roles_P if choice.keep_P is None else roles_P[choice.keep_P]
             out = _entry_arrays(batch.teacher, slice(position, end))
+            if batch.teacher.target_logprobs_P is not None:
+                logprobs_P = _target_logprobs(record)
+                kept_P = logprobs_P if choice.keep_P is None else logprobs_P[choice.keep_P]
+                batch.teacher.target_logprobs_P[position:end] = kept_P
             if isinstance(record, EncodedRecord):
                 tasks.setdefault(id(record.codec), (record.codec, []))[1].append(record.decode_task(out, choice.keep_P))
             else:
@@ -185,6 +192,8 @@ def assemble_reference(records: Sequence[SequenceRecord], layout: BatchLayout) -
                     for name, values in (("num_exact_P", d.num_exact_P), ("log_z_PL", d.log_z_PL), ("entropy_P", d.entropy_P)):
                         if getattr(teacher, name) is not None and values is not None:
                             getattr(teacher, name)[p] = values[record_p]
+                    if teacher.target_logprobs_P is not None:
+                        teacher.target_logprobs_P[p] = d.target_logprobs(sequence.target_ids_P)[record_p]
                     p += 1
                 record_p += bool(sequence.supervised_N[t])
                 column += 1
@@ -274,6 +283,15 @@ def _addresses(record: Record, choice: Choice, held: list[NDArray[Any]]) -> tupl
 def _address(values: NDArray[Any], dtype: DTypeLike, held: list[NDArray[Any]]) -> int:
     held.append(np.ascontiguousarray(values, dtype))
     return held[-1].__array_interface__["data"][0]
+
+
+def _target_logprobs(record: Record) -> NDArray[np.float32]:
+    """(P,) the teacher's logprob of each target of the record; NaN at a sequence's last position."""
+    whole = record.decode() if isinstance(record, EncodedRecord) else record
+    try:
+        return whole.distributions.target_logprobs(whole.sequence.target_ids_P)
+    except FormatError as error:
+        raise CorruptCacheError(f"{whole.sequence.source}: {error}") from error
 
 
 def _entry_arrays(teacher: SoftTargets[NDArray[Any]], where: slice) -> EntryArrays:

@@ -46,6 +46,8 @@ class Batch:
         num_masked: supervised positions of its sequences that the mask left out.
         features: name -> FeatureVectors: the teacher's states in the dtype in which they are stored, and the slot of each. None
             where LoaderConfig.features names none.
+        pairs: (number of pairs, 2) int64, where LoaderConfig.pairs asks for them, else None: which of the batch's sequences, in
+            the order of the rows, are the chosen and the rejected answer to one prompt.
         roles_P: (P,) uint8, index into `kdcache.format.record.ROLES`: the role of the token that the position predicts, the one
             at t+1; NO_ROLE at a sequence's last position. None unless LoaderConfig.with_roles asks for it.
         sequence_indices_S: (num_sequences,) int64, which of the caches' sequences these are, in the order of the rows: an index
@@ -67,6 +69,7 @@ class Batch:
     features: dict[str, FeatureVectors[NDArray[Any]]] | None = None
     roles_P: NDArray[np.uint8] | None = None
     sequence_indices_S: NDArray[np.int64] | None = None
+    pairs: NDArray[np.int64] | None = None
 
     def __repr__(self) -> str:
         return brief(self)
@@ -90,7 +93,7 @@ class Batch:
 ARRAYS = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "cu_seqlens_G1", "target_ids_BT", "flat_positions_P",
           "weights_P")  # fmt: skip
 """The fields of a batch that are arrays and always there; OPTIONAL, `features` and arrays of `teacher` may be missing."""
-OPTIONAL = ("roles_P", "sequence_indices_S")
+OPTIONAL = ("roles_P", "sequence_indices_S", "pairs")
 SCALARS = ("max_seqlen", "num_sequences", "num_masked")
 
 
@@ -112,6 +115,8 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
     """
     fields: dict[str, Any] = {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in ARRAYS}
     fields |= {name: _joined([getattr(batch, name) for batch in batches]) for name in OPTIONAL}
+    before = np.cumsum([0, *(batch.num_sequences for batch in batches)])
+    fields["pairs"] = _joined([None if b.pairs is None else b.pairs + n for b, n in zip(batches, before, strict=False)])
     offsets = np.cumsum([0, *(batch.input_ids_BT.size for batch in batches)])
     fields["flat_positions_P"] = np.concatenate(
         [batch.flat_positions_P + offset for batch, offset in zip(batches, offsets, strict=False)]

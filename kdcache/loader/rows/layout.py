@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kdcache.config.loader import LoaderConfig
 from kdcache.loader.order.mix import CacheTable, EpochOrder
+from kdcache.loader.order.pairs import joined
 from kdcache.loader.rows.batching import batch_block, row_length
 from kdcache.loader.rows.packing import Packing, Rows, cuts_batches, pack_block
 
@@ -75,6 +76,8 @@ class EpochLayout:
         self._packing = Packing.of(config)
         self._cuts_batches = cuts_batches(config)
         self.order = EpochOrder(caches, config, epoch)
+        parts = [cache.items for cache in caches if cache.items is not None]
+        self._items = joined(parts, [part.num_sequences for part in parts]) if parts else None
         # Of rows, batches, tokens and slots: how many there are before each block. One entry per block, 16 buffers.
         self._before: list[_Totals] = [_Totals()]
         self._blocks: OrderedDict[int, Rows] = OrderedDict()
@@ -87,6 +90,15 @@ class EpochLayout:
     def num_rows(self) -> int:
         """Rows with a sequence; computes the whole table of blocks."""
         return self._totals().rows
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of the epoch; of items that are pairs, which computes the whole table of blocks, both."""
+        return self.order.num_sequences if self._items is None else self._totals().sequences
+
+    def expected_sum(self) -> int | None:
+        """The sum of the indices of all sequences of the epoch, where it can be known beforehand."""
+        return self.order.expected_sum() if self._items is None else None
 
     @property
     def num_batches(self) -> int:
@@ -115,7 +127,7 @@ class EpochLayout:
         if not self.has_row(row):
             raise IndexError(f"row {row} is not in the epoch's {self.num_rows} rows")
         block = bisect_right(self._before, row, key=lambda totals: totals.rows) - 1
-        return self._block(block)[row - self._before[block].rows]
+        return self._sequences(self._block(block)[row - self._before[block].rows])
 
     def batch(self, index: int) -> BatchRows:
         """A global batch; past the epoch's last row its rows are empty.
@@ -137,7 +149,7 @@ class EpochLayout:
         totals, num_batches, batch_rows = self._totals(), self.num_batches, self._config.batch_rows
         num_slots = totals.slots if self._cuts_batches else totals.rows * self._config.seq_len
         return EpochCounts(
-            num_sequences=self.order.num_sequences,
+            num_sequences=self.num_sequences,
             num_tokens=totals.tokens,
             num_rows=totals.rows,
             num_empty_rows=-totals.rows % batch_rows,
@@ -145,6 +157,10 @@ class EpochLayout:
             num_slots=num_slots,
             fill=totals.tokens / max(1, num_slots),
         )
+
+    def _sequences(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sequences that order and packing had as items."""
+        return items if self._items is None else self._items.sequences(items)
 
     def _own_batch(self, index: int) -> BatchRows:
         block = bisect_right(self._before, index, key=lambda totals: totals.batches) - 1
@@ -182,7 +198,8 @@ class EpochLayout:
             longest_N = np.maximum.reduceat(lengths_S, rows.batches_N1[:-1])
             sizes_N = np.diff(rows.batches_N1)
             num_slots = sum(int(n) * row_length(int(t), self._config) for n, t in zip(sizes_N, longest_N, strict=True))
-        self._before.append(before.plus(len(rows), num_batches, int(lengths_S.sum()), num_slots))
+        sizes = len(rows), num_batches, int(lengths_S.sum()), num_slots, len(self._sequences(rows.sequences_S))
+        self._before.append(before.plus(*sizes))
         return True
 
     def _block(self, block: int) -> Rows:
@@ -224,6 +241,8 @@ class _Totals:
     batches: int = 0
     tokens: int = 0
     slots: int = 0
+    sequences: int = 0
 
-    def plus(self, rows: int, batches: int, tokens: int, slots: int) -> _Totals:
-        return _Totals(self.rows + rows, self.batches + batches, self.tokens + tokens, self.slots + slots)
+    def plus(self, rows: int, batches: int, tokens: int, slots: int, sequences: int) -> _Totals:
+        counts = self.batches + batches, self.tokens + tokens, self.slots + slots, self.sequences + sequences
+        return _Totals(self.rows + rows, *counts)

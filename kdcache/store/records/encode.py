@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from kdcache.codec.base import Codec, list_array
 from kdcache.codec.features.columns import ConstantsByName, encode_features
-from kdcache.format.record import FINISHES, SequenceRecord
-from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, SEQUENCE_FIELDS, sequence_digest, shard_metadata
+from kdcache.format.record import FINISHES, KEY_BYTES, PREFERENCES, SequenceRecord
+from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, GROUP_FIELDS, SEQUENCE_FIELDS, sequence_digest, shard_metadata
 from kdcache.store.records.column_view import column_view
 
 
@@ -37,6 +37,10 @@ def encode_records(
         columns.append(pa.array([FINISHES.index(s.finish) for s in sequences], FINISH_FIELD.type))
     if DOMAIN_FIELD.name in schema.names:
         columns.append(pa.array([s.domain for s in sequences], DOMAIN_FIELD.type))
+    group, preference = GROUP_FIELDS
+    if group.name in schema.names:
+        columns.append(pa.array([s.group or bytes(KEY_BYTES) for s in sequences], group.type))
+        columns.append(pa.array([PREFERENCES.index(s.preference) for s in sequences], preference.type))
     columns += codec.encode([r.distributions for r in records])
     features = shard_metadata(schema, where="shard").features
     columns += encode_features([r.distributions.features for r in records], features, constants or {})

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from kdcache.codec.archive.model import MOST_ENTRIES_PER_BYTE
 from kdcache.errors import CorruptCacheError
-from kdcache.format.record import FINISHES, ROLES, TokenSequence
+from kdcache.format.record import FINISHES, KEY_BYTES, PREFERENCES, ROLES, TokenSequence
 from kdcache.format.record_checks import ids_fit
-from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD
+from kdcache.format.schema import DOMAIN_FIELD, FINISH_FIELD, GROUP_FIELDS
 from kdcache.store.records.column_view import ColumnView
 
 
@@ -35,6 +35,7 @@ def decode_sequence(values: Mapping[str, Any], vocab_size: int) -> TokenSequence
     finish = int(values[FINISH_FIELD.name][0]) if FINISH_FIELD.name in values else 0
     if finish >= len(FINISHES):
         raise CorruptCacheError(f"finish has the code {finish}, known are 0 to {len(FINISHES) - 1}")
+    group, preference = _group(values)
     if not ids_fit(turn_starts, num_tokens) or (len(turn_starts) > 1 and (np.diff(turn_starts) < 0).any()):
         raise CorruptCacheError("turn_starts fall, or leave the sequence")
     return TokenSequence(
@@ -46,7 +47,19 @@ def decode_sequence(values: Mapping[str, Any], vocab_size: int) -> TokenSequence
         key=values["key"].tobytes(),
         finish=FINISHES[finish],
         domain=values[DOMAIN_FIELD.name].tobytes().decode() if DOMAIN_FIELD.name in values else "",
+        group=group,
+        preference=preference,
     )
+
+
+def _group(values: Mapping[str, Any]) -> tuple[bytes, str]:
+    """The group of a sequence and its preference there."""
+    if GROUP_FIELDS[0].name not in values:
+        return b"", ""
+    group, preference = values[GROUP_FIELDS[0].name].tobytes(), int(values[GROUP_FIELDS[1].name][0])
+    if preference >= len(PREFERENCES):
+        raise CorruptCacheError(f"preference has the code {preference}, known are 0 to {len(PREFERENCES) - 1}")
+    return b"" if group == bytes(KEY_BYTES) else group, PREFERENCES[preference]
 
 
 def entry_offsets(num_entries_P: NDArray[np.uint16] | None, num_positions: int, fixed: int | None) -> NDArray[np.int64]:
@@ -80,7 +93,9 @@ def all_sound(views: Mapping[str, ColumnView], num_positions_S: NDArray[np.int64
         fixed: entries of every position by the selection, or None.
     """
     num_tokens_S = views["input_ids"].lengths_S
-    finish = views[FINISH_FIELD.name].values if FINISH_FIELD.name in views else np.zeros(0, np.uint8)
+    none, preference = np.zeros(0, np.uint8), GROUP_FIELDS[1].name
+    finish = views[FINISH_FIELD.name].values if FINISH_FIELD.name in views else none
+    preferences = views[preference].values if preference in views else none
     return bool(
         (num_tokens_S > 0).all()
         and (views["supervised"].lengths_S == num_tokens_S).all()
@@ -88,6 +103,7 @@ def all_sound(views: Mapping[str, ColumnView], num_positions_S: NDArray[np.int64
         and ids_fit(views["input_ids"].values, vocab_size)
         and views["roles"].values.max(initial=0) < len(ROLES)
         and finish.max(initial=0) < len(FINISHES)
+        and preferences.max(initial=0) < len(PREFERENCES)
         and _turns_rise(views["turn_starts"], num_tokens_S)
         and _null_or(views["num_entries"], num_positions_S)
         and (fixed is not None or views["num_entries"].valid_S is None)
