@@ -43,6 +43,7 @@ OWN: dict[Kind, dict[str, str]] = {
         "divergence": "kdcache.train.terms.divergence:DivergenceTerm",
         "cross_entropy": "kdcache.train.terms.divergence:CrossEntropyTerm",
         "further_tokens": "kdcache.train.terms.further_tokens:FurtherTokens",
+        "dpkd": "kdcache.train.terms.dpkd:DPKD",
         "dual_space": "kdcache.train.terms.dual_space:DualSpace",
         "exact_kl": "kdcache.train.terms.exact_kl:ExactKL",
     },

@@ -61,7 +61,6 @@ class SoftTargets(Generic[ArrayT]):
         num_exact_P: ArrayT | None = None,
         vocab_size: int | None = None,
         log_z: tuple[float, ArrayT] | None = None,
-        target_logprobs_P: ArrayT | None = None,
     ) -> SoftTargets[ArrayT]:
         """Soft targets of arrays that did not come from a loader; see the attributes.
 
@@ -71,7 +70,6 @@ class SoftTargets(Generic[ArrayT]):
             num_exact_P: required for `mixed`.
             vocab_size: a student with fewer ids is then refused.
             log_z: a temperature other than 1, and its (P,) normalisers.
-            target_logprobs_P: for losses that need the target ids among the entries.
 
         Raises:
             LossError: an unknown meaning, or `mixed` without num_exact_P.
@@ -84,10 +82,10 @@ class SoftTargets(Generic[ArrayT]):
                 f"entries is {entries!r} and num_exact_P is {have}, but only 'mixed' has it: the number of exact entries at "
                 "each position, which come before the unbiased ones"
             )
-        further: dict[str, Any] = {"target_logprobs_P": target_logprobs_P}
+        further: dict[str, Any] = {}
         if log_z is not None:
             temperature, log_z_P = log_z
-            further |= {"temperatures": (float(temperature),), "log_z_PL": _as_column(log_z_P)}
+            further = {"temperatures": (float(temperature),), "log_z_PL": _as_column(log_z_P)}
         return cls(token_ids_PK, logprobs_PK, tail_mass_P, entries, num_exact_P, vocab_size, **further)
 
     @property

@@ -44,7 +44,7 @@ class Fields(NamedTuple):
 
     @property
     def mark_names(self) -> list[str]:
-        """List the columns or keys of what an item is marked with, beside its content."""
+        """List the columns or keys of what an item is marked with, next to its content."""
         return [name for name in (self.domain, self.group, self.preference) if name is not None]
 
     @property

@@ -149,8 +149,9 @@ class Trainer:
         padding_mass = self._loss.padding_mass(batch, vocab_size(self.model))
         if padding_mass is not None:
             further["padding_mass"] = padding_mass
-        if len(self._terms.names) > 1:
-            further["terms"] = self._terms.report()
+        report = self._terms.report()
+        if len(report) > 1:  # of a term alone without measures, it would be the loss again
+            further["terms"] = report
         self.folder.append_metrics(step=self.step, tokens=self.num_tokens, loss=loss, lr=rate, grad_norm=grad_norm, **further)
         if reason is not None:
             self._skip(reason)

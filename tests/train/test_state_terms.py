@@ -33,8 +33,8 @@ def manifest_with(*features: FeatureInfo) -> Manifest:
 def projection_of_the_teacher(dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
-        "weight_VH": torch.randn((VOCAB_SIZE, 12), generator=generator).to(dtype),
-        "bias_V": torch.randn(VOCAB_SIZE, generator=generator).to(dtype),
+        "weight": torch.randn((VOCAB_SIZE, 12), generator=generator).to(dtype),
+        "bias": torch.randn(VOCAB_SIZE, generator=generator).to(dtype),
         "softcap": torch.tensor([6.0]),
     }
 
@@ -43,6 +43,7 @@ def setting_of(manifest: Manifest, sidecar: dict[str, torch.Tensor]) -> Setting:
     return Setting(
         manifest=manifest, sidecar=lambda name: {"output_projection": sidecar}[name], hidden_size=HIDDEN, num_layers=1,
         num_heads=2, num_kv_heads=2, head_dim=3, vocab_size=VOCAB_SIZE, num_sequences=5, seed=0, device=torch.device("cpu"),
+        pooled_features=lambda name: None,
     )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ class Case:
         return term
 
     def expected(self, states_PH: torch.Tensor, **options: Any) -> float:
-        teacher_PV = 6 * torch.tanh((states_PH.double() @ self.sidecar["weight_VH"].double().T + self.sidecar["bias_V"]) / 6)
+        teacher_PV = 6 * torch.tanh((states_PH.double() @ self.sidecar["weight"].double().T + self.sidecar["bias"]) / 6)
         teacher = TeacherStates(teacher_PV, Projection(torch.eye(VOCAB_SIZE, dtype=torch.float64)))
         hidden_PH, weight_VH = self.student.hidden_PH.double(), self.student.projection.weight_VH.double()
         return exact_kd_loss(hidden_PH, weight_VH, teacher, weights=self.weights_P, reduction="sum", **options).item()
@@ -200,6 +201,6 @@ def test_wrong_options_are_refused(make: Any) -> None:
 
 def test_a_projection_of_another_teacher_is_refused() -> None:
     case = Case()
-    case.sidecar["weight_VH"] = case.sidecar["weight_VH"][:, :8]
+    case.sidecar["weight"] = case.sidecar["weight"][:, :8]
     with pytest.raises(ConfigError, match="takes states of 8 numbers, but feature 'hidden_last' has 12"):
         case.made(ExactKL())

@@ -34,6 +34,8 @@ class Needs:
         heads: what is read per head, and inside which of the student's layers 1..L, as in ("queries", 3).
         roles: whether `batch.roles_P` is read.
         domains: whether the batch's domains are read.
+        pairs: whether `batch.pairs` is read: the loader then keeps pairs of answers together.
+        target_logprobs: whether `batch.teacher.target_logprobs_P` is read.
     """
 
     features: tuple[str, ...] = ()
@@ -42,6 +44,8 @@ class Needs:
     heads: tuple[tuple[HeadKind, int], ...] = ()
     roles: bool = False
     domains: bool = False
+    pairs: bool = False
+    target_logprobs: bool = False
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -57,6 +61,8 @@ class Needs:
             heads=_each_once(self.heads, other.heads),
             roles=self.roles or other.roles,
             domains=self.domains or other.domains,
+            pairs=self.pairs or other.pairs,
+            target_logprobs=self.target_logprobs or other.target_logprobs,
         )
 
 

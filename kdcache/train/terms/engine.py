@@ -75,7 +75,13 @@ def term_configs(config: LossConfig) -> list[TermConfig]:
 def with_needs(config: LoaderConfig, needs: Needs) -> LoaderConfig:
     """The config of a loader whose batches hold what terms need, too."""
     features = tuple(dict.fromkeys((*config.features, *needs.features)))
-    return msgspec.structs.replace(config, features=features, with_roles=config.with_roles or needs.roles)
+    return msgspec.structs.replace(
+        config,
+        features=features,
+        with_roles=config.with_roles or needs.roles,
+        pairs=config.pairs or needs.pairs,
+        with_target_logprobs=config.with_target_logprobs or needs.target_logprobs,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,7 +17,7 @@ from kdcache.train.terms.base import Setting
 LAST_STATES = "hidden_last"
 """The name that a capture gives the feature, as a rule."""
 OUTPUT_PROJECTION = "output_projection"
-"""The sidecar: `weight_VH`, perhaps `bias_V`, and `logit_scale` and `softcap`, (1,) each, where the teacher has them."""
+"""The sidecar: `weight` (V, H), perhaps `bias` (V,), and `logit_scale` and `softcap`, (1,) each, where the teacher has them."""
 
 
 def find_last_states(manifest: Manifest, feature: str, term: str) -> FeatureInfo:
@@ -55,7 +55,7 @@ def teacher_projection(setting: Setting, sidecar: str, info: FeatureInfo, term: 
         ConfigError: it takes states of another size than the feature's.
     """
     arrays = setting.sidecar(sidecar)
-    weight_VH, bias_V = arrays["weight_VH"].to(setting.device), arrays.get("bias_V")
+    weight_VH, bias_V = arrays["weight"].to(setting.device), arrays.get("bias")
     if weight_VH.shape[1] != info.full_size:
         raise ConfigError(
             f"loss term {term!r}: the sidecar {sidecar!r} takes states of {weight_VH.shape[1]} numbers, but feature "
