@@ -202,6 +202,17 @@ class TestSpeculators:
         with pytest.raises(ConfigError, match=r"has no kdcache-export\.json"):
             self.transfer(tmp_path)
 
+    @pytest.mark.slow
+    def test_its_trainer_knows_the_backend(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        from kdcache.export.speculators_training import main as train
+
+        monkeypatch.setattr("sys.argv", ["train", "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            train()
+        out = capsys.readouterr().out
+        assert "--kdcache-cache" in out
+        assert "kdcache" in out.partition("--hidden-states-backend {")[2].partition("}")[0]
+
     def transfer(self, out: Path):
         from hs_connectors import HiddenStatesBackend
 
