@@ -46,6 +46,11 @@ OWN: dict[Kind, dict[str, str]] = {
         "dpkd": "kdcache.train.terms.dpkd:DPKD",
         "dual_space": "kdcache.train.terms.dual_space:DualSpace",
         "exact_kl": "kdcache.train.terms.exact_kl:ExactKL",
+        "hidden_states": "kdcache.train.terms.hidden_states:HiddenStatesTerm",
+        "relations": "kdcache.train.terms.relations:RelationsTerm",
+        "attention": "kdcache.train.terms.attention:AttentionTerm",
+        "rkd": "kdcache.train.terms.rkd:RkdTerm",
+        "crd": "kdcache.train.terms.crd:CrdTerm",
     },
     "teachers": {
         "auto": "kdcache.teacher.auto:AutoBackend",

@@ -40,8 +40,8 @@ def pooled(states_PH: Tensor, sequences_P: Tensor, num_sequences: int, pooling: 
     if pooling == "mean":
         sums_SH = states_PH.new_zeros(num_sequences, states_PH.shape[1]).index_add(0, sequences_P, states_PH)
         return sums_SH / counts_S.clamp_min(1)[:, None]
-    if not len(states_PH):
-        return states_PH.new_zeros(num_sequences, states_PH.shape[1])
+    if not len(states_PH):  # zeros that hang on the graph all the same
+        return states_PH.new_zeros(num_sequences, states_PH.shape[1]) + states_PH.sum()
     last_S = torch.zeros_like(counts_S).scatter_reduce(
         0, sequences_P, torch.arange(len(sequences_P), device=sequences_P.device), "amax", include_self=True
     )

@@ -5,6 +5,7 @@ Hooks hang on the model's own modules, so that wrappers (DDP, accelerate, adapte
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from kdcache.errors import ConfigError
 from kdcache.teacher.features import find_decoder
+from kdcache.teacher.hf.attention_calls import seen_calls
+from kdcache.teacher.hf.heads import prove_heads, seen_heads
 from kdcache.train.body import hidden_states, text_config
 from kdcache.train.terms.base import Read
 
@@ -38,12 +41,14 @@ def check_reads(model: Any, reads: Sequence[Read]) -> None:
     try:
         if layers:
             _prove_layers(model.eval(), layers, num_layers)
+        if heads := _heads(reads):
+            _prove_heads(model.eval(), heads)
     finally:
         model.train(was_training)
 
 
 @contextmanager
-def reading(model: Any, reads: Sequence[Read]) -> Iterator[dict[Read, Any]]:
+def reading(model: Any, reads: Sequence[Read]) -> Iterator[Mapping[Read, Any]]:
     """Hold what is read in each forward while the context is open; all but the state after the final norm.
 
     Args:
@@ -55,7 +60,29 @@ def reading(model: Any, reads: Sequence[Read]) -> Iterator[dict[Read, Any]]:
         for kind, layer in reads:
             if kind == "hidden" and layer != -1:
                 stack.callback(_watch(model, layer, states).remove)
-        yield states
+        heads: Any = stack.enter_context(seen_heads(model, wanted)) if (wanted := _heads(reads)) else {}
+        calls: Any = _Calls(stack.enter_context(seen_calls(model, [layer for kind, layer in reads if kind == "attention"])))
+        yield ChainMap(states, heads, calls)
+
+
+class _Calls(Mapping[Read, Any]):
+    """Calls of attention by what is read, from those by layer, which each forward fills in."""
+
+    def __init__(self, calls: Mapping[int, Any]) -> None:
+        self.calls = calls
+
+    def __getitem__(self, read: Read) -> Any:
+        return self.calls[read[1]]
+
+    def __iter__(self) -> Iterator[Read]:
+        return (("attention", layer) for layer in self.calls)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+
+def _heads(reads: Sequence[Read]) -> list[Read]:
+    return [read for read in reads if read[0] in ("queries", "keys", "values")]
 
 
 def complete(states: Mapping[Read, Any], reads: Sequence[Read], hidden_BTH: Tensor) -> dict[Read, Any]:
@@ -109,9 +136,16 @@ def _layers(model: Any) -> Any:
     return found[1]
 
 
+def _prove_heads(model: Any, heads: Sequence[Read]) -> None:
+    try:
+        prove_heads(model, heads, _probe_ids(model))
+    except ConfigError as error:
+        raise ConfigError(f"a loss term reads the student's {heads[0][0]}, which are not known: {error}") from error
+
+
 @torch.no_grad()
 def _prove_layers(model: Any, layers: Sequence[int], num_layers: int) -> None:
-    ids_1T = torch.arange(1, 1 + _PROBE_TOKENS, device=model.device)[None] % text_config(model).vocab_size
+    ids_1T = _probe_ids(model)
     positions_1T = torch.arange(_PROBE_TOKENS, device=model.device)[None]
     expected = model(input_ids=ids_1T, use_cache=False, output_hidden_states=True).hidden_states
     reads: list[Read] = [("hidden", layer) for layer in layers]
@@ -127,6 +161,10 @@ def _prove_layers(model: Any, layers: Sequence[int], num_layers: int) -> None:
                 f"a loss term reads layer {layer} of the student, but what that layer of {type(model).__name__} gives is not "
                 "what output_hidden_states gives; read layer -1, the state after the final norm"
             )
+
+
+def _probe_ids(model: Any) -> Tensor:
+    return torch.arange(1, 1 + _PROBE_TOKENS, device=model.device)[None] % text_config(model).vocab_size
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -23,6 +24,7 @@ def test_one_process_has_all_there_is():
     torch.testing.assert_close(found.share(loss), 3 * loss)
 
 
+@pytest.mark.slow
 def test_two_ranks_share_a_loss(tmp_path):
     multiprocessing.spawn(run_rank, (str(tmp_path / "store"),), nprocs=2)
 
