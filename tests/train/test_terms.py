@@ -24,6 +24,7 @@ from kdcache.loader.torch_batches import TorchBatch
 from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.packed import logits_head
 from kdcache.train.step import BatchLoss
+from kdcache.train.terms.engine import LossTerms, with_needs
 from kdcache.train.terms.inner import reading
 from kdcache.train.terms.schedule import weight_at
 from kdcache.train.terms.setting import set_up_terms
@@ -226,6 +227,19 @@ def test_an_option_of_a_divergence_may_differ_by_role(small_cache: Path, batch: 
     ]
     share = float(is_user_P.float().mean())
     assert_sum(varying, (share, parts[0]), (1 - share, parts[1]))
+
+
+def test_self_evolution_asks_the_loader_for_its_logprobs_and_reports_the_hard_share(small_cache: Path) -> None:
+    term = {"term": "divergence", "options": {"divergence": "self_evolution", "divergence_options": {"threshold": 0.5}}}
+    asked = with_needs(OPTIONS, LossTerms(loss_config(term)).needs())
+    assert asked.with_target_logprobs
+    batch = first_batches(small_cache, asked, 1)[0]
+    found = Evaluated(small_cache, batch, loss_config(term, LABELS))
+    assert 0 < found.report["divergence.hard_share"] <= 1
+    everywhere = term["options"] | {"divergence_options": {"threshold": 0.0, "softness": 0.0, "max_share": 0.5}}
+    hard = Evaluated(small_cache, batch, loss_config(term | {"options": everywhere}))
+    has_target_P = batch.target_ids_P >= 0
+    assert hard.report["divergence.hard_share"] == pytest.approx(float(has_target_P.float().mean()), abs=0.1)
 
 
 def by(what: str, **more: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,12 @@ class LogitTerm(Term):
     def cross_entropy(self) -> float:
         """The weight of the cross entropy of the target ids in it."""
         return 0.0
+
+    watched: Mapping[str, Tensor] = MappingProxyType({})
+    """Means over this rank's positions that its divergences say are worth watching, of the last pass."""
+
+    def measures(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self.watched.items()}
 
     def forward(self, student: StudentStates, batch: TorchBatch, weights_P: Tensor) -> Tensor:
         return one_pass([InPass(self)], student, batch, weights_P, LossSettings(reduction="sum")).loss
@@ -82,7 +89,8 @@ class DivergenceTerm(LogitTerm):
         self.tail, self.temperature = tail, temperature
 
     def needs(self) -> Needs:
-        return needs_of(self._varying.values())
+        is_target_read = self.divergences[0].requirements.target
+        return needs_of(self._varying.values()) | Needs(target_logprobs=is_target_read)
 
     def check(self, manifest: Manifest) -> None:
         selection = manifest.identity.selection
@@ -158,10 +166,22 @@ def one_pass(
     total = DivergenceSum(summed or [WeightedDivergence("forward_kl", 0.0)], sum(of_targets, start=0.0))
     loss = _loss(student, batch, weights_P, settings, divergence=total)
     assert total.values is not None
+    _watch(terms, own, total, 1.0 if settings.reduction == "mean" else weights_P.sum())
     values = iter(total.values)
     of_terms = [torch.stack([next(values) for _ in parts]).sum() if parts else None for parts in own]
     of_targets = total.values[-1]
     return OnePass(loss, [of_targets if value is None else value for value in of_terms])
+
+
+def _watch(
+    terms: Sequence[InPass], own: Sequence[Sequence[WeightedDivergence]], total: DivergenceSum, count: float | Tensor
+) -> None:
+    """Give each term of one divergence what that watches."""
+    first = 0
+    for term, parts in zip(terms, own, strict=True):
+        found = {name.partition("."): value for name, value in total.measures.items()} if len(parts) == 1 else {}
+        term.term.watched = {name: value / count for (index, _, name), value in found.items() if index == str(first)}
+        first += len(parts)
 
 
 def _loss(student: StudentStates, batch: TorchBatch, weights_P: Tensor, settings: LossSettings, **asked: Any) -> Tensor:
