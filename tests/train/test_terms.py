@@ -229,6 +229,20 @@ def test_an_option_of_a_divergence_may_differ_by_role(small_cache: Path, batch: 
     assert_sum(varying, (share, parts[0]), (1 - share, parts[1]))
 
 
+def test_an_option_of_a_divergence_may_be_given_for_each_position_by_a_program(small_cache: Path, batch: TorchBatch) -> None:
+    """As the skew of each answer that DistiLLM-2 has."""
+    term = {"term": "divergence", "options": {"divergence": "skew_kl"}}
+    skew_P = torch.linspace(0.01, 0.1, len(batch.flat_positions_P))
+    given = Evaluated(small_cache, batch, loss_config(term), varied={"divergence": {"skew": skew_P}})
+    ends = [
+        Evaluated(
+            small_cache, batch, loss_config({**term, "options": {**term["options"], "divergence_options": {"skew": s}}})
+        ).loss
+        for s in (0.01, 0.1)
+    ]
+    assert min(ends) < given.loss < max(ends)
+
+
 def test_self_evolution_asks_the_loader_for_its_logprobs_and_reports_the_hard_share(small_cache: Path) -> None:
     term = {"term": "divergence", "options": {"divergence": "self_evolution", "divergence_options": {"threshold": 0.5}}}
     asked = with_needs(OPTIONS, LossTerms(loss_config(term)).needs())
@@ -277,6 +291,7 @@ def test_wrong_grammar_is_refused_in_one_sentence(fields: dict[str, Any], senten
 
 
 USERS, LARGE = by("role", values={"user": 1}, otherwise=0), by("entropy", low=[0, 1], high=[1, 2])
+LARGE_BETA = by("entropy", low=[0, 0.1], high=[1, 0.9])
 LACKING = [
     (REVERSE | {"per_position": by("role", values={"usr": 1}, otherwise=0)}, "no role is called 'usr'; expected none, system"),
     (CODES | {"options": {"layer": USERS}}, "option 'layer' cannot differ by position; stretch"),
@@ -286,7 +301,16 @@ LACKING = [
     (REVERSE | {"per_position": LARGE}, "goes by the teacher's entropy, which the cache lacks"),
     (REVERSE | {"per_position": by("domain", values={"wiki": 1}, otherwise=0)}, "goes by domain, but the cache's sequences"),
     (NO_LABELS, "no term with a weight above 0"),
-    ({"term": "divergence", "options": {"divergence_options": {"beta": LARGE}}}, "may only go by role or domain"),
+    ({"term": "divergence", "options": {"divergence_options": {"beta": LARGE}}}, "forward_kl has no option 'beta'"),
+    (REVERSE | {"options": {"divergence": "reverse_kl", "divergence_options": {"floor": LARGE}}}, "floor is 1, but must be in"),
+    (
+        {"term": "divergence", "options": {"divergence": "jensen_shannon", "divergence_options": {"beta": LARGE_BETA}}},
+        "divergence_options.beta goes by the teacher's entropy, which the cache lacks",
+    ),
+    (
+        {"term": "divergence", "options": {"divergence": "jensen_shannon", "divergence_options": {"gkd_scale": LARGE_BETA}}},
+        "divergence_options.gkd_scale of jensen_shannon cannot differ by position",
+    ),
 ]
 
 

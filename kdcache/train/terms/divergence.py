@@ -7,25 +7,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import product
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdcache.config.terms import Varying, as_varying
+from kdcache.config.terms import as_varying
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import Manifest
-from kdcache.kernels.divergences import Divergence, get_divergence
+from kdcache.kernels.divergences import find_kind, get_divergence
 from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.divergence_sum import DivergenceSum, WeightedDivergence
 from kdcache.loss.fused import fused_sparse_kd_loss
 from kdcache.loss.prepare import LossSettings
 from kdcache.loss.selection_rules import reading_for
 from kdcache.train.terms.base import Needs, StudentStates, Term
-from kdcache.train.terms.varying import check_varying, masks_P, needs_of
+from kdcache.train.terms.varying import check_cache, check_varying, needs_of, values_P
 
 
 class LogitTerm(Term):
@@ -55,13 +54,12 @@ class DivergenceTerm(LogitTerm):
 
     Args:
         divergence: its name, as `loss.divergence`.
-        divergence_options: its own parameters; one may differ by role or domain.
+        divergence_options: its own parameters; each may differ by position, as an option of a term may.
         tail: tail policy; None for the best one known, see `loss.tail`.
         temperature: of both sides.
 
     Raises:
         LossError: no such divergence, or not with these parameters.
-        ConfigError: a parameter that differs by something else.
     """
 
     def __init__(
@@ -75,26 +73,25 @@ class DivergenceTerm(LogitTerm):
         super().__init__()
         options = dict(divergence_options or {})
         self._varying = {name: v for name, value in options.items() if (v := as_varying(name, value)) is not None}
+        self._plain = {name: value for name, value in options.items() if name not in self._varying}
+        kind = find_kind(divergence)
         for name, varying in self._varying.items():
-            if not varying.is_named:
-                raise ConfigError(
-                    f"divergence_options.{name} goes by {varying.by}, but a divergence's own parameter may only go by role or "
-                    "domain; what goes by numbers is the weight, with per_position"
-                )
             check_varying(varying, f"divergence_options.{name}")
-        plain = {name: value for name, value in options.items() if name not in self._varying}
-        values = [[(name, value) for value in (*v.values.values(), v.otherwise)] for name, v in self._varying.items()]
-        # In the order of `_masks`.
-        self.divergences = [get_divergence(divergence, **plain, **dict(some)) for some in product(*values)]
+            if name in kind.__match_args__ and name not in kind.per_position:
+                raise ConfigError(f"divergence_options.{name} of {divergence} cannot differ by position")
+            for value in varying.all_values:
+                get_divergence(divergence, **self._plain, **{name: value})
+        self.divergence = get_divergence(divergence, **self._plain, **{n: v.all_values[0] for n, v in self._varying.items()})
         self.tail, self.temperature = tail, temperature
 
     def needs(self) -> Needs:
-        is_target_read = self.divergences[0].requirements.target
-        return needs_of(self._varying.values()) | Needs(target_logprobs=is_target_read)
+        return needs_of(self._varying.values()) | Needs(target_logprobs=self.divergence.requirements.target)
 
     def check(self, manifest: Manifest) -> None:
         selection = manifest.identity.selection
-        reading_for(selection.kind, self.divergences[0], tail=self.tail, temperature=self.temperature)
+        for name, varying in self._varying.items():
+            check_cache(varying, f"divergence_options.{name}", manifest)
+        reading_for(selection.kind, self.divergence, tail=self.tail, temperature=self.temperature)
         if self.temperature != 1 and self.temperature not in selection.temperatures:
             stored = ", ".join(map(str, sorted({1.0, *selection.temperatures})))
             raise ConfigError(
@@ -103,11 +100,11 @@ class DivergenceTerm(LogitTerm):
             )
 
     def parts(self, batch: TorchBatch) -> list[WeightedDivergence]:
-        masks = _masks(list(self._varying.values()), batch)
-        return [self._part(divergence, mask) for divergence, mask in zip(self.divergences, masks, strict=True)]
-
-    def _part(self, divergence: Divergence, weight: float | Tensor) -> WeightedDivergence:
-        return WeightedDivergence(divergence, weight, tail=self.tail, temperature=self.temperature)
+        own = {name: values_P(varying, batch) for name, varying in self._varying.items()}
+        # A program may give numbers by position, too: a skew for each answer, as DistiLLM-2 has it.
+        own |= {name: value_P for name, value_P in self.varied.items() if name in self.divergence.per_position}
+        divergence = replace(self.divergence, **own) if own else self.divergence
+        return [WeightedDivergence(divergence, 1.0, tail=self.tail, temperature=self.temperature)]
 
 
 class CrossEntropyTerm(LogitTerm):
@@ -132,6 +129,10 @@ class InPass:
     def times(self, weight: float | Tensor) -> float | Tensor:
         """The weight of one of its parts."""
         return weight * self.weight if self.factor_P is None else weight * self.weight * self.factor_P
+
+    def without_weight(self, value: Tensor) -> Tensor:
+        """A part's value, which is times the weight where that differs by position."""
+        return value if self.factor_P is None else value / self.weight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,9 +169,8 @@ def one_pass(
     assert total.values is not None
     _watch(terms, own, total, 1.0 if settings.reduction == "mean" else weights_P.sum())
     values = iter(total.values)
-    of_terms = [torch.stack([next(values) for _ in parts]).sum() if parts else None for parts in own]
-    of_targets = total.values[-1]
-    return OnePass(loss, [of_targets if value is None else value for value in of_terms])
+    of_terms = [torch.stack([next(values) for _ in parts]).sum() if parts else total.values[-1] for parts in own]
+    return OnePass(loss, [term.without_weight(value) for term, value in zip(terms, of_terms, strict=True)])
 
 
 def _watch(
@@ -194,11 +194,3 @@ def _loss(student: StudentStates, batch: TorchBatch, weights_P: Tensor, settings
         settings=settings,
         **asked,
     )
-
-
-def _masks(varying: Sequence[Varying], batch: TorchBatch) -> list[float | Tensor]:
-    """Of each combination of numbers: the positions that have it, as weights 0 and 1; 1.0 where nothing varies."""
-    if not varying:
-        return [1.0]
-    own = [[is_of_P for _, is_of_P in masks_P(of_one, batch)] for of_one in varying]
-    return [torch.stack(some).all(dim=0).float() for some in product(*own)]

@@ -28,7 +28,7 @@ from kdcache.loss.prepare import LossSettings
 from kdcache.train.terms.base import Needs, Setting, StudentStates, Term
 from kdcache.train.terms.divergence import CrossEntropyTerm, InPass, LogitTerm, one_pass
 from kdcache.train.terms.schedule import weight_at
-from kdcache.train.terms.varying import check_varying, needs_of, values_P
+from kdcache.train.terms.varying import check_cache, check_varying, needs_of, values_P
 
 Varied = Mapping[str, Mapping[str, Tensor]]
 """Name of a term -> name of an option, or `weight` -> (P,): numbers that a program gives with a batch."""
@@ -137,13 +137,8 @@ class LossTerms(nn.Module):
             if config.per_position is not None:
                 check_varying(config.per_position, f"loss term {name!r}, per_position")
             for varying in (config.per_position, *config.varying_options().values()):
-                if varying is not None and varying.by == "domain" and not manifest.identity.domains:
-                    raise ConfigError(f"loss term {name!r} goes by domain, but the cache's sequences do not say theirs")
-                if varying is not None and varying.by == "entropy" and not manifest.identity.selection.entropy:
-                    raise ConfigError(
-                        f"loss term {name!r} goes by the teacher's entropy, which the cache lacks; capture with "
-                        "selection.entropy"
-                    )
+                if varying is not None:
+                    check_cache(varying, f"loss term {name!r}", manifest)
 
     def set_up(self, setting: Setting) -> None:
         """Make the terms' parameters; once, before training and before a checkpoint is loaded."""

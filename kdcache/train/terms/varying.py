@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdcache.config.terms import Varying
 from kdcache.errors import ConfigError
+from kdcache.format.manifest import Manifest
 from kdcache.format.record import ROLES
 from kdcache.format.soft_targets import SoftTargets
 from kdcache.loader.batches.batch import NO_TARGET
@@ -48,6 +49,14 @@ def needs_of(varying: Iterable[Varying | None]) -> Needs:
     """What of a batch the numbers go by."""
     by = {of_one.by for of_one in varying if of_one is not None}
     return Needs(roles="role" in by, domains="domain" in by)
+
+
+def check_cache(varying: Varying, where: str, manifest: Manifest) -> None:
+    """Raise ConfigError where the cache does not say what the numbers go by."""
+    if varying.by == "domain" and not manifest.identity.domains:
+        raise ConfigError(f"{where} goes by domain, but the cache's sequences do not say theirs")
+    if varying.by == "entropy" and not manifest.identity.selection.entropy:
+        raise ConfigError(f"{where} goes by the teacher's entropy, which the cache lacks; capture with selection.entropy")
 
 
 def check_varying(varying: Varying, where: str) -> None:
