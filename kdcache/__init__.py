@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from kdcache.config.capture import InputConfig as InputConfig
     from kdcache.config.capture import RunConfig as RunConfig
     from kdcache.config.capture import ShardConfig as ShardConfig
+    from kdcache.config.cut import LayersConfig as LayersConfig
+    from kdcache.config.cut import StatisticsConfig as StatisticsConfig
+    from kdcache.config.cut import WidthConfig as WidthConfig
     from kdcache.config.features import FeatureConfig as FeatureConfig
     from kdcache.config.features import ProjectionConfig as ProjectionConfig
     from kdcache.config.load import load_config as load_config
@@ -144,6 +147,7 @@ _EXPORTS = {
     "InputError": "kdcache.errors:InputError",
     "Interrupted": "kdcache.capture.watch.signals:Interrupted",
     "KdcacheError": "kdcache.errors:KdcacheError",
+    "LayersConfig": "kdcache.config.cut:LayersConfig",
     "LeftOut": "kdcache.inputs.left_out:LeftOut",
     "LineageInfo": "kdcache.format.manifest:LineageInfo",
     "Loader": "kdcache.loader.loader:Loader",
@@ -177,6 +181,7 @@ _EXPORTS = {
     "SoftTargets": "kdcache.format.soft_targets:SoftTargets",
     "SparseKD": "kdcache.loss.modules:SparseKD",
     "StateError": "kdcache.errors:StateError",
+    "StatisticsConfig": "kdcache.config.cut:StatisticsConfig",
     "StopRequest": "kdcache.capture.watch.signals:StopRequest",
     "StorageError": "kdcache.errors:StorageError",
     "StudentConfig": "kdcache.config.train:StudentConfig",
@@ -199,6 +204,7 @@ _EXPORTS = {
     "VllmConfig": "kdcache.config.teacher:VllmConfig",
     "VocabPart": "kdcache.loss.vocab_parallel:VocabPart",
     "WeightedDivergence": "kdcache.loss.divergence_sum:WeightedDivergence",
+    "WidthConfig": "kdcache.config.cut:WidthConfig",
     "fused_sparse_kd_loss": "kdcache.loss.fused:fused_sparse_kd_loss",
     "load_config": "kdcache.config.load:load_config",
     "load_teacher": "kdcache.teacher:load_teacher",

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from kdcache.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
-from kdcache.config.cut import LayersConfig
+from kdcache.config.cut import LayersConfig, StatisticsConfig, WidthConfig
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.remote import RemoteConfig
 from kdcache.config.secrets import refuse_secrets
@@ -28,9 +28,11 @@ class StudentConfig(Config, frozen=True, kw_only=True):
         model: folder in the Hugging Face layout or hub id, possibly the teacher's; its `config.json` is the base.
         revision: hub commit or tag; null for the default.
         init: `random` builds new weights from the configuration; `pretrained` loads the weights of `model`; `from_teacher`
-            copies those of some layers of `model`, which is then the teacher.
+            copies those of some layers of `model`, or of some of their width; `model` is then the teacher.
         overrides: fields of that configuration to change, as in {hidden_size: 128}; with `random` only.
         layers: with `from_teacher`, which layers are kept; null for all.
+        width: with `from_teacher`, how wide they are; null for as wide as the teacher's.
+        statistics: with `from_teacher`, the text that decides where the teacher's activations do.
         tokenizer: folder or hub id of the student's tokenizer; null for that of `model`. Its fingerprint must be the cache's.
         attention: transformers' name of the attention. `auto` is sdpa where the model has it and it computes everything that
             the configuration asks for, and eager elsewhere (gpt-oss has no sdpa; in Gemma 2, sdpa leaves out a soft cap).
@@ -41,14 +43,16 @@ class StudentConfig(Config, frozen=True, kw_only=True):
     init: Literal["random", "pretrained", "from_teacher"] = "random"
     overrides: dict[str, Scalar | list[Scalar]] = msgspec.field(default_factory=dict)
     layers: LayersConfig | None = None
+    width: WidthConfig | None = None
+    statistics: StatisticsConfig = StatisticsConfig()
     tokenizer: str | None = None
     attention: str = "auto"
 
     def __post_init__(self) -> None:
         if self.init != "random" and self.overrides:
             raise ValueError("overrides change the shape of a student; they need init 'random'")
-        if self.init != "from_teacher" and self.layers is not None:
-            raise ValueError(f"layers are those of a teacher, and init is {self.init!r}; set init to 'from_teacher'")
+        if self.init != "from_teacher" and (self.layers or self.width):
+            raise ValueError(f"layers and width are cut from a teacher, and init is {self.init!r}; set init to 'from_teacher'")
 
 
 class LossConfig(Config, frozen=True, kw_only=True):

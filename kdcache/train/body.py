@@ -76,6 +76,14 @@ def output_projection(model: PreTrainedModel) -> torch.nn.Linear:
     return head
 
 
+def model_size(model: PreTrainedModel) -> dict[str, int]:
+    """`parameters`: of the whole model, shared ones once; `non_embedding`: without the embeddings and output projection."""
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {id(weight): weight for module in embeddings if module is not None for weight in module.parameters()}
+    total = sum(weight.numel() for weight in model.parameters())
+    return {"parameters": total, "non_embedding": total - sum(weight.numel() for weight in tables.values())}
+
+
 def _has_sections(model: PreTrainedModel) -> bool:
     config = text_config(model)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

@@ -174,12 +174,13 @@ class _Probe:
         return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
 
 
-def resized(config: Any, head_dim: int, fields: Mapping[str, int]) -> Any:
-    """A copy of a configuration with other sizes, and the size of a head stated instead of derived."""
+def resized(config: Any, head_dim: int | None, fields: Mapping[str, int]) -> Any:
+    """A copy of a configuration with other sizes; the size of a head is stated instead of derived, unless it is None."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
-    with suppress(AttributeError):  # a property, always derived (Falcon)
-        text.head_dim = head_dim
+    if head_dim is not None:
+        with suppress(AttributeError):  # a property, always derived (Falcon)
+            text.head_dim = head_dim
     for field, value in fields.items():
         if value:
             setattr(text, field, value)

@@ -16,7 +16,7 @@ from kdcache.errors import ConfigError, KdcacheError, StateError
 from kdcache.store.files.regular import write_new
 from kdcache.teacher import load_tokenizer
 from kdcache.teacher.tokenizer import Tokenizer
-from kdcache.train.body import vocab_size
+from kdcache.train.body import model_size, vocab_size
 from kdcache.train.evaluation.compare import compare_models
 from kdcache.train.evaluation.heldout import HeldoutSequence, read_heldout
 from kdcache.train.evaluation.scores import TEACHER, common_vocabulary, score_models
@@ -146,14 +146,6 @@ def _unigram(options: EvaluateConfig, baseline: str, tokenizer: Tokenizer) -> tu
         except KdcacheError as error:
             why_not = str(error)
     return None, why_not
-
-
-def model_size(model: PreTrainedModel) -> dict[str, int]:
-    """`parameters`: of the whole model, shared ones once; `non_embedding`: without the embeddings and output projection."""
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    tables = {id(weight): weight for module in embeddings if module is not None for weight in module.parameters()}
-    total = sum(weight.numel() for weight in model.parameters())
-    return {"parameters": total, "non_embedding": total - sum(weight.numel() for weight in tables.values())}
 
 
 def _model_folder(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """Students cut from their teacher.
 
-- `layers` says which layers are kept: pure functions of numbers.
-- `shape` makes the configuration of a model with fewer layers.
-- `cut` builds the student and copies the weights; `proof` compares it with the teacher on a few tokens.
+- `cut` does it all; `layers` and `width` say what is kept: pure functions of numbers that `measure` takes from the teacher.
+- `shape` makes the configuration of a model with fewer layers, `build` the model; `narrow` makes its layers less wide.
+- `proof` compares a student of some layers with the teacher that skips the others, on a few tokens.
 """

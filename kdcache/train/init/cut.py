@@ -1,89 +1,91 @@
-"""A student made of some of its teacher's layers, with copies of their weights."""
+"""A student cut from its teacher: some layers, some of their width, with copies of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdcache.config.cut import LayersConfig
+from kdcache.config.cut import LayersConfig, WidthConfig
 from kdcache.errors import ConfigError
-from kdcache.shown import first_line
-from kdcache.teacher.features import find_decoder
+from kdcache.teacher.hf.axes import axes_of
 from kdcache.train.body import text_config
-from kdcache.train.init.layers import chosen_layers
+from kdcache.train.init.build import with_layers
+from kdcache.train.init.layers import Statistics, chosen_layers
+from kdcache.train.init.narrow import check_cuttable, narrowed
 from kdcache.train.init.proof import prove_layers
-from kdcache.train.init.shape import config_with_layers
+from kdcache.train.init.width import Kept, chosen_width
 
 
-def cut_student(teacher: PreTrainedModel, layers: LayersConfig | None) -> PreTrainedModel:
-    """The student: a model of its own, in the teacher's dtype, in evaluation mode.
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What was cut.
+
+    Attributes:
+        student: a model of its own, in the teacher's dtype, in evaluation mode.
+        layers: the teacher's layers that it has.
+        kept: channels, neurons and heads that it has.
+        statistics: what decided, or None where nothing had to be measured.
+    """
+
+    student: PreTrainedModel
+    layers: tuple[int, ...]
+    kept: Kept
+    statistics: Statistics | None
+
+
+def cut_student(
+    teacher: PreTrainedModel,
+    layers: LayersConfig | None = None,
+    width: WidthConfig | None = None,
+    statistics: Callable[[], Statistics] | None = None,
+) -> Cut:
+    """Cut a student from its teacher.
 
     Args:
         teacher: in evaluation mode; it is not changed.
         layers: which of its layers are kept; None for all.
+        width: how wide they are; None as wide as they were.
+        statistics: gives what the teacher does with some text; asked for once, and only where the choice depends on it.
 
     Raises:
-        ConfigError: the teacher does not have these layers, or what they make is not the teacher with the others skipped.
+        ConfigError: the teacher does not have these layers or sizes, or what they make is not what the teacher makes of them.
     """
-    kept = chosen_layers(layers, int(text_config(teacher).num_hidden_layers))
-    student = _with_layers(teacher, kept)
-    prove_layers(teacher, student, kept)
-    return student
+    num_layers = int(text_config(teacher).num_hidden_layers)
+    asked = _Once(statistics, num_layers)
+    kept_layers = chosen_layers(layers, num_layers, asked)
+    student = with_layers(teacher, kept_layers)
+    prove_layers(teacher, student, kept_layers)
+    kept = Kept()
+    if width is not None and width != WidthConfig():
+        axes = axes_of(student)
+        check_cuttable(width, axes, student)
+        kept = chosen_width(width, axes, asked(), kept_layers)
+        student = narrowed(student, axes, kept)
+    return Cut(student, kept_layers, kept, asked.given)
 
 
-@torch.no_grad()
-def _with_layers(teacher: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    config = config_with_layers(teacher.config, kept)
-    attention = text_config(teacher)._attn_implementation
-    generator = torch.get_rng_state()
-    try:
-        student = type(teacher)._from_config(config, dtype=teacher.dtype, attn_implementation=attention)
-        student.load_state_dict(kept_weights(teacher, kept), strict=True)
-    except Exception as error:  # of the model's own code
-        raise ConfigError(
-            f"student.layers: {type(teacher).__name__} cannot be built with {len(kept)} of its layers: {first_line(error)}"
-        ) from error
-    finally:
-        torch.set_rng_state(generator)  # the random weights that were just replaced took numbers from it
-    student.generation_config = teacher.generation_config
-    return student.to(teacher.device).eval()  # pyright: ignore[reportArgumentType]
+class _Once:
+    """Statistics that are asked for at most once."""
 
+    def __init__(self, ask: Callable[[], Statistics] | None, num_layers: int) -> None:
+        self._ask, self._num_layers = ask, num_layers
+        self.given: Statistics | None = None
 
-def kept_weights(teacher: PreTrainedModel, kept: Sequence[int]) -> dict[str, Tensor]:
-    """The teacher's own tensors, those of its layers under their new indices; not copies."""
-    prefix = layers_prefix(teacher)
-    new_index = {layer: new for new, layer in enumerate(kept)}
-    weights: dict[str, Tensor] = {}
-    for name, tensor in teacher.state_dict().items():
-        if not name.startswith(prefix):
-            weights[name] = tensor
-            continue
-        layer, _, rest = name.removeprefix(prefix).partition(".")
-        if int(layer) in new_index:
-            weights[f"{prefix}{new_index[int(layer)]}.{rest}"] = tensor
-    return weights
-
-
-def layers_prefix(model: Any) -> str:
-    """How the names of the weights of the layers begin, as in `model.layers.`.
-
-    Raises:
-        ConfigError: the layers are not found.
-    """
-    layers = layer_modules(model)
-    return next(name for name, module in model.named_modules() if module is layers) + "."
-
-
-def layer_modules(model: Any) -> Any:
-    """The list of the model's layers; raises ConfigError where it is not found."""
-    found = find_decoder(model, int(text_config(model).num_hidden_layers))
-    if found is None:
-        raise ConfigError(
-            f"student.init: the layers of {type(model).__name__} are not found, so no student can be cut from it; "
-            "use init pretrained or random"
-        )
-    return found[1]
+    def __call__(self) -> Statistics:
+        if self._ask is None:
+            raise ConfigError(
+                "student: what the teacher does with some text decides what is kept here; name the text as "
+                "student.statistics.data"
+            )
+        if self.given is None:
+            given = self._ask()
+            if len(given["block_influence"]) != self._num_layers:
+                measured = len(given["block_influence"])
+                raise ConfigError(
+                    f"student: the statistics are those of a model of {measured} layers, but the teacher has "
+                    f"{self._num_layers}; name the teacher that they were measured on, or a text as student.statistics.data"
+                )
+            self.given = given
+        return self.given

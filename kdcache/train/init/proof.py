@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdcache.errors import ConfigError
-from kdcache.teacher.features import find_decoder
 from kdcache.train.body import text_config
+from kdcache.train.init.build import layer_modules
 
 _TOKENS = 32
 _LAYER_FIELDS = ("layer_idx", "layer_id", "layer_index", "layer_number")
@@ -46,7 +46,7 @@ def prove_layers(teacher: PreTrainedModel, student: PreTrainedModel, kept: Seque
             "number, or on other layers; keep other layers, or use init random"
         )
     for new, layer in enumerate(kept):
-        odd = _difference(_layers(teacher)[layer], _layers(student)[new])
+        odd = _difference(layer_modules(teacher)[layer], layer_modules(student)[new])
         if odd is not None:
             raise ConfigError(
                 f"student.layers: as layer {new} of the student, layer {layer} of {type(teacher).__name__} would be set up "
@@ -59,7 +59,7 @@ def skipped(model: Any, kept: Sequence[int]) -> Iterator[None]:
     """Run a model as if it had these layers only: the others hand on what they are given."""
     handles = [
         module.register_forward_hook(_hand_on, with_kwargs=True)
-        for layer, module in enumerate(_layers(model))
+        for layer, module in enumerate(layer_modules(model))
         if layer not in set(kept)
     ]
     try:
@@ -79,12 +79,6 @@ def probe_ids(model: Any) -> Tensor:
     text = text_config(model)
     count = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
     return (torch.arange(count, device=model.device) * 37 + 11)[None] % int(text.vocab_size)
-
-
-def _layers(model: Any) -> Any:
-    found = find_decoder(model, int(text_config(model).num_hidden_layers))
-    assert found is not None, "the layers were found when the student was cut"
-    return found[1]
 
 
 def _difference(theirs: nn.Module, ours: nn.Module) -> str | None:
