@@ -37,11 +37,12 @@ COMMANDS = {
     "derive": ("derive", "make a cache from caches, without a teacher: choose, filter, join, reduce, mix"),
     "export": ("export", "hand a cache's hidden states to a trainer of drafters: speculators, SpecForge"),
     "train": ("train", "train a student from a cache"),
+    "student": ("student", "make a student of a teacher's layers and of part of their width, as a model's folder"),
     "evaluate": ("evaluate", "compare students with their teacher on held-out text"),
 }
 """name -> (module in `kdcache.cli.commands`, one line of help)."""
 
-_EXTRAS = {"train": "train", "evaluate": "train"}
+_EXTRAS = {"train": "train", "student": "train", "evaluate": "train"}
 """command -> the extra that installs everything it needs."""
 
 

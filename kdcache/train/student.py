@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -25,64 +23,25 @@ from kdcache.teacher.hf.load import class_of_checkpoint, language_model_class
 from kdcache.teacher.hf.rotary import mend_rotary
 from kdcache.train.body import text_config, vocab_size
 from kdcache.train.finite import not_finite_weight
-from kdcache.train.init.cut import Cut, cut_student
-from kdcache.train.init.layers import Statistics
 from kdcache.train.runs.digests import DIGESTS, find_damage
-
-Measure = Callable[[PreTrainedModel], Statistics]
-"""Gives what a teacher does with some text, as `kdcache.teacher.hf.activations` sums it up."""
 
 _DERIVED_FIELDS = ("head_dim", "num_key_value_heads", "layer_types")
 """Fields that a configuration class fills in from others. Kept from the base they would contradict the overrides."""
 
 
-def build_student(config: StudentConfig, *, seed: int, measure: Measure | None = None) -> PreTrainedModel:
+def build_student(config: StudentConfig, *, seed: int) -> PreTrainedModel:
     """The model in float32 on the CPU, with attention that keeps packed documents apart.
 
     Args:
-        config: which model.
+        config: which model; one with `init: from_teacher` is built by `kdcache.train.init.from_teacher`.
         seed: of random weights; torch's global generator is seeded with it and left so, for dropout.
-        measure: gives what a teacher does with some text, where that decides what is cut from it.
 
     Raises:
         ConfigError: the configuration or weights do not load, or an override is unknown or impossible.
     """
+    assert config.init != "from_teacher", "kdcache.train.init.from_teacher cuts it"
     torch.manual_seed(seed)
-    if config.init == "from_teacher":
-        return cut_from_teacher(config, measure).student
     return with_attention(lambda attention: _built(config, attention), config.attention, field="student.attention")
-
-
-def cut_from_teacher(
-    config: StudentConfig,
-    measure: Measure | None = None,
-    *,
-    dtype: torch.dtype | Literal["auto"] = torch.float32,
-    look: Callable[[PreTrainedModel], object] = lambda _: None,
-) -> Cut:
-    """Load a teacher and cut a student from it.
-
-    Args:
-        config: with `init: from_teacher`.
-        measure: as for `build_student`.
-        dtype: of both; `auto` for the checkpoint's.
-        look: called with the teacher, before it is let go.
-
-    Raises:
-        ConfigError: the teacher does not load, or `cut_student` refuses.
-    """
-    cuts: list[Cut] = []
-
-    def load(attention: str) -> PreTrainedModel:
-        options = {"dtype": dtype, "attn_implementation": attention}
-        teacher = load_model(config.model, revision=config.revision, field="student.model", **options).eval()
-        mend_rotary(teacher)
-        cuts[:] = [cut_student(teacher, config.layers, config.width, None if measure is None else partial(measure, teacher))]
-        look(teacher)
-        return cuts[0].student
-
-    student = with_attention(load, config.attention, field="student.attention")
-    return replace(cuts[0], student=student)
 
 
 def with_attention(load: Callable[[str], PreTrainedModel], asked: str, *, field: str | None) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ from kdcache.train.body import vocab_size
 from kdcache.train.evaluation.heldout import HeldoutSequence, read_heldout
 from kdcache.train.evaluation.scores import heldout_nats_per_token
 from kdcache.train.finite import batch_reason, check_weights, not_finite_weight, shown_sources
+from kdcache.train.init.initial import Initial, initial_student
 from kdcache.train.packed import check_architecture, logits_head
 from kdcache.train.runs.checkpoint import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from kdcache.train.runs.run_folder import RunFolder
 from kdcache.train.schedule import learning_rate
 from kdcache.train.step import BatchLoss, check_loss, make_optimizer, optimize
-from kdcache.train.student import build_student, check_against_cache, without_progress_bars
+from kdcache.train.student import check_against_cache, without_progress_bars
 from kdcache.train.terms.engine import LossTerms, with_needs
 from kdcache.train.terms.setting import set_up_terms
 
@@ -83,10 +84,11 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
     with open_cache(config.cache, remote=config.remote) as cache:
         _check_cache(config, cache)
         heldout = _heldout(config)
-        model = _student(config, cache)
+        initial = _student(config, cache)
         loader_config = with_needs(config.loader, LossTerms(config.loss).needs())
         with Loader(cache, loader_config) as loader, RunFolder(config, cache.snapshot) as folder:
-            return Trainer(config, model, loader, folder, heldout).run(show_progress)
+            initial.keep(folder)
+            return Trainer(config, initial.model, loader, folder, heldout).run(show_progress)
 
 
 class Trainer:
@@ -255,15 +257,16 @@ def _check_cache(config: TrainConfig, cache: Cache) -> None:
         raise InputError(f"{config.cache}: the cache has no supervised position to train on")
 
 
-def _student(config: TrainConfig, cache: Cache) -> PreTrainedModel:
+def _student(config: TrainConfig, cache: Cache) -> Initial:
     device = _device(config)
-    model = build_student(config.student, seed=config.seed)
+    initial = initial_student(config, cache, device)
+    model = initial.model
     longest = int(cache.num_tokens_S.max())
     identity, accept = cache.manifest.identity, config.accept
     check_against_cache(model, config.student, identity, longest_sequence=longest, accept=accept)
     check_architecture(model, is_packed=config.loader.packing != "none")
     warn_if_emulated(config.dtype, device.type, "`dtype: float32`")
-    return model.to(device)  # pyright: ignore[reportArgumentType]
+    return replace(initial, model=model.to(device))  # pyright: ignore[reportArgumentType]
 
 
 def _device(config: TrainConfig) -> torch.device:

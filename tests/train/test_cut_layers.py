@@ -2,11 +2,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 from student_families import FAMILIES, logits, tiny
+from tiny_model import build_tiny_model
 from transformers import AutoModelForCausalLM
 
 from kdcache.config.cut import LayersConfig
@@ -17,9 +17,10 @@ from kdcache.train.body import output_projection
 from kdcache.train.init import build
 from kdcache.train.init.build import kept_weights
 from kdcache.train.init.cut import cut_student
+from kdcache.train.init.from_teacher import cut_from_teacher
 from kdcache.train.init.layers import Statistics, chosen_layers
 from kdcache.train.init.proof import skipped
-from kdcache.train.student import build_student, without_progress_bars
+from kdcache.train.student import without_progress_bars
 
 SUBSETS = [(1, 3), (0, 3), (2,)]
 
@@ -185,12 +186,11 @@ def test_a_window_longer_than_the_look_is_compared_too(monkeypatch: pytest.Monke
         cut_student(teacher, LayersConfig(keep=(2, 3)))
 
 
-def test_a_student_of_a_config_starts_as_its_teacher_without_some_layers(tiny_model_dir: Path) -> None:
-    settings = {"model": str(tiny_model_dir), "init": "from_teacher", "layers": {"keep": [1]}}
-    state = torch.get_rng_state()
-    student = build_student(msgspec.convert(settings, StudentConfig), seed=3)
-    same = build_student(msgspec.convert(settings, StudentConfig), seed=4)
-    torch.set_rng_state(state)
+def test_a_student_of_a_config_is_float32_whatever_the_checkpoint(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path)
+    AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    config = convert_config({"model": str(folder), "init": "from_teacher", "layers": {"keep": [1]}}, StudentConfig)
+    student = cut_from_teacher(config).student
     assert student.config.num_hidden_layers == 1
-    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), same.parameters(), strict=True))
     assert next(student.parameters()).dtype == torch.float32
+    assert next(cut_from_teacher(config, dtype="auto").student.parameters()).dtype == torch.bfloat16

@@ -77,7 +77,7 @@ class _Once:
         if self._ask is None:
             raise ConfigError(
                 "student: what the teacher does with some text decides what is kept here; name the text as "
-                "student.statistics.data"
+                "student.statistics.data, or with --data or --cache of `kdcache student`"
             )
         if self.given is None:
             given = self._ask()

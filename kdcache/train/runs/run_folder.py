@@ -20,7 +20,7 @@ from kdcache.store.files.regular import read_regular, what_is_not_own, write_new
 from kdcache.train.runs.checkpoint import newest_checkpoint
 from kdcache.train.runs.digests import write_digests
 
-RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "model"
+RUN, METRICS, CHECKPOINTS, MODEL, STUDENT = "run.json", "metrics.jsonl", "checkpoints", "model", "student"
 _MAY_CHANGE = {
     *("out", "cache", "num_threads", "device", "checkpoint_every_steps", "max_skipped_steps"),
     *("loader.num_threads", "loader.prefetch_batches", "loss.backend"),
@@ -83,23 +83,37 @@ class RunFolder:
         self._metrics.truncate(num_bytes)
         self._metrics.seek(num_bytes)
 
+    @property
+    def student(self) -> Path:
+        """Directory of what was cut from the teacher, where the student was."""
+        return self.root / STUDENT
+
     def publish_model(self, save: Callable[[Path], object]) -> None:
-        """Write `model/` whole or not at all: `save` fills a temporary directory, which is then renamed."""
-        temp = _unfinished(self.model)
-        shutil.rmtree(temp, ignore_errors=True)
-        save(temp)
-        write_digests(temp)
-        for path in temp.iterdir():
-            sync_file(path)
-        shutil.rmtree(self.model, ignore_errors=True)
-        os.replace(temp, self.model)
-        sync_directory(self.root)
+        """Write `model/` whole or not at all: `save` fills a temporary directory."""
+        publish_folder(self.model, save)
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._metrics.close()
+
+
+def publish_folder(folder: Path, save: Callable[[Path], object]) -> None:
+    """Write a folder whole or not at all: `save` fills a temporary one, which gets digests and is then renamed."""
+    temp = _unfinished(folder)
+    shutil.rmtree(temp, ignore_errors=True)
+    try:
+        save(temp)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+    write_digests(temp)
+    for path in temp.iterdir():
+        sync_file(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temp, folder)
+    sync_directory(folder.parent)
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -141,7 +155,7 @@ def _holds_something_else(root: Path) -> bool:
 
 def _refuse_folders_of_others(root: Path) -> None:
     """Raise ConfigError where a run's file or folder is a link or the like: what is written there would be elsewhere."""
-    kinds = {RUN: False, METRICS: False, CHECKPOINTS: True, MODEL: True}
+    kinds = {RUN: False, METRICS: False, CHECKPOINTS: True, MODEL: True, STUDENT: True}
     for name, is_folder in kinds.items():
         there = what_is_not_own(root / name, folder=is_folder)
         if there not in (None, "a plain file", "a folder"):
