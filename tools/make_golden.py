@@ -2,8 +2,10 @@
 """Make a golden cache of a codec: tests/golden/v<major>/<codec>/, read for ever after by tests/store/test_golden.py.
 
     python tools/make_golden.py <codec> [<kind>]
+    python tools/make_golden.py features
 
-With a kind of random selection the folder is <codec>-<kind>. Run once for each and major version of the format. What is there
+With a kind of random selection the folder is <codec>-<kind>. `features` makes tests/golden/features/<version>/, with
+features of every kind and their sidecars. Run once for each and major version of the format. What is there
 is never made again: if the tests no longer read it, the code is wrong, not the file.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -81,23 +84,51 @@ def write_expected(cache: Path, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def make_features(folder: Path) -> None:
+    """A cache with features of every kind: what its records hold of them, and the arrays of its sidecars."""
+    making = import_module("feature_making")
+    fits = making.fitted(making.ALL_KINDS)
+    records = [
+        making.record_with(seed, fits, supervised=how, num_tokens=9) for seed, how in enumerate(("holes", "every", "none"))
+    ]
+    making.make_feature_cache(folder / "cache", records, fits)
+    with open_reader(folder / "cache") as reader:
+        found = [{name: values.tolist() for name, values in record.distributions.features.items()} for record in reader]
+        sidecars = {
+            sidecar.name: {name: array.tolist() for name, array in reader.sidecar(sidecar.name).items()}
+            for sidecar in reader.manifest.sidecars
+        }
+    (folder / "expected.json").write_text(json.dumps({"records": found, "sidecars": sidecars}) + "\n")
+
+
 def main(arguments: list[str]) -> int:
+    if arguments == ["features"]:
+        return _made_once(ROOT / "tests" / "golden" / "features" / ".".join(map(str, FORMAT_VERSION)), make_features)
     if not 1 <= len(arguments) <= 2 or arguments[0] not in CODECS or not set(arguments[1:]) <= set(SELECTIONS):
-        print(f"usage: make_golden.py {{{','.join(CODECS)}}} [{{{','.join(SELECTIONS)}}}]", file=sys.stderr)
+        print(f"usage: make_golden.py features | {{{','.join(CODECS)}}} [{{{','.join(SELECTIONS)}}}]", file=sys.stderr)
         return 2
     folder = ROOT / "tests" / "golden" / f"v{FORMAT_VERSION[0]}" / "-".join(arguments)
+    return _made_once(folder, lambda folder: make_codec(folder, arguments))
+
+
+def _made_once(folder: Path, make: Callable[[Path], None]) -> int:
     if folder.exists():
         print(f"{folder} is there already; golden files are never made again", file=sys.stderr)
         return 2
     sys.path.insert(0, str(ROOT / "tests"))
+    make(folder)
+    print(folder)
+    return 0
+
+
+def make_codec(folder: Path, arguments: list[str]) -> None:
+    """A cache of a codec, and what its records hold."""
     cache_making = import_module("cache_making")
     units, selection = golden_units(cache_making), SELECTIONS.get(arguments[-1])
     if selection is not None:
         units = sampled_units([unit[:1] for unit in units], selection, cache_making.VOCAB_SIZE)
     cache_making.make_cache(folder / "cache", arguments[0], units=units, record_batch_bytes=1500, selection=selection)
     write_expected(folder / "cache", folder / "expected.jsonl")
-    print(folder)
-    return 0
 
 
 if __name__ == "__main__":

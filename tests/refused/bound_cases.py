@@ -22,10 +22,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kdcache.codec.features.columns import read_vectors
 from kdcache.config.yaml_text import MAX_YAML_BYTES, parse_yaml
 from kdcache.foreign.base import ReadConfig
 from kdcache.foreign.formats.distillkit_codec import parse_config
 from kdcache.foreign.judge.doctor import ExamineConfig, examine
+from kdcache.format.identity import FeatureInfo
+from kdcache.format.sidecar import make_sidecar, parse_sidecar
 from kdcache.inputs.formats.any_file import read_text_or_ids
 from kdcache.store.reader import open_reader
 
@@ -205,6 +208,17 @@ LAUGHS = "a: &a [x]\n" + "\n".join(
 )
 CURVE = {"d": 2**20, "k": 2**20, "exact_k": 0, "polynomial_terms": [0] * 10**5}
 
+SIDECAR = make_sidecar("x", {"x": np.zeros(4, np.float32)}).info
+ATTENTION = FeatureInfo(name="x", kind="attention", layer=1, size=2, num_heads=1, top_keys=2)
+KEYS_IN_FRONT = {"feature:x": np.zeros(6, np.float16), "feature:x:distance": np.full(6, 65535, np.uint16)}
+
+
+def claiming_sidecar(size: int) -> bytes:
+    """A header that claims so many numbers."""
+    header = json.dumps({"x": {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
 CASES: dict[str, Case] = {
     "compressed buffers": spoilt(hostile.compress),
     "Arrow's metadata version": spoilt(hostile.older_arrow),
@@ -213,6 +227,9 @@ CASES: dict[str, Case] = {
     ),
     "entries by the selection": spoilt(hostile.replaced_selection({"kind": "top_k", "params": {"k": 2**31}})),
     "entries by their counts": spoilt(lambda c: hostile.edit_rows(c, hostile.set_list("num_entries", [65535] * 11))),
+    "header of a sidecar": plain(lambda: parse_sidecar((2**62).to_bytes(8, "little") + b"{}", SIDECAR, "here")),
+    "tensors of a sidecar": plain(lambda: parse_sidecar(claiming_sidecar(2**40), SIDECAR, "here")),
+    "keys of attention": plain(lambda: read_vectors(KEYS_IN_FRONT, ATTENTION, np.ones(3, bool))),
     "nesting of a manifest": spoilt(lambda c: hostile.manifest_path(c).write_bytes(b"[" * 10**6)),
     "decompressed Arrow": foreign(with_zeros(arrow, compression="zstd")),
     "values of an Arrow file": foreign(rows_of_nothing(2**31 - 2)),

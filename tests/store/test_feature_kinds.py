@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -13,6 +17,8 @@ from kdcache.codec.features.columns import feature_fields, read_vectors
 from kdcache.codec.features.fit import fit_feature
 from kdcache.codec.features.vectors import bytes_per_vector, encode_vectors
 from kdcache.errors import CorruptCacheError, FormatError, MismatchError
+from kdcache.format import manifest as manifest_module
+from kdcache.format import paths
 from kdcache.format.feature_checks import check_features
 from kdcache.format.feature_claims import FEATURES_2, requirements
 from kdcache.format.feature_positions import feature_positions, num_vectors
@@ -179,3 +185,21 @@ def test_a_column_of_another_length_is_refused(tmp_path):
     assert read_vectors(columns, feature, np.ones(5, bool)).values_FH.shape == (2, 12)
     with pytest.raises(CorruptCacheError, match="column 'feature:strided' holds 24 values"):
         read_vectors(columns, feature, np.ones(9, bool))
+
+
+def test_the_lines_of_the_spec_decode_every_feature(tmp_path):
+    """With pyarrow, numpy and safetensors alone."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    spec = Path(manifest_module.__file__).with_name("README.md").read_text()
+    (source,) = re.findall(r"```python\n(def decode_feature.*?)```", spec, re.DOTALL)
+    lines: dict = {"np": np}
+    exec(source, lines)
+    manifest = make_feature_cache(tmp_path, RECORDS, FITS)
+    sidecars = {s.name: safetensors.load_file(tmp_path / paths.sidecar_name(s.sha256)) for s in manifest.sidecars}
+    features = json.loads((tmp_path / paths.manifest_name(1)).read_bytes())["identity"]["features"]
+    table = pa.ipc.open_file(tmp_path / manifest.shards[0].name).read_all().to_pylist()
+    with open_reader(tmp_path) as reader:
+        for line, record in zip(table, reader, strict=True):
+            for feature in features:
+                found = lines["decode_feature"](feature, line, sidecars)
+                np.testing.assert_allclose(found, record.distributions.features[feature["name"]], rtol=1e-6, atol=1e-6)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from kdcache.codec.base import ColumnValues, checked_column, list_array
 from kdcache.codec.features.constants import NOTHING, FeatureConstants
 from kdcache.codec.features.vectors import NUMPY_DTYPES, encode_vectors
-from kdcache.format.feature_positions import num_vectors
+from kdcache.errors import CorruptCacheError
+from kdcache.format.feature_positions import feature_positions, num_vectors
 from kdcache.format.feature_vectors import FeatureVectors
 from kdcache.format.identity import FeatureInfo
 from kdcache.format.record import distances_key
@@ -80,7 +81,7 @@ def read_vectors(columns: ColumnValues, feature: FeatureInfo, supervised_N: NDAr
     """One sequence's vectors of a feature, as they are stored.
 
     Raises:
-        CorruptCacheError: a column of another length.
+        CorruptCacheError: a column of another length, or a key that is outside the sequence.
     """
     count = num_vectors(feature, supervised_N)
     shape = count, feature.size
@@ -90,6 +91,8 @@ def read_vectors(columns: ColumnValues, feature: FeatureInfo, supervised_N: NDAr
     distances_FH = None
     if feature.kind == "attention":
         distances_FH = checked_column(columns, _distance_column(feature), np.uint16, count * feature.size).reshape(shape)
+        if (distances_FH > feature_positions(feature, supervised_N)[:, None]).any():
+            raise CorruptCacheError(f"feature {feature.name!r}: a key lies in front of the sequence")
     return StoredVectors(values_FH, scale_F, distances_FH)
 
 
