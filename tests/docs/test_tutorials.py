@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_proxy import FaultProxy
@@ -10,6 +12,9 @@ from tiny_model import build_tiny_model
 from tutorial_runner import RUN, Tutorial, blocks_of
 
 import kdcache
+from kdcache.codec.features.constants import constant_bytes
+from kdcache.codec.features.vectors import bytes_per_vector
+from kdcache.format.identity import FeatureInfo, ProjectionInfo
 
 PAGES = Path(__file__).parents[2] / "kdcache" / "docs"
 
@@ -110,6 +115,34 @@ def test_temperature(work_folder: Path, small: dict[str, str], capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert float(names["loss"]) > 0
     assert "3.0" in shown.splitlines()[-1]
+
+
+def test_features(work_folder: Path, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    names = Tutorial(page("features"), instead=small).run()
+    assert "bytes per position" in capsys.readouterr().out
+    assert names["rest"].shape == names["probabilities"].shape[:2]
+
+
+def test_the_costs_of_features_are_what_they_take() -> None:
+    """The table's numbers, of its teacher: 4,096 numbers, 32 heads, 8 key-value heads of 128."""
+
+    def cost(**fields: Any) -> tuple[int, int]:
+        feature = FeatureInfo(name="x", layer=1, **fields)
+        return bytes_per_vector(feature), constant_bytes(feature)
+
+    pca, random = (ProjectionInfo(kind=kind, full_size=4096) for kind in ("pca", "random"))
+    heads = [
+        cost(size=size, dtype="int8", kind=kind)[0] for kind, size in (("queries", 4096), ("keys", 1024), ("values", 1024))
+    ]
+    costs = [
+        cost(size=4096), cost(size=4096, dtype="int8"), cost(size=4096, dtype="int8", scale="channel"),
+        cost(size=256, dtype="int8", projection=pca), cost(size=256, dtype="int8", projection=random), (sum(heads), 0),
+        cost(size=32 * 8, kind="attention"), (cost(size=4096)[0] // 512, 0),
+    ]  # fmt: skip
+    rows = re.findall(r"^\| .+ \| ([\d,]+) \| ([^|]*)\|", page("features").read_text("utf-8"), re.MULTILINE)
+    assert [int(number.replace(",", "")) for number, _ in rows] == [each for each, _ in costs]
+    assert [once.strip() for _, once in rows] == ["", "", "33 kB", "4.2 MB", "", "", "", ""]
+    assert [once for _, once in costs] == [0, 0, 32_768, 4_211_712 + 0, 0, 0, 0, 0]
 
 
 def test_object_stores(work_folder: Path, s3: FaultProxy, models: dict[str, str], tiny_model_dir: Path) -> None:
