@@ -64,8 +64,11 @@ def make_teacher(options: argparse.Namespace) -> str:
     return str(folder.resolve())
 
 
-def make_plan(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
-    """What the work folder's results depend on; kept there, and compared when the command is run again."""
+def make_plan(options: argparse.Namespace, known: dict[str, Any], caches: Path | None = None) -> dict[str, Any]:
+    """What the work folder's results depend on; kept there, and compared when the command is run again.
+
+    `caches` is a folder of caches that several work folders share; None for the work folder's own.
+    """
     names = (
         "seq_len",
         "hidden_size",
@@ -80,6 +83,7 @@ def make_plan(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, A
     )
     plan: dict[str, Any] = {name: getattr(options, name) for name in names}
     plan |= {"teacher": make_teacher(options), "work": str(options.work.resolve())}
+    plan |= {"caches": str(caches.resolve())} if caches else {}
     path = options.work / "plan.json"
     if path.exists():
         kept = json.loads(path.read_text())

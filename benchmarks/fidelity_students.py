@@ -31,6 +31,7 @@ from kdcache.config.capture import (
     TeacherConfig,
     WindowConfig,
 )
+from kdcache.config.load import convert_config
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.train import LossConfig, OptimizerConfig, StudentConfig, TrainConfig
 from kdcache.loader.loader import Loader
@@ -41,8 +42,9 @@ from kdcache.teacher import load_tokenizer
 from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.evaluation.heldout import HeldoutSequence, read_heldout
 from kdcache.train.evaluation.scores import score_models
+from kdcache.train.packed import logits_head
 from kdcache.train.schedule import learning_rate
-from kdcache.train.step import make_optimizer, optimize
+from kdcache.train.step import BatchLoss, make_optimizer, optimize
 from kdcache.train.student import build_student, load_model
 
 ARCHIVE = {"id": "archive", "bits": 8}
@@ -62,6 +64,12 @@ CACHES: dict[str, dict[str, Any]] = {
 """What is captured; `bytes` stands for the tau that takes so many per position. Packed where no codec is named."""
 
 DROP = {"tail": "drop"}
+BUCKET_FALLS, DROP_RISES = (
+    {"term": "divergence", "weight": {"schedule": "linear", "start": start, "end": 1 - start}, "options": {"tail": tail}}
+    for start, tail in ((1.0, "bucket"), (0.0, "drop"))
+)
+"""Together a KL whose tail has the student's own shape at first (the bucket says its mass alone), and the drawn entries' at
+last: with weight w the drawn entries' part of the gradient is w times as large, and so is its noise."""
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "labels": ("top_k 16", {"alpha": 0.0}),
     "live": ("top_k 16", {}),
@@ -78,6 +86,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "threshold 24 B archive": ("threshold 24 B", DROP),
     "threshold 24 B packed": ("threshold 24 B packed", DROP),
     "threshold 24 B archive, tail-aware": ("threshold 24 B", {"divergence": "tail_aware_kl"}),
+    "threshold 24 B archive, tail rising": ("threshold 24 B", {"terms": [BUCKET_FALLS, DROP_RISES]}),
 }
 """Cache and loss of each kind of student. `labels` and `live` take nothing but the text from theirs."""
 QUICK = {name: SETTINGS[name] for name in [*list(SETTINGS)[:4], "sampled 50", "threshold 24 B archive, tail-aware"]} | {
@@ -99,7 +108,7 @@ def capture_config(plan: dict[str, Any], cache: str, **selection: Any) -> Captur
                               num_threads=1),
         selection=SelectionConfig(**fields),
         codec=CodecConfig(**CACHES[cache].get("codec", {})),
-        out=str(Path(plan["work"]) / "caches" / cache.replace(" ", "-")),
+        out=str(Path(plan.get("caches", Path(plan["work"]) / "caches")) / cache.replace(" ", "-")),
     )  # fmt: skip
 
 
@@ -162,14 +171,14 @@ def train_student(config: TrainConfig, teacher: PreTrainedModel | None) -> tuple
     """A student after all steps, from the cache or, with a teacher, from that; and a digest of the ids that it has read."""
     model = build_student(config.student, seed=config.seed).to(config.device).train()  # pyright: ignore[reportArgumentType]
     optimizer, digest, done, started = make_optimizer(model, config.optimizer), hashlib.sha256(), 0, time.process_time()
-    steps = config.steps or 0
+    steps, loss_of = config.steps or 0, BatchLoss(config.loss, logits_head(model))
     with open_reader(config.cache) as reader, Loader(reader, config.loader) as loader:
         while done < steps:  # each loop is an epoch
             for arrays in loader:
                 digest.update(arrays.input_ids_BT.tobytes())
                 batch, rate = to_torch(arrays).to(config.device), learning_rate(done, steps, config.optimizer)
                 if teacher is None:
-                    optimize(model, optimizer, batch, config, rate)
+                    optimize(model, optimizer, batch, config, rate, loss_of, (done, steps))
                 else:
                     for group in optimizer.param_groups:
                         group["lr"] = rate
@@ -198,7 +207,7 @@ def train_and_score(plan: dict[str, Any], setting: str, seed: int, deadline: flo
                  "num_attention_heads": hidden // 64}  # fmt: skip
     config = TrainConfig(
         cache=capture_config(plan, cache).out, out="", seed=seed, steps=plan["steps"], device=plan["device"],
-        student=StudentConfig(model=folder, overrides=overrides), loss=LossConfig(**loss),
+        student=StudentConfig(model=folder, overrides=overrides), loss=convert_config(loss, LossConfig),
         loader=LoaderConfig(seq_len=plan["seq_len"], batch_rows=plan["batch_rows"], seed=seed, num_threads=1),
         optimizer=OptimizerConfig(lr=plan["lr"], betas=(0.9, plan["beta2"]), final_fraction=0.05),
     )  # fmt: skip

@@ -41,6 +41,8 @@ import torch
 from retention_report import collect, report, write
 from retention_students import SETTINGS, calibrate, capture, choose_layers, result_path, train_and_score
 
+from kdcache.half_precision import is_emulated
+
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1",
          "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # fmt: skip
@@ -48,8 +50,8 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THRE
 TEACHER = ("--num-layers", "12", "--hidden-size", "128", "--steps", "3600", "--threads", "1")
 TOY_TEACHER = ("--num-layers", "5", "--hidden-size", "64", "--steps", "60", "--vocab-size", "320", "--seq-len", "64")
 
-SIZES = {"seeds": 3, "seq_len": 256, "steps": 1000, "batch_rows": 4, "heldout_tokens": 50_000}
-RATES = {"lr": 1e-3, "random_lr": 3e-3, "beta2": 0.999}
+SIZES = {"seeds": 3, "seq_len": 256, "steps": 400, "batch_rows": 4, "heldout_tokens": 30_000}
+RATES = {"lr": 1e-3, "random_lr": 1e-3, "beta2": 0.999}
 TOY = {"seeds": 2, "seq_len": 64, "steps": 30, "heldout_tokens": 3000, "max_texts": 6}
 
 
@@ -64,8 +66,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, value in {**SIZES, **RATES}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="(default: %(default)s)")
     parser.add_argument("--max-texts", type=int, help="of those held back that are captured (default: all)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "float32" if is_emulated(torch.bfloat16, device) else "bfloat16"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of students (here: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--quick", action="store_true", help="toy sizes: does it work?")
     parser.add_argument("--report-only", action="store_true", help="table, verdict and picture anew from the json in --out")
     options = parser.parse_args(argv)

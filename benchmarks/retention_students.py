@@ -36,16 +36,50 @@ MAX_BYTES, MAX_SHARE = 24, 0.60
 """Of the cache per position; of the teacher's non-embedding parameters."""
 
 COPIED, RANDOM = "copied", "random"
+COSINE = {"term": "hidden_states", "weight": 1.0, "options": {"feature": "hidden_last", "layer": -1, "loss": "cosine"}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "KL, layers copied": {"init": COPIED, "cache": "record", "loss": {"alpha": 1.0}},
     "labels, layers copied": {"init": COPIED, "cache": "record", "loss": {"alpha": 0.0}},
     "KL, random weights": {"init": RANDOM, "cache": "record", "loss": {"alpha": 1.0}},
+    "KL, three times as long": {"init": COPIED, "cache": "record", "loss": {"alpha": 1.0}, "times": 3},
+    "labels, three times as long": {"init": COPIED, "cache": "record", "loss": {"alpha": 0.0}, "times": 3},
+    "KL + cosine of last states": {"init": COPIED, "cache": "states", "loss": {"alpha": 1.0, "terms": [COSINE]}},
+    "triple loss": {
+        "init": COPIED,
+        "cache": "states",
+        "loss": {
+            "terms": [
+                {"term": "divergence", "weight": 5.0, "options": {"temperature": 2.0, "tail": "bucket"}},
+                {"term": "cross_entropy", "weight": 2.0},
+                COSINE,
+            ]
+        },
+    },
+    "exact KL from states": {
+        "init": COPIED,
+        "cache": "states",
+        "loss": {
+            "terms": [
+                {"term": "exact_kl", "options": {"feature": "hidden_last", "sidecar": "output_projection"}},
+                {"term": "cross_entropy", "weight": 0.0},
+            ]
+        },
+    },
 }
-"""How a student begins, what it learns from, and its loss."""
+"""How a student begins, what it learns from, its loss, and how many times the steps of the others it trains.
+
+The triple loss is DistilBERT's, with its weights: the teacher's soft distribution (of `threshold` the exact entries, since
+drawn ones stand for temperature 1), the text, the last states.
+"""
 
 PROBED_TAUS = (0.3, 0.1, 0.03, 0.01)
-SELECTED_TOKENS = 8192
+SELECTED_TOKENS = 4096
 """Of text held back, on which layers are chosen."""
+
+
+def terms_of(name: str) -> set[str]:
+    """The terms of a setting's loss beyond the short form."""
+    return {term["term"] for term in SETTINGS[name]["loss"].get("terms", ())}
 
 
 def teacher_model(plan: dict[str, Any]) -> PreTrainedModel:
@@ -63,6 +97,9 @@ def capture_config(plan: dict[str, Any], cache: str, tau: float | None = None) -
         "codec": {"id": "archive", "bits": 8},
         "out": str(Path(plan["work"]) / "caches" / cache),
     }  # fmt: skip
+    if cache == "states":
+        fields["selection"]["temperatures"] = [2.0]
+        fields["features"] = [{"layer": -1, "dtype": "float16"}]
     return convert_config(fields, CaptureConfig)
 
 
@@ -108,6 +145,7 @@ def capture(plan: dict[str, Any], cache: str) -> dict[str, float]:
 
 def train_config(plan: dict[str, Any], name: str, seed: int) -> TrainConfig:
     setting = SETTINGS[name]
+    steps = plan["steps"] * setting.get("times", 1)
     student: dict[str, Any] = {
         "model": plan["teacher"],
         "init": "random",
@@ -123,13 +161,13 @@ def train_config(plan: dict[str, Any], name: str, seed: int) -> TrainConfig:
         "loss": setting["loss"],
         "optimizer": {"lr": plan["lr"] if setting["init"] == COPIED else plan["random_lr"], "betas": [0.9, plan["beta2"]],
                       "final_fraction": 0.02},
-        "steps": plan["steps"],
+        "steps": steps,
         "seed": seed,
         "device": plan["device"],
         "dtype": plan["dtype"],
         "checkpoint_every_steps": 250,
-        "heldout": {"data": f"{plan['teacher']}/text/heldout.jsonl", "every_steps": max(1, plan["steps"] // 8),
-                    "max_tokens": 5000, "window": plan["seq_len"]},
+        "heldout": {"data": f"{plan['teacher']}/text/heldout.jsonl", "every_steps": max(1, steps // 4),
+                    "max_tokens": 2500, "window": plan["seq_len"]},
     }  # fmt: skip
     return convert_config(fields, TrainConfig)
 

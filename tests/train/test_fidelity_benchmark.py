@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import fidelity
+import fidelity_grid
 import fidelity_report
 import fidelity_students
 
@@ -59,6 +61,22 @@ def test_the_verdict_takes_the_record_with_the_highest_lower_bound_and_says_when
     sure = {"setting": "sure", "seeds": [0, 1], "bytes": 22, "share_loss": {"value": 0.97, "low": 0.96, "high": 0.98}}
     assert "met; sure, 22.0 bytes, 97.0% [96.0%, 98.0%], 2 seeds" in fidelity_report.verdict([wide, sure], "loss")
     assert "not measured yet" in fidelity_report.verdict([{"setting": "labels", "seeds": [0]}], "loss")
+
+
+def _cell(teacher: str, low: float, num_bytes: float = 23.0) -> dict[str, Any]:
+    row = {"setting": "threshold", "seeds": [0, 1], "bytes": num_bytes}
+    row |= {f"share_{metric}": {"value": 1.0, "low": low, "high": 1.1} for metric in ("loss", "kl")}
+    return {"teacher": teacher, "teacher_loss": 3.0, "steps": 300, "rows": [{"setting": "labels", "seeds": [0, 1]}, row]}
+
+
+def test_the_grid_asks_the_lowest_of_all_lower_bounds() -> None:
+    said = fidelity_grid.verdicts([_cell("a", 0.97), _cell("b", 0.96)])
+    assert len(said) == 2
+    assert "in each of 2 cells, by the lower bounds: met; the lowest is 96.0%" in said[0]
+    assert "NOT shown; the lowest is 94.0%" in fidelity_grid.verdicts([_cell("a", 0.97), _cell("b", 0.94)])[1]
+    assert "not decided" in fidelity_grid.verdicts([_cell("a", 0.97), _cell("b", math.nan)])[0]
+    assert fidelity_grid.verdicts([_cell("a", 0.97, num_bytes=25.0)]) == []
+    assert "| a | 3.000 | 300 | threshold | 23.0 | 2 | 100.0% [97.0%, 110.0%]" in fidelity_grid.table([_cell("a", 0.97)])
 
 
 @pytest.mark.slow
