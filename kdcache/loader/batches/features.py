@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -96,6 +96,29 @@ def gathered(
         ):
             if own is not None and out is not None:
                 out[start:end] = own if keep_F is None else own[keep_F]
+    return vectors
+
+
+def gathered_pooled(
+    asked: AskedFeature, num_sequences: int, record_of: Callable[[int], SequenceRecord | EncodedRecord]
+) -> FeatureVectors[NDArray[np.generic]]:
+    """The vector of each sequence of a pooled feature; one record is held at a time.
+
+    Args:
+        asked: a pooled feature.
+        num_sequences: of all.
+        record_of: gives the record of a sequence by its index.
+
+    Raises:
+        CorruptCacheError: a record does not have it.
+    """
+    vectors = _blank(asked, np.arange(num_sequences), BufferPool(0))
+    for index in range(num_sequences):
+        record = record_of(index)
+        stored = _stored(record, asked, _mask(record))
+        vectors.values_FH[index] = stored.values_FH[0]
+        if stored.scale_F is not None and vectors.scale_F is not None:
+            vectors.scale_F[index] = stored.scale_F[0]
     return vectors
 
 

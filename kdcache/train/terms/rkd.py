@@ -92,7 +92,7 @@ class RkdTerm(Term):
         student_SH, teacher, sequences_S = both.tensors
         distance, angle = rkd(student_SH, teacher, self._anchors(sequences_S))
         self.found = {"distance": float(distance.detach()), "angle": float(angle.detach())}
-        return both.share(self.distance_weight * distance + self.angle_weight * angle)
+        return both.share(self.distance_weight * distance + self.angle_weight * angle).float()
 
     def count(self, batch: TorchBatch, weights_P: Tensor) -> Tensor:  # noqa: ARG002 - sequences count
         """How many sequences have a vector."""

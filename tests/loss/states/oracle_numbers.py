@@ -131,9 +131,8 @@ def modelopt(clone: Path) -> dict[str, Any]:
         "A_1": torch.tensor(0.3),
         "B_2": torch.tensor(0.1),
     }
-    for name, skips in (("balanced", True), ("balanced_with_ce", False)):
-        balancer = code["LogitsAndIntermediatesLossBalancer"](skip_original_loss=skips)
-        found[name] = float(balancer(dict(losses))["kd_loss"])
+    balancer = code["LogitsAndIntermediatesLossBalancer"](skip_original_loss=True)
+    found["balanced"] = float(balancer(losses)["kd_loss"])
     return found
 
 

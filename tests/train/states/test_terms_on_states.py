@@ -106,6 +106,23 @@ def test_a_batch_without_a_position_adds_zero_and_keeps_the_graph(name):
     assert all(weight.grad is not None for weight in term.parameters())
 
 
+@pytest.mark.parametrize("name", TERMS)
+def test_half_precision_is_near_to_float32(name):
+    term, infos = made(name, STUDENT)
+    batch = with_features(batch_of(ROWS), TEACHER, *infos)
+    expected = float(value_of(term, STUDENT, batch).detach())
+    half = tiny(1, hidden=24, heads=2, kv_heads=1).bfloat16()
+    found = value_of(term, half, batch)
+    assert found.dtype == torch.float32
+    assert float(found.detach()) == pytest.approx(expected, rel=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value_of(term, STUDENT, batch)
+        gradients = torch.autograd.grad(found, list(STUDENT.parameters()), allow_unused=True)
+    assert found.dtype == torch.float32
+    assert float(found.detach()) == pytest.approx(expected, rel=0.05)
+    assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
+
+
 def test_positions_count_by_their_weights():
     term, infos = made("mse", tiny(2))
     batch = with_features(batch_of(ROWS), TEACHER, *infos)
