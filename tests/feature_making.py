@@ -104,7 +104,7 @@ def features_with(seed: int, record: SequenceRecord, fits: Sequence[FittedFeatur
     return project_features(features, constants, full_features(seed, record, features))
 
 
-def open_writer(path: Path, fits: Sequence[FittedFeature], num_units: int = 1, **options: Any) -> CacheWriter:
+def open_writer(path: Path | str, fits: Sequence[FittedFeature], num_units: int = 1, **options: Any) -> CacheWriter:
     """A writer of a cache with these features."""
     identity = msgspec.structs.replace(make_identity("packed"), features=tuple(fit.info for fit in fits))
     sidecars = [sidecar for fit in fits for sidecar in fit.sidecars]
@@ -112,7 +112,7 @@ def open_writer(path: Path, fits: Sequence[FittedFeature], num_units: int = 1, *
 
 
 def make_feature_cache(
-    path: Path, records: Sequence[SequenceRecord], fits: Sequence[FittedFeature], **options: Any
+    path: Path | str, records: Sequence[SequenceRecord], fits: Sequence[FittedFeature], **options: Any
 ) -> Manifest:
     """A cache of one unit."""
     writer = open_writer(path, fits, **options)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from kdcache.format.manifest import FeatureInfo
+from kdcache.cli.wording import size
+from kdcache.shown import shown
 
+if TYPE_CHECKING:
+    from kdcache.format.manifest import FeatureInfo, SidecarInfo
+
+_MOST_TENSORS = 6
 _OFF = {
     "float16": "off by at most |x| 2^-11",
     "bfloat16": "off by at most |x| 2^-8",
     "int8": "off by at most 1/254 of a vector's largest magnitude",
 }
+_OFF_BY_CHANNEL = "off by at most 1/254 of the channel's range in the sample, more in a vector beyond it"
 
 
 def source_words(feature: FeatureInfo) -> str:
@@ -49,5 +54,15 @@ def positions_words(feature: FeatureInfo) -> str:
 
 def feature_words(feature: FeatureInfo) -> str:
     """All of it, with the largest error of what is stored."""
-    off = _OFF[feature.dtype] if feature.scale == "vector" else "off by at most 1/254 of the largest of its channels' scales"
+    off = _OFF[feature.dtype] if feature.scale == "vector" else _OFF_BY_CHANNEL
     return f"{source_words(feature)}, {width_words(feature)} ({off}), {positions_words(feature)}"
+
+
+def sidecar_words(sidecar: SidecarInfo) -> str:
+    """What a sidecar holds, as in `basis F32 256 x 4,096, center F32 4,096, 4.21 MB`."""
+    held = [
+        f"{shown(name, 80)} {shown(tensor.dtype, 10)} {' x '.join(f'{n:,}' for n in tensor.shape) or 'number'}"
+        for name, tensor in list(sidecar.tensors.items())[:_MOST_TENSORS]
+    ]
+    held += [f"{len(sidecar.tensors) - _MOST_TENSORS:,} more"] * (len(sidecar.tensors) > _MOST_TENSORS)
+    return f"{', '.join(held)}, {size(sidecar.num_bytes)}"

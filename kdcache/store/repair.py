@@ -190,8 +190,12 @@ def _damaged_sidecars(root: Location, manifest: Manifest) -> tuple[list[Damage],
         try:
             read_sidecar(root, sidecar)
         except CorruptCacheError as error:
-            damage = Damage(None, paths.sidecar_name(sidecar.sha256), str(error))
-            (lost if sidecar.name in needed else others).append(damage)
+            name = paths.sidecar_name(sidecar.sha256)
+            if sidecar.name in needed:
+                lost.append(Damage(None, name, str(error)))
+            else:
+                reason = str(error).removeprefix(f"{root / name}: ").partition(";")[0]
+                others.append(Damage(None, name, f"{reason}; what made the cache puts it back when it is run again"))
     return others, lost
 
 

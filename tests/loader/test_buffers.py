@@ -68,7 +68,15 @@ def test_larger_arrays_replace_smaller_buffers_and_no_more_are_kept_than_asked_f
     assert pool.num_allocated == 3
     several = [pool.take((100_000,), np.uint8) for _ in range(5)]
     del several
-    assert len(pool._free) == 2
+    assert len(pool._free["entries"]) == 2
+
+
+def test_arrays_of_another_purpose_have_buffers_of_their_own(pool: BufferPool) -> None:
+    """A feature's vectors are a hundred times larger: small arrays that took their buffers would hold all of that memory."""
+    for _ in range(3):
+        large, small = pool.take((100_000,), np.uint8, "hidden"), pool.take((10,), np.uint8)
+        del large, small
+    assert pool.num_allocated == 2
 
 
 def test_batches_that_are_kept_stay_as_they_were() -> None:

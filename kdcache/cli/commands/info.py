@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cli.feature_wording import feature_words
+from kdcache.cli.feature_wording import feature_words, sidecar_words
 from kdcache.cli.nll_wording import alignment, left_out
 from kdcache.cli.wording import aligned, count, duration, say_json, size
 from kdcache.config.capture import GenerateConfig
@@ -167,6 +167,7 @@ def _identity_lines(path: str, manifest: Manifest) -> dict[str, str]:
         "selection": f"{identity.selection.kind} {_params(identity.selection.params)}",
         "codec": f"{identity.codec.codec_id} {_params(identity.codec.params)}".rstrip(),
         **{f"feature {feature.name}": feature_words(feature) for feature in identity.features},
+        **{f"sidecar {sidecar.name}": sidecar_words(sidecar) for sidecar in manifest.sidecars},
         "plan": f"{count(num_units, 'unit')}, {state}",
         **_lineage(manifest),
     }

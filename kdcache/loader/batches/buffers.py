@@ -31,26 +31,27 @@ class BufferPool:
     """Hands out arrays, and hands their memory out again when they are gone. Safe to use from several threads.
 
     Args:
-        most_free: buffers kept while unused; what comes back beyond them is freed.
+        most_free: buffers of one purpose kept while unused; what comes back beyond them is freed.
         allocate: makes a buffer; another one for pinned memory.
     """
 
     def __init__(self, most_free: int, allocate: Allocate = plain_memory) -> None:
-        self._allocate = allocate
+        self._allocate, self._most_free = allocate, most_free
         # A deque and no lock: a lease may end in the middle of `take`, in the same thread, when garbage is collected there.
-        self._free: deque[NDArray[np.uint8]] = deque(maxlen=most_free)
+        self._free: dict[str, deque[NDArray[np.uint8]]] = {}
         self.num_allocated = 0
 
-    def take(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """An uninitialised C-contiguous array."""
+    def take(self, shape: tuple[int, ...], dtype: DTypeLike, purpose: str = "entries") -> NDArray[Any]:
+        """An uninitialised C-contiguous array. Arrays of one purpose are about equally large, and share buffers."""
         num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        lease = _Lease(self._buffer(num_bytes), self._free)
+        free = self._free.setdefault(purpose, deque(maxlen=self._most_free))
+        lease = _Lease(self._buffer(num_bytes, free), free)
         return np.asarray(lease)[:num_bytes].view(dtype).reshape(shape)
 
-    def _buffer(self, num_bytes: int) -> NDArray[np.uint8]:
-        for _ in range(len(self._free)):
+    def _buffer(self, num_bytes: int, free: deque[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        for _ in range(len(free)):
             try:
-                buffer = self._free.popleft()
+                buffer = free.popleft()
             except IndexError:  # another thread took it
                 break
             if num_bytes <= len(buffer):

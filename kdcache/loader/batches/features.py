@@ -126,7 +126,7 @@ def _blank(asked: AskedFeature, slots_F: NDArray[np.int64], pool: BufferPool) ->
     feature, shape = asked.info, (len(slots_F), asked.info.size)
     return FeatureVectors(
         info=feature,
-        values_FH=pool.take(shape, NUMPY_DTYPES[feature.dtype]),
+        values_FH=pool.take(shape, NUMPY_DTYPES[feature.dtype], f"feature:{feature.name}"),
         slots_F=slots_F,
         scale_F=np.empty(shape[0], np.float32) if feature.dtype == "int8" else None,
         mean_H=asked.constants.mean_H,
