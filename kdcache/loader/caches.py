@@ -76,6 +76,12 @@ class CacheSet:
     def __len__(self) -> int:
         return self._bases[-1]
 
+    def ask_for(self, features: Sequence[str], *, with_roles: bool) -> None:
+        """Let batches hold other features, and roles or none; raises ConfigError where a cache lacks a feature."""
+        manifests = [cache.manifest for cache in self.caches]
+        self.features = tuple(map(AskedFeature, find_features(manifests, features))) if features else ()
+        self.with_roles = with_roles
+
     @property
     def snapshots(self) -> list[str]:
         """The snapshot of each."""

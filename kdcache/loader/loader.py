@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.config.loader import LoaderConfig
-from kdcache.errors import StateError
+from kdcache.errors import ConfigError, StateError
 from kdcache.loader.batches.batch import Batch
 from kdcache.loader.batches.buffers import Allocate, BufferPool, plain_memory
 from kdcache.loader.cache import Cache
@@ -185,6 +185,20 @@ class Loader:
             self._move()
             self._closed = True
             self._caches.close()
+
+    def ask_for(self, config: LoaderConfig) -> None:
+        """Read with another config from the next loop on, which differs in what batches hold: features, roles.
+
+        Raises:
+            ConfigError: it decides otherwise which positions are in each batch, or a cache lacks what it asks for.
+        """
+        if config == self.config:
+            return
+        if stream_config(config) != stream_config(self.config):
+            raise ConfigError("another loader config gives other batches; make another loader with it")
+        self._move()
+        self._caches.ask_for(config.features, with_roles=config.with_roles)
+        self.config = config
 
     def use_buffers(self, *, allocate: Allocate | None = None) -> None:
         """Take the memory of further batches' large arrays from `allocate`, as pinned memory; it is used again, see

@@ -104,7 +104,7 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.loader, self.folder, self.heldout = config, model, loader, folder, heldout
         self._loss = BatchLoss(config.loss, logits_head(model))
-        self._terms = set_up_terms(self._loss.terms, model, loader.caches[0], seed=config.seed)
+        self._terms = set_up_terms(self._loss.terms, model, loader.caches, seed=config.seed)
         self.optimizer = make_optimizer(model, config.optimizer, self._terms, config.loss.projector_lr)
         self.num_steps = config.steps or num_batches(loader, config.epochs or 1)
         self.step = self.num_tokens = self.num_skipped = 0

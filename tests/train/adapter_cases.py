@@ -50,13 +50,13 @@ def plain_losses(
     """Losses of a plain loop in one process: AdamW without decay, no clipping, constant rate; each step's mean over all
     positions of its batches."""
     model = make_student()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     batches, losses = first_batches(cache, options, num_steps * accumulated), []
     with Loader(cache, options) as loader:
         loss_of = StudentLoss(model, loader, loss or LossConfig())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     for step in range(num_steps):
         of_step = batches[step * accumulated : (step + 1) * accumulated]
-        scale, total = loss_of.scale(of_step), 0.0
+        scale, total, loss_of.at = loss_of.scale(of_step), 0.0, (step, num_steps)
         for batch in of_step:
             part = loss_of(model, batch, scale)
             part.backward()

@@ -16,6 +16,7 @@ from adapter_cases import LR, OPTIONS, first_batches, make_student, plain_losses
 from torch.distributed.checkpoint.stateful import Stateful
 
 from kdcache.config.loader import LoaderConfig
+from kdcache.config.train import LossConfig
 from kdcache.errors import ConfigError, StateError
 from kdcache.loader.batches.batch import Batch
 from kdcache.loader.loader import Loader
@@ -138,7 +139,14 @@ def test_accelerate_saves_the_loaders_place_and_goes_on_from_it(
 
 
 def lightning_losses(
-    cache: Path, folder: Path, *, stop: int | None, resume: bool, options: LoaderConfig = OPTIONS, **trainer_options: Any
+    cache: Path,
+    folder: Path,
+    *,
+    stop: int | None,
+    resume: bool,
+    options: LoaderConfig = OPTIONS,
+    loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
+    **trainer_options: Any,
 ) -> list[float]:
     """Of this call's steps; a checkpoint after every second."""
     lightning = pytest.importorskip("lightning")
@@ -152,11 +160,13 @@ def lightning_losses(
             self.model, self.losses = make_student(attention_dropout=0.0), []
 
         def setup(self, stage: str) -> None:
-            self.loss_of = [StudentLoss(self.model, self.trainer.datamodule.stream.loader)]  # in a list: no second owner
+            loader = self.trainer.datamodule.stream.loader
+            self.loss_of = [StudentLoss(self.model, loader, loss)]  # in a list: no second owner
 
         def training_step(self, batch: Any, _: int) -> torch.Tensor:
             if len(self.losses) == stop:
                 raise InterruptedError
+            self.loss_of[0].at = (self.global_step, 9)
             loss = self.loss_of[0](self.model, batch, self.loss_of[0].scale([batch]))
             self.losses.append(float(loss.detach()))
             return loss

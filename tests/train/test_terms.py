@@ -60,7 +60,7 @@ class Evaluated:
         model = make_student()
         self.loss_of = BatchLoss(config, logits_head(model))
         with open_cache(cache) as opened:
-            set_up_terms(self.loss_of.terms, model, opened, seed=3)
+            set_up_terms(self.loss_of.terms, model, [opened], seed=3)
         with reading(model, self.loss_of.terms.reads) as inner:
             hidden_BTH = hidden_states(model, batch.input_ids_BT, batch.position_ids_BT)
         loss = self.loss_of(hidden_BTH, output_projection(model), batch, dtype=torch.float32, inner=inner, **how)
@@ -319,7 +319,7 @@ def test_what_cache_or_student_lack_is_refused_in_one_sentence(small_cache: Path
     def begin() -> None:
         terms = BatchLoss(loss_config(term, NO_LABELS)).terms
         terms.check(cache.manifest)
-        set_up_terms(terms, make_student(), cache, seed=0)
+        set_up_terms(terms, make_student(), [cache], seed=0)
 
     with open_cache(small_cache) as cache, pytest.raises((ConfigError, LossError), match=sentence):
         begin()

@@ -11,9 +11,11 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -25,14 +27,15 @@ from kdcache.format.soft_targets import SoftTargets
 from kdcache.loader.caches import CacheLike
 from kdcache.loader.loader import Loader
 from kdcache.loader.torch_batches import TorchBatch
-from kdcache.loss.global_mean import global_weight
+from kdcache.train.adapters.attached import projector_group, without
 from kdcache.train.adapters.stream import BatchStream, num_stream_batches
 from kdcache.train.adapters.student_loss import StudentLoss
 from kdcache.train.finite import check_weights
+from kdcache.train.terms.engine import LossTerms, scale_of, summed_over_ranks
 
 _Base = Trainer if TYPE_CHECKING else object
 
-_STATE = "kdcache_loader"
+_STATE, _TERMS = "kdcache_loader", "kdcache_terms.safetensors"
 _FIELDS = [field.name for field in fields(TorchBatch)]
 # Trainer counts tokens and operations by this name.
 _NAMES = {"input_ids_BT": "input_ids", "position_ids_BT": "position_ids"}
@@ -73,7 +76,8 @@ class KDMixin(_Base):
         _check_arguments(args, others)
         batches = Loader(cache, loader, rank=args.process_index, world_size=args.world_size)
         args, round_steps = _arguments(args, batches)
-        self._round_steps, self._is_set = round_steps, False
+        self._round_steps, self._is_set, self._is_checkpoint = round_steps, False, False
+        self._seen: Tensor | float = 0.0
         self.stream = BatchStream(
             batches,
             round_batches=round_steps * args.gradient_accumulation_steps,
@@ -81,7 +85,7 @@ class KDMixin(_Base):
         )
         try:
             super().__init__(model=model, args=args, **others)  # by name: some begin with arguments of their own
-            self.student_loss = StudentLoss(self.model, batches, loss)  # pyright: ignore[reportArgumentType]
+            self.student_loss = StudentLoss(self.model, batches, loss, seed=args.seed)  # pyright: ignore[reportArgumentType]
         except BaseException:
             batches.close()
             raise
@@ -116,26 +120,64 @@ class KDMixin(_Base):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scale = None
         if num_items_in_batch is not None:
-            scale = self.args.world_size / torch.as_tensor(num_items_in_batch).clamp_min(torch.finfo(torch.float32).tiny)
+            scale = scale_of(torch.as_tensor(num_items_in_batch), self.args.world_size)
+        self.student_loss.at = (self.state.global_step, self.state.max_steps)
         loss = self.student_loss(model, _batch(inputs), scale)
+        self._seen = self._seen + self.student_loss.seen()
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
-        """The weight of all positions of one optimiser step, on all ranks."""
+        """What terms count in one optimiser step, on all ranks."""
         if not batch_samples or "flat_positions_P" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
-        weights = self.student_loss.weights(map(_batch, batch_samples))
-        return global_weight([weights_P.to(device) for weights_P in weights]).float()
+        return self.student_loss.counts(_batch(inputs).to(device) for inputs in batch_samples).float()
 
-    def save_model(self, *args: Any, **options: Any) -> None:
-        """As the trainer's, of a model whose weights are finite."""
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        """As the trainer's; what terms of the loss learn has a learning rate of its own and no weight decay."""
+        terms: LossTerms = self.student_loss.loss.terms
+        model: Any = self.model
+        with without(model):
+            optimizer: Any = super().create_optimizer(*args, **options)
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if terms.has_parameters and not any(id(p) in known for p in terms.parameters()):
+            optimizer.add_param_group(projector_group(terms))
+        return optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """As the trainer's, with each term's mean over all ranks since the last time, where there are several."""
+        if "loss" in logs and isinstance(self._seen, Tensor):
+            sums, counts = summed_over_ranks(self._seen)
+            names, self._seen = self.student_loss.loss.terms.names, 0.0
+            means = zip(names, (sums / counts).tolist(), strict=True)
+            logs |= {f"terms/{name}": mean for name, mean in means if len(names) > 1 and not math.isnan(mean)}
+        super().log(logs, *args, **options)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **options: Any) -> None:
+        """As the trainer's, of a model whose weights are finite, and without what terms of the loss learn."""
         check_weights(self.model, f"step {self.state.global_step}:")  # pyright: ignore[reportArgumentType]
-        super().save_model(*args, **options)
+        super().save_model(output_dir, *args, **options)
+        terms = self.student_loss.loss.terms
+        if self._is_checkpoint and terms.has_parameters and self.args.should_save:
+            # In place before the trainer writes its state, without which a checkpoint is none.
+            save_file(_on_cpu(terms.state_dict()), str(Path(output_dir or self.args.output_dir or ".") / _TERMS))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # As the state of a callback: Trainer keeps it with the step's number, and passes over names that it does not know.
         self._callback_states()[_STATE] = {"args": {}, "attributes": self.stream.state_dict()}
-        super()._save_checkpoint(model, trial)
+        self._is_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_checkpoint = False
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        terms, path = self.student_loss.loss.terms, Path(resume_from_checkpoint) / _TERMS
+        if not terms.has_parameters:
+            return
+        if not path.is_file():
+            raise StateError(f"{path} is missing: the checkpoint was made with another loss, whose terms learned nothing")
+        terms.load_state_dict(load_file(path))
 
     def _round_start(self) -> int:
         """The index of the first batch of the round in which the trainer stands."""
@@ -214,3 +256,7 @@ def _arguments(args: TrainingArguments, loader: Loader) -> tuple[TrainingArgumen
         return args, math.ceil(loader.num_batches(0) / accumulated)
     args.max_steps = math.ceil(num_stream_batches(loader, args.num_train_epochs) / accumulated)
     return args, math.ceil(args.max_steps / args.num_train_epochs)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -6,7 +6,7 @@ The loss of a step is a sum over terms of weight * (sum over a batch / count): s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -112,14 +112,15 @@ class LossTerms(nn.Module):
         self.configs = term_configs(config)
         if not self.configs:
             raise ConfigError("loss.terms has no term with a weight above 0; give one")
-        self.terms = nn.ModuleList(make_term(of_one) for of_one in self.configs)
         self.names = _unique([of_one.term for of_one in self.configs])
+        # No ModuleList: within a model, its decoder layers are looked for among those.
+        self.terms = nn.ModuleDict(dict(zip(self.names, map(make_term, self.configs), strict=True)))
         self.reads = self.needs().reads
         self.last: TermValues | None = None
 
     def members(self) -> list[Term]:
         """The terms, in their order."""
-        return [term for term in self.terms if isinstance(term, Term)]
+        return [term for term in self.terms.values() if isinstance(term, Term)]
 
     def needs(self) -> Needs:
         """What all terms together need."""
@@ -174,6 +175,14 @@ class LossTerms(nn.Module):
         """(terms,) float64: what the terms' sums over this batch are divided by."""
         weights_P = self.weights_P(batch)
         return torch.stack([term.count(batch, weights_P).detach().to(_wide(weights_P)) for term in self.members()])
+
+    def total_counts(self, batches: Iterable[TorchBatch]) -> Tensor:
+        """The counts of several batches on all ranks together: a scalar where all terms count positions, else (terms,).
+
+        A collective where torch.distributed is initialised: every rank calls it.
+        """
+        totals = summed_over_ranks(torch.stack([self.counts(batch) for batch in batches]).sum(dim=0))
+        return totals[0] if all(type(term).count is Term.count for term in self.members()) else totals
 
     def forward(
         self,
@@ -232,7 +241,7 @@ class LossTerms(nn.Module):
         found = one_pass(in_pass, student, batch, weights_P, settings)
         for i, value in zip(own, found.values, strict=True):
             runs[i].value = value * weights_P.sum() if scales is None else value
-        return [found.loss if scales is None else found.loss * scales[own[0]]]
+        return [found.loss if scales is None else found.loss * scales[own[0]].to(found.loss.dtype)]
 
     def _alone(
         self, runs: list[_Run], student: StudentStates, batch: TorchBatch, counts: Tensor, scales: Tensor | None
@@ -278,13 +287,23 @@ def _balance(runs: list[_Run], counts: Tensor) -> None:
     balanced = [i for i, run in enumerate(runs) if run.config.balance == "equal"]
     if not balanced:
         return
-    both = torch.stack([torch.stack([run.value.to(counts) for run in runs]), counts])
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(both)
+    both = summed_over_ranks(torch.stack([torch.stack([run.value.to(counts) for run in runs]), counts]))
     means = (both[0] / both[1]).abs()
     for i in balanced:
         ratio = means[0] / means[i]
         runs[i].weight = runs[i].weight * torch.where(torch.isfinite(ratio), ratio, 0.0)
+
+
+def summed_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks; a collective where torch.distributed is initialised."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def scale_of(totals: Tensor, num_ranks: int) -> Tensor:
+    """What each rank multiplies the terms' sums with, so that gradients averaged over ranks are those of the means."""
+    return torch.where(totals > 0, num_ranks / totals.clamp_min(torch.finfo(totals.dtype).tiny), 0.0)
 
 
 def check_term(name: str, term: Term, manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from kdcache.errors import ConfigError
@@ -12,35 +13,35 @@ from kdcache.train.terms.engine import LossTerms
 from kdcache.train.terms.inner import check_reads
 
 
-def set_up_terms(terms: LossTerms, model: Any, cache: Cache, *, seed: int) -> LossTerms:
+def set_up_terms(terms: LossTerms, model: Any, caches: Sequence[Cache], *, seed: int) -> LossTerms:
     """Make the terms' parameters for a student and a cache, and look whether the student shows what they read.
 
     Args:
         terms: not yet set up.
         model: of transformers, on its device.
-        cache: open.
+        caches: open; of several, the first one's manifest and sidecars count.
         seed: of what terms draw at random.
 
     Raises:
         ConfigError: see `check_reads`; whatever a term refuses.
     """
-    terms.set_up(setting_of(model, cache, seed=seed))
+    terms.set_up(setting_of(model, caches, seed=seed))
     check_reads(model, terms.reads)
     return terms
 
 
-def setting_of(model: Any, cache: Cache, *, seed: int) -> Setting:
+def setting_of(model: Any, caches: Sequence[Cache], *, seed: int) -> Setting:
     """The setting of a student and a cache.
 
     Args:
         model: of transformers.
-        cache: open.
+        caches: open; of several, the first one's manifest and sidecars count.
         seed: of what terms draw at random.
     """
     config = text_config(model)
     num_heads = int(config.num_attention_heads)
     return Setting(
-        manifest=cache.manifest,
+        manifest=caches[0].manifest,
         sidecar=_none_yet,
         hidden_size=int(config.hidden_size),
         num_layers=int(config.num_hidden_layers),
@@ -48,7 +49,7 @@ def setting_of(model: Any, cache: Cache, *, seed: int) -> Setting:
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // num_heads),
         vocab_size=int(config.vocab_size),
-        num_sequences=len(cache),
+        num_sequences=sum(map(len, caches)),
         seed=seed,
         device=output_projection(model).weight.device,
         pooled_features=_none_yet,
