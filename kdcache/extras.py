@@ -49,6 +49,11 @@ def require(*packages: str, purpose: str, extra: str | None = None) -> None:
             raise MissingDependencyError(package, extra=extra or EXTRAS[package], purpose=purpose)
 
 
+def is_installed(*packages: str) -> bool:
+    """Whether all of them are; imports none."""
+    return all(find_spec(package) is not None for package in packages)
+
+
 @contextmanager
 def needed_for(purpose: str, extra: str | None = None) -> Iterator[None]:
     """Turn a failed import of a package in EXTRAS into one sentence; see `require`.

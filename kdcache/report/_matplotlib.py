@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from kdcache.report.evaluation import TEACHER, Curves
+from kdcache.report.terms import smoothed
 
 _COLORS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#846358")
 _TEACHER_COLOR = "#555555"
@@ -40,6 +41,30 @@ def draw_evaluation(results: Mapping[str, Any], curves: Curves, path: Path) -> N
         axes.set_title(title, fontsize=11)
         axes.set_ylabel(unit)
     figure.suptitle(_caption(results), fontsize=9, color="#555555")
+    figure.savefig(path, dpi=150)
+
+
+def draw_terms(curves: Mapping[str, Curves], path: Path) -> None:
+    """Draw what `kdcache.report.plot.plot_terms` describes."""
+    terms = list(dict.fromkeys(name for own in curves.values() for name in own))
+    columns = min(3, len(terms))
+    lines = -(-len(terms) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.4 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, term in zip(panels, terms, strict=False):
+        for i, (student, own) in enumerate(curves.items()):
+            if term in own:
+                tokens, means = zip(*smoothed({term: own[term]})[term], strict=True)
+                axes.plot(tokens, means, color=_COLORS[i % len(_COLORS)], linewidth=1.5, label=student)
+        axes.set_title(term, fontsize=11)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        _tidy(axes)
+    for axes in panels[len(terms) :]:
+        axes.set_axis_off()
+    panels[0].set_xlabel("tokens read")
+    panels[0].set_ylabel("mean before its weight")
+    panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 

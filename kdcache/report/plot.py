@@ -29,3 +29,27 @@ def plot_evaluation(results: Mapping[str, Any], curves: Curves, path: str | Path
         _matplotlib.draw_evaluation(results, curves, Path(path))
     except OSError as error:
         raise ConfigError(f"{path}: the plot cannot be written: {error.strerror}") from error
+
+
+def plot_terms(curves: Mapping[str, Curves], path: str | Path) -> bool:
+    """Write a PNG of how each term of the students' losses fell: a panel per term, a line per student.
+
+    Args:
+        curves: student -> term -> points, as `kdcache.report.terms.term_curves` gives them.
+        path: the file; replaced.
+
+    Returns:
+        Whether there was anything to draw; else no file is written.
+
+    Raises:
+        MissingDependencyError, ConfigError: as `plot_evaluation`.
+    """
+    if not any(curves.values()):
+        return False
+    with needed_for("the plot of a loss's terms"):
+        from kdcache.report import _matplotlib
+    try:
+        _matplotlib.draw_terms(curves, Path(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: the plot cannot be written: {error.strerror}") from error
+    return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +20,9 @@ from kdcache.loss.fused import PLAIN_HEAD, Projection
 from kdcache.loss.padding import entries_within
 from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.packed import logits_head
-from kdcache.train.terms.base import Read, StudentStates
+from kdcache.train.terms.base import StudentStates
 from kdcache.train.terms.engine import LossTerms
-from kdcache.train.terms.inner import complete, reading
+from kdcache.train.terms.inner import Seen, complete, reading
 
 
 def check_loss(config: LossConfig, manifest: Manifest) -> None:
@@ -58,7 +57,7 @@ class BatchLoss:
         batch: TorchBatch,
         *,
         dtype: torch.dtype,
-        inner: Mapping[Read, Any] | None = None,
+        inner: Seen | None = None,
         **how: Any,
     ) -> Tensor:
         """A scalar in nats (for the KLs); [P, V] logits never exist whole.
@@ -85,7 +84,7 @@ class BatchLoss:
             hidden_BTH.flatten(0, -2).index_select(0, batch.flat_positions_P).to(dtype),
             projection,
             batch.flat_positions_P,
-            complete(inner or {}, self.terms.reads, hidden_BTH),
+            complete(inner or Seen(), self.terms.reads, hidden_BTH),
         )
         if _has_padding(batch.teacher, num_ids):
             batch = replace(batch, teacher=entries_within(batch.teacher, num_ids).teacher)

@@ -110,6 +110,14 @@ def test_choosing_a_selection(work_folder: Path, small: dict[str, str], capsys: 
     assert "total_variation" in shown
 
 
+def test_loss_terms(work_folder: Path, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    (work_folder / "corpus").mkdir(exist_ok=True)
+    names = Tutorial(page("loss-terms"), instead=small | {"steps: 20": "steps: 2"}).run()
+    assert float(names["loss"].detach()) > 0
+    assert {"divergence", "cross_entropy"} <= names["loss_of"].report().keys()
+    assert "terms" in capsys.readouterr().out
+
+
 def test_temperature(work_folder: Path, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     names = Tutorial(page("temperature"), instead=small).run()
     shown = capsys.readouterr().out

@@ -11,7 +11,7 @@ from kdcache.errors import ConfigError
 from kdcache.extras import require
 from kdcache.shown import say
 
-PLOT = "evaluation.png"
+PLOT, TERMS = "evaluation.png", "terms.png"
 TABLE = "evaluation.md"
 
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Compare students with their teacher on held-out text.\n\n"
         "  kdcache evaluate --teacher my/teacher --data heldout.jsonl --student kd=runs/kd --out eval\n\n"
         "Prints held-out loss, KL, agreement and what each student keeps of the teacher, with intervals, and writes\n"
-        "results.json, a table and a plot."
+        "results.json, a table and plots."
     )
     parser.add_argument("--teacher", required=True, metavar="DIR", help="the teacher: a folder or a hub id")
     parser.add_argument(
@@ -58,8 +58,10 @@ def run(args: argparse.Namespace) -> int:
     # Before hours of scoring, not after.
     require("torch", "transformers", "matplotlib", purpose="kdcache evaluate", extra="train")
     from kdcache.report.evaluation import curve_lines, evaluation_sentences, evaluation_table, retention_sentences
-    from kdcache.report.plot import plot_evaluation
+    from kdcache.report.plot import plot_evaluation, plot_terms
+    from kdcache.report.terms import term_curves
     from kdcache.train.evaluation.evaluate import EvaluateConfig, evaluate
+    from kdcache.train.runs.run_folder import read_metrics
 
     options = EvaluateConfig(
         teacher=args.teacher,
@@ -82,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     (out / TABLE).write_text(table.to_markdown() + "\n")
     plot_evaluation(evaluation.results, evaluation.curves, out / PLOT)
-    say(f"\nwritten to {out}: results.json, {TABLE}, {PLOT}")
+    curves = {name: term_curves(read_metrics(path)) for name, path in students.items()}
+    terms = f", {TERMS}" if plot_terms(curves, out / TERMS) else ""
+    say(f"\nwritten to {out}: results.json, {TABLE}, {PLOT}{terms}")
     return 0
 
 

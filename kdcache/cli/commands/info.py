@@ -76,7 +76,7 @@ def _fields(summary: CacheSummary) -> dict[str, Any]:
     # Shards are many and are in the manifest's own file.
     manifest = fields.pop("manifest") | {"digest": summary.manifest.digest, "num_shards": len(summary.manifest.shards)}
     manifest.pop("shards")
-    return fields | {"manifest": manifest}
+    return fields | {"manifest": manifest, "terms": _terms(summary.manifest)}
 
 
 def _as_text(path: str, summary: CacheSummary) -> str:
@@ -123,8 +123,26 @@ def _selection_lines(summary: CacheSummary) -> dict[str, str]:
         "training": f"at temperature 1{also if further else ''}; others need what selection.temperatures keeps",
         "good for": _GOOD_FOR[selection.kind][0],
         "or choose": _GOOD_FOR[selection.kind][1],
+        **_term_lines(summary.manifest),
         "losses": "; ".join(_losses(selection.kind, has_both=has_estimates(selection) and fixed_exact(selection) != 0)),
     }
+
+
+def _term_lines(manifest: Manifest) -> dict[str, str]:
+    """The terms of a loss that the cache can serve, with the features that each may read."""
+    terms = {name: [str(o["feature"]) for o in options if "feature" in o] for name, options in _terms(manifest).items()}
+    return {"terms": ", ".join(f"{name} ({', '.join(of)})" if of else name for name, of in terms.items())} if terms else {}
+
+
+def _terms(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
+    """Name -> options; empty where torch is missing, without which nothing is trained."""
+    from kdcache.extras import is_installed
+
+    if not is_installed("torch"):
+        return {}
+    from kdcache.train.terms.servable import servable_terms
+
+    return servable_terms(manifest)
 
 
 def _losses(kind: str, *, has_both: bool) -> list[str]:

@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Train with a progress bar; print what was done, the held-out curve and where the model is."""
     config = read_config(args, TrainConfig)
     from kdcache.report.evaluation import curve_lines
+    from kdcache.report.terms import term_curves, term_lines
     from kdcache.train.evaluation.evaluate import heldout_curve
     from kdcache.train.runs.run_folder import METRICS, read_metrics
     from kdcache.train.trainer import train
@@ -35,10 +36,13 @@ def run(args: argparse.Namespace) -> int:
     say(f"{result.num_steps:,} steps, {result.num_tokens:,} tokens{took} in {result.seconds:.1f} s")
     if result.num_skipped:
         say(f"{result.num_skipped:,} of the steps were skipped because a loss or gradient was not finite; see metrics.jsonl")
-    masses = [mass for line in read_metrics(result.out) if isinstance(mass := line.get("padding_mass"), float)]
+    metrics = read_metrics(result.out)
+    masses = [mass for line in metrics if isinstance(mass := line.get("padding_mass"), float)]
     if masses:
         say(f"teacher's mass on ids that the student lacks: {sum(masses) / len(masses):.3g} on average, left out")
     for line in curve_lines({"held-out nats per token": heldout_curve(result.out)}, encoding=sys.stdout.encoding):
+        say(line)
+    for line in term_lines(term_curves(metrics), encoding=sys.stdout.encoding):
         say(line)
     say(f"losses: {result.out / METRICS}")
     say(f"model: {result.model}")

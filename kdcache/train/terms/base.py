@@ -159,10 +159,12 @@ class Term(nn.Module, ABC):
     checkpoints would hold them, and DistributedDataParallel would send them around at every step.
 
     Attributes:
+        needed: what is needed of a cache, in a few words, for the table of all terms.
         per_position: names of options that may differ by position.
         varied: of these, what the batch at hand has: name -> (P,); see `option`.
     """
 
+    needed: ClassVar[str] = ""
     per_position: ClassVar[tuple[str, ...]] = ()
     varied: Mapping[str, Tensor] = MappingProxyType({})
 

@@ -62,6 +62,8 @@ class DivergenceTerm(LogitTerm):
         LossError: no such divergence, or not with these parameters.
     """
 
+    needed = "entries that suit the divergence"
+
     def __init__(
         self,
         *,
@@ -109,6 +111,8 @@ class DivergenceTerm(LogitTerm):
 
 class CrossEntropyTerm(LogitTerm):
     """The cross entropy of the target ids; a sequence's last position, which has none, adds nothing."""
+
+    needed = "nothing"
 
     def parts(self, batch: TorchBatch) -> list[WeightedDivergence]:  # noqa: ARG002
         return []

@@ -317,7 +317,7 @@ def check_term(name: str, term: Term, manifest: Manifest) -> None:
     if needs.features:
         _check_there(name, "feature", needs.features, [feature.name for feature in manifest.identity.features])
     if needs.sidecars:
-        _check_there(name, "sidecar", needs.sidecars, _sidecars(manifest))
+        _check_there(name, "sidecar", needs.sidecars, [sidecar.name for sidecar in manifest.sidecars])
     term.check(manifest)
 
 
@@ -327,10 +327,6 @@ def _check_there(name: str, kind: str, wanted: Sequence[str], there: Sequence[st
         raise ConfigError(
             f"loss term {name!r} needs the {kind} {missing!r}, which the cache was captured without; it has {has}"
         )
-
-
-def _sidecars(_manifest: Manifest) -> Sequence[str]:
-    return ()
 
 
 def _changes(config: TermConfig) -> bool:

@@ -34,6 +34,8 @@ class FurtherTokens(Term):
         train_student: false trains the heads alone (Medusa-1): the student learns nothing from them.
     """
 
+    needed = "entries that suit the divergence"
+
     def __init__(
         self,
         num_heads: int = 3,

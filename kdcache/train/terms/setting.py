@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
-from kdcache.errors import ConfigError
+from torch import Tensor
+
+from kdcache.format.feature_vectors import FeatureVectors, stacked_vectors
 from kdcache.loader.cache import Cache
+from kdcache.loader.torch_batches import feature_tensors, sidecar_tensors
 from kdcache.train.body import output_projection, text_config
 from kdcache.train.terms.base import Setting
 from kdcache.train.terms.engine import LossTerms
@@ -42,7 +46,7 @@ def setting_of(model: Any, caches: Sequence[Cache], *, seed: int) -> Setting:
     num_heads = int(config.num_attention_heads)
     return Setting(
         manifest=caches[0].manifest,
-        sidecar=_none_yet,
+        sidecar=lambda name: sidecar_tensors(caches[0], name),
         hidden_size=int(config.hidden_size),
         num_layers=int(config.num_hidden_layers),
         num_heads=num_heads,
@@ -52,10 +56,13 @@ def setting_of(model: Any, caches: Sequence[Cache], *, seed: int) -> Setting:
         num_sequences=sum(map(len, caches)),
         seed=seed,
         device=output_projection(model).weight.device,
-        pooled_features=_none_yet,
+        pooled_features=lambda name: _of_all(caches, name),
         student=model,
     )
 
 
-def _none_yet(name: str) -> Any:
-    raise ConfigError(f"the cache has no {name!r}")
+def _of_all(caches: Sequence[Cache], name: str) -> FeatureVectors[Tensor]:
+    """A pooled feature of the sequences of all caches, in the loader's order."""
+    parts = [cache.pooled_features(name) for cache in caches]
+    offsets = [0, *accumulate(len(cache) for cache in caches[:-1])]
+    return feature_tensors(parts[0] if len(parts) == 1 else stacked_vectors(parts, offsets))
