@@ -63,8 +63,8 @@ class MaskConfig(Config, frozen=True, kw_only=True):
 class LoaderConfig(Config, frozen=True, kw_only=True):
     """How a cache is read: what a batch holds, and in which order. Ranks and world size are arguments of the loader.
 
-    All fields except `num_threads`, `prefetch_batches`, `features`, `with_roles`, `with_target_logprobs` and `logprob_dtype`
-    decide which positions are in each batch: a state saved under other values is refused.
+    All fields except `num_threads`, `prefetch_batches`, `features`, `with_roles`, `with_domains`, `with_target_logprobs` and
+    `logprob_dtype` decide which positions are in each batch: a state saved under other values is refused.
 
     Attributes:
         seq_len: tokens in a row of a batch. A cache with a longer sequence is refused.
@@ -89,6 +89,7 @@ class LoaderConfig(Config, frozen=True, kw_only=True):
         features: names of the cache's features (hidden states) that a batch holds; empty for none, which costs nothing.
         with_roles: whether a batch holds, for each position, the role of the token that it predicts (`roles_P`), for losses or
             statistics by role.
+        with_domains: whether a batch names the domain of each of its sequences, as the input said it (`domains`).
         with_target_logprobs: whether `batch.teacher` holds the teacher's own logprob of each target id, in or out of the
             entries. Each sequence is then decoded twice.
         pairs: with packing `first_fit`: the chosen and the rejected answer to a prompt (`input.group_field`) share a row, next
@@ -116,6 +117,7 @@ class LoaderConfig(Config, frozen=True, kw_only=True):
     mask: MaskConfig = MaskConfig()
     features: tuple[str, ...] = ()
     with_roles: bool = False
+    with_domains: bool = False
     with_target_logprobs: bool = False
     pairs: bool = False
     logprob_dtype: Literal["float32", "float16"] = "float32"

@@ -49,8 +49,7 @@ class Varying(Config, frozen=True, kw_only=True):
 
     Attributes:
         by: `role` of the token that a position predicts and `domain` of its sequence have `values`; the teacher's `entropy`,
-            its `nll` of the target id and the `kept_mass` of the exact entries have `low` and `high`. Of a target id outside
-            the exact entries, the NLL that counts is the least possible, -log of the tail mass.
+            its `nll` of the target id and the `kept_mass` of the exact entries have `low` and `high`.
         values: name -> number, of `role` and `domain`.
         otherwise: number of what `values` does not name, and, for `nll`, of positions without a target id.
         low: [a, number at a and below], of `entropy` and `nll` in nats, or `kept_mass` in [0, 1].

@@ -48,7 +48,7 @@ class CacheSet:
         config: LoaderConfig = LoaderConfig(),  # noqa: B008 - frozen
     ) -> None:
         self._own: list[Cache] = []
-        self.with_roles, features = config.with_roles, config.features
+        self.with_roles, self.with_domains, features = config.with_roles, config.with_domains, config.features
         several: Sequence[Any] = caches if isinstance(caches, (list, tuple)) else [caches]
         if not several:
             raise ConfigError("no cache was given; give an address, an open cache, or a list of them")
@@ -76,11 +76,12 @@ class CacheSet:
     def __len__(self) -> int:
         return self._bases[-1]
 
-    def ask_for(self, features: Sequence[str], *, with_roles: bool) -> None:
-        """Let batches hold other features, and roles or none; raises ConfigError where a cache lacks a feature."""
+    def ask_for(self, config: LoaderConfig) -> None:
+        """Let batches hold other features, roles, domains or logprobs of target ids; raises ConfigError as the constructor."""
         manifests = [cache.manifest for cache in self.caches]
-        self.features = tuple(map(AskedFeature, find_features(manifests, features))) if features else ()
-        self.with_roles = with_roles
+        self.features = self._asked(manifests, config.features) if config.features else ()
+        self.with_roles, self.with_domains = config.with_roles, config.with_domains
+        self.columns = replace(self.columns, has_target_logprobs=config.with_target_logprobs)
 
     @property
     def snapshots(self) -> list[str]:

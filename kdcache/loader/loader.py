@@ -187,7 +187,7 @@ class Loader:
             self._caches.close()
 
     def ask_for(self, config: LoaderConfig) -> None:
-        """Read with another config from the next loop on, which differs in what batches hold: features, roles.
+        """Read with another config from the next loop on, which differs in what batches hold: features, roles, domains.
 
         Raises:
             ConfigError: it decides otherwise which positions are in each batch, or a cache lacks what it asks for.
@@ -197,7 +197,7 @@ class Loader:
         if stream_config(config) != stream_config(self.config):
             raise ConfigError("another loader config gives other batches; make another loader with it")
         self._move()
-        self._caches.ask_for(config.features, with_roles=config.with_roles)
+        self._caches.ask_for(config)
         self.config = config
 
     def use_buffers(self, *, allocate: Allocate | None = None) -> None:

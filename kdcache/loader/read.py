@@ -51,12 +51,15 @@ def read_rows(
         caches.logprob_dtype,
         caches.with_roles,
     )
-    batch = read_mapped(caches, rows, layout, pool)
+    domains = None
+    batch = None if caches.with_domains else read_mapped(caches, rows, layout, pool)
     if batch is None:
-        batch = assemble([caches.record(int(i)) for row in rows for i in row], layout, pool)
+        records = [caches.record(int(i)) for row in rows for i in row]
+        batch = assemble(records, layout, pool)
+        domains = tuple(record.sequence.domain for record in records) if caches.with_domains else None
     indices = np.concatenate(rows).astype(np.int64, copy=False) if rows else np.zeros(0, np.int64)
     pairs = None if caches.partners_S is None else pairs_in(indices, caches.partners_S)
-    return replace(batch, sequence_indices_S=indices, pairs=pairs)
+    return replace(batch, sequence_indices_S=indices, pairs=pairs, domains=domains)
 
 
 def read_mapped(

@@ -16,8 +16,9 @@ MOST_STEPS = 2**62
 """No epoch or batch has this number: sums of them stay whole numbers of 64 bits."""
 
 _NOT_OF_THE_STREAM = {
-    "num_threads", "prefetch_batches", "features", "with_roles", "with_target_logprobs", "logprob_dtype", "seed",
-}  # fmt: skip
+    *("num_threads", "prefetch_batches", "logprob_dtype", "seed"),
+    *("features", "with_roles", "with_domains", "with_target_logprobs"),
+}
 # Later than states that may be resumed: absent from those in which they are off.
 _LATER = {"pairs"}
 

@@ -46,6 +46,7 @@ class TorchBatch:
     roles_P: Tensor | None = None
     sequence_indices_S: Tensor | None = None
     pairs: Tensor | None = None
+    domains: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         return brief(self)

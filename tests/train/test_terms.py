@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -175,17 +176,21 @@ def test_numbers_go_by_what_a_position_is(batch: TorchBatch) -> None:
     torch.testing.assert_close(values_P(kept, batch), wanted)
 
 
-def test_the_nll_is_that_of_the_target_or_the_least_it_can_be(batch: TorchBatch) -> None:
+def test_numbers_go_by_nll_and_domain_of_a_loaders_batch(small_cache: Path) -> None:
     nll = Varying(by="nll", low=(0.0, 0.0), high=(100.0, 100.0), otherwise=7.0)
-    found, last = values_P(nll, batch), batch.target_ids_P < 0
-    within = batch.teacher.token_ids_PK == batch.target_ids_P[:, None]
-    exact = -torch.where(within, batch.teacher.logprobs_PK, 0.0).sum(dim=1)
-    has = within.any(dim=1)
-    assert has.any()
-    torch.testing.assert_close(found[has], exact[has])
-    assert (found[last] == 7.0).all()
-    least = -batch.teacher.tail_mass_P.log()
-    torch.testing.assert_close(found[~has & ~last], least[~has & ~last])
+    options = msgspec.structs.replace(OPTIONS, with_target_logprobs=True, with_domains=True)
+    (read,) = first_batches(small_cache, options, 1)
+    assert read.domains == ("",) * read.num_sequences
+    found_P, last_P = values_P(nll, read), read.target_ids_P < 0
+    within_PK = read.teacher.token_ids_PK == read.target_ids_P[:, None]
+    exact_P, has_P = -torch.where(within_PK, read.teacher.logprobs_PK, 0.0).sum(dim=1), within_PK.any(dim=1)
+    assert has_P.any()
+    torch.testing.assert_close(found_P[has_P], exact_P[has_P])
+    assert (found_P[last_P] == 7.0).all()
+    named = replace(read, domains=("code",) + ("wiki",) * (read.num_sequences - 1))
+    by_domain = values_P(Varying(by="domain", values={"code": 2.0, "news": 9.0}, otherwise=0.5), named)
+    length = int((named.segment_ids_BT[0] == 1).sum())
+    assert by_domain.tolist() == [2.0] * length + [0.5] * (len(by_domain) - length)
 
 
 def test_weights_by_position_are_factors(small_cache: Path, batch: TorchBatch) -> None:

@@ -53,6 +53,8 @@ class Batch:
         sequence_indices_S: (num_sequences,) int64, which of the caches' sequences these are, in the order of the rows: an index
             of the cache that was given to the loader, or of several that counts through all of them. None of a batch that was
             not made by a loader.
+        domains: of each sequence, in the order of the rows, "" where the input named none. None unless
+            LoaderConfig.with_domains asks for them.
     """
 
     input_ids_BT: NDArray[np.int32]
@@ -70,6 +72,7 @@ class Batch:
     roles_P: NDArray[np.uint8] | None = None
     sequence_indices_S: NDArray[np.int64] | None = None
     pairs: NDArray[np.int64] | None = None
+    domains: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         return brief(self)
@@ -94,7 +97,8 @@ ARRAYS = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "cu_seqlens_G1", 
           "weights_P")  # fmt: skip
 """The fields of a batch that are arrays and always there; OPTIONAL, `features` and arrays of `teacher` may be missing."""
 OPTIONAL = ("roles_P", "sequence_indices_S", "pairs")
-SCALARS = ("max_seqlen", "num_sequences", "num_masked")
+SCALARS = ("max_seqlen", "num_sequences", "num_masked", "domains")
+"""The fields that are no arrays."""
 
 
 def brief(batch: Any) -> str:
@@ -130,6 +134,7 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
         num_sequences=sum(batch.num_sequences for batch in batches),
         num_masked=sum(batch.num_masked for batch in batches),
         features=_stacked(batches, offsets),
+        domains=None if batches[0].domains is None else tuple(name for batch in batches for name in batch.domains or ()),
     )
 
 

@@ -122,7 +122,8 @@ class KDMixin(_Base):
         if num_items_in_batch is not None:
             scale = scale_of(torch.as_tensor(num_items_in_batch), self.args.world_size)
         self.student_loss.at = (self.state.global_step, self.state.max_steps)
-        loss = self.student_loss(model, _batch(inputs), scale)
+        # What the trainer does not know how to move: features.
+        loss = self.student_loss(model, _batch(inputs).to(self.args.device), scale)
         self._seen = self._seen + self.student_loss.seen()
         return (loss, {"loss": loss}) if return_outputs else loss
 

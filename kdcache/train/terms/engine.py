@@ -79,6 +79,7 @@ def with_needs(config: LoaderConfig, needs: Needs) -> LoaderConfig:
         config,
         features=features,
         with_roles=config.with_roles or needs.roles,
+        with_domains=config.with_domains or needs.domains,
         pairs=config.pairs or needs.pairs,
         with_target_logprobs=config.with_target_logprobs or needs.target_logprobs,
     )

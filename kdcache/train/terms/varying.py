@@ -11,7 +11,6 @@ from kdcache.config.terms import Varying
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import Manifest
 from kdcache.format.record import ROLES
-from kdcache.format.soft_targets import SoftTargets
 from kdcache.loader.batches.batch import NO_TARGET
 from kdcache.loader.torch_batches import TorchBatch
 from kdcache.train.terms.base import Needs
@@ -48,7 +47,7 @@ def masks_P(varying: Varying, batch: TorchBatch) -> list[tuple[float, Tensor]]:
 def needs_of(varying: Iterable[Varying | None]) -> Needs:
     """What of a batch the numbers go by."""
     by = {of_one.by for of_one in varying if of_one is not None}
-    return Needs(roles="role" in by, domains="domain" in by)
+    return Needs(roles="role" in by, domains="domain" in by, target_logprobs="nll" in by)
 
 
 def check_cache(varying: Varying, where: str, manifest: Manifest) -> None:
@@ -71,7 +70,19 @@ def _has_name_P(by: str, name: str, batch: TorchBatch) -> Tensor:
         if batch.roles_P is None:
             raise ConfigError("a loss term goes by role, but the batch has no roles; set loader.with_roles")
         return batch.roles_P == ROLES.index(name)
-    raise ConfigError("a loss term goes by domain, but the batch has no domains")
+    if batch.domains is None:
+        raise ConfigError("a loss term goes by domain, but the batch has no domains; set loader.with_domains")
+    has_name_S = torch.tensor([domain == name for domain in batch.domains], dtype=torch.bool, device=batch.weights_P.device)
+    return has_name_S[_sequences_P(batch)]
+
+
+def _sequences_P(batch: TorchBatch) -> Tensor:
+    """(P,) which of the batch's sequences each position is of."""
+    starts_G = batch.cu_seqlens_G1[:-1].long()
+    # What is after a row's last sequence is a segment, too, of padding.
+    is_sequence_G = batch.segment_ids_BT.flatten()[starts_G] > 0
+    segments_P = torch.searchsorted(batch.cu_seqlens_G1[1:].long(), batch.flat_positions_P, right=True)
+    return (is_sequence_G.cumsum(0) - 1)[segments_P]
 
 
 def _measure_P(by: str, batch: TorchBatch) -> Tensor:
@@ -79,18 +90,11 @@ def _measure_P(by: str, batch: TorchBatch) -> Tensor:
     if by == "kept_mass":
         return 1 - teacher.tail_mass_P.float()
     if by == "nll":
-        return _nll_P(teacher, batch.target_ids_P)
+        if teacher.target_logprobs_P is None:
+            raise ConfigError(
+                "a loss term goes by the NLL of target ids, which the batch lacks; set loader.with_target_logprobs"
+            )
+        return -teacher.target_logprobs_P.float()
     if teacher.entropy_P is None:
         raise ConfigError("a loss term goes by the teacher's entropy, which the cache was captured without (selection.entropy)")
     return teacher.entropy_P.float()
-
-
-def _nll_P(teacher: SoftTargets[Tensor], target_ids_P: Tensor) -> Tensor:
-    """Of the target id among the exact entries; -log of the tail mass, the least it can be, outside them."""
-    is_target_PK = teacher.token_ids_PK == target_ids_P[:, None]
-    if teacher.num_exact_P is not None:
-        columns_K = torch.arange(is_target_PK.shape[1], device=is_target_PK.device)
-        is_target_PK = is_target_PK & (columns_K < teacher.num_exact_P[:, None])
-    within_P = torch.where(is_target_PK, -teacher.logprobs_PK.float(), 0.0).sum(dim=1)
-    outside_P = -teacher.tail_mass_P.float().clamp_min(torch.finfo(torch.float32).tiny).log()
-    return torch.where(is_target_PK.any(dim=1), within_P, outside_P)
