@@ -98,7 +98,7 @@ ARRAYS = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "cu_seqlens_G1", 
 """The fields of a batch that are arrays and always there; OPTIONAL, `features` and arrays of `teacher` may be missing."""
 OPTIONAL = ("roles_P", "sequence_indices_S", "pairs")
 SCALARS = ("max_seqlen", "num_sequences", "num_masked", "domains")
-"""The fields that are no arrays."""
+"""The other fields."""
 
 
 def brief(batch: Any) -> str:
