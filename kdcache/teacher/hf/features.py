@@ -167,9 +167,14 @@ def _prove_hidden(model: Any, layers: Sequence[int], ids_1T: Tensor) -> None:
                 )
 
 
+def final_norm(model: Any) -> Any:
+    """The norm after the last layer; None if it is not found."""
+    found = find_decoder(model, model_shape(model).num_layers)
+    return None if found is None else next((getattr(found[0], name) for name in _NORMS if hasattr(found[0], name)), None)
+
+
 def _normed(model: Any, state: Tensor) -> Tensor:
-    parent, _ = _decoder(model)
-    norm = next((getattr(parent, name) for name in _NORMS if hasattr(parent, name)), None)
+    norm = final_norm(model)
     if norm is None:
         raise ConfigError(
             f"features: the final norm of {type(model).__name__} is not found, so its last layer before that cannot be proven; "

@@ -112,6 +112,15 @@ def score_in_chunks(model: PreTrainedModel, sequence: TokenSequence, asked: Aske
     return _concatenate(parts), joined(vectors)
 
 
+@torch.inference_mode()
+def read_whole(model: PreTrainedModel, texts: Sequence[NDArray[np.integer]]) -> None:
+    """Run the body over texts, for what watches it; no logits are made."""
+    ids_BT = np.zeros((len(texts), max(map(len, texts))), np.int64)
+    for b, text in enumerate(texts):
+        ids_BT[b, : len(text)] = text
+    model.base_model(input_ids=torch.from_numpy(ids_BT).to(model.device), use_cache=False)
+
+
 def logits_at(model: PreTrainedModel, texts: Texts) -> list[Tensor]:
     """The logits of each text at the positions of the proof, from one forward of body and head."""
     ids_BT = np.zeros((len(texts), max(map(len, texts))), np.int64)

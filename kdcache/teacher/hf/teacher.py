@@ -9,15 +9,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
+from kdcache.format.output_projection import OutputProjection
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.shown import get_logger
 from kdcache.teacher.base import check_selectable, check_sequences, no_positions
@@ -26,11 +29,21 @@ from kdcache.teacher.checkpoint import check_model_name, resolved_revision, shor
 from kdcache.teacher.engine_identity import transformers_options
 from kdcache.teacher.features import HiddenShape, bytes_per_position, check_askable, is_read
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
+from kdcache.teacher.hf.activations import ActivationWatch
 from kdcache.teacher.hf.features import Vectors, needed_sources, stored
-from kdcache.teacher.hf.forward import Asked, logits_at, probe_forward, score_in_chunks, score_separable, whole_logits_at
+from kdcache.teacher.hf.forward import (
+    Asked,
+    logits_at,
+    probe_forward,
+    read_whole,
+    score_in_chunks,
+    score_separable,
+    whole_logits_at,
+)
 from kdcache.teacher.hf.generate import own_end_ids, write_answers
 from kdcache.teacher.hf.heads import model_shape
 from kdcache.teacher.hf.load import load_checked
+from kdcache.teacher.hf.projection import projection_of
 from kdcache.teacher.hf.proof import (
     Sharing,
     Texts,
@@ -108,6 +121,27 @@ class HfTeacher:
         check_prompts(prompts, config, self._identity)
         ending = Ending(config, tokenizer, end_tokens(config, tokenizer.end_ids, own_end_ids(self._model)))
         return write_answers(self._model, self._rotary, prompts, ending, self._config.tokens_per_forward, observe)
+
+    def output_projection(self) -> OutputProjection:
+        """See `SidecarTeacher`."""
+        return projection_of(self._open_model(), self._identity.vocab_size)
+
+    def activation_statistics(self, sequences: Sequence[TokenSequence]) -> dict[str, NDArray[Any]]:
+        """See `SidecarTeacher`."""
+        model = self._open_model()
+        check_sequences(sequences, self._identity)
+        lengths = [sequence.num_tokens for sequence in sequences]
+        with ActivationWatch(model) as watch:
+            for batch in batches_by_length(lengths, self._config.tokens_per_forward, self._sharing):
+                of_batch = [lengths[index] for index in batch]
+                with self._rotary.texts(of_batch), watch.texts(of_batch):
+                    read_whole(model, [sequences[index].input_ids_N for index in batch])
+        return watch.statistics()
+
+    def _open_model(self) -> PreTrainedModel:
+        if self._model is None:
+            raise TeacherError(f"the teacher {self._identity.model!r} is closed")
+        return self._model
 
     def close(self) -> None:
         """See `Teacher`."""

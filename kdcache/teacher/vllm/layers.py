@@ -90,7 +90,7 @@ def watch_layers(worker: Any) -> SeenLayers | str:
         )
     model = worker.model_runner.model
     parent, layers = find_decoder(model, worker.model_config.get_total_num_hidden_layers()) or (None, ())
-    norm = next((getattr(parent, name) for name in _NORMS if hasattr(parent, name)), None)
+    norm = final_norm(parent)
     if norm is None or "hidden_states" not in inspect.signature(layers[0].forward).parameters:
         return f"the layers of {type(model).__name__} are not where kdcache looks for them; keep layer -1 only"
     seen = SeenLayers(handed, [module for module in model.modules() if getattr(module, "do_not_compile", None) is False])
@@ -99,6 +99,11 @@ def watch_layers(worker: Any) -> SeenLayers | str:
     if handed:
         _take_handed(seen, worker.model_runner, norm)
     return seen
+
+
+def final_norm(parent: Any) -> Any:
+    """The norm after the layers of the module that holds them; None if it is not found."""
+    return next((getattr(parent, name) for name in _NORMS if hasattr(parent, name)), None)
 
 
 def hand_out(worker: Any, layers: Sequence[int]) -> tuple[int, ...] | str:

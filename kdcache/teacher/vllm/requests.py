@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,15 +10,29 @@ import vllm
 from numpy.typing import NDArray
 
 from kdcache.errors import TeacherError
-from kdcache.format.manifest import SelectionInfo
+from kdcache.format.manifest import FeatureInfo, SelectionInfo
 from kdcache.format.record import Distributions, TokenSequence, sequence_key
-from kdcache.teacher.select.found import record_of_most_probable
+from kdcache.teacher.features import bytes_per_position
+from kdcache.teacher.select.found import layout_of, record_of_most_probable
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 PROBE_LENGTHS = (5, 3)
 """The proof's eight tokens are two texts of one step, so that it also notices numbers taken from another request."""
+
+
+WORKER_STEPS_PER_GROUP = 32
+"""The last step of a group is seldom full, so larger groups waste less. The buffer takes 8 bytes per entry."""
+
+WORKER_GROUP_BYTES = 256 * 2**20
+
+
+def worker_steps(selection: SelectionInfo, features: Sequence[FeatureInfo], vocab_size: int, tokens_per_step: int) -> int:
+    """How many steps of the scheduler a group of the worker route takes, so that its buffer and its features have room."""
+    # Features are in the worker's buffer, and once more on the way.
+    per_position = layout_of(selection, vocab_size).bytes_per_position + bytes_per_position(features)
+    return max(1, min(WORKER_STEPS_PER_GROUP, WORKER_GROUP_BYTES // (per_position * tokens_per_step)))
 
 
 def probe_texts(vocab_size: int, context_length: int) -> list[TokenSequence]:

@@ -20,6 +20,7 @@ import msgspec
 from kdcache.config.capture import GenerateConfig, TeacherConfig
 from kdcache.errors import ConfigError, FormatError, TeacherError
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
+from kdcache.format.output_projection import OutputProjection
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.half_precision import warn_if_emulated
 from kdcache.shown import get_logger
@@ -29,7 +30,6 @@ from kdcache.teacher.checkpoint import check_model_name
 from kdcache.teacher.features import (
     HiddenShape,
     Source,
-    bytes_per_position,
     check_askable,
     is_read,
     no_features,
@@ -37,7 +37,7 @@ from kdcache.teacher.features import (
     with_no_vectors,
 )
 from kdcache.teacher.generation import Ending, Generated, Observe, Prompt, check_prompts, end_tokens
-from kdcache.teacher.select.found import layout_of
+from kdcache.teacher.sidecars import no_sidecar
 from kdcache.teacher.tokenizer import Tokenizer
 from kdcache.teacher.vllm import (
     engine,  # first: it quietens vLLM before that is imported
@@ -53,6 +53,7 @@ from kdcache.teacher.vllm.requests import (
     public_params,
     read_output,
     worker_params,
+    worker_steps,
 )
 from kdcache.teacher.vllm.signatures import (
     WORKER_OPTIONS,
@@ -65,6 +66,7 @@ from kdcache.teacher.vllm.signatures import (
 )
 from kdcache.teacher.vllm.wire import NOTHING, AskedFeatures, pack_asked, pack_requests, read_buffer, with_features
 from kdcache.teacher.vllm.worker import CaptureExtension
+from kdcache.teacher.vllm.worker_projection import projection_from
 
 # isort: split
 import torch
@@ -81,17 +83,12 @@ PUBLIC_STEPS_PER_GROUP = 4
 about 85 bytes per entry until it is converted (at k = 64 and 8192 tokens per step, 180 MB per
 group)."""
 
-WORKER_STEPS_PER_GROUP = 32
-"""The last step of a group is seldom full, so larger groups waste less. The buffer takes 8 bytes per entry."""
-
-WORKER_GROUP_BYTES = 256 * 2**20
-
 PUBLIC_KINDS = ("top_k", "top_p_k")
 """The selections that can be made from the k most probable tokens alone."""
 
 EXTENSION = f"{CaptureExtension.__module__}.{CaptureExtension.__qualname__}"
 
-PROBE_K = 8
+PROBE_K, TOP_1 = 8, SelectionInfo(kind="top_k", params={"k": 1})
 PROBE_ERROR_NATS = {"float32": 1e-3}
 """The most that the routes may differ on the probe, by dtype."""
 PROBE_ERROR_HALF_NATS = 0.25
@@ -165,6 +162,16 @@ class VllmTeacher:
             raise TeacherError(f"vLLM {vllm.__version__} cannot write answers: {faults[0]}; use teacher.backend transformers")
         check_read_whole(self._llm, prompts, config)
         return self._write(prompts, Ending(config, tokenizer, end_tokens(config, tokenizer.end_ids)), tokenizer, observe)
+
+    def output_projection(self) -> OutputProjection:
+        """See `SidecarTeacher`."""
+        if not self._is_in_worker:
+            raise no_sidecar("output_projection", "vLLM's public route")
+        return projection_from(self._fetch("kdcache_projection"))
+
+    def activation_statistics(self, sequences: Sequence[TokenSequence]) -> dict[str, Any]:  # noqa: ARG002
+        """See `SidecarTeacher`."""
+        raise no_sidecar("activation_statistics", "vLLM, whose fused kernels show no channels,")
 
     def close(self) -> None:
         """See `Teacher`."""
@@ -245,7 +252,10 @@ class VllmTeacher:
     def _compare_routes(self) -> str | None:
         """Compare both routes on a few tokens; gives what differs by more than the engine's numerics, or None."""
         vocab_size = self._identity.vocab_size
-        texts, allowed = self._probe(), self._engine.llm_engine.model_config.max_logprobs
+        texts, allowed = (
+            probe_texts(self._identity.vocab_size, self._identity.context_length),
+            self._engine.llm_engine.model_config.max_logprobs,
+        )
         k = min(PROBE_K, vocab_size, allowed if allowed > 0 else vocab_size)
         selection = SelectionInfo(kind="top_k", params={"k": k})
         ours = list(self._score_in_worker(texts, selection))
@@ -255,9 +265,6 @@ class VllmTeacher:
         if error <= PROBE_ERROR_NATS.get(self._identity.dtype, PROBE_ERROR_HALF_NATS):
             return None
         return f"on a probe of {sum(PROBE_LENGTHS)} tokens its logprobs are {error:.3g} nats away from vLLM's own"
-
-    def _probe(self) -> list[TokenSequence]:
-        return probe_texts(self._identity.vocab_size, self._identity.context_length)
 
     def _show_layers(self, features: Sequence[FeatureInfo]) -> None:
         """Have the worker show states inside the model, if any are asked for, and prove them once.
@@ -291,24 +298,20 @@ class VllmTeacher:
             raise TeacherError(f"the teacher {self._config.model!r} cannot be captured inside vLLM's worker: {problem}")
 
     def _probe_features(self, asked: AskedFeatures) -> Iterator[Distributions]:
-        return self._score_in_worker(self._probe(), SelectionInfo(kind="top_k", params={"k": 1}), asked)
+        return self._score_in_worker(probe_texts(self._identity.vocab_size, self._identity.context_length), TOP_1, asked)
 
     def _score_all(
         self, sequences: Sequence[TokenSequence], selection: SelectionInfo, asked: AskedFeatures
     ) -> Iterator[Distributions]:
-        for group in groups_of_tokens(sequences, self._steps_per_group(selection, asked) * self._config.tokens_per_forward):
+        num_tokens, vocab_size = self._config.tokens_per_forward, self._identity.vocab_size
+        steps = (
+            worker_steps(selection, asked.features, vocab_size, num_tokens) if self._is_in_worker else PUBLIC_STEPS_PER_GROUP
+        )
+        for group in groups_of_tokens(sequences, steps * num_tokens):
             if self._is_in_worker:
                 yield from self._score_in_worker(group, selection, asked)
             else:
                 yield from self._score_publicly(group, selection)
-
-    def _steps_per_group(self, selection: SelectionInfo, asked: AskedFeatures) -> int:
-        if not self._is_in_worker:
-            return PUBLIC_STEPS_PER_GROUP
-        per_position = layout_of(selection, self._identity.vocab_size).bytes_per_position
-        # In the worker's buffer, and once more on the way.
-        per_position += bytes_per_position(asked.features)
-        return max(1, min(WORKER_STEPS_PER_GROUP, WORKER_GROUP_BYTES // (per_position * self._config.tokens_per_forward)))
 
     def _score_in_worker(
         self, group: Sequence[TokenSequence], selection: SelectionInfo, features: AskedFeatures = NOTHING
@@ -329,7 +332,7 @@ class VllmTeacher:
         self._raise_for(problem)
         return with_features(answers, features.features, packed)
 
-    def _fetch(self, method: str) -> list[Any]:
+    def _fetch(self, method: str) -> Any:
         """What the one worker says whose answer counts."""
         packed = [packed for packed in self._call_workers(method) if packed is not None]
         if len(packed) != 1:

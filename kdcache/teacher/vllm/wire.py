@@ -187,6 +187,17 @@ def pack_feature(feature: FeatureInfo, vectors_FW: NDArray[Any], bounds: Sequenc
     return "float32", np.concatenate(parts).tobytes()
 
 
+def pack_numbers(numbers: NDArray[Any]) -> list[Any]:
+    """An array as plain values and bytes."""
+    return [numbers.dtype.name, list(numbers.shape), numbers.tobytes()]
+
+
+def unpack_numbers(packed: Sequence[Any]) -> NDArray[Any]:
+    """Inverse of `pack_numbers`."""
+    name, shape, data = packed
+    return np.frombuffer(data, name).reshape(shape)
+
+
 def as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
     """Convert values from the model's dtype, exactly."""
     if values.dtype == np.uint16:

@@ -29,6 +29,7 @@ from kdcache.teacher.vllm import internals
 from kdcache.teacher.vllm.layers import SeenLayers, watch_layers
 from kdcache.teacher.vllm.wire import NOT_SUPERVISED, TARGET_IDS, Buffer, unpack_request
 from kdcache.teacher.vllm.worker_features import GroupFeatures
+from kdcache.teacher.vllm.worker_projection import read_projection
 
 log = get_logger(__name__)
 
@@ -67,6 +68,10 @@ class CaptureExtension:
             return seen
         capture.seen = seen
         return None
+
+    def kdcache_projection(self) -> dict[str, Any] | None:
+        """The output projection; see `read_projection`."""
+        return None if self.kdcache_capture is None else read_projection(self, keeps=internals.is_first_of_its_stage(self))
 
     def kdcache_misfits(self) -> list[str]:
         """Modules that the adapter has weights for, and this worker's part of the model lacks or has in another size."""
