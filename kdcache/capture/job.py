@@ -26,7 +26,6 @@ from kdcache.format.manifest import CodecInfo, FeatureInfo, Identity, Manifest, 
 from kdcache.format.selection import selection_params
 from kdcache.store import chain
 from kdcache.store.files.location import Location, locate
-from kdcache.store.writing.writer import CacheWriter
 from kdcache.teacher import find_backend, load_tokenizer
 from kdcache.teacher.base import Teacher
 from kdcache.teacher.tokenizer import Tokenizer
@@ -130,22 +129,6 @@ def check_fits(config: CaptureConfig, teacher: Teacher) -> None:
             f"input.window.size is {config.input.window.size}, but the teacher {identity.model!r} reads at most "
             f"{identity.context_length} tokens; set input.window.size to {identity.context_length} or less"
         )
-
-
-def open_cache_writer(job: Job, teacher: Teacher) -> CacheWriter:
-    """Open the job's cache for writing; start it if it does not exist.
-
-    Raises:
-        ConfigError: the teacher does not fit the config. MismatchError: the cache belongs to another capture.
-    """
-    check_fits(job.config, teacher)
-    manifest = first_manifest(job, teacher.identity, features_of(job.config, teacher))
-    writer = CacheWriter.open(job.path, manifest, record_batch_bytes=job.config.shards.record_batch_bytes)
-    # Of processes that start at once, one has started the cache: its moment counts.
-    started = recorded_moment(chain.newest_manifest(job.path)) if job.tokenizer.reads_clock else None
-    if started is not None:
-        job.tokenizer.set_clock(started)
-    return writer
 
 
 def selection_info(config: CaptureConfig) -> SelectionInfo:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kdcache.capture.features import features_of
 from kdcache.capture.generate import write_sequences
@@ -15,9 +15,10 @@ from kdcache.capture.sequences import CutCounts
 from kdcache.capture.teacher_slot import TeacherSlot
 from kdcache.capture.watch.attempt_progress import AttemptProgress
 from kdcache.capture.watch.meter import gpus_held, start_meter
+from kdcache.codec.features.projection import project_features
 from kdcache.config.capture import CaptureConfig
 from kdcache.errors import CorruptCacheError, FormatError, TeacherError
-from kdcache.format.manifest import ShardInfo, SkippedSequence, TeacherIdentity, UnitAccount
+from kdcache.format.manifest import FeatureInfo, ShardInfo, SkippedSequence, TeacherIdentity, UnitAccount
 from kdcache.format.record import SequenceRecord, TokenSequence
 from kdcache.inputs.content import Item
 from kdcache.store.writing.writer import CacheWriter
@@ -82,7 +83,8 @@ class UnitPath:
         """
         self._progress.begin(doing)
         sequences = self._sequences(requests)
-        yield from self._progress.counted(score_records(sequences, self._slot.teacher, self._job.config))
+        records = score_records(sequences, self._slot.teacher, self._job.config, self._writer.features)
+        yield from self._progress.counted(_projected(records, self._writer))
 
     def publish(self, unit: Unit, requests: Sequence[Request], account: Callable[[], UnitAccount], doing: str) -> ShardInfo:
         """Have the requests answered and publish the answers as the unit's shard.
@@ -111,15 +113,37 @@ class UnitPath:
         return sequences
 
 
-def score_records(sequences: Sequence[TokenSequence], teacher: Teacher, config: CaptureConfig) -> Iterator[SequenceRecord]:
+def _projected(records: Iterable[SequenceRecord], writer: CacheWriter) -> Iterator[SequenceRecord]:
+    """The records with their features as the cache keeps them: made smaller where they have a projection."""
+    if not any(feature.projection is not None for feature in writer.features):
+        yield from records
+        return
+    for record in records:
+        features = project_features(writer.features, writer.constants, record.distributions.features)
+        yield SequenceRecord(record.sequence, replace(record.distributions, features=features))
+
+
+def score_records(
+    sequences: Sequence[TokenSequence],
+    teacher: Teacher,
+    config: CaptureConfig,
+    features: Sequence[FeatureInfo] | None = None,
+) -> Iterator[SequenceRecord]:
     """Yield the teacher's answer to each sequence as it comes; who stores it checks it.
+
+    Args:
+        sequences: texts to read.
+        teacher: of the capture.
+        config: of the capture.
+        features: those of the cache; None for what the config asks of the teacher, before there is a cache.
 
     Raises:
         TeacherError: answers are missing.
     """
     if not sequences:
         return
-    answers = teacher.score(sequences, selection_info(config), features_of(config, teacher))
+    asked = features_of(config, teacher) if features is None else features
+    answers = teacher.score(sequences, selection_info(config), asked)
     for sequence in sequences:
         distributions = next(answers, None)
         if distributions is None:

@@ -251,6 +251,9 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
         generate: null: the teacher reads the input. A section: it answers the input.
         features: states of the teacher's layers to store with the distributions, as in [{layer: -1, dtype: int8}]; see
             `FeatureConfig`. --dry-run prints what each takes.
+        sidecars: what to keep once for the whole cache. `output_projection`: the teacher's, which makes every logit of layer
+            -1, and its final norm; `activation_statistics`: of a few hundred sequences, what students are cut from their
+            teacher by (transformers only). May be asked for later, too.
     """
 
     input: InputConfig
@@ -258,6 +261,7 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
     generate: GenerateConfig | None = None
     selection: SelectionConfig = SelectionConfig()
     features: tuple[FeatureConfig, ...] = ()
+    sidecars: tuple[Literal["output_projection", "activation_statistics"], ...] = ()
     codec: CodecConfig = CodecConfig()
     out: str
     shards: ShardConfig = ShardConfig()
@@ -302,6 +306,10 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"features: two have the name {twice!r}; give one of them another `name`")
+        if len(set(self.sidecars)) < len(self.sidecars):
+            raise ValueError(f"sidecars: one is named twice: {', '.join(self.sidecars)}")
+        if self.sidecars and self.teacher.backend == "served":
+            raise ValueError("sidecars: a server gives no weights; use teacher.backend vllm or transformers")
         if self.features and self.teacher.backend == "served":
             raise ValueError("features: a server gives no hidden states; use teacher.backend vllm or transformers")
         if self.features and self.teacher.vllm.route == "public":

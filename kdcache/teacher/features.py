@@ -33,6 +33,9 @@ LAST = -1
 HIDDEN, ATTENTION = "hidden", "attention"
 HEADS = ("queries", "keys", "values")
 
+SMALLEST_PROBABILITY = 2.0**-24
+"""Of attention: float16, in which it is stored, has no smaller one. Keys below are left out."""
+
 Source = tuple[str, int]
 """Kind and layer."""
 
@@ -222,6 +225,7 @@ def top_keys(maps_hFN: NDArray[np.floating], positions_F: NDArray[np.int64], top
     """
     keys_hFk = np.argsort(-maps_hFN, axis=-1, kind="stable")[..., :top]
     values_hFk = np.take_along_axis(maps_hFN, keys_hFk, axis=-1)
+    values_hFk = np.where(values_hFk < SMALLEST_PROBABILITY, 0.0, values_hFk)
     distances_hFk = np.where(values_hFk > 0, positions_F[None, :, None] - keys_hFk, 0)
     missing = ((0, 0), (0, 0), (0, top - keys_hFk.shape[-1]))
     both = (np.pad(each, missing).transpose(1, 0, 2).reshape(len(positions_F), -1) for each in (values_hFk, distances_hFk))

@@ -22,6 +22,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 16},
     "Gemma3Text": {"sliding_window": 8, "query_pre_attn_scalar": 16},
     "Phi3": {"head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "Cohere": {"bos_token_id": 1, "eos_token_id": 2},
     "GptOss": {"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 """Class prefix -> what differs: a norm of queries and keys, soft caps, sliding windows, one fused projection, sinks."""

@@ -18,6 +18,7 @@ from model_families import FAMILIES, build_family
 from kdcache.config.capture import FeatureConfig
 from kdcache.config.teacher import TeacherConfig, VllmConfig
 from kdcache.errors import ConfigError
+from kdcache.format.output_projection import OutputProjection
 from kdcache.format.record import TokenSequence
 from kdcache.teacher import load_teacher
 from kdcache.teacher.features import resolve_features
@@ -200,6 +201,9 @@ def test_vllm_gives_what_the_table_says(family: str, tmp_path: Path):
     try:
         check_hidden(teacher, folder)
         check_parts_and_heads(teacher, folder)
+        check_projection(teacher)
+        with pytest.raises(ConfigError, match="vLLM, whose fused kernels show no channels, gives no activation_statistics"):
+            teacher.activation_statistics([])
         attention = resolve_features(ATTENTION[:1], teacher.hidden_shape)
         with pytest.raises(ConfigError, match=r"it makes no attention maps; use teacher\.backend transformers"):
             teacher.score([], top_k(4), attention)
@@ -224,3 +228,56 @@ def test_a_compiled_model_of_vllm_hands_its_layers_out_itself(tmp_path: Path, mo
             teacher.score([], top_k(4), resolve_features(HEADS, teacher.hidden_shape))
     finally:
         teacher.close()
+
+
+def check_projection(teacher: Any, error: float = 1e-4) -> None:
+    """What the sidecar holds makes the logits of layer -1, and its norm makes layer -1 of layer L."""
+    found = teacher.output_projection()
+    projection = OutputProjection.from_arrays(found.arrays())
+    features = resolve_features([FeatureConfig(layer=-1), FeatureConfig(layer=NUM_LAYERS)], teacher.hidden_shape)
+    sequence = sequences()[0]
+    (answer,) = teacher.score([sequence], top_k(8), features)
+    last_PH, before_PH = answer.features["hidden_last"], answer.features["hidden_3"]
+    logits_PV = projection.logits(last_PH).astype(np.float64)
+    logprobs_PV = logits_PV - np.log(np.exp(logits_PV).sum(axis=-1, keepdims=True))
+    ids_PK, logprobs_PK = answer.padded()
+    np.testing.assert_allclose(np.take_along_axis(logprobs_PV, ids_PK, axis=-1), logprobs_PK, atol=error)
+    assert projection.norm is not None
+    np.testing.assert_allclose(projection.norm(before_PH), last_PH, atol=error)
+    assert projection.weight_VH.shape == (60, 64)
+
+
+SCALED = {"Llama": {}, "Qwen3": {}, "Gemma2": {"final_logit_softcapping": 5.0}, "Cohere": {"logit_scale": 0.25}}
+
+
+@pytest.mark.parametrize("family", [*SCALED])
+def test_the_output_projection_of_transformers_makes_its_logits(family: str, tmp_path: Path):
+    teacher = load(build_family(tmp_path, family, **SCALED[family]), "transformers")
+    check_projection(teacher)
+    found = teacher.output_projection()
+    assert (found.logit_scale, found.softcap) == {"Gemma2": (1.0, 5.0), "Cohere": (0.25, None)}.get(family, (1.0, None))
+    assert found.is_tied == (family != "Llama")
+
+
+def test_bfloat16_weights_travel_as_their_bits(tmp_path: Path):
+    import torch
+
+    teacher = load_teacher(TeacherConfig(model=str(build_family(tmp_path, "Qwen3")), backend="transformers", dtype="bfloat16"))
+    found: OutputProjection = teacher.output_projection()  # type: ignore[attr-defined]
+    weight: Any = teacher._model.lm_head.weight  # type: ignore[attr-defined]
+    assert found.bfloat16_names == ("weight",)
+    assert torch.equal(torch.from_numpy(found.weight_VH.view(np.int16)).view(torch.bfloat16), weight)
+
+
+def test_a_head_that_is_not_one_projection_is_refused(tmp_path: Path):
+    teacher = load(build_family(tmp_path, "Gemma2", final_logit_softcapping=5.0), "transformers")
+    forward = type(teacher._model).forward
+
+    def other(*given: Any, **named: Any) -> Any:
+        output = forward(teacher._model, *given, **named)
+        output.logits = output.logits * 1.5
+        return output
+
+    teacher._model.forward = other
+    with pytest.raises(ConfigError, match=r"the logits of Gemma2ForCausalLM are not its output projection"):
+        teacher.output_projection()

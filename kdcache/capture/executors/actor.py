@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from kdcache.capture.attempts import UnitFailed, UnitWorker
 from kdcache.capture.inputs import InputReader
-from kdcache.capture.job import Job, load_job_tokenizer, open_cache_writer, template_moment
+from kdcache.capture.job import Job, load_job_tokenizer, template_moment
+from kdcache.capture.once import open_cache_writer
 from kdcache.capture.plan import Plan, Unit
 from kdcache.capture.teacher_slot import TeacherSlot
 from kdcache.capture.unit import UnitDone
@@ -54,7 +55,7 @@ class CaptureWorker:
             job = Job(self._config, reader, tokenizer, self._plan, template_moment(self._config))
             self._slot = TeacherSlot(self._config)
             self._heart.beat("opening the cache")
-            writer = open_cache_writer(job, self._slot.teacher)
+            writer = open_cache_writer(job, self._slot.teacher, lambda: self._heart.beat("making what is made once"))
             progress = AttemptProgress(self._readings, self._heart)
             self._worker = UnitWorker(job, self._slot, writer, progress, StopRequest())
         return os.getpid()

@@ -8,7 +8,8 @@ from contextlib import closing
 from kdcache.capture.attempts import UnitWorker
 from kdcache.capture.executors.endings import folded_on_failure, translated_interrupts
 from kdcache.capture.executors.tally import CaptureSummary, Tally
-from kdcache.capture.job import Job, open_cache_writer
+from kdcache.capture.job import Job
+from kdcache.capture.once import open_cache_writer
 from kdcache.capture.teacher_slot import TeacherSlot
 from kdcache.capture.watch.attempt_progress import AttemptProgress
 from kdcache.capture.watch.heartbeat import Heartbeat, interrupting
@@ -28,7 +29,7 @@ def capture_here(job: Job, progress: CaptureProgress, stop: StopRequest) -> Capt
     heart.load(f"loading the teacher {model!r}")
     with translated_interrupts(stop), heart.watching(), closing(TeacherSlot(job.config)) as slot:
         heart.beat("opening the cache")
-        writer = open_cache_writer(job, slot.teacher)
+        writer = open_cache_writer(job, slot.teacher, lambda: heart.beat("making what is made once"))
         worker = UnitWorker(job, slot, writer, AttemptProgress(progress, heart), stop)
         tally = Tally(job, writer, progress, stop)
         with folded_on_failure(tally, stop), stop.working():

@@ -7,6 +7,7 @@ from contextlib import closing
 from kdcache.capture.executors.tally import CaptureSummary, fold_if_due, new_summary, own_units
 from kdcache.capture.features import stated_features
 from kdcache.capture.job import Job, check_fits, first_manifest, output_location, prepare
+from kdcache.capture.once import missing_sidecars
 from kdcache.capture.watch.progress import CaptureProgress, several
 from kdcache.capture.watch.progress_file import ProgressFile, progress_path
 from kdcache.capture.watch.signals import StopRequest
@@ -87,6 +88,8 @@ def _is_finished(job: Job, existing: CacheWriter) -> bool:
         return False
     asked, noted = config_to_builtins(job.config), existing.manifest.config
     if noted.get("teacher") != asked["teacher"] or noted.get("features", []) != list(asked["features"]):
+        return False
+    if missing_sidecars(job.config, existing):
         return False
     # Without this a teacher that was trained further in the same folder, or whose branch on the hub has moved, would pass for
     # the one that was captured.

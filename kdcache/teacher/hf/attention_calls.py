@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from kdcache.errors import ConfigError
-from kdcache.teacher.features import find_decoder, shape_of_fields
+from kdcache.teacher.features import SMALLEST_PROBABILITY, find_decoder, shape_of_fields
 from kdcache.teacher.hf.attention import EAGER, attention_of, eager_of, with_attention
 
 _SEEN = "kdcache_seen"
@@ -86,6 +86,7 @@ class AttentionCall:
     def _top(self, b: int, index_C: Tensor, top: int, first: int) -> tuple[Tensor, Tensor]:
         found = self.probabilities(b, index_C).topk(min(top, self.key_BhKd.shape[2]), dim=-1)
         values_hCk, keys_hCk = found.values, found.indices
+        values_hCk = values_hCk.masked_fill(values_hCk < SMALLEST_PROBABILITY, 0.0)
         distances_hCk = (index_C + first)[None, :, None] - keys_hCk
         distances_hCk = torch.where(values_hCk > 0, distances_hCk, torch.zeros_like(distances_hCk))
         missing = top - values_hCk.shape[-1]

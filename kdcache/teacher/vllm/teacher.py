@@ -79,9 +79,8 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 PUBLIC_STEPS_PER_GROUP = 4
-"""The engine gets sequences in groups of about this many scheduler steps. The flat container holds
-about 85 bytes per entry until it is converted (at k = 64 and 8192 tokens per step, 180 MB per
-group)."""
+"""The engine gets sequences in groups of about this many scheduler steps. The flat container holds about 85 bytes per entry
+until it is converted (at k = 64 and 8192 tokens per step, 180 MB per group)."""
 
 PUBLIC_KINDS = ("top_k", "top_p_k")
 """The selections that can be made from the k most probable tokens alone."""

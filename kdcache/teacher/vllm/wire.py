@@ -187,13 +187,13 @@ def pack_feature(feature: FeatureInfo, vectors_FW: NDArray[Any], bounds: Sequenc
     return "float32", np.concatenate(parts).tobytes()
 
 
-def pack_numbers(numbers: NDArray[Any]) -> list[Any]:
+def pack_array(array: NDArray[Any]) -> list[Any]:
     """An array as plain values and bytes."""
-    return [numbers.dtype.name, list(numbers.shape), numbers.tobytes()]
+    return [array.dtype.name, list(array.shape), array.tobytes()]
 
 
-def unpack_numbers(packed: Sequence[Any]) -> NDArray[Any]:
-    """Inverse of `pack_numbers`."""
+def unpack_array(packed: Sequence[Any]) -> NDArray[Any]:
+    """Inverse of `pack_array`."""
     name, shape, data = packed
     return np.frombuffer(data, name).reshape(shape)
 

@@ -18,7 +18,7 @@ from kdcache.teacher.features import find_decoder
 from kdcache.teacher.sidecars import describe_norm
 from kdcache.teacher.vllm import internals
 from kdcache.teacher.vllm.layers import final_norm
-from kdcache.teacher.vllm.wire import pack_numbers, unpack_numbers
+from kdcache.teacher.vllm.wire import pack_array, unpack_array
 
 _CHUNK = 256
 """Unit vectors that are projected at once."""
@@ -54,8 +54,8 @@ def read_projection(worker: Any, *, keeps: bool) -> dict[str, Any] | None:
         return None
     bias_V = zero_1V[0].to(dtype).cpu()
     return {
-        "weight": pack_numbers(_as_array(torch.cat(columns).T.contiguous())),
-        "bias": pack_numbers(_as_array(bias_V)) if bool(bias_V.any()) else None,
+        "weight": pack_array(_as_array(torch.cat(columns).T.contiguous())),
+        "bias": pack_array(_as_array(bias_V)) if bool(bias_V.any()) else None,
         "logit_scale": float(scale),
         "softcap": None if softcap is None else float(softcap),
         "tied": bool(getattr(worker.model_config.hf_text_config, "tie_word_embeddings", False)),
@@ -68,8 +68,8 @@ def projection_from(packed: dict[str, Any]) -> OutputProjection:
     if "problem" in packed:
         raise ConfigError(f"sidecars: vLLM gives no output_projection: {packed['problem']}; leave it out")
     return OutputProjection(
-        weight_VH=unpack_numbers(packed["weight"]),
-        bias_V=None if packed["bias"] is None else unpack_numbers(packed["bias"]),
+        weight_VH=unpack_array(packed["weight"]),
+        bias_V=None if packed["bias"] is None else unpack_array(packed["bias"]),
         logit_scale=packed["logit_scale"],
         softcap=packed["softcap"],
         is_tied=packed["tied"],
@@ -78,8 +78,8 @@ def projection_from(packed: dict[str, Any]) -> OutputProjection:
 
 
 def _norm_from(packed: dict[str, Any]) -> FinalNorm:
-    bias_H = None if packed["bias"] is None else unpack_numbers(packed["bias"])
-    return FinalNorm(unpack_numbers(packed["weight"]), bias_H, *packed["is"])
+    bias_H = None if packed["bias"] is None else unpack_array(packed["bias"])
+    return FinalNorm(unpack_array(packed["weight"]), bias_H, *packed["is"])
 
 
 def _norm_of(worker: Any, model: Any) -> dict[str, Any] | None:
@@ -98,9 +98,9 @@ def _norm_of(worker: Any, model: Any) -> dict[str, Any] | None:
     found = describe_norm(norm, weight_H, bias_H, apply, str(weight.dtype).removeprefix("torch."))
     if found is None:
         return None
-    packed_bias = None if found.bias_H is None else pack_numbers(found.bias_H)
+    packed_bias = None if found.bias_H is None else pack_array(found.bias_H)
     return {
-        "weight": pack_numbers(found.weight_H),
+        "weight": pack_array(found.weight_H),
         "bias": packed_bias,
         "is": [found.eps, found.offset, found.subtracts_mean],
     }
