@@ -70,6 +70,17 @@ def test_a_capture_on_one_node_with_vllm(work_folder: Path, models: dict[str, st
 
 
 @pytest.mark.slow
+def test_training_a_drafter(work_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    teacher = build_tiny_model(tmp_path / "teacher", num_hidden_layers=4)
+    layers = {"layer: 14": "layer: 3", "layer: 25": "layer: 1", "layer: 28": "layer: 4"}
+    Tutorial(page("drafters"), instead=layers | {"Qwen/Qwen3-0.6B": str(teacher), "size: 2048": "size: 64"}).run()
+    num_sequences = len(kdcache.open("cache"))
+    assert len(list((work_folder / "files" / "hidden_states").glob("hs_*.safetensors"))) == num_sequences
+    assert len(list((work_folder / "features").glob("*.ckpt"))) == num_sequences
+
+
+@pytest.mark.slow
 def test_a_capture_on_a_slurm_array(work_folder: Path) -> None:
     instead = {
         "Qwen/Qwen3-8B": "fake",
