@@ -103,6 +103,7 @@ if TYPE_CHECKING:
     from kdcache.loss.sparse_kd import sparse_kd_loss as sparse_kd_loss
     from kdcache.loss.vocab_parallel import VocabPart as VocabPart
     from kdcache.loss.vocab_parallel import vocab_parallel_sparse_kd_loss as vocab_parallel_sparse_kd_loss
+    from kdcache.store.states_proof import StatesProof as StatesProof
     from kdcache.store.verify import VerifyReport as VerifyReport
     from kdcache.store.verify import verify_cache as verify_cache
     from kdcache.store.writing.set_aside import FailedUnit as FailedUnit
@@ -182,6 +183,7 @@ _EXPORTS = {
     "SparseKD": "kdcache.loss.modules:SparseKD",
     "StateError": "kdcache.errors:StateError",
     "StatisticsConfig": "kdcache.config.cut:StatisticsConfig",
+    "StatesProof": "kdcache.store.states_proof:StatesProof",
     "StopRequest": "kdcache.capture.watch.signals:StopRequest",
     "StorageError": "kdcache.errors:StorageError",
     "StudentConfig": "kdcache.config.train:StudentConfig",

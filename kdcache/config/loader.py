@@ -86,7 +86,8 @@ class LoaderConfig(Config, frozen=True, kw_only=True):
         seed: that of the order, in [0, 2**63).
         mix: how several caches share an epoch.
         mask: which positions are trained on.
-        features: names of the cache's features (hidden states) that a batch holds; empty for none, which costs nothing.
+        features: names of the cache's features (hidden states, attention, ...) that a batch holds, as they are stored; empty
+            for none, which costs nothing.
         with_roles: whether a batch holds, for each position, the role of the token that it predicts (`roles_P`), for losses or
             statistics by role.
         with_domains: whether a batch names the domain of each of its sequences, as the input said it (`domains`).

@@ -20,6 +20,7 @@ from kdcache.store.claims import ShardClaims
 from kdcache.store.files import fs
 from kdcache.store.files.location import locate
 from kdcache.store.reader import CacheReader
+from kdcache.store.states_proof import StatesProof, prove_states
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -37,6 +38,8 @@ class VerifyReport:
             the teacher gives probability 0 are left out; their count is checked.
         cached_nll: the same, recomputed from the decoded cache.
         nll_bound: most that the codec can move the mean, in nats.
+        states: whether states after the final norm give the logprobs through the output projection; None where one of these is
+            not in the cache, or something else is wrong already.
     """
 
     manifest: Manifest
@@ -47,6 +50,7 @@ class VerifyReport:
     teacher_nll: float = math.nan
     cached_nll: float = math.nan
     nll_bound: float = 0.0
+    states: StatesProof | None = None
 
     @property
     def is_sound(self) -> bool:
@@ -76,7 +80,7 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
     Checked are the chain of manifests and the journal; the sidecars; each shard's SHA-256; each sequence's digest, its index
     entry and its record's promises; and all that the manifest claims of a shard, recomputed from its records (`ShardClaims`):
     counts, keys, bytes of columns, and within the codec's bound the sums of masses and entropies and the teacher's NLL of the
-    text.
+    text. Where the cache has what it takes, states are compared with logprobs (`prove_states`).
 
     Damage ends up in the report, shard by shard; it is not raised.
 
@@ -106,6 +110,13 @@ def verify_cache(path: str | Path, progress: Progress | None = None) -> VerifyRe
         if progress is not None:
             progress(report.num_bytes, report.manifest.total("num_bytes"))
     _conclude(report, nll)
+    if not report.problems:
+        try:
+            report.states = prove_states(reader)
+            problem = None if report.states is None else report.states.problem
+        except FormatError as error:
+            problem = str(error)
+        report.problems += [problem] if problem is not None else []
     return report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.nll_wording import alignment, conversion, left_out
@@ -117,6 +118,7 @@ def _fields(report: VerifyReport, deep: DeepReport | None) -> dict[str, Any]:
     fields = {name: value for name, value in vars(report).items() if name != "manifest"} | {"sound": report.is_sound}
     manifest, notes = report.manifest, conversion(report.manifest)
     fields |= {name: manifest.total(name) for name in ("num_targets", "num_impossible_targets")}
+    fields["states"] = None if report.states is None else asdict(report.states)
     fields |= {"alignment": None if notes is None else notes.get("alignment", {"proven_by": None})}
     return fields | {"snapshot": report.manifest.digest, "deep": None if deep is None else deep.to_builtins()}
 
@@ -171,6 +173,11 @@ def _report_text(path: str, report: VerifyReport) -> str:
         lines["NLL"] = (
             f"teacher {report.teacher_nll:.6f} nats per target, recomputed from the cache {report.cached_nll:.6f} "
             f"(difference {abs(report.teacher_nll - report.cached_nll):.1e}, the codec's bound {report.nll_bound:.1e})"
+        )
+    if (states := report.states) is not None:
+        lines["states"] = (
+            f"{states.feature} through the output projection gives logprobs {states.difference:.2g} nats from the stored ones "
+            f"(moved by a position: {states.moved:.2g}), at {count(states.num_positions, 'position')}"
         )
     if missing := left_out(manifest):
         lines["left out"] = missing
