@@ -30,6 +30,7 @@ from kdcache.config.capture import CaptureConfig
 from kdcache.errors import ConfigError, InputError
 from kdcache.format.feature_positions import num_vectors
 from kdcache.format.manifest import FeatureInfo, SelectionInfo, TeacherIdentity
+from kdcache.format.output_projection import OUTPUT_PROJECTION
 from kdcache.format.record import Distributions, TokenSequence
 from kdcache.format.record_checks import check_distributions
 from kdcache.format.selection import fixed_entries, fixed_exact, has_estimates, most_entries
@@ -38,7 +39,7 @@ from kdcache.inputs.content import Item
 from kdcache.inputs.left_out import LeftOut
 from kdcache.store import chain
 from kdcache.store.writing.writer import refuse_foreign_directory
-from kdcache.teacher import load_teacher
+from kdcache.teacher import find_backend, load_teacher
 from kdcache.teacher.generation import Prompt
 
 SAMPLE_UNITS = 16
@@ -85,7 +86,8 @@ class CaptureEstimate:
         bytes_per_position: bytes of the codec's columns, and of the count of entries if that varies.
         bytes_are: `expected`; `most`, where the number of entries follows from the teacher, which has not been asked; or
             `measured`, by the probe.
-        num_bytes: of all, the features included.
+        num_bytes: of all, features and sidecars included.
+        output_projection_bytes: of this sidecar; None where it is not asked for, or the model's config does not say its sizes.
         template_time: the time that the chat template is given; None if it does not ask.
         notes: what the sampled items hold but is not used: sentence -> items.
         tokens_per_second: measured by a probe or by the units already published; None if neither.
@@ -104,6 +106,7 @@ class CaptureEstimate:
     num_bytes: int
     tokens_per_second: float | None
     features: tuple[FeatureEstimate, ...] = ()
+    output_projection_bytes: int | None = None
     left_out: LeftOut = field(default_factory=LeftOut)
     notes: Mapping[str, int] = field(default_factory=dict)
     template_time: str | None = None
@@ -194,7 +197,7 @@ def _scale(job: Job, items: list[Item], requests: list[Request], probed: _Probed
     positions = round(factor * _most_positions(requests, job.config))
     num_sequences = round(factor * len(requests))
     features = tuple(_feature_estimate(feature, requests, job.config, factor) for feature in probed.features)
-    manifests = chain.manifest_numbers(job.path)
+    manifests, projection = chain.manifest_numbers(job.path), _projection_bytes(job)
     return CaptureEstimate(
         plan=plan,
         num_files=len(job.reader.files),
@@ -209,13 +212,23 @@ def _scale(job: Job, items: list[Item], requests: list[Request], probed: _Probed
             positions * bytes_per_position
             + tokens * (4 + 1 / 8)
             + sum(estimate.num_bytes + estimate.sidecar_bytes for estimate in features)
+            + (projection or 0)
             + num_sequences * SEQUENCE_BYTES
             + len(plan.units) * SHARD_BYTES
         ),
         tokens_per_second=probed.tokens_per_second,
         features=features,
+        output_projection_bytes=projection,
         left_out=job.reader.left_out,
     )
+
+
+def _projection_bytes(job: Job) -> int | None:
+    """About the bytes of the sidecar `output_projection`: a number for each id and each number of a hidden state."""
+    config = job.config.teacher
+    shape = find_backend(config.backend).hidden_shape(config) if OUTPUT_PROJECTION in job.config.sidecars else None
+    item_bytes = 4 if config.dtype == "float32" else 2
+    return None if shape is None else job.tokenizer.identity.vocab_size * shape.size * item_bytes
 
 
 def _feature_estimate(feature: FeatureInfo, requests: list[Request], config: CaptureConfig, factor: float) -> FeatureEstimate:

@@ -107,6 +107,15 @@ def test_going_on_with_other_features_is_refused_with_the_difference(tmp_path, m
         run_capture(config_with(tmp_path, []))
 
 
+def test_a_dry_run_adds_the_sidecars_that_are_asked_for(tmp_path, capsys):
+    config, bare = (config_with(tmp_path, [], sidecars=sidecars) for sidecars in (["output_projection"], []))
+    found = estimate_capture(config)
+    assert found.output_projection_bytes == 262 * 16 * 2  # of the fake teacher, at two bytes a number
+    assert found.num_bytes == estimate_capture(bare).num_bytes + found.output_projection_bytes
+    assert main(["capture", str(write_config(config, tmp_path / "c.yaml")), "--dry-run"]) == 0
+    assert re.search(r"output_projection +about 8\.38 kB, once", capsys.readouterr().out)
+
+
 def test_a_dry_run_counts_the_vectors_of_every_grid_and_what_is_kept_once(tmp_path, capsys):
     features = [
         {"layer": -1, "positions": "all", "dtype": "bfloat16"},

@@ -184,6 +184,7 @@ def _estimate_text(config: CaptureConfig, estimate: CaptureEstimate) -> str:
             f"({config.codec_id}, {config.selection.kind}: {params})"
             + ("; fewer where the teacher is sure, which --probe measures" if estimate.bytes_are == "most" else ""),
             **_feature_lines(estimate),
+            **_sidecar_lines(config, estimate),
             "cache": f"{'at most' if most.startswith('at') else at_most} {size(estimate.num_bytes)} at {config.out}",
             "time": when,
         }
@@ -201,6 +202,12 @@ def _feature_lines(estimate: CaptureEstimate) -> dict[str, str]:
         once = f" and {size(found.sidecar_bytes)} once" if found.sidecar_bytes else ""
         shown[feature.name] = f"{found.bytes_per_vector:,} bytes per {each}{spread}, {size(found.num_bytes)}{once}: {what}"
     return shown
+
+
+def _sidecar_lines(config: CaptureConfig, estimate: CaptureEstimate) -> dict[str, str]:
+    projection = estimate.output_projection_bytes
+    known = {} if projection is None else {"output_projection": f"about {size(projection)}"}
+    return {name: f"{known.get(name, 'a few MB at most')}, once, next to the shards" for name in config.sidecars}
 
 
 def _tokens_lines(config: CaptureConfig, estimate: CaptureEstimate) -> dict[str, str]:
