@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fault_proxy import FaultProxy
-from tiny_model import build_tiny_model
+from tiny_model import build_tiny_model, stdlib_texts
 from tutorial_runner import RUN, Tutorial, blocks_of
 
 import kdcache
@@ -127,6 +128,19 @@ def test_loss_terms(work_folder: Path, small: dict[str, str], capsys: pytest.Cap
     assert float(names["loss"].detach()) > 0
     assert {"divergence", "cross_entropy"} <= names["loss_of"].report().keys()
     assert "terms" in capsys.readouterr().out
+
+
+def test_a_student_from_its_teacher(with_cache: Path, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("texts.jsonl", "heldout.jsonl"):
+        (with_cache / name).write_text("".join(json.dumps({"text": text[:500]}) + "\n" for text in stdlib_texts()[3:]))
+    tiny = {"--drop 8": "--drop 1", "{drop: 8}": "{drop: 1}", "3072": "48", "9216": "96", "steps: 10000": "steps: 3"}
+    loader = {"seq_len: 2048, batch_rows: 16": "seq_len: 64, batch_rows: 2"}
+    Tutorial(page("student-from-teacher"), instead=small | tiny | loader).run()
+    shown = capsys.readouterr().out
+    assert "block influence" in shown
+    assert "held-out nats per token, before any training" in shown
+    assert (with_cache / "narrower" / "report.json").is_file()
+    assert (with_cache / "run" / "model" / "config.json").is_file()
 
 
 def test_temperature(work_folder: Path, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

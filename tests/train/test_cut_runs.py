@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from tiny_model import build_tiny_model
+from tiny_model import build_tiny_model, stdlib_texts
 from train_caches import load_teacher_model, train_config, write_cache
 
 from kdcache.cli.main import main
@@ -151,6 +151,33 @@ def test_the_command_writes_a_folder_that_loads_anywhere(
     )
     found = subprocess.run([sys.executable, "-c", program, str(out)], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["3", "48", "1", "True", "True"]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_vllm_loads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    teacher, out = (
+        build_tiny_model(tmp_path / "teacher", num_attention_heads=4, num_key_value_heads=2, head_dim=32),
+        tmp_path / "out",
+    )
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in stdlib_texts()[:2]))
+    width = ["--hidden-size", "48", "--num-attention-heads", "2", "--intermediate-size", "96", "--num-sequences", "4"]
+    assert main(["student", str(teacher), "--out", str(out), "--keep", "1", *width, "--data", str(texts)]) == 0
+    model, ids = load_teacher_model(out), [0, 30, 77, 120, 200, 310]
+    logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(str(out), dtype="float32", enforce_eager=True, max_model_len=64)
+    (answer,) = engine.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    found = answer.prompt_logprobs
+    assert found is not None
+    for position, token in enumerate(ids[1:]):
+        here = found[position + 1]
+        assert here is not None
+        assert abs(here[token].logprob - float(logprobs[position, token])) < 1e-4
 
 
 def test_the_command_refuses_in_one_sentence(

@@ -118,6 +118,32 @@ def test_channels_are_cut_from_every_weight_that_has_them() -> None:
     assert (made.student.config.hidden_size, made.student.config.head_dim) == (24, 8), "heads stay as wide as they were"
 
 
+def entering(model: Any) -> torch.Tensor:
+    """What enters the first layer."""
+    seen: list[torch.Tensor] = []
+    layer = model.get_decoder().layers[0]
+    handle = layer.register_forward_pre_hook(lambda m, a, k: seen.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
+    logits(model)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_scaled_by_the_hidden_size_come_out_as_they_were(name: str, tied: bool) -> None:
+    teacher = tiny(name, tie_word_embeddings=tied)
+    made = cut(teacher, hidden_size=24)
+    channels = torch.from_numpy(made.kept.channels)
+    torch.testing.assert_close(entering(made.student), entering(teacher)[..., channels], rtol=1e-5, atol=1e-5)
+    # What the output projection makes of a state is what the teacher's makes of it, on these channels.
+    state = torch.randn(1, 24, generator=torch.Generator().manual_seed(2))
+    theirs = teacher.model.norm.weight.detach().clone()
+    teacher.model.norm.weight.data = theirs[channels]
+    expected = teacher.model.norm(state) @ teacher.lm_head.weight[:, channels].T
+    torch.testing.assert_close(made.student.lm_head(made.student.model.norm(state)), expected, rtol=1e-4, atol=1e-4)
+    assert made.student.config.tie_word_embeddings == tied
+
+
 def test_the_most_active_stay() -> None:
     teacher = tiny("llama")
     with torch.no_grad():

@@ -18,6 +18,7 @@ from kdcache.errors import ConfigError
 from kdcache.shown import first_line
 from kdcache.teacher.hf.axes import Axes, axes_of, resized
 from kdcache.train.init.build import built, layer_modules, layers_prefix, with_layers
+from kdcache.train.init.embedding import mend_embedding_scale
 from kdcache.train.init.proof import probe_ids
 from kdcache.train.init.width import ORDERS, Cutter, Kept, Order, shuffled
 
@@ -78,7 +79,10 @@ def narrowed(model: PreTrainedModel, axes: Axes, kept: Kept) -> PreTrainedModel:
     """
     orders = proven_orders(model, kept)
     cutter = Cutter(axes, kept, layers_prefix(model), *orders)
-    return _cut(model, axes, cutter)
+    student = _cut(model, axes, cutter)
+    if kept.channels is not None and len(kept.channels) < axes.hidden:
+        mend_embedding_scale(model, student, kept.channels)
+    return student
 
 
 def _cut(model: PreTrainedModel, axes: Axes, cutter: Cutter) -> PreTrainedModel:
