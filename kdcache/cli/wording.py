@@ -9,6 +9,8 @@ from typing import Any
 from kdcache.shown import as_printed, shown, write
 
 _NAME_CHARACTERS = 60
+_LONG = 160
+"""Characters of a value that still fit on a line or two of a terminal."""
 
 
 def count(num: int, noun: str) -> str:
@@ -38,10 +40,19 @@ def duration(seconds: float) -> str:
 
 
 def aligned(values: Mapping[str, str]) -> str:
-    """One line per value, with the names in one column. Names and values may come from a file: both are made printable."""
+    """One line per value, with the names in one column; a long value takes a line for each of its parts.
+
+    Names and values may come from a file: both are made printable.
+    """
     plain = [(shown(name, _NAME_CHARACTERS), shown(value)) for name, value in values.items()]
     width = max((len(name) for name, _ in plain), default=0)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in plain)
+    further = f";\n{'':<{width}}  "
+    return "\n".join(f"{name:<{width}}  {further.join(_parts(value))}" for name, value in plain)
+
+
+def _parts(value: str) -> list[str]:
+    """A long value at its semicolons; a short one whole."""
+    return value.split("; ") if len(value) > _LONG else [value]
 
 
 def say_json(value: Any) -> None:

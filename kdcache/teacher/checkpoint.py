@@ -5,9 +5,11 @@ The cache's layout is huggingface_hub's: `models--org--name/refs/<revision>` hol
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ _MOST = {
     "vocab_size": 2**31, "num_attention_heads": 2**16, "num_local_experts": 2**16,
 }  # fmt: skip
 """Sizes far beyond any real model's."""
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ADAPTER_FILE = "adapter_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
@@ -63,8 +66,26 @@ def check_model_name(model: str, *, is_tokenizer: bool = False) -> None:
         _refuse_impossible_sizes(model, fields)
     elif path.is_file():
         raise TeacherError(f"{model} is a file; expected a hub id or a folder in the Hugging Face layout")
-    elif model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model:
-        raise TeacherError(f"{model}: no such folder; expected a hub id or a folder in the Hugging Face layout")
+    elif model.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(model):
+        raise TeacherError(f"{model}: no such folder{_near(path)}; expected a hub id or a folder in the Hugging Face layout")
+
+
+def why_not_loaded(model: str, reason: str) -> str:
+    """The reason, for the end of a message; for what could be a folder and a hub id and is neither, that too."""
+    path = Path(model)
+    if path.exists() or snapshot_folder(model) is not None:
+        return reason
+    return f"there is no such folder{_near(path)}, and as a hub id it was not found ({reason})"
+
+
+def _near(path: Path) -> str:
+    """The folder that was probably meant, in brackets; "" where none has a similar name."""
+    try:
+        there = [child.name for child in path.parent.iterdir() if child.is_dir()]
+    except (OSError, ValueError):
+        return ""
+    close = difflib.get_close_matches(path.name, there, n=1)
+    return f" (there is {path.parent / close[0]})" if close else ""
 
 
 def _refuse_kernels_of_a_hub(model: str, fields: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from kdcache.errors import ConfigError, MismatchError
 from kdcache.format.manifest import Identity
 from kdcache.shown import first_line
 from kdcache.teacher import load_tokenizer
-from kdcache.teacher.checkpoint import check_model_name
+from kdcache.teacher.checkpoint import check_model_name, why_not_loaded
 from kdcache.teacher.hf.attention import must_be_eager, use_eager
 from kdcache.teacher.hf.load import class_of_checkpoint, language_model_class
 from kdcache.teacher.hf.rotary import mend_rotary
@@ -102,7 +102,9 @@ def load_model(name: str, *, field: str, revision: str | None = None, **options:
             )
     except Exception as error:
         _refuse_attention(error, field)
-        raise ConfigError(f"{field}: no model can be loaded from {name!r}: {first_line(error)}") from error
+        raise ConfigError(
+            f"{field}: no model can be loaded from {name!r}: {why_not_loaded(name, first_line(error))}"
+        ) from error
     model, info = loaded
     damage = find_damage(Path(name)) if (Path(name) / DIGESTS).is_file() else None
     if damage is not None:
@@ -129,7 +131,8 @@ def _student_config(config: StudentConfig) -> Any:
         base = AutoConfig.from_pretrained(config.model, revision=config.revision or "main", trust_remote_code=False)
     except Exception as error:
         raise ConfigError(
-            f"student.model: no model configuration can be read from {config.model!r}: {first_line(error)}"
+            f"student.model: no model configuration can be read from {config.model!r}: "
+            f"{why_not_loaded(config.model, first_line(error))}"
         ) from error
     return _overridden(base, config.overrides)
 

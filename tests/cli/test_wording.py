@@ -27,3 +27,13 @@ def test_durations(seconds, text):
 def test_lines_are_aligned():
     assert aligned({"a": "1", "long": "2"}) == "a     1\nlong  2"
     assert aligned({}) == ""
+
+
+def test_a_long_value_takes_a_line_for_each_of_its_parts() -> None:
+    long = "; ".join(f"loss {i} of some length, with a tail policy that fits" for i in range(4))
+    lines = aligned({"text": "one; short", "losses": long}).splitlines()
+    assert lines[0] == "text    one; short"
+    assert [line[8:12] for line in lines[1:]] == ["loss"] * 4
+    assert lines[1].startswith("losses  loss 0")
+    assert lines[1].endswith(";")
+    assert not lines[4].endswith(";")

@@ -19,6 +19,7 @@ from kdcache.teacher.checkpoint import (
     short_name,
     snapshot_folder,
     weights_digest,
+    why_not_loaded,
 )
 
 FIRST, SECOND = "a" * 40, "b" * 40
@@ -153,3 +154,16 @@ def test_sizes_that_no_model_has_are_refused_before_anything_is_built(tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
     with pytest.raises(TeacherError, match=sentence):
         check_model_name(str(tmp_path))
+
+
+def test_a_mistyped_folder_is_said_with_the_one_that_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "teacher").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    said = why_not_loaded("runs/techer", "We couldn't connect to 'https://huggingface.co'")
+    assert said.startswith("there is no such folder (there is runs/teacher), and as a hub id it was not found (We couldn't")
+    assert why_not_loaded("runs/other-thing", "no").startswith("there is no such folder, and")
+    assert why_not_loaded("runs/teacher", "damaged") == "damaged", "it is there, so the reason is enough"
+    with pytest.raises(TeacherError, match=r"runs/techer/: no such folder"):
+        check_model_name("runs/techer/")
+    with pytest.raises(TeacherError, match=r"no such folder \(there is runs\); expected a hub id"):
+        check_model_name("ru ns")

@@ -21,7 +21,7 @@ from kdcache.teacher.chat.rendered import ChatSpans, Rendered
 from kdcache.teacher.chat.shapes import MarkedChat, notes_of, shapes
 from kdcache.teacher.chat.tokens import ChatEncoding, words_of
 from kdcache.teacher.chat.turns import find_spans
-from kdcache.teacher.checkpoint import check_model_name, short_name
+from kdcache.teacher.checkpoint import check_model_name, short_name, why_not_loaded
 from kdcache.teacher.tokenizer import ChatTokens, check_chat
 
 PROBES = ("Hello world", " two  spaces\tand\n\nlines", "naive cafe 12345.678", "x = [1, 2]  # \u00e9\u4e2d\U0001f600")
@@ -43,7 +43,8 @@ class HfTokenizer:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         except Exception as error:  # whatever a file, remote code or the hub client can raise
-            raise TeacherError(f"the tokenizer {name!r} does not load with transformers: {first_line(error)}") from error
+            reason = why_not_loaded(name, first_line(error))
+            raise TeacherError(f"the tokenizer {name!r} does not load with transformers: {reason}") from error
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
         self._template = _template_of(self._tokenizer)

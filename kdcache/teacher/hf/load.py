@@ -14,6 +14,7 @@ from kdcache.config.capture import TeacherConfig
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.half_precision import warn_if_emulated
 from kdcache.shown import first_line
+from kdcache.teacher.checkpoint import why_not_loaded
 from kdcache.teacher.hf.attention import EAGER, must_be_eager, use_eager
 
 FIELD = "teacher.engine_options.attn_implementation"
@@ -45,7 +46,8 @@ def _load(config: TeacherConfig, options: dict[str, Any]) -> PreTrainedModel:
             )
             model, info = loaded
     except Exception as error:  # whatever a checkpoint, its remote code or the hub client can raise
-        raise TeacherError(f"the model {config.model!r} does not load with transformers: {first_line(error)}") from error
+        reason = why_not_loaded(config.model, first_line(error))
+        raise TeacherError(f"the model {config.model!r} does not load with transformers: {reason}") from error
     problems = [*info["missing_keys"], *info["mismatched_keys"]]
     # transformers fills missing weights with random numbers and continues: the cache would be noise.
     if problems:
