@@ -75,7 +75,7 @@ def why_not_loaded(model: str, reason: str) -> str:
     path = Path(model)
     if path.exists() or snapshot_folder(model) is not None:
         return reason
-    return f"there is no such folder{_near(path)}, and as a hub id it was not found ({reason})"
+    return f"such a folder does not exist{_near(path)}, and as a hub id it was not found ({reason})"
 
 
 def _near(path: Path) -> str:

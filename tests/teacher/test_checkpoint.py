@@ -160,8 +160,10 @@ def test_a_mistyped_folder_is_said_with_the_one_that_was_meant(tmp_path: Path, m
     (tmp_path / "runs" / "teacher").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     said = why_not_loaded("runs/techer", "We couldn't connect to 'https://huggingface.co'")
-    assert said.startswith("there is no such folder (there is runs/teacher), and as a hub id it was not found (We couldn't")
-    assert why_not_loaded("runs/other-thing", "no").startswith("there is no such folder, and")
+    assert said.startswith(
+        "such a folder does not exist (there is runs/teacher), and as a hub id it was not found (We couldn't"
+    )
+    assert why_not_loaded("runs/other-thing", "no").startswith("such a folder does not exist, and")
     assert why_not_loaded("runs/teacher", "damaged") == "damaged", "it is there, so the reason is enough"
     with pytest.raises(TeacherError, match=r"runs/techer/: no such folder"):
         check_model_name("runs/techer/")

@@ -14,13 +14,11 @@ from kdcache.config.cut import StatisticsConfig
 from kdcache.config.train import StudentConfig
 from kdcache.loader.cache import Cache
 from kdcache.teacher.checkpoint import weights_digest
+from kdcache.teacher.sidecars import ACTIVATION_STATISTICS
 from kdcache.teacher.tokenizer import Tokenizer
 from kdcache.train.evaluation.heldout import read_heldout
 from kdcache.train.init.layers import Statistics
 from kdcache.train.init.measure import measured
-
-SIDECAR = "activation_statistics"
-"""The name of the sidecar in which a capture keeps what it measured."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,8 @@ def source_of(
     if cache is None:
         return None
     kept = cache
-    if any(sidecar.name == SIDECAR for sidecar in cache.manifest.sidecars) and _captured(config.model, cache):
-        return Source(f"the capture ({SIDECAR})", lambda _: kept.sidecar(SIDECAR))
+    if any(sidecar.name == ACTIVATION_STATISTICS for sidecar in cache.manifest.sidecars) and _captured(config.model, cache):
+        return Source(f"the capture ({ACTIVATION_STATISTICS})", lambda _: kept.sidecar(ACTIVATION_STATISTICS))
     return Source("the cache's sequences", lambda teacher: _measured(teacher, _of_cache(kept, text.num_sequences), device))
 
 
