@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.codec import get_codec
+from kdcache.codec.features.constants import NOTHING
 from kdcache.errors import CorruptCacheError
 from kdcache.format.feature_positions import feature_positions
 from kdcache.format.identity import FeatureInfo
 from kdcache.format.manifest import Manifest
-from kdcache.format.output_projection import OUTPUT_PROJECTION, OutputProjection
+from kdcache.format.output_projection import OUTPUT_PROJECTION, OutputProjection, as_float32
 from kdcache.format.record import SequenceRecord
 from kdcache.store.reader import CacheReader
 
@@ -23,8 +25,8 @@ MOST_POSITIONS = 64
 
 _CHUNK = 8192
 """Lines of the projection that are float32 at once."""
-_FLOOR_NATS = 0.05
-"""What rounding may move a logprob by, whatever the teacher: below it nothing is wrong."""
+_ENGINE_NATS, _ENGINE_NATS_COARSE = {"float32": 1e-3, "float16": 0.02}, 0.1
+"""Allowed for the teacher's own arithmetic, in the mean: it made its logits in its dtype, these are made in float32."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,24 @@ class StatesProof:
         num_positions: compared.
         difference: mean of |stored - recomputed| over exact entries, nats.
         moved: the same with each state moved to the next position that is compared: what a wrong one would give.
+        allowed: difference that the rounding of states and entries and the teacher's arithmetic explain.
     """
 
     feature: str
     num_positions: int
     difference: float
     moved: float
+    allowed: float
 
     @property
     def problem(self) -> str | None:
         """A sentence where the states are not those of the logprobs."""
-        if self.difference <= max(_FLOOR_NATS, self.moved / 2):
+        if self.difference <= min(self.allowed, self.moved / 2):
             return None
         return (
             f"feature {self.feature!r}: through the output projection its states give logprobs that are {self.difference:.3g} "
-            f"nats from the stored ones, and {self.moved:.3g} where they are moved by a position: they do not belong to them"
+            f"nats from the stored ones (allowed: {self.allowed:.3g}), and {self.moved:.3g} moved by a position: "
+            "they do not belong to them"
         )
 
 
@@ -76,7 +81,43 @@ def prove_states(reader: CacheReader) -> StatesProof | None:
     moved_PH = np.roll(states_PH, 1, axis=0)
     ids, logprobs = [ids for _, ids, _ in found], [logprobs for _, _, logprobs in found]
     difference, moved = (_difference(projection, states, ids, logprobs) for states in (states_PH, moved_PH))
-    return StatesProof(feature.name, len(found), difference, moved if len(found) > 1 else np.inf)
+    allowed = _Rounding(reader, feature, projection).allowed(states_PH, ids, logprobs)
+    return StatesProof(feature.name, len(found), difference, moved if len(found) > 1 else np.inf, allowed)
+
+
+class _Rounding:
+    """How far apart stored logprobs and those made of stored states may be."""
+
+    def __init__(self, reader: CacheReader, feature: FeatureInfo, projection: OutputProjection) -> None:
+        identity = reader.manifest.identity
+        self._feature, self._projection = feature, projection
+        self._constants = reader.constants().get(feature.name, NOTHING)
+        self._codec = get_codec(identity.codec.codec_id, identity.codec.params, identity.selection)
+        self._engine = _ENGINE_NATS.get(identity.teacher.dtype, _ENGINE_NATS_COARSE)
+
+    def allowed(
+        self, states_PH: NDArray[np.float32], ids: list[NDArray[np.int32]], logprobs: list[NDArray[np.float32]]
+    ) -> float:
+        """Nats, in the mean over entries."""
+        off_E = np.concatenate([self._of_states(state_H, one) for state_H, one in zip(states_PH, ids, strict=True)])
+        of_codec_E = self._codec.max_error_nats(np.concatenate(logprobs))
+        return self._engine + (float((off_E + of_codec_E).mean()) if len(off_E) else 0.0)
+
+    def _of_states(self, state_H: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.float64]:
+        """Three standard deviations of a logprob whose state is rounded, of each entry."""
+        weight = as_float32(self._projection.weight_VH[ids]).astype(np.float64)
+        deviations = np.sqrt(np.square(weight * self._steps(state_H)).sum(axis=-1) / 12)
+        return 3 * 2**0.5 * abs(self._projection.logit_scale) * deviations
+
+    def _steps(self, state_H: NDArray[np.float32]) -> NDArray[np.float64]:
+        """(H,) how far apart the numbers are that a state's are rounded to."""
+        size_H = np.abs(state_H).astype(np.float64)
+        if self._feature.dtype != "int8":
+            return size_H * (2.0**-10 if self._feature.dtype == "float16" else 2.0**-7)
+        mean_H, scale_H = self._constants.mean_H, self._constants.scale_H
+        if mean_H is None or scale_H is None:
+            return np.full_like(size_H, size_H.max() / 127)
+        return max(1.0, float((np.abs(state_H - mean_H) / scale_H).max())) * scale_H.astype(np.float64) / 127
 
 
 def _states_of(manifest: Manifest) -> FeatureInfo | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from kdcache.errors import ConfigError
 from kdcache.format.feature_positions import feature_positions
 from kdcache.format.output_projection import OutputProjection
 from kdcache.store.files import fs
+from kdcache.store.states_proof import prove_states
 from kdcache.store.verify import verify_cache
 from kdcache.teacher.fake import FakeTeacher
 
@@ -179,7 +181,7 @@ def real_config(tmp_path, tiny_model_dir):
 
     def make(**changes):
         lines = [f"def line_{n}(x): return x + {n}" for n in range(12)]
-        config = make_config(tmp_path, lines, features=[{"layer": -1}], **changes)
+        config = make_config(tmp_path, lines, **{"features": [{"layer": -1}]} | changes)
         path = write_config(config, tmp_path / "c.yaml")
         import json
 
@@ -189,6 +191,37 @@ def real_config(tmp_path, tiny_model_dir):
         return path
 
     return make
+
+
+@pytest.mark.parametrize(
+    "feature", [{}, {"dtype": "bfloat16"}, {"dtype": "int8"}, {"dtype": "int8", "scale": "channel"}, {"stride": 2}]
+)
+def test_states_and_projection_make_the_entries_again_at_their_own_positions_only(tmp_path, real_config, capsys, feature):
+    changes = {"features": [{"layer": -1, **feature}], "sidecars": ["output_projection"]}
+    path = real_config(selection={"kind": "threshold", "tau": 0.05, "k": None}, codec={"id": "archive"}, **changes)
+    assert main(["capture", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "cache")]) == 0
+    assert "states  hidden_last through the output projection gives logprobs" in capsys.readouterr().out
+    with kdcache.open(tmp_path / "cache") as cache:
+        proof = prove_states(cache.reader)
+        assert proof is not None
+        assert proof.problem is None
+        assert proof.difference < proof.allowed < 0.2
+        assert proof.moved > 10 * proof.difference
+        # The states of the position before, as a teacher that is off by one would give them.
+        whole = type(cache.reader).__getitem__
+
+        def late(self, index):
+            record = whole(self, index)
+            features = {name: np.roll(values, 1, axis=0) for name, values in record.distributions.features.items()}
+            return replace(record, distributions=replace(record.distributions, features=features))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(cache.reader), "__getitem__", late)
+            off = prove_states(cache.reader)
+        assert off is not None
+        assert "they do not belong to them" in (off.problem or "")
 
 
 def test_sidecars_of_a_real_model_come_with_the_cache_or_later(tmp_path, real_config):
