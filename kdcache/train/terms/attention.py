@@ -34,7 +34,9 @@ _PROBE_TOKENS = 16
 
 
 class AttentionTerm(Term):
-    """The loss of the student's attention at the teacher's top keys and the rest as one key; the mean over heads and positions.
+    """KL between a layer's attention and the teacher's, at the top keys of each head and the rest as one key.
+
+    The mean over heads and positions.
 
     The student's attention is the softmax of what its attention function is called with, which is compared with its eager
     attention before training.
@@ -47,6 +49,8 @@ class AttentionTerm(Term):
             heads evenly spread where the numbers differ.
         positions: which queries count: `supervised` ones, by their weights, or `all` that were captured by 1.
     """
+
+    needed = "a feature of kind `attention`"
 
     def __init__(
         self,

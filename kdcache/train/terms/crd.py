@@ -35,7 +35,9 @@ _NAME = "crd"
 
 
 class CrdTerm(Term):
-    """Noise-contrastive estimation in both directions, the mean over sequences.
+    """Each sequence told apart from others of the whole cache, which is the teacher's bank (CRD).
+
+    Noise-contrastive estimation in both directions, the mean over sequences.
 
     A sequence's vectors of both models, brought to `size` numbers of length 1, are told apart from `negatives` others. The
     student's are compared with the teacher's of the cache, embedded as of now, and the teacher's with a bank of the student's,
@@ -53,6 +55,7 @@ class CrdTerm(Term):
         momentum: of the student's bank.
     """
 
+    needed = "a pooled feature of kind `hidden`"
     student_bank: Tensor
     normalizers: Tensor
     num_drawn: Tensor

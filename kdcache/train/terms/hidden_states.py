@@ -37,7 +37,9 @@ _MOST_ELEMENTS = 1 << 24
 
 
 class HiddenStatesTerm(Term):
-    """The loss of a student's vectors against the teacher's, the mean over positions (over sequences, where pooled).
+    """The distance of a layer's hidden states from the teacher's: cosine, mean square, or relative to their size.
+
+    The mean over positions; over sequences where the feature is pooled.
 
     Several pairs of layers share one projector, and their mean is the term's: with `balance: equal` that is ModelOpt's recipe.
     Pairs with projectors of their own are terms of their own.
@@ -51,6 +53,8 @@ class HiddenStatesTerm(Term):
             `none`; `auto`: `linear` where the sizes differ.
         positions: `supervised`: by the weights of the positions; `all`: every position that has a vector counts 1.
     """
+
+    needed = "a feature of kind `hidden`"
 
     def __init__(
         self,

@@ -34,7 +34,9 @@ _OF: dict[str, tuple[HeadKind, HeadKind]] = {
 
 
 class RelationsTerm(Term):
-    """The sum over relations of KL(teacher, student) in nats, the mean over relation heads and tokens.
+    """KL between how a layer's queries, keys and values are related to one another, token by token (MiniLMv2); no projector.
+
+    The sum over relations, the mean over relation heads and tokens, in nats.
 
     Args:
         queries, keys, values: names of the cache's features of these kinds, at all positions of the teacher's layer; those that
@@ -45,6 +47,8 @@ class RelationsTerm(Term):
         layer: of the student, counted from 1; -1 for the last.
         positions: which queries count: `supervised` ones, by their weights, or `all` by 1. Keys are all earlier tokens.
     """
+
+    needed = "features of kind `queries`, `keys` or `values`, at all positions"
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ _MIX = -7046029254386353131
 
 
 class RkdTerm(Term):
-    """distance_weight * distance term + angle_weight * angle term, over the sequences of all ranks' batches together.
+    """Distances and angles between sequences, as the teacher has them (RKD), over the batches of all ranks together.
 
     Sequences of accumulated batches are not compared with one another: they are not in memory together.
 
@@ -41,6 +41,8 @@ class RkdTerm(Term):
         max_anchors: angles are looked at from this many sequences, drawn by seed and sequence; all of up to
             this many are.
     """
+
+    needed = "a pooled feature of kind `hidden`"
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import kdcache
@@ -20,15 +21,23 @@ from kdcache.config.train import TrainConfig
 from kdcache.loader.torch_batches import to_torch
 from kdcache.loss.states.relations import relation_kl
 from kdcache.teacher.hf.heads import seen_heads
+from kdcache.train.terms.crd import CrdTerm
 from kdcache.train.trainer import train
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TERMS = {
-    "hidden": "hidden_states", "relations": "relations", "attention": "attention", "rkd": "rkd",
+    "hidden": "hidden_states", "relations": "relations", "attention": "attention", "rkd": "rkd", "crd": "crd",
 }  # fmt: skip
 """Name of a config -> its term."""
 
 NUM_STEPS = 4
+
+FURTHER = [
+    {"name": "pca", "layer": -1, "dtype": "int8", "projection": {"kind": "pca", "size": 24}},
+    {"name": "inner", "layer": 1, "dtype": "int8", "scale": "channel", "stride": 2},
+    {"name": "drawn", "layer": -1, "pooling": "mean", "projection": {"kind": "random", "size": 48}},
+]
+"""Features of other forms: fewer numbers, some of the positions, a scale per channel."""
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +49,7 @@ def cache(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     fields = yaml.safe_load((CONFIGS / "capture-states.yaml").read_text())
     for feature in fields["features"]:
         feature["layer"] = 2 if feature["layer"] > 0 else feature["layer"]
+    fields["features"] += FURTHER
     fields["input"] = {"format": "jsonl", "paths": [str(folder / "texts.jsonl")], "window": {"size": 96}}
     fields["teacher"] = {"model": str(tiny_model_dir), "backend": "transformers", "dtype": "float32"}
     fields |= {"out": str(folder / "cache"), "selection": {"kind": "top_k", "k": 16}}
@@ -70,6 +80,25 @@ def test_a_student_trains_as_the_config_says(name, cache, tiny_model_dir, tmp_pa
     values = [line["terms"][TERMS[name]] for line in metrics_of(config)]
     assert len(values) == NUM_STEPS, values
     assert all(value > 1e-4 for value in values)
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        {"term": "hidden_states", "options": {"feature": "pca", "loss": "mse"}},
+        {"term": "hidden_states", "options": {"feature": "inner", "layer": 1, "loss": "relative_mse"}},
+        {"term": "rkd", "options": {"feature": "drawn"}},
+        {"term": "crd", "options": {"feature": "drawn", "negatives": 8}},
+    ],
+    ids=lambda term: f"{term['term']}-{term['options']['feature']}",
+)
+def test_features_of_every_form_are_learned_from(term, cache, tiny_model_dir, tmp_path):
+    config = config_of(
+        "hidden", cache, tiny_model_dir, tmp_path / "run", loss={"terms": [term], "projector_lr": 0.02}, steps=30
+    )
+    train(config, show_progress=False)
+    values = [line["terms"][term["term"]] for line in metrics_of(config)]
+    assert sum(values[-5:]) < 0.9 * sum(values[:5])
 
 
 @pytest.mark.parametrize("name", ["hidden", "relations", "attention", "rkd"])
@@ -105,3 +134,25 @@ def test_relations_from_the_cache_are_those_of_the_live_teacher(cache, tiny_mode
             assert 0 <= float(kl) < 1e-4 < 1e-2 * float(against)
             checked += 1
         assert checked > 1
+
+
+def test_crd_resumes_exactly_in_the_trainer(cache, tiny_model_dir, tmp_path, monkeypatch):
+    whole, part = (config_of("crd", cache, tiny_model_dir, tmp_path / name) for name in ("whole", "part"))
+    train(whole, show_progress=False)
+    with monkeypatch.context() as patch:
+        steps, forward = iter(range(NUM_STEPS)), CrdTerm.forward
+
+        def interrupted(*args):
+            if next(steps) == NUM_STEPS - 1:
+                raise KeyboardInterrupt
+            return forward(*args)
+
+        patch.setattr(CrdTerm, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(part, show_progress=False)
+    assert train(part, show_progress=False).num_resumed == NUM_STEPS - 2
+    losses = [[line["loss"] for line in metrics_of(config)] for config in (whole, part)]
+    assert losses[0] == losses[1]
+    weights = [load_file(Path(config.out) / "model" / "model.safetensors") for config in (whole, part)]
+    assert all(torch.equal(weight, weights[1][key]) for key, weight in weights[0].items())
+    assert not any("terms" in key or "bank" in key for key in weights[0])
