@@ -73,5 +73,7 @@ class DivergenceSum:
     def keep(self, values: Tensor) -> None:
         """Take what a loss found: (parts + measures + 1, ...)."""
         values, num_parts = values.detach(), len(self.parts)
+        if values.ndim == 0:  # of no position: no step was made that would say how many there are
+            values = values.new_zeros(num_parts + len(self.watched()) + 1)
         self.measures = {name: values[num_parts + index] for index, (name, _) in enumerate(self.watched())}
         self.values = torch.cat([values[:num_parts], values[-1:]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ pytest.importorskip("transformers")
 
 import term_cases
 from adapter_cases import OPTIONS, first_batches, make_student
+from contracts import terms as contract
 
 from kdcache import extensions
 from kdcache.config.load import convert_config
-from kdcache.config.terms import Varying, WeightSchedule
+from kdcache.config.terms import TermConfig, Varying, WeightSchedule
 from kdcache.config.train import LossConfig
 from kdcache.errors import ConfigError, LossError
 from kdcache.loader.cache import open_cache
@@ -25,7 +27,8 @@ from kdcache.loader.torch_batches import TorchBatch
 from kdcache.train.body import hidden_states, output_projection
 from kdcache.train.packed import logits_head
 from kdcache.train.step import BatchLoss
-from kdcache.train.terms.engine import LossTerms, with_needs
+from kdcache.train.terms import Term
+from kdcache.train.terms.engine import LossTerms, make_term, with_needs
 from kdcache.train.terms.inner import reading
 from kdcache.train.terms.schedule import weight_at
 from kdcache.train.terms.setting import set_up_terms
@@ -148,6 +151,21 @@ def test_a_term_that_counts_sequences_is_their_mean(small_cache: Path, batch: To
         for each in (False, True)
     )
     assert by_sequence.loss == pytest.approx(by_position.loss * len(batch.flat_positions_P) / batch.num_sequences, rel=1e-5)
+
+
+OURS = {
+    "divergence": {"divergence": "skew_kl", "divergence_options": {"skew": 0.2}},
+    "cross_entropy": {},
+    "codes": {"layer": 1},
+}
+
+
+@pytest.mark.parametrize("promise", [*contract.PROMISES, *contract.OF_MODULES], ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("name", OURS)
+def test_our_terms_keep_the_promises_of_a_term(name: str, promise: Callable[[Term], None]) -> None:
+    term = make_term(TermConfig(term=name, options=OURS[name]))
+    term.set_up(contract.setting())
+    promise(term)
 
 
 STEPS = [
