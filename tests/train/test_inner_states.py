@@ -82,9 +82,12 @@ def test_attention_of_packed_rows_is_read_without_a_change_of_the_model(small_ca
 
 def test_layers_that_there_are_not_are_refused_in_one_sentence() -> None:
     model = make_student()
-    with pytest.raises(ConfigError, match="queries of layer 2, but the student has layers 1 to 1"):
+    with pytest.raises(ConfigError, match="queries of layer 2 of the student, but the student has layers 1 to 1"):
         check_reads(model, [("queries", 2)])
-    with pytest.raises(ConfigError, match="hidden of layer 2, but the student has layers 0 to 1, and -1 after the final norm"):
+    with pytest.raises(
+        ConfigError,
+        match="hidden states of layer 2 of the student, but the student has layers 0 to 1, and -1 after the final norm",
+    ):
         check_reads(model, [("hidden", 2)])
 
 

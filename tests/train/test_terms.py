@@ -319,7 +319,10 @@ LACKING = [
     (REVERSE | {"per_position": by("role", values={"usr": 1}, otherwise=0)}, "no role is called 'usr'; expected none, system"),
     (CODES | {"options": {"layer": USERS}}, "option 'layer' cannot differ by position; stretch"),
     (CODES | {"options": {"colour": 1}}, "loss term 'codes' does not take the options {'colour': 1}"),
-    (CODES | {"options": {"layer": 2}}, "hidden of layer 2, but the student has layers 0 to 1, and -1 after the final norm"),
+    (
+        CODES | {"options": {"layer": 2}},
+        "hidden states of layer 2 of the student, but the student has layers 0 to 1, and -1 after the final norm",
+    ),
     ({"term": "divergence", "options": {"temperature": 2.0}}, "temperature is 2.0, but the cache was captured for 1.0"),
     (REVERSE | {"per_position": LARGE}, "goes by the teacher's entropy, which the cache lacks"),
     (REVERSE | {"per_position": by("domain", values={"wiki": 1}, otherwise=0)}, "goes by domain, but the cache's sequences"),

@@ -34,7 +34,7 @@ def check_reads(model: Any, reads: Sequence[Read]) -> None:
         first = 0 if kind == "hidden" else 1
         if not (first <= layer <= num_layers or (kind, layer) == _AFTER_NORM):
             has = f"layers {first} to {num_layers}{', and -1 after the final norm' if kind == 'hidden' else ''}"
-            raise ConfigError(f"a loss term reads the student's {kind} of layer {layer}, but the student has {has}")
+            raise ConfigError(f"a loss term reads {_in_words(kind, layer)} of the student, but the student has {has}")
     was_training = model.training
     try:
         _prove(model.eval(), reads, num_layers)
@@ -84,7 +84,7 @@ def complete(seen: Seen, reads: Sequence[Read], hidden_BTH: Tensor) -> dict[Read
     """
     found: dict[Read, Any] = {**seen.found(), _AFTER_NORM: hidden_BTH}
     for read in reads:
-        what = f"a loss term reads the student's {read[0]} of layer {read[1]}"
+        what = f"a loss term reads {_in_words(*read)} of the student"
         if read not in found:
             raise ConfigError(f"{what}, which this forward did not show; do not compile the model, or leave the term out")
         state = found[read].query_BhTd if read[0] == "attention" else found[read]
@@ -94,6 +94,10 @@ def complete(seen: Seen, reads: Sequence[Read], hidden_BTH: Tensor) -> dict[Read
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
     return {read: found[read] for read in reads}
+
+
+def _in_words(kind: str, layer: int) -> str:
+    return f"{'hidden states' if kind == 'hidden' else kind} of layer {layer}"
 
 
 def _heads(reads: Sequence[Read]) -> list[Read]:
@@ -146,7 +150,7 @@ def _prove(model: Any, reads: Sequence[Read], num_layers: int) -> None:
         if calls := _calls(reads):
             prove_calls(model, calls, ids_1T)
     except ConfigError as error:
-        what = ", ".join(f"{kind} of layer {layer}" for kind, layer in reads if kind != "hidden")
+        what = ", ".join(_in_words(kind, layer) for kind, layer in reads if kind != "hidden")
         raise ConfigError(f"a loss term reads {what} of the student, which cannot be read ({error})") from error
 
 
