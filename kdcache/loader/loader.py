@@ -194,8 +194,13 @@ class Loader:
         """
         if config == self.config:
             return
-        if stream_config(config) != stream_config(self.config):
-            raise ConfigError("another loader config gives other batches; make another loader with it")
+        asked, made = stream_config(config), stream_config(self.config)
+        if asked != made:
+            name = next(name for name in (asked | made) if asked.get(name) != made.get(name))
+            raise ConfigError(
+                f"loader.{name} is {getattr(self.config, name)!r}, and {getattr(config, name)!r}, which is needed, gives other "
+                f"batches; make the loader with {name} {getattr(config, name)!r}"
+            )
         self._move()
         self._caches.ask_for(config)
         self.config = config

@@ -14,9 +14,12 @@ from kdcache.capture.executors.run import run_capture
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import convert_config
 from kdcache.config.loader import LoaderConfig
+from kdcache.config.terms import TermConfig
+from kdcache.config.train import LossConfig
 from kdcache.errors import ConfigError
 from kdcache.loader.torch_batches import TorchLoader
 from kdcache.loss.fused import Projection
+from kdcache.train.adapters import StudentLoss
 from kdcache.train.terms.base import StudentStates
 from kdcache.train.terms.dpkd import DPKD
 from kdcache.train.trainer import train
@@ -46,19 +49,21 @@ def preferences(tiny_model_dir: Path, tmp_path_factory) -> Path:
     return folder / "cache"
 
 
+def live_rows(batch) -> list[torch.Tensor]:
+    """The ids of each sequence of a batch, in their order."""
+    rows = zip(batch.input_ids_BT.long(), batch.segment_ids_BT, strict=True)
+    return [ids_T[segments_T == segment] for ids_T, segments_T in rows for segment in segments_T.unique() if segment > 0]
+
+
 def live_means(model, batch) -> torch.Tensor:
     """(S,) mean logprob of each answer's tokens, sequence by sequence."""
+    targets = zip(batch.target_ids_BT.long(), batch.segment_ids_BT, strict=True)
+    targets = [ids_T[segments_T == segment] for ids_T, segments_T in targets for segment in segments_T.unique() if segment > 0]
     means = []
-    for row in range(len(batch.input_ids_BT)):
-        for segment in batch.segment_ids_BT[row].unique():
-            inside = batch.segment_ids_BT[row] == segment
-            if segment == 0:
-                continue
-            logits = model(input_ids=batch.input_ids_BT[row][inside][None].long()).logits[0]
-            targets = batch.target_ids_BT[row][inside].long()
-            has_target = targets >= 0
-            logprobs = logits.log_softmax(dim=1).gather(1, targets.clamp_min(0)[:, None])[:, 0]
-            means.append(logprobs[has_target].mean())
+    for ids_N, targets_N in zip(live_rows(batch), targets, strict=True):
+        logprobs_NV = model(input_ids=ids_N[None]).logits[0].log_softmax(dim=1)
+        has_target = targets_N >= 0
+        means.append(logprobs_NV.gather(1, targets_N.clamp_min(0)[:, None])[:, 0][has_target].mean())
     return torch.stack(means)
 
 
@@ -110,3 +115,17 @@ def test_a_cache_without_groups_is_refused(small_cache: Path, tiny_model_dir: Pa
         train(config, show_progress=False)
     with pytest.raises(ValueError, match="beta is 0, but must be above 0"):
         DPKD(beta=0)
+
+
+def test_an_adapter_whose_loader_has_no_pairs_is_told_how_to_make_it(preferences: Path, tiny_model_dir: Path) -> None:
+    loss, student = LossConfig(terms=(TermConfig(term="dpkd"),)), load_teacher_model(tiny_model_dir)
+    with (
+        kdcache.Loader(preferences, LoaderConfig(seq_len=128, batch_rows=2)) as loader,
+        pytest.raises(ConfigError, match=r"loader.pairs is False, and True, which is needed, gives other batches; make"),
+    ):
+        StudentLoss(student, loader, loss)
+    with kdcache.Loader(preferences, LoaderConfig(seq_len=128, batch_rows=2, pairs=True)) as loader:
+        loss_of = StudentLoss(student, loader, loss)
+        batch = next(iter(TorchLoader(loader)))
+        loss_of(student, batch).backward()
+        assert loss_of.report()["dpkd.pairs"] == len(batch.pairs)

@@ -27,6 +27,8 @@ class DPKD(Term):
         beta: above 0.
     """
 
+    needed = "pairs of answers: `input.group_field`"
+
     def __init__(self, *, beta: float = 0.1) -> None:
         super().__init__()
         if not beta > 0:

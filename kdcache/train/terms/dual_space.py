@@ -18,11 +18,13 @@ from kdcache.train.terms.last_states import LAST_STATES, OUTPUT_PROJECTION, Last
 
 
 class DualSpace(Term):
-    """CE of the mapped teacher with its own most probable id, and a divergence in each model's space; see
-    `kdcache.loss.states.dual_space`.
+    """DSKDv2: a divergence in each model's space, and the cross entropy of the mapped teacher with its own most probable id.
+
+    See `kdcache.loss.states.dual_space`.
 
     Costs nine products with (V, H) matrices where the fused sparse loss has three, and one of both weights, V H_s H_t in
-    float64, whenever B is made. A has the student's head for its start, and is learned; B follows the head.
+    float64, whenever B is made. A starts at the student's projection, and is learned; B follows it. For students that have been
+    trained: through a random projection of another size A keeps few of the teacher's most probable ids.
 
     Args:
         divergence: as for `exact_kl`.
@@ -32,8 +34,9 @@ class DualSpace(Term):
         agreement: where the student's space is compared: `counted`, `averaged` or `ignored`; DSKD takes `averaged`.
         every: batches after which B is made again from the student's projection.
         feature: the teacher's last states, whole or as coordinates of `projection {kind: pca}`.
-        sidecar: the teacher's output projection.
     """
+
+    needed = "the last states and the sidecar `output_projection`"
 
     student_map: nn.Parameter
     student_shift: nn.Parameter
@@ -46,18 +49,19 @@ class DualSpace(Term):
         *,
         divergence: str = "forward_kl",
         divergence_options: dict[str, float] | None = None,
+        temperature: float = 1.0,
+        squared_temperature: bool = True,
+        agreement: str = "counted",
         every: int = 1,
         feature: str = LAST_STATES,
-        sidecar: str = OUTPUT_PROJECTION,
-        **settings: Any,
     ) -> None:
         super().__init__()
         if every < 1:
             raise ValueError(f"every is {every!r}, but must be at least 1")
-        self._feature, self._sidecar, self._every = feature, sidecar, every
+        self._feature, self._every = feature, every
         try:
             made = whole_divergence(divergence, **(divergence_options or {}))
-            self._settings = DualSpaceSettings(divergence=made, **settings)
+            self._settings = DualSpaceSettings(made, temperature, squared_temperature, agreement)
         except LossError as error:
             raise ValueError(str(error)) from error
         self._teacher: LastStates | None = None
@@ -72,14 +76,14 @@ class DualSpace(Term):
         return [{"feature": info.name} for info in manifest.identity.features if info.layer == -1]
 
     def needs(self) -> Needs:
-        return Needs(features=(self._feature,), sidecars=(self._sidecar,))
+        return Needs(features=(self._feature,), sidecars=(OUTPUT_PROJECTION,))
 
     def check(self, manifest: Manifest) -> None:
         find_last_states(manifest, self._feature, "dual_space")
 
     def set_up(self, setting: Setting) -> None:
         info = find_last_states(setting.manifest, self._feature, "dual_space")
-        projection = teacher_projection(setting, self._sidecar, info, "dual_space")
+        projection = teacher_projection(setting, info, "dual_space")
         # Zero until the first batch shows the student's projection; what a checkpoint brings is not zero, and stays.
         size = setting.hidden_size
         self._projection = projection

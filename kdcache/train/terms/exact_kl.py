@@ -25,8 +25,9 @@ class ExactKL(Term):
         divergence_options: the divergence's own parameters.
         temperature: of both sides; no normalisers are needed.
         feature: the teacher's last states, whole or as coordinates of `projection {kind: pca}`.
-        sidecar: the teacher's output projection.
     """
+
+    needed = "the last states and the sidecar `output_projection`"
 
     def __init__(
         self,
@@ -35,10 +36,9 @@ class ExactKL(Term):
         divergence_options: dict[str, float] | None = None,
         temperature: float = 1.0,
         feature: str = LAST_STATES,
-        sidecar: str = OUTPUT_PROJECTION,
     ) -> None:
         super().__init__()
-        self._feature, self._sidecar, self._temperature = feature, sidecar, temperature
+        self._feature, self._temperature = feature, temperature
         try:
             check_temperature(temperature)
             self._divergence = whole_divergence(divergence, **(divergence_options or {}))
@@ -52,14 +52,14 @@ class ExactKL(Term):
         return [{"feature": info.name} for info in manifest.identity.features if info.layer == -1]
 
     def needs(self) -> Needs:
-        return Needs(features=(self._feature,), sidecars=(self._sidecar,))
+        return Needs(features=(self._feature,), sidecars=(OUTPUT_PROJECTION,))
 
     def check(self, manifest: Manifest) -> None:
         find_last_states(manifest, self._feature, "exact_kl")
 
     def set_up(self, setting: Setting) -> None:
         info = find_last_states(setting.manifest, self._feature, "exact_kl")
-        self._teacher = LastStates(teacher_projection(setting, self._sidecar, info, "exact_kl"), self._feature)
+        self._teacher = LastStates(teacher_projection(setting, info, "exact_kl"), self._feature)
 
     def forward(self, student: StudentStates, batch: TorchBatch, weights_P: Tensor) -> Tensor:
         assert self._teacher is not None, "set_up comes first"

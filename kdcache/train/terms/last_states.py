@@ -48,17 +48,17 @@ def find_last_states(manifest: Manifest, feature: str, term: str) -> FeatureInfo
     return info
 
 
-def teacher_projection(setting: Setting, sidecar: str, info: FeatureInfo, term: str) -> Projection:
+def teacher_projection(setting: Setting, info: FeatureInfo, term: str) -> Projection:
     """The teacher's output projection, on the student's device, in the dtype in which it is kept.
 
     Raises:
         ConfigError: it takes states of another size than the feature's.
     """
-    arrays = setting.sidecar(sidecar)
+    arrays = setting.sidecar(OUTPUT_PROJECTION)
     weight_VH, bias_V = arrays["weight"].to(setting.device), arrays.get("bias")
     if weight_VH.shape[1] != info.full_size:
         raise ConfigError(
-            f"loss term {term!r}: the sidecar {sidecar!r} takes states of {weight_VH.shape[1]} numbers, but feature "
+            f"loss term {term!r}: the sidecar {OUTPUT_PROJECTION!r} takes states of {weight_VH.shape[1]} numbers, but feature "
             f"{info.name!r} has {info.full_size}: they are of different teachers"
         )
     scale, cap = (float(arrays[name].item()) if name in arrays else None for name in ("logit_scale", "softcap"))
