@@ -61,6 +61,7 @@ def summary(of: dict[int, Any], reference: dict[int, Any]) -> dict[str, Any]:
     totals = {seed: {name: sum(values) for name, values in run["sums"].items()} for seed, run in of.items()}
     row: dict[str, Any] = {"size": next(iter(of.values()))["size"], "curves": [run["curve"] for run in of.values()]}
     row |= {name: with_deviation([measure(sums) for sums in totals.values()]) for name, measure in MEASURES.items()}
+    row["by_seed"] = {str(seed): {name: measure(sums) for name, measure in MEASURES.items()} for seed, sums in totals.items()}
     row["train_cpu_seconds"] = with_deviation([run["train_cpu_seconds"] for run in of.values()])
     row |= {f"kept_{name}": wider(of, totals, measure) for name, measure in KEPT.items()}
     any_run = next(iter(totals.values()))
@@ -148,6 +149,26 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     )
 
 
+EXACT, LABELS = "exact KL from states", "labels, layers copied"
+
+
+def fidelity(rows: list[dict[str, Any]]) -> list[str]:
+    """What fidelity.py asks, here: the share of the exact loss's gain over labels that the record gives, paired by seed."""
+    named = {row["setting"]: row.get("by_seed", {}) for row in rows}
+    lines = []
+    for name in (REFERENCE, "KL, the tail's weight rising"):
+        paired = [seed for seed in named.get(name, {}) if seed in named.get(EXACT, {}) and seed in named.get(LABELS, {})]
+        if len(paired) < 2:
+            continue
+        shares = []
+        for metric in ("loss", "kl"):
+            own, exact, labels = ([named[of][seed][metric] for seed in paired] for of in (name, EXACT, LABELS))
+            gains = [(none - it) / (none - all_) for it, all_, none in zip(own, exact, labels, strict=True)]
+            shares.append(f"{share(interval(gains))} in {metric}")
+        lines.append(f"- Of what the teacher's whole distributions gain over labels, {name!r} gains {' and '.join(shares)}.")
+    return lines
+
+
 def is_small(row: dict[str, Any]) -> bool:
     return row.get("bytes", math.inf) + row.get("vectors", 0.0) <= MAX_BYTES and share_of_size(row) <= MAX_SHARE
 
@@ -192,39 +213,51 @@ def report(stem: Path) -> str:
         f"{sum(len(row['seeds']) for row in rows)} of {results['num_students']} students. {results['processor']}, "
         f"{results['features']}, one thread each."
     )
-    text_lines = ["# benchmarks/retention.py", "", about, "", f"- {verdict(rows)}", "", table(rows), ""]
+    text_lines = ["# benchmarks/retention.py", "", about, "", f"- {verdict(rows)}", *fidelity(rows), "", table(rows), ""]
     stem.with_suffix(".md").write_text("\n".join(text_lines))
     plot(results, stem.with_suffix(".png"))
     return "\n".join(text_lines)
 
 
+LEFT = 85.0
+"""The plot's left end, in %: what is below is written at it."""
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
-    """What each student keeps, and how the nats kept rise with the tokens read."""
+    """What each student keeps, and how its held-out loss falls with the tokens read."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [row for row in results["rows"] if row["seeds"]]
-    figure, (bars, curves) = pyplot.subplots(1, 2, figsize=(11, 0.5 * len(rows) + 2.6), width_ratios=(1.2, 1))
-    for at, (name, label) in enumerate((("accuracy", "top-1 accuracy"), ("nats", "nats over unigram"))):
-        kept = [row[f"kept_{name}"] for row in rows]
-        heights = [100 * of["value"] for of in kept]
-        errors = [[100 * (of["value"] - of["low"]) for of in kept], [100 * (of["high"] - of["value"]) for of in kept]]
-        where = np.arange(len(rows)) + 0.4 * at - 0.2
-        bars.barh(where, heights, 0.36, xerr=np.nan_to_num(errors), color=f"C{at}", label=label, capsize=2)
-    left = min(50.0, *(100 * row["kept_nats"]["value"] - 10 for row in rows))
-    bars.axvline(100 * GOAL_SHARE, color="black", linewidth=0.8, linestyle="--")
-    bars.set_yticks(np.arange(len(rows)), [row["setting"] for row in rows])
-    bars.invert_yaxis()
-    bars.set(xlabel="% of the teacher's, held-out text", xlim=(left, 102))
-    bars.legend(loc="lower left", fontsize=8)
-    unigram = rows[0]["unigram"]
+    figure, (points, curves) = pyplot.subplots(1, 2, figsize=(11, 0.38 * len(rows) + 1.8), width_ratios=(1.3, 1))
+    for name, label, shift, colour in (("accuracy", "top-1 accuracy", -0.12, "C0"), ("nats", "nats over unigram", 0.12, "C1")):
+        for at, of in enumerate(row[f"kept_{name}"] for row in rows):
+            value, errors = 100 * of["value"], [[100 * (of["value"] - of["low"])], [100 * (of["high"] - of["value"])]]
+            if value < LEFT:
+                points.annotate(f"{value:.0f}%", (LEFT + 0.3, at + shift), color=colour, fontsize=8, va="center")
+                continue
+            shown = {"label": label} if at == 0 else {}
+            points.errorbar(
+                value, at + shift, xerr=np.nan_to_num(errors), fmt="o", markersize=4, color=colour, capsize=2, **shown
+            )
+    points.axvline(100 * GOAL_SHARE, color="black", linewidth=0.8, linestyle="--")
+    points.set_yticks(np.arange(len(rows)), [row["setting"] for row in rows], fontsize=9)
+    points.invert_yaxis()
+    points.set(xlabel="kept of the teacher's, held-out text", xlim=(LEFT, 100.5))
+    points.xaxis.set_major_formatter(lambda percent, _: f"{percent:.0f}%")
+    points.grid(visible=True, axis="x", alpha=0.3)
+    points.legend(loc="upper left", fontsize=8)
     for at, row in enumerate(rows):
         tokens, losses = np.mean(row["curves"], axis=0).T
         curves.plot(tokens / 1e3, losses, color=f"C{at}", marker=".", linewidth=1.2, label=row["setting"])
-    curves.axhline(rows[0]["teacher"]["loss"], color="black", linewidth=0.8)
-    curves.set(xlabel="thousand tokens read", ylabel="held-out loss, nats per token", ylim=(None, unigram))
+    copied = [np.mean(row["curves"], axis=0)[:, 1] for row in rows if row["init"] == COPIED]
+    if copied:
+        lowest, highest = min(map(np.min, copied)), max(map(np.max, copied))
+        curves.set_ylim(lowest - 0.1 * (highest - lowest), highest + 0.1 * (highest - lowest))
+    curves.set(xlabel="thousand tokens read", ylabel="held-out loss while training, nats")
+    curves.grid(visible=True, alpha=0.3)
     curves.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fidelity_students import BUCKET_FALLS, DROP_RISES
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
@@ -43,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "KL, random weights": {"init": RANDOM, "cache": "record", "loss": {"alpha": 1.0}},
     "KL, three times as long": {"init": COPIED, "cache": "record", "loss": {"alpha": 1.0}, "times": 3},
     "labels, three times as long": {"init": COPIED, "cache": "record", "loss": {"alpha": 0.0}, "times": 3},
+    "KL, the tail's weight rising": {"init": COPIED, "cache": "record", "loss": {"terms": [BUCKET_FALLS, DROP_RISES]}},
     "KL + cosine of last states": {"init": COPIED, "cache": "states", "loss": {"alpha": 1.0, "terms": [COSINE]}},
     "triple loss": {
         "init": COPIED,
@@ -77,11 +79,6 @@ SELECTED_TOKENS = 4096
 """Of text held back, on which layers are chosen."""
 
 
-def terms_of(name: str) -> set[str]:
-    """The terms of a setting's loss beyond the short form."""
-    return {term["term"] for term in SETTINGS[name]["loss"].get("terms", ())}
-
-
 def teacher_model(plan: dict[str, Any]) -> PreTrainedModel:
     return load_model(plan["teacher"], field="--teacher", dtype=torch.float32, attn_implementation="sdpa").eval()
 
@@ -100,6 +97,7 @@ def capture_config(plan: dict[str, Any], cache: str, tau: float | None = None) -
     if cache == "states":
         fields["selection"]["temperatures"] = [2.0]
         fields["features"] = [{"layer": -1, "dtype": "float16"}]
+        fields["sidecars"] = ["output_projection"]
     return convert_config(fields, CaptureConfig)
 
 
