@@ -16,8 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from kdcache.errors import LossError
 from kdcache.loss.states.vectors import full_precision, widened
 
-MOST_ELEMENTS = 1 << 24
-"""Numbers of one temporary: heads * queries * keys; 64 MiB in float32."""
+MOST_ELEMENTS = 1 << 20
+"""Numbers of one temporary on a CPU, heads * queries * keys: 4 MiB in float32, which stays in a cache."""
+
+_DEVICE_TIMES = 16
+"""On other devices this many times as many, so that launches do not count: 64 MiB."""
 
 
 def relation_kl(
@@ -68,7 +71,8 @@ def in_blocks(
         key: (heads, keys, width).
         num_seen: index of a query -> how many of the keys, from the first, the queries before it see at most.
     """
-    step = max(MOST_ELEMENTS // max(len(query) * key.shape[1], 1), 1)
+    most = MOST_ELEMENTS * (1 if query.device.type == "cpu" else _DEVICE_TIMES)
+    step = max(most // max(len(query) * key.shape[1], 1), 1)
     total = query.new_zeros(())
     with full_precision(query):
         for start, block in zip(range(0, query.shape[1], step), query.split(step, dim=1), strict=True):
