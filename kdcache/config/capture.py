@@ -249,8 +249,10 @@ class CaptureConfig(Config, frozen=True, kw_only=True):
             per directory.
         remote: how an object store is reached.
         generate: null: the teacher reads the input. A section: it answers the input.
-        features: states of the teacher's layers to store with the distributions, as in [{layer: -1, dtype: int8}]; see
-            `FeatureConfig`. --dry-run prints what each takes.
+        features: states of the teacher's layers to store with the distributions, as in [{layer: -1, dtype: int8}]. Each has
+            `layer` (0 the embeddings' output, i the stream after layer i, -1 after the final norm), `kind` (hidden, queries,
+            keys, values, attention), `positions` (supervised, all), `stride`, `pooling`, `dtype` (float16, bfloat16, int8),
+            `scale`, `projection` and `name`; configs/capture-features.yaml shows all. --dry-run prints what each takes.
         sidecars: what to keep once for the whole cache. `output_projection`: the teacher's, which makes every logit of layer
             -1, and its final norm; `activation_statistics`: of a few hundred sequences, what students are cut from their
             teacher by (transformers only). May be asked for later, too.
