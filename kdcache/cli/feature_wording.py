@@ -42,7 +42,7 @@ def width_words(feature: FeatureInfo) -> str:
 
 def positions_words(feature: FeatureInfo) -> str:
     """What each vector belongs to."""
-    every = "" if feature.stride == 1 else f" of every {feature.stride}th"
+    every = "" if feature.stride == 1 else f", one in {feature.stride}"
     every += "" if feature.max_positions is None else f", at most {feature.max_positions:,} of a sequence"
     if feature.pooling == "none":
         return f"a vector per {'token' if feature.positions == 'all' else 'position'}{every}"

@@ -139,7 +139,7 @@ def test_a_dry_run_counts_the_vectors_of_every_grid_and_what_is_kept_once(tmp_pa
     assert estimate["hidden_3"].num_vectors <= 3 * whole.num_sequences
     assert main(["capture", str(write_config(config, tmp_path / "c.yaml")), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"hidden_2 +20 bytes per vector, \d\.\d per position, .* and 128 bytes once: .*of every 4th", shown)
+    assert re.search(r"hidden_2 +20 bytes per vector, \d\.\d per position, .* and 128 bytes once: .*one in 4", shown)
     assert "at most 3 of a sequence" in shown
     assert re.search(r"attention_2 +32 bytes per position", shown)
 

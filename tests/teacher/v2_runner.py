@@ -1,7 +1,7 @@
 """Run as a program: vLLM's V2 model runner, the one that GPUs use, on a CPU in Triton's interpreter; labels by both routes.
 
 Argument: a model's folder. Prints which runner it was, the largest difference between worker and public route and the largest
-error against a float64 forward, in nats, and the largest error of the hidden states of three layers. The way to make the
+error against a float64 forward, in nats, and the largest error of the hidden states of all layers. The way to make the
 interpreter do is for vLLM 0.32.
 """
 
@@ -11,6 +11,9 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+
+LAYERS = (0, 1, 2, -1)
+"""Of a model of two layers: 2 is before the final norm, -1 after it."""
 
 os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_CPU_CI_ENV": "1"}
 
@@ -60,11 +63,12 @@ def main(folder: Path) -> None:
     ours, theirs = score(case, sequences, 16), list(teacher._score_publicly(sequences, top_k(16)))
     between = max(float(np.abs(a.logprobs_E - b.logprobs_E).max()) for a, b in zip(ours, theirs, strict=True))
     dense = max(largest_error(a, case.dense(s)) for a, s in zip(ours, sequences, strict=True))
-    features = resolve_features([FeatureConfig(layer=layer) for layer in (0, 1, -1)], teacher.hidden_shape)
+    features = resolve_features([FeatureConfig(layer=layer) for layer in LAYERS], teacher.hidden_shape)
     hidden = 0.0
     for sequence, answer in zip(sequences, teacher.score(sequences, top_k(2), features), strict=True):
-        for found, expected in zip(answer.features.values(), expected_states(folder, sequence), strict=True):
-            hidden = max(hidden, float(np.abs(found - expected).max()))
+        states = expected_states(folder, sequence)
+        for found, layer in zip(answer.features.values(), LAYERS, strict=True):
+            hidden = max(hidden, float(np.abs(found - states[layer]).max()))
     kind = "V2" if hasattr(runner, "prompt_logprobs_worker") else "V1"
     teacher.close()
     print(f"RUNNER {kind} {between} {dense} {hidden}")
