@@ -328,7 +328,10 @@ LACKING = [
     (REVERSE | {"per_position": by("domain", values={"wiki": 1}, otherwise=0)}, "goes by domain, but the cache's sequences"),
     (NO_LABELS, "no term with a weight above 0"),
     ({"term": "divergence", "options": {"divergence_options": {"beta": LARGE}}}, "forward_kl has no option 'beta'"),
-    (REVERSE | {"options": {"divergence": "reverse_kl", "divergence_options": {"floor": LARGE}}}, "floor is 1, but must be in"),
+    (
+        REVERSE | {"options": {"divergence": "reverse_kl", "divergence_options": {"floor": LARGE}}},
+        "floor is 1.0, but must be in",
+    ),
     (
         {"term": "divergence", "options": {"divergence": "jensen_shannon", "divergence_options": {"beta": LARGE_BETA}}},
         "divergence_options.beta goes by the teacher's entropy, which the cache lacks",

@@ -172,7 +172,8 @@ class KDMixin(_Base):
             self._is_checkpoint = False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with without(self.model):  # pyright: ignore[reportArgumentType] - or the trainer would warn that they are missing
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         terms, path = self.student_loss.loss.terms, Path(resume_from_checkpoint) / _TERMS
         if not terms.has_parameters:
             return
