@@ -22,7 +22,7 @@ from kdcache.loader.batches.assemble import EntryColumns, Record
 from kdcache.loader.batches.features import AskedFeature, find_features
 from kdcache.loader.cache import Cache, cache_of, open_cache
 from kdcache.loader.order.mix import CacheTable
-from kdcache.loader.order.pairs import Items, find_items, joined
+from kdcache.loader.order.pairs import Bundles, find_bundles, joined
 from kdcache.store.records.batch import EncodedRecord
 
 CacheLike = str | PathLike[str] | Cache
@@ -59,7 +59,7 @@ class CacheSet:
             self.features = self._asked(manifests, features) if features else ()
             self.logprob_dtype = np.dtype(config.logprob_dtype)
             check_logprobs(manifests, self.logprob_dtype)
-            self.items = [items_of(cache, index) for index, cache in enumerate(self.caches)] if config.pairs else None
+            self.bundles = [bundles_of(cache, index) for index, cache in enumerate(self.caches)] if config.pairs else None
         except BaseException:
             self.close()
             raise
@@ -70,8 +70,8 @@ class CacheSet:
         self.columns = replace(columns, has_target_logprobs=config.with_target_logprobs)
         # Of each chosen answer, the rejected one that goes with it.
         self.partners_S = None
-        if self.items is not None:
-            self.partners_S = joined(self.items, list(map(len, self.caches))).partners_S(len(self))
+        if self.bundles is not None:
+            self.partners_S = joined(self.bundles, list(map(len, self.caches))).partners_S(len(self))
 
     def __len__(self) -> int:
         return self._bases[-1]
@@ -91,9 +91,9 @@ class CacheSet:
     def tables(self) -> list[CacheTable]:
         """What order and packing know of each."""
         tables = [CacheTable(cache.num_tokens_S, _shard_sizes(cache)) for cache in self.caches]
-        if self.items is None:
+        if self.bundles is None:
             return tables
-        return [table.of_items(items) for table, items in zip(tables, self.items, strict=True)]
+        return [table.of_bundles(bundles) for table, bundles in zip(tables, self.bundles, strict=True)]
 
     def by_reader(self, indices: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64] | slice, Reader, NDArray[np.int64]]]:
         """For each cache that has some of these sequences: which of them, its reader, and their indices for that."""
@@ -137,7 +137,7 @@ class CacheSet:
         return cache if isinstance(cache, Cache) else cache_of(cache)
 
 
-def items_of(cache: Cache, index: int) -> Items:
+def bundles_of(cache: Cache, index: int) -> Bundles:
     """The pairs of a cache's answers, and the sequences without a partner.
 
     Raises:
@@ -148,13 +148,13 @@ def items_of(cache: Cache, index: int) -> Items:
             f"loader.pairs: cache {index} does not say which answers belong to one prompt; capture it again with "
             "input.group_field and input.preference_field"
         )
-    items = find_items(*cache.groups_S)
-    if not items.num_pairs:
+    bundles = find_bundles(*cache.groups_S)
+    if not bundles.num_pairs:
         raise ConfigError(
             f"loader.pairs: of the {len(cache)} sequences of cache {index} no two are the chosen and the rejected answer of "
             "one group; look at input.group_field and input.preference_field of its capture"
         )
-    return items
+    return bundles
 
 
 def check_together(manifests: Sequence[Manifest]) -> None:

@@ -43,9 +43,9 @@ def _check_cache(config: LoaderConfig, cache: CacheTable, name: str) -> None:
     if len(lengths_S) == 0:
         raise ConfigError(f"{name} holds no sequence, so there is nothing to load; finish the capture first")
     longest = int(lengths_S.max())
-    if longest > config.seq_len and cache.items is not None:
+    if longest > config.seq_len and cache.bundles is not None:
         raise ConfigError(
-            f"seq_len is {config.seq_len}, but {int((lengths_S > config.seq_len).sum())} of {cache.items.num_pairs} pairs and "
+            f"seq_len is {config.seq_len}, but {int((lengths_S > config.seq_len).sum())} of {len(cache.bundles)} pairs and "
             f"single sequences of {name} have more tokens together: raise seq_len to {longest}, or capture shorter answers"
         )
     if longest > config.seq_len:

@@ -71,7 +71,7 @@ class Base:
         return path
 
     def first_manifest(self, num_units: int) -> Manifest:
-        """Number 0; with `everything`, of a capture that kept features, domains and how answers ended."""
+        """Number 0; with `everything`, of a capture that kept features, domains, groups and how answers ended."""
         bits = {} if self.bits is None else {"bits": self.bits}
         identity = msgspec.structs.replace(
             make_identity(vocab_size=VOCAB_SIZE, selection=self.selection),
@@ -79,6 +79,7 @@ class Base:
             features=tuple(fit.info for fit in FITS) if self.everything else (),
             generation=GENERATION if self.everything else None,
             domains=self.everything,
+            groups=self.everything,
         )
         return make_manifest(num_units, identity)
 
@@ -94,6 +95,8 @@ class Base:
         if self.everything:
             distributions = replace(distributions, features=features_with(seed, SequenceRecord(sequence, distributions), FITS))
             sequence = replace(sequence, finish=("stop", "length")[seed % 2], domain=("wiki", "code")[seed % 2])
+            sequence = replace(sequence, group=bytes([seed // 2 % 256]) * 16, preference=("chosen", "rejected")[seed % 2])
+            sequence = replace(sequence, group=b"", preference="") if not any(sequence.group) else sequence
         return SequenceRecord(sequence, distributions)
 
 

@@ -120,6 +120,8 @@ class Maker:
             "num_entries": None if is_null or self._is_wrong() else np.resize(counts_P, self._length(len(counts_P))),
             "finish": self.choose.choice((0, 1, 2)) + 5 * self._is_wrong(),
             "domain": "d",
+            "group": b"g" * 16,
+            "preference": self.choose.choice((0, 1, 2)) + 3 * self._is_wrong(),
         }
         for field in schema:
             if field.name not in row and field.name != "digest":
@@ -224,7 +226,13 @@ def trial(seed: int, folder: Path) -> list[str]:
     parts = parts_of("packed everything" if maker.base.everything else "packed top_k").copy()
     identity = parts.newest["identity"]
     identity |= msgspec.to_builtins(
-        {"selection": maker.selection, "codec": maker.info, "features": maker.features, "domains": maker.base.everything}
+        {
+            "selection": maker.selection,
+            "codec": maker.info,
+            "features": maker.features,
+            "domains": maker.base.everything,
+            "groups": maker.base.everything,
+        }
     )
     identity["teacher"]["vocab_size"] = maker.vocab_size
     identity["generation"] = msgspec.to_builtins(GENERATION) if maker.base.everything else None

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 import kdcache
 from kdcache.capture.executors.run import run_capture
+from kdcache.cli.main import main
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import convert_config
 from kdcache.config.loader import LoaderConfig, MixConfig
 from kdcache.errors import ConfigError, CorruptCacheError, InputError, StateError
 from kdcache.format.record import NO_TARGET
 from kdcache.loader.loader import Loader
-from kdcache.loader.order.pairs import find_items, find_items_reference
+from kdcache.loader.order.pairs import find_bundles, find_bundles_reference
 from kdcache.store.verify import verify_cache
 
 CONFIG = LoaderConfig(seq_len=48, batch_rows=2, pairs=True, with_target_logprobs=True, num_threads=0)
@@ -37,14 +38,14 @@ def write_lines(path: Path, num_prompts: int = 12) -> Path:
     return path
 
 
-def capture(folder: Path, num_prompts: int = 12, **changes) -> Path:
+def capture(folder: Path, num_prompts: int = 12, out: str | None = None, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     marks = {"group_field": "prompt", "preference_field": "answer"}
     paths = [str(write_lines(folder / "a.jsonl", num_prompts))]
     fields = {
         "input": {"format": "jsonl", "paths": paths, "window": {"size": 24, "policy": "truncate"}} | marks | changes,
         "teacher": {"model": "fake", "backend": "fake", "fake": {"vocab_size": 300, "context_length": 24}},
-        "selection": {"k": 60}, "codec": {"id": "raw"}, "out": str(folder / "cache"), "shards": {"unit_items": 5},
+        "selection": {"k": 60}, "codec": {"id": "raw"}, "out": out or str(folder / "cache"), "shards": {"unit_items": 5},
     }  # fmt: skip
     run_capture(convert_config(fields, CaptureConfig))
     return folder / "cache"
@@ -70,10 +71,10 @@ def names_of(cache, batch) -> list[tuple[bytes, str]]:
 )
 def test_items_are_those_of_the_definition(sequences):
     groups = np.frombuffer(b"".join(group for group, _ in sequences), np.uint8).reshape(-1, 16)
-    items = find_items(groups, np.array([code for _, code in sequences], np.uint8))
-    expected = find_items_reference([group for group, _ in sequences], [code for _, code in sequences])
-    assert list(zip(items.firsts.tolist(), items.seconds.tolist(), strict=True)) == expected
-    assert sorted(items.sequences(np.arange(len(items))).tolist()) == list(range(len(sequences)))
+    bundles = find_bundles(groups, np.array([code for _, code in sequences], np.uint8))
+    expected = find_bundles_reference([group for group, _ in sequences], [code for _, code in sequences])
+    assert list(zip(bundles.firsts.tolist(), bundles.seconds.tolist(), strict=True)) == expected
+    assert sorted(bundles.sequences(np.arange(len(bundles))).tolist()) == list(range(len(sequences)))
 
 
 def test_both_answers_come_together_and_every_sequence_once(cache_of_pairs):
@@ -131,8 +132,8 @@ def test_without_a_shuffle_items_come_in_the_order_of_the_cache(cache_of_pairs):
     with Loader(cache_of_pairs, msgspec.structs.replace(CONFIG, shuffle=False, packing_buffer=1)) as loader:
         read = np.concatenate([batch.sequence_indices_S for batch in loader])
     with kdcache.open(cache_of_pairs) as cache:
-        items = find_items(*cache.groups_S)
-    assert read.tolist() == items.sequences(np.arange(len(items))).tolist()
+        bundles = find_bundles(*cache.groups_S)
+    assert read.tolist() == bundles.sequences(np.arange(len(bundles))).tolist()
 
 
 @pytest.mark.parametrize("order", ["global", "local"])
@@ -194,3 +195,14 @@ def test_damage_to_a_preference_is_found(cache_of_pairs, tmp_path):
     shard.write_bytes(data.replace(group, bytes(15) + b"x"))
     with kdcache.open(tmp_path / "cache") as cache, pytest.raises(CorruptCacheError, match="digest"):
         [cache[i] for i in range(len(cache))]
+
+
+def test_groups_survive_an_object_store_and_a_derivation(cache_of_pairs, tmp_path):
+    afar = "memory://pairs-of-answers/cache"
+    capture(tmp_path, out=afar)
+    assert verify_cache(afar).problems == []
+    plain = capture(tmp_path / "plain", num_prompts=3, group_field=None, preference_field=None)
+    assert main(["derive", str(cache_of_pairs), str(plain), "--out", str(tmp_path / "both")]) == 0
+    for address, num_pairs in ((afar, 12), (str(tmp_path / "both"), 12)):
+        with Loader(address, CONFIG) as loader:
+            assert sum(len(batch.pairs) for batch in loader) == num_pairs

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kdcache.config.loader import LoaderConfig, MixConfig
 from kdcache.errors import ConfigError
 from kdcache.loader.order.local import LocalOrder
-from kdcache.loader.order.pairs import Items
+from kdcache.loader.order.pairs import Bundles
 from kdcache.loader.order.shuffle import Order, derived_seed, sequences_at
 
 _CACHE = 3
@@ -33,16 +33,16 @@ class CacheTable:
     Attributes:
         num_tokens_S: (S,) tokens of each sequence.
         shard_sizes_C: (C,) sequences of each shard, in the cache's order; they sum to S.
-        items: where pairs of answers are kept together: S then counts these items, and not sequences.
+        bundles: where pairs of answers are kept together: S then counts these bundles, and not sequences.
     """
 
     num_tokens_S: NDArray[np.integer]
     shard_sizes_C: NDArray[np.int64]
-    items: Items | None = None
+    bundles: Bundles | None = None
 
-    def of_items(self, items: Items) -> CacheTable:
-        """The same of items instead of sequences."""
-        return CacheTable(items.num_tokens(self.num_tokens_S), items.shard_sizes(self.shard_sizes_C), items)
+    def of_bundles(self, bundles: Bundles) -> CacheTable:
+        """The same of bundles instead of sequences."""
+        return CacheTable(bundles.num_tokens(self.num_tokens_S), bundles.shard_sizes(self.shard_sizes_C), bundles)
 
     @classmethod
     def of_lengths(cls, num_tokens_S: NDArray[np.unsignedinteger]) -> CacheTable:

@@ -1,6 +1,7 @@
 """Pairs of answers to one prompt, which order and packing move about as one: pure functions of groups and preferences.
 
-An item is a pair, its chosen answer first, or a sequence without one. Items are ordered by their first sequence in the cache.
+A bundle is a pair, its chosen answer first, or a sequence without one. Bundles are ordered by their first sequence in the
+cache.
 Of a group with several chosen and rejected answers the first chosen one goes with the first rejected one, and so on.
 """
 
@@ -17,12 +18,12 @@ CHOSEN, REJECTED = 1, 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Items:
-    """The items of a cache, or of several together.
+class Bundles:
+    """The bundles of a cache, or of several together.
 
     Attributes:
-        firsts: (number of items,) int64: the chosen answer, or the sequence that has no partner.
-        seconds: (number of items,) int64: the rejected answer, -1 for a sequence without a partner.
+        firsts: (number of bundles,) int64: the chosen answer, or the sequence that has no partner.
+        seconds: (number of bundles,) int64: the rejected answer, -1 for a sequence without a partner.
     """
 
     firsts: NDArray[np.int64]
@@ -38,23 +39,23 @@ class Items:
 
     @property
     def num_pairs(self) -> int:
-        """Items that are pairs."""
+        """Bundles that are pairs."""
         return int(np.count_nonzero(self.seconds >= 0))
 
     def num_tokens(self, num_tokens_S: NDArray[np.integer]) -> NDArray[np.int64]:
-        """(number of items,) tokens of both answers together."""
+        """(number of bundles,) tokens of both answers together."""
         lengths_S = num_tokens_S.astype(np.int64)
         return lengths_S[self.firsts] + np.where(self.seconds >= 0, lengths_S[self.seconds], 0)
 
     def shard_sizes(self, shard_sizes_C: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Items of each shard: of that of the item's first sequence in the cache."""
+        """Bundles of each shard: of that of the bundle's first sequence in the cache."""
         leading = np.where(self.seconds >= 0, np.minimum(self.firsts, self.seconds), self.firsts)
         ends_C = np.cumsum(shard_sizes_C)
         return np.bincount(np.searchsorted(ends_C, leading, "right"), minlength=len(ends_C)).astype(np.int64)
 
-    def sequences(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sequences of some items, in their order."""
-        both = np.stack([self.firsts[items], self.seconds[items]], axis=1).reshape(-1)
+    def sequences(self, bundles: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sequences of some bundles, in their order."""
+        both = np.stack([self.firsts[bundles], self.seconds[bundles]], axis=1).reshape(-1)
         return both[both >= 0]
 
     def partners_S(self, num_sequences: int) -> NDArray[np.int64]:
@@ -64,8 +65,8 @@ class Items:
         return partners_S
 
 
-def find_items(groups: NDArray[np.uint8], preferences_S: NDArray[np.uint8]) -> Items:
-    """The items of a cache.
+def find_bundles(groups: NDArray[np.uint8], preferences_S: NDArray[np.uint8]) -> Bundles:
+    """The bundles of a cache.
 
     Args:
         groups: (S, 16) the group of each sequence, all zeros for none.
@@ -80,11 +81,11 @@ def find_items(groups: NDArray[np.uint8], preferences_S: NDArray[np.uint8]) -> I
     alone = np.setdiff1d(np.arange(len(group_S)), pairs)
     firsts, seconds = np.concatenate([pairs[:, 0], alone]), np.concatenate([pairs[:, 1], np.full(len(alone), -1)])
     order = np.argsort(np.concatenate([pairs.min(axis=1), alone]) if len(pairs) else alone, kind="stable")
-    return Items(firsts[order].astype(np.int64), seconds[order].astype(np.int64))
+    return Bundles(firsts[order].astype(np.int64), seconds[order].astype(np.int64))
 
 
-def find_items_reference(groups: Sequence[bytes], preferences: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, second or -1) of each item, as one would explain it: the definition that `find_items` is compared with."""
+def find_bundles_reference(groups: Sequence[bytes], preferences: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, second or -1) of each bundle, as one would explain it: the definition that `find_bundles` is compared with."""
     waiting: dict[tuple[bytes, int], list[int]] = {}
     for index, (group, code) in enumerate(zip(groups, preferences, strict=True)):
         if any(group) and code:
@@ -96,12 +97,12 @@ def find_items_reference(groups: Sequence[bytes], preferences: Sequence[int]) ->
         for pair in zip(chosen, waiting.get((group, REJECTED), []), strict=False)
     ]
     paired = {index for pair in pairs for index in pair}
-    items = pairs + [(index, -1) for index in range(len(groups)) if index not in paired]
-    return sorted(items, key=lambda item: min(index for index in item if index >= 0))
+    bundles = pairs + [(index, -1) for index in range(len(groups)) if index not in paired]
+    return sorted(bundles, key=lambda bundle: min(index for index in bundle if index >= 0))
 
 
-def joined(parts: Sequence[Items], sizes: Sequence[int]) -> Items:
-    """The items of several caches together.
+def joined(parts: Sequence[Bundles], sizes: Sequence[int]) -> Bundles:
+    """The bundles of several caches together.
 
     Args:
         parts: of each cache.
@@ -110,7 +111,7 @@ def joined(parts: Sequence[Items], sizes: Sequence[int]) -> Items:
     bases = np.cumsum([0, *sizes])[:-1]
     firsts = [part.firsts + base for part, base in zip(parts, bases, strict=True)]
     seconds = [np.where(part.seconds >= 0, part.seconds + base, -1) for part, base in zip(parts, bases, strict=True)]
-    return Items(np.concatenate(firsts), np.concatenate(seconds))
+    return Bundles(np.concatenate(firsts), np.concatenate(seconds))
 
 
 def pairs_in(sequences: NDArray[np.int64], partners_S: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -118,7 +119,7 @@ def pairs_in(sequences: NDArray[np.int64], partners_S: NDArray[np.int64]) -> NDA
 
     Args:
         sequences: of the batch, row after row; the two answers of a pair stand next to each other.
-        partners_S: see `Items.partners_S`.
+        partners_S: see `Bundles.partners_S`.
     """
     chosen = np.flatnonzero(partners_S[sequences[:-1]] == sequences[1:]) if len(sequences) > 1 else np.zeros(0, np.int64)
     return np.stack([chosen, chosen + 1], axis=1).astype(np.int64)

@@ -76,8 +76,8 @@ class EpochLayout:
         self._packing = Packing.of(config)
         self._cuts_batches = cuts_batches(config)
         self.order = EpochOrder(caches, config, epoch)
-        parts = [cache.items for cache in caches if cache.items is not None]
-        self._items = joined(parts, [part.num_sequences for part in parts]) if parts else None
+        parts = [cache.bundles for cache in caches if cache.bundles is not None]
+        self._bundles = joined(parts, [part.num_sequences for part in parts]) if parts else None
         # Of rows, batches, tokens and slots: how many there are before each block. One entry per block, 16 buffers.
         self._before: list[_Totals] = [_Totals()]
         self._blocks: OrderedDict[int, Rows] = OrderedDict()
@@ -93,12 +93,12 @@ class EpochLayout:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of the epoch; of items that are pairs, which computes the whole table of blocks, both."""
-        return self.order.num_sequences if self._items is None else self._totals().sequences
+        """Sequences of the epoch; of bundles that are pairs, which computes the whole table of blocks, both."""
+        return self.order.num_sequences if self._bundles is None else self._totals().sequences
 
     def expected_sum(self) -> int | None:
         """The sum of the indices of all sequences of the epoch, where it can be known beforehand."""
-        return self.order.expected_sum() if self._items is None else None
+        return self.order.expected_sum() if self._bundles is None else None
 
     @property
     def num_batches(self) -> int:
@@ -158,9 +158,9 @@ class EpochLayout:
             fill=totals.tokens / max(1, num_slots),
         )
 
-    def _sequences(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sequences that order and packing had as items."""
-        return items if self._items is None else self._items.sequences(items)
+    def _sequences(self, bundles: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sequences that order and packing had as bundles."""
+        return bundles if self._bundles is None else self._bundles.sequences(bundles)
 
     def _own_batch(self, index: int) -> BatchRows:
         block = bisect_right(self._before, index, key=lambda totals: totals.batches) - 1
