@@ -10,17 +10,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import kdcache
 from kdcache.capture.executors.run import run_capture
 from kdcache.config.capture import CaptureConfig
 from kdcache.config.load import convert_config
 from kdcache.config.loader import LoaderConfig
-from kdcache.config.train import TrainConfig
+from kdcache.config.train import LossConfig, TrainConfig
 from kdcache.loader.torch_batches import to_torch
 from kdcache.loss.states.relations import relation_kl
 from kdcache.teacher.hf.heads import seen_heads
+from kdcache.train.adapters import BatchStream, StudentLoss
 from kdcache.train.terms.crd import CrdTerm
 from kdcache.train.trainer import train
 
@@ -156,3 +157,44 @@ def test_crd_resumes_exactly_in_the_trainer(cache, tiny_model_dir, tmp_path, mon
     weights = [load_file(Path(config.out) / "model" / "model.safetensors") for config in (whole, part)]
     assert all(torch.equal(weight, weights[1][key]) for key, weight in weights[0].items())
     assert not any("terms" in key or "bank" in key for key in weights[0])
+
+
+ALL_TERMS = [
+    {"term": "divergence"},
+    {"term": "hidden_states", "balance": "equal", "options": {"feature": "hidden", "projector": "linear"}},
+    {"term": "relations", "options": {"queries": "queries", "keys": "keys", "values": "values"}},
+    {"term": "attention", "options": {"feature": "attention"}},
+    {"term": "rkd", "weight": 0.02, "options": {"feature": "text"}},
+    {"term": "crd", "options": {"feature": "text", "negatives": 16}},
+]
+
+
+def one_step(cache: Path, teacher: Path, how: str) -> tuple[float, float]:
+    """The loss of all terms together in a loop of one's own, and the size of the students' gradients."""
+    config = AutoConfig.from_pretrained(teacher, num_hidden_layers=1, hidden_size=32, intermediate_size=48, head_dim=16)
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config).train()
+    if how == "checkpointed":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if how == "lora":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], r=4))
+    with kdcache.Loader(str(cache), LoaderConfig(seq_len=96, batch_rows=4)) as loader:
+        stream = BatchStream(loader)
+        loss_of = StudentLoss(model, loader, convert_config({"terms": ALL_TERMS}, LossConfig))
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            loss = loss_of(model, stream[0])
+        loss.backward()
+        stream.pause()
+    assert {each["term"] for each in ALL_TERMS} <= set(loss_of.report())
+    return float(loss.detach()), sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("how", ["checkpointed", "autocast", "lora"])
+def test_all_terms_together_in_a_loop_of_ones_own(how, cache, tiny_model_dir):
+    expected, found = one_step(cache, tiny_model_dir, ""), one_step(cache, tiny_model_dir, how)
+    assert found[0] == pytest.approx(expected[0], rel={"autocast": 1e-2}.get(how, 1e-6))
+    if how == "lora":
+        assert found[1] > 0
+    else:
+        assert found[1] == pytest.approx(expected[1], rel={"autocast": 5e-2}.get(how, 1e-5))
