@@ -167,7 +167,7 @@ def test_vllm_loads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     width = ["--hidden-size", "48", "--num-attention-heads", "2", "--intermediate-size", "96", "--num-sequences", "4"]
     assert main(["student", str(teacher), "--out", str(out), "--keep", "1", *width, "--data", str(texts)]) == 0
     model, ids = load_teacher_model(out), [0, 30, 77, 120, 200, 310]
-    logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
+    logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].detach().double(), dim=-1)
     from vllm import LLM, SamplingParams
 
     engine = LLM(str(out), dtype="float32", enforce_eager=True, max_model_len=64)
