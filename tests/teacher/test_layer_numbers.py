@@ -281,3 +281,28 @@ def test_a_head_that_is_not_one_projection_is_refused(tmp_path: Path):
     teacher._model.forward = other
     with pytest.raises(ConfigError, match=r"the logits of Gemma2ForCausalLM are not its output projection"):
         teacher.output_projection()
+
+
+def test_bytes_of_features_count_whole_vectors_before_a_projection_and_a_stride(tmp_path: Path):
+    from kdcache.config.features import ProjectionConfig
+    from kdcache.teacher.fake import FAKE_HIDDEN
+    from kdcache.teacher.features import bytes_per_position, no_vectors
+
+    asked = [
+        FeatureConfig(layer=-1),  # 16 numbers
+        FeatureConfig(layer=1, projection=ProjectionConfig(kind="pca", size=4)),  # 16 until they are projected
+        FeatureConfig(layer=2, positions="all", stride=4),  # a quarter of 16
+        FeatureConfig(layer=2, pooling="mean"),  # one per sequence: nothing
+        FeatureConfig(layer=1, kind="keys"),  # 2 heads of 4
+        FeatureConfig(layer=1, kind="attention", top_keys=3),  # 4 heads, 3 keys
+    ]
+    features = resolve_features(asked, FAKE_HIDDEN)
+    assert bytes_per_position(features) == 4 * (16 + 16 + 4 + 0 + 8 + 12)
+    assert [feature.size for feature in features] == [16, 4, 16, 16, 8, 12]
+    nothing = no_vectors(features)
+    assert nothing["attention_1:distance"].shape == (0, 12)
+    assert nothing["hidden_2_mean"].shape == (1, 16)
+    with pytest.raises(ConfigError, match=r"a projection to 16 numbers, but its vectors have 16; set projection\.size below"):
+        resolve_features([FeatureConfig(layer=1, projection=ProjectionConfig(kind="random", size=16))], FAKE_HIDDEN)
+    with pytest.raises(ConfigError, match="does not give one number of heads for all layers; use kind hidden"):
+        resolve_features([FeatureConfig(layer=1, kind="keys")], type(FAKE_HIDDEN)(4, 16))
