@@ -44,6 +44,7 @@ OWN: dict[Kind, dict[str, str]] = {
         "cross_entropy": "kdcache.train.terms.divergence:CrossEntropyTerm",
         "further_tokens": "kdcache.train.terms.further_tokens:FurtherTokens",
         "dpkd": "kdcache.train.terms.dpkd:DPKD",
+        "ranking": "kdcache.train.terms.ranking:Ranking",
         "dual_space": "kdcache.train.terms.dual_space:DualSpace",
         "exact_kl": "kdcache.train.terms.exact_kl:ExactKL",
         "hidden_states": "kdcache.train.terms.hidden_states:HiddenStatesTerm",

@@ -22,6 +22,7 @@ MORE_PARAMETERS = {
     "fused_sparse_kd_loss": 9,
     "vocab_parallel_sparse_kd_loss": 9,
     "_fused": 8,
+    "ranking_loss": 8,
     "_unpack_rows": 8,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -61,6 +62,9 @@ class DivergenceSum:
         for part in self.parts:
             if not isinstance(part, WeightedDivergence):
                 raise LossError(f"a part of a DivergenceSum is {part!r}, but must be a WeightedDivergence(divergence, weight)")
+            name = part.divergence if isinstance(part.divergence, str) else part.divergence.name
+            _check_weight(part.weight, f"the weight of {name}")
+        _check_weight(self.cross_entropy, "cross_entropy")
 
     def watched(self) -> list[tuple[str, WeightedDivergence]]:
         """The measures of the parts as parts of weight 0, with their names."""
@@ -72,8 +76,14 @@ class DivergenceSum:
 
     def keep(self, values: Tensor) -> None:
         """Take what a loss found: (parts + measures + 1, ...)."""
-        values, num_parts = values.detach(), len(self.parts)
-        if values.ndim == 0:  # of no position: no step was made that would say how many there are
-            values = values.new_zeros(num_parts + len(self.watched()) + 1)
-        self.measures = {name: values[num_parts + index] for index, (name, _) in enumerate(self.watched())}
+        watched, num_parts = self.watched(), len(self.parts)
+        # Without a position there is no chunk that would say how many they are.
+        values = values.detach() if values.ndim else values.detach().expand(num_parts + len(watched) + 1)
+        self.measures = {name: values[num_parts + index] for index, (name, _) in enumerate(watched)}
         self.values = torch.cat([values[:num_parts], values[-1:]])
+
+
+def _check_weight(weight: float | Tensor, what: str) -> None:
+    # Not math.isfinite, which torch.compile cannot trace where numbers are symbols.
+    if not isinstance(weight, Tensor) and not 0 <= weight < math.inf:
+        raise LossError(f"{what} is {weight!r}, but must be finite and at least 0")

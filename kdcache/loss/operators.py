@@ -170,7 +170,13 @@ def _fused(
     num_columns, chunk_positions = sizes
     loss, values_D1, gradients = run_chunks(product, step, tuple(wanted), chunk_positions)
     hidden, weight, bias = (hidden_PH.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    return loss, values_D1.double() if num_columns else loss.new_empty(0, dtype=torch.float64), hidden, weight, bias
+    return (
+        loss,
+        values_D1.double().expand(num_columns).clone() if num_columns else loss.new_empty(0, dtype=torch.float64),
+        hidden,
+        weight,
+        bias,
+    )
 
 
 def _fake_fused(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:

@@ -24,6 +24,7 @@ from kdcache.half_precision import warn_if_emulated
 from kdcache.loader.cache import Cache, open_cache
 from kdcache.loader.loader import Loader
 from kdcache.loader.torch_batches import TorchBatch, to_torch
+from kdcache.shown import get_logger
 from kdcache.teacher import load_tokenizer
 from kdcache.train.body import vocab_size
 from kdcache.train.evaluation.heldout import HeldoutSequence, read_heldout
@@ -38,6 +39,8 @@ from kdcache.train.step import BatchLoss, check_loss, make_optimizer, optimize
 from kdcache.train.student import check_against_cache, without_progress_bars
 from kdcache.train.terms.engine import LossTerms, with_needs
 from kdcache.train.terms.setting import set_up_terms
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +256,8 @@ def _check_cache(config: TrainConfig, cache: Cache) -> None:
         )
     # Before the student is built: what the cache is not enough for.
     check_loss(config.loss, manifest)
+    for note in LossTerms(config.loss).notes(manifest):
+        log.warning("%s", note)
     if not cache.num_positions_S.any():
         raise InputError(f"{config.cache}: the cache has no supervised position to train on")
 

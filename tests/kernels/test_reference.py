@@ -110,7 +110,7 @@ def textbook(
             return (1 + (-gaps).exp()).log().mean()
         case d.SoftSpearman():
             inside = torch.ones(1, len(entry_p), dtype=torch.bool)
-            ranks = torch.cat([_torch_support._soft_ranks(x.log()[None], inside)[0] for x in (entry_p, entry_q)])
+            ranks = torch.cat([_torch_support.soft_ranks(x.log()[None], inside)[0] for x in (entry_p, entry_q)])
             return 1 - torch.corrcoef(ranks)[0, 1]
     raise AssertionError(divergence)
 

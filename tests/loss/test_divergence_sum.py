@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -105,8 +107,71 @@ def test_reduction_none_gives_each_position():
     torch.testing.assert_close(losses_P.double(), total.values[0] + total.values[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_no_position_gives_values_of_0(backend):
+    total = DivergenceSum([WeightedDivergence("forward_kl"), WeightedDivergence("reverse_kl")], cross_entropy=0.1)
+    ids_PK = torch.zeros(0, 3, dtype=torch.int64)
+    nothing = SoftTargets.of(ids_PK, torch.zeros(0, 3), torch.zeros(0), entries="exact")
+    targets_P, settings = torch.zeros(0, dtype=torch.int64), LossSettings(backend=backend)
+    for student in ((HIDDEN_PH[:0], WEIGHT_VH), (HIDDEN_PH[:0] @ WEIGHT_VH.T,)):
+        loss_of = fused_sparse_kd_loss if len(student) == 2 else sparse_kd_loss
+        assert loss_of(*student, nothing, divergence=total, target_ids=targets_P, settings=settings) == 0
+        assert total.values is not None
+        assert total.values.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_each_temperature_is_a_pass_and_the_rest_is_shared(backend):
+    here, random = teacher(), torch.Generator().manual_seed(1)
+    log_p_PV = (2 * torch.randn(P, V, generator=random)).log_softmax(dim=1)
+    here = replace(here, temperatures=(2.0,), log_z_PL=torch.logsumexp(log_p_PV / 2, dim=1)[:, None])
+    parts = [
+        WeightedDivergence("reverse_kl", 0.5, temperature=2.0),
+        WeightedDivergence("forward_kl", PER_POSITION_P),
+        WeightedDivergence("forward_kl", temperature=2.0, tail="uniform"),
+    ]
+    settings, total = LossSettings(reduction="sum", backend=backend), DivergenceSum(parts, cross_entropy=0.3)
+    hidden_PH, weight_VH = HIDDEN_PH.clone().requires_grad_(), WEIGHT_VH.clone().requires_grad_()
+    loss = fused_sparse_kd_loss(hidden_PH, weight_VH, here, divergence=total, target_ids=TARGETS_P, settings=settings)
+    over_logits = DivergenceSum(parts, cross_entropy=0.3)
+    again = sparse_kd_loss(hidden_PH @ weight_VH.T, here, divergence=over_logits, target_ids=TARGETS_P, settings=settings)
+    alone = []
+    for part in parts:
+        how = LossSettings(reduction="sum", backend=backend, tail=part.tail)
+        weights_P = part.weight if isinstance(part.weight, torch.Tensor) else torch.full((P,), part.weight)
+        asked = {"divergence": part.divergence, "temperature": part.temperature or 1.0, "weights": weights_P, "settings": how}
+        alone.append(fused_sparse_kd_loss(hidden_PH, weight_VH, here, **asked))
+    alone.append(0.3 * fused_sparse_kd_loss(hidden_PH, weight_VH, here, alpha=0.0, target_ids=TARGETS_P, settings=settings))
+    torch.testing.assert_close(loss, sum(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-5)
+    assert total.values is not None
+    torch.testing.assert_close(
+        (total.values * torch.tensor([0.5, 1.0, 1.0, 0.3])).sum().float(), loss.detach(), rtol=1e-5, atol=1e-5
+    )
+    expected = torch.autograd.grad(sum(alone), (hidden_PH, weight_VH))
+    for one in (loss, again):
+        for found, wanted in zip(torch.autograd.grad(one, (hidden_PH, weight_VH)), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_sums_are_refused():
     with pytest.raises(LossError, match="a DivergenceSum has no parts"):
         DivergenceSum([])
     with pytest.raises(LossError, match="must be a WeightedDivergence"):
         DivergenceSum(["forward_kl"])
+    z_PV = HIDDEN_PH @ WEIGHT_VH.T
+    total = DivergenceSum([WeightedDivergence("reverse_kl")])
+    with pytest.raises(LossError, match=r"alpha is 0.5, but a DivergenceSum has weights of its own"):
+        sparse_kd_loss(z_PV, teacher(), divergence=total, alpha=0.5, target_ids=TARGETS_P)
+    with pytest.raises(LossError, match=r"settings.tail is given, but each part of a DivergenceSum has its own"):
+        sparse_kd_loss(z_PV, teacher(), divergence=total, settings=LossSettings(tail="bucket"))
+    with pytest.raises(LossError, match=r"cross_entropy is 0.5, which mixes in .* but target_ids is missing"):
+        sparse_kd_loss(z_PV, teacher(), divergence=DivergenceSum(total.parts, 0.5))
+    negative_P = PER_POSITION_P.clone()
+    negative_P[2] = -1.0
+    with pytest.raises(LossError, match=r"position 2 has the weight -1.0 in a DivergenceSum"):
+        sparse_kd_loss(z_PV, teacher(), divergence=DivergenceSum([WeightedDivergence("forward_kl", negative_P)]))
+    with pytest.raises(LossError, match=r"the weight of part 0 has the shape \(3,\), but must have \(11,\)"):
+        sparse_kd_loss(z_PV, teacher(), divergence=DivergenceSum([WeightedDivergence("forward_kl", torch.ones(3))]))
+    with pytest.raises(LossError, match=r"the weight of forward_kl is -1, but must be"):
+        DivergenceSum([WeightedDivergence("forward_kl", -1)])

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 from train_caches import VOCAB_SIZE, load_teacher_model, train_config, write_cache
 from transformers import PreTrainedModel
 
+from kdcache.config.load import convert_config
 from kdcache.config.train import LossConfig
 from kdcache.errors import ConfigError, LossError
 from kdcache.format.manifest import SelectionInfo
@@ -23,6 +24,7 @@ from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.prepare import LossSettings
 from kdcache.loss.sparse_kd import sparse_kd_loss
 from kdcache.train.step import check_loss, student_loss
+from kdcache.train.terms.engine import LossTerms
 from kdcache.train.trainer import train
 
 T, K, NUM_EXACT = 12, 6, 4
@@ -147,3 +149,16 @@ def test_a_student_trains_from_a_cache_of_every_random_selection(kind, params, t
 
 def test_labels_alone_may_be_trained_from_any_selection() -> None:
     check_loss(LossConfig(alpha=0.0, divergence="reverse_kl"), manifest("sampled"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_said"),
+    [({}, False), ({"divergence": "reverse_kl"}, True), ({"divergence": "tail_aware_kl"}, False), ({"temperature": 2.0}, True)],
+)
+def test_random_entries_that_a_loss_does_not_read_are_said_once(loss: dict[str, Any], is_said: bool) -> None:
+    shards = [SimpleNamespace(num_entries=100, num_exact_entries=20, tail_mass_sum=4.0, num_positions=10)] * 2
+    cache = SimpleNamespace(identity=SimpleNamespace(selection=selection("threshold")), shards=shards)
+    notes = LossTerms(convert_config(loss | {"alpha": 0.5}, LossConfig)).notes(cache)  # pyright: ignore[reportArgumentType]
+    assert len(notes) == is_said
+    for note in notes:
+        assert "reads the exact entries of this 'threshold' cache alone, 20% of all with 60% of the mass" in note

@@ -327,10 +327,12 @@ LACKING = [
     (REVERSE | {"per_position": LARGE}, "goes by the teacher's entropy, which the cache lacks"),
     (REVERSE | {"per_position": by("domain", values={"wiki": 1}, otherwise=0)}, "goes by domain, but the cache's sequences"),
     (NO_LABELS, "no term with a weight above 0"),
+    ({"term": "ranking", "options": {"top": 17}}, "compares the top 17 ids, but the cache keeps 16; set top to 16"),
+    ({"term": "ranking", "options": {"top": 1}}, "top is 1, but must be a whole number of at least 2"),
     ({"term": "divergence", "options": {"divergence_options": {"beta": LARGE}}}, "forward_kl has no option 'beta'"),
     (
         REVERSE | {"options": {"divergence": "reverse_kl", "divergence_options": {"floor": LARGE}}},
-        "floor is 1.0, but must be in",
+        r"reverse_kl: floor is .* but must be in",
     ),
     (
         {"term": "divergence", "options": {"divergence": "jensen_shannon", "divergence_options": {"beta": LARGE_BETA}}},
@@ -352,3 +354,15 @@ def test_what_cache_or_student_lack_is_refused_in_one_sentence(small_cache: Path
 
     with open_cache(small_cache) as cache, pytest.raises((ConfigError, LossError), match=sentence):
         begin()
+
+
+def test_ranking_is_one_minus_a_correlation_and_reports_what_is_dead(small_cache: Path, batch: TorchBatch) -> None:
+    term = {"term": "ranking", "options": {"top": 4}}
+    found = Evaluated(small_cache, batch, loss_config(term, NO_LABELS))
+    assert 0 < found.loss < 2
+    assert found.report["ranking"] == pytest.approx(found.loss, rel=1e-5)
+    shares = {name: found.report[f"ranking.{name}"] for name in ("dead_share", "unknown_share", "common_share", "first_share")}
+    assert all(0 <= share <= 1 for share in shares.values())
+    assert shares["unknown_share"] > 0.5  # a student that has not learned anything yet
+    total = Evaluated(small_cache, batch, loss_config(term, REVERSE | {"weight": 0.5}))
+    assert_sum(total, (1.0, found), (0.5, Evaluated(small_cache, batch, loss_config(REVERSE))))

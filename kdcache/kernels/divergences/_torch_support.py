@@ -92,14 +92,14 @@ def _centered_ranks(options: d.SoftSpearman, x: Masses) -> tuple[Tensor, Tensor,
     count_P1 = compared_PK.sum(dim=1, keepdim=True).clamp_min(1)
 
     def ranks_and_levels(values_PK: Tensor) -> tuple[Tensor, Tensor]:
-        ranks_PK, levels_PK = _soft_ranks(values_PK / options.strength, compared_PK)
+        ranks_PK, levels_PK = soft_ranks(values_PK / options.strength, compared_PK)
         ranks_PK = torch.where(compared_PK, ranks_PK, 0.0)
         return torch.where(compared_PK, ranks_PK - ranks_PK.sum(dim=1, keepdim=True) / count_P1, 0.0), levels_PK
 
     return ranks_and_levels(x.log_p_PK1[:, :-1])[0], *ranks_and_levels(x.log_q_PK1[:, :-1])
 
 
-def _soft_ranks(values_PK: Tensor, compared_PK: Tensor) -> tuple[Tensor, Tensor]:
+def soft_ranks(values_PK: Tensor, compared_PK: Tensor) -> tuple[Tensor, Tensor]:
     """Soft ranks of the compared entries among themselves, strength 1, and the level of each one's pool; others mean nothing.
 
     The isotonic regression by the min-max formula v_i = min over j <= i of max over k >= i of mean(y_j..y_k): (P, K, K)

@@ -19,6 +19,8 @@ from torch import Tensor
 from kdcache.kernels import divergences as d
 from kdcache.kernels.divergences import _torch_support as support
 
+soft_ranks = support.soft_ranks
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Masses:

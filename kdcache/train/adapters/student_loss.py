@@ -79,6 +79,8 @@ class StudentLoss:
         self.at: tuple[int, int] | None = None
         for cache in loader.caches:
             self.loss.terms.check(cache.manifest)
+            for note in self.loss.terms.notes(cache.manifest):
+                log.warning("%s", note)
         loader.ask_for(with_needs(loader.config, self.loss.terms.needs()))
         attach(model, set_up_terms(self.loss.terms, plain, loader.caches, seed=seed))
         self._loader, self._check_finite = loader, check_finite

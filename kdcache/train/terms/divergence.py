@@ -17,6 +17,7 @@ from torch import Tensor
 from kdcache.config.terms import as_varying
 from kdcache.errors import ConfigError
 from kdcache.format.manifest import Manifest
+from kdcache.format.selection import entries_of
 from kdcache.kernels.divergences import find_kind, get_divergence
 from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.divergence_sum import DivergenceSum, WeightedDivergence
@@ -100,6 +101,22 @@ class DivergenceTerm(LogitTerm):
                 f"loss.temperature is {self.temperature}, but the cache was captured for {stored}: another temperature cannot "
                 "be added afterwards; use one of these, or capture again with it in selection.temperatures"
             )
+
+    def left_out(self, manifest: Manifest) -> str | None:
+        """A sentence where the loss does not read the random entries of a cache, with what it reads; else None."""
+        kind, name = manifest.identity.selection.kind, self.divergence.name
+        reading = reading_for(kind, self.divergence, tail=self.tail, temperature=self.temperature)
+        if entries_of(kind) != "mixed" or reading.entries == "unbiased":
+            return None
+        num_entries = sum(shard.num_entries for shard in manifest.shards)
+        exact = [shard.num_exact_entries for shard in manifest.shards]
+        num_exact = sum(count for count in exact if isinstance(count, int))
+        mass = 1 - sum(shard.tail_mass_sum for shard in manifest.shards) / max(sum(s.num_positions for s in manifest.shards), 1)
+        share = num_exact / max(num_entries, 1)
+        return (
+            f"{name} reads the exact entries of this {kind!r} cache alone, {share:.0%} of all with {mass:.0%} of the mass, and "
+            "one bucket for the rest; forward_kl at temperature 1 reads the random ones, too"
+        )
 
     def parts(self, batch: TorchBatch) -> list[WeightedDivergence]:
         own = {name: values_P(varying, batch) for name, varying in self._varying.items()}

@@ -26,7 +26,7 @@ from kdcache.loader.batches.batch import NO_TARGET
 from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.prepare import LossSettings
 from kdcache.train.terms.base import Needs, Setting, StudentStates, Term
-from kdcache.train.terms.divergence import CrossEntropyTerm, InPass, LogitTerm, one_pass
+from kdcache.train.terms.divergence import CrossEntropyTerm, DivergenceTerm, InPass, LogitTerm, one_pass
 from kdcache.train.terms.schedule import weight_at
 from kdcache.train.terms.varying import check_cache, check_varying, needs_of, values_P
 
@@ -141,6 +141,11 @@ class LossTerms(nn.Module):
             for varying in (config.per_position, *config.varying_options().values()):
                 if varying is not None:
                     check_cache(varying, f"loss term {name!r}", manifest)
+
+    def notes(self, manifest: Manifest) -> list[str]:
+        """What to say once when a training starts: what of a cache the loss does not read."""
+        said = [term.left_out(manifest) for term in self.members() if isinstance(term, DivergenceTerm)]
+        return [one for one in dict.fromkeys(said) if one is not None]
 
     def set_up(self, setting: Setting) -> None:
         """Make the terms' parameters; once, before training and before a checkpoint is loaded."""
