@@ -46,6 +46,7 @@ def capture(folder: Path, num_prompts: int = 12, out: str | None = None, **chang
         "input": {"format": "jsonl", "paths": paths, "window": {"size": 24, "policy": "truncate"}} | marks | changes,
         "teacher": {"model": "fake", "backend": "fake", "fake": {"vocab_size": 300, "context_length": 24}},
         "selection": {"k": 60}, "codec": {"id": "raw"}, "out": out or str(folder / "cache"), "shards": {"unit_items": 5},
+        "run": {"progress_path": str(folder / "progress.json")},
     }  # fmt: skip
     run_capture(convert_config(fields, CaptureConfig))
     return folder / "cache"
