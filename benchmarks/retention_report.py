@@ -161,10 +161,10 @@ def fidelity(rows: list[dict[str, Any]]) -> list[str]:
         if len(paired) < 2:
             continue
         shares = []
-        for metric in ("loss", "kl"):
+        for metric, shown in (("loss", "loss"), ("kl", "KL")):
             own, exact, labels = ([named[of][seed][metric] for seed in paired] for of in (name, EXACT, LABELS))
             gains = [(none - it) / (none - all_) for it, all_, none in zip(own, exact, labels, strict=True)]
-            shares.append(f"{share(interval(gains))} in {metric}")
+            shares.append(f"{share(interval(gains))} in {shown}")
         lines.append(f"- Of what the teacher's whole distributions gain over labels, {name!r} gains {' and '.join(shares)}.")
     return lines
 
