@@ -18,7 +18,7 @@ from typing import Any
 
 from kdcache.cli.main import main
 
-_BLOCK = re.compile(r"(?:<!-- (?P<note>.*?) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"(?:<!-- (?P<note>(?:(?!-->).)*) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"# (\S+\.\w+)\n")
 _STATUS = re.compile(r"\s+# exit status (\d+)$")
 RUN = ("python", "sh", "yaml")

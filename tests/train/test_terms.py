@@ -224,6 +224,16 @@ def test_weights_by_position_are_factors(small_cache: Path, batch: TorchBatch) -
         assert_sum(varying, (share, lighter))
 
 
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_weights_by_position_are_the_same_in_chunks(small_cache: Path, batch: TorchBatch, backend: str) -> None:
+    by_mass = {"by": "kept_mass", "low": [0.3, 1.0], "high": [0.9, 0.0]}
+    terms = [REVERSE | {"per_position": by_mass}, LABELS | {"weight": 0.5, "per_position": by_mass}]
+    whole = Evaluated(small_cache, batch, loss_config(*terms, backend=backend))
+    chunked = Evaluated(small_cache, batch, loss_config(*terms, backend=backend, chunk_positions=16))
+    assert_sum(chunked, (1.0, whole))
+    assert chunked.report == pytest.approx(whole.report, rel=1e-5)
+
+
 def test_an_option_may_differ_by_position(small_cache: Path, batch: TorchBatch) -> None:
     roles_P = (torch.arange(len(batch.flat_positions_P)) % 5).to(torch.uint8)
     mixed = replace(batch, roles_P=roles_P)

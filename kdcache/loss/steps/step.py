@@ -99,7 +99,7 @@ class _NumbaStep:
             # The cross entropy is a summand of its own, whose own column is empty.
             columns = [*range(len(self.ready.parts)), len(part)]
             scaled_CD1 = np.where(scales_C[:, None] > 0, outputs.values_PD1[:, columns] * scales_C[:, None], 0.0)
-            values_CD1 = self.ready.spread(torch.from_numpy(scaled_CD1))
+            values_CD1 = self.ready.slice(start, start + len(logits_CV)).spread(torch.from_numpy(scaled_CD1))
         return Found(torch.from_numpy(outputs.losses_P * scales_C), logits_CV, values_CD1)
 
 
