@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "cache": "states",
         "loss": {
             "terms": [
-                {"term": "exact_kl", "options": {"feature": "hidden_last", "sidecar": "output_projection"}},
+                {"term": "exact_kl", "options": {"feature": "hidden_last"}},
                 {"term": "cross_entropy", "weight": 0.0},
             ]
         },
