@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from hs_connectors import HiddenStatesBackend, HiddenStatesTransfer
 
 from kdcache.errors import ConfigError
-from kdcache.export.folder import NAME
+from kdcache.export.folder import NAME, read_made
 from kdcache.export.states import choose_features, drafter_states
 from kdcache.export.torch_files import speculators_tensors
 from kdcache.loader.cache import Cache, open_cache
@@ -62,7 +61,7 @@ class CacheBackend(HiddenStatesBackend):
         path = Path(data_path) / NAME
         if not path.exists():
             raise ConfigError(f"{data_path}: has no {NAME}; make it with `kdcache export speculators CACHE --out {data_path}`")
-        made = json.loads(path.read_text())
+        made = read_made(path)
         cache = open_cache(getattr(args, "kdcache_cache", None) or made["cache"])
         if cache.snapshot != made["snapshot"]:
             raise ConfigError(f"{data_path}: was made from another snapshot of the cache; export it again into another folder")

@@ -19,7 +19,7 @@ def test_each_feature_and_sidecar_has_a_line(tmp_path, capsys):
     lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "layer 4 (the last, before the final norm), 12 x bfloat16" in lines["feature brain"]
     assert "after the final norm, 12 x int8" in lines["feature strided"]
-    assert "of every 3th" in lines["feature strided"]
+    assert "one in 3" in lines["feature strided"]
     assert "at most 4 of a sequence" in lines["feature few"]
     assert "with a scale per channel (off by at most 1/254 of the channel's range" in lines["feature channels"]
     assert "(pca of 12, which drops 0." in lines["feature small"]

@@ -36,7 +36,7 @@ def stored(path) -> dict[str, FeatureVectors]:
 def test_a_copy_has_the_same_numbers_in_every_dtype_and_the_same_sidecars(tmp_path):
     writer_manifest = make_feature_cache(tmp_path / "a", RECORDS, FITS)
     CacheWriter.open(tmp_path / "a", msgspec.structs.replace(writer_manifest, number=0, parent=None)).add_sidecar(
-        "output_projection", {"weight": np.ones((4, 3), np.uint16)}, bfloat16=["weight"]
+        "extra", {"weight": np.ones((4, 3), np.uint16)}, bfloat16=["weight"]
     )
     manifest = derive([tmp_path / "a"], tmp_path / "b", DeriveConfig(codec="quantized", bits=8)).manifest
     assert verify_cache(tmp_path / "b").problems == []

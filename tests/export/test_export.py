@@ -139,6 +139,16 @@ def test_a_stopped_export_goes_on_and_another_one_is_refused(path: Path, cache: 
         export_specforge(cache, str(path), tmp_path / "other", algorithm="eagle3")
 
 
+def test_a_killed_export_begins_again_and_a_damaged_one_is_said(path: Path, cache: Cache, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    out.mkdir()
+    (out / ".kdcache-export.json.12.partial").write_text("{")
+    export_specforge(cache, str(path), out, algorithm="eagle3")
+    (out / "kdcache-export.json").write_text('{"cache": ')
+    with pytest.raises(ConfigError, match="is damaged"):
+        export_specforge(cache, str(path), out, algorithm="eagle3")
+
+
 def test_the_command_says_what_it_wrote(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "specforge", str(path), "--out", str(tmp_path / "data"), "--algorithm", "dspark"]) == 0
     out = capsys.readouterr().out

@@ -17,6 +17,7 @@ from kdcache.config.train import StudentConfig, TrainConfig
 from kdcache.errors import ConfigError, StateError
 from kdcache.loader.cache import open_cache
 from kdcache.teacher import load_tokenizer
+from kdcache.teacher.checkpoint import weights_digest
 from kdcache.teacher.hf.activations import block_influence
 from kdcache.train import trainer
 from kdcache.train.init import initial
@@ -117,17 +118,29 @@ def test_what_the_capture_measured_is_taken_where_it_is(cache_dir: Path, teacher
                 assert name == "activation_statistics"
                 return {**measured, "block_influence": measured["block_influence"] * 2}
 
-        kept: Any = Sidecars()
+        def of_teacher(**changes: str | None) -> Any:
+            teacher = msgspec.structs.replace(cache.manifest.identity.teacher, **changes)
+            identity = msgspec.structs.replace(cache.manifest.identity, teacher=teacher)
+            kept = Sidecars()
+            kept.manifest = msgspec.structs.replace(kept.manifest, identity=identity)
+            return kept
+
+        kept = of_teacher(weights_digest=weights_digest(str(teacher_dir)))
         taken = source_of(config, lambda: load_tokenizer(str(teacher_dir)), kept)
         assert taken is not None
         assert taken.name == "the capture (activation_statistics)"
         assert (block_influence(taken.measure(load_teacher_model(teacher_dir))) == 2 * block_influence(measured)).all()
-        other = msgspec.structs.replace(cache.manifest.identity.teacher, weights_digest="0" * 64)
-        identity = msgspec.structs.replace(cache.manifest.identity, teacher=other)
-        kept.manifest = msgspec.structs.replace(kept.manifest, identity=identity)
-        measured_now = source_of(config, lambda: load_tokenizer(str(teacher_dir)), kept)
-        assert measured_now is not None
-        assert measured_now.name == "the cache's sequences", "the weights of that teacher are others"
+        hub = msgspec.structs.replace(config, model="some/model")
+        for asked, changes, expected in (
+            (config, {"weights_digest": "0" * 64}, "the cache's sequences"),
+            (config, {"weights_digest": None, "model": "some/model"}, "the cache's sequences"),
+            (hub, {"weights_digest": None, "model": "other/model"}, "the cache's sequences"),
+            (hub, {"weights_digest": "0" * 64, "model": "model"}, "the cache's sequences"),
+            (hub, {"weights_digest": None, "model": "some/model"}, "the capture (activation_statistics)"),
+        ):
+            found = source_of(asked, lambda: load_tokenizer(str(teacher_dir)), of_teacher(**changes))
+            assert found is not None
+            assert found.name == expected, changes
 
 
 def test_the_command_writes_a_folder_that_loads_anywhere(

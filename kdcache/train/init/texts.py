@@ -55,15 +55,17 @@ def source_of(
     if cache is None:
         return None
     kept = cache
-    if any(sidecar.name == ACTIVATION_STATISTICS for sidecar in cache.manifest.sidecars) and _captured(config.model, cache):
+    if any(sidecar.name == ACTIVATION_STATISTICS for sidecar in cache.manifest.sidecars) and _captured(config, cache):
         return Source(f"the capture ({ACTIVATION_STATISTICS})", lambda _: kept.sidecar(ACTIVATION_STATISTICS))
     return Source("the cache's sequences", lambda teacher: _measured(teacher, _of_cache(kept, text.num_sequences), device))
 
 
-def _captured(model: str, cache: Cache) -> bool:
-    """Whether the capture's teacher has these weights, as far as is known."""
-    digests = {weights_digest(model), cache.manifest.identity.teacher.weights_digest} - {None}
-    return len(digests) < 2
+def _captured(config: StudentConfig, cache: Cache) -> bool:
+    """Whether the capture's teacher has these weights: the same files, or the same name on the hub at the same revision."""
+    ours, teacher = weights_digest(config.model), cache.manifest.identity.teacher
+    if ours is not None or teacher.weights_digest is not None:
+        return ours == teacher.weights_digest
+    return config.model == teacher.model and config.revision in (None, teacher.revision)
 
 
 def _measured(teacher: PreTrainedModel, sequences: list[NDArray[np.integer]], device: torch.device | None) -> Statistics:
