@@ -20,6 +20,7 @@ from kdcache.train.terms.vectors import (
     COUNTED,
     check_choice,
     check_kind,
+    check_pooled,
     check_whole,
     feature_of,
     features_of_kind,
@@ -94,10 +95,12 @@ class HiddenStatesTerm(Term):
         return Needs(features=features, layers=layers)
 
     def check(self, manifest: Manifest) -> None:
-        """Refuse a feature that was not captured or is not of hidden states, and several that are unlike."""
+        """Refuse a feature that was not captured, is of another kind or pooled over some positions, and several unlike ones."""
         infos = [feature_of(manifest, name, _NAME) for name, _ in self.pairs]
         for info in infos:
             check_kind(info, "hidden", _NAME)
+            if info.pooling != "none":
+                check_pooled(info, _NAME)
         other = next((info for info in infos if _form(info) != _form(infos[0])), None)
         if other is not None:
             raise ConfigError(

@@ -323,6 +323,10 @@ REFUSED = {
         partial(RkdTerm, feature="pooled_mean"), [changed(POOLED[0], stride=2)],
         r"but feature 'pooled_mean' is pooled over some of them; capture it without stride and max_positions",
     ),
+    "hidden states pooled over some positions": (
+        partial(HiddenStatesTerm, feature="pooled_mean"), [changed(POOLED[0], max_positions=2)],
+        r"but feature 'pooled_mean' is pooled over some of them; capture it without stride and max_positions",
+    ),
     "weights": (
         partial(RkdTerm, feature="pooled_mean", distance_weight=0, angle_weight=0), POOLED,
         r"distance_weight is 0 and angle_weight 0, but both must be at least 0, and one above",
