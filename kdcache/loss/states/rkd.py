@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdcache.errors import LossError
-from kdcache.loss.states.vectors import full_precision
+from kdcache.loss.states.vectors import full_precision, zero_of
 
 _RELATIVE_ZERO = 1e-12
 """Squared distances below this share of the vectors' squares are rounding: the vectors are taken for equal."""
@@ -36,7 +36,7 @@ def rkd(student_SH: Tensor, teacher_SH: Tensor, anchors: Tensor | None = None) -
     if len(student_SH) != len(teacher_SH):
         raise LossError(f"the student has {len(student_SH)} vectors and the teacher {len(teacher_SH)}; one each is compared")
     if len(student_SH) < 2:
-        zero = student_SH.sum() * 0
+        zero = zero_of(student_SH)
         return zero, zero
     with full_precision(student_SH):
         return _terms(student_SH, teacher_SH, range(len(student_SH)) if anchors is None else anchors.tolist())

@@ -41,6 +41,11 @@ def widened(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def zero_of(*tensors: Tensor) -> Tensor:
+    """A float32 0 on the graph of all of these, which get gradients of 0; their numbers are not read, as 0 * NaN is NaN."""
+    return torch.stack([tensor[None][:0].sum(dtype=torch.float32) for tensor in tensors]).sum()
+
+
 def full_precision(values: Tensor) -> torch.autocast:
     """A context in which products are made in their operands' dtype, whatever autocast a trainer has chosen."""
     return torch.autocast(values.device.type, enabled=False)

@@ -13,6 +13,7 @@ from kdcache.format.feature_vectors import FeatureVectors
 from kdcache.format.manifest import Manifest
 from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.states.attention import ATTENTION_LOSSES, AttentionScores, TopKeys, attention_loss
+from kdcache.loss.states.vectors import zero_of
 from kdcache.teacher.hf.attention_calls import AttentionCall, prove_calls
 from kdcache.train.body import text_config
 from kdcache.train.terms.base import Needs, Setting, StudentStates, Term
@@ -110,7 +111,7 @@ class AttentionTerm(Term):
         vectors, call = vectors_of(batch, self.feature), student.attention(self.layer)
         weights = weights_of(batch, weights_P, vectors, self.positions)
         slots, num_slots = vectors.slots_F.tolist(), batch.input_ids_BT.shape[1]
-        total = (call.query_BhTd.sum() * 0 + call.key_BhKd.sum() * 0).float()
+        total = zero_of(call.query_BhTd, call.key_BhKd)
         for sequence in sequences_in(batch, vectors):
             positions = [slot - sequence.slots.start for slot in slots[sequence.vectors]]
             if not positions:

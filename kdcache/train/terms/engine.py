@@ -25,6 +25,7 @@ from kdcache.format.manifest import Manifest
 from kdcache.loader.batches.batch import NO_TARGET
 from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.prepare import LossSettings
+from kdcache.loss.states.vectors import zero_of
 from kdcache.train.terms.base import Needs, Setting, StudentStates, Term
 from kdcache.train.terms.divergence import CrossEntropyTerm, DivergenceTerm, InPass, LogitTerm, one_pass
 from kdcache.train.terms.schedule import weight_at
@@ -221,7 +222,7 @@ class LossTerms(nn.Module):
         )
         # Wrappers wait for the gradient of every parameter, also of a term that was left out or had nothing to read.
         touched = [*self.parameters(), *([] if summed else [student.hidden_PH])]
-        return torch.stack([*summed, *(0.0 * tensor.sum().float() for tensor in touched)]).sum()
+        return torch.stack([*summed, *(zero_of(tensor) for tensor in touched)]).sum()
 
     def report(self) -> dict[str, float]:
         """Of the last forward and this rank: each term's mean, its weight where that changes, and its own measures."""

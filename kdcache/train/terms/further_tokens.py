@@ -18,6 +18,7 @@ from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.fused import Projection, fused_sparse_kd_loss
 from kdcache.loss.prepare import LossSettings
 from kdcache.loss.selection_rules import reading_for
+from kdcache.loss.states.vectors import zero_of
 from kdcache.train.terms.base import Setting, StudentStates, Term
 
 
@@ -70,7 +71,7 @@ class FurtherTokens(Term):
         hidden_PH, projection = student.hidden_PH, student.projection
         if not self.train_student:
             hidden_PH, projection = hidden_PH.detach(), _detached(projection)
-        total = hidden_PH.sum() * 0.0
+        total = zero_of(hidden_PH)
         for ahead, head in enumerate(self.heads, start=1):
             here, there = positions_ahead(batch, ahead)
             states = hidden_PH[here]

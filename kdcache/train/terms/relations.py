@@ -13,6 +13,7 @@ from kdcache.format.identity import FeatureInfo
 from kdcache.format.manifest import Manifest
 from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.states.relations import relation_kl
+from kdcache.loss.states.vectors import zero_of
 from kdcache.train.terms.base import HeadKind, Needs, Setting, StudentStates, Term
 from kdcache.train.terms.vectors import (
     COUNTED,
@@ -107,7 +108,7 @@ class RelationsTerm(Term):
         starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
         states: dict[HeadKind, Tensor] = {kind: getattr(student, kind)(self.layer).flatten(0, 1) for kind in self.features}
         parts = {kind: dict(zip(starts, found.split(lengths), strict=False)) for kind, found in states.items()}
-        total = torch.stack([found.sum() * 0 for found in states.values()]).sum().float()
+        total = zero_of(*states.values())
         for sequence in sequences_in(batch, first):
             _check_whole_sequence(sequence, self.features)
             own = {kind: found[sequence.slots.start] for kind, found in parts.items()}

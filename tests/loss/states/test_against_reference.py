@@ -18,7 +18,7 @@ from kdcache.loss.states.crd import contrast, moved, nce
 from kdcache.loss.states.pooling import pooled, sequences_of_slots
 from kdcache.loss.states.relations import relation_kl
 from kdcache.loss.states.rkd import rkd
-from kdcache.loss.states.vectors import VECTOR_LOSSES, vector_loss
+from kdcache.loss.states.vectors import VECTOR_LOSSES, vector_loss, zero_of
 
 ORACLE: dict[str, dict[str, Any]] = json.loads(PATH.read_text())
 HEADS, TOKENS, WIDTH = 4, 6, 3
@@ -65,6 +65,18 @@ def test_half_precision_vectors_are_compared_in_float32():
     found = vector_loss("mse", student, teacher)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found, reference.mse(student.double().numpy(), teacher.double().numpy()), rtol=1e-5)
+
+
+def test_a_zero_on_the_graph_reads_no_number():
+    tensors = [torch.full((3, 4), 60000.0, dtype=torch.float16), torch.tensor(float("nan")), torch.empty(0, 4)]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    zero = zero_of(*tensors)
+    assert zero.dtype == torch.float32
+    assert float(zero.detach()) == 0
+    zero.backward()
+    assert [tensor.grad.shape for tensor in tensors] == [tensor.shape for tensor in tensors]
+    assert not any(tensor.grad.any() for tensor in tensors)
 
 
 def test_textbrewers_losses_of_vectors_are_ours():

@@ -123,6 +123,27 @@ def test_half_precision_is_near_to_float32(name):
     assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
 
 
+@pytest.mark.parametrize("name", ["relations", "attention_kl"])
+def test_heads_whose_sum_overflows_and_padding_that_is_no_number_leave_the_loss_finite(name):
+    """The numbers of float16 end at 65504, which the sum of a few hundred is over; 0 times infinity is no number."""
+    term, infos = made(name, STUDENT)
+    batch = with_features(batch_of(ROWS), TEACHER, *infos)
+
+    def changed_states(tensor, axis):
+        wide = tensor.half() + 200
+        wide.select(axis, 23)[0] = float("nan")  # the first row's last slots are padding
+        return wide
+
+    states = states_of(STUDENT, batch, *term.needs().reads)
+    inner = {
+        key: changed_states(found, 1)
+        if isinstance(found, torch.Tensor)
+        else replace(found, query_BhTd=changed_states(found.query_BhTd, 2), key_BhKd=found.key_BhKd.half())
+        for key, found in states.inner.items()
+    }
+    assert term(replace(states, inner=inner), batch, batch.weights_P).isfinite()
+
+
 def test_positions_count_by_their_weights():
     term, infos = made("mse", tiny(2))
     batch = with_features(batch_of(ROWS), TEACHER, *infos)
