@@ -178,19 +178,22 @@ class CrdTerm(Term):
 
     @torch.no_grad()
     def _fix_normalizers(self, scores: tuple[Tensor, Tensor]) -> None:
-        """At the first batch: the number of sequences times the mean score, of all ranks."""
+        """At the first batch whose scores are finite: the number of sequences times the mean score, of all ranks."""
         if float(self.normalizers[0]) > 0:
             return
         sums = torch.stack([torch.stack([found.sum().float(), found.new_tensor(found.numel()).float()]) for found in scores])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
-        if float(sums[0, 1]) > 0:
-            self.normalizers.copy_(len(self.drawable) * sums[:, 0] / sums[:, 1])
+        found = len(self.drawable) * sums[:, 0] / sums[:, 1]
+        if bool(found.isfinite().all()):  # else the batch had no sequence, or states that are no numbers
+            self.normalizers.copy_(found)
 
     @torch.no_grad()
     def _move(self, student_SH: Tensor, sequences_S: Tensor) -> None:
         found_SH, indices_S = gathered(student_SH, sequences_S).tensors
-        self.student_bank[indices_S] = moved(self.student_bank[indices_S], found_SH, self.momentum)
+        moved_SH = moved(self.student_bank[indices_S], found_SH, self.momentum)
+        kept_S = moved_SH.isfinite().all(dim=1)  # a step that is skipped for its NaN must not stay in the bank
+        self.student_bank[indices_S[kept_S]] = moved_SH[kept_S]
 
 
 def _nonzero(bank: FeatureVectors[Tensor], size: int = 4096) -> Tensor:

@@ -86,6 +86,24 @@ def test_crd_learns_to_tell_sequences_apart():
     assert np.mean(losses[-5:]) < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_a_batch_without_numbers_leaves_no_trace_in_the_bank(num_before):
+    """A trainer skips its step; the first batch also fixes the normalizers."""
+    term, batch = crd(negatives=5), some([0, 3])
+    for _ in range(num_before):
+        value_of(term, STUDENT, batch)
+    states = states_of(STUDENT, batch, ("hidden", -1))
+    wrong = states.inner["hidden", -1].clone()
+    wrong[0, 2] = float("nan")  # in the first sequence
+    before, normalizers = term.student_bank.clone(), term.normalizers.clone()
+    term(replace(states, inner={("hidden", -1): wrong}), batch, batch.weights_P)
+    own = batch.sequence_indices_S
+    assert torch.equal(term.student_bank[own[0]], before[own[0]])
+    assert not any(torch.equal(term.student_bank[s], before[s]) for s in own[1:])
+    assert torch.equal(term.normalizers, normalizers)
+    assert value_of(term, STUDENT, batch).isfinite()
+
+
 def test_crd_resumes_exactly():
     batches = [some([0, 3]), some([1, 2]), some([2, 3]), some([0])]
     term, values, states = crd(negatives=5), [], []
