@@ -15,7 +15,7 @@ from kdcache.config.cut import LayersConfig, StatisticsConfig, WidthConfig
 from kdcache.config.loader import LoaderConfig
 from kdcache.config.remote import RemoteConfig
 from kdcache.config.secrets import refuse_secrets
-from kdcache.config.terms import OF_LOGITS, TermConfig
+from kdcache.config.terms import OF_LOGITS, TermConfig, WeightSchedule
 
 Beta = Annotated[float, Meta(ge=0, lt=1)]
 Scalar = str | int | float | bool | None
@@ -101,9 +101,7 @@ class LossConfig(Config, frozen=True, kw_only=True):
         return not any(term.term in OF_LOGITS for term in self.terms)
 
     def __post_init__(self) -> None:
-        first = None if self.is_short_form else self.terms[0]
-        if first is not None and first.balance == "equal":
-            raise ValueError(f"terms[0] ({first.term}) has balance: equal, but the others are balanced with it; leave it out")
+        self._check_balance()
         short = {name: getattr(self, name) for name in ("alpha", "divergence", "divergence_options", "tail", "temperature")}
         both = [name for name, value in short.items() if value != _SHORT_FORM[name]]
         if both and not self.is_short_form:
@@ -111,6 +109,21 @@ class LossConfig(Config, frozen=True, kw_only=True):
             raise ValueError(
                 f"{both[0]} is {short[both[0]]!r}, but terms has {term!r}, which replaces it; give alpha as the terms' weights "
                 "and the rest as options of the term"
+            )
+
+    def _check_balance(self) -> None:
+        """Refuse what a first term, with which others are balanced, cannot have; that of the short form has a fixed weight."""
+        terms = [] if self.is_short_form else [(i, term) for i, term in enumerate(self.terms) if term.weight != 0]
+        if not terms:
+            return
+        (i, first), others = terms[0], terms[1:]
+        if first.balance == "equal":
+            raise ValueError(f"terms[{i}] ({first.term}) has balance: equal, but the others are balanced with it; leave it out")
+        balanced = next((term for _, term in others if term.balance == "equal"), None)
+        if balanced is not None and isinstance(first.weight, WeightSchedule):
+            raise ValueError(
+                f"terms[{i}] ({first.term}) has a weight schedule, which the term {balanced.term!r} with balance: equal would "
+                "not follow; give the first term a fixed weight"
             )
 
 

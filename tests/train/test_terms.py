@@ -298,6 +298,11 @@ WRONG = [
     ({"alpha": 0.5, "terms": [REVERSE]}, "alpha is 0.5, but terms has 'divergence', which replaces it; give alpha as"),
     ({"temperature": 2.0, "terms": [LABELS]}, "temperature is 2.0, but terms has 'cross_entropy', which replaces it"),
     ({"terms": [REVERSE | {"balance": "equal"}, LABELS]}, r"terms\[0\] \(divergence\) has balance: equal, but the others"),
+    ({"terms": [NO_LABELS, REVERSE | {"balance": "equal"}]}, r"terms\[1\] \(divergence\) has balance: equal, but the others"),
+    (
+        {"terms": [REVERSE | {"weight": {"schedule": "linear", "start": 0, "end": 1}}, CODES | {"balance": "equal"}]},
+        r"terms\[0\] \(divergence\) has a weight schedule, which the term 'codes' with balance: equal would not follow; give",
+    ),
     ({"terms": [{"term": "divergance"}]}, "term is 'divergance', but must be one of ours"),
     *(
         ({"terms": [REVERSE | more]}, sentence)

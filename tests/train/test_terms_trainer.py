@@ -25,8 +25,8 @@ from kdcache.train.runs.run_folder import read_metrics
 from kdcache.train.trainer import train
 
 TERMS: list[dict[str, Any]] = [
-    {"term": "divergence", "weight": {"schedule": "linear", "start": 1.0, "end": 0.5}},
-    {"term": "cross_entropy", "weight": 0.1},
+    {"term": "divergence"},
+    {"term": "cross_entropy", "weight": {"schedule": "linear", "start": 1.0, "end": 0.5}},
     {"term": "codes", "weight": 0.5, "balance": "equal"},
 ]
 
@@ -50,12 +50,12 @@ def test_metrics_have_each_terms_value_and_weight(small_cache: Path, tiny_model_
     config = config_with(small_cache, tiny_model_dir, tmp_path / "run")
     train(config, show_progress=False)
     lines = lines_of(config)
-    assert [line["terms"]["divergence.weight"] for line in lines] == pytest.approx([1 - 0.5 * step / 7 for step in range(8)])
+    assert [line["terms"]["cross_entropy.weight"] for line in lines] == pytest.approx([1 - 0.5 * step / 7 for step in range(8)])
     for line in lines:
         terms = line["terms"]
         assert terms["codes.largest"] > terms["codes"] > 0
         assert terms["codes.weight"] == pytest.approx(0.5 * terms["divergence"] / terms["codes"])
-        total = terms["divergence.weight"] * terms["divergence"] + 0.1 * terms["cross_entropy"]
+        total = terms["divergence"] + terms["cross_entropy.weight"] * terms["cross_entropy"]
         assert line["loss"] == pytest.approx(total + terms["codes.weight"] * terms["codes"], rel=1e-5)
 
 
