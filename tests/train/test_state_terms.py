@@ -10,7 +10,7 @@ import pytest
 import torch
 from cache_making import make_identity, make_manifest
 
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.format.feature_vectors import FeatureVectors
 from kdcache.format.identity import ProjectionInfo
 from kdcache.format.manifest import FeatureInfo, Manifest
@@ -27,7 +27,7 @@ NUM_POSITIONS, VOCAB_SIZE, HIDDEN = 9, 37, 6
 def manifest_with(*features: FeatureInfo) -> Manifest:
     import msgspec
 
-    return make_manifest(1, msgspec.structs.replace(make_identity(), features=features))
+    return make_manifest(1, msgspec.structs.replace(make_identity(vocab_size=VOCAB_SIZE), features=features))
 
 
 def projection_of_the_teacher(dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
@@ -204,3 +204,33 @@ def test_a_projection_of_another_teacher_is_refused() -> None:
     case.sidecar["weight"] = case.sidecar["weight"][:, :8]
     with pytest.raises(ConfigError, match="takes states of 8 numbers, but feature 'hidden_last' has 12"):
         case.made(ExactKL())
+
+
+@pytest.mark.parametrize("make", [ExactKL, DualSpace])
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"weight": None}, CorruptCacheError, "has no tensor 'weight' of two dimensions"),
+        ({"weight": torch.zeros(12)}, CorruptCacheError, "has no tensor 'weight' of two dimensions"),
+        ({"bias": torch.zeros(7)}, CorruptCacheError, r"'bias' has the shape \(7,\), expected \(37,\)"),
+        ({"logit_scale": torch.tensor([float("nan")])}, CorruptCacheError, "'logit_scale' is .*, expected one finite number"),
+        ({"softcap": torch.zeros(2)}, CorruptCacheError, "'softcap' is .*, expected one finite number"),
+        ({"weight": torch.zeros(30, 12), "bias": None}, ConfigError, "makes logits of 30 ids, but the cache's teacher has 37"),
+    ],
+)
+def test_a_projection_that_is_not_one_is_refused(make: Any, changes: dict[str, Any], kind: type[Exception], words: str) -> None:
+    case = Case()
+    case.sidecar = {name: tensor for name, tensor in (case.sidecar | changes).items() if tensor is not None}
+    with pytest.raises(kind, match=words):
+        case.made(make())
+
+
+def test_a_cap_of_zero_is_none() -> None:
+    case = Case()
+    case.sidecar["softcap"] = torch.zeros(1)
+    capped, plain = case.made(ExactKL()), Case()
+    del plain.sidecar["softcap"]
+    batch = batch_of(case.vectors, case.slots_P)
+    terms = capped, plain.made(ExactKL())
+    values = [float(term(case.student, batch, case.weights_P).detach()) for term in terms]
+    assert values[0] == values[1]

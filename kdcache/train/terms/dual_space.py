@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from kdcache.errors import LossError
 from kdcache.format.manifest import Manifest
+from kdcache.format.output_projection import OUTPUT_PROJECTION
 from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.fused import Projection
 from kdcache.loss.states.dual_space import Affine, DualSpaceLoss, DualSpaceSettings, LogitSolver, dual_space_loss
 from kdcache.loss.states.exact_kl import whole_divergence
 from kdcache.train.terms.base import Needs, Setting, StudentStates, Term
-from kdcache.train.terms.last_states import LAST_STATES, OUTPUT_PROJECTION, LastStates, find_last_states, teacher_projection
+from kdcache.train.terms.last_states import LAST_STATES, LastStates, find_last_states, teacher_projection
 
 
 class DualSpace(Term):

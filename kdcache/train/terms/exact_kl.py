@@ -8,10 +8,11 @@ from torch import Tensor
 
 from kdcache.errors import LossError
 from kdcache.format.manifest import Manifest
+from kdcache.format.output_projection import OUTPUT_PROJECTION
 from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.states.exact_kl import check_temperature, exact_kd_loss, whole_divergence
 from kdcache.train.terms.base import Needs, Setting, StudentStates, Term
-from kdcache.train.terms.last_states import LAST_STATES, OUTPUT_PROJECTION, LastStates, find_last_states, teacher_projection
+from kdcache.train.terms.last_states import LAST_STATES, LastStates, find_last_states, teacher_projection
 
 
 class ExactKL(Term):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.errors import ConfigError
 from kdcache.format.feature_vectors import FeatureVectors
 from kdcache.format.manifest import FeatureInfo, Manifest
+from kdcache.format.output_projection import OUTPUT_PROJECTION, OutputProjection
 from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.chunks import Head
 from kdcache.loss.fused import Projection
@@ -16,8 +21,6 @@ from kdcache.train.terms.base import Setting
 
 LAST_STATES = "hidden_last"
 """The name that a capture gives the feature, as a rule."""
-OUTPUT_PROJECTION = "output_projection"
-"""The sidecar: `weight` (V, H), perhaps `bias` (V,), and `logit_scale` and `softcap`, (1,) each, where the teacher has them."""
 
 
 def find_last_states(manifest: Manifest, feature: str, term: str) -> FeatureInfo:
@@ -52,18 +55,32 @@ def teacher_projection(setting: Setting, info: FeatureInfo, term: str) -> Projec
     """The teacher's output projection, on the student's device, in the dtype in which it is kept.
 
     Raises:
-        ConfigError: it takes states of another size than the feature's.
+        ConfigError: it takes states of another size than the feature's, or has other ids than the teacher.
+        CorruptCacheError: a tensor is missing or does not fit.
     """
-    arrays = setting.sidecar(OUTPUT_PROJECTION)
-    weight_VH, bias_V = arrays["weight"].to(setting.device), arrays.get("bias")
-    if weight_VH.shape[1] != info.full_size:
+    tensors = setting.sidecar(OUTPUT_PROJECTION)
+    found = OutputProjection.from_arrays({name: _as_array(tensor) for name, tensor in tensors.items()})
+    num_ids, width = found.weight_VH.shape
+    if width != info.full_size:
         raise ConfigError(
-            f"loss term {term!r}: the sidecar {OUTPUT_PROJECTION!r} takes states of {weight_VH.shape[1]} numbers, but feature "
+            f"loss term {term!r}: the sidecar {OUTPUT_PROJECTION!r} takes states of {width} numbers, but feature "
             f"{info.name!r} has {info.full_size}: they are of different teachers"
         )
-    scale, cap = (float(arrays[name].item()) if name in arrays else None for name in ("logit_scale", "softcap"))
-    head = Head(logit_scale=1.0 if scale is None else scale, softcap=cap)
+    vocab_size = setting.manifest.identity.teacher.vocab_size
+    if num_ids != vocab_size:
+        raise ConfigError(
+            f"loss term {term!r}: the sidecar {OUTPUT_PROJECTION!r} makes logits of {num_ids} ids, but the cache's teacher has "
+            f"{vocab_size}: they are of different teachers"
+        )
+    weight_VH, bias_V = tensors["weight"].to(setting.device), tensors.get("bias")
+    head = Head(logit_scale=found.logit_scale, softcap=found.softcap)
     return Projection(weight_VH, None if bias_V is None else bias_V.to(setting.device), head)
+
+
+def _as_array(tensor: Tensor) -> NDArray[Any]:
+    """The same memory where that is the CPU's; bfloat16 as its bits."""
+    tensor = tensor.detach().cpu()
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 class LastStates:
