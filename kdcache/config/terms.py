@@ -18,19 +18,19 @@ class WeightSchedule(Config, frozen=True, kw_only=True):
     """A weight that changes over a training; lengths are shares of all steps.
 
     Attributes:
-        schedule: `linear` goes from `start` at the first step to `end` at the last. `warmup_stable_decay` rises from `start`
+        schedule: `linear` goes from `start` at the first step to `end` at the last. `warmup_stable_decay` goes from `start`
             over the first `warmup` of all steps to `peak`, stays there, and goes to `end` over the last `decay` of them.
-        start: weight of the first step.
-        peak: weight of the stable part, of `warmup_stable_decay` alone; null for 1.
-        end: weight of the last step.
+        start: weight of the first step; `linear` needs it, `warmup_stable_decay` has 0 where it is null.
+        peak: weight of the stable part; `warmup_stable_decay` needs it, `linear` has none.
+        end: weight of the last step; `linear` needs it, `warmup_stable_decay` has 0 where it is null.
         warmup: share of all steps, of `warmup_stable_decay` alone.
         decay: share of all steps, of `warmup_stable_decay` alone.
     """
 
     schedule: Literal["linear", "warmup_stable_decay"]
-    start: NonNegativeFloat = 0.0
+    start: NonNegativeFloat | None = None
     peak: NonNegativeFloat | None = None
-    end: NonNegativeFloat = 0.0
+    end: NonNegativeFloat | None = None
     warmup: Fraction = 0.0
     decay: Fraction = 0.0
 
@@ -38,8 +38,20 @@ class WeightSchedule(Config, frozen=True, kw_only=True):
         if self.schedule == "linear":
             if self.peak is not None or self.warmup or self.decay:
                 raise ValueError("peak, warmup and decay belong to the schedule warmup_stable_decay; linear has start and end")
+            missing = [f"`{name}`" for name, value in (("start", self.start), ("end", self.end)) if value is None]
+            if missing:
+                are = "is" if len(missing) == 1 else "are"
+                raise ValueError(
+                    f"{' and '.join(missing)} {are} missing: a linear schedule needs both, as in "
+                    "{schedule: linear, start: 1.0, end: 0.0}"
+                )
             if self.start == self.end:
                 raise ValueError(f"a linear schedule goes from {self.start:g} to {self.end:g}; give a number for a constant")
+        elif self.peak is None:
+            raise ValueError(
+                "`peak` is missing: warmup_stable_decay needs the weight of its stable part, as in "
+                "{schedule: warmup_stable_decay, peak: 1.0, warmup: 0.1, decay: 0.2}"
+            )
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than all steps; they may add up to 1")
 

@@ -171,8 +171,8 @@ def test_our_terms_keep_the_promises_of_a_term(name: str, promise: Callable[[Ter
 STEPS = [
     ({"schedule": "linear", "start": 1.0, "end": 0.0}, [1.0, 0.75, 0.5, 0.25, 0.0]),
     ({"schedule": "warmup_stable_decay", "peak": 0.8, "warmup": 0.4, "decay": 0.4, "end": 0.2}, [0.0, 0.4, 0.8, 0.5, 0.2]),
-    ({"schedule": "warmup_stable_decay", "start": 0.5, "decay": 1.0, "end": 0.5}, [0.9, 0.8, 0.7, 0.6, 0.5]),
-    ({"schedule": "warmup_stable_decay"}, [1.0] * 5),
+    ({"schedule": "warmup_stable_decay", "start": 0.5, "peak": 1.0, "decay": 1.0, "end": 0.5}, [0.9, 0.8, 0.7, 0.6, 0.5]),
+    ({"schedule": "warmup_stable_decay", "peak": 2.0, "warmup": 0.4, "decay": 0.4}, [0.0, 1.0, 2.0, 1.0, 0.0]),
     (2, [2.0] * 5),
 ]
 
@@ -293,7 +293,7 @@ def by(what: str, **more: Any) -> dict[str, Any]:
     return {"by": what} | more
 
 
-WSD = {"schedule": "warmup_stable_decay"}
+WSD = {"schedule": "warmup_stable_decay", "peak": 1.0}
 WRONG = [
     ({"alpha": 0.5, "terms": [REVERSE]}, "alpha is 0.5, but terms has 'divergence', which replaces it; give alpha as"),
     ({"temperature": 2.0, "terms": [LABELS]}, "temperature is 2.0, but terms has 'cross_entropy', which replaces it"),
@@ -310,6 +310,9 @@ WRONG = [
             ({"weight": -1}, r"terms\[0\]\.weight: "),
             ({"weight": {"schedule": "linear", "peak": 1}}, "peak, warmup and decay belong to"),
             ({"weight": {"schedule": "linear", "start": 1, "end": 1}}, "give a number for a constant"),
+            ({"weight": {"schedule": "linear", "start": 1}}, r"terms\[0\]\.weight: `end` is missing: a linear schedule needs both"),
+            ({"weight": {"schedule": "linear"}}, "`start` and `end` are missing: a linear schedule needs both"),
+            ({"weight": {"schedule": "warmup_stable_decay", "warmup": 0.1}}, "`peak` is missing: warmup_stable_decay needs"),
             ({"weight": WSD | {"warmup": 0.7, "decay": 0.6}}, "more than all steps"),
             ({"weight": {"schedul": "linear"}}, r"terms\[0\]\.weight\.schedul: no such field; did you mean"),
             ({"per_position": by("role", values={"user": 1})}, "by: role needs `values` and `otherwise`"),

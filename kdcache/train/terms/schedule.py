@@ -15,15 +15,15 @@ def weight_at(weight: float | WeightSchedule, step: int, num_steps: int) -> floa
     """
     if not isinstance(weight, WeightSchedule):
         return float(weight)
+    start, peak, end = weight.start or 0.0, weight.peak or 0.0, weight.end or 0.0
     if weight.schedule == "linear":
-        return _between(weight.start, weight.end, step / max(1, num_steps - 1))
-    peak = 1.0 if weight.peak is None else weight.peak
+        return _between(start, end, step / max(1, num_steps - 1))
     num_warmup, num_decay = round(weight.warmup * num_steps), round(weight.decay * num_steps)
     num_left = num_steps - step - 1
     if step < num_warmup:
-        return _between(weight.start, peak, step / num_warmup)
+        return _between(start, peak, step / num_warmup)
     if num_left < num_decay:
-        return _between(weight.end, peak, num_left / num_decay)
+        return _between(end, peak, num_left / num_decay)
     return peak
 
 
