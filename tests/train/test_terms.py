@@ -310,7 +310,7 @@ WRONG = [
             ({"weight": -1}, r"terms\[0\]\.weight: "),
             ({"weight": {"schedule": "linear", "peak": 1}}, "peak, warmup and decay belong to"),
             ({"weight": {"schedule": "linear", "start": 1, "end": 1}}, "give a number for a constant"),
-            ({"weight": {"schedule": "linear", "start": 1}}, r"terms\[0\]\.weight: `end` is missing: a linear schedule needs both"),
+            ({"weight": {"schedule": "linear", "start": 1}}, r"\.weight: `end` is missing: a linear schedule needs both"),
             ({"weight": {"schedule": "linear"}}, "`start` and `end` are missing: a linear schedule needs both"),
             ({"weight": {"schedule": "warmup_stable_decay", "warmup": 0.1}}, "`peak` is missing: warmup_stable_decay needs"),
             ({"weight": WSD | {"warmup": 0.7, "decay": 0.6}}, "more than all steps"),
@@ -333,10 +333,18 @@ def test_wrong_grammar_is_refused_in_one_sentence(fields: dict[str, Any], senten
 
 USERS, LARGE = by("role", values={"user": 1}, otherwise=0), by("entropy", low=[0, 1], high=[1, 2])
 LARGE_BETA = by("entropy", low=[0, 0.1], high=[1, 0.9])
+HIDDEN = {"term": "hidden_states"}
 LACKING = [
     (REVERSE | {"per_position": by("role", values={"usr": 1}, otherwise=0)}, "no role is called 'usr'; expected none, system"),
     (CODES | {"options": {"layer": USERS}}, "option 'layer' cannot differ by position; stretch"),
-    (CODES | {"options": {"colour": 1}}, "loss term 'codes' does not take the options {'colour': 1}"),
+    (
+        CODES | {"options": {"strech": 1}},
+        "^loss term 'codes' has no option 'strech'; did you mean 'stretch'[?] it has layer, stretch, per_sequence$",
+    ),
+    (CODES | {"options": {"colour": 1}}, "^loss term 'codes' has no option 'colour'; it has layer, stretch, per_sequence$"),
+    (LABELS | {"options": {"colour": 1, "mood": 2}}, "^loss term 'cross_entropy' has no option 'colour'; it has none$"),
+    (HIDDEN, "^loss term 'hidden_states' needs the option 'feature'; it has feature, layer, loss, projector, positions$"),
+    (HIDDEN | {"options": {"projecter": "none"}}, "has no option 'projecter'; did you mean 'projector'[?] it has feature"),
     (
         CODES | {"options": {"layer": 2}},
         "hidden states of layer 2 of the student, but the student has layers 0 to 1, and -1 after the final norm",
@@ -346,6 +354,7 @@ LACKING = [
     (REVERSE | {"per_position": by("domain", values={"wiki": 1}, otherwise=0)}, "goes by domain, but the cache's sequences"),
     (NO_LABELS, "no term with a weight above 0"),
     ({"term": "ranking", "options": {"top": 17}}, "compares the top 17 ids, but the cache keeps 16; set top to 16"),
+    ({"term": "ranking", "options": {"top": 257}}, "top is 257, but may be at most 256 ids of each side; 15 is usual"),
     ({"term": "ranking", "options": {"top": 1}}, "top is 1, but must be a whole number of at least 2"),
     ({"term": "divergence", "options": {"divergence_options": {"beta": LARGE}}}, "forward_kl has no option 'beta'"),
     (
@@ -372,6 +381,16 @@ def test_what_cache_or_student_lack_is_refused_in_one_sentence(small_cache: Path
 
     with open_cache(small_cache) as cache, pytest.raises((ConfigError, LossError), match=sentence):
         begin()
+
+
+def test_ranking_refuses_more_ids_than_the_vocabulary_has(small_cache: Path) -> None:
+    with open_cache(small_cache) as cache:
+        manifest = cache.manifest
+    teacher = msgspec.structs.replace(manifest.identity.teacher, vocab_size=12)
+    small = msgspec.structs.replace(manifest, identity=msgspec.structs.replace(manifest.identity, teacher=teacher))
+    make_term(TermConfig(term="ranking", options={"top": 12})).check(small)
+    with pytest.raises(ConfigError, match="top is 13, but the teacher's vocabulary has 12 ids"):
+        make_term(TermConfig(term="ranking", options={"top": 13})).check(small)
 
 
 def test_ranking_is_one_minus_a_correlation_and_reports_what_is_dead(small_cache: Path, batch: TorchBatch) -> None:

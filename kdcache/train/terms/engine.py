@@ -28,6 +28,7 @@ from kdcache.loss.prepare import LossSettings
 from kdcache.loss.states.vectors import zero_of
 from kdcache.train.terms.base import Needs, Setting, StudentStates, Term
 from kdcache.train.terms.divergence import CrossEntropyTerm, DivergenceTerm, InPass, LogitTerm, one_pass
+from kdcache.train.terms.options import wrong_options
 from kdcache.train.terms.schedule import weight_at
 from kdcache.train.terms.varying import check_cache, check_varying, needs_of, values_P
 
@@ -57,7 +58,9 @@ def make_term(config: TermConfig) -> Term:
     except LossError:  # names what is wrong; it is a ValueError, too
         raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"loss term {config.term!r} does not take the options {config.options!r}: {error}") from error
+        wrong = wrong_options(kind, config.plain_options())
+        said = wrong or f"does not take the options {config.options!r}: {error}"
+        raise ConfigError(f"loss term {config.term!r} {said}") from error
     return term
 
 

@@ -11,6 +11,9 @@ from kdcache.loader.torch_batches import TorchBatch
 from kdcache.loss.ranking import RankingMeasures, ranking_loss
 from kdcache.train.terms.base import StudentStates, Term
 
+MOST_IDS = 256
+"""Of each side: the soft ranks of n ids compare every id with every other, at every position."""
+
 
 class Ranking(Term):
     """1 - Spearman's correlation of soft ranks over the union of the teacher's top ids and the student's.
@@ -40,6 +43,13 @@ class Ranking(Term):
             raise ConfigError(
                 f"loss term 'ranking' needs exact entries in their order, but the selection {selection.kind!r} keeps draws "
                 "alone; capture with 'top_k' or 'threshold'"
+            )
+        vocab_size = manifest.identity.teacher.vocab_size
+        if self.top > vocab_size:
+            raise ConfigError(f"loss term 'ranking': top is {self.top}, but the teacher's vocabulary has {vocab_size} ids")
+        if self.top > MOST_IDS:
+            raise ConfigError(
+                f"loss term 'ranking': top is {self.top}, but may be at most {MOST_IDS} ids of each side; 15 is usual"
             )
         kept = selection.params.get("k")
         if selection.kind in ("top_k", "top_k_sampled") and kept is not None and kept < self.top:
