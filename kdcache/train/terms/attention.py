@@ -67,6 +67,7 @@ class AttentionTerm(Term):
         check_choice("positions", positions, COUNTED)
         self.feature, self.layer, self.loss, self.positions = feature, check_layer(layer), loss, positions
         self.heads = None if heads is None else tuple(heads)
+        self.reads_weights = positions != "all"
 
     @classmethod
     def examples(cls, manifest: Manifest) -> Iterable[dict[str, Any]]:

@@ -162,11 +162,14 @@ class Term(nn.Module, ABC):
         needed: what is needed of a cache, in a few words, for the table of all terms.
         per_position: names of options that may differ by position.
         varied: of these, what the batch at hand has: name -> (P,); see `option`.
+        reads_weights: whether `forward` reads its `weights_P`; known after `check` or `set_up`. False where sequences or all
+            vectors count alike: weights by position of this term alone are refused then.
     """
 
     needed: ClassVar[str] = ""
     per_position: ClassVar[tuple[str, ...]] = ()
     varied: Mapping[str, Tensor] = MappingProxyType({})
+    reads_weights: bool = True
 
     @classmethod
     def examples(cls, manifest: Manifest) -> Iterable[dict[str, Any]]:  # noqa: ARG003

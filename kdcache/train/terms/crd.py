@@ -59,6 +59,7 @@ class CrdTerm(Term):
     student_bank: Tensor
     normalizers: Tensor
     num_drawn: Tensor
+    reads_weights = False
 
     def __init__(
         self,

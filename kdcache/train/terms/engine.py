@@ -141,6 +141,7 @@ class LossTerms(nn.Module):
         for name, term, config in zip(self.names, self.members(), self.configs, strict=True):
             check_term(name, term, manifest)
             if config.per_position is not None:
+                _check_reads_weights(name, term, "per_position")
                 check_varying(config.per_position, f"loss term {name!r}, per_position")
             for varying in (config.per_position, *config.varying_options().values()):
                 if varying is not None:
@@ -279,6 +280,8 @@ class _Run:
 
     def begin(self, batch: TorchBatch, weights_P: Tensor, at: tuple[int, int], given: Mapping[str, Tensor]) -> None:
         self.weight = weight_at(self.config.weight, *at)
+        if "weight" in given:
+            _check_reads_weights(self.name, self.term, "a weight by position")
         factors = [given["weight"]] if "weight" in given else []
         factors += [] if self.config.per_position is None else [values_P(self.config.per_position, batch)]
         self.factor_P = torch.stack(factors).prod(dim=0) if factors else None
@@ -329,6 +332,14 @@ def check_term(name: str, term: Term, manifest: Manifest) -> None:
     if needs.sidecars:
         _check_there(name, "sidecar", needs.sidecars, [sidecar.name for sidecar in manifest.sidecars])
     term.check(manifest)
+
+
+def _check_reads_weights(name: str, term: Term, what: str) -> None:
+    if not term.reads_weights:
+        raise ConfigError(
+            f"loss term {name!r} counts sequences or all vectors alike, so {what} would have no effect; leave it out, or "
+            "compare a feature of positions with `positions: supervised`, where the term has this option"
+        )
 
 
 def _check_there(name: str, kind: str, wanted: Sequence[str], there: Sequence[str]) -> None:

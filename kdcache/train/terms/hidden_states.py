@@ -81,6 +81,7 @@ class HiddenStatesTerm(Term):
         check_choice("positions", positions, COUNTED)
         self.pairs = tuple(zip(features, layers, strict=True))
         self.loss, self.projector, self.positions = loss, projector, positions
+        self.reads_weights = positions != "all"
         self.map: Projector | None = None
 
     @classmethod
@@ -101,6 +102,7 @@ class HiddenStatesTerm(Term):
             check_kind(info, "hidden", _NAME)
             if info.pooling != "none":
                 check_pooled(info, _NAME)
+        self._find_weights(infos[0])
         other = next((info for info in infos if _form(info) != _form(infos[0])), None)
         if other is not None:
             raise ConfigError(
@@ -115,6 +117,7 @@ class HiddenStatesTerm(Term):
             ConfigError: `projector: none` between other sizes.
         """
         info = feature_of(setting.manifest, self.pairs[0][0], _NAME)
+        self._find_weights(info)
         is_same = info.size == setting.hidden_size and info.projection is None
         if self.projector == "none" and not is_same:
             how = "" if info.projection is None else f" after the capture's projection of kind {info.projection.kind!r}"
@@ -137,6 +140,9 @@ class HiddenStatesTerm(Term):
         if vectors.info.pooling != "none":
             return has_position_S(batch, vectors.info)[vectors.slots_F].sum()
         return weights_of(batch, weights_P, vectors, self.positions).sum()
+
+    def _find_weights(self, info: FeatureInfo) -> None:
+        self.reads_weights = self.positions != "all" and info.pooling == "none"
 
     def _sum(self, states_BTH: Tensor, batch: TorchBatch, vectors: FeatureVectors[Tensor], weights_P: Tensor) -> Tensor:
         if vectors.info.pooling != "none":

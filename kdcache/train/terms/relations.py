@@ -70,6 +70,7 @@ class RelationsTerm(Term):
         if heads is not None:
             check_whole("heads", heads, least=1)
         self.heads, self.layer, self.positions = heads, check_layer(layer), positions
+        self.reads_weights = positions != "all"
 
     @classmethod
     def examples(cls, manifest: Manifest) -> Iterable[dict[str, Any]]:

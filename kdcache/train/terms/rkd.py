@@ -43,6 +43,7 @@ class RkdTerm(Term):
     """
 
     needed = "a pooled feature of kind `hidden`"
+    reads_weights = False
 
     def __init__(
         self,
