@@ -94,7 +94,8 @@ def exact_kd_loss(
         teacher: at the same positions.
         divergence: one that is a sum over ids, by name or made. By name, a `floor` is 1e-30: every mass is known here.
         temperature: of both; any number above 0, without any normaliser of the record.
-        weights: (P,) >= 0; None for 1. What stands at positions of weight 0 does not matter.
+        weights: (P,) >= 0; None for 1. At positions of weight 0 the teacher's numbers may be any, the student's have
+            to be finite.
         reduction: `mean`, sum(weight * loss) / sum(weight) and 0 where nothing counts, or `sum`.
 
     Returns:

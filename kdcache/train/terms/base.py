@@ -193,8 +193,9 @@ class Term(nn.Module, ABC):
     def forward(self, student: StudentStates, batch: TorchBatch, weights_P: Tensor) -> Tensor:
         """A scalar: the SUM over what the term counts, differentiable with respect to the student's tensors.
 
-        Positions of weight 0 add nothing, whatever stands there. Where positions are counted, the sum over a batch is that over
-        its parts: ranks and accumulated batches are then averaged as the rest of the loss is. A batch may have no position.
+        Positions of weight 0 add nothing, whatever the teacher's numbers are, unless others are compared with them, as in
+        `relations`; the student's have to be finite. Where positions are counted, the sum over a batch is that over its parts:
+        ranks and accumulated batches are then averaged as the rest of the loss is. A batch may have no position.
 
         Args:
             student: its states.

@@ -149,6 +149,9 @@ class HiddenStatesTerm(Term):
             both = pooled_vectors(batch, states_BTH, vectors)
             return self._losses(both.student_SH, both.teacher).sum()
         weights = weights_of(batch, weights_P, vectors, self.positions)
+        if self.positions != "all":  # vectors that count 0 are not compared: less work, and what stands there does not matter
+            counted = weights.nonzero().flatten()
+            vectors, weights = vectors.at(counted), weights[counted]
         states = states_BTH.flatten(0, 1).index_select(0, vectors.slots_F)
         size = max(_MOST_ELEMENTS // vectors.info.size, 1)
         if len(states) <= size:

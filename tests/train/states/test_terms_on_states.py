@@ -156,6 +156,27 @@ def test_positions_count_by_their_weights():
     assert float(value_of(set_up(every, student, *infos), student, batch).detach()) == pytest.approx(losses.mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_vectors_of_weight_zero_are_not_compared_whatever_they_are(name):
+    """As a feature at all tokens has them where nothing is supervised; both sides, and gradients."""
+    term, infos = made(name, STUDENT)
+    batch = with_features(batch_of(ROWS), TEACHER, *infos)
+    weights = batch.weights_P.clone()
+    weights[3::4] = 0
+    states, found = states_of(STUDENT, batch, ("hidden", -1)), []
+    for number in (0.0, float("nan")):
+        student = states.inner["hidden", -1].detach().clone()
+        student.flatten(0, 1)[batch.flat_positions_P[3::4]] = number
+        told = batch.features["hidden"].values_FH.clone()
+        told[3::4] = number
+        vectors = replace(batch.features["hidden"], values_FH=told)
+        inner = {("hidden", -1): student.requires_grad_()}
+        total = term(replace(states, inner=inner), replace(batch, features={"hidden": vectors}), weights)
+        found.append([total.detach(), *torch.autograd.grad(total, [student, *term.parameters()])])
+    for pair in zip(*found, strict=True):
+        torch.testing.assert_close(*pair, rtol=0, atol=0)
+
+
 def test_pairs_of_layers_share_a_projector_and_are_averaged():
     term, infos = made("pairs", STUDENT)
     assert len(list(term.parameters())) == 2
