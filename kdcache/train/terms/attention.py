@@ -52,6 +52,7 @@ class AttentionTerm(Term):
     """
 
     needed = "a feature of kind `attention`"
+    several_teachers = "right"
 
     def __init__(
         self,

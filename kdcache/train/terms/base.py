@@ -161,6 +161,7 @@ class Term(nn.Module, ABC):
     Attributes:
         needed: what is needed of a cache, in a few words, for the table of all terms.
         per_position: names of options that may differ by position.
+        several_teachers: what to think of features from caches of different teachers: `wrong` is refused, `doubtful` warned of.
         varied: of these, what the batch at hand has: name -> (P,); see `option`.
         reads_weights: whether `forward` reads its `weights_P`; known after `check` or `set_up`. False where sequences or all
             vectors count alike: weights by position of this term alone are refused then.
@@ -168,6 +169,7 @@ class Term(nn.Module, ABC):
 
     needed: ClassVar[str] = ""
     per_position: ClassVar[tuple[str, ...]] = ()
+    several_teachers: ClassVar[Literal["right", "doubtful", "wrong"]] = "doubtful"
     varied: Mapping[str, Tensor] = MappingProxyType({})
     reads_weights: bool = True
 

@@ -56,6 +56,7 @@ class CrdTerm(Term):
     """
 
     needed = "a pooled feature of kind `hidden`"
+    several_teachers = "wrong"
     student_bank: Tensor
     normalizers: Tensor
     num_drawn: Tensor

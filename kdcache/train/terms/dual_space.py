@@ -38,6 +38,7 @@ class DualSpace(Term):
     """
 
     needed = "the last states and the sidecar `output_projection`"
+    several_teachers = "right"  # where they share an output projection; else the sidecars differ
 
     student_map: nn.Parameter
     student_shift: nn.Parameter

@@ -29,6 +29,7 @@ class ExactKL(Term):
     """
 
     needed = "the last states and the sidecar `output_projection`"
+    several_teachers = "right"  # where they share an output projection; else the sidecars differ
 
     def __init__(
         self,

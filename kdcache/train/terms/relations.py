@@ -50,6 +50,7 @@ class RelationsTerm(Term):
     """
 
     needed = "features of kind `queries`, `keys` or `values`, at all positions"
+    several_teachers = "right"
 
     def __init__(
         self,

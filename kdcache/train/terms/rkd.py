@@ -43,6 +43,7 @@ class RkdTerm(Term):
     """
 
     needed = "a pooled feature of kind `hidden`"
+    several_teachers = "wrong"
     reads_weights = False
 
     def __init__(
