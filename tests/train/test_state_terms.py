@@ -141,6 +141,25 @@ def test_dual_space_starts_where_the_students_projection_gives_the_teachers_logi
     assert {name for name, p in term.named_parameters() if p.grad is not None} == {"student_map", "student_shift"}
 
 
+def test_the_logits_of_the_mean_are_not_rounded_to_a_students_half_precision() -> None:
+    case = Case()
+    del case.sidecar["softcap"]
+    info, vectors = low_rank_case(case)
+    vectors = replace(vectors, center=10 * vectors.center)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        student = StudentStates(case.student.hidden_PH.to(dtype), Projection(case.student.projection.weight_VH.to(dtype)))
+        term = case.made(DualSpace(), info)
+        term(student, batch_of(vectors, case.slots_P), case.weights_P).backward(retain_graph=True)
+        found[dtype] = term.measures()["to_teacher"]
+    projection = term._teacher.of(batch_of(vectors, case.slots_P)).product(VOCAB_SIZE)
+    expected_V = case.sidecar["weight"].double() @ vectors.center.double() + case.sidecar["bias"]
+    torch.testing.assert_close(projection.bias_V.double(), expected_V, rtol=1e-5, atol=1e-4)
+    assert projection.weight_VH.dtype == torch.bfloat16
+    assert projection.bias_V.dtype == torch.float32
+    assert found[torch.bfloat16] == pytest.approx(found[torch.float32], rel=0.02)
+
+
 def test_dual_space_keeps_the_map_that_a_checkpoint_brings() -> None:
     case, batch = Case(), batch_of(Case().vectors, Case().slots_P)
     first = case.made(DualSpace(every=2))

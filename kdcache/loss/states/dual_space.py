@@ -198,9 +198,17 @@ def _compared_with_teacher(
         bias_V=None if projection.bias_V is None else projection.bias_V.detach().to(mapped_PH.dtype),
     )
     product = student_product(mapped_PH, frozen)
+    if projection.bias_V is not None and frozen.bias_V is not None and projection.bias_V.dtype != frozen.bias_V.dtype:
+        product = replace(product, bias_V=_wide_bias(projection), head=replace(product.head, float32_logits=True))
     divergence = whole_divergence(settings.divergence)
     step = DenseStep(teacher.product(len(product.weight_VH)), divergence, settings.temperature, scales_P, tops_P)
     return run_fused(product, step, projection.chunk_positions or 0)
+
+
+def _wide_bias(projection: Projection) -> Tensor | None:
+    """In float32: rounded as the states are, it would move both models' logits, and the teacher's are not rounded."""
+    bias_V = projection.without_padding()[1]
+    return None if bias_V is None else bias_V.detach().float()
 
 
 def _top_loss(mapped_PH: Tensor, projection: Projection, tops_P: Tensor, scales_P: Tensor) -> tuple[Tensor, Tensor]:

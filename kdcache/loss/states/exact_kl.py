@@ -49,7 +49,9 @@ class TeacherStates:
             hidden_PH, weight_VH = hidden_PH.float(), weight_VH.float()
         weight_VH, bias_V = weight_VH[:num_ids].detach(), None if bias_V is None else bias_V[:num_ids].detach()
         head = replace(self.projection.head or PLAIN_HEAD, float32_logits=True)
-        return Product(hidden_PH, weight_VH, None if bias_V is None else bias_V.to(hidden_PH.dtype), head)
+        # Logits are float32, and so may be the bias: that of a low rank holds the mean's logits, too large for half precision.
+        dtype = torch.promote_types(hidden_PH.dtype, torch.float32)
+        return Product(hidden_PH, weight_VH, None if bias_V is None else bias_V.to(dtype), head)
 
 
 def low_rank(projection: Projection, basis: Tensor, mean_H: Tensor | None = None) -> Projection:

@@ -115,7 +115,7 @@ class LastStates:
         bias_V = projection.bias_V
         self.projection = Projection(
             projection.weight_VH.to(dtype),
-            None if bias_V is None else bias_V.to(dtype),
+            None if bias_V is None else bias_V.to(torch.promote_types(bias_V.dtype, dtype)),
             projection.head,
             projection.chunk_positions,
         )
